@@ -1,0 +1,3 @@
+"""One run: configuration, processes, prompts, the generation loop, measures, the record and its report."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""One engine a file. Nothing is imported here: `launcher.backend.REGISTRY` names them as strings."""
