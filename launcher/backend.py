@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -82,16 +82,8 @@ class DeviceMemory:
 
 
 class Backend(Protocol):
-    """An engine. Made in the process that will use it, from the whole configuration of the run."""
-
-    one_process_per_device: ClassVar[bool]
-    """False where the engine starts workers of its own: then the run starts one process for all devices."""
-
-    data_parallel: ClassVar[bool]
-    """True where every rank answers its own part of the prompts; False where all ranks answer each prompt together."""
-
-    continuous_batching: ClassVar[bool]
-    """True where the engine schedules a whole prompt set itself; False where it is given one batch a call."""
+    """An engine, made in the process that will use it. How it runs (one process a device, data parallel, batches) its
+    dataclass in `launcher.config` says."""
 
     def __init__(self, config: RunConfig) -> None: ...
 

@@ -1,16 +1,25 @@
-"""The configuration of a run as dataclasses. OmegaConf ends here: nothing past this module sees a DictConfig."""
+"""The configuration of a run as dataclasses, and its checks. Standard library only: a worker needs no Hydra."""
 
 from __future__ import annotations
 
+import dataclasses
+import types
+import typing
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
-from omegaconf import MISSING
+from shards.errors import UserError
+
+MISSING: Any = "???"  # how OmegaConf spells a mandatory value
+
+
+class ConfigError(UserError):
+    """A value of the configuration is wrong."""
 
 
 class Precision(Enum):
-    """Data type of weights and activations."""
+    """Data type of weights and activations, by torch's name."""
 
     fp32 = "float32"
     fp16 = "float16"
@@ -34,7 +43,12 @@ class Weights(Enum):
 
 @dataclass
 class BackendConfig:
-    """What every engine has."""
+    """What every engine has. The class variables say how it runs, for code that must not import the engine."""
+
+    one_process_per_device: ClassVar[bool] = True  # False: one process, and the engine spreads over the devices itself
+    data_parallel: ClassVar[bool] = False  # True: every rank answers its own part of the prompts
+    continuous_batching: ClassVar[bool] = False  # True: the engine is given the whole prompt set in one call
+    packages: ClassVar[tuple[str, ...]] = ()  # modules that must import; the extra of the same name installs them
 
     name: str = MISSING
     python: str | None = None  # interpreter of another environment to run this engine in
@@ -42,25 +56,37 @@ class BackendConfig:
 
 @dataclass
 class DummyConfig(BackendConfig):
+    """An engine without weights that counts upwards: for trying configurations, launchers and reports."""
+
+    data_parallel: ClassVar[bool] = True
+
     name: str = "dummy"
     step_s: float = 0.0  # time that a decode step takes
-    fail_at: str = ""  # "" or a stage: raise there, to try out how failures are reported
+    fail_at: str = ""  # "load", "generate": raise there on the last rank
 
 
 @dataclass
 class TransformersConfig(BackendConfig):
+    one_process_per_device: ClassVar[bool] = False
+    packages: ClassVar[tuple[str, ...]] = ("torch", "transformers", "accelerate")
+
     name: str = "transformers"
-    device_map: str = "auto"
+    device_map: str = "auto"  # accelerate's strategy for several GPUs
 
 
 @dataclass
 class FsdpConfig(BackendConfig):
+    data_parallel: ClassVar[bool] = True
+    packages: ClassVar[tuple[str, ...]] = ("torch", "transformers", "lightning")
+
     name: str = "fsdp"
-    reshard_after_forward: bool = True
+    reshard_after_forward: bool = True  # False keeps gathered weights: fast, and no memory saved
 
 
 @dataclass
 class DeepSpeedConfig(BackendConfig):
+    packages: ClassVar[tuple[str, ...]] = ("torch", "transformers", "deepspeed")
+
     name: str = "deepspeed"
     kernel_inject: bool = False
     max_out_tokens: int | None = None  # None: as long as the prompts and new tokens need
@@ -68,6 +94,10 @@ class DeepSpeedConfig(BackendConfig):
 
 @dataclass
 class VllmConfig(BackendConfig):
+    one_process_per_device: ClassVar[bool] = False
+    continuous_batching: ClassVar[bool] = True
+    packages: ClassVar[tuple[str, ...]] = ("torch", "vllm")
+
     name: str = "vllm"
     gpu_memory_utilization: float = 0.92
     kv_cache_memory_bytes: int | None = None
@@ -77,6 +107,15 @@ class VllmConfig(BackendConfig):
     load_format: str = "auto"
     distributed_executor_backend: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)  # further arguments of vllm.LLM
+
+
+BACKENDS: dict[str, type[BackendConfig]] = {
+    "dummy": DummyConfig,
+    "transformers": TransformersConfig,
+    "fsdp": FsdpConfig,
+    "deepspeed": DeepSpeedConfig,
+    "vllm": VllmConfig,
+}
 
 
 @dataclass
@@ -93,9 +132,10 @@ class ModelConfig:
 class PromptsConfig:
     name: str = MISSING
     texts: list[str] | None = None
-    path: str | None = None
-    count: int | None = None
-    input_tokens: int | None = None
+    path: str | None = None  # .txt: a prompt a line; .jsonl: an object with "prompt" a line
+    count: int | None = None  # synthetic: number of prompts
+    input_tokens: int | None = None  # synthetic: exact length of each prompt
+    output_tokens: int | None = None  # synthetic: exact number of new tokens, EOS ignored
 
 
 @dataclass
@@ -109,7 +149,7 @@ class SamplingConfig:
 
 @dataclass
 class MeasureConfig:
-    batch_size: int = 4
+    batch_size: int = 4  # prompts a call; for a data-parallel engine on each rank
     warmup: int = 1  # batches that are run and not counted
     repeats: int = 3  # times that the whole prompt set is answered
 
@@ -128,3 +168,62 @@ class RunConfig:
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     output_dir: str = "runs"
     dry_run: bool = False
+
+
+def check(config: RunConfig) -> None:
+    """Raise ConfigError for a value that no run can have."""
+    positive = {
+        "devices": config.devices,
+        "num_nodes": config.num_nodes,
+        "sampling.max_new_tokens": config.sampling.max_new_tokens,
+        "measure.batch_size": config.measure.batch_size,
+        "measure.repeats": config.measure.repeats,
+    }
+    for name, value in positive.items():
+        if value < 1:
+            raise ConfigError(f"{name}={value} is not a positive number.", f"{name}=1 or more")
+    for name, value in {"measure.warmup": config.measure.warmup, "sampling.top_k": config.sampling.top_k}.items():
+        if value < 0:
+            raise ConfigError(f"{name}={value} is negative.", f"{name}=0 or more")
+    if config.sampling.temperature < 0:
+        raise ConfigError(f"sampling.temperature={config.sampling.temperature} is negative.", "0 is greedy")
+    if not 0 < config.sampling.top_p <= 1:
+        raise ConfigError(f"sampling.top_p={config.sampling.top_p} is not in (0, 1].", "sampling.top_p=1 is off")
+
+
+def to_dict(value: Any) -> Any:
+    """Plain lists, dicts and scalars; an Enum becomes its name, as on the command line."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, dict):
+        return {key: to_dict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_dict(item) for item in value]
+    return value
+
+
+def from_dict(raw: dict[str, Any]) -> RunConfig:
+    """The inverse of `to_dict` for a whole configuration; the engine's name picks its dataclass."""
+    config = _build(RunConfig, {**raw, "backend": None})
+    config.backend = _build(BACKENDS[raw["backend"]["name"]], raw["backend"])
+    return typing.cast("RunConfig", config)
+
+
+def _build(kind: type, raw: dict[str, Any]) -> Any:
+    hints = typing.get_type_hints(kind)
+    known = {f.name for f in dataclasses.fields(kind)}
+    return kind(**{key: _convert(hints[key], value) for key, value in raw.items() if key in known})
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    if value is None:
+        return None
+    if isinstance(hint, types.UnionType):
+        hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast("type", hint), value)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return hint[value]
+    return value
