@@ -1,0 +1,61 @@
+"""How far each rank is, in a small file that survives kill -9: for progress bars, the watchdog and post-mortems."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SIZE = 256  # one fixed-size line, rewritten in place: a write is one system call, a read never sees a shrinking file
+
+
+@dataclass(slots=True)
+class Progress:
+    """What one rank is doing: `stage`, and `done` of `total` in it. `ticks` grows with every sign of life."""
+
+    pid: int = 0
+    stage: str = "start"
+    done: int = 0
+    total: int = 0
+    tokens: int = 0
+    ticks: int = 0
+    time: float = 0.0
+
+
+class ProgressWriter:
+    """Keeps the file of one rank up to date; cheap enough for every decode step."""
+
+    def __init__(self, path: Path) -> None:
+        self.progress = Progress(pid=os.getpid())
+        self._file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
+        self._write()
+
+    def enter(self, stage: str, total: int = 0) -> None:
+        """A new stage begins: load, warmup, prefill, decode, ..."""
+        self.progress.stage, self.progress.done, self.progress.total = stage, 0, total
+        self._write()
+
+    def advance(self, done: int, total: int | None = None, tokens: int = 0) -> None:
+        """`done` of `total` is behind us, and so many more tokens were made."""
+        self.progress.done = done
+        self.progress.total = self.progress.total if total is None else total
+        self.progress.tokens += tokens
+        self._write()
+
+    def _write(self) -> None:
+        self.progress.ticks += 1
+        self.progress.time = time.time()
+        os.pwrite(self._file, json.dumps(asdict(self.progress)).ljust(SIZE - 1).encode() + b"\n", 0)
+
+
+def read_progress(path: Path) -> Progress | None:
+    """The last whole state, or None where the rank has not begun."""
+    try:
+        return Progress(**json.loads(path.read_bytes()))
+    except (FileNotFoundError, ValueError):
+        return None
