@@ -1,0 +1,131 @@
+"""Clocks, the memory of a device, and the environment of a run."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from launcher.backend import DeviceMemory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class Clock:
+    """Moments on a device, in seconds since the clock was made: CUDA events there, the monotonic clock on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._moments: list[Any] = []
+        self.mark()
+
+    def mark(self) -> None:
+        """Note this moment; on CUDA without waiting for the device."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._moments.append(event)
+        else:
+            self._moments.append(perf_counter())
+
+    def marks(self) -> list[float]:
+        """Seconds from the start to each mark, after the device has reached the last."""
+        start, *rest = self._moments
+        if not self._cuda:
+            return [moment - start for moment in rest]
+        self._moments[-1].synchronize()
+        return [start.elapsed_time(event) / 1000 for event in rest]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor: the shard of a DTensor, a plain tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the distinct storages behind the tensors: tied and viewed tensors count once."""
+    storages = {}
+    for tensor in tensors:
+        storage = local_tensor(tensor).untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def parameter_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the parameters that this rank holds: of a shard its own elements, tied parameters once."""
+    local = {}
+    for parameter in model.parameters():
+        shard = local_tensor(parameter)
+        local[shard.data_ptr() if shard.numel() else id(shard)] = shard.nbytes
+    return sum(local.values())
+
+
+def module_memory(model: torch.nn.Module, device: torch.device, rank: int, kv_cache_bytes: int) -> DeviceMemory:
+    """The memory of the device on which `model` lives, for a process that has one device."""
+    values: dict[str, Any] = {
+        "parameter_bytes": parameter_bytes(model),
+        "kv_cache_bytes": kv_cache_bytes,
+        "host_anonymous_bytes": host_anonymous_bytes(),
+    }
+    reasons: dict[str, str] = {}
+    if device.type == "cuda":
+        values |= _cuda_memory(device, reasons)
+    else:
+        values["tensor_bytes"] = _live_tensor_bytes()
+        for name in ("peak_allocated_bytes", "peak_reserved_bytes", "nvml_used_bytes"):
+            reasons[name] = "no CUDA device"
+    reasons["kv_cache_reserved_bytes"] = "the cache grows with the sequence; nothing is reserved"
+    return DeviceMemory(rank=rank, device=str(device), reasons=reasons, **values)
+
+
+def _cuda_memory(device: torch.device, reasons: dict[str, str]) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    uuid = f"GPU-{properties.uuid}"
+    reasons["tensor_bytes"] = "the allocator's own count is peak_allocated_bytes"
+    return {
+        "device_name": properties.name,
+        "device_uuid": uuid,
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(device),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
+        "nvml_used_bytes": _nvml_used(uuid, reasons),
+    }
+
+
+def _nvml_used(uuid: str, reasons: dict[str, str]) -> int | None:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except pynvml.NVMLError as error:
+        reasons["nvml_used_bytes"] = f"NVML: {error}"
+        return None
+    used = next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)
+    if used is None:
+        reasons["nvml_used_bytes"] = "NVML does not show this process (another PID namespace?)"
+    return used
+
+
+def _live_tensor_bytes() -> int:
+    found = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    return storage_bytes(tensor for tensor in found if tensor.device.type == "cpu" and tensor.layout == torch.strided)
+
+
+def host_anonymous_bytes() -> int:
+    """Anonymous resident memory of this process: its own pages, without mapped files."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no RssAnon")
