@@ -98,6 +98,9 @@ class Backend(Protocol):
         Data-parallel ranks call it equally often, with no prompts if they have none left.
         """
 
+    def barrier(self) -> None:
+        """Return when every rank has come here; the clocks of a repeat start behind it."""
+
     def memory(self) -> list[DeviceMemory]:
         """One entry for each device that this process answers for, as it is now."""
 

@@ -1,0 +1,71 @@
+"""An engine without weights: completes every prompt by counting upwards from its last token."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from launcher.backend import Completion, DeviceMemory, Generation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from launcher.backend import Prompt
+    from launcher.config import DummyConfig, RunConfig, SamplingConfig
+    from shards.plan import Plan
+    from shards.world import World
+
+VOCAB_SIZE = 256  # ids stay within any real vocabulary
+
+
+class DummyBackend:
+    """Deterministic, importable anywhere, and as slow as `step_s` says."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.options: DummyConfig = config.backend  # type: ignore[assignment]
+        self.world: World | None = None
+
+    def load(self, plan: Plan | None, world: World, progress: Callable[[int, int], None]) -> None:
+        self.world = world
+        progress(1, 1)
+        self._maybe_fail("load")
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: Callable[[int], None]
+    ) -> Generation:
+        self._maybe_fail("generate")
+        start = time.perf_counter()
+        marks = []
+        for _ in range(sampling.max_new_tokens):
+            time.sleep(self.options.step_s)
+            marks.append(time.perf_counter() - start)
+            on_step(len(prompts))
+        gaps = tuple(later - earlier for earlier, later in zip(marks, marks[1:], strict=False))
+        completions = tuple(
+            Completion(prompt.index, _count_up(prompt, sampling.max_new_tokens), "length", marks[0], gaps)
+            for prompt in prompts
+        )
+        return Generation(completions, prefill_s=marks[0], decode_s=marks[-1] - marks[0])
+
+    def barrier(self) -> None:
+        """Ranks of a dummy never wait for each other."""
+
+    def memory(self) -> list[DeviceMemory]:
+        assert self.world is not None
+        names = ("kv_cache_bytes", "kv_cache_reserved_bytes", "tensor_bytes", "peak_allocated_bytes")
+        reasons = dict.fromkeys(
+            (*names, "peak_reserved_bytes", "nvml_used_bytes", "host_anonymous_bytes"), "the dummy engine holds nothing"
+        )
+        return [DeviceMemory(self.world.rank, "none", parameter_bytes=0, reasons=reasons)]
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _maybe_fail(self, stage: str) -> None:
+        assert self.world is not None
+        if self.options.fail_at == stage and self.world.rank == self.world.world_size - 1:
+            raise RuntimeError(f"the dummy engine was told to fail at {stage}")
+
+
+def _count_up(prompt: Prompt, length: int) -> tuple[int, ...]:
+    return tuple((prompt.token_ids[-1] + step) % VOCAB_SIZE for step in range(1, length + 1))
