@@ -1,0 +1,117 @@
+#!/usr/bin/env bash
+# Brings .venv to the committed lock, and does nothing when it is there already. All that it says goes to stderr.
+# LAUNCHER_FLAVOR=cpu|cuda forces the lock; otherwise it is cuda where nvidia-smi lists a GPU.
+set -euo pipefail
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+venv=$root/.venv
+unfinished=$venv/.unfinished # there from the first change to the last
+stamp=$venv/.stamp           # written last: where the environment was made, and the hash of what was asked for
+installed=$venv/.lock        # copy of the lock that was installed
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+
+fail() {
+    printf 'setup: %s\nHINT: %s\n' "$1" "$2" >&2
+    exit 1
+}
+
+find_flavor() {
+    local gpus
+    case ${LAUNCHER_FLAVOR:-} in
+        cpu | cuda) echo "$LAUNCHER_FLAVOR" ;;
+        '')
+            gpus=$(timeout 30 nvidia-smi -L 2>/dev/null) || gpus=
+            if [[ $'\n'$gpus == *$'\n'"GPU "[0-9]* ]]; then echo cuda; else echo cpu; fi
+            ;;
+        *) fail "LAUNCHER_FLAVOR=$LAUNCHER_FLAVOR is no flavour" "cpu, cuda, or leave it unset" ;;
+    esac
+}
+
+find_python() {
+    local name path
+    for name in python3.11 python3.12 python3.13 python3; do
+        path=$(command -v "$name") || continue
+        if "$path" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$path"
+            return
+        fi
+    done
+    fail "no Python 3.11 or newer that has venv and ensurepip" "apt-get install python3.11 python3.11-venv"
+}
+
+# A change of the first line needs a new environment, a change of the second an update.
+base() { echo "$("$venv/bin/python" -V 2>&1) $flavor $root"; }
+wanted() { cat "$lock" "$root/pyproject.toml" "${BASH_SOURCE[0]}" | sha256sum; }
+is_ready() { [[ -f $stamp && ! -e $unfinished && $(<"$stamp") == "$(base)"$'\n'"$(wanted)" ]]; }
+
+# Takes an environment away that cannot be updated; one that a person made is left to them.
+clear_environment() {
+    [[ -e $venv/pyvenv.cfg || -e $unfinished ]] || return 0
+    if [[ -e $unfinished ]]; then
+        say "the last installation did not finish: starting again"
+    elif [[ ! -f $stamp ]]; then
+        fail "$venv was not made by this script" "move it away, or use it: .venv/bin/python -m launcher"
+    elif [[ $(head -n 1 "$stamp") == "$(base)" ]]; then
+        return 0
+    else
+        say "another interpreter, flavour or folder than last time: starting again"
+    fi
+    rm -rf "$venv"
+}
+
+make_environment() {
+    local python
+    python=$(find_python)
+    mkdir -p "$venv"
+    : >"$unfinished"
+    "$python" -m venv "$venv" >&2
+}
+
+run_pip() {
+    local log=$venv/pip.log
+    if ! "$venv/bin/python" -m pip --quiet --no-input --disable-pip-version-check "$@" >"$log" 2>&1 </dev/null; then
+        tail -n 15 "$log" >&2
+        fail "pip $1 failed" "the lines above say why; the next call starts again"
+    fi
+}
+
+# Each name alone in its line, as pip compares names.
+names_in() { sed -E 's/[=; ].*//; s/[-_.]+/-/g' "$1" | tr '[:upper:]' '[:lower:]' | sort; }
+
+remove_dropped() {
+    local dropped
+    [[ -f $installed ]] || return 0
+    mapfile -t dropped < <(comm -23 <(names_in "$installed") <(names_in "$lock"))
+    [[ ${#dropped[@]} == 0 ]] || run_pip uninstall --yes "${dropped[@]}"
+}
+
+# torch comes first and by its own name, so that pip may take a CPU build that it is configured to find; what builds
+# the source distributions comes with it. All the rest is in the lock, and nothing is left to resolve.
+install_all() {
+    say "installing $(wc -l <"$lock") packages ($flavor) into .venv ..."
+    remove_dropped
+    run_pip install --constraint "$lock" setuptools wheel hatchling torch
+    DS_BUILD_OPS=0 run_pip install --no-deps --no-build-isolation --requirement "$lock"
+    run_pip install --no-deps --no-build-isolation --editable "$root"
+}
+
+set_up() {
+    clear_environment
+    [[ -e $venv/bin/python ]] || make_environment
+    : >"$unfinished"
+    rm -f "$stamp"
+    install_all
+    cp "$lock" "$installed"
+    { base && wanted; } >"$stamp"
+    rm "$unfinished"
+    say "ready after $SECONDS s"
+}
+
+flavor=$(find_flavor)
+lock=$root/scripts/lock/$flavor.txt
+is_ready && exit
+
+exec 9>"$root/.venv.lock"
+flock --nonblock 9 || { say "waiting for another installation" && flock 9; }
+is_ready || set_up

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Lint, types and the whole suite; with arguments only pytest, with these: scripts/test.sh tests/test_plan.py -k fits
+set -euo pipefail
+
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh
+export PATH="$PWD/.venv/bin:$PATH"
+
+# The tests of SLURM need its daemons. Where they cannot be had these tests skip and say so.
+add_slurm() {
+    command -v slurmctld slurmd srun munged ip >/dev/null && return
+    [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null || return 0
+    echo "test: installing SLURM for its tests ..." >&2
+    export DEBIAN_FRONTEND=noninteractive
+    local packages=(slurmctld slurmd slurm-client munge iproute2)
+    {
+        timeout 300 apt-get install -qq -y --no-install-recommends "${packages[@]}" ||
+            { timeout 300 apt-get update -qq &&
+                timeout 300 apt-get install -qq -y --no-install-recommends "${packages[@]}"; }
+    } >/dev/null 2>&1 </dev/null || echo "test: SLURM could not be installed" >&2
+}
+
+failed=()
+part() {
+    echo "== $*"
+    "$@" || failed+=("$1 $2")
+}
+
+add_slurm
+if [[ $# -gt 0 ]]; then
+    exec python -m pytest "$@"
+fi
+part ruff check .
+part ruff format --check .
+part mypy --no-error-summary
+part pytest --durations=10
+if [[ ${#failed[@]} -gt 0 ]]; then
+    printf 'test: failed: %s\n' "${failed[@]}" >&2
+    exit 1
+fi
