@@ -1,0 +1,264 @@
+"""Blocks of checkpoint tensors, read by their exact bytes into tensors that are already in place."""
+
+from __future__ import annotations
+
+import math
+import os
+import queue
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from shards.checkpoint import FileStamp
+from shards.errors import CheckpointError
+from shards.tensor_files import DTYPE_BYTES, TensorEntry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    from shards.checkpoint import Checkpoint
+
+    Progress = Callable[[int, int], None]
+
+THREADS = 4
+PIECE_BYTES = 8 << 20
+RING = 2 * THREADS  # buffers, so at most 64 MiB of host memory whatever the model
+EXACT_RUN_BYTES = 256 << 10  # a cut through rows that are longer than this is read row by row, else in blocks of rows
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "I16": torch.int16, "F16": torch.float16,
+    "BF16": torch.bfloat16, "U32": torch.uint32, "I32": torch.int32, "F32": torch.float32, "U64": torch.uint64,
+    "I64": torch.int64, "F64": torch.float64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """`out` is to hold the block of `entry` that begins at index `start` and has the shape of `out`."""
+
+    entry: TensorEntry
+    start: tuple[int, ...]
+    out: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """`shape` elements from byte `offset` of a file; `out` takes all their rows, and of each row what `start` cuts."""
+
+    entry: TensorEntry
+    offset: int
+    shape: tuple[int, ...]
+    start: tuple[int, ...]
+    out: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.entry.dtype]
+
+    @property
+    def in_place(self) -> bool:
+        """The bytes of the file are those of `out`, one after the other, in host memory."""
+        return bool(
+            self.out.device.type == "cpu"
+            and self.out.shape == self.shape
+            and self.out.dtype == TORCH_DTYPES[self.entry.dtype]
+            and self.out.is_contiguous()
+        )
+
+
+def read_slice(checkpoint: Checkpoint, name: str, start: Sequence[int], out: torch.Tensor) -> None:
+    """Fill `out` with the block of tensor `name` that begins at index `start`, cast to the dtype of `out`."""
+    read_targets(checkpoint, [Target(checkpoint.tensors[name], tuple(start), out)])
+
+
+def iter_slices(
+    checkpoint: Checkpoint,
+    wanted: Iterable[tuple[str, Sequence[int], Sequence[int]]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """For each (name, start, shape) the name and that block as a new tensor; one block is alive at a time."""
+    for name, start, shape in wanted:
+        out = torch.empty(tuple(shape), dtype=dtype, device=device)
+        read_slice(checkpoint, name, start, out)
+        yield name, out
+
+
+def read_targets(
+    checkpoint: Checkpoint, targets: Sequence[Target], progress: Progress = lambda done, total: None
+) -> int:
+    """Fill all targets, in the order of their bytes on disk; gives the bytes read.
+
+    Raises CheckpointError if a file is not the one that `checkpoint` was opened on, before or after.
+    """
+    pieces = [piece for target in targets for piece in _pieces_of(target)]
+    pieces.sort(key=lambda piece: (piece.entry.file, piece.offset))
+    total = sum(piece.nbytes for piece in pieces)
+    on_cuda = any(target.out.device.type == "cuda" for target in targets)
+    ring = _Ring(pinned=on_cuda)
+    done = 0
+    with _Files(checkpoint) as files, ThreadPoolExecutor(THREADS, thread_name_prefix="read") as pool:
+        try:
+            for nbytes in pool.map(lambda piece: _read_piece(files, ring, piece), pieces):
+                done += nbytes
+                progress(done, total)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        files.check()
+    if on_cuda:
+        torch.cuda.synchronize()
+    return done
+
+
+def _pieces_of(target: Target) -> Iterator[_Piece]:
+    entry, out = target.entry, target.out
+    inside = all(first + size <= whole for first, size, whole in zip(target.start, out.shape, entry.shape, strict=True))
+    assert inside, f"{entry.name} {entry.shape} has no block {tuple(out.shape)} at {target.start}"
+    if out.dim() == 0:
+        yield _Piece(entry, entry.offset, (1,), (), out.reshape(1))
+    elif out.numel():
+        yield from _cut(entry, entry.offset, entry.shape, target.start, out)
+
+
+def _cut(
+    entry: TensorEntry, offset: int, shape: tuple[int, ...], start: tuple[int, ...], out: torch.Tensor
+) -> Iterator[_Piece]:
+    """Pieces of at most PIECE_BYTES that fill `out` from the row-major tensor of `shape` at byte `offset`."""
+    row = math.prod(shape[1:]) * DTYPE_BYTES[entry.dtype]
+    through = tuple(out.shape[1:]) != shape[1:]
+    cut_row = row * math.prod(out.shape[1:]) // max(1, math.prod(shape[1:]))
+    if len(shape) > 1 and (row > PIECE_BYTES or (through and cut_row >= EXACT_RUN_BYTES)):
+        for index in range(out.shape[0]):
+            yield from _cut(entry, offset + (start[0] + index) * row, shape[1:], start[1:], out[index])
+        return
+    rows = max(1, PIECE_BYTES // row)
+    for first in range(0, out.shape[0], rows):
+        block = out[first : first + rows]
+        yield _Piece(entry, offset + (start[0] + first) * row, (block.shape[0], *shape[1:]), start[1:], block)
+
+
+def _read_piece(files: _Files, ring: _Ring, piece: _Piece) -> int:
+    with torch.inference_mode():
+        if piece.in_place:
+            files.fill(piece, _bytes_of(piece.out))
+            return piece.nbytes
+        buffer = ring.take()
+        try:
+            raw = buffer.memory[: piece.nbytes]
+            files.fill(piece, _bytes_of(raw))
+            block = raw.view(TORCH_DTYPES[piece.entry.dtype]).view(piece.shape)
+            for dim, first in enumerate(piece.start, start=1):
+                block = block.narrow(dim, first, piece.out.shape[dim])
+            buffer.copy(block, piece.out)
+        finally:
+            ring.give_back(buffer)
+    return piece.nbytes
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+
+
+class _Buffer:
+    """Reusable host memory; with CUDA it is pinned, and not free before the copy out of it is done."""
+
+    def __init__(self, pinned: bool) -> None:
+        self.memory = torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=pinned)
+        self._copied: torch.cuda.Event | None = None
+
+    def copy(self, block: torch.Tensor, out: torch.Tensor) -> None:
+        if out.device.type != "cuda":
+            out.copy_(block)
+            return
+        if not block.is_contiguous():
+            out.copy_(block.contiguous())
+            return
+        out.copy_(block.to(out.device, non_blocking=True))
+        self._copied = torch.cuda.Event()
+        self._copied.record(torch.cuda.current_stream(out.device))
+
+    def wait(self) -> None:
+        if self._copied is not None:
+            self._copied.synchronize()
+            self._copied = None
+
+
+class _Ring:
+    """RING buffers, made when first needed."""
+
+    def __init__(self, pinned: bool) -> None:
+        self._pinned = pinned
+        self._made = 0
+        self._lock = threading.Lock()
+        self._free: queue.SimpleQueue[_Buffer] = queue.SimpleQueue()
+
+    def take(self) -> _Buffer:
+        with self._lock:
+            if self._free.empty() and self._made < RING:
+                self._made += 1
+                return _Buffer(self._pinned)
+        buffer = self._free.get()
+        buffer.wait()
+        return buffer
+
+    def give_back(self, buffer: _Buffer) -> None:
+        self._free.put(buffer)
+
+
+class _Files:
+    """The open files of a checkpoint, held to the stamps that they had when it was opened."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._stamps = checkpoint.stamps
+        self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+    def fill(self, piece: _Piece, memory: memoryview) -> None:
+        """Read as many bytes as `memory` has from where the piece begins."""
+        done = 0
+        try:
+            descriptor = self._descriptor(piece.entry.file)
+            while done < len(memory):
+                count = os.preadv(descriptor, [memory[done:]], piece.offset + done)
+                if count == 0:
+                    raise self._changed(piece.entry.file)
+                done += count
+        except OSError as error:
+            raise CheckpointError(
+                f"{piece.entry.file} cannot be read at byte {piece.offset + done:,} for {piece.entry.name}: "
+                f"{error.strerror}.",
+                "check that the file is still there and that its disk is sound",
+            ) from None
+
+    def check(self) -> None:
+        """No file has changed since it was opened."""
+        for path, descriptor in self._open.items():
+            if FileStamp.of(os.fstat(descriptor)) != self._stamps[path]:
+                raise self._changed(path)
+
+    def _descriptor(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._open:
+                self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                os.posix_fadvise(self._open[path], 0, 0, os.POSIX_FADV_RANDOM)  # no readahead into a neighbour's rows
+                if FileStamp.of(os.fstat(self._open[path])) != self._stamps[path]:
+                    raise self._changed(path)
+            return self._open[path]
+
+    def _changed(self, path: Path) -> CheckpointError:
+        return CheckpointError(
+            f"{path} changed while it was being read.", "wait until nothing writes to the checkpoint, then run again"
+        )
