@@ -43,9 +43,7 @@ def layer_of(name: str) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A decoder-only language model as sizes. `parameters` are in the order of the module, tied ones once.
-
-    """
+    """A decoder-only language model as sizes. `parameters` are in the order of the module, tied ones once."""
 
     family: str
     num_layers: int
