@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shards.errors import CheckpointError
-from shards.tensor_files import AGAIN, TensorEntry, parse_json, read_safetensors, read_torch_zip, some
+from shards.tensor_files import AGAIN, TensorEntry, parse_json, read_safetensors, some
+from shards.torch_zip import read_torch_zip
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     Reader = Callable[[Path], list[TensorEntry]]
@@ -101,6 +103,58 @@ class Checkpoint:
                 f"The checkpoint in {self.folder} does not fit its config: {', '.join(parts)}.",
                 "config.json and the weight files must come from the same model and revision",
             )
+
+
+class OpenFiles:
+    """The open files of a checkpoint, held to the stamps that they had when it was opened."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._stamps = checkpoint.stamps
+        self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> OpenFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+    def fill(self, entry: TensorEntry, offset: int, memory: memoryview) -> None:
+        """Read as many bytes as `memory` has from byte `offset` of the file of `entry`. Safe to call from threads."""
+        done = 0
+        try:
+            descriptor = self._descriptor(entry.file)
+            while done < len(memory):
+                count = os.preadv(descriptor, [memory[done:]], offset + done)
+                if count == 0:
+                    raise self._changed(entry.file)
+                done += count
+        except OSError as error:
+            raise CheckpointError(
+                f"{entry.file} cannot be read at byte {offset + done:,} for {entry.name}: {error.strerror}.",
+                "check that the file is still there and that its disk is sound",
+            ) from None
+
+    def check(self) -> None:
+        """No file has changed since it was opened."""
+        for path, descriptor in self._open.items():
+            if FileStamp.of(os.fstat(descriptor)) != self._stamps[path]:
+                raise self._changed(path)
+
+    def _descriptor(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._open:
+                self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                os.posix_fadvise(self._open[path], 0, 0, os.POSIX_FADV_RANDOM)  # no readahead into a neighbour's rows
+                if FileStamp.of(os.fstat(self._open[path])) != self._stamps[path]:
+                    raise self._changed(path)
+            return self._open[path]
+
+    def _changed(self, path: Path) -> CheckpointError:
+        return CheckpointError(
+            f"{path} changed while it was being read.", "wait until nothing writes to the checkpoint, then run again"
+        )
 
 
 def _open(folder: Path) -> Checkpoint:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import queue
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from shards.checkpoint import FileStamp
-from shards.errors import CheckpointError
+from shards.checkpoint import OpenFiles
 from shards.tensor_files import DTYPE_BYTES, TensorEntry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
-    from pathlib import Path
 
     from shards.checkpoint import Checkpoint
 
@@ -102,7 +99,7 @@ def read_targets(
     on_cuda = any(target.out.device.type == "cuda" for target in targets)
     ring = _Ring(pinned=on_cuda)
     done = 0
-    with _Files(checkpoint) as files, ThreadPoolExecutor(THREADS, thread_name_prefix="read") as pool:
+    with OpenFiles(checkpoint) as files, ThreadPoolExecutor(THREADS, thread_name_prefix="read") as pool:
         try:
             for nbytes in pool.map(lambda piece: _read_piece(files, ring, piece), pieces):
                 done += nbytes
@@ -143,15 +140,15 @@ def _cut(
         yield _Piece(entry, offset + (start[0] + first) * row, (block.shape[0], *shape[1:]), start[1:], block)
 
 
-def _read_piece(files: _Files, ring: _Ring, piece: _Piece) -> int:
+def _read_piece(files: OpenFiles, ring: _Ring, piece: _Piece) -> int:
     with torch.inference_mode():
         if piece.in_place:
-            files.fill(piece, _bytes_of(piece.out))
+            files.fill(piece.entry, piece.offset, _bytes_of(piece.out))
             return piece.nbytes
         buffer = ring.take()
         try:
             raw = buffer.memory[: piece.nbytes]
-            files.fill(piece, _bytes_of(raw))
+            files.fill(piece.entry, piece.offset, _bytes_of(raw))
             block = raw.view(TORCH_DTYPES[piece.entry.dtype]).view(piece.shape)
             for dim, first in enumerate(piece.start, start=1):
                 block = block.narrow(dim, first, piece.out.shape[dim])
@@ -209,56 +206,3 @@ class _Ring:
 
     def give_back(self, buffer: _Buffer) -> None:
         self._free.put(buffer)
-
-
-class _Files:
-    """The open files of a checkpoint, held to the stamps that they had when it was opened."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._stamps = checkpoint.stamps
-        self._open: dict[Path, int] = {}
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> _Files:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-
-    def fill(self, piece: _Piece, memory: memoryview) -> None:
-        """Read as many bytes as `memory` has from where the piece begins."""
-        done = 0
-        try:
-            descriptor = self._descriptor(piece.entry.file)
-            while done < len(memory):
-                count = os.preadv(descriptor, [memory[done:]], piece.offset + done)
-                if count == 0:
-                    raise self._changed(piece.entry.file)
-                done += count
-        except OSError as error:
-            raise CheckpointError(
-                f"{piece.entry.file} cannot be read at byte {piece.offset + done:,} for {piece.entry.name}: "
-                f"{error.strerror}.",
-                "check that the file is still there and that its disk is sound",
-            ) from None
-
-    def check(self) -> None:
-        """No file has changed since it was opened."""
-        for path, descriptor in self._open.items():
-            if FileStamp.of(os.fstat(descriptor)) != self._stamps[path]:
-                raise self._changed(path)
-
-    def _descriptor(self, path: Path) -> int:
-        with self._lock:
-            if path not in self._open:
-                self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                os.posix_fadvise(self._open[path], 0, 0, os.POSIX_FADV_RANDOM)  # no readahead into a neighbour's rows
-                if FileStamp.of(os.fstat(self._open[path])) != self._stamps[path]:
-                    raise self._changed(path)
-            return self._open[path]
-
-    def _changed(self, path: Path) -> CheckpointError:
-        return CheckpointError(
-            f"{path} changed while it was being read.", "wait until nothing writes to the checkpoint, then run again"
-        )
