@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Decoder:
-    """The generation loop over one causal LM. `kv_cache_bytes` is the largest cache it has held.
+    """The generation loop over one causal LM. `kv_cache_bytes` is the largest cache that each
+    device has held.
 
     `any_unfinished(flag)` says whether some rank still generates; ranks whose forward passes are collective (FSDP)
     give one that asks all ranks, so that all of them take the same number of steps.
@@ -37,7 +38,7 @@ class Decoder:
     device: torch.device
     seed: int
     any_unfinished: Callable[[bool], bool] = bool
-    kv_cache_bytes: int = 0
+    kv_cache_bytes: dict[torch.device, int] = field(default_factory=dict)
 
     @torch.inference_mode()
     def generate(
@@ -64,7 +65,8 @@ class Decoder:
             if not more:
                 break
             inputs = chosen[:, None]
-        self.kv_cache_bytes = max(self.kv_cache_bytes, cache_bytes(cache))
+        for place, held in cache_bytes(cache).items():
+            self.kv_cache_bytes[place] = max(self.kv_cache_bytes.get(place, 0), held)
         return _generation(prompts, torch.stack(tokens, 1), torch.stack(gaps, 1), clock.marks(), set(eos.tolist()))
 
     def _forward(self, inputs: torch.Tensor, batch: _Batch, step: int, cache: DynamicCache) -> torch.Tensor:
@@ -161,10 +163,14 @@ def _generation(
     return Generation(tuple(completions), prefill_s=marks[0], decode_s=marks[-1] - marks[0])
 
 
-def cache_bytes(cache: DynamicCache) -> int:
-    """Bytes of the keys and values that a cache holds."""
-    tensors = (tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+def cache_bytes(cache: DynamicCache) -> dict[torch.device, int]:
+    """Bytes of the keys and values that a cache holds, by device."""
+    held: dict[torch.device, int] = {}
+    for layer in cache.layers:
+        for tensor in (layer.keys, layer.values):
+            if tensor is not None:
+                held[tensor.device] = held.get(tensor.device, 0) + tensor.nbytes
+    return held
 
 
 def eos_token_ids(model: Any) -> tuple[int, ...]:

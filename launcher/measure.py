@@ -62,20 +62,19 @@ def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(storages.values())
 
 
-def parameter_bytes(model: torch.nn.Module) -> int:
-    """Bytes of the parameters that this rank holds: of a shard its own elements, tied parameters once."""
-    local = {}
-    for parameter in model.parameters():
-        shard = local_tensor(parameter)
-        local[shard.data_ptr() if shard.numel() else id(shard)] = shard.nbytes
-    return sum(local.values())
+def parameter_bytes(model: torch.nn.Module, device: torch.device) -> int:
+    """Bytes of the parameters that this rank holds on `device`: of a shard its own elements, tied parameters once."""
+    shards = (local_tensor(parameter) for parameter in model.parameters())
+    return sum(shard.nbytes for shard in shards if shard.device == device)
 
 
-def module_memory(model: torch.nn.Module, device: torch.device, rank: int, kv_cache_bytes: int) -> DeviceMemory:
-    """The memory of the device on which `model` lives, for a process that has one device."""
+def module_memory(
+    model: torch.nn.Module, device: torch.device, rank: int, kv_cache_bytes: dict[torch.device, int]
+) -> DeviceMemory:
+    """The memory of one device of this process, which holds `model` or a part of it."""
     values: dict[str, Any] = {
-        "parameter_bytes": parameter_bytes(model),
-        "kv_cache_bytes": kv_cache_bytes,
+        "parameter_bytes": parameter_bytes(model, device),
+        "kv_cache_bytes": kv_cache_bytes.get(device, 0),
         "host_anonymous_bytes": host_anonymous_bytes(),
     }
     reasons: dict[str, str] = {}

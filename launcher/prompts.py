@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer
 
 from launcher.backend import Prompt
 from launcher.config import MISSING, ConfigError
@@ -85,9 +88,7 @@ def decode(completions: Sequence[Sequence[int]], folder: Path | None) -> list[st
     return [tokenizer.decode(list(ids), skip_special_tokens=True) for ids in completions]
 
 
-def _tokenizer(folder: Path):  # type: ignore[no-untyped-def]  # tokenizers has no types
-    from tokenizers import Tokenizer
-
+def _tokenizer(folder: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:
@@ -104,8 +105,6 @@ def synthetic_prompts(count: int, length: int, vocab_size: int, seed: int) -> li
 
 def sampling_of(config: RunConfig) -> SamplingConfig:
     """The sampling of the run: a synthetic set fixes the number of new tokens."""
-    from dataclasses import replace
-
     if config.prompts.output_tokens is None:
         return config.sampling
     return replace(config.sampling, max_new_tokens=config.prompts.output_tokens, ignore_eos=True)

@@ -16,6 +16,8 @@ from launcher.progress import read_progress
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from shards.errors import UserError
+
 SCHEMA = 1
 STATUSES = ("ok", "oom", "timeout", "hang", "failed", "refused", "cancelled")
 
@@ -58,6 +60,26 @@ def finish(run_dir: Path, outcome: Outcome | None = None) -> dict[str, Any]:
     _write_completions(run_dir, run["processes"])
     write_json(run_dir / "record.json", record)
     return record
+
+
+def refused(config: dict[str, Any], error: UserError, moment: float) -> dict[str, Any]:
+    """The record of a point that could not start."""
+    said = {"rank": None, "stage": "plan", "type": type(error).__name__, "message": error.fact, "hint": error.hint}
+    return {
+        "schema": SCHEMA,
+        "status": "refused",
+        "error": said,
+        "backend": config["backend"]["name"],
+        "model": config["model"]["name"],
+        "precision": config["precision"],
+        "world_size": config["devices"] * config["num_nodes"],
+        "run_dir": None,
+        "started_at": moment,
+        "ended_at": moment,
+        **_measures([], 1),
+        "devices": [],
+        "config": config,
+    }
 
 
 def _verdict(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -25,7 +26,7 @@ from shards.errors import UserError
 from shards.world import World
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from launcher.backend import Backend, Completion
     from launcher.config import RunConfig
@@ -130,24 +131,40 @@ def _is_oom(error: BaseException) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
 
 
-def _redirect_output(path: Path) -> None:
-    """From here on all that this process and its children print goes to `path`, native code's words too."""
+@contextlib.contextmanager
+def redirected_output(path: Path) -> Iterator[None]:
+    """All that this process and its children print goes to `path`, native code's words too."""
     log = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+    saved = os.dup(1), os.dup(2)
+    _point_output(log, log)
+    try:
+        yield
+    finally:
+        _point_output(*saved)
+        for file in (log, *saved):
+            os.close(file)
+
+
+def _point_output(out: int, err: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    os.dup2(out, 1)
+    os.dup2(err, 2)
 
 
 def run_rank(run_dir: Path, world: World, parent: int | None) -> str:
-    """Be one rank from here to its end, watched over by a guard; gives the status of the rank."""
-    _redirect_output(run_dir / f"rank_{world.rank}.log")
+    """Be one rank from here to its end, watched over by a guard; gives the status of the rank.
+
+    `parent` is the process that watches the run from this node and writes its record; without one, or once it is
+    gone, the rank that is told to end writes the record itself.
+    """
     os.environ.update(world.environ())
     rank = Rank(run_dir, world)
 
-    def on_end(reason: str) -> None:
+    def on_end(reason: str, parent_is_gone: bool) -> None:
         rank.cancel(reason)
-        finish(run_dir, Outcome("cancelled" if reason.startswith("received") else "failed", reason))
+        if parent is None or parent_is_gone:
+            finish(run_dir, Outcome("failed" if parent_is_gone else "cancelled", reason))
 
     guard.start(parent, on_end)
     return rank.run()
@@ -156,9 +173,9 @@ def run_rank(run_dir: Path, world: World, parent: int | None) -> str:
 def main() -> None:
     """The entry point of a started rank. Exit code 0 ok, 2 refused, 1 anything else."""
     parent = int(os.environ[PARENT]) if PARENT in os.environ else None
-    status = run_rank(Path(sys.argv[1]), World.from_env(os.environ), parent)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    run_dir, world = Path(sys.argv[1]), World.from_env(os.environ)
+    with redirected_output(run_dir / f"rank_{world.rank}.log"):
+        status = run_rank(run_dir, world, parent)
     # Engines leave threads and handlers behind that can abort or hang a normal interpreter exit.
     os._exit(EXIT_CODES.get(status, 1))
 

@@ -1,0 +1,132 @@
+"""`python -m launcher [overrides]`: compose -> plan -> launch -> report. No torch is imported here."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import yaml
+
+from launcher import report, usage
+from launcher.compose import compose_run
+from launcher.config import ConfigError, to_dict
+from launcher.launch import worker_command
+from launcher.prepare import prepare
+from launcher.sweep import exit_code, run_point, sweep
+from shards.errors import UserError, WorldError
+from shards.world import World
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from launcher.config import RunConfig
+
+FLAGS = {
+    "-m": "multirun", "--multirun": "multirun", "-h": "help", "--help": "help", "--cfg": "cfg", "--version": "version",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """The command line: flags, and the overrides of the configuration in their order."""
+
+    overrides: tuple[str, ...]
+    config_dirs: tuple[str, ...] = ()
+    multirun: bool = False
+    help: bool = False
+    version: bool = False
+    cfg: bool = False
+
+    @classmethod
+    def parse(cls, argv: Sequence[str]) -> Arguments:
+        """Flags may stand anywhere; ConfigError for one that is unknown. `--local_rank=N` of deepspeed is passed over."""
+        overrides: list[str] = []
+        dirs: list[str] = []
+        flags: set[str] = set()
+        rest = iter(argv)
+        for item in rest:
+            if item in FLAGS:
+                flags.add(FLAGS[item])
+            elif item.partition("=")[0] == "--config-dir":
+                dirs.append(item.partition("=")[2] or next(rest, ""))
+            elif not item.startswith("-"):
+                overrides.append(item)
+            elif not item.startswith("--local_rank"):
+                raise ConfigError(f"{item} is not an option.", "python -m launcher --help")
+        return cls(tuple(overrides), tuple(dirs), **dict.fromkeys(flags, True))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0 every run is ok, 1 some run failed, 2 the user can fix it (one line on stderr says how)."""
+    world = World()
+    try:
+        arguments = Arguments.parse(sys.argv[1:] if argv is None else argv)
+        if arguments.help or arguments.version:
+            print(usage.text() if arguments.help else usage.version())
+            return 0
+        world = World.from_env(os.environ)
+        return _dispatch(arguments, world)
+    except UserError as error:
+        if world.rank == 0:
+            print(error, file=sys.stderr)
+        return 2
+
+
+def _dispatch(arguments: Arguments, world: World) -> int:
+    if arguments.multirun:
+        return sweep(arguments.overrides, arguments.config_dirs)
+    config = compose_run(_adopt(arguments.overrides, world), arguments.config_dirs)
+    if arguments.cfg:
+        print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
+        return 0
+    command = ("python", "-m", "launcher", *arguments.overrides)
+    if world.launcher != "alone":
+        return _join(config, world, command)
+    if config.dry_run:
+        return _dry_run(config, command)
+    record = run_point(config, command)
+    report.show(record)
+    return exit_code([record])
+
+
+def _adopt(overrides: Sequence[str], world: World) -> list[str]:
+    """Ranks that somebody else started decide `devices` and `num_nodes`, unless the command line does."""
+    if world.launcher == "alone":
+        return list(overrides)
+    return [f"devices={world.local_world_size}", f"num_nodes={world.num_nodes}", *overrides]
+
+
+def _join(config: RunConfig, world: World, command: tuple[str, ...]) -> int:
+    """Somebody else started the ranks: be one of them."""
+    if config.devices * config.num_nodes != world.world_size:
+        raise WorldError(
+            f"devices={config.devices} num_nodes={config.num_nodes} are {config.devices * config.num_nodes} ranks, "
+            f"and {world.launcher} started {world.world_size}.",
+            f"leave devices and num_nodes out, or devices={world.local_world_size} num_nodes={world.num_nodes}",
+        )
+    if config.backend.name == "transformers" and world.world_size > 1:
+        raise WorldError(
+            f"backend=transformers runs in one process, and {world.launcher} started {world.world_size}.",
+            "python -m launcher backend=transformers, or backend=fsdp",
+        )
+    run = prepare(config, command)
+    external = importlib.import_module("launcher.external")  # imports torch: a rank may, the launching process may not
+    code: int = external.join(run, world, report.show)
+    sys.stdout.flush()
+    os._exit(code)  # engines leave threads behind that can hang the interpreter's own exit
+
+
+def _dry_run(config: RunConfig, command: tuple[str, ...]) -> int:
+    """Print the plan and the command; nothing is started and nothing is written."""
+    run = prepare(config, command)
+    out = report.console()
+    report.show_plan(run, out)
+    out.print("command: " + " ".join(worker_command("RUN_DIR", run.processes, config.backend.python)), soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

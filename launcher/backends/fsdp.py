@@ -1,0 +1,62 @@
+"""Fully sharded data parallel: Lightning Fabric's ModelParallelStrategy with FSDP2, prompts split over the ranks.
+
+Every rank holds 1/N of each parameter, gathers one layer at a time and answers its own prompts. All ranks take the same
+number of steps, since each forward pass is a collective. A world of one is the plain model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.fabric.strategies import ModelParallelStrategy
+
+from launcher.backends.module import ModuleBackend
+from shards.fully_shard import fully_shard_model, reset_bookkeeping
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from launcher.backend import Generation, Prompt
+    from launcher.backends.module import Progress
+    from launcher.config import FsdpConfig, SamplingConfig
+    from shards.world import World
+
+
+class FsdpBackend(ModuleBackend):
+    """FSDP2 on every decoder layer and the root."""
+
+    def place(self, plan: dict[str, Any], world: World, progress: Progress) -> torch.nn.Module:
+        options: FsdpConfig = self.config.backend  # type: ignore[assignment]
+        model = self.meta_model()
+        if world.world_size == 1:
+            self.fill(model, progress)
+            return model
+
+        def shard(module: torch.nn.Module, mesh: DeviceMesh) -> torch.nn.Module:
+            fully_shard_model(module, mesh["data_parallel"], options.reshard_after_forward)
+            self.fill(module, progress)  # in here, so that Fabric finds nothing on meta that it would initialise
+            return module
+
+        strategy = ModelParallelStrategy(shard, data_parallel_size=world.world_size, tensor_parallel_size=1)
+        fabric = Fabric(
+            accelerator=self.device.type,
+            devices=world.local_world_size,
+            num_nodes=world.num_nodes,
+            strategy=strategy,
+            plugins=[TorchElasticEnvironment()],
+        )
+        fabric.launch()
+        fabric.setup(model, move_to_device=False)
+        return model
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: Callable[[int], None]
+    ) -> Generation:
+        generation = super().generate(prompts, sampling, on_step)
+        reset_bookkeeping(self.model)
+        return generation

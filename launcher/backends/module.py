@@ -1,0 +1,79 @@
+"""What the engines that run a transformers module have in common: one decode loop over whatever they made of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from launcher.config import Weights
+from launcher.decode import Decoder, eos_token_ids
+from launcher.measure import module_memory
+from shards.checkpoint import Checkpoint
+from shards.load import build_meta, load_weights
+from shards.process_group import any_rank, barrier, connect, device_of, disconnect
+from shards.random_weights import fill_random
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from launcher.backend import DeviceMemory, Generation, Prompt
+    from launcher.config import RunConfig, SamplingConfig
+    from shards.world import World
+
+    Progress = Callable[[int, int], None]
+
+
+class ModuleBackend(ABC):
+    """An engine that is a torch module with transformers' forward; `place` is all that differs."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.dtype = getattr(torch, config.precision.value)
+
+    @abstractmethod
+    def place(self, plan: dict[str, Any], world: World, progress: Progress) -> torch.nn.Module:
+        """The model with this rank's part of its weights on `self.device`."""
+
+    def load(self, plan: dict[str, Any], world: World, progress: Progress) -> None:
+        self.world = world
+        self.device = device_of(world, self.config.accelerator.value)
+        connect(world, self.device)
+        self.model = self.place(plan, world, progress)
+        votes = self.config.backend.data_parallel
+        self.decoder = Decoder(
+            self.model, eos_token_ids(self.model), self.device, self.config.seed, any_rank if votes else bool
+        )
+
+    def meta_model(self) -> torch.nn.Module:
+        """The model without memory, from the folder of the checkpoint or the shapes of the configuration."""
+        model = self.config.model
+        return build_meta(self.source, self.dtype, model.trust_remote_code)
+
+    @property
+    def source(self) -> Path | str | dict[str, Any]:
+        model = self.config.model
+        return model.config if model.weights is Weights.random and model.config else model.path
+
+    def fill(self, model: torch.nn.Module, progress: Progress) -> None:
+        """Give every local shard its values: this rank's bytes of the checkpoint, or random ones."""
+        if self.config.model.weights is Weights.random:
+            fill_random(model, self.config.seed, self.device, progress)
+        else:
+            load_weights(model, Checkpoint.open(self.config.model.path), self.device, progress)
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: Callable[[int], None]
+    ) -> Generation:
+        return self.decoder.generate(prompts, sampling, on_step)
+
+    def barrier(self) -> None:
+        barrier()
+
+    def memory(self) -> list[DeviceMemory]:
+        return [module_memory(self.model, self.device, self.world.rank, self.decoder.kv_cache_bytes)]
+
+    def close(self) -> None:
+        disconnect()

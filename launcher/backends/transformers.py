@@ -1,0 +1,63 @@
+"""The reference: the plain transformers model in one process; over several GPUs accelerate spreads its layers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import dispatch_model, infer_auto_device_map
+from accelerate.utils import get_balanced_memory
+
+from launcher.backends.module import ModuleBackend
+from launcher.measure import module_memory
+from shards.errors import PlanError
+from shards.fully_shard import decoder_layers
+
+if TYPE_CHECKING:
+    from launcher.backend import DeviceMemory
+    from launcher.backends.module import Progress
+    from launcher.config import TransformersConfig
+    from shards.world import World
+
+
+class TransformersBackend(ModuleBackend):
+    """`AutoModelForCausalLM`, whole or with its layers spread over the GPUs of this machine."""
+
+    def place(self, plan: dict[str, Any], world: World, progress: Progress) -> torch.nn.Module:
+        model = self.meta_model()
+        self.devices = [self.device]
+        if self.config.devices == 1 or self.device.type == "cpu":
+            self.fill(model, progress)
+            return model
+        return self._spread(model, progress)
+
+    def _spread(self, model: torch.nn.Module, progress: Progress) -> torch.nn.Module:
+        """Each decoder layer whole on one GPU, in order; the layers of a batch run one GPU after the other."""
+        options: TransformersConfig = self.config.backend  # type: ignore[assignment]
+        whole = [type(decoder_layers(model)[0]).__name__]
+        cards = range(self.config.devices)
+        room = {card: torch.cuda.mem_get_info(card)[0] for card in cards}
+        if options.device_map != "sequential":
+            low_0 = options.device_map == "balanced_low_0"
+            room = get_balanced_memory(model, room, whole, dtype=self.dtype, low_zero=low_0)
+        placed = infer_auto_device_map(model, room, whole, dtype=self.dtype)
+        if outside := {str(place) for place in placed.values()} - {str(card) for card in cards}:
+            raise PlanError(f"The model does not fit {len(cards)} GPUs: parts are left for {', '.join(outside)}.", "more devices")
+        for name, card in placed.items():
+            allocate_parameters(model.get_submodule(name), torch.device("cuda", card))
+        model.tie_weights()
+        self.fill(model, progress)
+        self.devices = [torch.device("cuda", card) for card in cards]
+        return dispatch_model(model, placed)
+
+    def memory(self) -> list[DeviceMemory]:
+        caches = self.decoder.kv_cache_bytes
+        return [module_memory(self.model, device, place, caches) for place, device in enumerate(self.devices)]
+
+
+def allocate_parameters(module: torch.nn.Module, device: torch.device) -> None:
+    """Give the parameters of a module on meta memory on `device`, without values."""
+    for part in module.modules():
+        for name, old in part._parameters.items():
+            if old is not None and old.is_meta:
+                part._parameters[name] = torch.nn.Parameter(torch.empty_like(old, device=device), requires_grad=False)

@@ -1,0 +1,59 @@
+"""RunConfig -> what `shards.plan` is asked."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from launcher.config import FsdpConfig, Precision, VllmConfig
+from launcher.prompts import sampling_of
+from shards.hardware import CPU, cuda_devices
+from shards.model import KNOWN_FAMILIES, ModelShape
+from shards.plan import Plan, PlanRequest, make_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from launcher.backend import Prompt
+    from launcher.config import RunConfig
+    from shards.tensor_files import TensorEntry
+
+DTYPE_BYTES = {Precision.fp32: 4, Precision.fp16: 2, Precision.bf16: 2}
+
+
+def plan_of(
+    config: RunConfig,
+    model_config: Mapping[str, Any],
+    tensors: Mapping[str, TensorEntry] | None,
+    prompts: Sequence[Prompt],
+    on_cuda: bool,
+) -> Plan:
+    """The plan of a run; PlanError where the engine cannot cut the model so, or a device cannot hold its part."""
+    backend = config.backend
+    options: dict[str, Any] = {}
+    if isinstance(backend, FsdpConfig):
+        options["reshard_after_forward"] = backend.reshard_after_forward
+    if isinstance(backend, VllmConfig):
+        options["gpu_memory_utilization"] = backend.gpu_memory_utilization
+        options["kv_cache_memory_bytes"] = backend.kv_cache_memory_bytes
+        options["max_num_seqs"] = backend.max_num_seqs or PlanRequest.max_num_seqs
+    request = PlanRequest(
+        shape=shape_of(model_config, tensors),
+        engine=backend.name,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        dtype_bytes=DTYPE_BYTES[config.precision],
+        batch_size=min(config.measure.batch_size, len(prompts)),
+        prompt_tokens=max(len(prompt.token_ids) for prompt in prompts),
+        max_new_tokens=sampling_of(config).max_new_tokens,
+        device=cuda_devices(os.environ)[0] if on_cuda else CPU,
+        **options,
+    )
+    return make_plan(request)
+
+
+def shape_of(model_config: Mapping[str, Any], tensors: Mapping[str, TensorEntry] | None) -> ModelShape:
+    """Exact shapes from the config where its family is known, else from the headers of the checkpoint."""
+    if tensors is None or model_config.get("model_type") in KNOWN_FAMILIES:
+        return ModelShape.from_config(model_config)
+    return ModelShape.from_tensors(model_config, {name: entry.shape for name, entry in tensors.items()})

@@ -1,0 +1,176 @@
+"""RunConfig -> a run directory that holds all a rank needs. Whatever the user can fix is found here, before a process."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+import uuid
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from launcher.config import ConfigError, Weights, to_dict
+from launcher.files import read_json, write_json, write_text
+from launcher.models import EMBEDDED
+from launcher.planning import plan_of
+from launcher.prompts import check_context, load_prompts, sampling_of, write_prompts
+from shards.checkpoint import Checkpoint
+from shards.errors import CheckpointError, UserError
+from shards.hardware import cuda_devices
+from shards.hub import resolve
+
+if TYPE_CHECKING:
+    from launcher.backend import Prompt
+    from launcher.config import RunConfig
+    from shards.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run that can start: `processes` are started by the launcher, `world_size` devices take part."""
+
+    config: RunConfig
+    command: tuple[str, ...]
+    model_folder: Path | None
+    model_config: dict[str, Any]
+    prompts: tuple[Prompt, ...]
+    plan: Plan
+    processes: int
+    world_size: int
+    on_cuda: bool
+    notes: tuple[str, ...]
+
+
+def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
+    """Resolve, check and plan a run; nothing is written. Raises UserError."""
+    _check_packages(config)
+    on_cuda = _check_devices(config)
+    config, notes = _settle(config, on_cuda)
+    folder = model_folder(config)
+    model_config = _model_config(config, folder)
+    tensors = None
+    if folder is not None and config.model.weights is Weights.auto:
+        tensors = Checkpoint.open(folder).tensors
+    prompts = load_prompts(config, folder, int(model_config["vocab_size"]))
+    sampling = sampling_of(config)
+    check_context(prompts, sampling.max_new_tokens, model_config.get("max_position_embeddings"))
+    plan = plan_of(config, model_config, tensors, prompts, on_cuda)
+    world_size = config.devices * config.num_nodes
+    processes = world_size if config.backend.one_process_per_device else config.num_nodes
+    return Run(
+        config, command, folder, model_config, tuple(prompts), plan, processes, world_size, on_cuda, tuple(notes)
+    )
+
+
+def _check_packages(config: RunConfig) -> None:
+    """The engine must be importable here, unless another interpreter runs it."""
+    if config.backend.python is not None:
+        if not os.access(config.backend.python, os.X_OK):
+            raise ConfigError(
+                f"backend.python={config.backend.python} is not an executable.", "backend.python=/path/to/bin/python"
+            )
+        return
+    missing = [name for name in config.backend.packages if importlib.util.find_spec(name) is None]
+    if missing:
+        name = config.backend.name
+        raise ConfigError(
+            f"backend={name} needs {', '.join(missing)}, which is not installed here.",
+            f'pip install -e ".[{name}]", or backend.python= the interpreter of an environment that has it',
+        )
+
+
+def _check_devices(config: RunConfig) -> bool:
+    """Whether the run is on CUDA; ConfigError where more devices are asked for than there are."""
+    if config.accelerator.name == "cpu":
+        return False
+    found = cuda_devices(os.environ)
+    if not found and config.accelerator.name == "cuda":
+        raise ConfigError("accelerator=cuda, and no CUDA device can be seen.", "accelerator=cpu")
+    if found and config.num_nodes == 1 and config.devices > len(found):
+        raise ConfigError(
+            f"devices={config.devices}, and this machine shows {len(found)} CUDA devices.",
+            f"devices={len(found)}, or accelerator=cpu",
+        )
+    return bool(found)
+
+
+def _settle(config: RunConfig, on_cuda: bool) -> tuple[RunConfig, list[str]]:
+    """What the machine decides: without GPUs one process of plain transformers has one device, the machine's memory."""
+    if config.backend.name == "transformers" and config.num_nodes > 1:
+        raise ConfigError("backend=transformers runs on one node.", "num_nodes=1, or backend=fsdp")
+    if config.backend.name == "transformers" and not on_cuda and config.devices > 1:
+        note = f"devices={config.devices}, but plain transformers has one device without GPUs: the machine's memory"
+        return replace(config, devices=1), [note]
+    return config, []
+
+
+def model_folder(config: RunConfig) -> Path | None:
+    """The folder of the model on this machine; None for random weights of shapes that the configuration holds."""
+    path = config.model.path
+    if path.startswith("embedded:"):
+        name = path.removeprefix("embedded:")
+        if not (EMBEDDED / name / "config.json").is_file():
+            raise ConfigError(f"There is no embedded model {name!r}.", "model=tiny_falcon")
+        return EMBEDDED / name
+    if config.model.weights is Weights.random and config.model.config and not Path(path).is_dir():
+        return None
+    return resolve(path, config.model.revision)
+
+
+def _model_config(config: RunConfig, folder: Path | None) -> dict[str, Any]:
+    """The transformers config of the model: of its folder, or of the preset for random weights."""
+    if folder is None:
+        assert config.model.config is not None
+        return config.model.config
+    try:
+        found = read_json(folder / "config.json")
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'config.json'} is not JSON: {error}.", "download the model again") from None
+    if found is None:
+        raise CheckpointError(f"{folder} has no config.json.", "model.path= a folder that save_pretrained wrote")
+    if "vocab_size" not in found:
+        raise CheckpointError(f"{folder / 'config.json'} has no vocab_size.", "a causal language model of transformers")
+    return dict(found)
+
+
+def create_run_dir(run: Run) -> Path:
+    """A new folder that no other run has, with everything a rank reads."""
+    run_dir = _new_folder(run)
+    write_text(run_dir / "config.yaml", yaml.safe_dump(to_dict(run.config), sort_keys=False))
+    write_json(run_dir / "plan.json", run.plan.to_dict())
+    write_prompts(run_dir / "prompts.jsonl", run.prompts)
+    write_json(
+        run_dir / "run.json",
+        {
+            "config": to_dict(run.config),
+            "command": list(run.command),
+            "model_folder": str(run.model_folder) if run.model_folder else None,
+            "model_config": run.model_config,
+            "processes": run.processes,
+            "world_size": run.world_size,
+            "started_at": time.time(),
+            "notes": list(run.notes),
+            "mark": uuid.uuid4().hex,
+        },
+    )
+    return run_dir
+
+
+def _new_folder(run: Run) -> Path:
+    name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{run.config.backend.name}_{run.config.model.name}_x{run.world_size}"
+    parent = Path(run.config.output_dir)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for number in range(1, 10_000):
+            folder = parent / (name if number == 1 else f"{name}-{number}")
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            return folder.resolve()
+    except OSError as error:
+        raise UserError(f"Cannot write in output_dir={parent}: {error.strerror}.", "output_dir= a folder of yours") from None
+    raise UserError(f"{parent} already has {number} runs of this second.", "output_dir= another folder")

@@ -1,0 +1,178 @@
+"""A record as a person reads it: what was answered, how fast, what each device held; and one JSON line for a program."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from launcher.files import read_lines
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from launcher.prepare import Run
+
+GIB = 1024**3
+MIB = 1024**2
+SHOWN_COMPLETIONS = 8
+HEADLINE = (
+    "status", "backend", "model", "precision", "world_size", "new_tokens_per_s", "ttft_s", "itl_s", "load_s", "run_dir",
+)  # fmt: skip
+
+
+def console(stderr: bool = False) -> Console:
+    """A console that does not break its tables at 80 columns where there is no terminal."""
+    made = Console(stderr=stderr, highlight=False)
+    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=140)
+
+
+def size(value: int | None) -> str:
+    """Bytes for a reader, in MiB or GiB; a dash for what is not known."""
+    if value is None:
+        return "-"
+    return f"{value / GIB:,.2f} GiB" if value >= GIB else f"{value / MIB:,.2f} MiB"
+
+
+def seconds(value: float | None) -> str:
+    """Seconds for a reader, in ms below one."""
+    if value is None:
+        return "-"
+    return f"{value:,.2f} s" if value >= 1 else f"{value * 1000:,.2f} ms"
+
+
+def rate(value: float | None) -> str:
+    """Tokens per second for a reader."""
+    return "-" if value is None else f"{value:,.1f}" if value >= 10 else f"{value:,.3f}"
+
+
+def headline(record: dict[str, Any]) -> str:
+    """The last line of stdout: one JSON object with the figures that a program asks for first."""
+    return json.dumps({name: record[name] for name in HEADLINE} | ({"error": record["error"]} if record["error"] else {}))
+
+
+def error_line(record: dict[str, Any]) -> str:
+    """Why a run did not end well, in one line."""
+    error = record["error"]
+    where = f"rank {error['rank']} in {error['stage']}" if error["rank"] is not None else "before any rank began"
+    hint = f" HINT: {error['hint']}" if error["hint"] else ""
+    kind = "" if error["type"] in ("ProcessDied", "Ended", "Cancelled") else f"{error['type']}: "
+    return f"{record['status']}: {where}: {kind}{error['message']}{hint}"
+
+
+def show(record: dict[str, Any]) -> None:
+    """Print one run: its tables, an error in one line on stderr, and the headline as the last line of stdout."""
+    show_record(record, console())
+    if record["status"] != "ok":
+        print(error_line(record), file=sys.stderr)
+        print(f"The ranks' own words are in {record['run_dir']}/rank_*.log", file=sys.stderr)
+    print(headline(record), flush=True)
+
+
+def show_record(record: dict[str, Any], out: Console) -> None:
+    """Print the tables of one run."""
+    run_dir = Path(record["run_dir"])
+    devices = f"{record['world_size']} device{'s' if record['world_size'] > 1 else ''}"
+    out.print(f"\n[bold]{record['backend']} · {escape(record['model'])} · {record['precision']} · {devices}[/]")
+    for note in record["notes"]:
+        out.print(f"[yellow]note:[/] {escape(note)}")
+    completions = read_lines(run_dir / "completions.jsonl")
+    if any(row["prompt"] or row["text"] for row in completions):
+        out.print(_completions(completions))
+    if record["status"] == "ok":
+        out.print(_speed(record))
+        out.print(_devices(record))
+    out.print(f"run directory: {escape(str(run_dir))}", soft_wrap=True)
+
+
+def _completions(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table("prompt", "completion", "new tokens", "end", title=None, show_lines=False)
+    for row in rows[:SHOWN_COMPLETIONS]:
+        text = row["text"].strip().replace("\n", " ⏎ ")
+        table.add_row(escape(row["prompt"]), escape(text), str(row["new_tokens"]), row["finish_reason"])
+    if len(rows) > SHOWN_COMPLETIONS:
+        table.add_row("…", f"{len(rows) - SHOWN_COMPLETIONS} more in completions.jsonl", "", "")
+    return table
+
+
+def _speed(record: dict[str, Any]) -> Table:
+    metrics, totals = record["metrics"], record["totals"]
+    table = Table("measure", "median", "min", "max", "of")
+    repeats = f"{totals['repeats']} repeats"
+    for name, label in (
+        ("new_tokens_per_s", "new tokens/s"),
+        ("new_tokens_per_s_per_device", "new tokens/s per device"),
+        ("prefill_tokens_per_s", "prefill tokens/s"),
+        ("decode_tokens_per_s", "decode tokens/s"),
+    ):
+        row = metrics[name]
+        table.add_row(label, rate(row["median"]), rate(row.get("min")), rate(row.get("max")), repeats)
+    table.add_section()
+    table.add_row("[dim]latency[/]", "[dim]p50[/]", "[dim]p90[/]", "[dim]p99[/]", "")
+    for name, label in (("ttft_s", "time to first token"), ("itl_s", "inter-token latency")):
+        row = metrics[name]
+        table.add_row(label, *(seconds(row[at]) for at in ("p50", "p90", "p99")), f"{row['count']} values")
+    table.add_section()
+    tokens = f"{totals['prompts']} prompts, {totals['prompt_tokens']} prompt tokens, {totals['new_tokens']} new tokens"
+    table.add_row("load", seconds(record["load_s"]), "", "", tokens)
+    return table
+
+
+def _devices(record: dict[str, Any]) -> Table:
+    fields = {
+        "parameter_bytes": "parameters",
+        "kv_cache_bytes": "KV cache",
+        "kv_cache_reserved_bytes": "KV reserved",
+        "tensor_bytes": "tensors",
+        "peak_allocated_bytes": "peak allocated",
+        "peak_reserved_bytes": "peak reserved",
+        "nvml_used_bytes": "NVML used",
+        "host_anonymous_bytes": "host anonymous",
+    }
+    shown = [name for name in fields if any(device[name] is not None for device in record["devices"])]
+    table = Table("rank", "device", *(fields[name] for name in shown))
+    for device in record["devices"]:
+        name = f"{device['device']} {device['device_name']}".strip()
+        table.add_row(str(device["rank"]), name, *(size(device[field]) for field in shown))
+    return table
+
+
+def show_point(point: Sequence[str], record: dict[str, Any], out: Console) -> None:
+    """One line as soon as a point of a sweep has ended."""
+    what = f"{rate(record['new_tokens_per_s'])} new tokens/s" if record["status"] == "ok" else error_line(record)
+    out.print(escape(f"{' '.join(point)}: {record['status']}, {what}"), soft_wrap=True)
+
+
+def sweep_line(records: Sequence[dict[str, Any]]) -> str:
+    """The last line of a sweep: how many points ended how, and the headline of each."""
+    counts = {status: sum(record["status"] == status for record in records) for status in {r["status"] for r in records}}
+    return json.dumps({"points": counts, "records": [json.loads(headline(record)) for record in records]})
+
+
+def show_plan(run: Run, out: Console) -> None:
+    """Print what a run would be."""
+    out.print(run.plan.to_dict())
+
+
+def show_sweep(records: Sequence[dict[str, Any]], points: Sequence[Sequence[str]], out: Console) -> None:
+    """Print one row a point of a sweep, whatever became of it."""
+    table = Table("point", "status", "new tokens/s", "min … max", "ttft p50", "itl p50", "load", "parameters/device")
+    for record, point in zip(records, points, strict=True):
+        metric = (record.get("metrics") or {}).get("new_tokens_per_s") or {}
+        held = [device["parameter_bytes"] for device in record.get("devices", []) if device["parameter_bytes"] is not None]
+        table.add_row(
+            escape(" ".join(point)),
+            record["status"],
+            rate(record.get("new_tokens_per_s")),
+            f"{rate(metric.get('min'))} … {rate(metric.get('max'))}" if metric else "-",
+            seconds(record.get("ttft_s")),
+            seconds(record.get("itl_s")),
+            seconds(record.get("load_s")),
+            size(max(held)) if held else "-",
+        )
+    out.print(table)

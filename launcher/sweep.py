@@ -1,0 +1,58 @@
+"""The points of a run: one, or a sweep. Each is a fresh set of processes; what one breaks the next does not feel."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from launcher import report
+from launcher.compose import compose_run, expand_sweep
+from launcher.config import to_dict
+from launcher.launch import run_local
+from launcher.prepare import create_run_dir, prepare
+from launcher.record import refused
+from launcher.bars import Bars
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from launcher.config import RunConfig
+
+
+def run_point(config: RunConfig, command: tuple[str, ...]) -> dict[str, Any]:
+    """Prepare, start and watch one run on this machine; its record."""
+    run = prepare(config, command)
+    run_dir = create_run_dir(run)
+    with Bars(f"{config.backend.name} {config.model.name}", report.console(stderr=True)) as bars:
+        return run_local(run, run_dir, bars.show)
+
+
+def sweep(overrides: Sequence[str], config_dirs: tuple[str, ...]) -> int:
+    """Run every point and print one table of them all; the exit code."""
+    points = expand_sweep(list(overrides))
+    configs = [compose_run(point, config_dirs) for point in points]
+    records = []
+    for config, point in zip(configs, points, strict=True):
+        try:
+            record = run_point(config, ("python", "-m", "launcher", *point))
+        except UserError as error:
+            record = refused(to_dict(config), error, time.time())
+        records.append(record)
+        report.show_point(point, record, report.console(stderr=True))
+    report.show_sweep(records, [_varied(point, overrides) for point in points], report.console())
+    print(report.sweep_line(records), flush=True)
+    return exit_code(records)
+
+
+def _varied(point: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """What of a point differs from the other points."""
+    return [item for item in point if item not in overrides] or list(point)
+
+
+def exit_code(records: Sequence[dict[str, Any]]) -> int:
+    """0 all ok; 2 where the only run was refused; 1 otherwise."""
+    statuses = [record["status"] for record in records]
+    if all(status == "ok" for status in statuses):
+        return 0
+    return 2 if statuses == ["refused"] else 1
