@@ -103,7 +103,7 @@ class VllmConfig(BackendConfig):
     kv_cache_memory_bytes: int | None = None
     max_num_seqs: int | None = None
     max_model_len: int | None = None
-    enforce_eager: bool = False
+    enforce_eager: bool | None = None  # None: CUDA graphs on GPUs, eager on a CPU
     load_format: str = "auto"
     distributed_executor_backend: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)  # further arguments of vllm.LLM
