@@ -78,7 +78,7 @@ def run_local(run: Run, run_dir: Path, show: Callable[[Sequence[Progress | None]
     try:
         code = _watch(process, run_dir, run.processes, mark, memory, show)
         if code != 0:
-            outcome = Outcome("failed", f"the process ended with exit code {code} before any rank began")
+            outcome = Outcome("failed", f"the process that starts the ranks ended with exit code {code}")
     except KeyboardInterrupt:
         outcome = Outcome("cancelled", "interrupted from the keyboard")
     finally:

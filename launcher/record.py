@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import prompts as prompt_sets
 from launcher.files import read_json, read_lines, write_json, write_text
-from launcher.progress import read_progress
+from launcher.progress import Progress, read_progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -64,7 +64,7 @@ def finish(run_dir: Path, outcome: Outcome | None = None) -> dict[str, Any]:
 
 def refused(config: dict[str, Any], error: UserError, moment: float) -> dict[str, Any]:
     """The record of a point that could not start."""
-    said = {"rank": None, "stage": "plan", "type": type(error).__name__, "message": error.fact, "hint": error.hint}
+    said = _said(None, "plan", type(error).__name__, error.fact) | {"hint": error.hint}
     return {
         "schema": SCHEMA,
         "status": "refused",
@@ -89,23 +89,33 @@ def _verdict(
     if all(rank is not None and rank["status"] == "ok" for rank in ranks):
         return "ok", None
     told = [rank for rank in ranks if rank is not None and rank["status"] not in ("ok", "cancelled")]
-    if told:
-        first = min(told, key=lambda rank: rank["ended_at"])
+    first = min(told, key=lambda rank: rank["ended_at"]) if told else None
+    if silent := _silent(run_dir, ranks):
+        # A rank that vanished is the cause; what the others then saw (a broken connection) is the consequence.
+        number, progress = min(silent, key=lambda item: item[1].time)
+        seen = f"; rank {first['rank']} then saw {first['error']['type']}" if first else ""
+        message = f"rank {number} ended without a word: killed, or crashed in native code{seen}"
+        if outcome is None or outcome.status == "failed":
+            return "failed", _said(number, progress.stage, "ProcessDied", message)
+        return outcome.status, _said(number, progress.stage, "Ended", outcome.message)
+    if first:
         return first["status"], {"rank": first["rank"], **first["error"]}
-    silent = [number for number, rank in enumerate(ranks) if rank is None]
-    where = [(number, read_progress(run_dir / f"rank_{number}.progress")) for number in silent]
-    begun = [(number, progress) for number, progress in where if progress is not None]
-    cancelled = [rank for rank in ranks if rank is not None and rank["status"] == "cancelled"]
-    if begun and (outcome is None or outcome.status == "failed"):
-        number, progress = min(begun, key=lambda item: item[1].time)
-        message = f"rank {number} ended without a word: killed, or crashed in native code"
-        return "failed", {"rank": number, "stage": progress.stage, "type": "ProcessDied", "message": message, "hint": ""}
-    first = cancelled[0] if cancelled else None
-    stage = first["error"]["stage"] if first else begun[0][1].stage if begun else "start"
-    message = (outcome.message if outcome else "") or (first["error"]["message"] if first else "no rank began")
-    rank = first["rank"] if first else begun[0][0] if begun else None
-    status = outcome.status if outcome else "failed"
-    return status, {"rank": rank, "stage": stage, "type": "Ended", "message": message, "hint": ""}
+    cancelled = next((rank for rank in ranks if rank is not None and rank["status"] == "cancelled"), None)
+    ended = outcome or Outcome("failed", "the processes ended before any rank began")
+    if cancelled:
+        message = ended.message or cancelled["error"]["message"]
+        return ended.status, _said(cancelled["rank"], cancelled["error"]["stage"], "Ended", message)
+    return ended.status, _said(None, "start", "Ended", ended.message)
+
+
+def _silent(run_dir: Path, ranks: Sequence[dict[str, Any] | None]) -> list[tuple[int, Progress]]:
+    """The ranks that had begun and left no last word, with where they were."""
+    found = [(number, read_progress(run_dir / f"rank_{number}.progress")) for number, rank in enumerate(ranks) if not rank]
+    return [(number, progress) for number, progress in found if progress is not None]
+
+
+def _said(rank: int | None, stage: str, kind: str, message: str) -> dict[str, Any]:
+    return {"rank": rank, "stage": stage, "type": kind, "message": message, "hint": ""}
 
 
 def _rank_summary(rank: dict[str, Any]) -> dict[str, Any]:

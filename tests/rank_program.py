@@ -1,0 +1,78 @@
+"""What every engine must do, as one program that is a rank: `rank_program.py BACKEND MODEL OUT`, alone or under torchrun.
+
+Writes what rank 0 (of a data-parallel engine, each rank) saw to OUT/rank_N.json for the tests to compare.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from launcher.backend import Backend, Completion, Prompt, backend_class
+from launcher.compose import compose_run
+from launcher.config import RunConfig, SamplingConfig
+from launcher.generate import batches, call_count, split
+from launcher.models import EMBEDDED
+from launcher.planning import plan_of
+from launcher.prompts import encode
+from shards.checkpoint import Checkpoint
+from shards.world import World
+
+PROMPTS = Path(__file__).parent / "ragged_prompts.txt"
+ENDED = "The capital of France is Paris, a city on the river Seine."  # the tiny models answer it with EOS at once
+GREEDY = SamplingConfig(max_new_tokens=24)
+SCENARIOS = {
+    "greedy": GREEDY,
+    "ignore_eos": replace(GREEDY, ignore_eos=True),
+    "sampled": replace(GREEDY, temperature=0.8, top_p=0.95, top_k=50),
+    "sampled again": replace(GREEDY, temperature=0.8, top_p=0.95, top_k=50),
+}
+
+
+def answer(
+    backend: Backend, config: RunConfig, world: World, prompts: list[Prompt], sampling: SamplingConfig
+) -> list[Completion]:
+    """This rank's completions of a prompt set, in the batches of the real loop."""
+    own = split(prompts, world, config.backend.data_parallel)
+    size, calls = call_count(len(prompts), world, config)
+    made = [backend.generate(batch, sampling, lambda tokens: None) for batch in batches(own, size, calls)]
+    return [completion for generation in made for completion in generation.completions]
+
+
+def main() -> None:
+    name, model, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    devices = int(sys.argv[4])
+    config = compose_run([f"backend={name}", f"model={model}", f"devices={devices}", "accelerator=cpu"])
+    folder = EMBEDDED / model
+    config.model.path = str(folder)
+    world = World.from_env(os.environ)
+    os.environ.update(world.environ())
+    prompts = encode(PROMPTS.read_text().splitlines(), folder)
+    ended = encode([ENDED], folder)
+    tensors = Checkpoint.open(folder).tensors
+    plan = plan_of(config, json.loads((folder / "config.json").read_text()), tensors, prompts, on_cuda=False)
+
+    backend = backend_class(name)(config)
+    seen: list[tuple[int, int]] = []
+    backend.load(plan.to_dict(), world, lambda done, total: seen.append((done, total)))
+    result = {scenario: answer(backend, config, world, prompts, sampling) for scenario, sampling in SCENARIOS.items()}
+    result["one prompt"] = answer(backend, config, world, prompts[:1], GREEDY)
+    result["ended prompt"] = answer(backend, config, world, ended, GREEDY)
+    backend.barrier()
+    memory = [asdict(device) for device in backend.memory()]
+    backend.close()
+    value = {
+        "progress": seen[-1:],
+        "completions": {key: [asdict(item) for item in value] for key, value in result.items()},
+        "memory": memory,
+    }
+    (out / f"rank_{world.rank}.json").write_text(json.dumps(value))
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

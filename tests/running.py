@@ -1,0 +1,64 @@
+"""Starting real processes in tests: always with a time-out that ends the whole tree."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.processes import MARK, end_run
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A process that has ended, and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def last_json(self) -> Any:
+        """The last line of stdout, parsed."""
+        return json.loads(self.out.strip().splitlines()[-1])
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """A child's environment: our packages importable, one thread, no GPUs, nothing of a surrounding launcher."""
+    drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", MARK)
+    kept = {key: value for key, value in os.environ.items() if key not in drop and not key.startswith("SLURM_")}
+    return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **extra}
+
+
+def run(command: list[str], timeout: float = 120, cwd: Path = ROOT, **extra: str) -> Ended:
+    """Run a command to its end; on a time-out its whole tree is killed and the test fails."""
+    mark = uuid.uuid4().hex
+    process = subprocess.Popen(
+        command, cwd=cwd, env=environment(**{MARK: mark, **extra}), text=True, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        end_run(mark)
+        out, err = process.communicate()
+        raise AssertionError(f"{command} took over {timeout} s\n{out[-2000:]}\n{err[-2000:]}") from None
+    return Ended(process.returncode, out, err)
+
+
+def launcher(*overrides: str, timeout: float = 120, cwd: Path = ROOT, **extra: str) -> Ended:
+    """`python -m launcher ...` in a process of its own."""
+    return run([sys.executable, "-m", "launcher", *overrides], timeout, cwd, **extra)
+
+
+def torchrun(ranks: int, *arguments: str, timeout: float = 120, **extra: str) -> Ended:
+    """`torchrun --standalone --nproc-per-node RANKS ...`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments]
+    return run(command, timeout, **extra)

@@ -1,0 +1,138 @@
+"""Every engine, for real, on CPU: the same prompts, the same tokens, and memory that shows who holds what."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from running import ROOT, run, torchrun
+from safetensors import safe_open
+
+from launcher.backend import REGISTRY
+from launcher.config import BACKENDS
+from launcher.models import EMBEDDED
+
+MODELS = ("tiny_falcon", "tiny_llama")
+PROGRAM = str(ROOT / "tests" / "rank_program.py")
+SIZES = {"dummy": (1, 2), "transformers": (1,), "fsdp": (1, 2, 3), "deepspeed": (2,), "vllm": (1, 2)}
+WORLDS = [(name, size) for name in REGISTRY for size in SIZES[name]]
+REAL = [(name, size) for name, size in WORLDS if name != "dummy"]
+
+
+@cache
+def ranks(name: str, size: int, model: str) -> list[dict[str, Any]]:
+    """What the ranks of one engine saw."""
+    processes = size if BACKENDS[name].one_process_per_device else 1
+    with TemporaryDirectory() as out:
+        command = [PROGRAM, name, model, out, str(size)]
+        ended = run([sys.executable, *command]) if processes == 1 else torchrun(processes, *command)
+        assert ended.code == 0, ended.err[-3000:]
+        return [json.loads((Path(out) / f"rank_{rank}.json").read_text()) for rank in range(processes)]
+
+
+def completions(name: str, size: int, model: str, scenario: str) -> list[dict[str, Any]]:
+    """The completions of all ranks in prompt order."""
+    seen = ranks(name, size, model)
+    answering = seen if BACKENDS[name].data_parallel else seen[:1]
+    made = [item for rank in answering for item in rank["completions"][scenario]]
+    return sorted(made, key=lambda item: item["index"])
+
+
+def tokens(name: str, size: int, model: str, scenario: str) -> list[list[int]]:
+    return [item["token_ids"] for item in completions(name, size, model, scenario)]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_reference_gives_the_tokens_of_model_generate(model: str) -> None:
+    ended = run([sys.executable, str(ROOT / "tests" / "generate_program.py"), str(EMBEDDED / model)])
+    assert ended.code == 0, ended.err
+    expected = ended.last_json
+    for scenario in ("greedy", "ignore_eos"):
+        assert tokens("transformers", 1, model, scenario) == expected[scenario]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("name", "size"), REAL[1:])
+def test_every_engine_gives_the_tokens_of_the_reference(name: str, size: int, model: str) -> None:
+    for scenario in ("greedy", "ignore_eos", "one prompt", "ended prompt"):
+        assert tokens(name, size, model, scenario) == tokens("transformers", 1, model, scenario), scenario
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("name", "size"), REAL)
+def test_lengths_and_ends(name: str, size: int, model: str) -> None:
+    stopped = completions(name, size, model, "greedy")
+    assert [item["index"] for item in stopped] == list(range(20))
+    assert {item["finish_reason"] for item in stopped} == {"stop", "length"}
+    assert all((len(item["token_ids"]) == 24) for item in stopped if item["finish_reason"] == "length")
+    full = completions(name, size, model, "ignore_eos")
+    assert {(len(item["token_ids"]), item["finish_reason"]) for item in full} == {(24, "length")}
+    [empty] = completions(name, size, model, "ended prompt")
+    assert (len(empty["token_ids"]), empty["finish_reason"]) == (1, "stop")
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("name", "size"), WORLDS)
+def test_each_token_has_its_time(name: str, size: int, model: str) -> None:
+    for item in completions(name, size, model, "greedy"):
+        assert item["ttft_s"] > 0
+        assert len(item["itl_s"]) == len(item["token_ids"]) - 1
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("name", "size"), REAL)
+def test_a_seed_gives_the_same_sample_again(name: str, size: int, model: str) -> None:
+    sampled = tokens(name, size, model, "sampled")
+    assert sampled == tokens(name, size, model, "sampled again")
+    assert sampled != tokens(name, size, model, "greedy")
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("name", "size"), [world for world in REAL if world[0] != "vllm"])
+def test_the_sample_does_not_depend_on_the_ranks(name: str, size: int, model: str) -> None:
+    assert tokens(name, size, model, "sampled") == tokens("transformers", 1, model, "sampled")
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("name", "size"), WORLDS)
+def test_memory_has_a_number_or_a_reason(name: str, size: int, model: str) -> None:
+    devices = [device for rank in ranks(name, size, model) for device in rank["memory"]]
+    assert [device["rank"] for device in devices] == list(range(size))
+    for device in devices:
+        unread = {key for key, value in device.items() if key.endswith("_bytes") and value is None}
+        assert unread <= set(device["reasons"]), device
+
+
+def whole_bytes(model: str) -> int:
+    """Bytes of all parameters in float32, tied ones once, from the checkpoint's own files."""
+    total = 0
+    for path in (EMBEDDED / model).glob("*.safetensors"):
+        with safe_open(path, "np") as file:
+            total += sum(4 * _numel(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    return total
+
+
+def _numel(shape: list[int]) -> int:
+    product = 1
+    for length in shape:
+        product *= length
+    return product
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_fsdp_holds_its_share(size: int, model: str) -> None:
+    for rank in ranks("fsdp", size, model):
+        assert rank["memory"][0]["parameter_bytes"] <= 1.05 * whole_bytes(model) / size
+    assert sum(rank["memory"][0]["parameter_bytes"] for rank in ranks("fsdp", size, model)) == whole_bytes(model)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_deepspeed_holds_its_share(model: str) -> None:
+    for rank in ranks("deepspeed", 2, model):
+        assert rank["memory"][0]["parameter_bytes"] <= 0.75 * whole_bytes(model)
