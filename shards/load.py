@@ -75,7 +75,7 @@ def load_weights(
     began = time.perf_counter()
     found = _match(model, checkpoint)
     materialize(model, device)
-    tensors = dict(_stored_tensors(model))
+    tensors = dict(stored_tensors(model))
     targets = [_target(found[name][0], tensor) for name, tensor in tensors.items()]
     bytes_read = read_targets(checkpoint, targets, progress)
     for name, tensor in tensors.items():
@@ -119,7 +119,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
         return local.detach()
 
 
-def _stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and persistent buffers by name, each once."""
     yield from model.named_parameters()
     for prefix, module in model.named_modules():
@@ -129,7 +129,7 @@ def _stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _match(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[TensorEntry, ...]]:
-    tensors = dict(_stored_tensors(model))
+    tensors = dict(stored_tensors(model))
     first = {id(tensor): name for name, tensor in tensors.items()}
     tied: dict[str, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

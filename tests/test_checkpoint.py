@@ -134,7 +134,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "hole between tensors": (rewrite(b=("BF16", [4], [28, 36])), "4 bytes before model.b.weight belong to no tensor"),
     "size is not shape times dtype": (rewrite(b=("F32", [4], [24, 32])), "8 bytes, but F32 [4] takes 16"),
     "unknown dtype": (rewrite(b=("F4", [16], [24, 32])), "model.b.weight as F4"),
-    "index names what no file has": (index(**{"x": FILE}), "lacks 1 tensors that its index names: x."),
+    "index names what no file has": (index(x=FILE), "lacks 1 tensors that its index names: x."),
     "tensor in another file": (
         index(**{"model.a.weight": "model-2.safetensors"}),
         "model-1.safetensors holds 1 tensors that its index has not, or has in another file: model.a.weight.",
