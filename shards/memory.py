@@ -9,7 +9,7 @@ from shards.cuts import cut_up, spread
 from shards.hardware import CPU, MIB, Device, Link
 from shards.model import ModelShape
 
-LOAD_RING_BYTES = 256 * MIB
+LOAD_RING_BYTES = 64 * MIB
 """Buffers through which a rank reads its shards."""
 
 _CUDA_CONTEXT_BYTES = 512 * MIB

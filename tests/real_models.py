@@ -1,0 +1,83 @@
+"""Run as a process: what transformers, FSDP2 and AutoTP make of configs, as JSON on stdout.
+
+real_models.py transformers < {"parameters": [config, ...], "fsdp": {name: config, ...}}
+    names and shapes of each model; bytes of parameters by model, world size and rank
+real_models.py deepspeed < [[config, size], ...]
+    numbers in the parameters of each rank
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from shards.fully_shard import fully_shard_model
+from shards.load import build_meta, materialize
+
+WORLD_SIZES = (2, 4, 8, 64, 512)
+
+
+def parameters(configs: list[dict[str, Any]]) -> list[dict[str, list[int]]]:
+    return [
+        {name: list(parameter.shape) for name, parameter in build_meta(config, torch.bfloat16).named_parameters()}
+        for config in configs
+    ]
+
+
+def ranks(world_size: int) -> list[int]:
+    """The first, one in the middle, and the last, which may be cut short or be empty."""
+    return sorted({0, world_size // 2, world_size - 1})
+
+
+def fsdp(configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, int]]]:
+    return {
+        name: {str(size): {str(rank): fsdp_bytes(config, size, rank) for rank in ranks(size)} for size in WORLD_SIZES}
+        for name, config in configs.items()
+    }
+
+
+def fsdp_bytes(config: dict[str, Any], world_size: int, rank: int) -> int:
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        model = build_meta(config, torch.bfloat16)
+        fully_shard_model(model, init_device_mesh("cpu", (world_size,)))
+        return sum(parameter.to_local().nbytes for parameter in model.parameters())
+    finally:
+        dist.destroy_process_group()
+
+
+def deepspeed(cases: list[tuple[dict[str, Any], int]]) -> list[list[int]]:
+    """Each rank in a process of its own, made by fork after the imports: DeepSpeed keeps its groups for good."""
+    import deepspeed  # noqa: F401
+
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        return [[pool.apply(autotp_numel, (config, size, rank)) for rank in range(size)] for config, size in cases]
+
+
+def autotp_numel(config: dict[str, Any], size: int, rank: int) -> int:
+    """LOCAL_SIZE is wrong on purpose: it keeps the shared-memory all-reduce from waiting for ranks that are not."""
+    import deepspeed
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_SIZE="0")
+    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+    model = build_meta(config, torch.float32)
+    materialize(model, "cpu")
+    tensor_parallel = {"tp_size": size}
+    engine = deepspeed.init_inference(model, tensor_parallel=tensor_parallel, dtype=torch.float32)
+    return sum(parameter.numel() for parameter in engine.module.parameters())
+
+
+if __name__ == "__main__":
+    asked = json.load(sys.stdin)
+    if sys.argv[1] == "deepspeed":
+        print("\n" + json.dumps(deepspeed(asked)))
+    else:
+        print(json.dumps({"parameters": parameters(asked["parameters"]), "fsdp": fsdp(asked["fsdp"])}))

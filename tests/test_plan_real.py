@@ -1,0 +1,106 @@
+"""The plan against the real thing: what transformers builds, what FSDP2 and AutoTP leave on a rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from shards.cuts import cut_up
+from shards.memory import PlanRequest, make_layout
+from shards.model import ModelShape
+
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parent.parent
+TINY = {"num_hidden_layers": 2, "hidden_size": 96, "num_attention_heads": 6, "vocab_size": 130}
+FALCON = {"model_type": "falcon", **TINY}
+LLAMA = {"model_type": "llama", "intermediate_size": 200, **TINY}
+CONFIGS: list[dict[str, Any]] = [
+    FALCON,
+    {**FALCON, "bias": True, "alibi": True, "tie_word_embeddings": False},
+    {**FALCON, "multi_query": False, "parallel_attn": False, "bias": True, "ffn_hidden_size": 100},
+    {**FALCON, "parallel_attn": False, "num_ln_in_parallel_attn": 2},
+    {**FALCON, "num_ln_in_parallel_attn": 2},
+    {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
+    {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 3, "num_ln_in_parallel_attn": 1, "bias": True},
+    {**FALCON, "new_decoder_architecture": True, "num_kv_heads": None},
+    LLAMA,
+    {**LLAMA, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    {**LLAMA, "head_dim": 32},
+    {"model_type": "llama", "num_hidden_layers": 1},
+    {**LLAMA, "model_type": "mistral", "num_key_value_heads": 3},
+    {"model_type": "mistral", "num_hidden_layers": 1},
+    {**LLAMA, "model_type": "qwen2", "num_key_value_heads": 2},
+    {**LLAMA, "model_type": "qwen2", "num_key_value_heads": None},
+    {"model_type": "qwen2", "num_hidden_layers": 1},
+    {**LLAMA, "model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 24, "attention_bias": True},
+    {"model_type": "qwen3", "num_hidden_layers": 1, "tie_word_embeddings": True},
+]
+
+
+def real(what: str, asked: object) -> Any:
+    """What `real_models.py` prints; its process group is ended with it."""
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = ["timeout", "-k", "5", "240", sys.executable, str(ROOT / "tests/real_models.py"), what]
+    done = subprocess.run(command, input=json.dumps(asked), text=True, capture_output=True, env=environ, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def preset(name: str) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load((ROOT / f"conf/model/{name}.yaml").read_text())["config"]
+    return config
+
+
+SHARDED = {
+    "falcon_40b": preset("falcon_40b"),
+    "llama_30b": preset("llama_30b"),
+    "small_falcon": CONFIGS[5],
+    "small_llama": CONFIGS[9],
+}
+
+
+@pytest.fixture(scope="module")
+def found() -> Any:
+    """All that is asked of transformers and FSDP2, in one process."""
+    return real("transformers", {"parameters": CONFIGS, "fsdp": SHARDED})
+
+
+def test_parameters_are_those_of_transformers_by_name_shape_and_order(found: Any) -> None:
+    planned = [
+        [(parameter.name, list(parameter.shape)) for parameter in ModelShape.from_config(config).parameters]
+        for config in CONFIGS
+    ]
+    assert planned == [list(named.items()) for named in found["parameters"]]
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_fsdp_bytes_are_those_that_fsdp2_leaves_on_a_rank(found: Any, name: str) -> None:
+    planned = {}
+    for size, by_rank in found["fsdp"][name].items():
+        layout = make_layout(PlanRequest(shape=ModelShape.from_config(SHARDED[name]), engine="fsdp", devices=int(size)))
+        planned[size] = {rank: layout.parameter_bytes[int(rank)] for rank in by_rank}
+    assert planned == found["fsdp"][name]
+
+
+def test_rows_that_do_not_divide_leave_the_last_ranks_with_less_or_nothing(found: Any) -> None:
+    assert found["fsdp"]["llama_30b"]["512"]["511"] < found["fsdp"]["llama_30b"]["512"]["0"]
+    assert found["fsdp"]["small_falcon"]["512"]["511"] == 0
+
+
+def test_deepspeed_numbers_are_those_that_autotp_leaves_on_a_rank() -> None:
+    pytest.importorskip("deepspeed")
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 8, "hidden_size": 256, "vocab_size": 1001}
+    falcon = {"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 4, "bias": True, **heads}
+    llama = {"model_type": "llama", "num_key_value_heads": 4, "intermediate_size": 720, "mlp_bias": True, **heads}
+    qwen = {**llama, "model_type": "qwen3", "head_dim": 64, "tie_word_embeddings": True, "intermediate_size": 704}
+    cases = [(falcon, 2), (llama, 4), (qwen, 2)]
+    planned = [list(cut_up(ModelShape.from_config(config), "deepspeed", size)) for config, size in cases]
+    assert planned == real("deepspeed", cases)
