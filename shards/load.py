@@ -29,6 +29,15 @@ DERIVED = r"rotary_emb\.inv_freq$|(^|\.)position_ids$|\.masked_bias$"  # in old 
 
 
 @dataclass(frozen=True, slots=True)
+class Block:
+    """The part of the uncut model that a plain tensor holds: of parameter `name`, of `shape`, the block at `start`."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class LoadStats:
     """`bytes_read` from disk-backed files by this rank, `local_bytes` that its parameters and buffers take."""
 
@@ -103,10 +112,22 @@ def local_bytes(model: nn.Module) -> int:
     return sum(_local(tensor).nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
+def mark_block(tensor: torch.Tensor, block: Block) -> None:
+    """Note on a plain tensor in memory which part of the model it is, for engines that cut a model their own way."""
+    tensor.block = block  # type: ignore[attr-defined]
+
+
+def whole(name: str, tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
+    """Name and shape of a tensor in the uncut model."""
+    block: Block | None = getattr(tensor, "block", None)
+    return (name, tuple(tensor.shape)) if block is None else (block.name, block.shape)
+
+
 def local_block(tensor: torch.Tensor) -> tuple[tuple[int, ...], torch.Tensor]:
     """Where in the whole tensor the local part begins, and the local part itself."""
     if not isinstance(tensor, DTensor):
-        return (0,) * tensor.dim(), tensor.detach()
+        block: Block | None = getattr(tensor, "block", None)
+        return (0,) * tensor.dim() if block is None else block.start, tensor.detach()
     local = _local(tensor)
     shape, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     assert tuple(shape) == tuple(local.shape), f"local shape {tuple(local.shape)}, by its placement {tuple(shape)}"
@@ -133,9 +154,10 @@ def _match(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[TensorEn
     first = {id(tensor): name for name, tensor in tensors.items()}
     tied: dict[str, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if (source := first[id(parameter)]) != name:
+        for source in {first[id(parameter)], whole(name, parameter)[0]} - {name}:
             tied.setdefault(source, []).append(name)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            tied.setdefault(name, []).append(source)
+    shapes = {name: whole(name, tensor)[1] for name, tensor in tensors.items()}
     found = checkpoint.verify(shapes, tied, getattr(model, "base_model_prefix", ""), _ignored(model))
     for name, entries in found.items():
         _check_dtype(entries[0], tensors[name].dtype)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from shards.load import LoadStats, local_block, local_bytes, materialize, stored_tensors
+from shards.load import LoadStats, local_block, local_bytes, materialize, stored_tensors, whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,7 +39,7 @@ def fill_random(
     with torch.no_grad():
         for name, tensor in tensors.items():
             start, local = local_block(tensor)
-            _fill(name, tuple(tensor.shape), start, local, seed)
+            _fill(*whole(name, tensor), start, local, seed)
             done += local.nbytes
             progress(done, total)
     if torch.device(device).type == "cuda":
