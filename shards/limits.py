@@ -67,9 +67,8 @@ def decode_step(work: Work, machine: Machine, scheme: Scheme, *, batch: int, con
     n = 1 if scheme in ("single", "pipeline") else machine.num_devices
     cache = batch * context * work.kv_bytes_per_token
     compute = 2 * work.step_parameters * batch / flops
-    if scheme == "fsdp" and n > 1:
-        copies = (3 + 2 / n) * work.gathered_bytes
-        memory = (work.step_bytes + copies + cache) / bandwidth
+    if scheme == "fsdp":
+        memory = (work.step_bytes + _copied_bytes(work, n) + cache) / bandwidth
         return _overlapped(memory, compute, _gather_s(work, machine), n * batch)
     memory, compute = (work.step_bytes + cache) / (n * bandwidth), compute / n
     reduces = _all_reduce_s(work, machine, batch) if scheme == "tensor_parallel" else 0.0

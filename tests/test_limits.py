@@ -1,0 +1,128 @@
+"""Ceilings, against published and worked-out figures: all in tokens/s over all devices, 512 tokens of context, bf16."""
+
+from __future__ import annotations
+
+import pytest
+
+from shards.hardware import DEVICES, LINKS, Device, Link
+from shards.limits import Limit, Machine, Scheme, Work, decode_step, prefill
+
+FALCON = Work(
+    step_bytes=82_606_587_904,
+    step_parameters=41_303_293_952,
+    layer_parameters=40_770_600_960,
+    kv_bytes_per_token=122_880,
+    num_layers=60,
+    hidden_size=8192,
+    gathered_bytes=82_606_587_904,
+    all_reduces_per_layer=1,
+)
+LLAMA = Work(
+    step_bytes=64_631_902_208,
+    step_parameters=32_315_951_104,
+    layer_parameters=32_102_953_984,
+    kv_bytes_per_token=1_597_440,
+    num_layers=60,
+    hidden_size=6656,
+    gathered_bytes=64_631_902_208,
+    all_reduces_per_layer=2,
+)
+A6000 = Machine(DEVICES["a6000"], 2, LINKS["pcie4"])
+BRIDGE = Machine(DEVICES["a6000"], 2, LINKS["nvlink_bridge"])
+A100 = Machine(DEVICES["a100_80g"], 2, LINKS["nvlink3"])
+H200 = Machine(DEVICES["h200"])
+
+
+@pytest.mark.parametrize(
+    ("work", "machine", "scheme", "expected"),
+    [
+        (FALCON, A6000, "tensor_parallel", ("18.0", "142", "550")),
+        (FALCON, A6000, "fsdp", ("1.21", "9.7", "38.7")),
+        (FALCON, BRIDGE, "tensor_parallel", ("18.2", "144", "562")),
+        (FALCON, BRIDGE, "fsdp", ("2.42", "19.4", "77.5")),
+        (FALCON, A100, "tensor_parallel", ("47.9", "381", "1489")),
+        (FALCON, H200, "single", ("52.0", "414", "1626")),
+        (FALCON, H200, "fsdp", ("17.3", "139", "551")),
+        (LLAMA, A6000, "tensor_parallel", ("21.6", "159", "494")),
+        (LLAMA, A6000, "fsdp", ("1.55", "12.4", "49.5")),
+        (LLAMA, A100, "tensor_parallel", ("57.9", "428", "1351")),
+        (LLAMA, H200, "single", ("65.7", "483", "1515")),
+        (LLAMA, H200, "fsdp", ("22.1", "172", "625")),
+    ],
+)
+def test_decode(work: Work, machine: Machine, scheme: Scheme, expected: tuple[str, ...]) -> None:
+    assert as_printed(work, machine, scheme, expected, context=512) == expected
+
+
+@pytest.mark.parametrize(("work", "expected"), [(FALCON, ("9.9", "79.0", "316")), (LLAMA, ("12.6", "101", "404"))])
+def test_decode_of_fsdp_bound_by_its_copies(work: Work, expected: tuple[str, ...]) -> None:
+    """Gathering over NVLink is faster than copying in and out; these figures leave the cache out."""
+    assert as_printed(work, A100, "fsdp", expected, context=0) == expected
+
+
+def as_printed(work: Work, machine: Machine, scheme: Scheme, like: tuple[str, ...], context: int) -> tuple[str, ...]:
+    """Tokens/s for batches of 1, 8 and 32, with as many digits as in `like`."""
+    limits = [decode_step(work, machine, scheme, batch=batch, context=context) for batch in (1, 8, 32)]
+    digits = [len(text.partition(".")[2]) for text in like]
+    return tuple(f"{limit.tokens_per_s:.{d}f}" for limit, d in zip(limits, digits, strict=True) if limit)
+
+
+def test_falcon_40b_on_two_a6000_reaches_the_published_0_60_tokens_for_one_prompt() -> None:
+    """Both ranks answer the same prompt: a token of it comes with each step."""
+    limit = decode_step(FALCON, A6000, "fsdp", batch=1, context=512)
+    assert limit is not None
+    assert f"{1 / limit.seconds:.2f}" == "0.61"
+    assert limit.bound == "link"
+
+
+@pytest.mark.parametrize(
+    ("work", "machine", "scheme", "milliseconds"),
+    [
+        (FALCON, A6000, "tensor_parallel", 136),
+        (FALCON, A100, "tensor_parallel", 67),
+        (FALCON, H200, "single", 53),
+        (LLAMA, A6000, "tensor_parallel", 107),
+        (LLAMA, A100, "tensor_parallel", 53),
+        (LLAMA, H200, "single", 42),
+    ],
+)
+def test_prefill_of_512_tokens(work: Work, machine: Machine, scheme: Scheme, milliseconds: int) -> None:
+    """Without the time of the all-reduces, which the figures leave out."""
+    free = Machine(machine.device, machine.num_devices, Link("free", float("inf"), 0.0))
+    limit = prefill(work, free, scheme, batch=1, tokens=512)
+    assert limit is not None
+    assert (round(limit.seconds * 1e3), limit.bound) == (milliseconds, "compute")
+
+
+@pytest.mark.parametrize(
+    ("bandwidth", "flops", "link", "expected"),
+    [
+        (1e12, 1e18, 1e15, Limit(0.03, "memory", 2 / 0.03)),
+        (1e18, 1e12, 1e15, Limit(0.02, "compute", 100.0)),
+        (1e18, 1e18, 1e12, Limit(0.003, "link", 2 / 0.003)),
+    ],
+)
+def test_the_slowest_of_three_bounds_a_gathering_step(
+    bandwidth: float, flops: float, link: float, expected: Limit
+) -> None:
+    work = Work(
+        step_bytes=6_000_000_000,
+        step_parameters=10_000_000_000,
+        layer_parameters=1,
+        kv_bytes_per_token=0,
+        num_layers=1,
+        hidden_size=1,
+        gathered_bytes=6_000_000_000,
+    )
+    device = Device("card", bandwidth=bandwidth, flops_16=flops)
+    found = decode_step(work, Machine(device, 2, Link("link", link, 0.0)), "fsdp", batch=1, context=1)
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    "machine",
+    [Machine(DEVICES["cpu"]), Machine(DEVICES["a6000"], 2), Machine(Device("no rate of its own", bandwidth=1e12))],
+)
+def test_no_limit_is_given_where_a_rate_is_not_known(machine: Machine) -> None:
+    assert decode_step(FALCON, machine, "tensor_parallel", batch=1, context=1) is None
+    assert prefill(FALCON, machine, "tensor_parallel", batch=1, tokens=1) is None
