@@ -43,13 +43,18 @@ def plan_of(
         devices=config.devices,
         num_nodes=config.num_nodes,
         dtype_bytes=DTYPE_BYTES[config.precision],
-        batch_size=min(config.measure.batch_size, len(prompts)),
+        batch_size=min(config.measure.batch_size, _share(config, len(prompts))),
         prompt_tokens=max(len(prompt.token_ids) for prompt in prompts),
         max_new_tokens=sampling_of(config).max_new_tokens,
         device=cuda_devices(os.environ)[0] if on_cuda else CPU,
         **options,
     )
     return make_plan(request)
+
+
+def _share(config: RunConfig, prompts: int) -> int:
+    """How many prompts one rank answers."""
+    return -(-prompts // (config.devices * config.num_nodes)) if config.backend.data_parallel else prompts
 
 
 def shape_of(model_config: Mapping[str, Any], tensors: Mapping[str, TensorEntry] | None) -> ModelShape:

@@ -16,7 +16,7 @@ from launcher.config import ConfigError, Weights, to_dict
 from launcher.files import read_json, write_json, write_text
 from launcher.models import EMBEDDED
 from launcher.planning import plan_of
-from launcher.prompts import check_context, load_prompts, sampling_of, write_prompts
+from launcher.prompts import check_context, guessed_prompts, load_prompts, sampling_of, write_prompts
 from shards.checkpoint import Checkpoint
 from shards.errors import CheckpointError, UserError
 from shards.hardware import cuda_devices
@@ -54,7 +54,11 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
     tensors = None
     if folder is not None and config.model.weights is Weights.auto:
         tensors = Checkpoint.open(folder).tensors
-    prompts = load_prompts(config, folder, int(model_config["vocab_size"]))
+    if folder is None and config.dry_run:
+        notes.append(f"{config.model.path} is not on this machine: prompts are counted as a token for each 4 bytes")
+        prompts = guessed_prompts(config, int(model_config["vocab_size"]))
+    else:
+        prompts = load_prompts(config, folder, int(model_config["vocab_size"]))
     sampling = sampling_of(config)
     check_context(prompts, sampling.max_new_tokens, model_config.get("max_position_embeddings"))
     plan = plan_of(config, model_config, tensors, prompts, on_cuda)
@@ -108,14 +112,15 @@ def _settle(config: RunConfig, on_cuda: bool) -> tuple[RunConfig, list[str]]:
 
 
 def model_folder(config: RunConfig) -> Path | None:
-    """The folder of the model on this machine; None for random weights of shapes that the configuration holds."""
+    """The folder of the model on this machine; None where the shapes in the configuration are enough: for random weights and a dry run."""
     path = config.model.path
     if path.startswith("embedded:"):
         name = path.removeprefix("embedded:")
         if not (EMBEDDED / name / "config.json").is_file():
             raise ConfigError(f"There is no embedded model {name!r}.", "model=tiny_falcon")
         return EMBEDDED / name
-    if config.model.weights is Weights.random and config.model.config and not Path(path).is_dir():
+    needs_folder = config.model.weights is Weights.auto and not config.dry_run
+    if config.model.config and not needs_folder and not Path(path).is_dir():
         return None
     return resolve(path, config.model.revision)
 

@@ -34,6 +34,15 @@ def load_prompts(config: RunConfig, folder: Path | None, vocab_size: int) -> lis
     return encode(texts, folder)
 
 
+def guessed_prompts(config: RunConfig, vocab_size: int) -> list[Prompt]:
+    """Prompts of about the right lengths, for a plan without the model's tokenizer: a token for each 4 bytes."""
+    wanted = config.prompts
+    if wanted.input_tokens is not None:
+        return load_prompts(config, None, vocab_size)
+    texts = read_texts(wanted)
+    return [Prompt(index, text, (0,) * -(-len(text.encode()) // 4)) for index, text in enumerate(texts)]
+
+
 def read_texts(wanted: PromptsConfig) -> list[str]:
     """The texts of a prompt preset; ConfigError for a file that is missing, empty or malformed, with the line."""
     if wanted.texts is not None:

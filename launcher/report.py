@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from launcher.prepare import Run
+    from shards.limits import Limit
 
 GIB = 1024**3
 MIB = 1024**2
@@ -135,11 +136,17 @@ def _devices(record: dict[str, Any]) -> Table:
         "host_anonymous_bytes": "host anonymous",
     }
     shown = [name for name in fields if any(device[name] is not None for device in record["devices"])]
-    table = Table("rank", "device", *(fields[name] for name in shown))
+    planned = {device["rank"]: device for device in record["plan"]["devices"]}
+    table = Table("rank", "device", *(fields[name] for name in shown), caption="in brackets: as planned")
     for device in record["devices"]:
         name = f"{device['device']} {device['device_name']}".strip()
-        table.add_row(str(device["rank"]), name, *(size(device[field]) for field in shown))
+        table.add_row(str(device["rank"]), name, *(_held(field, device, planned) for field in shown))
     return table
+
+
+def _held(field: str, device: dict[str, Any], planned: dict[int, dict[str, Any]]) -> str:
+    expected = planned.get(device["rank"], {}).get(field)
+    return size(device[field]) + (f" [dim]({size(expected)})[/]" if expected is not None else "")
 
 
 def show_point(point: Sequence[str], record: dict[str, Any], out: Console) -> None:
@@ -155,8 +162,35 @@ def sweep_line(records: Sequence[dict[str, Any]]) -> str:
 
 
 def show_plan(run: Run, out: Console) -> None:
-    """Print what a run would be."""
-    out.print(run.plan.to_dict())
+    """Print what a run would hold on each device, and the ceiling of its speed where the device is known."""
+    plan = run.plan
+    out.print(f"[bold]plan: {plan.engine} · {escape(run.config.model.name)} · {plan.num_parameters:,} parameters[/]")
+    for note in run.notes:
+        out.print(f"[yellow]note:[/] {escape(note)}")
+    table = Table("rank", "parameters", "KV cache", "activations", "buffers", "overhead", "capacity", "free")
+    for device in plan.devices:
+        cache = max(device.kv_cache_bytes, device.kv_cache_reserved_bytes)
+        held = (device.parameter_bytes, cache, device.activation_bytes, device.buffer_bytes, device.overhead_bytes)
+        table.add_row(str(device.rank), *map(size, held), size(device.capacity_bytes), size(device.free_bytes))
+    out.print(table)
+    facts = {
+        "device": plan.device_name,
+        "KV cache a token": f"{plan.kv_bytes_per_token:,} bytes",
+        "peak while loading": f"{size(plan.load_host_bytes)} host, {size(plan.load_device_bytes)} device, each rank",
+        "largest batch": plan.largest_batch or "not bounded by a known capacity",
+        "longest context": plan.longest_context,
+        "smallest number of devices": plan.smallest_devices,
+        "decode ceiling": _limit(plan.limit),
+        "prefill ceiling": _limit(plan.prefill_limit),
+    }
+    for name, value in facts.items():
+        out.print(f"  {name}: {value}")
+
+
+def _limit(limit: Limit | None) -> str:
+    if limit is None:
+        return "no rates are known for this device"
+    return f"{rate(limit.tokens_per_s)} tokens/s, {seconds(limit.seconds)} a step, bound by {limit.bound}"
 
 
 def show_sweep(records: Sequence[dict[str, Any]], points: Sequence[Sequence[str]], out: Console) -> None:

@@ -11,6 +11,7 @@ from launcher.config import Weights
 from launcher.decode import Decoder, eos_token_ids
 from launcher.measure import module_memory
 from shards.checkpoint import Checkpoint
+from shards.families import keep_kv_heads_only
 from shards.load import build_meta, load_weights
 from shards.process_group import any_rank, barrier, connect, device_of, disconnect
 from shards.random_weights import fill_random
@@ -49,8 +50,9 @@ class ModuleBackend(ABC):
 
     def meta_model(self) -> torch.nn.Module:
         """The model without memory, from the folder of the checkpoint or the shapes of the configuration."""
-        model = self.config.model
-        return build_meta(self.source, self.dtype, model.trust_remote_code)
+        model = build_meta(self.source, self.dtype, self.config.model.trust_remote_code)
+        keep_kv_heads_only(model)
+        return model
 
     @property
     def source(self) -> Path | str | dict[str, Any]:

@@ -1,0 +1,66 @@
+"""What is special to a family of models: an attention for Falcon that keeps keys and values of its kv heads only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+
+class GroupedFalconAttention(FalconAttention):
+    """Falcon's grouped attention with a cache of [batch, kv heads, length, head_dim].
+
+    transformers expands keys and values to all query heads before it caches them: 16 times the bytes for Falcon-40B.
+    The fused rows are (queries of a group, its key, its value) for each kv head, also where tensor parallelism has
+    left a part of the kv heads. Returns what FalconAttention.forward returns.
+    """
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        alibi: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None = None,
+        layer_past: Cache | None = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        batch, length, _ = hidden_states.shape
+        group = self.num_heads // self.num_kv_heads
+        fused = self.query_key_value(hidden_states).view(batch, length, -1, group + 2, self.head_dim)
+        query = fused[..., :-2, :].flatten(2, 3).transpose(1, 2)
+        key, value = fused[..., -2, :].transpose(1, 2), fused[..., -1, :].transpose(1, 2)
+        assert position_embeddings is not None
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if layer_past is not None:
+            key, value = layer_past.update(key, value, self.layer_idx)
+        attended = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            is_causal=attention_mask is None and length > 1,
+            enable_gqa=group > 1,
+        )
+        return self.dense(attended.transpose(1, 2).reshape(batch, length, -1)), None
+
+
+def keep_kv_heads_only(model: torch.nn.Module) -> int:
+    """Give every attention of a new-architecture Falcon the small cache, in place; how many were changed.
+
+    Older Falcons (multi-query, or with ALiBi) and other families keep kv heads only as they are.
+    """
+    changed = 0
+    for module in model.modules():
+        if type(module) is FalconAttention and module.new_decoder_architecture and not module.config.alibi:
+            assert module.config._attn_implementation == "sdpa", module.config._attn_implementation
+            module.__class__ = GroupedFalconAttention
+            changed += 1
+    return changed
