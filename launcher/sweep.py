@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import report
+from launcher import compare, report
+from launcher.bars import Bars
+from launcher.comparison import alike, read_run
 from launcher.compose import compose_run, expand_sweep
 from launcher.config import to_dict
 from launcher.launch import run_local
 from launcher.prepare import create_run_dir, prepare
 from launcher.record import refused
-from launcher.bars import Bars
 from shards.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,8 +43,16 @@ def sweep(overrides: Sequence[str], config_dirs: tuple[str, ...]) -> int:
         records.append(record)
         report.show_point(point, record, report.console(stderr=True))
     report.show_sweep(records, [_varied(point, overrides) for point in points], report.console())
+    show_parity(records)
     print(report.sweep_line(records), flush=True)
     return exit_code(records)
+
+
+def show_parity(records: Sequence[dict[str, Any]]) -> None:
+    """Print the points that answered the same prompts with the same model against the first of them."""
+    ended = [read_run(Path(record["run_dir"])) for record in records if record["status"] == "ok"]
+    for group in alike(ended):
+        compare.show(group, report.console())
 
 
 def _varied(point: Sequence[str], overrides: Sequence[str]) -> list[str]:

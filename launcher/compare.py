@@ -1,0 +1,146 @@
+"""`python -m launcher.compare RUN_A RUN_B ...`: the first run is the base of every pair.
+
+Prints what share of the completions is the same, where they first part and how near the two best tokens were there,
+which texts only repeat themselves, the ratio of tokens/s with its spread, and the memory of each device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from launcher.comparison import Comparison, FinishedRun, compare, read_run
+from launcher.report import console, rate, size
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+HELD = {
+    "parameter_bytes": "parameters",
+    "kv_cache_bytes": "KV cache",
+    "kv_cache_reserved_bytes": "KV reserved",
+    "peak_allocated_bytes": "peak allocated",
+    "host_anonymous_bytes": "host anonymous",
+}
+
+
+def missed(comparison: Comparison, min_match: float | None, min_speed_ratio: float | None) -> list[str]:
+    """The thresholds that this pair does not reach, a sentence for each."""
+    what = f"{Path(comparison.other).name} against {Path(comparison.base).name}"
+    found = []
+    if min_match is not None and comparison.match < min_match:
+        found.append(
+            f"{what}: {comparison.matching} of {comparison.prompts} completions are the same, not {min_match:g}."
+        )
+    if min_speed_ratio is not None and comparison.speed.median < min_speed_ratio:
+        found.append(f"{what}: {comparison.speed.median:.3f} of its tokens/s, not {min_speed_ratio:g}.")
+    return found
+
+
+def show(runs: Sequence[FinishedRun], out: Console) -> list[Comparison]:
+    """Print the first run against each other one, and the memory of all their devices; the comparisons."""
+    comparisons = [compare(runs[0], other) for other in runs[1:]]
+    out.print(table(comparisons, runs))
+    for comparison, run in zip(comparisons, runs[1:], strict=True):
+        for difference in comparison.differences:
+            line = f"[yellow]note:[/] {run.label} against {runs[0].label}: {escape(difference)}"
+            out.print(line, soft_wrap=True)
+    out.print(devices(runs))
+    return comparisons
+
+
+def table(comparisons: Sequence[Comparison], runs: Sequence[FinishedRun]) -> Table:
+    """The base, and a row for each other run against it."""
+    made = Table(
+        "run", "same tokens", "first divergence", "top-2 gap", "repeats itself", "new tokens/s", "of base", "min … max"
+    )
+    base = runs[0]
+    degenerate = _repeats(comparisons[0].base_degenerate, len(base.prompts))
+    made.add_row(f"{base.label} (base)", "", "", "", degenerate, rate(base.record["new_tokens_per_s"]), "", "")
+    for comparison, run in zip(comparisons, runs[1:], strict=True):
+        first = comparison.divergences[0] if comparison.divergences else None
+        made.add_row(
+            run.label,
+            f"{comparison.matching}/{comparison.prompts} ({comparison.match:.0%})",
+            f"prompt {first.prompt}, token {first.position}" if first else "none",
+            "-" if first is None else "not known" if first.gap is None else f"{first.gap:.3g}",
+            _repeats(comparison.other_degenerate, comparison.prompts),
+            rate(run.record["new_tokens_per_s"]),
+            f"{comparison.speed.median:,.3f}",
+            f"{comparison.speed.min:,.3f} … {comparison.speed.max:,.3f}",
+        )
+    return made
+
+
+def _repeats(degenerate: Sequence[int], prompts: int) -> str:
+    return f"[red]{len(degenerate)} of {prompts}[/]" if degenerate else "no"
+
+
+def devices(runs: Sequence[FinishedRun]) -> Table:
+    """What each device of each run held; "-" is not known, and the record says why."""
+    rows = [(run, device) for run in runs for device in run.record["devices"]]
+    shown = [name for name in HELD if any(device[name] is not None for _, device in rows)]
+    made = Table("run", "rank", "device", *(HELD[name] for name in shown))
+    for run, device in rows:
+        where = f"{device['device']} {device['device_name']}".strip()
+        made.add_row(run.label, str(device["rank"]), where, *(size(device[name]) for name in shown))
+    return made
+
+
+def to_dict(runs: Sequence[FinishedRun], comparisons: Sequence[Comparison], misses: Sequence[str]) -> dict[str, Any]:
+    """Everything that was compared, as plain JSON values."""
+    return {
+        "base": str(runs[0].run_dir),
+        "comparisons": [asdict(comparison) | {"match": comparison.match} for comparison in comparisons],
+        "devices": {str(run.run_dir): _held(run) for run in runs},
+        "missed": list(misses),
+    }
+
+
+def _held(run: FinishedRun) -> list[dict[str, Any]]:
+    return [{name: device[name] for name in ("rank", "device", *HELD)} for device in run.record["devices"]]
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; what is wrong with it ends the process with code 2."""
+    parser = argparse.ArgumentParser(prog="python -m launcher.compare", description="Compare runs with the first one.")
+    parser.add_argument("base", type=Path, metavar="RUN", help="the run directory that the others are held against")
+    parser.add_argument("others", type=Path, metavar="RUN", nargs="+")
+    parser.add_argument("--min-match", type=float, metavar="SHARE", help="least share of equal completions, 1.0 is all")
+    parser.add_argument("--min-speed-ratio", type=float, metavar="RATIO", help="least ratio of the median tokens/s")
+    parser.add_argument("--json", action="store_true", help="print the JSON line only")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0, 1 where a threshold is missed, 2 where there is nothing to compare (one line on stderr says why)."""
+    arguments = parse(argv)
+    try:
+        runs = [read_run(path) for path in (arguments.base, *arguments.others)]
+        if arguments.json:
+            comparisons = [compare(runs[0], other) for other in runs[1:]]
+        else:
+            comparisons = show(runs, console())
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    found = [missed(one, arguments.min_match, arguments.min_speed_ratio) for one in comparisons]
+    misses = [line for lines in found for line in lines]
+    for line in misses:
+        print(f"missed: {line}", file=sys.stderr)
+    print(json.dumps(to_dict(runs, comparisons, misses)), flush=True)
+    return 1 if misses else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
