@@ -21,14 +21,21 @@ def cut_up(shape: ModelShape, engine: str, n: int) -> tuple[int, ...]:
 
 
 def spread(shape: ModelShape, n: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Parameters, and layers, on each of `n` devices that hold whole layers in order, balanced to within a layer."""
-    numels, layers, total, before = [0] * n, [0] * n, shape.num_parameters, 0
-    for members in _in_order(shape):
-        size = sum(parameter.numel for parameter in members)
-        device = min(n - 1, n * (2 * before + size) // (2 * total))
+    """Parameters, and layers, on each of `n` devices that hold whole layers in order, as accelerate balances them.
+
+    Each but the last is filled up to its part of the model and 1.25 layers; the first keeps room for the largest
+    module. Source: get_balanced_memory and infer_auto_device_map in accelerate/utils/modeling.py.
+    """
+    units = [(sum(p.numel for p in members), members[0].layer is not None) for members in _in_order(shape)]
+    layer = max((size for size, is_layer in units if is_layer), default=0)
+    room = shape.num_parameters // n + 5 * layer // 4
+    rooms = [room - max(size for size, _ in units), *[room] * (n - 1)]
+    numels, layers, device = [0] * n, [0] * n, 0
+    for size, is_layer in units:
+        while device < n - 1 and numels[device] + size > rooms[device]:
+            device += 1
         numels[device] += size
-        layers[device] += members[0].layer is not None
-        before += size
+        layers[device] += is_layer
     return tuple(numels), tuple(layers)
 
 

@@ -93,7 +93,7 @@ class Layout:
 
 
 def make_layout(request: PlanRequest) -> Layout:
-    """How the engine cuts the model; bytes of parameters are exact (whole layers under `transformers`: to a layer)."""
+    """How the engine cuts the model; bytes of parameters are exact."""
     n, e, num_layers = request.num_devices, request.dtype_bytes, request.shape.num_layers
     if request.engine == "dummy":
         return Layout((0,) * n, (num_layers,) * n, 0)
@@ -160,7 +160,7 @@ def _buffer_bytes(request: PlanRequest) -> int:
     groups = request.shape.groups()
     sizes = {layer: sum(_gathered_numel(p.shape, n) for p in members) for layer, members in groups.items()}
     root = sizes.pop(None, 0)
-    layers = 2 * max(sizes.values()) if request.reshard_after_forward else sum(sizes.values())
+    layers = 2 * max(sizes.values(), default=0) if request.reshard_after_forward else sum(sizes.values())
     return request.dtype_bytes * (root + max(root, layers))
 
 

@@ -285,3 +285,6 @@ _FAMILIES: dict[str, Callable[[_Config], ModelShape]] = {
     "qwen2": _llama,
     "qwen3": _llama,
 }
+
+KNOWN_FAMILIES = frozenset(_FAMILIES)
+"""The `model_type`s whose parameters follow from their config."""

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from shards.ceilings import ceilings, step_bytes
 from shards.cuts import padded_vocabulary
 from shards.errors import PlanError
 from shards.hardware import GIB
-from shards.limits import Limit, Machine, Scheme, Work, decode_step, prefill
+from shards.limits import Limit
 from shards.memory import DevicePlan, Layout, PlanRequest, device_plans, kv_bytes_per_token, load_peaks, make_layout
 
 __all__ = ["DevicePlan", "Plan", "PlanError", "PlanRequest", "make_plan"]
@@ -70,23 +71,22 @@ def make_plan(request: PlanRequest) -> Plan:
         raise PlanError(problem, _hint(request))
     layout = make_layout(request)
     host, device = load_peaks(request, layout)
-    work, machine, scheme = _work(request), _machine(request), _scheme(request)
-    half = request.prompt_tokens + request.max_new_tokens // 2
+    decode, prefill = ceilings(request, layout)
     return Plan(
         engine=request.engine,
         world_size=1 if request.engine == "transformers" else request.num_devices,
         device_name=request.device.name,
         num_parameters=request.shape.num_parameters,
         kv_bytes_per_token=kv_bytes_per_token(request),
-        step_bytes=_step_bytes(request, layout),
+        step_bytes=step_bytes(request, layout),
         devices=device_plans(request, layout),
         load_host_bytes=host,
         load_device_bytes=device,
         largest_batch=_largest_batch(request, layout),
         longest_context=_longest_context(request, layout),
         smallest_devices=_smallest_devices(request),
-        limit=decode_step(work, machine, scheme, batch=request.batch_size, context=half),
-        prefill_limit=prefill(work, machine, scheme, batch=request.batch_size, tokens=request.prompt_tokens),
+        limit=decode,
+        prefill_limit=prefill,
     )
 
 
@@ -109,30 +109,35 @@ def _illegal(request: PlanRequest) -> str | None:
 
 def _too_large(request: PlanRequest) -> str | None:
     """Why it does not fit a device, None if it does or if no capacity is known."""
-    for device in device_plans(request, make_layout(request)):
-        missing = _missing_bytes(request, device)
-        if missing > 0 and device.capacity_bytes is not None:
-            where = f"on each of {request.num_devices} devices" if request.num_devices > 1 else "on 1 device"
-            usable = device.capacity_bytes * (request.gpu_memory_utilization if request.engine == "vllm" else 1)
-            share = f" of which {request.engine} may use {usable / GIB:.1f}" if request.engine == "vllm" else ""
-            return (
-                f"{request.shape.num_parameters / 1e9:.1f} billion parameters with {request.engine} need "
-                f"{(usable + missing) / GIB:.1f} GiB {where} (weights {device.parameter_bytes / GIB:.1f}), "
-                f"{request.device.name} has {device.capacity_bytes / GIB:.1f} GiB{share}."
-            )
-    return None
+    worst = max(device_plans(request, make_layout(request)), key=lambda device: _missing_bytes(request, device))
+    if (missing := _missing_bytes(request, worst)) <= 0:
+        return None
+    assert worst.capacity_bytes is not None
+    n, usable = request.num_devices, _usable_bytes(request, worst.capacity_bytes)
+    part = f"{(usable + missing) / GIB:.1f} GiB on " + (f"device {worst.rank} of {n}" if n > 1 else "one device")
+    may = f", of which {request.engine} may use {usable / GIB:.1f}" if usable < worst.capacity_bytes else ""
+    return (
+        f"{request.shape.num_parameters / 1e9:.1f} billion parameters with {request.engine} need {part} "
+        f"(weights {worst.parameter_bytes / GIB:.1f}, batch {request.batch_size} of {request.context} tokens), "
+        f"{request.device.name} has {worst.capacity_bytes / GIB:.1f} GiB{may}."
+    )
 
 
 def _missing_bytes(request: PlanRequest, device: DevicePlan) -> int:
     """Bytes that the device lacks. vLLM queues what its pool cannot hold, and needs room for one sequence only."""
     if device.capacity_bytes is None:
         return 0
-    if request.engine != "vllm":
-        return device.used_bytes - device.capacity_bytes
-    others = device.used_bytes - device.kv_cache_reserved_bytes
-    sequence = max(kv_bytes_per_token(request) * request.context, request.kv_cache_memory_bytes or 0)
-    usable = 1.0 if request.kv_cache_memory_bytes else request.gpu_memory_utilization
-    return others + sequence - int(usable * device.capacity_bytes)
+    used, usable = device.used_bytes, _usable_bytes(request, device.capacity_bytes)
+    if request.engine == "vllm":
+        sequence = kv_bytes_per_token(request) * request.context
+        used += max(sequence, request.kv_cache_memory_bytes or 0) - device.kv_cache_reserved_bytes
+    return used - usable
+
+
+def _usable_bytes(request: PlanRequest, capacity: int) -> int:
+    """What vLLM allows itself is a share of the card, unless it is told the size of its cache."""
+    shared = request.engine == "vllm" and request.kv_cache_memory_bytes is None
+    return int(request.gpu_memory_utilization * capacity) if shared else capacity
 
 
 def _fits(request: PlanRequest, layout: Layout | None = None) -> bool:
@@ -198,44 +203,3 @@ def _last(holds: Callable[[int], bool], most: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if holds(middle) else (low, middle)
     return low
-
-
-def _step_bytes(request: PlanRequest, layout: Layout) -> int:
-    """Weights that a device reads for a decode step (for a pipeline: that all of them read, one after the other)."""
-    shape, n = request.shape, request.tensor_parallel_size
-    table = sum(p.numel for p in shape.parameters if p.cut == "embedding") * request.dtype_bytes
-    if request.engine == "dummy":
-        return 0
-    if n == 1:
-        return shape.step_parameters * request.dtype_bytes
-    if request.engine == "deepspeed":
-        return layout.parameter_bytes[0] - table
-    return layout.parameter_bytes[0] - (0 if shape.tied else table // n)
-
-
-def _work(request: PlanRequest) -> Work:
-    shape, n = request.shape, request.tensor_parallel_size
-    gathers = request.engine == "fsdp" and request.num_devices > 1 and request.reshard_after_forward
-    reduces = 1 if request.engine == "vllm" and shape.parallel_attention else 2
-    return Work(
-        step_bytes=n * _step_bytes(request, make_layout(request)),
-        step_parameters=shape.step_parameters,
-        layer_parameters=shape.layer_parameters,
-        kv_bytes_per_token=n * kv_bytes_per_token(request),
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        dtype_bytes=request.dtype_bytes,
-        gathered_bytes=shape.layer_parameters * request.dtype_bytes if gathers else 0,
-        all_reduces_per_layer=reduces if n > 1 else 0,
-    )
-
-
-def _scheme(request: PlanRequest) -> Scheme:
-    if request.engine == "fsdp" and request.num_devices > 1:
-        return "fsdp"
-    return "tensor_parallel" if request.tensor_parallel_size > 1 else "pipeline"
-
-
-def _machine(request: PlanRequest) -> Machine:
-    together = 1 if _scheme(request) == "pipeline" else request.num_devices
-    return Machine(request.device, together, request.link)

@@ -1,0 +1,59 @@
+"""The limits of a plan: what a request asks of its devices and link, given to `shards.limits`."""
+
+from __future__ import annotations
+
+from shards.limits import Limit, Machine, Scheme, Work, decode_step, prefill
+from shards.memory import Layout, PlanRequest, kv_bytes_per_token
+
+
+def ceilings(request: PlanRequest, layout: Layout) -> tuple[Limit | None, Limit | None]:
+    """Of a decode step halfway through the answers, and of the prefill of a batch; None where no rates are known."""
+    if request.engine == "dummy":
+        return None, None
+    work, machine, scheme = _work(request, layout), _machine(request), _scheme(request)
+    half = request.prompt_tokens + request.max_new_tokens // 2
+    return (
+        decode_step(work, machine, scheme, batch=request.batch_size, context=half),
+        prefill(work, machine, scheme, batch=request.batch_size, tokens=request.prompt_tokens),
+    )
+
+
+def step_bytes(request: PlanRequest, layout: Layout) -> int:
+    """Weights that a device reads for a decode step (for a pipeline: that all of them read, one after the other)."""
+    shape, n = request.shape, request.tensor_parallel_size
+    table = sum(p.numel for p in shape.parameters if p.cut == "embedding") * request.dtype_bytes
+    if request.engine == "dummy":
+        return 0
+    if n == 1:
+        return shape.step_parameters * request.dtype_bytes
+    if request.engine == "deepspeed":
+        return layout.parameter_bytes[0] - table
+    return layout.parameter_bytes[0] - (0 if shape.tied else table // n)
+
+
+def _work(request: PlanRequest, layout: Layout) -> Work:
+    shape, n = request.shape, request.tensor_parallel_size
+    gathers = request.engine == "fsdp" and request.num_devices > 1 and request.reshard_after_forward
+    reduces = 1 if request.engine == "vllm" and shape.parallel_attention else 2
+    return Work(
+        step_bytes=n * step_bytes(request, layout),
+        step_parameters=shape.step_parameters,
+        layer_parameters=shape.layer_parameters,
+        kv_bytes_per_token=n * kv_bytes_per_token(request),
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        dtype_bytes=request.dtype_bytes,
+        gathered_bytes=shape.layer_parameters * request.dtype_bytes if gathers else 0,
+        all_reduces_per_layer=reduces if n > 1 else 0,
+    )
+
+
+def _scheme(request: PlanRequest) -> Scheme:
+    if request.engine == "fsdp" and request.num_devices > 1:
+        return "fsdp"
+    return "tensor_parallel" if request.tensor_parallel_size > 1 else "pipeline"
+
+
+def _machine(request: PlanRequest) -> Machine:
+    together = 1 if _scheme(request) == "pipeline" else request.num_devices
+    return Machine(request.device, together, request.link)

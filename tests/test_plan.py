@@ -1,0 +1,281 @@
+"""Plans: bytes of each device, what is refused and with which hint, and that the hints hold."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from shards.cuts import cut_up, spread
+from shards.errors import PlanError
+from shards.hardware import DEVICES, GIB, LINKS, MIB, Device, visible
+from shards.memory import DevicePlan, PlanRequest, device_plans, load_peaks, make_layout
+from shards.model import ModelShape
+from shards.plan import Plan, make_plan
+
+PRESETS = Path(__file__).parent.parent / "conf" / "model"
+
+
+def preset(name: str) -> ModelShape:
+    return ModelShape.from_config(yaml.safe_load((PRESETS / f"{name}.yaml").read_text())["config"])
+
+
+FALCON_7B, FALCON_40B, LLAMA_30B, LLAMA2_70B = map(preset, ("falcon_7b", "falcon_40b", "llama_30b", "llama2_70b"))
+
+
+def request(shape: ModelShape, engine: str, devices: int, device: str = "a6000", **other: Any) -> PlanRequest:
+    return PlanRequest(
+        shape=shape, engine=engine, devices=devices, device=DEVICES[device], link=LINKS["pcie4"], **other
+    )
+
+
+def test_falcon_40b_with_fsdp_on_two_a6000() -> None:
+    """The whole plan. 46.1 GB a card were published for these two cards; the shard is 41.3 GB."""
+    plan = make_plan(request(FALCON_40B, "fsdp", 2))
+    card = DevicePlan(
+        rank=0,
+        parameter_bytes=41_303_293_952,
+        kv_cache_bytes=640 * 122_880,
+        kv_cache_reserved_bytes=640 * 122_880,
+        activation_bytes=(
+            512 * 2 * (4 * 8192 + 2 * 32768)  # one layer of the prompt: its input, norms, sum, and inner activations
+            + 512 * 640 * 3  # mask
+            + 2 * 640 * 8192 * 2  # one layer's keys and values at 128 heads
+        ),
+        buffer_bytes=2 * (65_024 * 8192 + 2 * 8192) + 2 * 2 * (9216 * 8192 + 8192**2 + 2 * 4 * 8192**2 + 4 * 8192),
+        overhead_bytes=(512 + 384) * MIB,
+        capacity_bytes=49_140 * MIB,
+    )
+    assert plan.devices == (card, replace(card, rank=1))
+    assert (plan.engine, plan.world_size, plan.device_name) == ("fsdp", 2, "RTX A6000")
+    assert (plan.num_parameters, plan.kv_bytes_per_token, plan.step_bytes) == (41_303_293_952, 122_880, 82_606_587_904)
+    assert (plan.load_host_bytes, plan.load_device_bytes) == (2 * 64 * MIB, 41_303_293_952 + 896 * MIB)
+    assert (plan.largest_batch, plan.longest_context, plan.smallest_devices) == (27, 2048, 2)
+    assert plan.limit is not None
+    assert (plan.limit.bound, round(1 / plan.limit.seconds, 2)) == ("link", 0.61)
+
+
+def test_a_plan_survives_json() -> None:
+    for engine in ("fsdp", "deepspeed", "vllm", "transformers", "dummy"):
+        plan = make_plan(request(LLAMA_30B, engine, 2))
+        values = json.loads(json.dumps(plan.to_dict()))
+        assert Plan.from_dict(values) == plan
+        assert values["devices"][1]["free_bytes"] == plan.devices[1].free_bytes
+
+
+FALCON_NORMS = 60 * 4 * 8192 + 2 * 8192
+FALCON_LAYER = 9216 * 8192 + 8192**2 + 8 * 8192**2
+LLAMA_NORMS = 121 * 6656
+LLAMA_LAYER = 4 * 6656**2 + 3 * 17920 * 6656
+LLAMA2_LAYER = 2 * 8192**2 + 3 * 28672 * 8192
+
+
+@pytest.mark.parametrize(
+    ("shape", "engine", "size", "expected"),
+    [
+        (FALCON_40B, "vllm", 2, 65_024 * 8192 // 2 + 60 * FALCON_LAYER // 2 + FALCON_NORMS),
+        (FALCON_40B, "deepspeed", 2, 65_024 * 8192 * 3 // 2 + 60 * FALCON_LAYER // 2 + FALCON_NORMS),
+        (LLAMA_30B, "vllm", 4, 2 * 32_000 * 6656 // 4 + 60 * LLAMA_LAYER // 4 + LLAMA_NORMS),
+        (LLAMA_30B, "deepspeed", 4, 32_000 * 6656 * 5 // 4 + 60 * LLAMA_LAYER // 4 + LLAMA_NORMS),
+        (LLAMA_30B, "fsdp", 8, 32_528_943_616 // 8),
+        (LLAMA2_70B, "vllm", 16, 2 * 32_000 * 8192 // 16 + 80 * (LLAMA2_LAYER // 16 + 2 * 128 * 8192) + 161 * 8192),
+        (FALCON_7B, "vllm", 1, 6_921_720_704),
+        (FALCON_7B, "deepspeed", 1, 6_921_720_704),
+    ],
+)
+def test_every_rank_holds(shape: ModelShape, engine: str, size: int, expected: int) -> None:
+    """Norms are on every rank, DeepSpeed's embedding too, and its tied model has a head of its own; 8 kv heads on 16
+    ranks are there twice."""
+    assert cut_up(shape, engine, size) == (expected,) * size
+
+
+def test_vllm_pads_the_vocabulary_to_64_rows() -> None:
+    config = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
+    wide, padded = ({**config, "vocab_size": rows} for rows in (1024, 1001))
+    assert cut_up(ModelShape.from_config(padded), "vllm", 2) == cut_up(ModelShape.from_config(wide), "vllm", 2)
+
+
+@pytest.mark.parametrize("size", [2, 3, 7, 60, 100_000])
+@pytest.mark.parametrize("shape", [FALCON_7B, LLAMA_30B], ids=["falcon_7b", "llama_30b"])
+def test_fsdp_ranks_hold_the_model_once(shape: ModelShape, size: int) -> None:
+    found = cut_up(shape, "fsdp", size)
+    assert (len(found), sum(found)) == (size, shape.num_parameters)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "layers"),
+    [
+        (FALCON_40B, 1, (60,)),
+        (FALCON_40B, 2, (29, 31)),
+        (FALCON_40B, 4, (14, 16, 16, 14)),
+        (FALCON_40B, 8, (7, 8, 8, 8, 8, 8, 8, 5)),
+        (LLAMA_30B, 2, (30, 30)),
+        (LLAMA_30B, 4, (15, 16, 16, 13)),
+        (LLAMA_30B, 8, (7, 8, 8, 8, 8, 8, 8, 5)),
+    ],
+)
+def test_a_device_map_spreads_whole_layers(shape: ModelShape, size: int, layers: tuple[int, ...]) -> None:
+    """As accelerate 1.15 does with these models and room for all."""
+    numels, found = spread(shape, size)
+    assert (found, sum(numels)) == (layers, shape.num_parameters)
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "bytes_per_token"),
+    [
+        ("fsdp", {}, 122_880),
+        ("fsdp", {"kv_heads_only": False}, 1_966_080),
+        ("transformers", {"kv_heads_only": False}, 1_966_080),
+        ("deepspeed", {}, 61_440),
+        ("deepspeed", {"kv_heads_only": False}, 983_040),
+        ("vllm", {"kv_heads_only": False}, 61_440),
+        ("dummy", {}, 0),
+    ],
+)
+def test_cache_of_falcon_40b_on_each_of_two(engine: str, options: dict[str, Any], bytes_per_token: int) -> None:
+    assert make_plan(request(FALCON_40B, engine, 2, **options)).kv_bytes_per_token == bytes_per_token
+
+
+def test_vllm_sets_aside_its_share_of_the_card_or_what_it_is_told() -> None:
+    card = make_plan(request(FALCON_40B, "vllm", 2)).devices[0]
+    assert card.used_bytes == int(0.92 * 49_140 * MIB)
+    told = make_plan(request(FALCON_40B, "vllm", 2, kv_cache_memory_bytes=GIB))
+    assert (told.devices[0].kv_cache_reserved_bytes, told.largest_batch) == (GIB, GIB // (640 * 61_440))
+
+
+def test_loading_with_deepspeed_holds_the_model_once_for_every_rank_of_a_node() -> None:
+    asked = request(FALCON_40B, "deepspeed", 4, num_nodes=2)
+    assert load_peaks(asked, make_layout(asked))[0] == 4 * 82_606_587_904
+    asked = request(FALCON_40B, "transformers", 4)
+    assert load_peaks(asked, make_layout(asked))[0] == 64 * MIB
+
+
+def test_a_cpu_has_no_capacity_and_no_known_rates() -> None:
+    plan = make_plan(request(FALCON_40B, "transformers", 2, device="cpu", dtype_bytes=4))
+    assert (len(plan.devices), plan.devices[0].free_bytes, plan.devices[0].overhead_bytes) == (1, None, 0)
+    assert (plan.largest_batch, plan.longest_context, plan.smallest_devices) == (None, 2048, None)
+    assert (plan.limit, plan.prefill_limit) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            request(LLAMA_30B, "vllm", 8, "a100_40g"),
+            "52 attention heads cannot be divided by 8 devices, as tensor parallelism with vllm needs. "
+            "HINT: devices=4, or backend=fsdp.",
+        ),
+        (
+            request(FALCON_7B, "vllm", 2),
+            "71 attention heads cannot be divided by 2 devices, as tensor parallelism with vllm needs. "
+            "HINT: devices=1, or backend=fsdp.",
+        ),
+        (
+            request(LLAMA2_70B, "deepspeed", 16, "a100_80g"),
+            "8 key and value heads cannot be divided by 16 devices, as deepspeed needs. "
+            "HINT: devices=8, or backend=fsdp, or backend=vllm.",
+        ),
+        (
+            request(LLAMA2_70B, "transformers", 2, "a100_80g", num_nodes=2),
+            "The transformers engine is one process and cannot reach over 2 nodes. "
+            "HINT: backend=fsdp, or backend=vllm.",
+        ),
+        (
+            request(FALCON_40B, "fsdp", 1),
+            "41.3 billion parameters with fsdp need 77.6 GiB on one device (weights 76.9, batch 1 of 640 tokens), "
+            "RTX A6000 has 48.0 GiB. HINT: devices=2.",
+        ),
+        (
+            request(FALCON_40B, "fsdp", 2, batch_size=64),
+            "41.3 billion parameters with fsdp need 54.9 GiB on device 0 of 2 (weights 38.5, batch 64 of 640 tokens), "
+            "RTX A6000 has 48.0 GiB. HINT: devices=3, or measure.batch_size=27, or backend=vllm.",
+        ),
+        (
+            request(FALCON_40B, "vllm", 1, "a100_80g"),
+            "41.3 billion parameters with vllm need 79.8 GiB on one device (weights 76.9, batch 1 of 640 tokens), "
+            "A100 80 GB has 80.0 GiB, of which vllm may use 73.6. HINT: devices=2, or backend=fsdp.",
+        ),
+        (
+            replace(request(FALCON_40B, "transformers", 2), device=Device("Watch", "cuda", 4 * MIB)),
+            "41.3 billion parameters with transformers need 39.9 GiB on device 1 of 2 (weights 39.2, batch 1 of 640 "
+            "tokens), Watch has 0.0 GiB. HINT: devices with more memory, fewer tokens, or a narrower precision.",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_with_hints_that_hold(asked: PlanRequest, message: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        make_plan(asked)
+    assert str(caught.value) == message
+    for key, value in re.findall(r"([\w.]+)=(\w+)", caught.value.hint):
+        make_plan(changed(asked, key, value))
+
+
+def changed(asked: PlanRequest, key: str, value: str) -> PlanRequest:
+    """The request after the override of a hint."""
+    field = {"devices": "devices", "measure.batch_size": "batch_size", "backend": "engine"}[key]
+    return replace(asked, **{field: value if field == "engine" else int(value)})
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed", "transformers"])
+def test_the_largest_batch_is_the_largest_that_fits(engine: str) -> None:
+    asked = request(LLAMA_30B, engine, 2)
+    largest = make_plan(asked).largest_batch
+    assert largest is not None
+    assert make_plan(replace(asked, batch_size=largest)).largest_batch == largest
+    with pytest.raises(PlanError, match=f"measure.batch_size={largest}"):
+        make_plan(replace(asked, batch_size=largest + 1))
+
+
+def test_the_longest_context_is_the_longest_that_fits() -> None:
+    long = replace(LLAMA_30B, max_position_embeddings=1_000_000)
+    asked = request(long, "fsdp", 2)
+    longest = make_plan(asked).longest_context
+    assert longest is not None
+    fitting = replace(asked, prompt_tokens=longest - asked.max_new_tokens)
+    assert min(device.free_bytes or 0 for device in device_plans(fitting, make_layout(fitting))) >= 0
+    with pytest.raises(PlanError):
+        make_plan(replace(fitting, prompt_tokens=fitting.prompt_tokens + 1))
+
+
+def test_the_smallest_number_of_devices_is_the_smallest_on_which_it_fits() -> None:
+    assert make_plan(request(LLAMA2_70B, "fsdp", 8, "a100_40g")).smallest_devices == 4
+    make_plan(request(LLAMA2_70B, "fsdp", 4, "a100_40g"))
+    with pytest.raises(PlanError):
+        make_plan(request(LLAMA2_70B, "fsdp", 3, "a100_40g"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "shown"),
+    [
+        (None, "0123"),
+        ("", ""),
+        ("2,0", "20"),
+        ("1, 3", "13"),
+        ("0,-1,2", "0"),
+        ("3,9,1", "3"),
+        ("1,1", ""),
+        ("GPU-c,GPU-a1", "20"),
+        ("GPU-", ""),
+    ],
+)
+def test_devices_are_seen_as_cuda_visible_devices_says(setting: str | None, shown: str) -> None:
+    cards = [Device(str(index), uuid=f"GPU-{uuid}") for index, uuid in enumerate(("a1", "b2", "c3", "d4"))]
+    assert "".join(device.name for device in visible(cards, setting)) == shown
+
+
+def test_no_torch_is_imported_and_no_time_is_lost() -> None:
+    code = "import sys, shards.plan; print(sorted({'torch', 'transformers', 'launcher'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+    began = time.process_time()
+    for engine in ("fsdp", "deepspeed", "vllm", "transformers"):
+        make_plan(request(FALCON_40B, engine, 8, "a100_80g"))
+    assert time.process_time() - began < 0.4
