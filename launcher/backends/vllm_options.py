@@ -1,0 +1,109 @@
+"""What a run means in vLLM's words: its environment and the arguments of `vllm.LLM`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from launcher.config import ConfigError
+from launcher.files import read_json
+from shards.errors import PlanError
+from shards.model import ModelShape
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from launcher.config import RunConfig, VllmConfig
+
+WORKER = "launcher.backends.vllm_worker.WorkerMemory"
+OURS = {
+    "model": "model.path",
+    "tensor_parallel_size": "devices",
+    "dtype": "precision",
+    "seed": "seed",
+    "trust_remote_code": "model.trust_remote_code",
+    "worker_extension_cls": "",
+}
+GIB = 2**30
+
+
+def environment(config: RunConfig, on_cpu: bool) -> dict[str, str]:
+    """What makes vLLM start and run well, for variables that the user has not set."""
+    found = {
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    if on_cpu or config.devices * config.num_nodes == 1:
+        found["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # starts seconds sooner
+    if on_cpu:
+        found["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # "auto" wants a NUMA node for each worker
+    if on_cpu and config.backend.enforce_eager is not False:  # type: ignore[attr-defined]
+        found["TORCH_COMPILE_DISABLE"] = "1"  # eager mode compiles a function of the vocabulary all the same
+    return found
+
+
+def arguments(config: RunConfig, folder: Path, external: bool, on_cpu: bool) -> dict[str, Any]:
+    """The arguments of vllm.LLM for a run; those of `backend.extra` win."""
+    options: VllmConfig = config.backend  # type: ignore[assignment]
+    size = config.devices * (config.num_nodes if external else 1)
+    kv_bytes = options.kv_cache_memory_bytes
+    if kv_bytes is None and on_cpu:
+        kv_bytes = kv_cache_bytes(read_json(folder / "config.json"), config, size)
+    optional = {
+        "kv_cache_memory_bytes": kv_bytes,
+        "max_num_seqs": options.max_num_seqs,
+        "distributed_executor_backend": options.distributed_executor_backend
+        or ("external_launcher" if external else None),
+    }
+    return {
+        "model": str(folder),
+        "tensor_parallel_size": size,
+        "dtype": config.precision.value,
+        "seed": config.seed,
+        "trust_remote_code": config.model.trust_remote_code,
+        "load_format": "dummy" if config.model.weights.name == "random" else options.load_format,
+        "max_model_len": -1 if options.max_model_len is None else options.max_model_len,  # -1: what fits the cache
+        "gpu_memory_utilization": options.gpu_memory_utilization,
+        "enforce_eager": on_cpu if options.enforce_eager is None else options.enforce_eager,
+        "skip_tokenizer_init": True,
+        "worker_extension_cls": WORKER,
+        **{name: value for name, value in optional.items() if value is not None},
+        **options.extra,
+    }
+
+
+def kv_cache_bytes(fields: dict[str, Any], config: RunConfig, size: int) -> int:
+    """A KV cache for a worker on a CPU: 64 sequences of the model's context, but not over a quarter of the free memory.
+
+    At least 64 MiB, and a GiB where the shape of the model is not known.
+    """
+    try:
+        shape = ModelShape.from_config(fields)
+    except PlanError:
+        return GIB
+    token_bytes = 2 * shape.num_layers * max(1, shape.num_key_value_heads // size) * shape.head_dim
+    token_bytes *= 4 if config.precision.name == "fp32" else 2
+    options: VllmConfig = config.backend  # type: ignore[assignment]
+    context = options.max_model_len or shape.max_position_embeddings or 2048
+    wanted = (options.max_num_seqs or 64) * context * token_bytes
+    return max(64 * 2**20, min(wanted, psutil.virtual_memory().available // 4 // size))
+
+
+def check_extra(vllm: Any, extra: dict[str, Any]) -> None:
+    """ConfigError for a key of `backend.extra` that vllm.LLM does not have, or that the launcher itself sets."""
+    known = {*inspect.signature(vllm.LLM.__init__).parameters} - {"self", "kwargs"}
+    known |= {field.name for field in dataclasses.fields(vllm.EngineArgs)}
+    for name in extra:
+        if name in OURS:
+            raise ConfigError(
+                f"backend.extra.{name} is set by the launcher.", f"{OURS[name]}=" if OURS[name] else "leave it out"
+            )
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"backend.extra.{near[0]}=" if near else "the arguments of vllm.LLM and vllm.EngineArgs"
+            raise ConfigError(f"vLLM has no argument {name!r} (backend.extra.{name}).", hint)
