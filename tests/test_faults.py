@@ -1,0 +1,133 @@
+"""What is killed, at whatever moment: the rest is gone soon after, and the record says which rank and where."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from running import ROOT, environment, launcher
+
+from launcher.processes import end_run, of_run, shared_memory_files
+from launcher.progress import read_progress
+
+GONE_S = 30.0
+LONG = ("measure.repeats=200", "sampling.max_new_tokens=900", "sampling.ignore_eos=true")
+SLOW_DUMMY = ("backend=dummy", "backend.step_s=0.01", *LONG)
+FSDP = ("backend=fsdp", *LONG)
+
+
+@contextmanager
+def running(out: Path, *overrides: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A run that has reached its first repeat on both ranks; whatever the test leaves of it is ended."""
+    command = [sys.executable, "-m", "launcher", f"output_dir={out}", *overrides]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    run_dir = None
+    try:
+        deadline = time.monotonic() + 90
+        while run_dir is None or not all(_repeating(run_dir, rank) for rank in (0, 1)):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, "the run did not reach its first repeat"
+            run_dir = next(iter(out.glob("*")), None)
+            time.sleep(0.05)
+        yield process, run_dir
+    finally:
+        process.kill()
+        process.communicate()
+        if run_dir is not None:
+            end_run(_mark(run_dir))
+
+
+def _repeating(run_dir: Path, rank: int) -> bool:
+    progress = read_progress(run_dir / f"rank_{rank}.progress")
+    return progress is not None and progress.stage.startswith("repeat")
+
+
+def _mark(run_dir: Path) -> str:
+    return str(json.loads((run_dir / "run.json").read_text())["mark"])
+
+
+def _wait_until_gone(run_dir: Path) -> None:
+    deadline = time.monotonic() + GONE_S
+    while left := of_run(_mark(run_dir)):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+
+def _record(run_dir: Path) -> dict[str, Any]:
+    return dict(json.loads((run_dir / "record.json").read_text()))
+
+
+def _pid(run_dir: Path, rank: int) -> int:
+    progress = read_progress(run_dir / f"rank_{rank}.progress")
+    assert progress is not None
+    return progress.pid
+
+
+@pytest.mark.parametrize("overrides", [SLOW_DUMMY, FSDP], ids=["dummy", "fsdp"])
+def test_a_killed_rank_is_named(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    before = shared_memory_files()
+    with running(tmp_path, *overrides) as (process, run_dir):
+        os.kill(_pid(run_dir, 1), signal.SIGKILL)
+        out, err = process.communicate(timeout=GONE_S)
+        _wait_until_gone(run_dir)
+    record = _record(run_dir)
+    assert (record["status"], record["error"]["rank"], record["error"]["type"]) == ("failed", 1, "ProcessDied")
+    assert record["error"]["stage"].startswith("repeat 1/200 batch 1/")
+    assert process.returncode == 1
+    assert err.startswith("failed: rank 1 in repeat 1/200")
+    assert json.loads(out.splitlines()[-1])["status"] == "failed"
+    assert shared_memory_files() <= before
+
+
+def test_the_launching_process_killed_takes_its_ranks_along(tmp_path: Path) -> None:
+    with running(tmp_path, *SLOW_DUMMY) as (process, run_dir):
+        os.kill(process.pid, signal.SIGKILL)
+        _wait_until_gone(run_dir)
+    record = _record(run_dir)
+    assert record["status"] == "failed"
+    assert record["error"]["message"] == "the launching process is gone"
+    assert record["error"]["stage"].startswith("repeat 1/200")
+
+
+def test_the_process_that_starts_the_ranks_killed_is_a_failure(tmp_path: Path) -> None:
+    with running(tmp_path, *SLOW_DUMMY) as (process, run_dir):
+        agent = psutil.Process(_pid(run_dir, 0)).ppid()
+        os.kill(agent, signal.SIGKILL)
+        process.communicate(timeout=GONE_S)
+        _wait_until_gone(run_dir)
+    record = _record(run_dir)
+    assert record["status"] == "failed"
+    assert record["error"]["message"] == "the process that starts the ranks ended with exit code -9"
+
+
+def test_an_interrupt_from_the_keyboard_is_cancelled(tmp_path: Path) -> None:
+    with running(tmp_path, *SLOW_DUMMY) as (process, run_dir):
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=GONE_S)
+        _wait_until_gone(run_dir)
+    assert _record(run_dir)["status"] == "cancelled"
+    assert "Traceback" not in err
+    assert process.returncode == 1
+
+
+def test_an_error_in_a_rank_is_one_line_and_its_traceback_is_kept(tmp_path: Path) -> None:
+    ended = launcher("backend=dummy", "backend.fail_at=generate", f"output_dir={tmp_path}")
+    assert ended.code == 1
+    [first, second] = ended.err.strip().splitlines()
+    assert first == "failed: rank 1 in warmup 1/1: RuntimeError: the dummy engine was told to fail at generate"
+    [run_dir] = tmp_path.iterdir()
+    assert second == f"The ranks' own words are in {run_dir}/rank_*.log"
+    assert "Traceback (most recent call last)" in (run_dir / "rank_1.log").read_text()
+    assert "Traceback" in _record(run_dir)["error"]["traceback"]

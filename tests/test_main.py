@@ -1,0 +1,209 @@
+"""The command line: what is refused before a process starts, in one line each, with nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from running import ROOT, environment, launcher, run
+
+from launcher.__main__ import main
+from launcher.models import EMBEDDED
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that says what to mend."""
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    [line] = said.err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ["backend=fspd"],
+            "backend=fspd: there is no such backend. HINT: backend=fsdp",
+        ),
+        (
+            ["model=tiny_falkon"],
+            "model=tiny_falkon: there is no such model. HINT: model=tiny_falcon",
+        ),
+        (["devices=0"], "devices=0 is not a positive number. HINT: devices=1 or more"),
+        (
+            ["batch_size=3"],
+            "batch_size is not a key of the configuration. HINT: measure.batch_size",
+        ),
+        (
+            ["backend.kernel_inject=true"],
+            "backend.kernel_inject is not an option of this backend. HINT: backend=deepspeed has it",
+        ),
+        (["--nproc=2"], "--nproc=2 is not an option. HINT: python -m launcher --help"),
+        (["accelerator=cuda"], "accelerator=cuda, and no CUDA device can be seen. HINT: accelerator=cpu"),
+        (["prompts=file"], "prompts=file needs a file. HINT: prompts.path=questions.txt (or .jsonl)"),
+        (
+            ["prompts=file", "prompts.path=missing.txt"],
+            "Cannot read the prompts in missing.txt: [Errno 2] No such file or directory: 'missing.txt'. "
+            "HINT: prompts.path= a UTF-8 file",
+        ),
+        (
+            ["sampling.max_new_tokens=2000"],
+            "Prompt 0 has 7 tokens; with 2000 new ones that is 2007, and the context of the model is 1024. "
+            "HINT: sampling.max_new_tokens=1017 or a shorter prompt",
+        ),
+        (["sampling.top_p=0"], "sampling.top_p=0.0 is not in (0, 1]. HINT: sampling.top_p=1 is off"),
+        (["measure.repeats=0"], "measure.repeats=0 is not a positive number. HINT: measure.repeats=1 or more"),
+        (
+            ["output_dir=/etc/passwd/runs"],
+            "Cannot write in output_dir=/etc/passwd/runs: Not a directory. HINT: output_dir= a folder of yours",
+        ),
+        (
+            ["backend=transformers", "num_nodes=2"],
+            "backend=transformers runs on one node. HINT: num_nodes=1, or backend=fsdp",
+        ),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(
+    arguments: list[str],
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert refused(arguments, capsys) == expected
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_values_without_multirun_name_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(["devices=1,2"], capsys).endswith("HINT: several values are a sweep: add -m")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "The prompt set is empty"),
+        ('{"prompt": "a"}\n{"prompt"\n', "prompts.jsonl:2 is not JSON"),
+        ('{"prompt": "a"}\n\n{"text": "b"}\n', 'prompts.jsonl:3 has no text under "prompt".'),
+    ],
+)
+def test_a_prompt_file_is_refused_with_its_line(
+    text: str, expected: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").write_text(text)
+    assert expected in refused(["prompts=file", "prompts.path=prompts.jsonl"], capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+def _without_a_shard(folder: Path) -> None:
+    next(folder.glob("model-00002*")).unlink()
+
+
+def _truncated(folder: Path) -> None:
+    shard = next(folder.glob("model-00002*"))
+    shard.write_bytes(shard.read_bytes()[:-1000])
+
+
+def _index_of_another(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    value = json.loads(index.read_text())
+    value["weight_map"]["transformer.h.99.mlp.weight"] = "model-00001-of-00003.safetensors"
+    index.write_text(json.dumps(value))
+
+
+def _no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [_without_a_shard, _truncated, _index_of_another, _no_config])
+def test_a_damaged_checkpoint_is_refused(
+    damage: object, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "model"
+    shutil.copytree(EMBEDDED / "tiny_falcon", folder)
+    damage(folder)  # type: ignore[operator]
+    line = refused([f"model.path={folder}"], capsys)
+    assert str(folder) in line
+    assert "HINT:" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_dry_run_needs_no_weights_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["model=falcon_40b", "devices=4", "precision=bf16", "dry_run=true", "accelerator=cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "41,303,293,952 parameters" in said
+    assert "torch.distributed.run --standalone --nproc-per-node=4" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_every_option_and_five_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    for group in ("backend", "model", "prompts"):
+        for path in (ROOT / "conf" / group).glob("*.yaml"):
+            assert path.stem in said
+    assert said.count("\n  python -m launcher") == 5
+
+
+def test_the_parent_never_imports_torch() -> None:
+    program = (
+        "import sys; from launcher.__main__ import main;"
+        "code = main(['backend=dummy', 'output_dir=' + sys.argv[1], 'measure.repeats=1']);"
+        "assert code == 0; assert not {'torch', 'transformers', 'lightning'} & set(sys.modules)"
+    )
+    ended = run([sys.executable, "-c", program, "/dev/null/x"])
+    assert ended.code != 0, "an unwritable output directory must be refused"
+    assert "Cannot write in output_dir" in ended.err
+
+
+def test_a_run_of_the_dummy_imports_no_torch(tmp_path: Path) -> None:
+    program = (
+        "import sys; from launcher.__main__ import main;"
+        "assert main(['backend=dummy', 'devices=1', 'output_dir=' + sys.argv[1]]) == 0;"
+        "assert not {'torch', 'transformers', 'lightning'} & set(sys.modules)"
+    )
+    ended = run([sys.executable, "-c", program, str(tmp_path)])
+    assert ended.code == 0, ended.err
+
+
+def test_two_runs_of_one_second_have_folders_of_their_own(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "launcher", "backend=dummy", "devices=1", f"output_dir={tmp_path}"]
+    started = [
+        subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(4)
+    ]
+    deadline = time.monotonic() + 60
+    assert [process.wait(timeout=deadline - time.monotonic()) for process in started] == [0, 0, 0, 0]
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("*/record.json")]
+    assert [record["status"] for record in records] == ["ok"] * 4
+
+
+def test_a_sweep_ends_with_a_row_for_each_point(tmp_path: Path) -> None:
+    ended = launcher(
+        "-m", "backend=dummy", "devices=1,2", "backend.fail_at='',load", "measure.repeats=1", f"output_dir={tmp_path}"
+    )
+    assert ended.code == 1
+    assert ended.last_json["points"] == {"ok": 2, "failed": 2}
+    rows = ended.last_json["records"]
+    assert [(row["world_size"], row["status"]) for row in rows] == [(1, "ok"), (1, "failed"), (2, "ok"), (2, "failed")]
+    assert rows[3]["error"]["rank"] == 1
+    assert rows[3]["error"]["stage"] == "load"
+
+
+def test_a_sweep_goes_on_past_a_point_that_is_refused(tmp_path: Path) -> None:
+    ended = launcher("-m", "backend=dummy", "devices=1", "sampling.max_new_tokens=5000,8", f"output_dir={tmp_path}")
+    assert ended.code == 1
+    assert [row["status"] for row in ended.last_json["records"]] == ["refused", "ok"]
