@@ -101,6 +101,12 @@ def _adopt(overrides: Sequence[str], world: World) -> list[str]:
 
 def _join(config: RunConfig, world: World, command: tuple[str, ...]) -> int:
     """Somebody else started the ranks: be one of them."""
+    if world.local_world_size * world.num_nodes != world.world_size:
+        raise WorldError(
+            f"{world.launcher} started {world.world_size} ranks on {world.num_nodes} nodes, "
+            f"{world.local_world_size} of them here: not the same number on every node.",
+            "as many ranks on each node, for example srun --ntasks-per-node=2",
+        )
     if config.devices * config.num_nodes != world.world_size:
         raise WorldError(
             f"devices={config.devices} num_nodes={config.num_nodes} are {config.devices * config.num_nodes} ranks, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 DEFAULT_PORT = 29500  # torch.distributed's own default
+MARKS = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_RANK": "deepspeed"}  # what only this launcher sets
+MPI = {  # prefix of RANK and SIZE: local rank, local size; srun --mpi=pmi2 sets PMI_RANK, but not MPI_LOCALRANKID
+    "OMPI_COMM_WORLD": ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    "MV2_COMM_WORLD": ("MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    "PMI": ("MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,19 +33,19 @@ class World:
     num_nodes: int = 1
     master_addr: str = "127.0.0.1"
     master_port: int = DEFAULT_PORT
-    launcher: str = "alone"  # alone | torchrun | deepspeed | srun | mpirun
+    launcher: str = "alone"  # alone | torchrun | deepspeed | mpirun | srun | environment: set by hand or by others
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> World:
-        """The world that torchrun, accelerate, deepspeed, srun or mpirun describe, or a world of one.
+        """The world that torchrun, accelerate, deepspeed, mpirun or srun describe, or a world of one.
 
-        Raises WorldError where the variables contradict each other.
+        Of nested launchers the innermost counts: torchrun inside srun, mpirun inside an allocation. A single task
+        (`srun --pty bash`) is a place to work in, not a rank. Raises WorldError where the variables contradict
+        each other.
         """
-        for read in (_from_torch, _from_srun, _from_mpi):
-            world = read(environ)
-            if world is not None:
-                return _checked(world)
-        return cls()
+        outer = _from_mpi(environ) or _from_srun(environ)
+        world = _from_torch(environ, outer) or outer
+        return cls() if world is None else _checked(world)
 
     def environ(self) -> dict[str, str]:
         """The variables by which torch.distributed and every engine find this world."""
@@ -48,84 +55,100 @@ class World:
             "WORLD_SIZE": str(self.world_size),
             "LOCAL_WORLD_SIZE": str(self.local_world_size),
             "GROUP_RANK": str(self.node_rank),
+            "GROUP_WORLD_SIZE": str(self.num_nodes),
             "MASTER_ADDR": self.master_addr,
             "MASTER_PORT": str(self.master_port),
         }
 
 
-def _from_torch(environ: Mapping[str, str]) -> World | None:
-    """torchrun and what is built on it (accelerate launch), and DeepSpeed's launcher."""
-    present = [name for name in ("RANK", "WORLD_SIZE") if name in environ]
-    if not present:
+def _from_torch(environ: Mapping[str, str], outer: World | None) -> World | None:
+    """torchrun and what is built on it (accelerate launch), DeepSpeed's launcher, or variables set by hand.
+
+    None where `outer` started this process and the variables, if there are any, agree with it.
+    """
+    launcher = next((name for mark, name in MARKS.items() if mark in environ), "environment")
+    if launcher == "environment" and outer is not None:
+        _agree(environ, outer)
         return None
-    if len(present) == 1:
-        missing = ({"RANK", "WORLD_SIZE"} - set(present)).pop()
-        raise WorldError(f"{present[0]} is set and {missing} is not.", f"unset {present[0]}, or start with torchrun")
-    rank, size = _int(environ, "RANK"), _int(environ, "WORLD_SIZE")
-    local_size = _int(environ, "LOCAL_WORLD_SIZE", _int(environ, "LOCAL_SIZE", size))
-    if "LOCAL_RANK" not in environ and size > 1:
-        raise WorldError(f"RANK={rank} and WORLD_SIZE={size} are set and LOCAL_RANK is not.", "start with torchrun")
+    if "RANK" not in environ and "WORLD_SIZE" not in environ:
+        return None
+    size = _int(environ, "WORLD_SIZE")
+    rank = _int(environ, "RANK")
+    local_name = "LOCAL_SIZE" if launcher == "deepspeed" else "LOCAL_WORLD_SIZE"
+    local_rank = _int(environ, "LOCAL_RANK", 0 if size == 1 else None)
+    local_size = _int(environ, local_name, 1 if size == 1 else None)
     node = _int(environ, "GROUP_RANK", _int(environ, "CROSS_RANK", rank // max(local_size, 1)))
-    return World(
-        rank=rank,
-        local_rank=_int(environ, "LOCAL_RANK", 0),
-        world_size=size,
-        local_world_size=local_size,
-        node_rank=node,
-        num_nodes=_int(environ, "GROUP_WORLD_SIZE", _int(environ, "CROSS_SIZE", -(-size // max(local_size, 1)))),
-        master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
-        master_port=_int(environ, "MASTER_PORT", DEFAULT_PORT),
-        launcher="torchrun" if "TORCHELASTIC_RUN_ID" in environ else "deepspeed",
-    )
+    nodes = _int(environ, "GROUP_WORLD_SIZE", _int(environ, "CROSS_SIZE", -(-size // max(local_size, 1))))
+    address, port = _master(environ, launcher, size, local_size, DEFAULT_PORT)
+    return World(rank, local_rank, size, local_size, node, nodes, address, port, launcher)
+
+
+def _agree(environ: Mapping[str, str], outer: World) -> None:
+    """WorldError where RANK and its like, which nobody but the user can have set, are not what `outer` says."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        if name in environ and environ[name] != outer.environ()[name]:
+            raise WorldError(
+                f"{name}={environ[name]} is set, and {outer.launcher} says {name}={outer.environ()[name]}.",
+                f"unset {name}",
+            )
 
 
 def _from_srun(environ: Mapping[str, str]) -> World | None:
     """A task of an srun step. A batch script or an salloc shell is not one: it has no step of its own."""
-    if "SLURM_PROCID" not in environ or "SLURM_STEP_NUM_TASKS" not in environ:
+    if "SLURM_PROCID" not in environ or _int(environ, "SLURM_STEP_NUM_TASKS", 1) == 1:
         return None
-    size, nodes = _int(environ, "SLURM_STEP_NUM_TASKS"), _int(environ, "SLURM_STEP_NUM_NODES", 1)
-    node = _int(environ, "SLURM_NODEID", 0)
+    size, nodes = _int(environ, "SLURM_STEP_NUM_TASKS"), _int(environ, "SLURM_STEP_NUM_NODES")
+    node, text = _int(environ, "SLURM_NODEID"), environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    tasks = tasks_per_node(text)
+    if (len(tasks), sum(tasks)) != (nodes, size) or node >= nodes:
+        raise WorldError(
+            f"SLURM_STEP_NUM_TASKS={size}, SLURM_STEP_NUM_NODES={nodes}, SLURM_STEP_TASKS_PER_NODE={text} and "
+            f"SLURM_NODEID={node} contradict each other.",
+            "start the ranks with srun, and do not set SLURM_* by hand",
+        )
+    step = f"{environ.get('SLURM_JOB_ID')}.{environ.get('SLURM_STEP_ID')}"
     return World(
         rank=_int(environ, "SLURM_PROCID"),
-        local_rank=_int(environ, "SLURM_LOCALID", 0),
+        local_rank=_int(environ, "SLURM_LOCALID"),
         world_size=size,
-        local_world_size=tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", str(-(-size // nodes))))[node],
+        local_world_size=tasks[node],
         node_rank=node,
         num_nodes=nodes,
         master_addr=environ.get("MASTER_ADDR") or first_host(environ.get("SLURM_STEP_NODELIST", "127.0.0.1")),
-        master_port=_int(environ, "MASTER_PORT", 15000 + _int(environ, "SLURM_JOB_ID", 0) % 10000),
+        master_port=_int(environ, "MASTER_PORT", port_of(step)),
         launcher="srun",
     )
 
 
 def _from_mpi(environ: Mapping[str, str]) -> World | None:
-    """Open MPI's and the Hydra process manager's (MPICH, Intel MPI) variables."""
-    for rank, size, local_rank, local_size in (
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    ):
-        if rank in environ and size in environ:
-            break
-    else:
+    """A rank of Open MPI, MVAPICH, or the Hydra process manager (MPICH, Intel MPI).
+
+    Ranks are taken to fill one node after the other, as mpirun places them by default.
+    """
+    prefix = next((prefix for prefix in MPI if f"{prefix}_RANK" in environ and MPI[prefix][0] in environ), None)
+    if prefix is None or _int(environ, f"{prefix}_SIZE") == 1:
         return None
-    total = _int(environ, size)
-    local = _int(environ, local_size, total)
-    if local < total and "MASTER_ADDR" not in environ:
+    local_rank, local_size = (_int(environ, name) for name in MPI[prefix])
+    rank, size = _int(environ, f"{prefix}_RANK"), _int(environ, f"{prefix}_SIZE")
+    if local_size < 1 or size % local_size:
         raise WorldError(
-            f"mpirun started {total} ranks, {local} on this node, and MASTER_ADDR is not set.",
-            "mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=29500",
+            f"mpirun started {size} ranks, and {local_size} of them on this node: not the same number on every node.",
+            f"mpirun -np {size} with as many slots on each node (Open MPI: --map-by ppr:N:node; MPICH: -ppn N)",
         )
-    return World(
-        rank=_int(environ, rank),
-        local_rank=_int(environ, local_rank, _int(environ, rank)),
-        world_size=total,
-        local_world_size=local,
-        node_rank=_int(environ, rank) // max(local, 1),
-        num_nodes=-(-total // max(local, 1)),
-        master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
-        master_port=_int(environ, "MASTER_PORT", DEFAULT_PORT),
-        launcher="mpirun",
-    )
+    seed = environ.get("PMIX_NAMESPACE")  # Open MPI's name of the job; Hydra tells its ranks nothing of the kind
+    port = DEFAULT_PORT if seed is None else port_of(seed)
+    address, port = _master(environ, "mpirun", size, local_size, port)
+    return World(rank, local_rank, size, local_size, rank // local_size, size // local_size, address, port, "mpirun")
+
+
+def _master(environ: Mapping[str, str], launcher: str, size: int, local_size: int, port: int) -> tuple[str, int]:
+    """Where rank 0 listens; WorldError where it may be on another node and nobody says on which."""
+    if local_size < size and not environ.get("MASTER_ADDR"):
+        hint = "export MASTER_ADDR=<host of rank 0>"
+        if launcher == "mpirun":
+            hint = f"mpirun -x MASTER_ADDR=<host of rank 0> (MPICH, Intel MPI: -genv MASTER_ADDR <host>); port {port}"
+        raise WorldError(f"There are {size} ranks, {local_size} on this node, and MASTER_ADDR is not set.", hint)
+    return environ.get("MASTER_ADDR") or "127.0.0.1", _int(environ, "MASTER_PORT", port)
 
 
 def _checked(world: World) -> World:
@@ -140,6 +163,10 @@ def _checked(world: World) -> World:
             f"WORLD_SIZE={world.world_size} contradict each other.",
             "start all ranks with one launcher, for example torchrun",
         )
+    if not 0 <= world.node_rank < world.num_nodes:
+        raise WorldError(
+            f"Node {world.node_rank} is not one of {world.num_nodes} nodes.", "start all ranks with one launcher"
+        )
     return world
 
 
@@ -147,10 +174,22 @@ def _int(environ: Mapping[str, str], name: str, default: int | None = None) -> i
     text = environ.get(name)
     if text is None and default is not None:
         return default
+    if text is None:
+        found = [key for key in ("RANK", "WORLD_SIZE") if key in environ]
+        known = " ".join(f"{key}={environ[key]}" for key in found)
+        raise WorldError(
+            f"{f'{known} and no ' if known else 'No '}{name} in the environment.",
+            f"unset {' '.join(found)}, or start with torchrun" if known else "start the ranks with one launcher",
+        )
     try:
-        return int(text or "")
+        return int(text)
     except ValueError:
         raise WorldError(f"{name}={text!r} is not a number.", f"unset {name}, or let a launcher set it") from None
+
+
+def port_of(name: str) -> int:
+    """A port for the job of this name: the same for all its ranks, most likely another for every other job."""
+    return 15000 + zlib.crc32(name.encode()) % 10000
 
 
 def tasks_per_node(text: str) -> list[int]:
@@ -162,6 +201,6 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of SLURM's short form: "gpu[07-09,12],cpu1" is gpu07."""
-    found = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodelist)
-    return (found.group(1) + (found.group(2) or "")) if found else nodelist
+    """The first host of SLURM's short form: "gpu[07-09,12],cpu1" is gpu07, "rack[1-2]n[3-4]" is rack1n3."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first.group()) if first else nodelist
