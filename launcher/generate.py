@@ -74,7 +74,8 @@ class Loop:
         self._warm_up(own[:size])
         first: dict[int, tuple[int, ...]] = {}
         return [
-            self._repeat(number, list(batches(own, size, calls)), first) for number in range(self.config.measure.repeats)
+            self._repeat(number, list(batches(own, size, calls)), first)
+            for number in range(self.config.measure.repeats)
         ]
 
     def _warm_up(self, batch: list[Prompt]) -> None:

@@ -1,4 +1,4 @@
-"""A thread in each rank that acts when the main thread cannot: on SIGTERM, or when the process that watches us is gone."""
+"""A thread in each rank that acts when its main thread cannot: on SIGTERM, or when the watching process is gone."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+import pynvml
 import torch
 
 from launcher.backend import DeviceMemory
@@ -102,8 +103,6 @@ def _cuda_memory(device: torch.device, reasons: dict[str, str]) -> dict[str, Any
 
 
 def _nvml_used(uuid: str, reasons: dict[str, str]) -> int | None:
-    import pynvml
-
     try:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from launcher.config import RunConfig
     from shards.tensor_files import TensorEntry
 
+VLLM_SEQUENCES = 256  # vLLM's own default on cards of 80 GB and less
 DTYPE_BYTES = {Precision.fp32: 4, Precision.fp16: 2, Precision.bf16: 2}
 
 
@@ -36,7 +37,7 @@ def plan_of(
     if isinstance(backend, VllmConfig):
         options["gpu_memory_utilization"] = backend.gpu_memory_utilization
         options["kv_cache_memory_bytes"] = backend.kv_cache_memory_bytes
-        options["max_num_seqs"] = backend.max_num_seqs or PlanRequest.max_num_seqs
+        options["max_num_seqs"] = backend.max_num_seqs or VLLM_SEQUENCES
     request = PlanRequest(
         shape=shape_of(model_config, tensors),
         engine=backend.name,

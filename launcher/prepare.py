@@ -1,4 +1,4 @@
-"""RunConfig -> a run directory that holds all a rank needs. Whatever the user can fix is found here, before a process."""
+"""RunConfig -> a run directory with all that a rank needs. What the user can fix is found here, before any process."""
 
 from __future__ import annotations
 
@@ -177,5 +177,6 @@ def _new_folder(run: Run) -> Path:
                 continue
             return folder.resolve()
     except OSError as error:
-        raise UserError(f"Cannot write in output_dir={parent}: {error.strerror}.", "output_dir= a folder of yours") from None
+        fact = f"Cannot write in output_dir={parent}: {error.strerror}."
+        raise UserError(fact, "output_dir= a folder of yours") from None
     raise UserError(f"{parent} already has {number} runs of this second.", "output_dir= another folder")

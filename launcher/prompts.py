@@ -70,7 +70,8 @@ def _prompt_of(line: str, place: str) -> str:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{place} is not JSON: {error.msg} at column {error.colno}.", "one object a line") from None
+        fact = f"{place} is not JSON: {error.msg} at column {error.colno}."
+        raise ConfigError(fact, "one object a line") from None
     text = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(text, str) or not text:
         raise ConfigError(f'{place} has no text under "prompt".', '{"prompt": "The capital of France is"}')
@@ -101,7 +102,9 @@ def _tokenizer(folder: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:
-        raise CheckpointError(f"Cannot read {folder / 'tokenizer.json'}: {error}.", "download the model again") from None
+        raise CheckpointError(
+            f"Cannot read {folder / 'tokenizer.json'}: {error}.", "download the model again"
+        ) from None
 
 
 def synthetic_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[Prompt]:
@@ -125,8 +128,8 @@ def check_context(prompts: Sequence[Prompt], max_new_tokens: int, context: int |
     needed = len(longest.token_ids) + max_new_tokens
     if context is not None and needed > context:
         raise ConfigError(
-            f"Prompt {longest.index} has {len(longest.token_ids)} tokens; with {max_new_tokens} new ones that is {needed}, "
-            f"and the context of the model is {context}.",
+            f"Prompt {longest.index} has {len(longest.token_ids)} tokens; with {max_new_tokens} new ones that is "
+            f"{needed}, and the context of the model is {context}.",
             f"sampling.max_new_tokens={max(context - len(longest.token_ids), 1)} or a shorter prompt"
             if len(longest.token_ids) < context
             else f"a prompt of at most {context - max_new_tokens} tokens",

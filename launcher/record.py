@@ -85,7 +85,7 @@ def refused(config: dict[str, Any], error: UserError, moment: float) -> dict[str
 def _verdict(
     run_dir: Path, ranks: Sequence[dict[str, Any] | None], outcome: Outcome | None
 ) -> tuple[str, dict[str, Any] | None]:
-    """The status of the run and the error that explains it: the rank that failed first, in its own words if it had any."""
+    """The status of the run and the error that explains it: of the rank that failed first, in its own words if any."""
     if all(rank is not None and rank["status"] == "ok" for rank in ranks):
         return "ok", None
     told = [rank for rank in ranks if rank is not None and rank["status"] not in ("ok", "cancelled")]
@@ -110,7 +110,8 @@ def _verdict(
 
 def _silent(run_dir: Path, ranks: Sequence[dict[str, Any] | None]) -> list[tuple[int, Progress]]:
     """The ranks that had begun and left no last word, with where they were."""
-    found = [(number, read_progress(run_dir / f"rank_{number}.progress")) for number, rank in enumerate(ranks) if not rank]
+    mute = [number for number, rank in enumerate(ranks) if rank is None]
+    found = [(number, read_progress(run_dir / f"rank_{number}.progress")) for number in mute]
     return [(number, progress) for number, progress in found if progress is not None]
 
 
@@ -152,15 +153,13 @@ def _measures(ranks: Sequence[dict[str, Any]], world_size: int) -> dict[str, Any
 
 
 def _answering(ranks: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The repeats of each rank that answers prompts of its own; of ranks that answer together, the first stands for all."""
+    """The repeats of each rank that answers prompts of its own; of ranks that answer together, those of the first."""
     return [rank["repeats"] for rank in ranks if rank["answers"]]
 
 
 def _pass(repeats: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One repeat over all ranks: tokens add up, the slowest rank sets the time."""
-    total = {
-        key: sum(one[key] for one in repeats) for key in ("completions", "prompt_tokens", "new_tokens")
-    }
+    total = {key: sum(one[key] for one in repeats) for key in ("completions", "prompt_tokens", "new_tokens")}
     wall_s = max(one["wall_s"] for one in repeats)
     phases = {
         name: None if any(one[name] is None for one in repeats) else max(one[name] for one in repeats)
@@ -204,7 +203,8 @@ def quantiles(values: Iterable[float]) -> dict[str, Any]:
 
 def _write_completions(run_dir: Path, processes: int) -> None:
     """`completions.jsonl` in prompt order from what the ranks have saved so far."""
-    made = {row["index"]: row for rank in range(processes) for row in read_lines(run_dir / f"rank_{rank}.completions.jsonl")}
+    saved = (run_dir / f"rank_{rank}.completions.jsonl" for rank in range(processes))
+    made = {row["index"]: row for path in saved for row in read_lines(path)}
     if not made:
         return
     folder = read_json(run_dir / "run.json")["model_folder"]

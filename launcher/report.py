@@ -1,9 +1,10 @@
-"""A record as a person reads it: what was answered, how fast, what each device held; and one JSON line for a program."""
+"""A record as a person reads it: answers, speed, what each device held; and one JSON line for a program."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,8 @@ def rate(value: float | None) -> str:
 
 def headline(record: dict[str, Any]) -> str:
     """The last line of stdout: one JSON object with the figures that a program asks for first."""
-    return json.dumps({name: record[name] for name in HEADLINE} | ({"error": record["error"]} if record["error"] else {}))
+    error = {"error": record["error"]} if record["error"] else {}
+    return json.dumps({name: record[name] for name in HEADLINE} | error)
 
 
 def error_line(record: dict[str, Any]) -> str:
@@ -157,7 +159,7 @@ def show_point(point: Sequence[str], record: dict[str, Any], out: Console) -> No
 
 def sweep_line(records: Sequence[dict[str, Any]]) -> str:
     """The last line of a sweep: how many points ended how, and the headline of each."""
-    counts = {status: sum(record["status"] == status for record in records) for status in {r["status"] for r in records}}
+    counts = Counter(record["status"] for record in records)
     return json.dumps({"points": counts, "records": [json.loads(headline(record)) for record in records]})
 
 
@@ -198,7 +200,8 @@ def show_sweep(records: Sequence[dict[str, Any]], points: Sequence[Sequence[str]
     table = Table("point", "status", "new tokens/s", "min … max", "ttft p50", "itl p50", "load", "parameters/device")
     for record, point in zip(records, points, strict=True):
         metric = (record.get("metrics") or {}).get("new_tokens_per_s") or {}
-        held = [device["parameter_bytes"] for device in record.get("devices", []) if device["parameter_bytes"] is not None]
+        parameters = [device["parameter_bytes"] for device in record["devices"]]
+        held = [value for value in parameters if value is not None]
         table.add_row(
             escape(" ".join(point)),
             record["status"],

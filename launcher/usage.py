@@ -8,7 +8,7 @@ from launcher.compose import conf_dir, groups, options
 EXAMPLES = (
     ("two processes shard the embedded model and answer the default prompts", ""),
     ("another engine", "backend=deepspeed"),
-    ("what would happen, without starting anything", "model=falcon_40b backend=fsdp devices=4 precision=bf16 dry_run=true"),
+    ("the plan of a large model, without starting anything", "model=falcon_40b devices=4 precision=bf16 dry_run=true"),
     ("your own prompts and model", "model.path=/models/my-llama prompts=file prompts.path=questions.txt"),
     ("a sweep, each point in a fresh process, one table at the end", "-m backend=fsdp,transformers devices=1,2"),
 )

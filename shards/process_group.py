@@ -27,7 +27,9 @@ def connect(world: World, device: torch.device, timeout_s: float = 1800) -> None
     os.environ.update(world.environ())
     if world.world_size > 1 and not dist.is_initialized():
         kind = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(kind, rank=world.rank, world_size=world.world_size, timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group(
+            kind, rank=world.rank, world_size=world.world_size, timeout=timedelta(seconds=timeout_s)
+        )
 
 
 def barrier() -> None:

@@ -1,4 +1,4 @@
-"""What every engine must do, as one program that is a rank: `rank_program.py BACKEND MODEL OUT`, alone or under torchrun.
+"""What every engine must do, as the program of a rank: `rank_program.py BACKEND MODEL OUT DEVICES`.
 
 Writes what rank 0 (of a data-parallel engine, each rank) saw to OUT/rank_N.json for the tests to compare.
 """

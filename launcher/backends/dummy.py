@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from launcher.backend import Completion, DeviceMemory, Generation
@@ -40,7 +41,7 @@ class DummyBackend:
             time.sleep(self.options.step_s)
             marks.append(time.perf_counter() - start)
             on_step(len(prompts))
-        gaps = tuple(later - earlier for earlier, later in zip(marks, marks[1:], strict=False))
+        gaps = tuple(later - earlier for earlier, later in pairwise(marks))
         completions = tuple(
             Completion(prompt.index, _count_up(prompt, sampling.max_new_tokens), "length", marks[0], gaps)
             for prompt in prompts

@@ -42,7 +42,8 @@ class TransformersBackend(ModuleBackend):
             room = get_balanced_memory(model, room, whole, dtype=self.dtype, low_zero=low_0)
         placed = infer_auto_device_map(model, room, whole, dtype=self.dtype)
         if outside := {str(place) for place in placed.values()} - {str(card) for card in cards}:
-            raise PlanError(f"The model does not fit {len(cards)} GPUs: parts are left for {', '.join(outside)}.", "more devices")
+            left = ", ".join(sorted(outside))
+            raise PlanError(f"The model does not fit {len(cards)} GPUs: parts are left for {left}.", "more devices")
         for name, card in placed.items():
             allocate_parameters(model.get_submodule(name), torch.device("cuda", card))
         model.tie_weights()
