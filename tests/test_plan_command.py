@@ -1,0 +1,84 @@
+"""`python -m launcher.plan`, and the tables in the docs that it made."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.plan import main
+
+ROOT = Path(__file__).parent.parent
+SECTION = re.compile(r"```\npython -m launcher\.plan ([^\n]*)\n```\n\n(.*?)(?=\n## |\Z)", re.DOTALL)
+
+
+def test_docs_are_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    sections = SECTION.findall((ROOT / "docs/plans.md").read_text())
+    assert [arguments.split()[0] for arguments, _ in sections] == ["model=falcon_40b", "model=llama_30b"]
+    for arguments, table in sections:
+        assert main(arguments.split()) == 0
+        assert capsys.readouterr().out.strip() == table.strip()
+
+
+def test_the_falcon_table_holds_the_published_pace(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model=falcon_40b", "machines=2xa6000", "backend=fsdp", "--markdown"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| 2xa6000"))
+    assert row.split(" | ")[2:4] + row.split(" | ")[7:8] == ["38.47 GiB", "75.00 MiB", "**0.613**"]
+
+
+def test_a_table_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model=llama_30b", "devices=1,8", "device=a100_40g", "backend=vllm,fsdp"]) == 0
+    out = capsys.readouterr().out
+    assert "llama_30b: 32,528,943,616 parameters" in out
+    assert re.findall(r"(\dxa100_40g) +│ (\w+) ", out) == [
+        ("1xa100_40g", "vllm"),
+        ("1xa100_40g", "fsdp"),
+        ("8xa100_40g", "vllm"),
+        ("8xa100_40g", "fsdp"),
+    ]
+    assert "8xa100_40g vllm: 52 attention heads cannot be divided by 8 devices" in out
+
+
+def test_embedded_models_and_folders_are_read_from_their_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model=tiny_llama", "device=cpu", "--markdown"]) == 0
+    table = capsys.readouterr().out.partition("\n")[2]
+    folder = ROOT / "launcher/models/tiny_llama"
+    assert main([f"model={folder}", "device=cpu", "--markdown"]) == 0
+    assert capsys.readouterr().out.partition("\n")[2] == table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "error: No model was named. HINT: model=falcon_40b, or one of falcon_180b, "),
+        (["model=falcon_4b"], "error: There is no model 'falcon_4b'. HINT: one of falcon_180b, falcon_40b, "),
+        (
+            ["model=falcon_7b", "gpus=2"],
+            "error: 'gpus=2' is not an argument of the plan. HINT: one of model, machines, ",
+        ),
+        (["model=falcon_7b", "devices=0"], "error: devices=0 is not a whole number above 0. HINT: devices=2"),
+        (["model=falcon_7b", "machines=a6000"], "error: No device is called ''. HINT: one of a5000, a6000, "),
+        (["model=falcon_7b", "machines=2xb200"], "error: No device is called 'b200'. HINT: one of a5000, a6000, "),
+        (["model=falcon_7b", "link=string"], "error: No link is called 'string'. HINT: one of pcie4, "),
+        (
+            ["model=falcon_7b", "backend=tgi"],
+            "error: backend=tgi cannot be planned. HINT: backend=fsdp,deepspeed,vllm,",
+        ),
+        (["model=falcon_7b", "precision=int3"], "error: precision=int3 is not one. HINT: precision=fp32, fp16, bf16"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert (out, err[: len(message)], err.count("\n")) == ("", message, 1)
+
+
+def test_no_torch_is_imported() -> None:
+    code = "import sys, launcher.plan; print(sorted({'torch', 'transformers', 'pandas'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, cwd=ROOT
+    )
+    assert done.stdout.strip() == "[]"
