@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
 import time
 import uuid
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from launcher.backends.deepspeed_options import notes_deepspeed, refuse_deepspeed
 from launcher.config import ConfigError, Weights, to_dict
 from launcher.files import read_json, write_json, write_text
 from launcher.models import EMBEDDED
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from launcher.backend import Prompt
     from launcher.config import RunConfig
     from shards.plan import Plan
+
+WORKER_PACKAGES = ("psutil", "tokenizers", "pynvml")  # what a rank needs beside its engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,9 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
         prompts = load_prompts(config, folder, int(model_config["vocab_size"]))
     sampling = sampling_of(config)
     check_context(prompts, sampling.max_new_tokens, model_config.get("max_position_embeddings"))
+    longest = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_new_tokens
+    refuse_deepspeed(config, model_config, on_cuda, longest)
+    notes += notes_deepspeed(config, on_cuda)
     plan = plan_of(config, model_config, tensors, prompts, on_cuda)
     world_size = config.devices * config.num_nodes
     processes = world_size if config.backend.one_process_per_device else config.num_nodes
@@ -70,20 +77,28 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
 
 
 def _check_packages(config: RunConfig) -> None:
-    """The engine must be importable here, unless another interpreter runs it."""
-    if config.backend.python is not None:
-        if not os.access(config.backend.python, os.X_OK):
-            raise ConfigError(
-                f"backend.python={config.backend.python} is not an executable.", "backend.python=/path/to/bin/python"
-            )
-        return
-    missing = [name for name in config.backend.packages if importlib.util.find_spec(name) is None]
-    if missing:
-        name = config.backend.name
+    """The engine's packages must be there, in this environment or in that of `backend.python`."""
+    name, python = config.backend.name, config.backend.python
+    if missing := _missing(config.backend.packages, python):
+        where = "here" if python is None else f"for {python}"
         raise ConfigError(
-            f"backend={name} needs {', '.join(missing)}, which is not installed here.",
+            f"backend={name} needs {', '.join(missing)}, which is not installed {where}.",
             f'pip install -e ".[{name}]", or backend.python= the interpreter of an environment that has it',
         )
+
+
+def _missing(packages: tuple[str, ...], python: str | None) -> list[str]:
+    """Which modules an interpreter does not find; asked without importing them."""
+    if python is None:
+        return [name for name in packages if importlib.util.find_spec(name) is None]
+    program = "import importlib.util as i, sys; print(*(n for n in sys.argv[1:] if i.find_spec(n) is None))"
+    try:
+        asked = subprocess.run(
+            [python, "-c", program, *packages, *WORKER_PACKAGES], capture_output=True, text=True, check=True, timeout=60
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ConfigError(f"backend.python={python} does not run: {error}.", "/path/to/bin/python") from None
+    return asked.stdout.split()
 
 
 def _check_devices(config: RunConfig) -> bool:
@@ -112,7 +127,7 @@ def _settle(config: RunConfig, on_cuda: bool) -> tuple[RunConfig, list[str]]:
 
 
 def model_folder(config: RunConfig) -> Path | None:
-    """The folder of the model on this machine; None where the shapes in the configuration are enough: for random weights and a dry run."""
+    """The folder of the model on this machine; None where shapes are enough (random weights, dry run)."""
     path = config.model.path
     if path.startswith("embedded:"):
         name = path.removeprefix("embedded:")

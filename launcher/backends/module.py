@@ -9,8 +9,9 @@ import torch
 
 from launcher.config import Weights
 from launcher.decode import Decoder, eos_token_ids
-from launcher.measure import module_memory
+from launcher.measure import local_tensor, module_memory
 from shards.checkpoint import Checkpoint
+from shards.errors import PlanError
 from shards.families import keep_kv_heads_only
 from shards.load import build_meta, load_weights
 from shards.process_group import any_rank, barrier, connect, device_of, disconnect
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from shards.world import World
 
     Progress = Callable[[int, int], None]
+
+
+SHARE_TOLERANCE = 0.05  # plans are exact for the families they know; others are read from a checkpoint's headers
 
 
 class ModuleBackend(ABC):
@@ -43,10 +47,18 @@ class ModuleBackend(ABC):
         self.device = device_of(world, self.config.accelerator.value)
         connect(world, self.device)
         self.model = self.place(plan, world, progress)
+        self._check_share(plan)
         votes = self.config.backend.data_parallel
         self.decoder = Decoder(
             self.model, eos_token_ids(self.model), self.device, self.config.seed, any_rank if votes else bool
         )
+
+    def _check_share(self, plan: dict[str, Any]) -> None:
+        """The tensors of this process are the share that the plan gave it; an engine that did not shard ends here."""
+        shares = [device["parameter_bytes"] for device in plan["devices"]]
+        planned = shares[self.world.rank] if self.config.backend.one_process_per_device else sum(shares)
+        held = sum(local_tensor(parameter).nbytes for parameter in self.model.parameters())
+        check_share(self.world.rank, held, planned, plan["num_parameters"] * self.dtype.itemsize)
 
     def meta_model(self) -> torch.nn.Module:
         """The model without memory, from the folder of the checkpoint or the shapes of the configuration."""
@@ -79,3 +91,15 @@ class ModuleBackend(ABC):
 
     def close(self) -> None:
         disconnect()
+
+
+def check_share(rank: int, held: int, planned: int, whole: int) -> None:
+    """Raise PlanError where a rank holds other than its share of the bytes of a model's parameters."""
+    if abs(held - planned) <= SHARE_TOLERANCE * planned:
+        return
+    verdict = "nothing was sharded" if held >= whole else "it was sharded otherwise than planned"
+    raise PlanError(
+        f"rank {rank} holds {held / 2**20:.1f} MiB of {whole / 2**20:.1f} MiB parameters, and its share is "
+        f"{planned / 2**20:.1f} MiB: {verdict}.",
+        "backend=fsdp, which shards every model",
+    )
