@@ -4,6 +4,7 @@
     machines=NxDEVICE,..  or devices=1,2,4,8 with device=a6000
     backend=..,..         fsdp deepspeed vllm transformers; all of them if left out
     link=NAME             between the devices; if left out, the usual one of the device
+                          With neither machines nor device: this machine, with what launcher.probe measured on it.
     num_nodes=1  precision=bf16  batch_size=1  prompt_tokens=512  max_new_tokens=128
     --markdown            print the table as Markdown
 
@@ -28,7 +29,8 @@ from launcher.files import read_json
 from launcher.models import EMBEDDED
 from launcher.report import console, rate, size
 from shards.errors import PlanError, UserError
-from shards.hardware import Device, cuda_devices, known_device, known_link
+from shards.hardware import Device, Link, cuda_devices, known_device, known_link
+from shards.measured import this_machine
 from shards.model import ModelShape
 from shards.plan import Plan, PlanRequest, make_plan
 
@@ -126,8 +128,7 @@ def plans(shape: ModelShape, values: dict[str, str]) -> list[Row]:
         raise ConfigError(f"backend={','.join(sorted(unknown))} cannot be planned.", f"backend={','.join(ENGINES)}")
     width = dtype_bytes(values.get("precision", "bf16"))
     rows = []
-    for machine, device, number in machines(values):
-        link = known_link(values.get("link", USUAL_LINKS.get(machine.partition("x")[2], "pcie4")))
+    for machine, device, link, number in machines(values):
         for name in names:
             request = PlanRequest(
                 shape=shape,
@@ -155,16 +156,22 @@ def _row(machine: str, request: PlanRequest) -> Row:
     return Row(machine, request.engine, link, plan, full)
 
 
-def machines(values: dict[str, str]) -> list[tuple[str, Device, int]]:
-    """Name, device and number of devices a node of each machine that was asked for."""
+def machines(values: dict[str, str]) -> list[tuple[str, Device, Link | None, int]]:
+    """Name, device, link and number of devices a node of each machine that was asked for; else of this one."""
     if "machines" in values:
         parts = [item.partition("x") for item in values["machines"].split(",")]
-        return [(f"{n}x{name}", known_device(name), _count("machines", n)) for n, _, name in parts]
-    name = values.get("device", "")
-    found = () if name else cuda_devices(os.environ)
-    device = found[0] if found else known_device(name or "cpu")
-    numbers = values.get("devices", str(max(1, len(found)))).split(",")
-    return [(f"{n}x{name or device.name}", device, _count("devices", n)) for n in numbers]
+        return [(f"{n}x{name}", known_device(name), _link(values, name), _count("machines", n)) for n, _, name in parts]
+    numbers = [_count("devices", n) for n in values.get("devices", "1").split(",")]
+    if name := values.get("device"):
+        return [(f"{n}x{name}", known_device(name), _link(values, name), n) for n in numbers]
+    on_cuda = bool(cuda_devices(os.environ))
+    here = [(*this_machine(os.environ, n * _asked(values, "num_nodes"), on_cuda), n) for n in numbers]
+    given = known_link(values["link"]) if "link" in values else None
+    return [(f"{n}x{device.name}", device, given or link, n) for device, link, n in here]
+
+
+def _link(values: dict[str, str], device: str) -> Link:
+    return known_link(values.get("link", USUAL_LINKS.get(device, "pcie4")))
 
 
 def dtype_bytes(precision: str) -> int:

@@ -142,13 +142,11 @@ def kv_bytes_per_token(request: PlanRequest) -> int:
 def load_peaks(request: PlanRequest, layout: Layout) -> tuple[int, int]:
     """Bytes at the worst moment of loading: of anonymous memory on the host of one node, and on one device.
 
-    fsdp, transformers and vllm read shards through small buffers; DeepSpeed is given the whole model by each rank, with
-    one process a device, and cuts it on the way to the device.
+    Every process reads its own shards through small buffers into place: there is never more than the shards themselves.
     """
     processes = 1 if request.engine == "transformers" else min(request.devices, request.num_devices)
-    whole = request.shape.num_parameters * request.dtype_bytes
-    each = {"dummy": 0, "deepspeed": whole if request.num_devices > 1 else LOAD_RING_BYTES}
-    return processes * each.get(request.engine, LOAD_RING_BYTES), max(layout.parameter_bytes) + _overhead_bytes(request)
+    rings = 0 if request.engine == "dummy" else processes * LOAD_RING_BYTES
+    return rings, max(layout.parameter_bytes) + _overhead_bytes(request)
 
 
 def _buffer_bytes(request: PlanRequest) -> int:

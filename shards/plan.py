@@ -26,6 +26,7 @@ class Plan:
     `largest_batch` and `longest_context` fit where the rest stays as asked; with no known capacity there is no largest
     batch. `smallest_devices` is the least number of devices a node on which this batch fits. `limit` is of a decode
     step halfway through the answer, `prefill_limit` of the prompts of one batch; None where no rates are known.
+    `load_host_bytes` are of all ranks of a node, `step_bytes` the weights that a device reads for a decode step.
     """
 
     engine: str

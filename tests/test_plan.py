@@ -151,11 +151,12 @@ def test_vllm_sets_aside_its_share_of_the_card_or_what_it_is_told() -> None:
     assert (told.devices[0].kv_cache_reserved_bytes, told.largest_batch) == (GIB, GIB // (640 * 61_440))
 
 
-def test_loading_with_deepspeed_holds_the_model_once_for_every_rank_of_a_node() -> None:
-    asked = request(FALCON_40B, "deepspeed", 4, num_nodes=2)
-    assert load_peaks(asked, make_layout(asked))[0] == 4 * 82_606_587_904
-    asked = request(FALCON_40B, "transformers", 4)
-    assert load_peaks(asked, make_layout(asked))[0] == 64 * MIB
+@pytest.mark.parametrize(("engine", "rings"), [("fsdp", 4), ("deepspeed", 4), ("transformers", 1), ("dummy", 0)])
+def test_loading_takes_the_buffers_of_each_process_of_a_node(engine: str, rings: int) -> None:
+    asked = request(FALCON_40B, engine, 4)
+    layout = make_layout(asked)
+    overhead = device_plans(asked, layout)[0].overhead_bytes
+    assert load_peaks(asked, layout) == (rings * 64 * MIB, max(layout.parameter_bytes) + overhead)
 
 
 def test_a_cpu_has_no_capacity_and_no_known_rates() -> None:

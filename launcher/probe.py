@@ -1,0 +1,115 @@
+"""`python -m launcher.probe [devices=N] [accelerator=cpu|cuda]`: measure this machine, for the ceilings of plans.
+
+Memory bandwidth, matmul rate, and the link between N ranks; a few seconds. The figures are kept in the cache folder of
+the user and taken by every later plan of as many devices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+from launcher.config import Accelerator, ConfigError
+from shards.errors import UserError, WorldError
+from shards.hardware import cuda_devices
+from shards.measured import Measured, save
+from shards.world import World
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+TIMEOUT_S = 180
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, print and keep the figures; 2 and one line for what is wrong."""
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
+        return 0
+    try:
+        devices, accelerator = parse(argv)
+        measured = measure(devices, accelerator)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for line in lines(measured):
+        print(line)
+    print(f"kept in {save(os.environ, measured)}")
+    return 0
+
+
+def parse(argv: Sequence[str]) -> tuple[int, str]:
+    """Devices and accelerator of the arguments; all CUDA devices of this machine, or one CPU rank."""
+    values = dict(item.partition("=")[::2] for item in argv)
+    if unknown := set(values) - {"devices", "accelerator"}:
+        raise ConfigError(f"{min(unknown)!r} is not an argument of the probe.", "devices=2 accelerator=cpu")
+    found = cuda_devices(os.environ)
+    accelerator = values.get("accelerator", "auto")
+    if accelerator not in Accelerator.__members__:
+        raise ConfigError(f"accelerator={accelerator} is not one.", "accelerator=auto, cpu or cuda")
+    accelerator = ("cuda" if found else "cpu") if accelerator == "auto" else accelerator
+    devices = values.get("devices", str(len(found) if accelerator == "cuda" else 1))
+    if not devices.isascii() or not devices.isdigit() or int(devices) < 1:
+        raise ConfigError(f"devices={devices} is not a whole number above 0.", "devices=2")
+    if accelerator == "cuda" and int(devices) > len(found):
+        raise ConfigError(f"devices={devices}, and {len(found)} CUDA devices can be seen.", "accelerator=cpu")
+    return int(devices), accelerator
+
+
+def measure(devices: int, accelerator: str) -> Measured:
+    """Start a rank a device and read what rank 0 found; none is left behind. WorldError if they fail."""
+    port = _free_port()
+    ranks: list[subprocess.Popen[str]] = []
+    try:
+        for rank in range(devices):
+            world = World(rank, rank, devices, devices, master_port=port, launcher="environment")
+            ranks.append(_start(world, accelerator))
+        out, err = ranks[0].communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise WorldError(f"The probe of {devices} devices took longer than {TIMEOUT_S} s.", "devices=1") from None
+    finally:
+        for process in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            process.wait()
+    if ranks[0].returncode != 0 or not out.strip():
+        last = (err.strip().splitlines() or ["no message"])[-1]
+        raise WorldError(f"The probe failed: {last}", "python -m shards.probe cpu, to see it whole")
+    return Measured.from_dict(json.loads(out.splitlines()[-1]))
+
+
+def _start(world: World, accelerator: str) -> subprocess.Popen[str]:
+    threads = str(max(1, len(os.sched_getaffinity(0)) // world.world_size))
+    environ = {"OMP_NUM_THREADS": threads, **os.environ, **(world.environ() if world.world_size > 1 else {})}
+    pipe = subprocess.PIPE if world.rank == 0 else subprocess.DEVNULL
+    command = [sys.executable, "-m", "shards.probe", accelerator]
+    return subprocess.Popen(command, env=environ, stdout=pipe, stderr=pipe, text=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def lines(measured: Measured) -> list[str]:
+    """The figures for people."""
+    device, link = measured.device, measured.link
+    rates = (device.bandwidth or 0, device.flops_16 or 0, device.flops_32 or 0)
+    found = [
+        f"{measured.num_devices} x {device.name}, all at once",
+        f"memory: {rates[0] / 1e9:,.1f} GB/s",
+        f"matmul: {rates[1] / 1e12:,.2f} TFLOP/s in bfloat16, {rates[2] / 1e12:,.2f} in float32",
+    ]
+    if link is not None:
+        found.append(f"link, {link.name}: {link.bandwidth / 1e9:,.2f} GB/s, all-reduce {link.latency_s * 1e6:,.0f} us")
+    return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

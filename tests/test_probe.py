@@ -1,0 +1,80 @@
+"""`python -m launcher.probe` with two real ranks, and the plans that take what it measured."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from launcher import plan, probe
+from shards.hardware import CPU, Device, Link
+from shards.measured import Measured, cache_file, save, this_machine
+
+MEASURED = Measured(Device("CPU", "cpu", None, 20e9, 1e12, 2e11), 2, Link("2 ranks over gloo", 1e9, 1e-4))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_two_ranks_are_measured_and_the_figures_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    assert probe.main(["devices=2", "accelerator=cpu"]) == 0
+    out = capsys.readouterr().out
+    assert re.match(r"2 x CPU, all at once\nmemory: [\d.]+ GB/s\nmatmul: [\d.]+ TFLOP/s in bfloat16, ", out)
+    device, link = this_machine(os.environ, 2, on_cuda=False)
+    assert link is not None
+    assert device.bandwidth is not None
+    assert device.flops_32 is not None
+    assert 1e8 < device.bandwidth < 2e12
+    assert 1e8 < device.flops_32 < 1e14
+    assert 1e6 < link.bandwidth < 1e12
+    assert 1e-6 < link.latency_s < 1
+
+
+def test_figures_are_those_of_as_many_devices(cache: Path) -> None:
+    assert this_machine(os.environ, 2, on_cuda=False) == (CPU, None)
+    path = save(os.environ, MEASURED)
+    assert path.parent == cache / "multi-gpu-launcher"
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert this_machine(os.environ, 2, on_cuda=False) == (MEASURED.device, MEASURED.link)
+    assert this_machine(os.environ, 4, on_cuda=False) == (CPU, None)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"device": {"name": 1, "colour": 2}, "num_devices": 2, "link": 0}']
+)
+def test_a_cache_that_cannot_be_read_is_none(text: str) -> None:
+    path = cache_file(os.environ, CPU, 2)
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    assert this_machine(os.environ, 2, on_cuda=False) == (CPU, None)
+
+
+def test_the_plan_of_this_machine_takes_what_was_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "cuda_devices", lambda environ: ())
+    save(os.environ, MEASURED)
+    assert plan.main(["model=llama_7b", "devices=2", "backend=fsdp", "--markdown"]) == 0
+    out = capsys.readouterr().out
+    assert "Links: 2xCPU 2 ranks over gloo." in out
+    assert "| **0.154** | - | link |" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gpus=2"], "error: 'gpus' is not an argument of the probe. HINT: devices=2 accelerator=cpu\n"),
+        (["devices=none"], "error: devices=none is not a whole number above 0. HINT: devices=2\n"),
+        (["accelerator=tpu"], "error: accelerator=tpu is not one. HINT: accelerator=auto, cpu or cuda\n"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert probe.main(arguments) == 2
+    assert capsys.readouterr() == ("", message)
