@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def describe() -> dict[str, Any]:
         "launcher": launcher.__version__,
         "git": git_state(Path(launcher.__file__).parent),
         "python": platform.python_version(),
+        "executable": sys.executable,
         "packages": versions(),
         "host": platform.node(),
         "platform": platform.platform(),

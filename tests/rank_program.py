@@ -42,22 +42,32 @@ def answer(
     return [completion for generation in made for completion in generation.completions]
 
 
-def main() -> None:
-    name, model, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-    devices = int(sys.argv[4])
+def configured(name: str, model: str, devices: int) -> RunConfig:
+    """The configuration of one engine on the CPU."""
     config = compose_run([f"backend={name}", f"model={model}", f"devices={devices}", "accelerator=cpu"])
-    folder = EMBEDDED / model
-    config.model.path = str(folder)
-    world = World.from_env(os.environ)
+    config.model.path = str(EMBEDDED / model)
+    return config
+
+
+def loaded(config: RunConfig, world: World, prompts: list[Prompt]) -> tuple[Backend, list[tuple[int, int]]]:
+    """The engine with its weights on this rank, and the progress that it showed while loading."""
     os.environ.update(world.environ())
-    prompts = encode(PROMPTS.read_text().splitlines(), folder)
-    ended = encode([ENDED], folder)
+    folder = Path(config.model.path)
     tensors = Checkpoint.open(folder).tensors
     plan = plan_of(config, json.loads((folder / "config.json").read_text()), tensors, prompts, on_cuda=False)
-
-    backend = backend_class(name)(config)
     seen: list[tuple[int, int]] = []
+    backend = backend_class(config.backend.name)(config)
     backend.load(plan.to_dict(), world, lambda done, total: seen.append((done, total)))
+    return backend, seen
+
+
+def main() -> None:
+    name, model, out, devices = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+    world = World.from_env(os.environ)
+    config = configured(name, model, devices)
+    prompts = encode(PROMPTS.read_text().splitlines(), EMBEDDED / model)
+    ended = encode([ENDED], EMBEDDED / model)
+    backend, seen = loaded(config, world, prompts)
     result = {scenario: answer(backend, config, world, prompts, sampling) for scenario, sampling in SCENARIOS.items()}
     result["one prompt"] = answer(backend, config, world, prompts[:1], GREEDY)
     result["ended prompt"] = answer(backend, config, world, ended, GREEDY)

@@ -6,7 +6,9 @@ import json
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
+import venv
 from pathlib import Path
 
 import pytest
@@ -207,3 +209,32 @@ def test_a_sweep_goes_on_past_a_point_that_is_refused(tmp_path: Path) -> None:
     ended = launcher("-m", "backend=dummy", "devices=1", "sampling.max_new_tokens=5000,8", f"output_dir={tmp_path}")
     assert ended.code == 1
     assert [row["status"] for row in ended.last_json["records"]] == ["refused", "ok"]
+
+
+def test_another_interpreter_runs_the_engine(tmp_path: Path) -> None:
+    other = tmp_path / "other" / "bin" / "python"
+    venv.create(tmp_path / "other", with_pip=False, symlinks=True)
+    [site_packages] = (tmp_path / "other" / "lib").glob("*/site-packages")
+    bare = launcher("backend=dummy", "devices=1", f"backend.python={other}", f"output_dir={tmp_path / 'runs'}")
+    assert bare.code == 2
+    assert bare.err.startswith(f"backend=dummy needs psutil, tokenizers, pynvml, which is not installed for {other}.")
+    (site_packages / "shared.pth").write_text(sysconfig.get_path("purelib"))
+    ended = launcher("backend=dummy", "devices=1", f"backend.python={other}", f"output_dir={tmp_path / 'runs'}")
+    assert ended.code == 0, ended.err
+    record = json.loads(Path(ended.last_json["run_dir"], "record.json").read_text())
+    assert record["environment"]["executable"] == str(other)
+
+
+def test_an_interpreter_that_does_not_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(["backend=dummy", "backend.python=/dev/null"], capsys)
+    assert line.startswith("backend.python=/dev/null does not run:")
+
+
+def test_an_engine_that_is_not_installed_names_its_extra(tmp_path: Path) -> None:
+    venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
+    python = tmp_path / "bare" / "bin" / "python"
+    ended = launcher("backend=vllm", f"backend.python={python}", f"output_dir={tmp_path / 'runs'}")
+    assert ended.code == 2
+    assert "backend=vllm needs torch, vllm," in ended.err
+    assert 'HINT: pip install -e ".[vllm]"' in ended.err
+    assert not (tmp_path / "runs").exists()

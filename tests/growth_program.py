@@ -1,0 +1,37 @@
+"""`growth_program.py OUT RANKS`: anonymous memory of a rank of fsdp after each 1,000 of 10,000 decode steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from rank_program import configured, loaded
+
+from launcher.backend import Prompt
+from launcher.config import SamplingConfig
+from launcher.measure import host_anonymous_bytes
+from shards.fully_shard import bookkeeping_entries
+from shards.world import World
+
+STEPS = SamplingConfig(max_new_tokens=1000, ignore_eos=True)
+
+
+def main() -> None:
+    out, ranks = Path(sys.argv[1]), sys.argv[2]
+    world = World.from_env(os.environ)
+    prompt = Prompt(world.rank, "", (1, 2, 3))
+    backend, _ = loaded(configured("fsdp", "tiny_draft", int(ranks)), world, [prompt])
+    held = []
+    for _ in range(10):
+        backend.generate([prompt], STEPS, lambda tokens: None)
+        assert bookkeeping_entries(backend.model) == 0
+        held.append(host_anonymous_bytes())
+    (out / f"rank_{world.rank}.json").write_text(json.dumps(held))
+    backend.close()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
