@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.config import FsdpConfig, Precision, VllmConfig
 from launcher.prompts import sampling_of
-from shards.hardware import CPU, cuda_devices
+from shards.measured import this_machine
 from shards.model import KNOWN_FAMILIES, ModelShape
 from shards.plan import Plan, PlanRequest, make_plan
 
@@ -29,7 +29,7 @@ def plan_of(
     prompts: Sequence[Prompt],
     on_cuda: bool,
 ) -> Plan:
-    """The plan of a run; PlanError where the engine cannot cut the model so, or a device cannot hold its part."""
+    """The plan of a run on this machine; PlanError where the model cannot be cut so, or a part does not fit."""
     backend = config.backend
     options: dict[str, Any] = {}
     if isinstance(backend, FsdpConfig):
@@ -38,6 +38,7 @@ def plan_of(
         options["gpu_memory_utilization"] = backend.gpu_memory_utilization
         options["kv_cache_memory_bytes"] = backend.kv_cache_memory_bytes
         options["max_num_seqs"] = backend.max_num_seqs or VLLM_SEQUENCES
+    device, link = this_machine(os.environ, config.devices * config.num_nodes, on_cuda)
     request = PlanRequest(
         shape=shape_of(model_config, tensors),
         engine=backend.name,
@@ -47,7 +48,8 @@ def plan_of(
         batch_size=min(config.measure.batch_size, _share(config, len(prompts))),
         prompt_tokens=max(len(prompt.token_ids) for prompt in prompts),
         max_new_tokens=sampling_of(config).max_new_tokens,
-        device=cuda_devices(os.environ)[0] if on_cuda else CPU,
+        device=device,
+        link=link,
         **options,
     )
     return make_plan(request)

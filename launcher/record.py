@@ -49,6 +49,7 @@ def finish(run_dir: Path, outcome: Outcome | None = None) -> dict[str, Any]:
         "started_at": run["started_at"],
         "ended_at": time.time(),
         **_measures(present if status == "ok" else [], run["world_size"]),
+        "ceiling": None,
         "devices": [device for rank in present for device in rank.get("devices", [])],
         "ranks": [_rank_summary(rank) for rank in present],
         "notes": run["notes"],
@@ -57,6 +58,7 @@ def finish(run_dir: Path, outcome: Outcome | None = None) -> dict[str, Any]:
         "plan": read_json(run_dir / "plan.json"),
         "environment": next((rank["environment"] for rank in present if rank.get("environment")), None),
     }
+    record["ceiling"] = against_ceiling(record["plan"], record["metrics"])
     _write_completions(run_dir, run["processes"])
     write_json(run_dir / "record.json", record)
     return record
@@ -174,6 +176,21 @@ def _pass(repeats: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "prefill_tokens_per_s": total["prompt_tokens"] / phases["prefill_s"] if phases["prefill_s"] else None,
         "decode_tokens_per_s": later / phases["decode_s"] if phases["decode_s"] else None,
     }
+
+
+def against_ceiling(plan: dict[str, Any] | None, metrics: dict[str, Any] | None) -> dict[str, Any]:
+    """Measured decode speed as a share of what the machine allows by plan; over 1 a figure or a rate is wrong.
+
+    A batch of the plan is one rank's where prompts are split over ranks: there the ceiling is of all ranks together.
+    """
+    limit = (plan or {}).get("limit")
+    measured = metrics and (metrics["decode_tokens_per_s"]["median"] or metrics["new_tokens_per_s"]["median"])
+    if limit is None or not measured:
+        reason = "nothing was measured" if limit else "no rates are known of this machine: python -m launcher.probe"
+        return {"decode_tokens_per_s": None, "bound": None, "share": None, "impossible": False, "reason": reason}
+    share = measured / limit["tokens_per_s"]
+    ceiling = {"decode_tokens_per_s": limit["tokens_per_s"], "bound": limit["bound"]}
+    return {**ceiling, "share": share, "impossible": share > 1}
 
 
 def spread(values: Iterable[float | None]) -> dict[str, Any]:

@@ -123,6 +123,10 @@ def _speed(record: dict[str, Any]) -> Table:
     table.add_section()
     tokens = f"{totals['prompts']} prompts, {totals['prompt_tokens']} prompt tokens, {totals['new_tokens']} new tokens"
     table.add_row("load", seconds(record["load_s"]), "", "", tokens)
+    if (ceiling := record["ceiling"])["share"] is not None:
+        text = f"[red]{ceiling['share']:.1%}, impossible[/]" if ceiling["impossible"] else f"{ceiling['share']:.1%}"
+        limit = f"of {rate(ceiling['decode_tokens_per_s'])} tokens/s, bound by {ceiling['bound']}"
+        table.add_row("share of the ceiling", text, "", "", limit)
     return table
 
 
@@ -178,7 +182,7 @@ def show_plan(run: Run, out: Console) -> None:
     facts = {
         "device": plan.device_name,
         "KV cache a token": f"{plan.kv_bytes_per_token:,} bytes",
-        "peak while loading": f"{size(plan.load_host_bytes)} host, {size(plan.load_device_bytes)} device, each rank",
+        "peak while loading": f"{size(plan.load_host_bytes)} on a node's host, {size(plan.load_device_bytes)} on a device",
         "largest batch": plan.largest_batch or "not bounded by a known capacity",
         "longest context": plan.longest_context,
         "smallest number of devices": plan.smallest_devices,
