@@ -1,0 +1,225 @@
+"""`python -m launcher.doctor`: which engines work here, on what they would run, and what to do about the rest.
+
+Whatever may break is tried in a process of its own, so that a broken engine or driver is a line of the table.
+Needs nothing but the standard library; rich, where it can be imported, draws the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import launcher
+from launcher import host
+from launcher.config import BACKENDS
+from launcher.trials import ROOT, Engine, engine, nvml
+
+try:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+except Exception:  # a broken one is as good as none
+    Console = None  # type: ignore[assignment, misc]
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+AT_ONCE = 2  # imports of engines are heavy
+GIB = 1024**3
+
+State = Literal["ok", "note", "warning", "missing", "broken"]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the table: what was found, and the one command that mends it where something is to mend."""
+
+    section: str
+    name: str
+    state: State
+    found: str
+    mend: str = ""
+
+
+def check_engine(one: Engine, on_gpus: bool) -> Check:
+    """The line of one engine; a build for CPUs on a machine with GPUs is a warning."""
+    versions = ", ".join(f"{module} {version or '?'}" for module, version in one.versions.items())
+    if one.error is not None:
+        state: State = "missing" if one.missing else "broken"
+        found = f"{one.error}{f' (with {versions})' if versions else ''}"
+        return Check("backends", one.name, state, found, _mend_engine(one, on_gpus))
+    if on_gpus and one.versions and one.cuda is None:
+        found = f"{versions}: a CPU build, and there are GPUs"
+        return Check("backends", one.name, "warning", found, "LAUNCHER_FLAVOR=cuda bash scripts/setup.sh")
+    return Check("backends", one.name, "ok", versions or "needs nothing")
+
+
+def _mend_engine(one: Engine, on_gpus: bool) -> str:
+    """The lock is what is known to work together; the CPU build of vLLM cannot be had in another way."""
+    if (ROOT / "scripts" / "setup.sh").is_file() and (not one.missing or (one.name == "vllm" and not on_gpus)):
+        return "bash scripts/setup.sh && .venv/bin/python -m launcher.doctor"
+    return f'pip install -e ".[{one.name}]"'
+
+
+def check_devices(found: dict[str, Any] | None, reason: str, machine: host.Host) -> list[Check]:
+    """The cards and what joins them, then the processor."""
+    checks = []
+    for gpu in (found or {}).get("gpus", []):
+        checks.append(Check("devices", f"GPU {gpu['index']}", "ok", _gpu(gpu, found or {})))
+    for link in (found or {}).get("links", []):
+        state: State = "ok" if link["peer_to_peer"] in ("yes", None) else "note"
+        checks.append(Check("devices", "GPUs {} and {}".format(*link["gpus"]), state, _link(link)))
+    if not checks:
+        why = "the driver shows none" if found is not None else f"none: {reason or 'NVML is silent'}"
+        checks.append(Check("devices", "GPUs", "note", why))
+    return [*checks, Check("devices", "processor", "ok", _processor(machine)), check_memory(machine)]
+
+
+def _gpu(gpu: dict[str, Any], found: dict[str, Any]) -> str:
+    cuda = found["cuda_driver"]
+    parts = [
+        gpu["name"] or "no name",
+        f"{size(gpu['memory_bytes'])} ({size(gpu['free_bytes'])} free)",
+        f"compute capability {gpu['compute_capability'] or '?'}",
+        f"PCIe {gpu['pcie_generation'] or '?'} x{gpu['pcie_width'] or '?'} now, at most "
+        f"{gpu['pcie_generation_max'] or '?'} x{gpu['pcie_width_max'] or '?'}",
+        f"{gpu['nvlinks']} NVLinks up" if gpu["nvlinks"] else "no NVLink",
+        *(["MIG is on"] if gpu["mig"] else []),
+        f"driver {found['driver'] or '?'}, CUDA {f'{cuda // 1000}.{cuda % 1000 // 10}' if cuda else '?'}",
+    ]
+    return "; ".join(parts)
+
+
+def _link(link: dict[str, Any]) -> str:
+    way = "NVLink" if link["nvlink"] else f"PCIe, {link['pcie_path'] or 'path not known'}"
+    return f"{way}; peer to peer {link['peer_to_peer'] or 'not known'}"
+
+
+def _processor(machine: host.Host) -> str:
+    parts = [machine.cpu or platform.machine(), f"{machine.cores} cores for this process"]
+    parts += [f"{machine.numa_nodes} NUMA node{'s' if machine.numa_nodes > 1 else ''}"] if machine.numa_nodes else []
+    return "; ".join(parts + ([" ".join(machine.instructions)] if machine.instructions else []))
+
+
+def check_memory(machine: host.Host) -> Check:
+    """Memory of the machine, and of the container where that is less."""
+    found = f"{size(machine.memory_bytes)}, {size(machine.memory_available_bytes)} available"
+    limit = machine.memory_limit_bytes
+    if limit is not None and (machine.memory_bytes is None or limit < machine.memory_bytes):
+        found += f"; this container may use {size(limit)}"
+    return Check("devices", "memory", "ok", found)
+
+
+def check_system(machine: host.Host) -> list[Check]:
+    """What engines and clusters need beside Python packages."""
+    shared, locked = machine.shared_memory_bytes, machine.locked_memory_bytes
+    small = shared is None or shared < host.SHARED_MEMORY_WANTED
+    bound = locked is not None and bool(machine.infiniband)
+    return [
+        Check("system", "python", "ok", f"{platform.python_version()}, {sys.executable}"),
+        _tool("g++", "builds DeepSpeed's CPU operation", "apt-get install g++"),
+        _tool("ninja", "builds DeepSpeed's CPU operation", "pip install ninja"),
+        Check(
+            "system",
+            "/dev/shm",
+            "warning" if small else "ok",
+            f"{size(shared)}, {size(machine.shared_memory_free_bytes)} free",
+            "mount -o remount,size=8g /dev/shm (docker run --shm-size=8g)" if small else "",
+        ),
+        Check(
+            "system",
+            "locked memory",
+            "warning" if bound else "ok",
+            f"{'unlimited' if locked is None else size(locked)}{'; InfiniBand needs more' if bound else ''}",
+            "ulimit -l unlimited (docker run --ulimit memlock=-1)" if bound else "",
+        ),
+        Check("system", "InfiniBand", "note", ", ".join(machine.infiniband) or "none"),
+        _slurm(),
+    ]
+
+
+def _tool(name: str, purpose: str, mend: str) -> Check:
+    path = host.find_tool(name)
+    return Check("system", name, "ok" if path else "missing", path or f"not found; it {purpose}", "" if path else mend)
+
+
+def _slurm() -> Check:
+    found = [path for path in map(host.find_tool, ("sbatch", "srun", "squeue")) if path]
+    if len(found) == 3:
+        return Check("system", "SLURM client", "ok", found[0])
+    what = "none; only launching on a cluster needs it"
+    return Check("system", "SLURM client", "note", ", ".join(found) or what, "")
+
+
+def size(value: int | None) -> str:
+    """GiB for a reader, MiB where that would be nothing."""
+    if value is None:
+        return "?"
+    return f"{value / GIB:,.1f} GiB" if value >= GIB // 2 else f"{value / 1024**2:,.1f} MiB"
+
+
+def examine(timeout_s: float) -> dict[str, Any]:
+    """Everything, as plain JSON values; takes as long as the engines take to import."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        asked = pool.submit(nvml)
+        engines = list(pool.map(lambda name: engine(name, timeout_s), BACKENDS))
+        cards, reason = asked.result()
+    machine = host.describe()
+    on_gpus = bool(cards and cards["gpus"])
+    checks = [
+        *(check_engine(one, on_gpus) for one in engines),
+        *check_devices(cards, reason, machine),
+        *check_system(machine),
+    ]
+    return {
+        "launcher": launcher.__version__,
+        "engines": [asdict(one) for one in engines],
+        "gpus": cards,
+        "host": asdict(machine),
+        "checks": [asdict(check) for check in checks],
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print the table; as plain lines where rich is not there to draw it."""
+    if Console is None:
+        for check in found["checks"]:
+            mend = f"  MEND: {check['mend']}" if check["mend"] else ""
+            print(f"{check['state']:<8} {check['name']:<14} {check['found']}{mend}")
+        return
+    colors = {"ok": "green", "note": "dim", "warning": "yellow", "missing": "red", "broken": "red"}
+    console = Console(highlight=False)
+    table = Table("", "what", "found", "to mend it", title=f"launcher {found['launcher']}")
+    section = ""
+    for check in found["checks"]:
+        if section not in ("", check["section"]):
+            table.add_section()
+        section = check["section"]
+        state = f"[{colors[check['state']]}]{check['state']}[/]"
+        table.add_row(state, check["name"], escape(check["found"]), escape(check["mend"]))
+    (console if console.is_terminal else Console(highlight=False, width=160)).print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Always 0: what is missing is a line of the table. 2 for a wrong argument."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launcher.doctor", description="What works here, and what would mend the rest."
+    )
+    parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="for the import of one engine")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    arguments = parser.parse_args(argv)
+    found = examine(arguments.timeout)
+    if arguments.json:
+        print(json.dumps(found), flush=True)
+    else:
+        show(found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""What this machine is, as a doctor looks at it: processor, memory, tools, limits. Standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import resource
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY_WANTED = 1024**3
+"""Ranks of one machine exchange tensors through shared memory; a container has 64 MiB unless it is told otherwise."""
+
+SPEED_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """Processor and memory in bytes; None is not known. `memory_limit_bytes` is the container's, where it has one."""
+
+    cpu: str | None
+    cores: int
+    instructions: tuple[str, ...]
+    numa_nodes: int | None
+    memory_bytes: int | None
+    memory_available_bytes: int | None
+    memory_limit_bytes: int | None
+    shared_memory_bytes: int | None
+    shared_memory_free_bytes: int | None
+    locked_memory_bytes: int | None
+    infiniband: tuple[str, ...]
+
+
+def describe() -> Host:
+    """This machine, as far as this process may use it."""
+    cpu = _cpuinfo()
+    memory = _meminfo()
+    shared = _file_system(SHARED_MEMORY)
+    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return Host(
+        cpu=cpu.get("model name") or platform.processor() or None,
+        cores=len(os.sched_getaffinity(0)),
+        instructions=tuple(flag for flag in SPEED_FLAGS if flag in cpu.get("flags", "").split()),
+        numa_nodes=len(_names(Path("/sys/devices/system/node"), "node[0-9]*")) or None,
+        memory_bytes=memory.get("MemTotal"),
+        memory_available_bytes=memory.get("MemAvailable"),
+        memory_limit_bytes=_number(Path("/sys/fs/cgroup/memory.max")),
+        shared_memory_bytes=shared[0] if shared else None,
+        shared_memory_free_bytes=shared[1] if shared else None,
+        locked_memory_bytes=None if locked == resource.RLIM_INFINITY else locked,
+        infiniband=_names(Path("/sys/class/infiniband"), "*"),
+    )
+
+
+def find_tool(name: str) -> str | None:
+    """The path of a program: on PATH, or beside the interpreter, where an environment that is not activated has it."""
+    return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The fields of the first processor."""
+    with contextlib.suppress(OSError):
+        first = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0]
+        pairs = (line.partition(":") for line in first.splitlines())
+        return {name.strip(): value.strip() for name, _, value in pairs}
+    return {}
+
+
+def _meminfo() -> dict[str, int]:
+    """The fields of /proc/meminfo in bytes."""
+    with contextlib.suppress(OSError, ValueError):
+        pairs = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+        return {words[0].rstrip(":"): int(words[1]) * 1024 for words in pairs if len(words) == 3}
+    return {}
+
+
+def _file_system(path: Path) -> tuple[int, int] | None:
+    """Bytes in all and free."""
+    with contextlib.suppress(OSError):
+        found = os.statvfs(path)
+        return found.f_frsize * found.f_blocks, found.f_frsize * found.f_bavail
+    return None
+
+
+def _number(path: Path) -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        return int(path.read_text())
+    return None
+
+
+def _names(folder: Path, pattern: str) -> tuple[str, ...]:
+    with contextlib.suppress(OSError):
+        return tuple(sorted(path.name for path in folder.glob(pattern)))
+    return ()

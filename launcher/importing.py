@@ -1,0 +1,70 @@
+"""`python -m launcher.importing MODULE ...`: import each, and say on stdout how it went, a JSON object a line.
+
+For a process of its own: an import may raise, crash in native code or hang. What the modules print goes to stderr.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import sys
+from typing import IO, Any
+
+FIRST_USE = {
+    "vllm": "LLM",
+    "transformers": "AutoModelForCausalLM",
+    "lightning": "Fabric",
+    "deepspeed": "init_inference",
+    "accelerate": "init_empty_weights",
+}
+"""What is asked of a module that imports its parts when they are first used."""
+
+
+def attempt(name: str) -> dict[str, Any]:
+    """The version of module `name` once it is imported, or `missing`, or why it cannot be, in one line."""
+    try:
+        if importlib.util.find_spec(name) is None:
+            return {"module": name, "missing": True}
+        module = importlib.import_module(name)
+        if name in FIRST_USE:
+            getattr(module, FIRST_USE[name])
+    except BaseException as error:  # SystemExit too: whatever a module does when it is imported is its answer
+        lines = str(error).strip().splitlines()
+        return {"module": name, "error": f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__}
+    return {"module": name, "version": _version(module, name), "cuda": _cuda(module)}
+
+
+def _version(module: Any, name: str) -> str | None:
+    found = getattr(module, "__version__", None)
+    if found is None:
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+    return str(found)
+
+
+def _cuda(module: Any) -> str | None:
+    """The CUDA version that torch was built for, None for another module or a CPU build."""
+    return getattr(vars(module).get("version"), "cuda", None)
+
+
+def main() -> None:
+    """Import the modules on the command line in order, until one cannot be."""
+    out: IO[str] = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for name in sys.argv[1:]:
+        print(json.dumps({"importing": name}), file=out, flush=True)
+        result = attempt(name)
+        print(json.dumps(result), file=out, flush=True)
+        if "version" not in result:
+            break
+    out.flush()
+    os._exit(0)  # engines leave threads and exit handlers behind
+
+
+if __name__ == "__main__":
+    main()

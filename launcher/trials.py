@@ -1,0 +1,118 @@
+"""Things that may raise, crash or hang, tried in processes of their own. Standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.config import BACKENDS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+ROOT = Path(__file__).resolve().parents[1]
+NVML_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What became of importing an engine; `error` is None where it can be imported."""
+
+    name: str
+    versions: dict[str, str | None]
+    error: str | None = None
+    missing: tuple[str, ...] = ()
+    cuda: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A process that was tried: its lines on stdout, the last words on stderr, and how it ended (None: time was up)."""
+
+    out: list[str]
+    last_words: str
+    code: int | None
+
+
+def attempt(module: str, arguments: Sequence[str], timeout_s: float) -> Ended:
+    """Run a module of this package in a process of its own; it and its children are killed when the time is up."""
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH", ""), str(ROOT))))
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"launcher.{module}", *arguments],
+        env=os.environ | {"PYTHONPATH": path},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    code = None
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+        code = process.returncode
+    except subprocess.TimeoutExpired:
+        _kill(process)
+        out, err = process.communicate()
+    words = [line.strip() for line in err.splitlines() if line.strip()]
+    return Ended(out.splitlines(), words[-1] if words else "", code)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def engine(name: str, timeout_s: float) -> Engine:
+    """Import what the engine needs and see."""
+    packages = BACKENDS[name].packages
+    if not packages:
+        return Engine(name, {})
+    ended = attempt("importing", packages, timeout_s)
+    rows = _objects(ended.out)
+    done = {row["module"]: row for row in rows if "version" in row}
+    versions = {module: row["version"] for module, row in done.items()}
+    cuda = next((row["cuda"] for row in done.values() if row["cuda"]), None)
+    last = rows[-1] if rows else {}
+    if last.get("missing"):
+        return Engine(name, versions, f"{last['module']} is not installed", (last["module"],), cuda)
+    if "error" in last:
+        return Engine(name, versions, f"{last['module']}: {last['error']}", (), cuda)
+    if len(done) < len(packages):
+        return Engine(
+            name, versions, f"importing {last.get('importing', packages[0])} {_end(ended, timeout_s)}", (), cuda
+        )
+    return Engine(name, versions, None, (), cuda)
+
+
+def _objects(lines: Sequence[str]) -> list[dict[str, Any]]:
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [row for row in found if isinstance(row, dict)]
+
+
+def _end(ended: Ended, timeout_s: float) -> str:
+    """How a process ended that did not say so itself."""
+    if ended.code is None:
+        return f"took more than {timeout_s:g} s"
+    if ended.code < 0:
+        return f"crashed: {signal.Signals(-ended.code).name}"
+    return f"ended with exit code {ended.code}: {ended.last_words}"
+
+
+def nvml() -> tuple[dict[str, Any] | None, str]:
+    """What NVML says, or None and why it says nothing."""
+    ended = attempt("nvml", (), NVML_S)
+    found = _objects(ended.out)
+    if ended.code == 0 and found:
+        return found[-1], ""
+    return None, ended.last_words if ended.code == 1 else f"NVML {_end(ended, NVML_S)}"

@@ -1,0 +1,261 @@
+"""The doctor survives what it examines: engines that raise, crash, hang or are not there, and broken drivers."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launcher.doctor import Check, check_devices, check_engine, check_system
+from launcher.host import Host, describe
+from launcher.trials import Ended, Engine, attempt, engine, nvml
+from shards.hardware import cuda_devices
+
+ROOT = Path(__file__).resolve().parents[1]
+GIB = 1024**3
+SETUP = "bash scripts/setup.sh && .venv/bin/python -m launcher.doctor"
+HANGS = "import subprocess, time\nsubprocess.Popen(['/bin/sleep', '4321'])\ntime.sleep(600)"
+MODULES = {
+    "torch": "__version__ = '9.9'",
+    "transformers": "__version__ = '8.8'\nAutoModelForCausalLM = 1",
+    "accelerate": "raise SystemExit(3)",
+    "lightning": "__version__ = '7.7'",
+    "deepspeed": "import os\nprint('noise')\nos.abort()",
+    "vllm": "print('noise')\nraise RuntimeError('''\nlibcuda.so.1: cannot open\nsecond line''')",
+    "pynvml": "import os\nos.abort()",
+}
+BOTH: dict[str, str | None] = {"torch": "9.9", "transformers": "8.8"}
+ENGINES = [
+    Engine("dummy", {}),
+    Engine("transformers", BOTH, "accelerate: SystemExit: 3"),
+    Engine("fsdp", BOTH, "importing lightning took more than 4 s"),
+    Engine("deepspeed", BOTH, "importing deepspeed crashed: SIGABRT"),
+    Engine("vllm", {"torch": "9.9"}, "vllm: RuntimeError: libcuda.so.1: cannot open"),
+]
+
+
+def write_modules(folder: Path, modules: dict[str, str]) -> Path:
+    for name, text in modules.items():
+        (folder / f"{name}.py").write_text(text + "\n")
+    return folder
+
+
+def doctor(modules: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run with an empty PATH, and with `modules` in place of what is installed."""
+    environ = {"PATH": "", "PYTHONPATH": str(modules)}
+    command = [sys.executable, "-m", "launcher.doctor", *arguments]
+    return subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_engines_that_raise_crash_and_hang_are_told_as_such(tmp_path: Path) -> None:
+    done = doctor(write_modules(tmp_path, MODULES | {"lightning": HANGS}), "--json", "--timeout", "4")
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["engines"]) == (0, [asdict(one) | {"missing": []} for one in ENGINES])
+    assert [check["found"] for check in found["checks"] if check["name"] == "GPUs"] == ["none: NVML crashed: SIGABRT"]
+    left = [process for process in psutil.process_iter(["cmdline"]) if "4321" in (process.info["cmdline"] or [])]
+    assert left == []
+
+
+@pytest.mark.parametrize("rich", [{}, {"rich": "raise OSError('broken')"}], ids=["rich", "no rich"])
+def test_table(tmp_path: Path, rich: dict[str, str]) -> None:
+    done = doctor(write_modules(tmp_path, MODULES | rich))
+    lines = [line for line in done.stdout.splitlines() if "vllm" in line]
+    assert (done.returncode, done.stderr, len(lines)) == (0, "", 1)
+    assert ("│" in lines[0]) != bool(rich)
+    for words in ("broken", "RuntimeError: libcuda.so.1: cannot open", SETUP):
+        assert words in lines[0]
+
+
+def test_wrong_argument(tmp_path: Path) -> None:
+    assert doctor(tmp_path, "--nonsense").returncode == 2
+
+
+def test_missing_module_ends_the_trial() -> None:
+    ended = attempt("importing", ["json", "no_such_module", "re"], 30)
+    rows = [json.loads(line) for line in ended.out]
+    assert rows == [
+        {"importing": "json"},
+        {"module": "json", "version": "2.0.9", "cuda": None},
+        {"importing": "no_such_module"},
+        {"module": "no_such_module", "missing": True},
+    ]
+
+
+@pytest.mark.slow
+def test_engine_that_works_here() -> None:
+    found = engine("transformers", 120)
+    names = ("torch", "transformers", "accelerate")
+    assert (found.error, found.versions) == (None, {name: importlib.metadata.version(name) for name in names})
+
+
+@pytest.mark.parametrize(
+    ("one", "on_gpus", "check"),
+    [
+        (Engine("dummy", {}), True, Check("backends", "dummy", "ok", "needs nothing")),
+        (Engine("fsdp", BOTH), False, Check("backends", "fsdp", "ok", "torch 9.9, transformers 8.8")),
+        (
+            Engine("fsdp", BOTH, "lightning is not installed", ("lightning",)),
+            False,
+            Check(
+                "backends",
+                "fsdp",
+                "missing",
+                "lightning is not installed (with torch 9.9, transformers 8.8)",
+                'pip install -e ".[fsdp]"',
+            ),
+        ),
+        (
+            Engine("vllm", {}, "torch is not installed", ("torch",)),
+            True,
+            Check("backends", "vllm", "missing", "torch is not installed", 'pip install -e ".[vllm]"'),
+        ),
+        (
+            Engine("vllm", {}, "vllm is not installed", ("vllm",)),
+            False,
+            Check("backends", "vllm", "missing", "vllm is not installed", SETUP),
+        ),
+        (
+            Engine("fsdp", BOTH),
+            True,
+            Check(
+                "backends",
+                "fsdp",
+                "warning",
+                "torch 9.9, transformers 8.8: a CPU build, and there are GPUs",
+                "LAUNCHER_FLAVOR=cuda bash scripts/setup.sh",
+            ),
+        ),
+        (Engine("fsdp", BOTH, cuda="13.0"), True, Check("backends", "fsdp", "ok", "torch 9.9, transformers 8.8")),
+    ],
+)
+def test_line_of_an_engine(one: Engine, on_gpus: bool, check: Check) -> None:
+    assert check_engine(one, on_gpus) == check
+
+
+FAKE_NVML = """
+NVML_NVLINK_MAX_LINKS = 4
+class NVMLError(Exception): pass
+class Memory: total, free = 48 * 1024**3, 47 * 1024**3
+def unknown(*a): raise NVMLError('Not Supported')
+def nvmlInit(): pass
+def nvmlSystemGetDriverVersion(): return b'580.1'
+def nvmlSystemGetCudaDriverVersion_v2(): return 13010
+def nvmlDeviceGetCount(): return 3
+def nvmlDeviceGetHandleByIndex(index): return index
+def nvmlDeviceGetName(h): return 'NVIDIA RTX A6000'
+def nvmlDeviceGetUUID(h): return f'GPU-{h}'
+def nvmlDeviceGetMemoryInfo(h): return Memory() if h < 2 else unknown()
+def nvmlDeviceGetCudaComputeCapability(h): return (8, 6)
+def nvmlDeviceGetCurrPcieLinkGeneration(h): return 1
+def nvmlDeviceGetMaxPcieLinkGeneration(h): return 4
+nvmlDeviceGetCurrPcieLinkWidth = nvmlDeviceGetMaxPcieLinkWidth = lambda h: 16
+def nvmlDeviceGetNvLinkState(h, link): return int(link < 2) if h < 2 and link < 3 else unknown()
+nvmlDeviceGetMigMode = unknown
+def nvmlDeviceGetTopologyCommonAncestor(a, b): return 30 if a + b == 1 else 50
+def nvmlDeviceGetP2PStatus(a, b, what): return (0 if a + b == 1 else 1) if a + b < 3 else unknown()
+"""
+
+
+def test_cards_and_their_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(write_modules(tmp_path, {"pynvml": FAKE_NVML})))
+    found, reason = nvml()
+    assert found is not None
+    assert reason == ""
+    card = {
+        "index": 0, "name": "NVIDIA RTX A6000", "uuid": "GPU-0", "memory_bytes": 48 * GIB, "free_bytes": 47 * GIB,
+        "compute_capability": "8.6", "pcie_generation": 1, "pcie_generation_max": 4, "pcie_width": 16,
+        "pcie_width_max": 16, "nvlinks": 2, "mig": None,
+    }  # fmt: skip
+    assert found == {
+        "driver": "580.1",
+        "cuda_driver": 13010,
+        "gpus": [
+            card,
+            card | {"index": 1, "uuid": "GPU-1"},
+            card | {"index": 2, "uuid": "GPU-2", "memory_bytes": None, "free_bytes": None, "nvlinks": None},
+        ],
+        "links": [
+            {"gpus": [0, 1], "nvlink": True, "pcie_path": "one PCIe host bridge", "peer_to_peer": "yes"},
+            {"gpus": [0, 2], "nvlink": False, "pcie_path": "between NUMA nodes", "peer_to_peer": "no: chipset"},
+            {"gpus": [1, 2], "nvlink": None, "pcie_path": "between NUMA nodes", "peer_to_peer": None},
+        ],
+    }
+    bus = "PCIe 1 x16 now, at most 4 x16"
+    driver = "driver 580.1, CUDA 13.1"
+    lines = check_devices(found, reason, HOST)
+    full = f"NVIDIA RTX A6000; 48.0 GiB (47.0 GiB free); compute capability 8.6; {bus}; 2 NVLinks up; {driver}"
+    assert lines[:-2] == [
+        Check("devices", "GPU 0", "ok", full),
+        Check("devices", "GPU 1", "ok", full),
+        Check(
+            "devices",
+            "GPU 2",
+            "ok",
+            f"NVIDIA RTX A6000; ? (? free); compute capability 8.6; {bus}; no NVLink; {driver}",
+        ),
+        Check("devices", "GPUs 0 and 1", "ok", "NVLink; peer to peer yes"),
+        Check("devices", "GPUs 0 and 2", "note", "PCIe, between NUMA nodes; peer to peer no: chipset"),
+        Check("devices", "GPUs 1 and 2", "ok", "PCIe, between NUMA nodes; peer to peer not known"),
+    ]
+
+
+HOST = Host(
+    cpu="AMD EPYC", cores=8, instructions=("avx2",), numa_nodes=2, memory_bytes=64 * GIB,
+    memory_available_bytes=32 * GIB, memory_limit_bytes=16 * GIB, shared_memory_bytes=64 * 1024**2,
+    shared_memory_free_bytes=64 * 1024**2, locked_memory_bytes=8 * 1024**2, infiniband=("mlx5_0",),
+)  # fmt: skip
+NOBODY = Host(None, 1, (), None, None, None, None, None, None, None, ())
+
+
+def test_machine_without_a_driver() -> None:
+    gpus = Check("devices", "GPUs", "note", "none: no driver")
+    assert check_devices(None, "no driver", HOST) == [
+        gpus,
+        Check("devices", "processor", "ok", "AMD EPYC; 8 cores for this process; 2 NUMA nodes; avx2"),
+        Check("devices", "memory", "ok", "64.0 GiB, 32.0 GiB available; this container may use 16.0 GiB"),
+    ]
+    assert check_devices(None, "no driver", NOBODY)[-1] == Check("devices", "memory", "ok", "?, ? available")
+
+
+@pytest.mark.parametrize(
+    ("machine", "states"),
+    [
+        (HOST, {"/dev/shm": "warning", "locked memory": "warning", "InfiniBand": "note"}),
+        (
+            replace(HOST, shared_memory_bytes=GIB, locked_memory_bytes=None),
+            {"/dev/shm": "ok", "locked memory": "ok", "InfiniBand": "note"},
+        ),
+        (replace(HOST, infiniband=()), {"/dev/shm": "warning", "locked memory": "ok", "InfiniBand": "note"}),
+        (NOBODY, {"/dev/shm": "warning", "locked memory": "ok", "InfiniBand": "note"}),
+    ],
+)
+def test_limits_of_the_system(machine: Host, states: dict[str, str]) -> None:
+    found = {check.name: check for check in check_system(machine)}
+    assert {name: found[name].state for name in states} == states
+    assert all(bool(check.mend) == (check.state in ("warning", "missing")) for check in found.values())
+
+
+def test_this_machine_is_described() -> None:
+    machine = describe()
+    assert machine.cores >= 1
+    assert machine.memory_bytes == psutil.virtual_memory().total
+    assert machine.shared_memory_bytes == psutil.disk_usage("/dev/shm").total
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not cuda_devices({}), reason="no CUDA device")
+def test_real_cards() -> None:
+    found, reason = nvml()
+    assert (reason, bool(found and found["gpus"])) == ("", True)
+
+
+def test_trial_that_ends_by_itself() -> None:
+    ended: Ended = attempt("no_such_module", (), 30)
+    assert (ended.out, ended.code) == ([], 1)
+    assert "no_such_module" in ended.last_words
