@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shards.errors import CheckpointError
-from shards.tensor_files import AGAIN, TensorEntry, parse_json, read_safetensors, some
+from shards.tensor_files import AGAIN, TensorEntry, no_readahead, parse_json, read_safetensors, some
 from shards.torch_zip import read_torch_zip
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class OpenFiles:
         with self._lock:
             if path not in self._open:
                 self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                os.posix_fadvise(self._open[path], 0, 0, os.POSIX_FADV_RANDOM)  # no readahead into a neighbour's rows
+                no_readahead(self._open[path])
                 if FileStamp.of(os.fstat(self._open[path])) != self._stamps[path]:
                     raise self._changed(path)
             return self._open[path]

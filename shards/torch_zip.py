@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from shards.errors import CheckpointError
-from shards.tensor_files import DTYPE_BYTES, TensorEntry
+from shards.tensor_files import DTYPE_BYTES, TensorEntry, no_readahead
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,7 +33,9 @@ def read_torch_zip(path: Path) -> list[TensorEntry]:
     Tied tensors share their bytes.
     """
     try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as stream:
+        with path.open("rb") as stream:
+            no_readahead(stream.fileno())
+            archive = zipfile.ZipFile(stream)
             return _torch_entries(path, archive, stream)
     except zipfile.BadZipFile:
         raise CheckpointError(
