@@ -84,6 +84,10 @@ def _readable(error: Exception) -> ConfigError:
         close = difflib.get_close_matches(option, options(group), 1)
         hint = f"{group}={close[0]}" if close else f"one of {', '.join(options(group))}"
         return ConfigError(f"{group}={option}: there is no such {group}.", hint)
+    inner = re.search(r"override '([\w.]+)'.*Key '(\w+)' is not in struct", text, re.DOTALL)
+    if inner and not inner.group(1).endswith(inner.group(2)):
+        key, entry = inner.groups()
+        return ConfigError(f"{key} is given entry by entry.", f"+{key}.{entry}=VALUE")
     if found := re.search(r"(?:Key|Could not override) '([\w.]+)'", text):
         return _unknown_key(found.group(1))
     if "--multirun" in text or "Ambiguous value" in text or "sweep" in text.lower():
