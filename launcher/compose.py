@@ -47,7 +47,7 @@ def compose_run(overrides: list[str], config_dirs: tuple[str, ...] = ()) -> RunC
         if unknown := set(composed) - {item.name for item in dataclasses.fields(RunConfig)}:
             raise _unknown_key(str(min(unknown)))
         config = cast("RunConfig", OmegaConf.to_object(composed))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, AttributeError) as error:  # OmegaConf: {..} over a null dict
         raise _readable(error) from None
     check(config)
     return config
