@@ -31,7 +31,7 @@ def options(group: str) -> list[str]:
 
 
 def groups() -> list[str]:
-    """The configuration groups, in the order of `conf/config.yaml` where it names them."""
+    """The configuration groups, by name."""
     return sorted(path.name for path in conf_dir().iterdir() if path.is_dir() and any(path.glob("*.yaml")))
 
 
