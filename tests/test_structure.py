@@ -1,0 +1,190 @@
+"""The order of the house, read from its syntax trees: what imports what, and how long things are."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("launcher", "shards")
+MOST_LINES_OF_A_FILE = 299
+MOST_LINES_OF_A_FUNCTION = 49
+
+HEAVY = {"torch", "transformers", "accelerate", "lightning", "deepspeed", "vllm"}
+"""What takes seconds to import, and is not there on a machine that only plans or reports."""
+
+TENSORS = {
+    "launcher.backends.deepspeed",
+    "launcher.backends.deepspeed_reduce",
+    "launcher.backends.fsdp",
+    "launcher.backends.module",
+    "launcher.backends.transformers",
+    "launcher.backends.vllm",
+    "launcher.backends.vllm_worker",
+    "launcher.decode",
+    "launcher.external",
+    "launcher.measure",
+    "shards.families",
+    "shards.fully_shard",
+    "shards.load",
+    "shards.probe",
+    "shards.process_group",
+    "shards.random_weights",
+    "shards.slices",
+}
+"""The modules that may import a heavy package, directly or through another of these; all others must not."""
+
+LAZY = {
+    ("launcher.backend", "*"): "an engine is imported when it is used",
+    ("launcher.__main__", "launcher.external"): "a rank may import torch, the process that launches may not",
+    ("launcher.backends.vllm", "vllm"): "vLLM reads the environment when it is imported, and the backend sets it first",
+    ("launcher.importing", "*"): "to import, and to see what comes of it, is what it is for",
+}
+"""What is imported inside functions (* by a name that is made there), and why."""
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the two packages by its name."""
+    found = {}
+    for path in sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def walk(node: ast.AST, into_functions: bool = True, into_types: bool = True) -> Iterator[ast.AST]:
+    """The nodes below, without bodies of functions or of `if TYPE_CHECKING` where they are not wanted."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not into_functions:
+            continue
+        if is_type_checking(child) and not into_types:
+            continue
+        yield child
+        yield from walk(child, into_functions, into_types)
+
+
+def imported(node: ast.AST) -> list[str]:
+    """The names of the modules that one statement imports, ours as exactly as they are files."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and node.module is not None:
+        parts = {f"{node.module}.{alias.name}" for alias in node.names} & modules().keys()
+        rest = len(parts) < len(node.names)
+        return sorted(parts) + ([node.module] if rest else [])
+    return []
+
+
+def imports(name: str, into_functions: bool, into_types: bool) -> set[str]:
+    nodes = walk(tree(modules()[name]), into_functions, into_types)
+    return {found for node in nodes for found in imported(node)}
+
+
+def top(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def test_shards_knows_nothing_of_the_launcher() -> None:
+    strays = {
+        name: sorted(found)
+        for name in modules()
+        if top(name) == "shards"
+        and (found := {other for other in imports(name, True, True) if top(other) == "launcher"})
+    }
+    assert strays == {}
+
+
+@pytest.mark.parametrize("into_types", [False, True], ids=["at run time", "with the types"])
+def test_imports_point_one_way(into_types: bool) -> None:
+    graph = {name: imports(name, True, into_types) & modules().keys() for name in modules()}
+    try:
+        order = list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"imports go in a circle: {' <- '.join(error.args[1])}")
+    assert sorted(order) == sorted(modules())
+
+
+def test_no_relative_imports() -> None:
+    strays = [
+        name
+        for name in modules()
+        for node in walk(tree(modules()[name]))
+        if isinstance(node, ast.ImportFrom) and node.level
+    ]
+    assert strays == []
+
+
+def lazy_imports(node: ast.AST, inside: bool = False) -> Iterator[str]:
+    """What functions import: modules of ours by their whole names, others by their packages, * for a computed name."""
+    for child in ast.iter_child_nodes(node):
+        if inside:
+            names = imported(child)
+            if isinstance(child, ast.Call) and ast.unparse(child.func) in ("importlib.import_module", "__import__"):
+                known = isinstance(child.args[0], ast.Constant)
+                names = [ast.literal_eval(child.args[0])] if known else ["*"]
+            yield from (name if name in modules() else top(name) for name in names)
+        yield from lazy_imports(child, inside or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
+
+
+def test_functions_import_only_what_is_listed() -> None:
+    found = {(name, what) for name, path in modules().items() for what in lazy_imports(tree(path))}
+    assert found - LAZY.keys() == set()
+    assert LAZY.keys() - found == set(), "no longer needed in the list"
+
+
+def test_only_named_modules_import_heavy_packages() -> None:
+    heavy = {name for name in modules() if HEAVY & set(map(top, imports(name, False, False)))}
+    while more := {name for name in modules() if name not in heavy and imports(name, False, False) & heavy}:
+        heavy |= more
+    assert heavy - TENSORS == set()
+    assert TENSORS - heavy == set(), "no longer needed in the list"
+
+
+COMMANDS = ("launcher.__main__", "launcher.compare", "launcher.doctor", "launcher.worker")
+
+
+def test_commands_start_without_heavy_packages() -> None:
+    program = f"import sys, {', '.join(COMMANDS)}; print(*sorted({HEAVY} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.split() == []
+
+
+def sources() -> list[Path]:
+    return [*modules().values(), *sorted((ROOT / "scripts").rglob("*.py"))]
+
+
+def test_files_are_short() -> None:
+    lines = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in sources()}
+    assert {name: count for name, count in lines.items() if count > MOST_LINES_OF_A_FILE} == {}
+
+
+def test_functions_are_short() -> None:
+    long = {
+        f"{path.relative_to(ROOT)}:{node.name}": count
+        for path in sources()
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (count := (node.end_lineno or node.lineno) - node.lineno + 1) > MOST_LINES_OF_A_FUNCTION
+    }
+    assert long == {}
