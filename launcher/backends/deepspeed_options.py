@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.config import ConfigError, DeepSpeedConfig
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     from launcher.config import RunConfig
 
+OPERATION = "deepspeed_shm_comm"
 SEGMENT_BYTES = 69_206_024
 """What each rank of the shared-memory all-reduce allocates. Source: allreduce_workspace in csrc/cpu/comm/shm.cpp."""
 
@@ -81,8 +83,15 @@ def notes_deepspeed(config: RunConfig, on_cuda: bool) -> list[str]:
     single_node = config.devices > 1 and config.num_nodes == 1
     if not isinstance(config.backend, DeepSpeedConfig) or on_cuda or not single_node:
         return []
-    reason = missing_compiler() or missing_shared_memory(config.devices)
+    reason = (None if _compiled_before() else missing_compiler()) or missing_shared_memory(config.devices)
     return [f"DeepSpeed's ranks add up over gloo, two to three times slower: {reason}"] if reason else []
+
+
+def _compiled_before() -> bool:
+    """Whether some torch has compiled the all-reduce: it is kept under the user's cache, and then needs no compiler."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache)
+    return any(root.glob(f"**/{OPERATION}/{OPERATION}.so"))
 
 
 def missing_compiler() -> str | None:

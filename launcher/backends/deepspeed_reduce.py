@@ -18,7 +18,7 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 from torch.utils import cpp_extension
 
-from launcher.backends.deepspeed_options import missing_compiler, missing_shared_memory
+from launcher.backends.deepspeed_options import OPERATION, missing_compiler, missing_shared_memory
 from launcher.processes import SHARED_MEMORY
 from shards.process_group import any_rank, barrier
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from shards.world import World
 
-OPERATION = "deepspeed_shm_comm"
 ABANDONED_S = 60  # a build takes about 20
 
 
