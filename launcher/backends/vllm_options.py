@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from launcher.config import ConfigError
+from launcher.config import ConfigError, VllmConfig
 from launcher.files import read_json
 from shards.errors import PlanError
 from shards.model import ModelShape
@@ -17,7 +17,7 @@ from shards.model import ModelShape
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from launcher.config import RunConfig, VllmConfig
+    from launcher.config import RunConfig
 
 WORKER = "launcher.backends.vllm_worker.WorkerMemory"
 OURS = {
@@ -37,6 +37,7 @@ def environment(config: RunConfig, on_cpu: bool) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
+        "SPT_NOENV": "1",  # workers rename themselves; their environment, by which a run is found, must stay readable
     }
     if on_cpu or config.devices * config.num_nodes == 1:
         found["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # starts seconds sooner
@@ -104,6 +105,7 @@ def check_extra(vllm: Any, extra: dict[str, Any]) -> None:
                 f"backend.extra.{name} is set by the launcher.", f"{OURS[name]}=" if OURS[name] else "leave it out"
             )
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"backend.extra.{near[0]}=" if near else "the arguments of vllm.LLM and vllm.EngineArgs"
+            near = (*difflib.get_close_matches(name, known, 1), "")[0]
+            place = "backend" if near in {field.name for field in dataclasses.fields(VllmConfig)} else "+backend.extra"
+            hint = f"{place}.{near}=" if near else "the arguments of vllm.LLM and vllm.EngineArgs"
             raise ConfigError(f"vLLM has no argument {name!r} (backend.extra.{name}).", hint)

@@ -1,0 +1,191 @@
+"""What is vLLM's own: its arguments, its workers and their memory, the launchers of others, and a worker that dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from running import ROOT, run, torchrun
+
+from launcher.backends.vllm_options import arguments, environment, kv_cache_bytes
+from launcher.compose import compose_run
+from launcher.config import RunConfig
+from launcher.models import EMBEDDED
+from launcher.processes import shared_memory_files
+from launcher.prompts import encode
+from shards.memory import PlanRequest, make_layout
+from shards.model import ModelShape
+
+PROGRAM = str(ROOT / "tests" / "vllm_program.py")
+PROMPTS = (ROOT / "tests" / "ragged_prompts.txt").read_text().splitlines()
+FOLDER = EMBEDDED / "tiny_falcon"
+FIELDS = json.loads((FOLDER / "config.json").read_text())
+WAYS = ("alone", "workers", "torchrun")
+SIZES = {"alone": 1, "workers": 2, "torchrun": 2}
+THREADS = "64"
+
+
+@cache
+def attempt(way: str) -> tuple[list[dict[str, Any]], list[str], str]:
+    """What the program saw in one process, in one with two workers, as two ranks; what it left; why it failed."""
+    before = shared_memory_files()
+    with TemporaryDirectory() as out, TemporaryDirectory() as scratch:
+        command = [PROGRAM, str(SIZES[way]), out]
+        if way == "torchrun":
+            ended = torchrun(2, *command, TMPDIR=scratch)
+        else:
+            command += ["kill"] if way == "workers" else []
+            ended = run([sys.executable, *command], TMPDIR=scratch, OMP_NUM_THREADS=THREADS)
+        shared = [path.name for path in shared_memory_files() - before if path.name.startswith(("vllm", "-tp"))]
+        own = [name for name in os.listdir(scratch) if not name.startswith("torchelastic")]  # torchrun keeps its logs
+        left = sorted([*shared, *own])
+        found = [json.loads(file.read_text()) for file in sorted(Path(out).iterdir())]
+        return found, left, ended.err[-3000:] if ended.code else ""
+
+
+def seen(way: str) -> list[dict[str, Any]]:
+    """What each process of the program saw."""
+    pytest.importorskip("vllm", exc_type=ImportError)
+    found, _, failure = attempt(way)
+    assert not failure, failure
+    return found
+
+
+def config(*overrides: str) -> RunConfig:
+    return compose_run(["backend=vllm", "model=tiny_falcon", "accelerator=cpu", *overrides])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_gives_the_same_tokens_in_the_order_asked_for(way: str) -> None:
+    expected = {item["index"]: item["token_ids"] for item in seen("alone")[0]["calls"][0]["completions"]}
+    for rank in seen(way):
+        backwards, forwards = (call["completions"] for call in rank["calls"])
+        assert [item["index"] for item in backwards] == list(range(len(PROMPTS)))[::-1]
+        assert [item["index"] for item in forwards] == list(range(len(PROMPTS)))
+        assert {item["index"]: item["token_ids"] for item in backwards} == expected
+        assert {item["index"]: item["token_ids"] for item in forwards} == expected
+        assert rank["empty"] == {"completions": [], "prefill_s": None, "decode_s": None}
+        assert rank["progress"] == [1, 1]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_token_has_its_moment_within_the_call(way: str) -> None:
+    for call in (call for rank in seen(way) for call in rank["calls"]):
+        assert sum(call["steps"]) == 40 * len(PROMPTS)
+        for item in call["completions"]:
+            assert len(item["itl_s"]) == len(item["token_ids"]) - 1 == 39
+            assert min(item["itl_s"]) >= 0
+            assert 0 < item["ttft_s"] + sum(item["itl_s"]) < call["wall_s"]
+            assert item["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_memory_of_each_worker_is_its_share_exactly(way: str) -> None:
+    size = SIZES[way]
+    shape = ModelShape.from_config(FIELDS)
+    layout = make_layout(PlanRequest(shape=shape, engine="vllm", devices=size, dtype_bytes=4))
+    block = 32 * shape.kv_values_per_token() // size * 4
+    blocks = sum(-(-(len(prompt.token_ids) + 40 - 1) // 32) for prompt in encode(PROMPTS, FOLDER))
+    devices = [device for rank in seen(way) for device in rank["memory"]]
+    assert [device["rank"] for device in devices] == list(range(size))
+    for device in devices:
+        assert device["parameter_bytes"] == layout.parameter_bytes[device["rank"]]
+        assert device["kv_cache_bytes"] == blocks * block
+        assert device["kv_cache_reserved_bytes"] == max(64 * 2**20, 64 * 1024 * block // 32)
+        assert device["host_anonymous_bytes"] > device["kv_cache_reserved_bytes"]
+        unread = {"tensor_bytes", "peak_allocated_bytes", "peak_reserved_bytes", "nvml_used_bytes"}
+        assert set(device["reasons"]) == unread
+        assert all(device[name] is None for name in unread)
+
+
+def test_workers_share_the_cores() -> None:
+    share = max(len(os.sched_getaffinity(0)) // 2, 1)
+    assert seen("workers")[0]["threads"] == [share, share]
+
+
+def test_arguments_that_vllm_does_not_have_are_named() -> None:
+    saw = seen("alone")[0]
+    assert (
+        saw["refused"] == "vLLM has no argument 'max_num_seq' (backend.extra.max_num_seq). HINT: backend.max_num_seqs="
+    )
+    assert saw["ours"] == "backend.extra.dtype is set by the launcher. HINT: precision="
+    assert saw["too_long"].startswith("Prompt 0 has 1000 tokens; 40 new ones do not fit into the 1024 that")
+
+
+def test_a_lost_worker_is_named_within_seconds() -> None:
+    killed = seen("workers")[0]["killed"]
+    assert "rank 1 with exit code -9" in killed["message"]
+    assert killed["after_s"] < 25
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_close_leaves_nothing_behind(way: str) -> None:
+    assert seen(way)
+    assert attempt(way)[1] == []
+
+
+def test_arguments_of_a_run() -> None:
+    run_config = config(
+        "precision=bf16", "seed=3", "backend.max_num_seqs=8", "+backend.extra={block_size: 32, max_model_len: 99}"
+    )
+    run_config.model.path = str(FOLDER)
+    found = arguments(run_config, FOLDER, external=False, on_cpu=True)
+    assert found == {
+        "model": str(FOLDER),
+        "tensor_parallel_size": 2,
+        "dtype": "bfloat16",
+        "seed": 3,
+        "trust_remote_code": False,
+        "load_format": "auto",
+        "max_model_len": 99,
+        "gpu_memory_utilization": 0.92,
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+        "worker_extension_cls": "launcher.backends.vllm_worker.WorkerMemory",
+        "kv_cache_memory_bytes": 64 * 2**20,
+        "max_num_seqs": 8,
+        "block_size": 32,
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["backend.kv_cache_memory_bytes=12345"], {"kv_cache_memory_bytes": 12345}),
+        (["model.weights=random"], {"load_format": "dummy"}),
+        (["backend.load_format=sharded_state"], {"load_format": "sharded_state"}),
+        (["backend.enforce_eager=false"], {"enforce_eager": False}),
+        (["backend.distributed_executor_backend=ray"], {"distributed_executor_backend": "ray"}),
+        (["num_nodes=2"], {"tensor_parallel_size": 4, "distributed_executor_backend": "external_launcher"}),
+        (["model.trust_remote_code=true"], {"trust_remote_code": True}),
+        (["backend.gpu_memory_utilization=0.5"], {"gpu_memory_utilization": 0.5}),
+    ],
+)
+def test_options_reach_vllm(overrides: list[str], expected: dict[str, Any]) -> None:
+    found = arguments(config(*overrides), FOLDER, external="num_nodes=2" in overrides, on_cpu=True)
+    assert {name: found.get(name) for name in expected} == expected
+
+
+def test_on_gpus_vllm_decides_itself() -> None:
+    found = arguments(config(), FOLDER, external=False, on_cpu=False)
+    assert "kv_cache_memory_bytes" not in found
+    assert found["enforce_eager"] is False
+    assert set(environment(config("devices=2"), on_cpu=False)) == {
+        "VLLM_LOGGING_LEVEL",
+        "VLLM_NO_USAGE_STATS",
+        "DO_NOT_TRACK",
+        "SPT_NOENV",
+    }
+
+
+def test_the_cache_of_a_worker_on_a_cpu_is_bounded() -> None:
+    large = FIELDS | {"num_hidden_layers": 200, "max_position_embeddings": 1_000_000}
+    assert kv_cache_bytes({"model_type": "unheard_of"}, config(), 2) == 2**30
+    assert kv_cache_bytes(FIELDS, config("devices=1", "backend.max_num_seqs=256"), 1) == 256 * 1024 * 2048
+    assert 2**30 < kv_cache_bytes(large, config(), 2) < 200 * 2**30

@@ -1,0 +1,113 @@
+"""`vllm_program.py DEVICES OUT [kill]`: what is vLLM's own, as one program; alone, or as a rank under torchrun.
+
+Writes what it saw to OUT/rank_N.json. With `kill` it ends one of its workers in the middle of a call.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rank_program import PROMPTS
+
+from launcher.backend import Generation, Prompt
+from launcher.backends.vllm import VllmBackend
+from launcher.compose import compose_run
+from launcher.config import ConfigError, RunConfig, SamplingConfig
+from launcher.models import EMBEDDED
+from launcher.prompts import encode
+from shards.world import World
+
+FOLDER = EMBEDDED / "tiny_falcon"
+FULL = SamplingConfig(max_new_tokens=40, ignore_eos=True)
+
+
+def configured(devices: int, **extra: Any) -> RunConfig:
+    config = compose_run(["backend=vllm", "model=tiny_falcon", f"devices={devices}", "accelerator=cpu"])
+    config.model.path = str(FOLDER)
+    config.backend.extra = {"block_size": 32, **extra}  # type: ignore[attr-defined]
+    return config
+
+
+def refusal(backend: VllmBackend, world: World) -> str:
+    """What the user is told, or nothing."""
+    try:
+        backend.load(None, world, lambda done, total: None)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def timed(backend: VllmBackend, prompts: list[Prompt]) -> dict[str, Any]:
+    """A call, the whole of it timed from outside, and the new tokens of each of its steps."""
+    steps: list[int] = []
+    start = time.perf_counter()
+    generation: Generation = backend.generate(prompts, FULL, steps.append)
+    wall_s = time.perf_counter() - start
+    return {"wall_s": wall_s, "steps": steps, "completions": [asdict(item) for item in generation.completions]}
+
+
+def too_long(backend: VllmBackend) -> str:
+    try:
+        backend.generate([Prompt(0, "", (5,) * 1000)], FULL, lambda tokens: None)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def workers() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children(recursive=True) if "Worker" in " ".join(child.cmdline())]
+
+
+def killed(backend: VllmBackend, prompts: list[Prompt]) -> dict[str, Any]:
+    """What a call says whose worker is killed, and how long after."""
+    at = 0.0
+
+    def kill() -> None:
+        nonlocal at
+        at = time.perf_counter()
+        workers()[1].kill()
+
+    long = SamplingConfig(max_new_tokens=900, ignore_eos=True)
+    threading.Timer(0.5, kill).start()
+    try:
+        for _ in range(1000):
+            backend.generate(prompts, long, lambda tokens: None)
+    except RuntimeError as error:
+        return {"message": str(error), "after_s": time.perf_counter() - at}
+    return {}
+
+
+def main() -> None:
+    devices, out = int(sys.argv[1]), Path(sys.argv[2])
+    world = World.from_env(os.environ)
+    os.environ.update(world.environ())
+    result: dict[str, Any] = {"refused": refusal(VllmBackend(configured(devices, max_num_seq=2)), world)}
+    result["ours"] = refusal(VllmBackend(configured(devices, dtype="float16")), world)
+    prompts = encode(PROMPTS.read_text().splitlines(), FOLDER)
+
+    backend = VllmBackend(configured(devices))
+    backend.load(None, world, lambda done, total: result.update(progress=[done, total]))
+    result["threads"] = [int(worker.environ()["OMP_NUM_THREADS"]) for worker in workers()]
+    backend.barrier()
+    result["calls"] = [timed(backend, prompts[::-1]), timed(backend, prompts)]
+    result["empty"] = asdict(backend.generate([], FULL, lambda tokens: None))
+    result["too_long"] = too_long(backend)
+    result["memory"] = [asdict(device) for device in backend.memory()]
+    if "kill" in sys.argv:
+        result["killed"] = killed(backend, prompts)
+    backend.close()
+    (out / f"rank_{world.rank}.json").write_text(json.dumps(result))
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
