@@ -106,6 +106,7 @@ def _from_srun(environ: Mapping[str, str]) -> World | None:
             f"SLURM_NODEID={node} contradict each other.",
             "start the ranks with srun, and do not set SLURM_* by hand",
         )
+    host = first_host(environ.get("SLURM_STEP_NODELIST", "")) if nodes > 1 else "127.0.0.1"
     step = f"{environ.get('SLURM_JOB_ID')}.{environ.get('SLURM_STEP_ID')}"
     return World(
         rank=_int(environ, "SLURM_PROCID"),
@@ -114,7 +115,7 @@ def _from_srun(environ: Mapping[str, str]) -> World | None:
         local_world_size=tasks[node],
         node_rank=node,
         num_nodes=nodes,
-        master_addr=environ.get("MASTER_ADDR") or first_host(environ.get("SLURM_STEP_NODELIST", "127.0.0.1")),
+        master_addr=environ.get("MASTER_ADDR") or host,
         master_port=_int(environ, "MASTER_PORT", port_of(step)),
         launcher="srun",
     )

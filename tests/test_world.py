@@ -104,7 +104,7 @@ WORLDS = {
     "MPICH inside SLURM": (HYDRA_IN_SLURM, World(1, 1, 4, 2, 0, 2, "n1", launcher="mpirun")),
     "srun on two nodes": (SRUN, World(3, 1, 4, 2, 1, 2, "n1", SLURM_PORT, "srun")),
     "srun --mpi=pmi2": (SRUN | {"PMI_RANK": "3", "PMI_SIZE": "4"}, World(3, 1, 4, 2, 1, 2, "n1", SLURM_PORT, "srun")),
-    "srun on one node": (ONE_NODE, replace(PAIR, master_addr="n1", master_port=SLURM_PORT, launcher="srun")),
+    "srun on one node": (ONE_NODE, replace(PAIR, master_port=SLURM_PORT, launcher="srun")),
     "srun on uneven nodes": (UNEVEN, World(2, 0, 3, 1, 1, 2, "n1", SLURM_PORT, "srun")),
     "srun with an address and a world size that agree": (
         SRUN | {"MASTER_ADDR": "ib1", "MASTER_PORT": "7", "WORLD_SIZE": "4"}, World(3, 1, 4, 2, 1, 2, "ib1", 7, "srun")
