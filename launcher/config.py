@@ -62,7 +62,9 @@ class DummyConfig(BackendConfig):
 
     name: str = "dummy"
     step_s: float = 0.0  # time that a decode step takes
-    fail_at: str = ""  # "load", "generate": raise there on the last rank
+    fail_at: str = ""  # what the last rank does: "load", "generate" raise there, "hang" never returns from generate
+    fail_after: int = 0  # calls of generate that go well before
+    memory_batch: int | None = None  # the largest batch for which its memory is enough
 
 
 @dataclass
@@ -155,6 +157,47 @@ class MeasureConfig:
 
 
 @dataclass
+class LaunchConfig:
+    """Who starts the ranks."""
+
+    name: str = "local"  # local | slurm
+    wait: bool = True  # slurm: follow the job to its end; False: return once it is submitted
+    poll_s: float = 2.0  # slurm: time between two looks at the queue
+    rendezvous: str | None = None  # local, several nodes: host:port of the first node, the same on all of them
+    node_rank: int | None = None  # local, several nodes: the number of this node, from 0
+
+
+@dataclass
+class ClusterConfig:
+    """What a SLURM wants to be told; None and empty leave a line out. Times as SLURM writes them, in quotes."""
+
+    name: str = "default"
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    reservation: str | None = None
+    gpus_flag: str = "gpus-per-node"  # gpus-per-node | gres | none
+    gpu_type: str | None = None  # asked for as gpus-per-node=TYPE:N or gres=gpu:TYPE:N
+    device: str | None = None  # the card as `python -m launcher.plan` names it, for the plan
+    cpus_per_task: int = 1
+    mem: str | None = None
+    time: str | None = None
+    exclusive: bool = False
+    signal_s: int = 90  # warning before the time limit; 0: none
+    requeue: bool = True
+    max_requeues: int = 10
+    array_limit: int = 4  # jobs of a sweep that run at once
+    extra: list[str] = field(default_factory=list)  # further options of sbatch, as --mail-type=END
+    srun: list[str] = field(default_factory=list)  # further options of srun, as --mpi=none
+    modules: list[str] = field(default_factory=list)
+    setup: list[str] = field(default_factory=list)  # lines of shell before the ranks
+    container: list[str] = field(default_factory=list)  # words before the interpreter, as apptainer exec --nv image.sif
+    environment: dict[str, str] = field(default_factory=dict)
+    python: str | None = None  # interpreter on the nodes; None: the one that submits, in a container python3
+
+
+@dataclass
 class RunConfig:
     backend: BackendConfig = MISSING
     model: ModelConfig = MISSING
@@ -166,8 +209,18 @@ class RunConfig:
     seed: int = 0
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     output_dir: str = "runs"
+    resume: bool = False
+    run_dir: str | None = None
+    hang_timeout_s: float = 600.0
+    timeout_s: float = 0.0
     dry_run: bool = False
+
+
+HOW_IT_IS_RUN = ("output_dir", "resume", "run_dir", "hang_timeout_s", "timeout_s", "dry_run", "launch", "cluster")
+"""The keys that do not say what is run: two configurations that differ in nothing else are one point."""
 
 
 def check(config: RunConfig) -> None:
@@ -182,7 +235,13 @@ def check(config: RunConfig) -> None:
     for name, value in positive.items():
         if value < 1:
             raise ConfigError(f"{name}={value} is not a positive number.", f"{name}=1 or more")
-    for name, value in {"measure.warmup": config.measure.warmup, "sampling.top_k": config.sampling.top_k}.items():
+    not_negative = {
+        "measure.warmup": config.measure.warmup,
+        "sampling.top_k": config.sampling.top_k,
+        "hang_timeout_s": config.hang_timeout_s,
+        "timeout_s": config.timeout_s,
+    }
+    for name, value in not_negative.items():
         if value < 0:
             raise ConfigError(f"{name}={value} is negative.", f"{name}=0 or more")
     if config.sampling.temperature < 0:
