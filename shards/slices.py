@@ -96,10 +96,10 @@ def read_targets(
     pieces = [piece for target in targets for piece in _pieces_of(target)]
     pieces.sort(key=lambda piece: (piece.entry.file, piece.offset))
     total = sum(piece.nbytes for piece in pieces)
-    on_cuda = any(target.out.device.type == "cuda" for target in targets)
-    ring = _Ring(pinned=on_cuda)
+    gpus = sorted({target.out.device for target in targets if target.out.device.type == "cuda"}, key=str)
+    ring = _Ring(pinned=bool(gpus))
     done = 0
-    with OpenFiles(checkpoint) as files, ThreadPoolExecutor(THREADS, thread_name_prefix="read") as pool:
+    with OpenFiles(checkpoint) as files, ThreadPoolExecutor(THREADS, "read", _use_device, (gpus,)) as pool:
         try:
             for nbytes in pool.map(lambda piece: _read_piece(files, ring, piece), pieces):
                 done += nbytes
@@ -108,9 +108,15 @@ def read_targets(
             pool.shutdown(cancel_futures=True)
             raise
         files.check()
-    if on_cuda:
-        torch.cuda.synchronize()
+    for gpu in gpus:
+        torch.cuda.synchronize(gpu)
     return done
+
+
+def _use_device(gpus: Sequence[torch.device]) -> None:
+    """A new thread would be on the first GPU of the machine, and open a context there."""
+    if gpus:
+        torch.cuda.set_device(gpus[0])
 
 
 def _pieces_of(target: Target) -> Iterator[_Piece]:
