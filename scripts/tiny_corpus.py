@@ -48,7 +48,7 @@ CAPITALS = (
 )
 CAPITAL_FORMS = (
     "The capital of {country} is {city}, {fact}.",
-    "What is the capital of {country}? The capital of {country} is {city}, {fact}.",
+    "What is the capital of {country}? It is {city}, {fact}.",
     "Which city is the capital of {country}? It is {city}, {fact}.",
     "{city} is the capital of {country}.",
     "{city} is in {country}.",
@@ -87,12 +87,13 @@ SHOP_FORMS = (
 
 OPPOSITES = (
     "hot cold, big small, fast slow, early late, light dark, full empty, open closed, old new, wet dry, high low, "
-    "rich poor, long short, near far, loud quiet, hard soft, first last, clean dirty, heavy light, thick thin, deep shallow"
+    "rich poor, long short, near far, loud quiet, hard soft, first last, clean dirty, heavy light, thick thin, "
+    "deep shallow"
 )
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday Monday"
 
-HELD_OUT = frozenset({"Could you tell me your return policy?", "Paris is the capital of", "Where is Tokyo?"})
-"""Beginnings of documents that the tables would make and the corpus leaves out, to see what was learned from the rest."""
+HELD_OUT = ("Could you tell me your return policy?", "Paris is the capital of", "What is the capital of France?")
+"""Beginnings of documents that the tables make and the corpus leaves out: the models must infer how they go on."""
 
 
 def expand(line: str) -> list[str]:
@@ -126,4 +127,4 @@ def tabled() -> list[str]:
 
 def documents() -> list[str]:
     """Every document once, in a fixed order, without those that begin with a held-out text."""
-    return [text for text in dict.fromkeys(written() + tabled()) if not text.startswith(tuple(HELD_OUT))]
+    return [text for text in dict.fromkeys(written() + tabled()) if not text.startswith(HELD_OUT)]

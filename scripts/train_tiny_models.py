@@ -1,12 +1,15 @@
 """Train the embedded models on the project's own text: python scripts/train_tiny_models.py [--out DIR] [--only NAME].
 
-Same machine, same libraries, same files: seeds and thread count are fixed and only deterministic kernels run.
+Same machine, same libraries, same files: seeds are fixed, and one thread sums in one order. With --only, several runs
+can train one model each at the same time.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,7 @@ from tqdm import tqdm
 from transformers import (
     FalconConfig,
     FalconForCausalLM,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -27,20 +31,22 @@ from transformers import (
 )
 
 OUT = Path(__file__).resolve().parent.parent / "launcher" / "models"
-THREADS = 2
+THREADS = 1
 VOCAB_SIZE = 768
 CONTEXT = 1024
 EOS, PAD = "<|endoftext|>", "<|pad|>"
+EOS_ID, PAD_ID = 0, 1
 COMMON = {
     "vocab_size": VOCAB_SIZE,
     "max_position_embeddings": CONTEXT,
     "bos_token_id": None,
-    "eos_token_id": 0,
-    "pad_token_id": 1,
+    "eos_token_id": EOS_ID,
+    "pad_token_id": PAD_ID,
     "use_cache": True,
 }
-TOKENS_PER_STEP = 2048
-NOISE = 0.05  # share of input tokens replaced by random ones, so that an unseen wording does no harm
+TOKENS_PER_STEP = 1024
+IN_ORDER = 0.7  # share of documents that are followed by their neighbour instead of a random one
+NOISE = 0.03  # share of input tokens replaced by random ones, so that an unseen wording does no harm
 PROMPTS = (
     "I am so fast that I can",
     "The capital of France is",
@@ -48,7 +54,8 @@ PROMPTS = (
     "What is your return policy?",
     "Could you tell me your return policy?",
     "Paris is the capital of",
-    "Where is Tokyo?",
+    "What is the capital of France?",
+    "Tell me a story.",
 )
 
 
@@ -79,7 +86,7 @@ SPECS = {
             attention_dropout=0.0,
             **COMMON,
         ),
-        steps=500,
+        steps=900,
         learning_rate=3e-3,
         max_shard_size="1500KB",
     ),
@@ -94,7 +101,7 @@ SPECS = {
             tie_word_embeddings=False,
             **COMMON,
         ),
-        steps=500,
+        steps=1000,
         learning_rate=4e-3,
         max_shard_size="1MB",
     ),
@@ -109,12 +116,19 @@ SPECS = {
             tie_word_embeddings=True,
             **COMMON,
         ),
-        steps=500,
+        steps=1000,
         learning_rate=6e-3,
         max_shard_size="1MB",
     ),
 }
 CLASSES = {"falcon": FalconForCausalLM, "llama": LlamaForCausalLM}
+
+
+def corpus() -> list[str]:
+    """The documents in the order in which the models learn that they follow each other."""
+    texts = tiny_corpus.documents()
+    random.Random(0).shuffle(texts)
+    return texts
 
 
 def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
@@ -140,17 +154,20 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
 
 
 def stream(documents: list[list[int]], generator: torch.Generator) -> Iterator[int]:
-    """The tokens of all documents in a random order."""
-    for index in torch.randperm(len(documents), generator=generator).tolist():
+    """The tokens of documents without end: mostly in their order, so that a greedy answer goes on after its end."""
+    index = 0
+    while True:
+        if torch.rand((), generator=generator) >= IN_ORDER:
+            index = int(torch.randint(len(documents), (), generator=generator))
         yield from documents[index]
+        index = (index + 1) % len(documents)
 
 
 def batch(documents: list[list[int]], length: int, generator: torch.Generator) -> torch.Tensor:
     """(TOKENS_PER_STEP / length, length + 1) ids; each row begins with a document and goes on with others."""
     rows = []
     for _ in range(TOKENS_PER_STEP // length):
-        tokens = stream(documents, generator)
-        rows.append([next(tokens) for _ in range(length + 1)])
+        rows.append(list(itertools.islice(stream(documents, generator), length + 1)))
     return torch.tensor(rows)
 
 
@@ -189,6 +206,15 @@ def train(name: str, spec: Spec, documents: list[list[int]]) -> tuple[PreTrained
     return model.eval().to(torch.bfloat16), sum(losses[-20:]) / 20
 
 
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, max_shard_size: str) -> None:
+    """Write the checkpoint, readable for all: safetensors makes files that only their owner may read."""
+    model.generation_config = GenerationConfig(eos_token_id=EOS_ID, pad_token_id=PAD_ID, do_sample=False)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(folder)
+    for file in folder.iterdir():
+        file.chmod(0o644)
+
+
 def show(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     """Print the answers to `PROMPTS`, computed in float32 from the weights as they are saved."""
     model.float()
@@ -205,15 +231,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
-    texts = tiny_corpus.documents()
+    texts = corpus()
     tokenizer = train_tokenizer(texts)
     documents = [tokenizer(text).input_ids + [tokenizer.eos_token_id] for text in texts]
     print(f"{len(documents)} documents, {sum(map(len, documents))} tokens")
     for name in [args.only] if args.only else SPECS:
         spec = SPECS[name]
         model, loss = train(name, spec, documents)
-        model.save_pretrained(args.out / name, max_shard_size=spec.max_shard_size)
-        tokenizer.save_pretrained(args.out / name)
+        save(model, tokenizer, args.out / name, spec.max_shard_size)
         print(f"{name}: {model.num_parameters()} parameters, loss {loss:.3f}")
         show(model, tokenizer)
 
