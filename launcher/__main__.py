@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
@@ -15,7 +16,8 @@ from launcher.compose import compose_run
 from launcher.config import ConfigError, to_dict
 from launcher.launch import worker_command
 from launcher.prepare import prepare
-from launcher.sweep import exit_code, run_point, sweep
+from launcher.resume import checked
+from launcher.sweep import exit_code, finish_run, run_point, sweep
 from shards.errors import UserError, WorldError
 from shards.world import World
 
@@ -82,12 +84,26 @@ def _dispatch(arguments: Arguments, world: World) -> int:
     if arguments.cfg:
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
         return 0
+    if config.run_dir is not None:
+        return _continue(config, arguments, world)
     command = ("python", "-m", "launcher", *arguments.overrides)
     if world.launcher != "alone":
         return _join(config, world, command)
     if config.dry_run:
         return _dry_run(config, command)
     record = run_point(config, command)
+    report.show(record)
+    return exit_code([record])
+
+
+def _continue(config: RunConfig, arguments: Arguments, world: World) -> int:
+    """Finish the run in `run_dir` as it was configured."""
+    assert config.run_dir is not None
+    others = [item for item in arguments.overrides if item.partition("=")[0] not in ("resume", "run_dir")]
+    if others or not config.resume or world.launcher != "alone":
+        hint = "python -m launcher resume=true run_dir=PATH"
+        raise ConfigError("run_dir= goes on with a run as it was configured, and takes nothing but resume=true.", hint)
+    record = finish_run(checked(Path(config.run_dir)))
     report.show(record)
     return exit_code([record])
 

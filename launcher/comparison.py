@@ -6,6 +6,7 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from launcher.config import HOW_IT_IS_RUN
 from launcher.files import read_json, read_lines
 from launcher.prompts import read_prompts
 from launcher.record import SCHEMA
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 REPEATED_TOKENS = 8
 """So many tokens at the end of a text that only repeat the one or two before them make it degenerate."""
 
-WHERE_IT_RAN = ("backend", "devices", "num_nodes", "accelerator", "output_dir", "dry_run")
+WHERE_IT_RAN = ("backend", "devices", "num_nodes", "accelerator", *HOW_IT_IS_RUN)
 
 
 @dataclass(frozen=True, slots=True)

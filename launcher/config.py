@@ -225,7 +225,7 @@ HOW_IT_IS_RUN = ("output_dir", "resume", "run_dir", "hang_timeout_s", "timeout_s
 
 def check(config: RunConfig) -> None:
     """Raise ConfigError for a value that no run can have."""
-    positive = {
+    positive: dict[str, float] = {
         "devices": config.devices,
         "num_nodes": config.num_nodes,
         "sampling.max_new_tokens": config.sampling.max_new_tokens,
@@ -235,7 +235,7 @@ def check(config: RunConfig) -> None:
     for name, value in positive.items():
         if value < 1:
             raise ConfigError(f"{name}={value} is not a positive number.", f"{name}=1 or more")
-    not_negative = {
+    not_negative: dict[str, float] = {
         "measure.warmup": config.measure.warmup,
         "sampling.top_k": config.sampling.top_k,
         "hang_timeout_s": config.hang_timeout_s,

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.prepare import create_run_dir
+from launcher import attempts, resume
+from launcher.files import read_json
 from launcher.record import finish
 from launcher.worker import EXIT_CODES, redirected_output, run_rank
 from shards.process_group import connect, device_of, from_rank_0
@@ -24,7 +25,12 @@ OTHERS_S = 60.0  # how long rank 0 waits for the last words of the others
 def join(run: Run, world: World, report: Callable[[dict[str, Any]], None]) -> int:
     """Be this rank of the run; rank 0 makes the run directory and reports. Gives the exit code of this process."""
     connect(world, device_of(world, "auto" if run.on_cuda else "cpu"))
-    run_dir = Path(from_rank_0(str(create_run_dir(run)) if world.rank == 0 else ""))
+    run_dir, attempt = from_rank_0(_begin(run) if world.rank == 0 else None)
+    if attempt is None:
+        if world.rank == 0:
+            report(read_json(run_dir / "record.json"))
+        return 0
+    os.environ[attempts.ATTEMPT] = str(attempt)
     with redirected_output(run_dir / f"rank_{world.rank}.log"):
         status = run_rank(run_dir, world, parent=None)
     if world.rank == 0:
@@ -33,14 +39,15 @@ def join(run: Run, world: World, report: Callable[[dict[str, Any]], None]) -> in
     return EXIT_CODES.get(status, 1)
 
 
+def _begin(run: Run) -> tuple[Path, int | None]:
+    """The directory of the run and the number of this attempt; None where nothing is left to do."""
+    run_dir, is_done = resume.directory_of(run)
+    return run_dir, None if is_done else attempts.begin(run_dir)
+
+
 def _wait_for(run_dir: Path, world_size: int) -> None:
     deadline = time.monotonic() + OTHERS_S
     while time.monotonic() < deadline:
         if all((run_dir / f"rank_{rank}.json").exists() for rank in range(world_size)):
             return
         time.sleep(0.05)
-
-
-def leave(code: int) -> None:
-    """End this rank without the interpreter's own exit, which engines' threads can hang."""
-    os._exit(code)

@@ -1,16 +1,21 @@
-"""The common loop: warm up, then answer the whole prompt set `repeats` times, batch by batch."""
+"""The common loop: warm up, then answer the whole prompt set `repeats` times, batch by batch.
+
+A run that goes on where an earlier attempt stopped answers in its first pass what is not yet saved, in the batches that
+an undisturbed run would have made, and makes whole passes for the repeats that no attempt has finished.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from launcher.prompts import sampling_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
+    from launcher.attempts import Saved
     from launcher.backend import Backend, Completion, Generation, Prompt
     from launcher.config import RunConfig
     from launcher.progress import ProgressWriter
@@ -19,11 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
-    """One pass over this rank's prompts. `wall_s` runs from a barrier of all ranks to this rank's last token.
+    """Pass `number` over this rank's prompts, or what was left of them.
+
+    `wall_s` runs from a barrier of all ranks to this rank's last token.
 
     `prefill_s` and `decode_s` are sums over the batches, None for an engine that interleaves the two.
     """
 
+    number: int
     wall_s: float
     prefill_s: float | None
     decode_s: float | None
@@ -53,30 +61,60 @@ def call_count(total: int, world: World, config: RunConfig) -> tuple[int, int]:
     return config.measure.batch_size, -(-share // config.measure.batch_size)
 
 
+def schedule(
+    prompts: Sequence[Prompt], world: World, config: RunConfig, saved: Saved
+) -> list[tuple[int, list[list[Prompt]]]]:
+    """The passes that are still to be made, by number, and this rank's batches in each: equally many on every rank.
+
+    The first pass leaves out what is saved, and the batches in which no rank has anything left. It is made in whole,
+    for its measures, where every prompt is saved but no pass was ever finished.
+    """
+    size, calls = call_count(len(prompts), world, config)
+    data_parallel = config.backend.data_parallel
+    own = list(batches(split(prompts, world, data_parallel), size, calls))
+    answered = {row["index"] for row in saved.rows}
+    parts = [split(prompts, replace(world, rank=rank), data_parallel) for rank in range(world.world_size)]
+    left = [
+        any(prompt.index not in answered for part in parts for prompt in part[place * size : (place + 1) * size])
+        for place in range(calls)
+    ]
+    missing = [[p for p in batch if p.index not in answered] for batch, some in zip(own, left, strict=True) if some]
+    numbers = [number for number in range(config.measure.repeats) if number not in saved.passes]
+    if not missing and (saved.passes or len(numbers) > 1):
+        numbers = [number for number in numbers if number > 0]
+    return [(number, missing if number == 0 and missing else own) for number in numbers]
+
+
+class Keeper(Protocol):
+    """What becomes of the loop's results; any of these may raise, and ends the loop by it."""
+
+    def save(self, completions: Sequence[Completion]) -> None:
+        """Keep the completions of a batch, none of which was saved before."""
+
+    def passed(self, repeat: Repeat) -> None:
+        """Keep the measures of a pass."""
+
+    def between_batches(self) -> None:
+        """Everything so far is kept: the moment to end, for a rank that is to."""
+
+
 class Loop:
-    """Runs one backend over this rank's prompts; `save(completion)` is given each completion of the first repeat."""
+    """Runs one backend over this rank's prompts; `keeper` is given the completions and the measures as they come."""
 
     def __init__(
-        self,
-        backend: Backend,
-        config: RunConfig,
-        world: World,
-        progress: ProgressWriter,
-        save: Callable[[Sequence[Completion]], None],
+        self, backend: Backend, config: RunConfig, world: World, progress: ProgressWriter, keeper: Keeper
     ) -> None:
-        self.backend, self.config, self.world, self.progress, self.save = backend, config, world, progress, save
+        self.backend, self.config, self.world, self.progress, self.keeper = backend, config, world, progress, keeper
         self.sampling = sampling_of(config)
 
-    def run(self, prompts: Sequence[Prompt]) -> list[Repeat]:
-        """Warm up, then the measured repeats."""
+    def run(self, prompts: Sequence[Prompt], saved: Saved) -> None:
+        """Warm up, then the passes that `saved` leaves to be made."""
         own = split(prompts, self.world, self.config.backend.data_parallel)
-        size, calls = call_count(len(prompts), self.world, self.config)
+        size, _ = call_count(len(prompts), self.world, self.config)
         self._warm_up(own[:size])
-        first: dict[int, tuple[int, ...]] = {}
-        return [
-            self._repeat(number, list(batches(own, size, calls)), first)
-            for number in range(self.config.measure.repeats)
-        ]
+        first = {row["index"]: tuple(row["token_ids"]) for row in saved.rows}
+        for number, calls in schedule(prompts, self.world, self.config, saved):
+            self.keeper.passed(self._pass(number, calls, first))
 
     def _warm_up(self, batch: list[Prompt]) -> None:
         for number in range(self.config.measure.warmup):
@@ -93,27 +131,31 @@ class Loop:
 
         return self.backend.generate(batch, self.sampling, on_step)
 
-    def _repeat(self, number: int, calls: list[list[Prompt]], first: dict[int, tuple[int, ...]]) -> Repeat:
+    def _pass(self, number: int, calls: list[list[Prompt]], first: dict[int, tuple[int, ...]]) -> Repeat:
+        """Make one pass; `first` has the tokens that each prompt was first answered with, and gains what is new."""
         generations = []
+        same = True
         name = f"repeat {number + 1}/{self.config.measure.repeats}"
         self.backend.barrier()
         start = perf_counter()
         for place, batch in enumerate(calls):
+            self.keeper.between_batches()
             self.progress.enter(f"{name} batch {place + 1}/{len(calls)}", self.sampling.max_new_tokens)
             generations.append(self._call(batch))
-            if number == 0:
-                self.save(generations[-1].completions)
+            new = [item for item in generations[-1].completions if item.index not in first]
+            same &= all(first.setdefault(c.index, c.token_ids) == c.token_ids for c in generations[-1].completions)
+            if number == 0 and new:
+                self.keeper.save(new)
         wall_s = perf_counter() - start
-        made = [completion for generation in generations for completion in generation.completions]
-        same = all(first.setdefault(item.index, item.token_ids) == item.token_ids for item in made)
-        return _summary(wall_s, generations, sum(len(p.token_ids) for batch in calls for p in batch), same)
+        return _summary(number, wall_s, generations, sum(len(p.token_ids) for batch in calls for p in batch), same)
 
 
-def _summary(wall_s: float, generations: list[Generation], prompt_tokens: int, same: bool) -> Repeat:
+def _summary(number: int, wall_s: float, generations: list[Generation], prompt_tokens: int, same: bool) -> Repeat:
     made = [completion for generation in generations for completion in generation.completions]
     prefill = [generation.prefill_s for generation in generations if generation.prefill_s is not None]
     decode = [generation.decode_s for generation in generations if generation.decode_s is not None]
     return Repeat(
+        number=number,
         wall_s=wall_s,
         prefill_s=sum(prefill) if len(prefill) == len(generations) else None,
         decode_s=sum(decode) if len(decode) == len(generations) else None,

@@ -1,4 +1,4 @@
-"""A thread in each rank that acts when its main thread cannot: on SIGTERM, or when the watching process is gone."""
+"""A thread in each rank that acts where the main thread cannot: on signals, hangs, the end of the launching process."""
 
 from __future__ import annotations
 
@@ -7,51 +7,102 @@ import os
 import select
 import signal
 import threading
-from typing import TYPE_CHECKING
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
 
 import psutil
+
+from launcher.verdict import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-EXIT_CODE = 143  # as a shell reports SIGTERM
+ON_TERM = "LAUNCHER_ON_TERM"  # "interrupt": SIGTERM is a notice to stop, as from a scheduler that takes the node back
+EXIT_CODES = {"cancelled": 143, "interrupted": 75}  # as a shell reports SIGTERM; EX_TEMPFAIL: go on later
+INTERRUPT_S = 20.0  # from SIGUSR1 to the end of the rank, at the latest
+TERM_S = 3.0  # the same from SIGTERM: who sends it kills soon after
+LOOK_S = 1.0
+GONE = Outcome("failed", "the launching process is gone")
 
 
-def start(watched_pid: int | None, on_end: Callable[[str, bool], None]) -> None:
-    """From now on SIGTERM, SIGINT or the end of `watched_pid` calls `on_end(reason, watched_is_gone)` and ends this process tree.
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """What the guard of a rank calls. None of these runs in the main thread.
+
+    `interrupt(reason)` asks the main thread to end once what it does is saved, and says whether that can be soon;
+    `end(outcome, parent_is_gone)` leaves the rank's last word; `look()` is how the rank should end now, if it should.
+    """
+
+    interrupt: Callable[[str], bool]
+    end: Callable[[Outcome, bool], None]
+    look: Callable[[], Outcome | None] | None = None
+
+
+def start(watched_pid: int | None, watched: Watched, term_interrupts: bool = False) -> None:
+    """From now on these end the process tree, in this order of patience:
+
+    SIGTERM, SIGINT and the end of `watched_pid` at once; SIGUSR1 (and with `term_interrupts` SIGTERM) as soon as the
+    main thread has saved its batch, but after a few seconds at the latest.
 
     The signal's own handler would have to wait for the main thread, which may be blocked in a collective for ever.
     """
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(read_end, watched_pid, on_end), daemon=True, name="guard").start()
+    guard = _Guard(read_end, watched, term_interrupts)
+    threading.Thread(target=guard.run, args=(watched_pid,), daemon=True, name="guard").start()
 
 
-def _watch(signals: int, watched_pid: int | None, on_end: Callable[[str, bool], None]) -> None:
-    sources = [signals]
-    if watched_pid is not None:
+class _Guard:
+    def __init__(self, signals: int, watched: Watched, term_interrupts: bool) -> None:
+        self.signals, self.watched, self.term_interrupts = signals, watched, term_interrupts
+        self.deadline: float | None = None
+        self.reason = ""
+        self.parent: int | None = None  # a file descriptor that can be read once the watched process has ended
+
+    def run(self, watched_pid: int | None) -> None:
+        if watched_pid is not None:
+            try:
+                self.parent = os.pidfd_open(watched_pid)
+            except ProcessLookupError:
+                self._end(GONE)
+        sources = [self.signals] if self.parent is None else [self.signals, self.parent]
+        while True:
+            ready, _, _ = select.select(sources, [], [], LOOK_S if self.deadline or self.watched.look else None)
+            if self.parent in ready:
+                self._end(GONE)
+            for number in os.read(self.signals, 64) if ready else b"":
+                self._on_signal(number)
+            if self.deadline is not None and time.monotonic() >= self.deadline:
+                self._end(Outcome("interrupted", self.reason))
+            if self.watched.look and (outcome := self.watched.look()):
+                self._end(outcome)
+
+    def _on_signal(self, number: int) -> None:
+        if number not in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            return
+        is_notice = number == signal.SIGUSR1 or (number == signal.SIGTERM and self.term_interrupts)
+        reason = f"received {signal.Signals(number).name}"
+        if self.deadline is None and not is_notice:
+            self._end(Outcome("cancelled", reason))
+        if self.deadline is None:
+            self.reason = reason
+            soon = self.watched.interrupt(reason)
+            self.deadline = time.monotonic() + (INTERRUPT_S if soon else 0.0)
+        if number != signal.SIGUSR1:
+            self.deadline = min(self.deadline, time.monotonic() + TERM_S)
+
+    def _end(self, outcome: Outcome) -> NoReturn:
+        # Whoever started us may be gone though it is another's signal that ends us: then nobody else writes the record.
+        gone = outcome is GONE or (self.parent is not None and bool(select.select([self.parent], [], [], 0)[0]))
         try:
-            sources.append(os.pidfd_open(watched_pid))
-        except ProcessLookupError:
-            _end("the launching process is gone", True, on_end)
-    while True:
-        ready, _, _ = select.select(sources, [], [])
-        if ready[0] != signals:
-            _end("the launching process is gone", True, on_end)
-        for number in os.read(signals, 64):
-            if number in (signal.SIGTERM, signal.SIGINT):
-                _end(f"received {signal.Signals(number).name}", False, on_end)
-
-
-def _end(reason: str, gone: bool, on_end: Callable[[str, bool], None]) -> None:
-    try:
-        on_end(reason, gone)
-    finally:
-        with contextlib.suppress(psutil.Error):
-            for child in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    child.kill()
-        os._exit(EXIT_CODE)
+            self.watched.end(GONE if gone else outcome, gone)
+        finally:
+            with contextlib.suppress(psutil.Error):
+                for child in psutil.Process().children(recursive=True):
+                    with contextlib.suppress(psutil.Error):
+                        child.kill()
+            os._exit(EXIT_CODES.get(outcome.status, 1))

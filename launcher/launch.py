@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import processes
+from launcher import attempts, processes
+from launcher.config import from_dict
 from launcher.files import read_json, write_text
 from launcher.progress import read_progress
-from launcher.record import Outcome, finish
+from launcher.record import finish
+from launcher.verdict import Outcome
+from launcher.watchdog import Watchdog, write_stacks
 from launcher.worker import PARENT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    from launcher.prepare import Run
     from launcher.progress import Progress
+
+    Show = Callable[[Sequence[Progress | None]], None]
 
 POLL_S = 0.1
 LOOK_EVERY = 10  # polls between looks at shared memory
+
+
+class Terminated(KeyboardInterrupt):
+    """This process received SIGTERM."""
 
 
 def worker_command(run_dir: str, processes: int, python: str | None) -> tuple[str, ...]:
@@ -37,19 +47,20 @@ def worker_command(run_dir: str, processes: int, python: str | None) -> tuple[st
     )  # fmt: skip
 
 
-def worker_environment(environ: dict[str, str], run: Run, mark: str) -> dict[str, str]:
+def worker_environment(environ: dict[str, str], run: dict[str, Any], attempt: int) -> dict[str, str]:
     """The environment of the ranks: this one's, our packages on the path, threads shared out between the ranks."""
     root = str(Path(__file__).resolve().parents[1])
     path = [root, *filter(None, environ.get("PYTHONPATH", "").split(os.pathsep))]
     own = {
         "PYTHONPATH": os.pathsep.join(path),
-        processes.MARK: mark,
+        processes.MARK: run["mark"],
         PARENT: str(os.getpid()),
+        attempts.ATTEMPT: str(attempt),
         "TOKENIZERS_PARALLELISM": "false",
     }
     if "OMP_NUM_THREADS" not in environ:
-        own["OMP_NUM_THREADS"] = str(max(len(os.sched_getaffinity(0)) // max(run.processes, 1), 1))
-    if not run.on_cuda:
+        own["OMP_NUM_THREADS"] = str(max(len(os.sched_getaffinity(0)) // max(run["processes"], 1), 1))
+    if not run["on_cuda"]:
         own["CUDA_VISIBLE_DEVICES"] = ""
     return {**environ, **own}
 
@@ -59,51 +70,99 @@ def write_command(run_dir: Path, command: Sequence[str]) -> None:
     write_text(run_dir / "command.sh", f"#!/bin/sh\nexec {shlex.join(command)}\n")
 
 
-def run_local(run: Run, run_dir: Path, show: Callable[[Sequence[Progress | None]], None]) -> dict[str, Any]:
-    """Start the ranks, watch them to their end, leave nothing behind, and return the record."""
-    mark = read_json(run_dir / "run.json")["mark"]
-    command = worker_command(str(run_dir), run.processes, run.config.backend.python)
+def run_local(run_dir: Path, show: Show) -> dict[str, Any]:
+    """Make the next attempt at the run in `run_dir`: start its ranks, watch them to their end, leave nothing behind.
+
+    Gives the record. SIGUSR1 to this process is passed on to the ranks: they save what they have, and the run can go on
+    later. SIGINT and SIGTERM end it at once. UserError where another process has the run in hand.
+    """
+    with attempts.held(run_dir):
+        run = read_json(run_dir / "run.json")
+        processes.end_run(run["mark"])  # what is left of an attempt whose launching process was killed
+        attempt = attempts.begin(run_dir)
+        return _attempt(run_dir, run, attempt, show)
+
+
+def _attempt(run_dir: Path, run: dict[str, Any], attempt: int, show: Show) -> dict[str, Any]:
+    config = from_dict(run["config"])
+    command = worker_command(str(run_dir), run["processes"], config.backend.python)
     write_command(run_dir, command)
     memory = processes.SharedMemoryWatch()
     outcome: Outcome | None = None
-    with (run_dir / "launch.log").open("wb") as log:
+    with (run_dir / "launch.log").open("wb") as log, _signals(run_dir, run):
         process = subprocess.Popen(
             command,
-            env=worker_environment(dict(os.environ), run, mark),
+            env=worker_environment(dict(os.environ), run, attempt),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    try:
-        code = _watch(process, run_dir, run.processes, mark, memory, show)
-        if code != 0:
-            outcome = Outcome("failed", f"the process that starts the ranks ended with exit code {code}")
-    except KeyboardInterrupt:
-        outcome = Outcome("cancelled", "interrupted from the keyboard")
-    finally:
-        memory.look([item.pid for item in processes.of_run(mark)])
-        processes.end_run(mark)
-        process.wait()
-        memory.remove()
+        try:
+            outcome = _watch(process, run_dir, run, Watchdog(config), memory, show)
+        except KeyboardInterrupt as error:
+            by = "received SIGTERM" if isinstance(error, Terminated) else "interrupted from the keyboard"
+            outcome = Outcome("cancelled", by)
+        finally:
+            memory.look([item.pid for item in processes.of_run(run["mark"])])
+            processes.end_run(run["mark"])
+            process.wait()
+            memory.remove()
     return finish(run_dir, outcome)
 
 
 def _watch(
     process: subprocess.Popen[bytes],
     run_dir: Path,
-    count: int,
-    mark: str,
+    run: dict[str, Any],
+    watchdog: Watchdog,
     memory: processes.SharedMemoryWatch,
-    show: Callable[[Sequence[Progress | None]], None],
-) -> int:
-    """Poll until the started process ends; its exit code."""
+    show: Show,
+) -> Outcome | None:
+    """Poll until the started process ends, or has to be ended; how it did where it was not well."""
     polls = 0
     while process.poll() is None:
-        ranks = tuple(read_progress(run_dir / f"rank_{rank}.progress") for rank in range(count))
+        ranks = progress_of(run_dir, run["processes"])
         if polls % LOOK_EVERY == 0:
-            memory.look([item.pid for item in processes.of_run(mark)])
+            memory.look([item.pid for item in processes.of_run(run["mark"])])
         show(ranks)
+        if outcome := watchdog.look(ranks):
+            write_stacks(run_dir, living(ranks, run["mark"]))
+            return outcome
         polls += 1
         time.sleep(POLL_S)
-    return process.returncode
+    if process.returncode == 0:
+        return None
+    return Outcome("failed", f"the process that starts the ranks ended with exit code {process.returncode}")
+
+
+def progress_of(run_dir: Path, count: int) -> tuple[Progress | None, ...]:
+    """How far each rank is."""
+    return tuple(read_progress(run_dir / f"rank_{rank}.progress") for rank in range(count))
+
+
+def living(ranks: Sequence[Progress | None], mark: str) -> dict[int, int]:
+    """The process ids of the ranks that live, by rank; a number that another run's process has by now is not one."""
+    own = {process.pid for process in processes.of_run(mark)}
+    return {number: rank.pid for number, rank in enumerate(ranks) if rank and rank.pid in own}
+
+
+@contextlib.contextmanager
+def _signals(run_dir: Path, run: dict[str, Any]) -> Iterator[None]:
+    """In here SIGUSR1 goes to the ranks, and SIGTERM raises Terminated."""
+
+    def pass_on(number: int, _: object) -> None:
+        for pid in living(progress_of(run_dir, run["processes"]), run["mark"]).values():
+            with contextlib.suppress(OSError):
+                os.kill(pid, number)
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    before = [(signal.SIGUSR1, signal.signal(signal.SIGUSR1, pass_on))]
+    before.append((signal.SIGTERM, signal.signal(signal.SIGTERM, terminate)))
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)

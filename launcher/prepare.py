@@ -162,21 +162,22 @@ def create_run_dir(run: Run) -> Path:
     write_text(run_dir / "config.yaml", yaml.safe_dump(to_dict(run.config), sort_keys=False))
     write_json(run_dir / "plan.json", run.plan.to_dict())
     write_prompts(run_dir / "prompts.jsonl", run.prompts)
-    write_json(
-        run_dir / "run.json",
-        {
-            "config": to_dict(run.config),
-            "command": list(run.command),
-            "model_folder": str(run.model_folder) if run.model_folder else None,
-            "model_config": run.model_config,
-            "processes": run.processes,
-            "world_size": run.world_size,
-            "started_at": time.time(),
-            "notes": list(run.notes),
-            "mark": uuid.uuid4().hex,
-        },
-    )
+    write_json(run_dir / "run.json", described(run) | {"started_at": time.time(), "mark": uuid.uuid4().hex})
     return run_dir
+
+
+def described(run: Run) -> dict[str, Any]:
+    """What `run.json` says of a run, beside when it began and the mark of its processes."""
+    return {
+        "config": to_dict(run.config),
+        "command": list(run.command),
+        "model_folder": str(run.model_folder) if run.model_folder else None,
+        "model_config": run.model_config,
+        "processes": run.processes,
+        "world_size": run.world_size,
+        "on_cuda": run.on_cuda,
+        "notes": list(run.notes),
+    }
 
 
 def _new_folder(run: Run) -> Path:

@@ -88,7 +88,11 @@ def show_record(record: dict[str, Any], out: Console) -> None:
     if any(row["prompt"] or row["text"] for row in completions):
         out.print(_completions(completions))
     if record["status"] == "ok":
-        out.print(_speed(record))
+        if record["partial"]:
+            prompts, of = record["partial"]["prompts"], record["partial"]["of"]
+            out.print(f"[yellow]note:[/] measured over {prompts} of {of} prompts: the run was split between attempts")
+        if record["metrics"]:
+            out.print(_speed(record))
         out.print(_devices(record))
     out.print(f"run directory: {escape(str(run_dir))}", soft_wrap=True)
 

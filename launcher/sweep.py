@@ -6,13 +6,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import compare, report
+from launcher import compare, report, resume
 from launcher.bars import Bars
 from launcher.comparison import alike, read_run
 from launcher.compose import compose_run, expand_sweep
 from launcher.config import to_dict
+from launcher.files import read_json
 from launcher.launch import run_local
-from launcher.prepare import create_run_dir, prepare
+from launcher.prepare import prepare
 from launcher.record import refused
 from shards.errors import UserError
 
@@ -23,11 +24,18 @@ if TYPE_CHECKING:
 
 
 def run_point(config: RunConfig, command: tuple[str, ...]) -> dict[str, Any]:
-    """Prepare, start and watch one run on this machine; its record."""
-    run = prepare(config, command)
-    run_dir = create_run_dir(run)
-    with Bars(f"{config.backend.name} {config.model.name}", report.console(stderr=True)) as bars:
-        return run_local(run, run_dir, bars.show)
+    """Prepare, start and watch one run on this machine; its record, which may be there already with `resume=true`."""
+    run_dir, _ = resume.directory_of(prepare(config, command))
+    return finish_run(run_dir)
+
+
+def finish_run(run_dir: Path) -> dict[str, Any]:
+    """The record of the run in `run_dir`, which is started, or goes on, unless it is done."""
+    if resume.is_done(run_dir):
+        return dict(read_json(run_dir / "record.json"))
+    config = read_json(run_dir / "run.json")["config"]
+    with Bars(f"{config['backend']['name']} {config['model']['name']}", report.console(stderr=True)) as bars:
+        return run_local(run_dir, bars.show)
 
 
 def sweep(overrides: Sequence[str], config_dirs: tuple[str, ...]) -> int:

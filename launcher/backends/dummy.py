@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from launcher.backend import Completion, DeviceMemory, Generation
@@ -19,12 +19,17 @@ if TYPE_CHECKING:
 VOCAB_SIZE = 256  # ids stay within any real vocabulary
 
 
+class OutOfMemoryError(RuntimeError):
+    """As torch's own, in name and words."""
+
+
 class DummyBackend:
-    """Deterministic, importable anywhere, and as slow as `step_s` says."""
+    """Deterministic, importable anywhere, as slow as `step_s` says, and failing where `fail_at` says."""
 
     def __init__(self, config: RunConfig) -> None:
         self.options: DummyConfig = config.backend  # type: ignore[assignment]
         self.world: World | None = None
+        self.calls = 0
 
     def load(self, plan: Plan | None, world: World, progress: Callable[[int, int], None]) -> None:
         self.world = world
@@ -34,14 +39,18 @@ class DummyBackend:
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: Callable[[int], None]
     ) -> Generation:
-        self._maybe_fail("generate")
+        self._take_memory(len(prompts))
+        if self.calls >= self.options.fail_after:
+            self._maybe_fail("generate")
+            self._maybe_hang()
+        self.calls += 1
         start = time.perf_counter()
         marks = []
         for _ in range(sampling.max_new_tokens):
             time.sleep(self.options.step_s)
             marks.append(time.perf_counter() - start)
             on_step(len(prompts))
-        gaps = tuple(later - earlier for earlier, later in pairwise(marks))
+        gaps = tuple(later - earlier for earlier, later in itertools.pairwise(marks))
         completions = tuple(
             Completion(prompt.index, _count_up(prompt, sampling.max_new_tokens), "length", marks[0], gaps)
             for prompt in prompts
@@ -62,10 +71,27 @@ class DummyBackend:
     def close(self) -> None:
         """Nothing is held."""
 
-    def _maybe_fail(self, stage: str) -> None:
+    @property
+    def _is_last(self) -> bool:
         assert self.world is not None
-        if self.options.fail_at == stage and self.world.rank == self.world.world_size - 1:
+        return self.world.rank == self.world.world_size - 1
+
+    def _maybe_fail(self, stage: str) -> None:
+        if self.options.fail_at == stage and self._is_last:
             raise RuntimeError(f"the dummy engine was told to fail at {stage}")
+
+    def _maybe_hang(self) -> None:
+        while self.options.fail_at == "hang" and self._is_last:
+            time.sleep(60)
+
+    def _take_memory(self, batch: int) -> None:
+        """One MiB for each prompt of a batch, of as many as `memory_batch`."""
+        capacity = self.options.memory_batch
+        if capacity is not None and batch > capacity:
+            raise OutOfMemoryError(
+                f"dummy out of memory. Tried to allocate {batch}.00 MiB. GPU 0 has a total capacity of "
+                f"{capacity}.00 MiB of which {capacity}.00 MiB is free."
+            )
 
 
 def _count_up(prompt: Prompt, length: int) -> tuple[int, ...]:

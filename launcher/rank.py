@@ -1,0 +1,164 @@
+"""One rank of a run: load, generate, keep every result as it comes, and a last word whatever ends it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import traceback
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from launcher import attempts
+from launcher.backend import backend_class
+from launcher.config import from_dict
+from launcher.environment import describe
+from launcher.faults import explain
+from launcher.files import read_json, write_json
+from launcher.generate import Loop
+from launcher.progress import ProgressWriter
+from launcher.prompts import read_prompts
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from launcher.backend import Backend, Completion
+    from launcher.config import RunConfig
+    from launcher.generate import Repeat
+    from launcher.verdict import Outcome
+    from shards.world import World
+
+WORTH_WAITING = ("repeat", "memory", "close", "end")  # stages in which something is about to be saved
+LAST_WORD_S = 5.0
+
+
+class InterruptionError(Exception):
+    """The rank was asked to end, and all it did is saved."""
+
+
+class Rank:
+    """This process as one rank of attempt `attempt` at the run in `run_dir`; whatever ends it, its rank file says so.
+
+    The guard's thread calls `interrupt` and `end`; the rest is the main thread's.
+    """
+
+    def __init__(self, run_dir: Path, world: World, attempt: int) -> None:
+        self.run_dir, self.world, self.attempt = run_dir, world, attempt
+        attempts.check(run_dir, attempt)
+        self.progress = ProgressWriter(run_dir / f"rank_{world.rank}.progress")
+        run = read_json(run_dir / "run.json")
+        self.config: RunConfig = from_dict(run["config"])
+        self.config.model.path = run["model_folder"] or self.config.model.path
+        self.answers = world.rank in attempts.answering(run)
+        self.interruption: str | None = None
+        self.repeats: list[dict[str, Any]] = []
+        self.result: dict[str, Any] = {
+            "rank": world.rank,
+            "attempt": attempt,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "answers": self.answers,
+            "repeats": self.repeats,
+        }
+        self._last_word = threading.Lock()
+
+    def run(self) -> str:
+        """Do the work and write the rank file; gives the status. An error is recorded, never raised."""
+        try:
+            backend = self._load()
+            self._generate(backend)
+            self.progress.enter("close")
+            backend.close()
+        except BaseException as error:
+            traceback.print_exc()
+            return self._fail(error)
+        self.progress.enter("end")
+        return self._write("ok")
+
+    def _load(self) -> Backend:
+        self.progress.enter("import")
+        backend = _backend(self.config)
+        self.progress.enter("load")
+        start = time.perf_counter()
+        backend.load(read_json(self.run_dir / "plan.json"), self.world, self.progress.advance)
+        self.result["load_s"] = time.perf_counter() - start
+        return backend
+
+    def _generate(self, backend: Backend) -> None:
+        prompts = read_prompts(self.run_dir / "prompts.jsonl")
+        Loop(backend, self.config, self.world, self.progress, self).run(prompts, attempts.saved(self.run_dir))
+        self.progress.enter("memory")
+        self.result["devices"] = [asdict(device) for device in backend.memory()]
+        self.result["environment"] = describe()
+
+    def save(self, completions: Sequence[Completion]) -> None:
+        """Append to this rank's completions: a line is whole or cut off at the end of the file."""
+        names = ("index", "token_ids", "finish_reason", "top2_gaps")
+        self._append("completions", [{name: getattr(item, name) for name in names} for item in completions])
+
+    def passed(self, repeat: Repeat) -> None:
+        """Append to this rank's measures."""
+        self.repeats.append(asdict(repeat))
+        self._append("repeats", [self.repeats[-1]])
+
+    def _append(self, kind: str, rows: Sequence[dict[str, Any]]) -> None:
+        if not self.answers:
+            return
+        attempts.check(self.run_dir, self.attempt)
+        with (self.run_dir / f"rank_{self.world.rank}.{kind}.jsonl").open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+    def between_batches(self) -> None:
+        """End here if the rank was asked to."""
+        if self.interruption is not None:
+            raise InterruptionError(self.interruption)
+
+    def interrupt(self, reason: str) -> bool:
+        """Ask the main thread to end after its batch; whether there is something worth waiting for."""
+        self.interruption = reason
+        return self.progress.progress.stage.startswith(WORTH_WAITING)
+
+    def end(self, outcome: Outcome) -> str:
+        """Leave a word before the process ends, unless the rank has already had its last; gives the status."""
+        return self._write(outcome.status, self._error(type="Ended", message=outcome.message, hint=""))
+
+    def _fail(self, error: BaseException) -> str:
+        status, said = explain(error)
+        if self.interruption is not None and status != "refused":
+            # Asked to end, or thrown off by another rank that was and has gone first: either way an interruption.
+            return self._write("interrupted", self._error(**said | {"message": self.interruption, "type": "Ended"}))
+        return self._write(status, self._error(**said))
+
+    def _error(self, **said: Any) -> dict[str, Any]:
+        return {"stage": self.progress.progress.stage, **said}
+
+    def _write(self, status: str, error: dict[str, Any] | None = None) -> str:
+        """Write the rank file once, and not if a newer attempt has begun; gives the status that counts."""
+        if not self._last_word.acquire(timeout=LAST_WORD_S):
+            return status
+        try:
+            if "status" not in self.result:
+                attempts.check(self.run_dir, self.attempt)
+                last_step = {"last_step_at": self.progress.progress.time, "ended_at": time.time()}
+                result = self.result | last_step | {"status": status} | ({"error": error} if error else {})
+                write_json(self.run_dir / f"rank_{self.world.rank}.json", result)
+                self.result = result
+            return str(self.result["status"])
+        except attempts.SupersededError:
+            return "superseded"
+        finally:
+            self._last_word.release()
+
+
+def _backend(config: RunConfig) -> Backend:
+    name = config.backend.name
+    try:
+        return backend_class(name)(config)
+    except ImportError as error:
+        raise UserError(
+            f"backend={name} cannot be imported: {error}.", f'pip install -e ".[{name}]", or backend.python=INTERPRETER'
+        ) from error

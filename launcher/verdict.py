@@ -1,0 +1,79 @@
+"""Who is to blame: the words of the ranks, and of who watched them -> the status of the run and its error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from launcher.progress import Progress, read_progress
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+STATUSES = ("ok", "oom", "timeout", "hang", "failed", "refused", "cancelled")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How the processes of a run ended, as their watcher saw it, with the rank to blame and its stage if it knows.
+
+    A rank's own word goes before it. `interrupted` is a rank's status: of a run that is to go on, which is `cancelled`.
+    """
+
+    status: str
+    message: str = ""
+    rank: int | None = None
+    stage: str = "start"
+
+
+def verdict(
+    run_dir: Path, ranks: Sequence[dict[str, Any] | None], outcome: Outcome | None
+) -> tuple[str, dict[str, Any] | None]:
+    """The status of the run and the error that explains it: of the rank that failed first, in its own words if any."""
+    if all(rank is not None and rank["status"] == "ok" for rank in ranks):
+        return "ok", None
+    first = _first([rank for rank in ranks if rank is not None and rank["status"] not in ("ok", "cancelled")])
+    own_words = {"rank": first["rank"], **first["error"]} if first else None
+    if first and first["status"] == "interrupted":
+        return "cancelled", own_words
+    if outcome is not None and outcome.rank is not None:
+        # The watcher ended the ranks for it: that some of them are silent is the consequence.
+        blamed = said(outcome.rank, outcome.stage, "Ended", outcome.message)
+        return (first["status"], own_words) if first else (outcome.status, blamed)
+    if silent := _silent(run_dir, ranks):
+        # A rank that vanished is the cause; what the others then saw (a broken connection) is the consequence.
+        number, progress = min(silent, key=lambda item: item[1].time)
+        seen = f"; rank {first['rank']} then saw {first['error']['type']}" if first else ""
+        message = f"rank {number} ended without a word: killed, or crashed in native code{seen}"
+        if outcome is None or outcome.status == "failed":
+            return "failed", said(number, progress.stage, "ProcessDied", message)
+        return outcome.status, said(number, progress.stage, "Ended", outcome.message)
+    if first:
+        return first["status"], own_words
+    cancelled = next((rank for rank in ranks if rank is not None and rank["status"] == "cancelled"), None)
+    ended = outcome or Outcome("failed", "the processes ended before any rank began")
+    if cancelled:
+        message = ended.message or cancelled["error"]["message"]
+        return ended.status, said(cancelled["rank"], cancelled["error"]["stage"], "Ended", message)
+    return ended.status, said(None, "start", "Ended", ended.message)
+
+
+def _first(told: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The rank that failed first; of ranks that hang, which notice it at the same time, the one furthest behind."""
+    first = min(told, key=lambda rank: rank["ended_at"], default=None)
+    if first is None or first["status"] != "hang":
+        return first
+    return min((rank for rank in told if rank["status"] == "hang"), key=lambda rank: rank["last_step_at"])
+
+
+def _silent(run_dir: Path, ranks: Sequence[dict[str, Any] | None]) -> list[tuple[int, Progress]]:
+    """The ranks that had begun and left no last word, with where they were."""
+    mute = [number for number, rank in enumerate(ranks) if rank is None]
+    found = [(number, read_progress(run_dir / f"rank_{number}.progress")) for number in mute]
+    return [(number, progress) for number, progress in found if progress is not None]
+
+
+def said(rank: int | None, stage: str, kind: str, message: str, hint: str = "") -> dict[str, Any]:
+    """An error as a record keeps it."""
+    return {"rank": rank, "stage": stage, "type": kind, "message": message, "hint": hint}
