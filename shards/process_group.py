@@ -17,7 +17,8 @@ def device_of(world: World, accelerator: str) -> torch.device:
     """The device of this rank: the card of its local rank, or the CPU."""
     if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    device = torch.device("cuda", world.local_rank)
+    alone = torch.cuda.device_count() == 1  # srun --gpus-per-task shows each rank its own card only
+    device = torch.device("cuda", 0 if alone else world.local_rank)
     torch.cuda.set_device(device)
     return device
 
