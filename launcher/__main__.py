@@ -7,16 +7,18 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from launcher import report, usage
+from launcher.arrays import DETACHED, Detached
 from launcher.compose import compose_run
 from launcher.config import ConfigError, to_dict
 from launcher.launch import worker_command
-from launcher.prepare import prepare
+from launcher.prepare import described, prepare
 from launcher.resume import checked
+from launcher.slurm import job_of, name_of, sbatch_text
 from launcher.sweep import exit_code, finish_run, run_point, sweep
 from shards.errors import UserError, WorldError
 from shards.world import World
@@ -71,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         world = World.from_env(os.environ)
         return _dispatch(arguments, world)
+    except Detached:
+        return DETACHED
     except UserError as error:
         if world.rank == 0:
             print(error, file=sys.stderr)
@@ -91,9 +95,7 @@ def _dispatch(arguments: Arguments, world: World) -> int:
         return _join(config, world, command)
     if config.dry_run:
         return _dry_run(config, command)
-    record = run_point(config, command)
-    report.show(record)
-    return exit_code([record])
+    return _report(run_point(config, command))
 
 
 def _continue(config: RunConfig, arguments: Arguments, world: World) -> int:
@@ -103,8 +105,14 @@ def _continue(config: RunConfig, arguments: Arguments, world: World) -> int:
     if others or not config.resume or world.launcher != "alone":
         hint = "python -m launcher resume=true run_dir=PATH"
         raise ConfigError("run_dir= goes on with a run as it was configured, and takes nothing but resume=true.", hint)
-    record = finish_run(checked(Path(config.run_dir)))
-    report.show(record)
+    return _report(finish_run(checked(Path(config.run_dir))))
+
+
+def _report(record: dict[str, Any]) -> int:
+    if record["status"] == "submitted":
+        print(report.headline(record), flush=True)
+    else:
+        report.show(record)
     return exit_code([record])
 
 
@@ -146,6 +154,10 @@ def _dry_run(config: RunConfig, command: tuple[str, ...]) -> int:
     run = prepare(config, command)
     out = report.console()
     report.show_plan(run, out)
+    if config.launch.name == "slurm":
+        values = described(run) | {"mark": "000000"}
+        print(sbatch_text(job_of(values), name_of(values)))
+        return 0
     out.print("command: " + " ".join(worker_command("RUN_DIR", run.processes, config.backend.python)), soft_wrap=True)
     return 0
 

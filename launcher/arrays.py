@@ -10,17 +10,24 @@ import itertools
 import shlex
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import jobs, report
 from launcher.bars import Bars
+from launcher.config import to_dict
 from launcher.files import read_json, write_json, write_text
+from launcher.prepare import prepare
+from launcher.record import refused
+from launcher.resume import directory_of
 from launcher.slurm import SCRIPT, job_of, name_of, sbatch_text
+from shards.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    from launcher.config import RunConfig
 
 SWEEP = "sweep.json"
 DETACHED = 130  # exit code of a command that Ctrl-C has ended, and whose jobs go on
@@ -38,6 +45,11 @@ class Point:
     run_dir: Path | None
     record: dict[str, Any] | None = None
 
+    @property
+    def is_to_run(self) -> bool:
+        """Whether it neither was refused nor is done already."""
+        return self.run_dir is not None and self.record is None
+
 
 def write_script(run_dir: Path) -> None:
     """`submit.sbatch` in the run directory."""
@@ -53,20 +65,28 @@ def submit_run(run_dir: Path) -> str:
     return job
 
 
-def submit_points(folder: Path, points: Sequence[Point]) -> dict[str, Path]:
-    """Submit the points that have a run directory, those with equal demands as one array: job -> run directory.
+def submit_points(folder: Path, points: Sequence[Point]) -> tuple[dict[str, Path], list[Point]]:
+    """Submit the points that are to run, those with equal demands as one array; their jobs, and all points.
 
-    The scripts lie in `folder`, beside the run directories.
+    The scripts lie in `folder`, beside the run directories. What SLURM refuses has a record now.
     """
-    write_json(folder / SWEEP, [described(point) for point in points])
-    groups: dict[str, list[Path]] = {}
-    for run_dir in (point.run_dir for point in points if point.run_dir is not None):
-        write_script(run_dir)
-        groups.setdefault(sbatch_text(job_of(read_json(run_dir / "run.json")), ""), []).append(run_dir)
+    groups: dict[str, list[Point]] = {}
+    for point in points:
+        if point.is_to_run and point.run_dir is not None:
+            write_script(point.run_dir)
+            groups.setdefault(sbatch_text(job_of(read_json(point.run_dir / "run.json")), ""), []).append(point)
     submitted: dict[str, Path] = {}
-    for number, run_dirs in enumerate(groups.values()):
-        submitted |= _submit_array(folder, SCRIPT if number == 0 else f"submit-{number + 1}.sbatch", run_dirs)
-    return submitted
+    turned_down: dict[Path | None, dict[str, Any]] = {}
+    for number, group in enumerate(groups.values()):
+        run_dirs = [point.run_dir for point in group if point.run_dir is not None]
+        try:
+            submitted |= _submit_array(folder, SCRIPT if number == 0 else f"submit-{number + 1}.sbatch", run_dirs)
+        except UserError as error:
+            configs = {path: read_json(path / "run.json")["config"] for path in run_dirs}
+            turned_down |= {path: refused(config, error, time.time(), path) for path, config in configs.items()}
+    points = [replace(point, record=turned_down.get(point.run_dir, point.record)) for point in points]
+    write_json(folder / SWEEP, [described(point) for point in points])
+    return submitted, points
 
 
 def described(point: Point) -> dict[str, Any]:
@@ -95,7 +115,11 @@ def _submit_array(folder: Path, script: str, run_dirs: Sequence[Path]) -> dict[s
 
 
 def follow(
-    runs: Mapping[str, Path], title: str, poll_s: float, ended: Callable[[Path, dict[str, Any]], None]
+    runs: Mapping[str, Path],
+    place: Path,
+    title: str,
+    poll_s: float,
+    ended: Callable[[Path, dict[str, Any]], None] = lambda *_: None,
 ) -> dict[Path, dict[str, Any]]:
     """Follow jobs to their end, with a word on stderr for each change: run directory -> record.
 
@@ -110,16 +134,16 @@ def follow(
                 records[runs[job]] = record
                 ended(runs[job], record)
     except KeyboardInterrupt:
-        print(f"\n{how_to_go_on(runs)}", file=sys.stderr)
+        print(f"\n{how_to_go_on(runs, place)}", file=sys.stderr)
         raise Detached from None
     return records
 
 
-def how_to_go_on(runs: Mapping[str, Path]) -> str:
-    """How to see what becomes of jobs that run on, and how to end them."""
+def how_to_go_on(runs: Mapping[str, Path], place: Path) -> str:
+    """How to see what becomes of the jobs in `place` that run on, and how to end them."""
     arrays = " ".join(dict.fromkeys(job.partition("_")[0] for job in runs))
-    places = " ".join(shlex.quote(str(path)) for path in runs.values())
-    return f"job {arrays} goes on. See it: python -m launcher.status --follow {places}   End it: scancel {arrays}"
+    see = f"python -m launcher.status --follow {shlex.quote(str(place))}"
+    return f"job {arrays} goes on. See it: {see}   End it: scancel {arrays}"
 
 
 def run_job(run_dir: Path) -> dict[str, Any]:
@@ -128,10 +152,39 @@ def run_job(run_dir: Path) -> dict[str, Any]:
     launch = run["config"]["launch"]
     job = submit_run(run_dir)
     if not launch["wait"]:
-        print(how_to_go_on({job: run_dir}), file=sys.stderr)
+        print(how_to_go_on({job: run_dir}, run_dir), file=sys.stderr)
         return unfinished(run_dir, "submitted")
     title = f"{run['config']['backend']['name']} {run['config']['model']['name']}"
-    return follow({job: run_dir}, title, launch["poll_s"], lambda *_: None)[run_dir]
+    return follow({job: run_dir}, run_dir, title, launch["poll_s"])[run_dir]
+
+
+def run_points(configs: Sequence[RunConfig], commands: Sequence[tuple[str, ...]]) -> list[dict[str, Any]]:
+    """Run the points of a sweep as jobs; their records in order, with `launch.wait=false` what stands for them."""
+    points = [_prepared(config, command) for config, command in zip(configs, commands, strict=True)]
+    folder = new_sweep_folder(Path(configs[0].output_dir), len(points))
+    runs, points = submit_points(folder, points)
+    launch, out = configs[0].launch, report.console(stderr=True)
+    names = {point.run_dir: point.overrides for point in points}
+    records: dict[Path, dict[str, Any]] = {}
+    if runs and launch.wait:
+        title = f"{len(runs)} jobs"
+        records = follow(runs, folder, title, launch.poll_s, lambda at, made: report.show_point(names[at], made, out))
+    elif runs:
+        print(how_to_go_on(runs, folder), file=sys.stderr)
+    return [point.record or _record(point, records) for point in points]
+
+
+def _record(point: Point, records: Mapping[Path, dict[str, Any]]) -> dict[str, Any]:
+    assert point.run_dir is not None, "a point that was not refused has one"
+    return records.get(point.run_dir) or unfinished(point.run_dir, "submitted")
+
+
+def _prepared(config: RunConfig, command: tuple[str, ...]) -> Point:
+    try:
+        run_dir, done = directory_of(prepare(config, command))
+    except UserError as error:
+        return Point(command[3:], None, refused(to_dict(config), error, time.time()))
+    return Point(command[3:], run_dir, read_json(run_dir / "record.json") if done else None)
 
 
 def unfinished(run_dir: Path, status: str) -> dict[str, Any]:

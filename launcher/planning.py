@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.config import FsdpConfig, Precision, VllmConfig
 from launcher.prompts import sampling_of
+from shards.hardware import CPU, Device, Link, known_device
 from shards.measured import this_machine
 from shards.model import KNOWN_FAMILIES, ModelShape
 from shards.plan import Plan, PlanRequest, make_plan
@@ -38,7 +39,7 @@ def plan_of(
         options["gpu_memory_utilization"] = backend.gpu_memory_utilization
         options["kv_cache_memory_bytes"] = backend.kv_cache_memory_bytes
         options["max_num_seqs"] = backend.max_num_seqs or VLLM_SEQUENCES
-    device, link = this_machine(os.environ, config.devices * config.num_nodes, on_cuda)
+    device, link = _devices(config, on_cuda)
     request = PlanRequest(
         shape=shape_of(model_config, tensors),
         engine=backend.name,
@@ -53,6 +54,15 @@ def plan_of(
         **options,
     )
     return make_plan(request)
+
+
+def _devices(config: RunConfig, on_cuda: bool) -> tuple[Device, Link | None]:
+    """What the ranks run on: of a cluster the card that is named, with no figures where none is."""
+    if config.launch.name != "slurm":
+        return this_machine(os.environ, config.devices * config.num_nodes, on_cuda)
+    if not on_cuda:
+        return CPU, None
+    return known_device(config.cluster.device) if config.cluster.device else Device("a GPU of the cluster"), None
 
 
 def _share(config: RunConfig, prompts: int) -> int:

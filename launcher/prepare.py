@@ -19,6 +19,7 @@ from launcher.files import read_json, write_json, write_text
 from launcher.models import EMBEDDED
 from launcher.planning import plan_of
 from launcher.prompts import check_context, guessed_prompts, load_prompts, sampling_of, write_prompts
+from launcher.slurm import check_cluster
 from shards.checkpoint import Checkpoint
 from shards.errors import CheckpointError, UserError
 from shards.hardware import cuda_devices
@@ -50,6 +51,7 @@ class Run:
 
 def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
     """Resolve, check and plan a run; nothing is written. Raises UserError."""
+    _check_launch(config)
     _check_packages(config)
     on_cuda = _check_devices(config)
     config, notes = _settle(config, on_cuda)
@@ -70,15 +72,31 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
     notes += notes_deepspeed(config, on_cuda)
     plan = plan_of(config, model_config, tensors, prompts, on_cuda)
     world_size = config.devices * config.num_nodes
-    processes = world_size if config.backend.one_process_per_device else config.num_nodes
+    processes = world_size if _is_rank_per_device(config) else config.num_nodes
     return Run(
         config, command, folder, model_config, tuple(prompts), plan, processes, world_size, on_cuda, tuple(notes)
     )
 
 
+def _check_launch(config: RunConfig) -> None:
+    if config.launch.name not in ("local", "slurm"):
+        raise ConfigError(f"launch.name={config.launch.name} is not known.", "launch=local or launch=slurm")
+    if config.launch.name == "slurm":
+        check_cluster(config.cluster)
+
+
+def _is_rank_per_device(config: RunConfig) -> bool:
+    """Several nodes have a rank for each device: an engine that spreads by itself does so on one node."""
+    return config.backend.one_process_per_device or config.num_nodes > 1
+
+
 def _check_packages(config: RunConfig) -> None:
-    """The engine's packages must be there, in this environment or in that of `backend.python`."""
+    """The engine's packages must be there, in this environment or in that of `backend.python`, but for a container."""
     name, python = config.backend.name, config.backend.python
+    if config.launch.name == "slurm":
+        if config.cluster.container or config.dry_run:
+            return
+        python = python or config.cluster.python
     if missing := _missing(config.backend.packages, python):
         where = "here" if python is None else f"for {python}"
         raise ConfigError(
@@ -105,6 +123,8 @@ def _check_devices(config: RunConfig) -> bool:
     """Whether the run is on CUDA; ConfigError where more devices are asked for than there are."""
     if config.accelerator.name == "cpu":
         return False
+    if config.launch.name == "slurm":  # the machine that submits says nothing of the nodes
+        return config.accelerator.name == "cuda" or config.cluster.gpus_flag != "none"
     found = cuda_devices(os.environ)
     if not found and config.accelerator.name == "cuda":
         raise ConfigError("accelerator=cuda, and no CUDA device can be seen.", "accelerator=cpu")

@@ -1,7 +1,7 @@
-"""What became of runs: `python -m launcher.status [--follow] DIR...`, with DIR a run directory or the folder of a sweep.
+"""What became of runs: `python -m launcher.status [--follow] DIR...`, a run directory or the folder of a sweep.
 
 One row a run: its state in SLURM's words while its job exists and is not over, else the status of its record. The last
-line of stdout is one JSON object. Exit code: 0 all are ok or still under way, 1 some are not, 2 something to mend first.
+line of stdout is one JSON object. Exit code: 0 all are ok or under way, 1 some are not, 2 something to mend first.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print((__doc__ or "").strip())
         return 0 if arguments else 2
     try:
-        points = [point for name in arguments if name != "--follow" for point in points_in(Path(name))]
-        if "--follow" in arguments:
-            _follow(points)
+        places = [Path(name) for name in arguments if name != "--follow"]
+        points = [point for place in places for point in points_in(place)]
+        if "--follow" in arguments and places:
+            _follow(points, places[0])
         return _show(points)
     except arrays.Detached:
         return arrays.DETACHED
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def points_in(folder: Path) -> list[Point]:
-    """The run in `folder`, or the points of the sweep that was submitted from it; ConfigError where there is neither."""
+    """The run in `folder`, or the points of the sweep submitted from it; ConfigError where there is neither."""
     folder = folder.resolve()
     if (folder / arrays.SWEEP).is_file():
         return arrays.read_points(folder)
@@ -52,9 +53,9 @@ def points_in(folder: Path) -> list[Point]:
     return [Point((folder.name,), folder)]
 
 
-def _follow(points: Sequence[Point]) -> None:
+def _follow(points: Sequence[Point], place: Path) -> None:
     runs = {job: run_dir for job, run_dir in _jobs(points).items() if not (run_dir / "record.json").exists()}
-    arrays.follow(runs, f"{len(runs)} jobs", POLL_S, lambda *_: None)
+    arrays.follow(runs, place, f"{len(runs)} jobs", POLL_S)
 
 
 def _jobs(points: Sequence[Point]) -> dict[str, Path]:

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import compare, report, resume
+from launcher import arrays, compare, report, resume
 from launcher.bars import Bars
 from launcher.comparison import alike, read_run
 from launcher.compose import compose_run, expand_sweep
@@ -34,6 +34,8 @@ def finish_run(run_dir: Path) -> dict[str, Any]:
     if resume.is_done(run_dir):
         return dict(read_json(run_dir / "record.json"))
     config = read_json(run_dir / "run.json")["config"]
+    if config["launch"]["name"] == "slurm":
+        return arrays.run_job(run_dir)
     with Bars(f"{config['backend']['name']} {config['model']['name']}", report.console(stderr=True)) as bars:
         return run_local(run_dir, bars.show)
 
@@ -42,18 +44,28 @@ def sweep(overrides: Sequence[str], config_dirs: tuple[str, ...]) -> int:
     """Run every point and print one table of them all; the exit code."""
     points = expand_sweep(list(overrides))
     configs = [compose_run(point, config_dirs) for point in points]
-    records = []
-    for config, point in zip(configs, points, strict=True):
-        try:
-            record = run_point(config, ("python", "-m", "launcher", *point))
-        except UserError as error:
-            record = refused(to_dict(config), error, time.time())
-        records.append(record)
-        report.show_point(point, record, report.console(stderr=True))
+    commands = [("python", "-m", "launcher", *point) for point in points]
+    local = [place for place, config in enumerate(configs) if config.launch.name != "slurm"]
+    others = [place for place in range(len(points)) if place not in local]
+    made = {place: _run_here(configs[place], commands[place]) for place in local}
+    if others:
+        queued = arrays.run_points([configs[place] for place in others], [commands[place] for place in others])
+        made |= dict(zip(others, queued, strict=True))
+    records = [made[place] for place in range(len(points))]
     report.show_sweep(records, [_varied(point, overrides) for point in points], report.console())
     show_parity(records)
     print(report.sweep_line(records), flush=True)
     return exit_code(records)
+
+
+def _run_here(config: RunConfig, command: tuple[str, ...]) -> dict[str, Any]:
+    """The record of one point of a sweep, whatever becomes of it."""
+    try:
+        record = run_point(config, command)
+    except UserError as error:
+        record = refused(to_dict(config), error, time.time())
+    report.show_point(command[3:], record, report.console(stderr=True))
+    return record
 
 
 def show_parity(records: Sequence[dict[str, Any]]) -> None:
@@ -69,8 +81,8 @@ def _varied(point: Sequence[str], overrides: Sequence[str]) -> list[str]:
 
 
 def exit_code(records: Sequence[dict[str, Any]]) -> int:
-    """0 all ok; 2 where the only run was refused; 1 otherwise."""
+    """0 all ok or left to a cluster; 2 where the only run was refused; 1 otherwise."""
     statuses = [record["status"] for record in records]
-    if all(status == "ok" for status in statuses):
+    if all(status in ("ok", "submitted") for status in statuses):
         return 0
     return 2 if statuses == ["refused"] else 1
