@@ -90,8 +90,8 @@ class DeepSpeedConfig(BackendConfig):
     packages: ClassVar[tuple[str, ...]] = ("torch", "transformers", "deepspeed")
 
     name: str = "deepspeed"
-    kernel_inject: bool = False
-    max_out_tokens: int | None = None  # None: as long as the prompts and new tokens need
+    kernel_inject: bool = False  # refused where DeepSpeed's kernels do not apply
+    max_out_tokens: int | None = None  # None: as many as the model has positions
 
 
 @dataclass
