@@ -22,7 +22,6 @@ ON_TERM = "LAUNCHER_ON_TERM"  # "interrupt": SIGTERM is a notice to stop, as fro
 EXIT_CODES = {"cancelled": 143, "interrupted": 75}  # as a shell reports SIGTERM; EX_TEMPFAIL: go on later
 INTERRUPT_S = 20.0  # from SIGUSR1 to the end of the rank, at the latest
 TERM_S = 3.0  # the same from SIGTERM: who sends it kills soon after
-LOOK_S = 1.0
 GONE = Outcome("failed", "the launching process is gone")
 
 
@@ -37,6 +36,7 @@ class Watched:
     interrupt: Callable[[str], bool]
     end: Callable[[Outcome, bool], None]
     look: Callable[[], Outcome | None] | None = None
+    look_s: float = 1.0
 
 
 def start(watched_pid: int | None, watched: Watched, term_interrupts: bool = False) -> None:
@@ -71,7 +71,7 @@ class _Guard:
                 self._end(GONE)
         sources = [self.signals] if self.parent is None else [self.signals, self.parent]
         while True:
-            ready, _, _ = select.select(sources, [], [], LOOK_S if self.deadline or self.watched.look else None)
+            ready, _, _ = select.select(sources, [], [], self._patience())
             if self.parent in ready:
                 self._end(GONE)
             for number in os.read(self.signals, 64) if ready else b"":
@@ -80,6 +80,12 @@ class _Guard:
                 self._end(Outcome("interrupted", self.reason))
             if self.watched.look and (outcome := self.watched.look()):
                 self._end(outcome)
+
+    def _patience(self) -> float | None:
+        """Seconds until there is something to see to; None: nothing but signals."""
+        looks = [self.watched.look_s] if self.watched.look else []
+        left = [max(self.deadline - time.monotonic(), 0.0)] if self.deadline is not None else []
+        return min(looks + left, default=None)
 
     def _on_signal(self, number: int) -> None:
         if number not in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):

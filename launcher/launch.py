@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from launcher import attempts, processes
 from launcher.config import from_dict
 from launcher.files import read_json, write_text
-from launcher.progress import read_progress
+from launcher.progress import read_all
 from launcher.record import finish
 from launcher.verdict import Outcome
 from launcher.watchdog import Watchdog, write_stacks
@@ -122,7 +122,7 @@ def _watch(
     """Poll until the started process ends, or has to be ended; how it did where it was not well."""
     polls = 0
     while process.poll() is None:
-        ranks = progress_of(run_dir, run["processes"])
+        ranks = read_all(run_dir, run["processes"])
         if polls % LOOK_EVERY == 0:
             memory.look([item.pid for item in processes.of_run(run["mark"])])
         show(ranks)
@@ -136,11 +136,6 @@ def _watch(
     return Outcome("failed", f"the process that starts the ranks ended with exit code {process.returncode}")
 
 
-def progress_of(run_dir: Path, count: int) -> tuple[Progress | None, ...]:
-    """How far each rank is."""
-    return tuple(read_progress(run_dir / f"rank_{rank}.progress") for rank in range(count))
-
-
 def living(ranks: Sequence[Progress | None], mark: str) -> dict[int, int]:
     """The process ids of the ranks that live, by rank; a number that another run's process has by now is not one."""
     own = {process.pid for process in processes.of_run(mark)}
@@ -152,7 +147,7 @@ def _signals(run_dir: Path, run: dict[str, Any]) -> Iterator[None]:
     """In here SIGUSR1 goes to the ranks, and SIGTERM raises Terminated."""
 
     def pass_on(number: int, _: object) -> None:
-        for pid in living(progress_of(run_dir, run["processes"]), run["mark"]).values():
+        for pid in living(read_all(run_dir, run["processes"]), run["mark"]).values():
             with contextlib.suppress(OSError):
                 os.kill(pid, number)
 

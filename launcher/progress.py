@@ -53,6 +53,11 @@ class ProgressWriter:
         os.pwrite(self._file, json.dumps(asdict(self.progress)).ljust(SIZE - 1).encode() + b"\n", 0)
 
 
+def read_all(run_dir: Path, count: int) -> tuple[Progress | None, ...]:
+    """How far each rank of a run is."""
+    return tuple(read_progress(run_dir / f"rank_{rank}.progress") for rank in range(count))
+
+
 def read_progress(path: Path) -> Progress | None:
     """The last whole state, or None where the rank has not begun."""
     try:

@@ -73,6 +73,8 @@ class Rank:
             self._generate(backend)
             self.progress.enter("close")
             backend.close()
+        except InterruptionError as error:
+            return self._interrupted(str(error))
         except BaseException as error:
             traceback.print_exc()
             return self._fail(error)
@@ -129,9 +131,11 @@ class Rank:
     def _fail(self, error: BaseException) -> str:
         status, said = explain(error)
         if self.interruption is not None and status != "refused":
-            # Asked to end, or thrown off by another rank that was and has gone first: either way an interruption.
-            return self._write("interrupted", self._error(**said | {"message": self.interruption, "type": "Ended"}))
+            return self._interrupted(self.interruption)  # thrown off by another rank that has gone first
         return self._write(status, self._error(**said))
+
+    def _interrupted(self, reason: str) -> str:
+        return self._write("interrupted", self._error(type="Ended", message=reason, hint="resume=true goes on with it"))
 
     def _error(self, **said: Any) -> dict[str, Any]:
         return {"stage": self.progress.progress.stage, **said}

@@ -36,6 +36,11 @@ class Watchdog:
         self.started = self.last_step = now()
         self.ticks: tuple[int, ...] = ()
 
+    @property
+    def look_s(self) -> float:
+        """How long to wait between two looks, for the limits to be kept to a hundredth."""
+        return max(min(filter(None, (self.hang_timeout_s, self.timeout_s)), default=100.0) / 100, 0.5)
+
     def look(self, ranks: Sequence[Progress | None]) -> Outcome | None:
         """How the run is to end now, if it is."""
         moment = self.now()

@@ -8,12 +8,15 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher import attempts, guard
 from launcher.rank import Rank
+from launcher.progress import read_all
 from launcher.record import finish
+from launcher.watchdog import Watchdog
 from shards.world import World
 
 if TYPE_CHECKING:
@@ -63,11 +66,19 @@ def run_rank(run_dir: Path, world: World, parent: int | None) -> str:
     faulthandler.register(signal.SIGUSR2, all_threads=True)
 
     def end(outcome: Outcome, parent_is_gone: bool) -> None:
+        if outcome.status in ("hang", "timeout"):
+            with (run_dir / f"stacks_rank_{world.rank}.txt").open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
         if rank.end(outcome) != "superseded" and (parent is None or parent_is_gone):
-            time.sleep(OTHERS_S)  # the other ranks end for the same reason now
+            time.sleep(OTHERS_S + (watched.look_s if watched.look else 0))  # the others end for the same reason now
             finish(run_dir, outcome)
 
     watched = guard.Watched(rank.interrupt, end)
+    if parent is None:
+        watchdog = Watchdog(rank.config)
+        watched = replace(
+            watched, look=lambda: watchdog.look(read_all(run_dir, world.world_size)), look_s=watchdog.look_s
+        )
     guard.start(parent, watched, term_interrupts=os.environ.get(guard.ON_TERM) == "interrupt")
     return rank.run()
 
