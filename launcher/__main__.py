@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ def _continue(config: RunConfig, arguments: Arguments, world: World) -> int:
 
 def _report(record: dict[str, Any]) -> int:
     if record["status"] == "submitted":
-        print(report.headline(record), flush=True)
+        print(json.dumps(json.loads(report.headline(record)) | {"job": record["job"]}), flush=True)
     else:
         report.show(record)
     return exit_code([record])

@@ -74,7 +74,7 @@ def check_cluster(cluster: ClusterConfig) -> None:
             raise ConfigError(f"cluster.{name}={value!r} has a blank, a quote, \\ or #.", "what sbatch itself takes")
     for option in (*cluster.extra, *cluster.srun):
         if not option.startswith("-") or "\n" in option:
-            raise ConfigError(f"{option!r} is not an option of sbatch or srun.", "cluster.extra=[--mail-type=END]")
+            raise ConfigError(f"{option!r} is not an option of sbatch or srun.", "cluster.extra=['--mail-type=END']")
     if cluster.time and not TIME.fullmatch(cluster.time):
         raise ConfigError(
             f"cluster.time={cluster.time} is not hours, minutes and seconds: YAML reads an unquoted 01:00:00 as 3600.",

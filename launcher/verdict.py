@@ -35,8 +35,8 @@ def verdict(
         return "ok", None
     first = _first([rank for rank in ranks if rank is not None and rank["status"] not in ("ok", "cancelled")])
     own_words = {"rank": first["rank"], **first["error"]} if first else None
-    if first and first["status"] == "interrupted":
-        return "cancelled", own_words
+    if first and first["status"] == "interrupted" and (outcome is None or outcome.status != "failed"):
+        return (outcome.status if outcome else "cancelled"), own_words
     if outcome is not None and outcome.rank is not None:
         # The watcher ended the ranks for it: that some of them are silent is the consequence.
         blamed = said(outcome.rank, outcome.stage, "Ended", outcome.message)

@@ -1,0 +1,226 @@
+"""Runs as jobs of a real SLURM of two nodes: what each ends as, with which exit code, and with which completions."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from running import ROOT, Ended, environment, launcher, run
+from slurm_cluster import wait_until
+
+from launcher.files import read_json, read_lines
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from slurm_cluster import SlurmCluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(150)]
+
+DUMMY = ("launch=slurm", "backend=dummy", "accelerator=cpu", "launch.poll_s=0.3", "devices=1")
+SLOW = ("backend.step_s=0.02", "sampling.max_new_tokens=16", "measure.batch_size=1", "measure.warmup=0")  # 0.3 s a call
+PROMPTS = [3, 9, 27, 81, 5, 15, 45, 135, 7, 21, 63, 189]
+
+
+class Cluster:
+    """The launcher on a machine that submits to the cluster, in a folder of its own with a nasty name."""
+
+    def __init__(self, slurm: SlurmCluster, folder: Path) -> None:
+        self.slurm, self.folder = slurm, folder
+        self.env = {name: slurm.env[name] for name in ("SLURM_CONF", "PATH")}
+        texts = "".join(json.dumps({"prompt": "word " * (1 + number % 3)}) + "\n" for number in PROMPTS)
+        (folder / "prompts.jsonl").write_text(texts)
+
+    def launch(self, *overrides: str, timeout: float = 100) -> Ended:
+        return launcher(*DUMMY, *overrides, timeout=timeout, cwd=self.folder, **self.env)
+
+    def status(self, *arguments: str, timeout: float = 100) -> Ended:
+        return run([sys.executable, "-m", "launcher.status", *arguments], timeout, self.folder, **self.env)
+
+    def submit(self, *overrides: str) -> tuple[str, Path]:
+        """Submit without waiting: the job's number and its run directory."""
+        done = self.launch("launch.wait=false", *overrides)
+        assert done.code == 0, done.err
+        said = done.last_json
+        assert said["status"] == "submitted"
+        return said["job"], Path(said["run_dir"])
+
+    def batches(self, run_dir: Path, count: int) -> None:
+        """Wait until so many completions are saved."""
+        wait_until(lambda: len(saved(run_dir)) >= count, 30, "completions", lambda: log(run_dir))
+
+
+def saved(run_dir: Path) -> list[dict[str, Any]]:
+    return [row for path in run_dir.glob("rank_*.completions.jsonl") for row in read_lines(path)]
+
+
+def log(run_dir: Path) -> str:
+    return "\n".join(path.read_text() for path in run_dir.glob("*.log"))
+
+
+def tokens(run_dir: Path) -> dict[int, list[int]]:
+    """The completions of a run, of which none may be there twice."""
+    rows = read_lines(run_dir / "completions.jsonl")
+    assert len({row["index"] for row in rows}) == len(rows)
+    return {row["index"]: row["token_ids"] for row in rows}
+
+
+@pytest.fixture
+def cluster(slurm: SlurmCluster, tmp_path: Path) -> Iterator[Cluster]:
+    folder = tmp_path / "o'ne \"t$(touch owned)wo\\\n=%j&"
+    folder.mkdir()
+    yield Cluster(slurm, folder)
+    slurm.run("scancel", "--user=root", "--full", check=False)
+    wait_until(lambda: not slurm.squeue(), 20, "an empty queue", slurm.squeue)
+    assert not list(tmp_path.rglob("owned")), "a name was run as a command"
+
+
+EXPECTED_CACHE: dict[tuple[str, ...], dict[int, list[int]]] = {}
+
+
+def undisturbed(folder: Path, *overrides: str) -> dict[int, list[int]]:
+    """The tokens of the same run on this machine."""
+    if overrides not in EXPECTED_CACHE:
+        arguments = (*DUMMY[1:3], *overrides, "backend.step_s=0", "devices=1", f"output_dir={ROOT}/nowhere")
+        done = launcher(*arguments[:-1], cwd=folder)
+        assert done.code == 0, done.err
+        EXPECTED_CACHE[overrides] = tokens(Path(done.last_json["run_dir"]))
+    return EXPECTED_CACHE[overrides]
+
+
+FILE = ("prompts=file", "prompts.path=prompts.jsonl")
+
+
+def test_two_ranks_on_each_of_two_nodes(cluster: Cluster) -> None:
+    done = cluster.launch("num_nodes=2", "devices=2", *FILE)
+    assert done.code == 0, done.err
+    run_dir = Path(done.last_json["run_dir"])
+    record = read_json(run_dir / "record.json")
+    hosts = [(rank["rank"], rank["host"], rank["status"]) for rank in record["ranks"]]
+    assert hosts == [(0, "n1", "ok"), (1, "n1", "ok"), (2, "n2", "ok"), (3, "n2", "ok")]
+    assert tokens(run_dir) == undisturbed(cluster.folder, *FILE)
+    job = (run_dir / "slurm_job").read_text().strip()
+    state = cluster.slurm.job(job)
+    assert (state["JobState"], state["ExitCode"], state["NumNodes"]) == ("COMPLETED", "0:0", "2")
+    assert f"job {job}: COMPLETED" in done.err
+
+
+def test_script_is_submitted_again_by_hand(cluster: Cluster) -> None:
+    _, run_dir = cluster.submit(*FILE)
+    assert cluster.status("--follow", str(run_dir)).code == 0
+    first = tokens(run_dir)
+    again = cluster.slurm.run("sbatch", "--parsable", "submit.sbatch", cwd=run_dir).stdout.strip()
+    cluster.slurm.wait_state(again, "COMPLETED", "FAILED")
+    seen = cluster.status(str(run_dir))
+    assert (seen.code, seen.last_json["points"]) == (0, {"ok": 1})
+    assert (run_dir / "slurm_job").read_text() == f"{again}\n"
+    assert tokens(run_dir) == first
+
+
+def test_failing_rank_fails_the_job(cluster: Cluster) -> None:
+    done = cluster.launch("num_nodes=2", "backend.fail_at=generate")
+    assert done.code == 1
+    error = done.last_json["error"]
+    assert (error["rank"], error["stage"], error["type"]) == (1, "warmup 1/1", "RuntimeError")
+    record = read_json(Path(done.last_json["run_dir"]) / "record.json")
+    assert (record["status"], record["ranks"][-1]["host"]) == ("failed", "n2")
+    state = cluster.slurm.job((Path(done.last_json["run_dir"]) / "slurm_job").read_text().strip())
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "1:0", "0")
+
+
+def test_killed_rank_fails_the_job(cluster: Cluster) -> None:
+    job, run_dir = cluster.submit("num_nodes=2", *FILE, *SLOW)
+    cluster.batches(run_dir, 2)
+    cluster.slurm.run("kill", "-9", str(read_json(run_dir / "rank_1.progress")["pid"]))
+    state = cluster.slurm.wait_state(job, "COMPLETED", "FAILED")
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "1:0", "0")
+    record = read_json(run_dir / "record.json")
+    assert (record["status"], record["error"]["rank"], record["error"]["type"]) == ("failed", 1, "ProcessDied")
+
+
+def test_scancel_is_cancelled(cluster: Cluster) -> None:
+    job, run_dir = cluster.submit("num_nodes=2", *FILE, *SLOW)
+    cluster.batches(run_dir, 2)
+    cluster.slurm.run("scancel", job)
+    seen = cluster.status("--follow", str(run_dir))
+    assert (seen.code, seen.last_json["points"]) == (1, {"cancelled": 1})
+    assert len(tokens(run_dir)) >= 2
+    assert cluster.slurm.job(job)["JobState"] == "CANCELLED"
+
+
+def test_job_that_never_ran_is_cancelled(cluster: Cluster) -> None:
+    job, run_dir = cluster.submit("num_nodes=5")
+    wait_until(lambda: "PartitionConfig" in cluster.status(str(run_dir)).out, 20, "reason")
+    cluster.slurm.run("scancel", job)
+    seen = cluster.status(str(run_dir))
+    assert (seen.code, seen.last_json["points"]) == (1, {"cancelled": 1})
+
+
+@pytest.mark.parametrize("by_hand", [True, False], ids=["scontrol requeue", "pre-emption"])
+def test_requeued_job_completes_the_set(cluster: Cluster, by_hand: bool) -> None:
+    job, run_dir = cluster.submit(*FILE, *SLOW, "cluster.partition=main", "cluster.extra=['--nodelist=n1']")
+    cluster.batches(run_dir, 3)
+    if by_hand:
+        cluster.slurm.run("scontrol", "requeue", job)
+    else:
+        script = "#!/bin/sh\nsleep 1\n"
+        cluster.slurm.sbatch(script, "-p", "high", "-w", "n1", "--exclusive", "-o", "/dev/null", cwd=cluster.folder)
+    seen = cluster.status("--follow", str(run_dir))
+    assert (seen.code, seen.last_json["points"]) == (0, {"ok": 1}), log(run_dir)
+    state = cluster.slurm.job(job)
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", "1")
+    assert tokens(run_dir) == undisturbed(cluster.folder, *FILE, *SLOW[1:])
+    assert len(read_json(run_dir / "record.json")["attempts"]) == 2
+
+
+def test_time_limit_is_gone_past(cluster: Cluster) -> None:
+    """SLURM looks at time limits each 30 s, so that the warning comes after 28 s of the minute."""
+    longer = ("measure.repeats=8", "cluster.time=0:01:00", "cluster.signal_s=30")  # 12 prompts, 0.3 s each
+    job, run_dir = cluster.submit(*FILE, *SLOW, *longer)
+    seen = cluster.status("--follow", str(run_dir), timeout=140)
+    assert (seen.code, seen.last_json["points"]) == (0, {"ok": 1}), log(run_dir)
+    assert cluster.slurm.job(job)["Restarts"] in ("1", "2")
+    assert tokens(run_dir) == undisturbed(cluster.folder, *FILE, *SLOW[1:])
+
+
+def test_array_of_six_points_one_of_them_impossible(cluster: Cluster) -> None:
+    done = cluster.launch("-m", "sampling.max_new_tokens=4,5,6,7,8,2000", "cluster.array_limit=2", timeout=140)
+    assert (done.code, done.last_json["points"]) == (1, {"ok": 5, "refused": 1}), done.err
+    run_dirs = [Path(record["run_dir"]) for record in done.last_json["records"][:5]]
+    new = [read_json(path / "record.json")["totals"]["new_tokens"] for path in run_dirs]
+    assert new == [4 * len(tokens(run_dirs[0])) + extra * len(tokens(run_dirs[0])) for extra in range(5)]
+    numbers = [(path / "slurm_job").read_text().strip().partition("_") for path in run_dirs]
+    assert ({number[0] for number in numbers}.__len__(), [number[2] for number in numbers]) == (1, list("01234"))
+    [sweep] = (cluster.folder / "runs").glob("*_sweep_of_6")
+    later = cluster.status(str(sweep))
+    assert (later.code, later.last_json["points"]) == (1, {"ok": 5, "refused": 1})
+    rows = [line for line in later.out.splitlines() if "sampling.max_new_tokens=" in line and line.startswith("│")]
+    assert len(rows) == 6
+
+
+def test_what_sbatch_refuses_is_one_line(cluster: Cluster) -> None:
+    done = cluster.launch("cluster.partition=nowhere")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("sbatch refuses: invalid partition specified: nowhere; ")
+
+
+def test_interrupted_follower_leaves_the_job(cluster: Cluster) -> None:
+    command = [sys.executable, "-m", "launcher", *DUMMY, *FILE, *SLOW]
+    env = environment(**cluster.env)
+    with subprocess.Popen(
+        command, cwd=cluster.folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        before = next(line for line in process.stderr if "RUNNING" in line)
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+    job = before.split()[1].rstrip(":")
+    assert process.returncode == 130
+    assert f"job {job} goes on. See it: python -m launcher.status --follow " in said
+    assert f"End it: scancel {job}" in said
+    assert cluster.slurm.job(job)["JobState"] == "RUNNING"
