@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,15 +85,26 @@ def notes_deepspeed(config: RunConfig, on_cuda: bool) -> list[str]:
     single_node = config.devices > 1 and config.num_nodes == 1
     if not isinstance(config.backend, DeepSpeedConfig) or on_cuda or not single_node:
         return []
-    reason = (None if _compiled_before() else missing_compiler()) or missing_shared_memory(config.devices)
+    elsewhere = config.backend.python is not None or _compiled_before()
+    reason = (None if elsewhere else missing_compiler()) or missing_shared_memory(config.devices)
     return [f"DeepSpeed's ranks add up over gloo, two to three times slower: {reason}"] if reason else []
 
 
+def extensions_folder() -> Path:
+    """Where the shared-memory all-reduce is compiled: in this virtual environment, else in the user's cache.
+
+    By version, since what was compiled for one torch crashes under another, and apart from what other environments
+    compile: their ninja would start over, and their locks outlive them.
+    """
+    if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(given)
+    own = sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK)
+    root = Path(sys.prefix) if own else Path.home() / ".cache"
+    return root / "torch_extensions" / f"torch-{version('torch')}_deepspeed-{version('deepspeed')}"
+
+
 def _compiled_before() -> bool:
-    """Whether some torch has compiled the all-reduce: it is kept under the user's cache, and then needs no compiler."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache)
-    return any(root.glob(f"**/{OPERATION}/{OPERATION}.so"))
+    return (extensions_folder() / OPERATION / f"{OPERATION}.so").is_file()
 
 
 def missing_compiler() -> str | None:

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
-from torch.utils import cpp_extension
 
-from launcher.backends.deepspeed_options import OPERATION, missing_compiler, missing_shared_memory
+from launcher.backends.deepspeed_options import OPERATION, extensions_folder, missing_compiler, missing_shared_memory
 from launcher.processes import SHARED_MEMORY
 from shards.process_group import any_rank, barrier
 
@@ -32,11 +31,12 @@ ABANDONED_S = 60  # a build takes about 20
 
 def compile_operation() -> str | None:
     """Compile the operation, or find it compiled; why it cannot be had, None if it can. Ranks do this one by one."""
-    folder = Path(cpp_extension._get_build_directory(OPERATION, False))
+    folder = extensions_folder()
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     # torch looks for ninja on the PATH, where an interpreter that was called by its path has not put its own folder.
-    # Behind the others: each version of ninja compiles anew what another one has.
-    os.environ["PATH"] = f"{os.environ.get('PATH', '')}{os.pathsep}{Path(sys.executable).parent}"
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with _one_by_one(folder):
             get_accelerator().create_op_builder("ShareMemCommBuilder").load()
     except (RuntimeError, ImportError, OSError) as error:
@@ -47,9 +47,9 @@ def compile_operation() -> str | None:
 @contextlib.contextmanager
 def _one_by_one(folder: Path) -> Iterator[None]:
     """Hold a lock that ends with this process, and clear away torch's own, which outlives a process that was killed."""
-    with (folder.parent / f"{OPERATION}.flock").open("w") as file:
+    with (folder / f"{OPERATION}.flock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        lock = folder / "lock"
+        lock = folder / OPERATION / "lock"
         while lock.exists() and not _abandoned(lock):
             time.sleep(0.2)
         lock.unlink(missing_ok=True)
