@@ -54,7 +54,7 @@ def points_in(folder: Path) -> list[Point]:
 
 
 def _follow(points: Sequence[Point], place: Path) -> None:
-    runs = {job: run_dir for job, run_dir in _jobs(points).items() if not (run_dir / "record.json").exists()}
+    runs = _jobs(points)
     arrays.follow(runs, place, f"{len(runs)} jobs", POLL_S)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from running import ROOT, Ended, environment, launcher, run
+from running import Ended, environment, launcher, run
 from slurm_cluster import wait_until
 
 from launcher.files import read_json, read_lines
@@ -80,17 +80,16 @@ def cluster(slurm: SlurmCluster, tmp_path: Path) -> Iterator[Cluster]:
     assert not list(tmp_path.rglob("owned")), "a name was run as a command"
 
 
-EXPECTED_CACHE: dict[tuple[str, ...], dict[int, list[int]]] = {}
+MADE: dict[tuple[str, ...], dict[int, list[int]]] = {}
 
 
 def undisturbed(folder: Path, *overrides: str) -> dict[int, list[int]]:
     """The tokens of the same run on this machine."""
-    if overrides not in EXPECTED_CACHE:
-        arguments = (*DUMMY[1:3], *overrides, "backend.step_s=0", "devices=1", f"output_dir={ROOT}/nowhere")
-        done = launcher(*arguments[:-1], cwd=folder)
+    if overrides not in MADE:
+        done = launcher(*DUMMY[1:3], *overrides, "backend.step_s=0", "devices=1", cwd=folder)
         assert done.code == 0, done.err
-        EXPECTED_CACHE[overrides] = tokens(Path(done.last_json["run_dir"]))
-    return EXPECTED_CACHE[overrides]
+        MADE[overrides] = tokens(Path(done.last_json["run_dir"]))
+    return MADE[overrides]
 
 
 FILE = ("prompts=file", "prompts.path=prompts.jsonl")
@@ -155,10 +154,13 @@ def test_scancel_is_cancelled(cluster: Cluster) -> None:
 
 def test_job_that_never_ran_is_cancelled(cluster: Cluster) -> None:
     job, run_dir = cluster.submit("num_nodes=5")
-    wait_until(lambda: "PartitionConfig" in cluster.status(str(run_dir)).out, 20, "reason")
+
+    def seen() -> dict[str, int]:
+        return cluster.status(str(run_dir)).last_json["points"]
+
+    wait_until(lambda: seen() == {"PENDING (PartitionConfig)": 1}, 30, "reason", seen)
     cluster.slurm.run("scancel", job)
-    seen = cluster.status(str(run_dir))
-    assert (seen.code, seen.last_json["points"]) == (1, {"cancelled": 1})
+    assert seen() == {"cancelled": 1}
 
 
 @pytest.mark.parametrize("by_hand", [True, False], ids=["scontrol requeue", "pre-emption"])
@@ -193,9 +195,9 @@ def test_array_of_six_points_one_of_them_impossible(cluster: Cluster) -> None:
     assert (done.code, done.last_json["points"]) == (1, {"ok": 5, "refused": 1}), done.err
     run_dirs = [Path(record["run_dir"]) for record in done.last_json["records"][:5]]
     new = [read_json(path / "record.json")["totals"]["new_tokens"] for path in run_dirs]
-    assert new == [4 * len(tokens(run_dirs[0])) + extra * len(tokens(run_dirs[0])) for extra in range(5)]
+    assert new == [length * len(tokens(run_dirs[0])) for length in (4, 5, 6, 7, 8)]
     numbers = [(path / "slurm_job").read_text().strip().partition("_") for path in run_dirs]
-    assert ({number[0] for number in numbers}.__len__(), [number[2] for number in numbers]) == (1, list("01234"))
+    assert (len({number[0] for number in numbers}), [number[2] for number in numbers]) == (1, list("01234"))
     [sweep] = (cluster.folder / "runs").glob("*_sweep_of_6")
     later = cluster.status(str(sweep))
     assert (later.code, later.last_json["points"]) == (1, {"ok": 5, "refused": 1})
