@@ -55,8 +55,8 @@ def rate(value: float | None) -> str:
 
 def headline(record: dict[str, Any]) -> str:
     """The last line of stdout: one JSON object with the figures that a program asks for first."""
-    error = {"error": record["error"]} if record["error"] else {}
-    return json.dumps({name: record[name] for name in HEADLINE} | error)
+    error = {key: value for key, value in (record["error"] or {}).items() if key != "traceback"}
+    return json.dumps({name: record[name] for name in HEADLINE} | ({"error": error} if error else {}))
 
 
 def error_line(record: dict[str, Any]) -> str:

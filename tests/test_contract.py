@@ -30,7 +30,9 @@ def ranks(name: str, size: int, model: str) -> list[dict[str, Any]]:
     processes = size if BACKENDS[name].one_process_per_device else 1
     with TemporaryDirectory() as out:
         command = [PROGRAM, name, model, out, str(size)]
-        ended = run([sys.executable, *command]) if processes == 1 else torchrun(processes, *command)
+        limit = 280  # the first run of DeepSpeed compiles an operation
+        python = [sys.executable, *command]
+        ended = run(python, limit) if processes == 1 else torchrun(processes, *command, timeout=limit)
         assert ended.code == 0, ended.err[-3000:]
         return [json.loads((Path(out) / f"rank_{rank}.json").read_text()) for rank in range(processes)]
 
