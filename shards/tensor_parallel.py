@@ -57,10 +57,11 @@ def _layer_plan(model: nn.Module) -> dict[str, str]:
 
 def _check_heads(model: nn.Module, size: int) -> None:
     config = model.config
-    kv_heads = getattr(config, "num_kv_heads", None) or getattr(config, "num_key_value_heads", None)
-    for what, heads in (("attention heads", config.num_attention_heads), ("key and value heads", kv_heads)):
-        if heads % size:
-            raise PlanError(f"{heads} {what} cannot be divided by {size} ranks.", "fewer devices, or backend=fsdp")
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_kv_heads", None) or getattr(config, "num_key_value_heads", None) or heads
+    for what, count in (("attention heads", heads), ("key and value heads", kv_heads)):
+        if count % size:
+            raise PlanError(f"{count} {what} cannot be divided by {size} ranks.", "fewer devices, or backend=fsdp")
 
 
 def _check_columns(layer: nn.Module, plan: dict[str, str], size: int) -> None:
