@@ -160,6 +160,7 @@ def _environment(job: Job) -> Iterator[str]:
         yield f"export {key}={shlex.quote(value)}"
     if job.root is not None:
         yield f"export PYTHONPATH={shlex.quote(job.root)}${{PYTHONPATH:+:$PYTHONPATH}}"
+    yield "export LAUNCHER_WATCH=1  # the ranks end a run that hangs"
     yield "export LAUNCHER_ON_TERM=interrupt  # SLURM announces a pre-emption by SIGTERM"
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher import attempts, guard
-from launcher.rank import Rank
 from launcher.progress import read_all
+from launcher.rank import Rank
 from launcher.record import finish
 from launcher.watchdog import Watchdog
 from shards.world import World
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PARENT = "LAUNCHER_PARENT"  # process id of the launching process, where there is one on this node
 OTHERS_S = 0.3
+WATCH = "LAUNCHER_WATCH"  # set where the parent does not look at the ranks' progress: they do
 EXIT_CODES = {"ok": 0, "refused": 2, "interrupted": guard.EXIT_CODES["interrupted"]}
 
 
@@ -74,7 +75,7 @@ def run_rank(run_dir: Path, world: World, parent: int | None) -> str:
             finish(run_dir, outcome)
 
     watched = guard.Watched(rank.interrupt, end)
-    if parent is None:
+    if parent is None or WATCH in os.environ:
         watchdog = Watchdog(rank.config)
         watched = replace(
             watched, look=lambda: watchdog.look(read_all(run_dir, world.world_size)), look_s=watchdog.look_s

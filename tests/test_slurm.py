@@ -142,6 +142,16 @@ def test_killed_rank_fails_the_job(cluster: Cluster) -> None:
     assert (record["status"], record["error"]["rank"], record["error"]["type"]) == ("failed", 1, "ProcessDied")
 
 
+def test_hanging_rank_ends_the_run(cluster: Cluster) -> None:
+    done = cluster.launch("num_nodes=2", "backend.fail_at=hang", "hang_timeout_s=3", "measure.warmup=0")
+    assert done.code == 1
+    run_dir = Path(done.last_json["run_dir"])
+    record = read_json(run_dir / "record.json")
+    assert (record["status"], record["error"]["rank"]) == ("hang", 1), log(run_dir)
+    assert "_maybe_hang" in (run_dir / "stacks_rank_1.txt").read_text()
+    assert record["ranks"][-1]["host"] == "n2"
+
+
 def test_scancel_is_cancelled(cluster: Cluster) -> None:
     job, run_dir = cluster.submit("num_nodes=2", *FILE, *SLOW)
     cluster.batches(run_dir, 2)
