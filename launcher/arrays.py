@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import jobs, report
 from launcher.bars import Bars
-from launcher.config import to_dict
 from launcher.files import read_json, write_json, write_text
 from launcher.prepare import prepare
 from launcher.record import refused
-from launcher.resume import directory_of
+from launcher.resume import directory_of, refusal
 from launcher.slurm import SCRIPT, job_of, name_of, sbatch_text
 from shards.errors import UserError
 
@@ -183,7 +182,7 @@ def _prepared(config: RunConfig, command: tuple[str, ...]) -> Point:
     try:
         run_dir, done = directory_of(prepare(config, command))
     except UserError as error:
-        return Point(command[3:], None, refused(to_dict(config), error, time.time()))
+        return Point(command[3:], None, refusal(config, error))
     return Point(command[3:], run_dir, read_json(run_dir / "record.json") if done else None)
 
 

@@ -178,7 +178,7 @@ def _model_config(config: RunConfig, folder: Path | None) -> dict[str, Any]:
 
 def create_run_dir(run: Run) -> Path:
     """A new folder that no other run has, with everything a rank reads."""
-    run_dir = _new_folder(run)
+    run_dir = new_folder(run.config)
     write_text(run_dir / "config.yaml", yaml.safe_dump(to_dict(run.config), sort_keys=False))
     write_json(run_dir / "plan.json", run.plan.to_dict())
     write_prompts(run_dir / "prompts.jsonl", run.prompts)
@@ -200,9 +200,11 @@ def described(run: Run) -> dict[str, Any]:
     }
 
 
-def _new_folder(run: Run) -> Path:
-    name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{run.config.backend.name}_{run.config.model.name}_x{run.world_size}"
-    parent = Path(run.config.output_dir)
+def new_folder(config: RunConfig) -> Path:
+    """A folder in `output_dir` that no other run has; UserError where none can be made."""
+    world_size = config.devices * config.num_nodes
+    name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config.backend.name}_{config.model.name}_x{world_size}"
+    parent = Path(config.output_dir)
     try:
         parent.mkdir(parents=True, exist_ok=True)
         for number in range(1, 10_000):

@@ -72,10 +72,23 @@ def finish(run_dir: Path, outcome: Outcome | None = None) -> dict[str, Any]:
 
 def refused(config: dict[str, Any], error: UserError, moment: float, run_dir: Path | None = None) -> dict[str, Any]:
     """The record of a point that could not start."""
+    return _unstarted(
+        config, "refused", said(None, "plan", type(error).__name__, error.fact, error.hint), moment, run_dir
+    )
+
+
+def never_begun(config: dict[str, Any], message: str, moment: float) -> dict[str, Any]:
+    """The record of a point whose turn never came."""
+    return _unstarted(config, "cancelled", said(None, "start", "Ended", message, "resume=true"), moment, None)
+
+
+def _unstarted(
+    config: dict[str, Any], status: str, error: dict[str, Any], moment: float, run_dir: Path | None
+) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
-        "status": "refused",
-        "error": said(None, "plan", type(error).__name__, error.fact, error.hint),
+        "status": status,
+        "error": error,
         "backend": config["backend"]["name"],
         "model": config["model"]["name"],
         "precision": config["precision"],

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from launcher.config import HOW_IT_IS_RUN, ConfigError, to_dict
-from launcher.files import read_json, write_json
-from launcher.prepare import create_run_dir, described
+from launcher.files import read_json, write_json, write_text
+from launcher.prepare import create_run_dir, described, new_folder
 from launcher.prompts import read_prompts
+from launcher.record import refused
+from shards.errors import UserError
 
 if TYPE_CHECKING:
+    from launcher.config import RunConfig
     from launcher.prepare import Run
 
 
@@ -28,6 +34,20 @@ def directory_of(run: Run) -> tuple[Path, bool]:
         now = described(run)  # the limits of time may be others than before
         write_json(chosen / "run.json", read_json(chosen / "run.json") | now)
     return chosen, is_done(chosen)
+
+
+def refusal(config: RunConfig, error: UserError) -> dict[str, Any]:
+    """The record of a point that is refused, in a directory of its own: with `resume=true` the one it had before."""
+    plain = to_dict(config)
+    try:
+        found = [path for path in _refused(Path(config.output_dir)) if _of(path) == what_is_run(plain)]
+        run_dir = found[0] if found and config.resume else new_folder(config)
+        write_text(run_dir / "config.yaml", yaml.safe_dump(plain, sort_keys=False))
+        record = refused(plain, error, time.time(), run_dir)
+        write_json(run_dir / "record.json", record)
+    except (UserError, OSError):
+        return refused(plain, error, time.time())  # nothing can be written there, which may be why it is refused
+    return record
 
 
 def is_done(run_dir: Path) -> bool:
@@ -51,6 +71,19 @@ def what_is_run(config: dict[str, Any]) -> dict[str, Any]:
 def _begun(output_dir: Path) -> list[Path]:
     """The folders of runs that have all that a rank reads."""
     return [path.parent.resolve() for path in output_dir.glob("*/run.json")]
+
+
+def _refused(output_dir: Path) -> list[Path]:
+    """The folders of points that were refused before they had more than a record."""
+    return [
+        path.parent.resolve() for path in output_dir.glob("*/record.json") if not (path.parent / "run.json").exists()
+    ]
+
+
+def _of(run_dir: Path) -> dict[str, Any] | None:
+    """What was to be run in a folder, by its record."""
+    record = _read(run_dir / "record.json")
+    return what_is_run(record["config"]) if record else None
 
 
 def _started_at(run_dir: Path) -> float:

@@ -14,7 +14,7 @@ from launcher.config import to_dict
 from launcher.files import read_json
 from launcher.launch import run_local
 from launcher.prepare import prepare
-from launcher.record import refused
+from launcher.record import never_begun
 from shards.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,7 +47,10 @@ def sweep(overrides: Sequence[str], config_dirs: tuple[str, ...]) -> int:
     commands = [("python", "-m", "launcher", *point) for point in points]
     local = [place for place, config in enumerate(configs) if config.launch.name != "slurm"]
     others = [place for place in range(len(points)) if place not in local]
-    made = {place: _run_here(configs[place], commands[place]) for place in local}
+    made: dict[int, dict[str, Any]] = {}
+    for place in local:
+        stopped = any(record["status"] == "cancelled" for record in made.values())
+        made[place] = _left_out(configs[place]) if stopped else _run_here(configs[place], commands[place])
     if others:
         queued = arrays.run_points([configs[place] for place in others], [commands[place] for place in others])
         made |= dict(zip(others, queued, strict=True))
@@ -63,9 +66,14 @@ def _run_here(config: RunConfig, command: tuple[str, ...]) -> dict[str, Any]:
     try:
         record = run_point(config, command)
     except UserError as error:
-        record = refused(to_dict(config), error, time.time())
+        record = resume.refusal(config, error)
     report.show_point(command[3:], record, report.console(stderr=True))
     return record
+
+
+def _left_out(config: RunConfig) -> dict[str, Any]:
+    """The record of a point behind one that somebody ended: the sweep was meant."""
+    return never_begun(to_dict(config), "the sweep was ended before its turn", time.time())
 
 
 def show_parity(records: Sequence[dict[str, Any]]) -> None:

@@ -35,13 +35,14 @@ def verdict(
         return "ok", None
     first = _first([rank for rank in ranks if rank is not None and rank["status"] not in ("ok", "cancelled")])
     own_words = {"rank": first["rank"], **first["error"]} if first else None
-    if first and first["status"] == "interrupted" and (outcome is None or outcome.status != "failed"):
-        return (outcome.status if outcome else "cancelled"), own_words
+    silent = _silent(run_dir, ranks)
+    if first and first["status"] == "interrupted" and not (silent and outcome and outcome.status == "failed"):
+        return ("timeout" if outcome and outcome.status == "timeout" else "cancelled"), own_words
     if outcome is not None and outcome.rank is not None:
         # The watcher ended the ranks for it: that some of them are silent is the consequence.
         blamed = said(outcome.rank, outcome.stage, "Ended", outcome.message)
         return (first["status"], own_words) if first else (outcome.status, blamed)
-    if silent := _silent(run_dir, ranks):
+    if silent:
         # A rank that vanished is the cause; what the others then saw (a broken connection) is the consequence.
         number, progress = min(silent, key=lambda item: item[1].time)
         seen = f"; rank {first['rank']} then saw {first['error']['type']}" if first else ""

@@ -1,0 +1,254 @@
+"""A run that was stopped goes on where it was: no prompt twice, none lost, the tokens of an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import ROOT, environment, launcher, torchrun
+
+from launcher import attempts
+from launcher.attempts import Saved
+from launcher.backend import Prompt
+from launcher.compose import compose_run
+from launcher.files import read_lines
+from launcher.generate import schedule
+from launcher.processes import end_run, of_run
+from shards.world import World
+
+PROMPTS = tuple(Prompt(index, f"prompt {index}", (index + 1, 2)) for index in range(10))
+RAGGED = f"prompts.path={ROOT / 'tests' / 'ragged_prompts.txt'}"  # 20 prompts
+DUMMY = ("backend=dummy", "prompts=file", RAGGED, "measure.batch_size=1", "sampling.max_new_tokens=8")
+
+
+def rows(*indices: int) -> tuple[dict[str, Any], ...]:
+    return tuple({"index": index, "token_ids": [index]} for index in indices)
+
+
+def planned(rank: int, saved: Saved, *overrides: str) -> list[tuple[int, list[list[int]]]]:
+    """The indices of the prompts in each batch of each pass that one of two ranks makes."""
+    config = compose_run(["backend=dummy", "measure.batch_size=2", "measure.repeats=2", *overrides])
+    world = World(rank=rank, local_rank=rank, world_size=2, local_world_size=2)
+    made = schedule(PROMPTS, world, config, saved)
+    return [(number, [[prompt.index for prompt in batch] for batch in batches]) for number, batches in made]
+
+
+WHOLE = [[[0, 2], [4, 6], [8]], [[1, 3], [5, 7], [9]]]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_undisturbed_run_answers_all_in_each_pass(rank: int) -> None:
+    assert planned(rank, Saved()) == [(0, WHOLE[rank]), (1, WHOLE[rank])]
+
+
+@pytest.mark.parametrize(
+    ("rank", "batches"), [(0, [[6], [8]]), (1, [[5, 7], []])], ids=["the rank that was slower", "the faster one"]
+)
+def test_the_first_pass_keeps_its_batches_without_what_is_saved(rank: int, batches: list[list[int]]) -> None:
+    saved = Saved(rows(0, 1, 2, 3, 4, 9))
+    assert planned(rank, saved) == [(0, batches), (1, WHOLE[rank])]
+
+
+@pytest.mark.parametrize(
+    ("saved", "repeats", "numbers"),
+    [
+        (Saved(rows(*range(10)), (0,)), 2, [1]),
+        (Saved(rows(*range(10))), 2, [1]),
+        (Saved(rows(*range(10)), (0, 1)), 2, []),
+        (Saved(rows(*range(10))), 1, [0]),
+    ],
+    ids=["the passes that are left", "nothing missing", "all done", "only the measure is missing"],
+)
+def test_passes_are_not_made_again(saved: Saved, repeats: int, numbers: list[int]) -> None:
+    assert planned(0, saved, f"measure.repeats={repeats}") == [(number, WHOLE[0]) for number in numbers]
+
+
+def run_dir_with(folder: Path, ranks: int) -> Path:
+    (folder / "run.json").write_text(json.dumps({"processes": ranks, "config": {"backend": {"name": "dummy"}}}))
+    return folder
+
+
+def test_an_attempt_sets_aside_what_the_last_one_left(tmp_path: Path) -> None:
+    run_dir = run_dir_with(tmp_path, 2)
+    assert attempts.begin(run_dir) == 1
+    (run_dir / "rank_0.completions.jsonl").write_text('{"index": 0, "token_ids": [7]}\n{"index": 2, "tok')
+    (run_dir / "rank_1.completions.jsonl").write_text('{"index": 1, "token_ids": [8]}\n')
+    (run_dir / "rank_0.repeats.jsonl").write_text('{"number": 0}\n{"number": 1}\n')
+    (run_dir / "rank_1.repeats.jsonl").write_text('{"number": 0}\n{"num')
+    (run_dir / ".record.json.host.12").write_text("half")
+    assert attempts.begin(run_dir) == 2
+    expected = Saved(({"index": 0, "token_ids": [7]}, {"index": 1, "token_ids": [8]}), (0,))
+    assert attempts.saved(run_dir) == expected
+    assert sorted(path.name for path in run_dir.glob("rank_*")) == []
+    assert len(list((run_dir / "attempt_1").iterdir())) == 4
+    assert not (run_dir / ".record.json.host.12").exists()
+    assert attempts.begin(run_dir) == 3
+    assert attempts.saved(run_dir) == expected
+
+
+def test_a_late_rank_writes_nothing(tmp_path: Path) -> None:
+    run_dir = run_dir_with(tmp_path, 1)
+    attempts.begin(run_dir)
+    attempts.begin(run_dir)
+    with pytest.raises(attempts.SupersededError):
+        attempts.check(run_dir, 1)
+    attempts.check(run_dir, 2)
+    worker = [sys.executable, "-m", "launcher.worker", str(run_dir)]
+    subprocess.run(worker, env=environment(LAUNCHER_ATTEMPT="1"), check=False, timeout=60)
+    assert {path.name for path in run_dir.glob("rank_*")} == {"rank_0.log"}
+
+
+@contextmanager
+def begun(out: Path, *overrides: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A run that has saved its first completions; whatever the test leaves of it is ended."""
+    command = [sys.executable, "-m", "launcher", f"output_dir={out}", *overrides]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, stdout=-1, stderr=-1)
+    try:
+        deadline = time.monotonic() + 90
+        while not list(out.glob("*/rank_0.completions.jsonl")):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        yield process, next(out.iterdir())
+    finally:
+        process.kill()
+        process.communicate()
+        for path in out.glob("*/run.json"):
+            end_run(json.loads(path.read_text())["mark"])
+
+
+def record_of(run_dir: Path) -> dict[str, Any]:
+    return dict(json.loads((run_dir / "record.json").read_text()))
+
+
+def answers(run_dir: Path) -> list[dict[str, Any]]:
+    names = ("index", "text", "token_ids", "finish_reason")
+    return [{name: row[name] for name in names} for row in read_lines(run_dir / "completions.jsonl")]
+
+
+def saved_by(run_dir: Path) -> list[int]:
+    """Every line that some rank of some attempt saved, by the index of its prompt."""
+    return sorted(row["index"] for path in run_dir.rglob("rank_*.completions.jsonl") for row in read_lines(path))
+
+
+def finished(out: Path, *overrides: str) -> Path:
+    ended = launcher(f"output_dir={out}", *overrides)
+    assert ended.code == 0, ended.err
+    [run_dir] = out.iterdir()
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    ("overrides", "repeats"),
+    [
+        ((*DUMMY, "devices=1", "backend.step_s=0.02", "measure.repeats=1"), 1),
+        ((*DUMMY, "devices=2", "backend.step_s=0.02", "measure.repeats=2"), 2),
+        (
+            (
+                "backend=fsdp", "prompts=file", RAGGED, "measure.batch_size=2", "measure.repeats=1",
+                "sampling.temperature=0.8", "sampling.max_new_tokens=48", "sampling.ignore_eos=true",
+            ),
+            1,
+        ),
+    ],
+    ids=["one rank", "two ranks", "fsdp sampled"],
+)  # fmt: skip
+def test_an_interrupted_run_goes_on(overrides: tuple[str, ...], repeats: int, tmp_path: Path) -> None:
+    with begun(tmp_path / "stopped", *overrides) as (process, run_dir):
+        process.send_signal(signal.SIGUSR1)
+        _, err = process.communicate(timeout=60)
+    first = record_of(run_dir)
+    assert (process.returncode, first["status"], first["error"]["message"]) == (1, "cancelled", "received SIGUSR1")
+    assert err.startswith("cancelled: rank ")
+    assert "HINT: resume=true goes on with it" in err
+    before = len(answers(run_dir))
+    assert 0 < before < 20
+    assert of_run(json.loads((run_dir / "run.json").read_text())["mark"]) == []
+
+    assert finished(tmp_path / "stopped", *overrides, "resume=true") == run_dir
+    undisturbed = finished(tmp_path / "undisturbed", *overrides)
+    assert answers(run_dir) == answers(undisturbed)
+    assert saved_by(run_dir) == list(range(20))
+
+    record = record_of(run_dir)
+    assert [one["status"] for one in record["attempts"]] == ["cancelled", "ok"]
+    made = [one["completions"] for one in record["attempts"][1]["passes"]]
+    assert made == [20 - before, 20][:repeats]
+    if repeats == 1:
+        assert record["partial"] == {"prompts": 20 - before, "of": 20}
+        assert record["totals"]["prompts"] == 20 - before
+    else:
+        assert record["partial"] is None
+        assert (record["totals"]["prompts"], record["totals"]["repeats"]) == (20, repeats - 1)
+    assert record["totals"]["same_tokens_every_repeat"]
+
+
+def test_what_is_done_is_reported_again(tmp_path: Path) -> None:
+    run_dir = finished(tmp_path, *DUMMY, "devices=1")
+    written = (run_dir / "record.json").stat().st_mtime_ns
+    again = launcher(f"output_dir={tmp_path}", *DUMMY, "devices=1", "resume=true", "hang_timeout_s=99")
+    assert (again.code, again.last_json["run_dir"]) == (0, str(run_dir))
+    assert (run_dir / "record.json").stat().st_mtime_ns == written
+    by_name = launcher("resume=true", f"run_dir={run_dir}")
+    assert by_name.last_json == again.last_json
+    other = launcher(f"output_dir={tmp_path}", *DUMMY, "devices=1", "resume=true", "seed=1")
+    assert (other.code, len(list(tmp_path.iterdir()))) == (0, 2)
+
+
+def test_ranks_of_torchrun_go_on_too(tmp_path: Path) -> None:
+    command = ("-m", "launcher", *DUMMY, "measure.repeats=1", f"output_dir={tmp_path}")
+    failed = torchrun(2, *command, "backend.fail_at=generate", "backend.fail_after=4")
+    assert failed.code == 1
+    [run_dir] = tmp_path.iterdir()
+    config = json.loads((run_dir / "run.json").read_text())
+    config["config"]["backend"] |= {"fail_at": "", "fail_after": 0}  # what was wrong with it is mended
+    (run_dir / "run.json").write_text(json.dumps(config))
+    before = len(answers(run_dir))
+    assert 0 < before < 20
+    assert torchrun(2, *command, "resume=true").code == 0
+    assert saved_by(run_dir) == list(range(20))
+    again = torchrun(2, *command, "resume=true")
+    assert (again.code, again.last_json["run_dir"]) == (0, str(run_dir))
+
+
+def test_two_processes_do_not_run_the_same(tmp_path: Path) -> None:
+    slow = (*DUMMY, "devices=1", "backend.step_s=0.05")
+    with begun(tmp_path, *slow) as (_, run_dir):
+        ended = launcher(f"output_dir={tmp_path}", *slow, "resume=true")
+        assert ended.code == 2
+        assert ended.err == f"{run_dir} is running: another process has launched it. HINT: wait for its end\n"
+
+
+def test_a_sweep_skips_what_is_done(tmp_path: Path) -> None:
+    sweep = ("-m", *DUMMY, "devices=1", f"output_dir={tmp_path}", "resume=true")
+    first = launcher(*sweep, "seed=0,1")
+    second = launcher(*sweep, "seed=0,1,2", "sampling.max_new_tokens=8,5000")
+    assert (first.code, second.code) == (0, 1)
+    assert [row["status"] for row in second.last_json["records"]] == ["ok", "refused"] * 3
+    was = [row["run_dir"] for row in first.last_json["records"]]
+    assert [row["run_dir"] for row in second.last_json["records"]][:3:2] == was
+    assert len(list(tmp_path.glob("*/record.json"))) == 6
+    again = launcher(*sweep, "seed=0,1,2", "sampling.max_new_tokens=8,5000")
+    assert again.last_json == second.last_json
+    assert len(list(tmp_path.glob("*/record.json"))) == 6
+
+
+def test_an_interrupted_sweep_starts_no_further_points(tmp_path: Path) -> None:
+    sweep = ("-m", *DUMMY, "devices=1", "backend.step_s=0.02", "measure.repeats=1", "seed=0,1,2")
+    with begun(tmp_path, *sweep) as (process, _):
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert json.loads(out.splitlines()[-1])["points"] == {"cancelled": 3}
+    again = launcher(*sweep, f"output_dir={tmp_path}", "resume=true")
+    assert again.last_json["points"] == {"ok": 3}
+    assert all(saved_by(path) == list(range(20)) for path in tmp_path.iterdir())
