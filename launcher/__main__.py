@@ -16,6 +16,7 @@ from launcher import report, usage
 from launcher.arrays import DETACHED, Detached
 from launcher.compose import compose_run
 from launcher.config import ConfigError, to_dict
+from launcher.elastic import become_node, check_nodes
 from launcher.launch import worker_command
 from launcher.prepare import described, prepare
 from launcher.resume import checked
@@ -96,6 +97,9 @@ def _dispatch(arguments: Arguments, world: World) -> int:
         return _join(config, world, command)
     if config.dry_run:
         return _dry_run(config, command)
+    if config.launch.rendezvous is not None:
+        check_nodes(config)
+        become_node(config, arguments.overrides, prepare(config, command).on_cuda)
     return _report(run_point(config, command))
 
 

@@ -10,7 +10,8 @@ from launcher import arrays, compare, report, resume
 from launcher.bars import Bars
 from launcher.comparison import alike, read_run
 from launcher.compose import compose_run, expand_sweep
-from launcher.config import to_dict
+from launcher.config import from_dict, to_dict
+from launcher.elastic import check_one_node
 from launcher.files import read_json
 from launcher.launch import run_local
 from launcher.prepare import prepare
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 
 def run_point(config: RunConfig, command: tuple[str, ...]) -> dict[str, Any]:
     """Prepare, start and watch one run on this machine; its record, which may be there already with `resume=true`."""
-    run_dir, _ = resume.directory_of(prepare(config, command))
+    run = prepare(config, command)
+    check_one_node(config)
+    run_dir, _ = resume.directory_of(run)
     return finish_run(run_dir)
 
 
@@ -36,6 +39,7 @@ def finish_run(run_dir: Path) -> dict[str, Any]:
     config = read_json(run_dir / "run.json")["config"]
     if config["launch"]["name"] == "slurm":
         return arrays.run_job(run_dir)
+    check_one_node(from_dict(config))
     with Bars(f"{config['backend']['name']} {config['model']['name']}", report.console(stderr=True)) as bars:
         return run_local(run_dir, bars.show)
 

@@ -1,0 +1,87 @@
+"""Several nodes without a scheduler: the same command on each, here twice on this machine."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from running import Ended, launcher
+from slurm_config import free_ports
+
+from launcher.__main__ import main
+from launcher.config import from_dict
+from launcher.elastic import node_command, node_environment
+from launcher.files import read_json, read_lines
+
+
+def test_two_nodes_are_one_run(tmp_path: Path) -> None:
+    nasty = "model.name='a b$(touch owned)'"
+    common = ("backend=dummy", "num_nodes=2", "devices=1", f"launch.rendezvous=127.0.0.1:{free_ports(1)[0]}", nasty)
+    ended: dict[int, Ended] = {}
+
+    def node(rank: int) -> None:
+        ended[rank] = launcher(*common, f"launch.node_rank={rank}", cwd=tmp_path, timeout=100)
+
+    threads = [threading.Thread(target=node, args=(rank,)) for rank in (1, 0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {rank: done.code for rank, done in ended.items()} == {0: 0, 1: 0}, ended
+    assert ended[1].out == ""
+    [run_dir] = (tmp_path / "runs").iterdir()
+    record = read_json(run_dir / "record.json")
+    assert (record["status"], record["num_nodes"], record["world_size"]) == ("ok", 2, 2)
+    assert [rank["rank"] for rank in record["ranks"]] == [0, 1]
+    assert len(read_lines(run_dir / "completions.jsonl")) == 4
+    assert not list(tmp_path.rglob("owned"))
+
+
+def test_command_of_a_node() -> None:
+    names = {"backend": {"name": "fsdp"}, "model": {"name": "m", "path": "m"}, "prompts": {"name": "seed"}}
+    launch = {"rendezvous": "[::1]:29400", "node_rank": 1}
+    config = from_dict(names | {"launch": launch, "num_nodes": 2, "devices": 4})
+    assert node_command(config, ("a=b c", "x='$(y)'")) == (
+        sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=4", "--node-rank=1",
+        "--master-addr=::1", "--master-port=29400", "--max-restarts=0", "-m", "launcher", "a=b c", "x='$(y)'",
+    )  # fmt: skip
+    root = str(Path(__file__).resolve().parents[1])
+    expected = {"PYTHONPATH": f"{root}:/a", "OMP_NUM_THREADS": "3", "CUDA_VISIBLE_DEVICES": ""}
+    assert node_environment({"PYTHONPATH": "/a", "OMP_NUM_THREADS": "3"}, config, on_cuda=False) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["num_nodes=2"],
+            "num_nodes=2, and this command starts ranks on one node. HINT: launch=slurm, or without -m on each node "
+            "launch.rendezvous=FIRST_HOST:29400 launch.node_rank=0 (1, ...)",
+        ),
+        (
+            ["num_nodes=2", "launch.rendezvous=node1"],
+            "launch.rendezvous=node1 is not HOST:PORT. HINT: launch.rendezvous=node1:29400",
+        ),
+        (
+            ["num_nodes=2", "launch.rendezvous=node1:29400"],
+            "launch.node_rank=None is not one of num_nodes=2. HINT: 0 on the first node to 1 on the last",
+        ),
+        (
+            ["launch.rendezvous=node1:29400", "launch.node_rank=1"],
+            "launch.node_rank=1 is not one of num_nodes=1. HINT: num_nodes=2 or more",
+        ),
+    ],
+)
+def test_what_does_not_say_which_node_this_is(
+    overrides: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["backend=dummy", *overrides]) == 2
+    assert capsys.readouterr() == ("", message + "\n")
+    assert list(tmp_path.iterdir()) == []
