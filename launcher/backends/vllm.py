@@ -18,7 +18,7 @@ from launcher.backends.vllm_options import arguments, check_extra, environment
 from launcher.backends.vllm_watch import Watch
 from launcher.config import ConfigError
 from launcher.files import write_json
-from launcher.processes import shared_memory_files, shared_memory_of
+from launcher.processes import MARK, shared_memory_files, shared_memory_of
 from shards.errors import PlanError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class VllmBackend:
             _share_threads(self.config.devices)
         self._check_platform()
         check_extra(self.vllm, self.options.extra)
-        self.scratch = tempfile.TemporaryDirectory(prefix="vllm_")
+        self.scratch = tempfile.TemporaryDirectory(prefix=f"launcher_{os.environ.get(MARK, '')[:12]}_")
         before = shared_memory_files()
         with _temporary_files_in(self.scratch.name, self.on_cpu):
             self.llm = self._start(arguments(self.config, self._model_folder(), self.external, self.on_cpu))
