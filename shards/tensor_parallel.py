@@ -1,4 +1,4 @@
-"""The tensor-parallel cut as DTensors: attention by heads, MLP by columns and rows, embedding and head by vocabulary."""
+"""The tensor-parallel cut as DTensors: attention by heads, MLP by columns and rows, the vocabulary by rows."""
 
 from __future__ import annotations
 

@@ -16,9 +16,10 @@ import pytest
 from running import ROOT, Ended, environment, launcher, run
 
 from launcher.backends.deepspeed_options import missing_compiler, missing_shared_memory, refuse_deepspeed
+from launcher.backends.module import check_share
 from launcher.config import ConfigError, DeepSpeedConfig, RunConfig
 from launcher.processes import SHARED_MEMORY, of_run
-from shards.errors import UserError
+from shards.errors import PlanError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -201,13 +202,19 @@ def test_a_lock_is_abandoned_when_it_is_old_and_nobody_has_it_open(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("held", "planned", "verdict"),
-    [(525, 500, None), (1000, 500, "nothing was sharded"), (300, 500, "it was sharded otherwise than planned")],
+    [
+        (505, 500, None),
+        (1000, 1000, None),
+        (1000, 500, "nothing was sharded"),
+        (1000, 970, "nothing was sharded"),
+        (300, 500, "it was sharded otherwise than planned"),
+    ],
 )
 def test_a_rank_holds_its_share(held: int, planned: int, verdict: str | None) -> None:
-    from launcher.backends.module import check_share
-
     if verdict is None:
-        check_share(0, held, planned, 1000)
+        check_share(0, held << 20, planned << 20, 1000 << 20, 0.05)
         return
-    with pytest.raises(UserError, match=verdict):
-        check_share(0, held, planned, 1000)
+    with pytest.raises(PlanError) as caught:
+        check_share(0, held << 20, planned << 20, 1000 << 20, 0.05)
+    fact = f"rank 0 holds {held}.0 MiB of 1000.0 MiB parameters, and its share is {planned}.0 MiB: {verdict}."
+    assert caught.value.fact == fact

@@ -28,8 +28,10 @@ UNCUTTABLE = {
     "xlnet": "DeepSpeed's own list excludes it",
     "xlm": "DeepSpeed's own list excludes it",
     "codegen": "it interleaves the blocks of its fused projection",
+    "glm": "it cuts its fused projections in several blocks",
     "gpt_bigcode": "it gives every rank all keys and values",
     "mpt": "it cuts its fused projection in several blocks",
+    "olmo2": "it cuts the heads and not the norm over all of them",
     "phi3": "it cuts its fused projections in several blocks",
 }
 """Families that AutoTP does not cut, or cuts otherwise than by one block a rank, which is what our loader fills."""
