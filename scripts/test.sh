@@ -6,9 +6,16 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
 
+has_slurm() {
+    local program
+    for program in slurmctld slurmd srun munged ip; do
+        command -v "$program" >/dev/null || return 1
+    done
+}
+
 # The tests of SLURM need its daemons. Where they cannot be had these tests skip and say so.
 add_slurm() {
-    command -v slurmctld slurmd srun munged ip >/dev/null && return
+    has_slurm && return
     [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null || return 0
     echo "test: installing SLURM for its tests ..." >&2
     export DEBIAN_FRONTEND=noninteractive

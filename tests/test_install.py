@@ -92,11 +92,23 @@ def set_up(checkout: Path, **variables: str) -> tuple[int, str, list[str]]:
     return done.returncode, done.stdout, done.stderr.splitlines()
 
 
+def path_with_gpu(folder: Path) -> str:
+    """A PATH on which nvidia-smi lists one GPU."""
+    folder.mkdir()
+    program = folder / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA RTX A6000 (UUID: GPU-0)'\n")
+    program.chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
 def test_a_failed_installation_says_why_and_is_not_taken_for_a_finished_one(checkout: Path) -> None:
-    for first_line in ("setup: installing", "setup: the last installation did not finish: starting again"):
-        status, out, err = set_up(checkout)
+    with_gpu = {"LAUNCHER_FLAVOR": "", "PATH": path_with_gpu(checkout / "bin")}
+    again = ["setup: the last installation did not finish: starting again"]
+    for flavor, variables, before in (("cpu", {}, []), ("cuda", with_gpu, again)):
+        status, out, err = set_up(checkout, **variables)
+        start = f"setup: installing {len(locked(flavor))} packages ({flavor}) into .venv ..."
         assert (status, out, err[-2]) == (1, "", "setup: pip install failed")
-        assert err[0].startswith(first_line)
+        assert err[: len(before) + 1] == [*before, start]
         assert any(line.startswith("ERROR: ") for line in err)
         assert not (checkout / ".venv" / ".stamp").exists()
 
