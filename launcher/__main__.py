@@ -147,6 +147,8 @@ def _join(config: RunConfig, world: World, command: tuple[str, ...]) -> int:
             f"backend=transformers runs in one process, and {world.launcher} started {world.world_size}.",
             "python -m launcher backend=transformers, or backend=fsdp",
         )
+    if config.measure.find_batch_size:
+        raise ConfigError(f"measure.find_batch_size=true starts ranks itself, and {world.launcher} has.", "without it")
     run = prepare(config, command)
     external = importlib.import_module("launcher.external")  # imports torch: a rank may, the launching process may not
     code: int = external.join(run, world, report.show)

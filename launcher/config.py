@@ -154,6 +154,7 @@ class MeasureConfig:
     batch_size: int = 4  # prompts a call; for a data-parallel engine on each rank
     warmup: int = 1  # batches that are run and not counted
     repeats: int = 3  # times that the whole prompt set is answered
+    find_batch_size: bool = False  # first try which batch is the largest that fits
 
 
 @dataclass
@@ -244,6 +245,13 @@ def check(config: RunConfig) -> None:
     for name, value in not_negative.items():
         if value < 0:
             raise ConfigError(f"{name}={value} is negative.", f"{name}=0 or more")
+    if config.measure.find_batch_size and config.backend.continuous_batching:
+        name = config.backend.name
+        raise ConfigError(f"{name} makes its batches itself: there is none to find.", "measure.find_batch_size=false")
+    if config.measure.find_batch_size and config.launch.name != "local":
+        raise ConfigError(
+            "measure.find_batch_size=true needs launch=local: each try waits for the last.", "launch=local"
+        )
     if config.sampling.temperature < 0:
         raise ConfigError(f"sampling.temperature={config.sampling.temperature} is negative.", "0 is greedy")
     if not 0 < config.sampling.top_p <= 1:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import attempts, processes
 from launcher.config import from_dict
-from launcher.files import read_json, write_text
+from launcher.files import read_json, write_json, write_text
+from launcher.neighbours import neighbours
 from launcher.progress import read_all
 from launcher.record import finish
 from launcher.verdict import Outcome
@@ -85,6 +86,9 @@ def run_local(run_dir: Path, show: Show) -> dict[str, Any]:
 
 def _attempt(run_dir: Path, run: dict[str, Any], attempt: int, show: Show) -> dict[str, Any]:
     config = from_dict(run["config"])
+    if run["on_cuda"]:
+        found = neighbours(os.environ, config.devices)
+        write_json(run_dir / "run.json", run | {"notes": [*run["notes"], *found]})
     command = worker_command(str(run_dir), run["processes"], config.backend.python)
     write_command(run_dir, command)
     memory = processes.SharedMemoryWatch()

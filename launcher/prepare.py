@@ -176,13 +176,14 @@ def _model_config(config: RunConfig, folder: Path | None) -> dict[str, Any]:
     return dict(found)
 
 
-def create_run_dir(run: Run) -> Path:
-    """A new folder that no other run has, with everything a rank reads."""
+def create_run_dir(run: Run, batch_search: dict[str, Any] | None = None) -> Path:
+    """A new folder that no other run has, with everything a rank reads, and how its batch was found if it was."""
     run_dir = new_folder(run.config)
     write_text(run_dir / "config.yaml", yaml.safe_dump(to_dict(run.config), sort_keys=False))
     write_json(run_dir / "plan.json", run.plan.to_dict())
     write_prompts(run_dir / "prompts.jsonl", run.prompts)
-    write_json(run_dir / "run.json", described(run) | {"started_at": time.time(), "mark": uuid.uuid4().hex})
+    own = {"started_at": time.time(), "mark": uuid.uuid4().hex, "batch_search": batch_search}
+    write_json(run_dir / "run.json", described(run) | own)
     return run_dir
 
 
@@ -200,10 +201,10 @@ def described(run: Run) -> dict[str, Any]:
     }
 
 
-def new_folder(config: RunConfig) -> Path:
+def new_folder(config: RunConfig, suffix: str = "") -> Path:
     """A folder in `output_dir` that no other run has; UserError where none can be made."""
     world_size = config.devices * config.num_nodes
-    name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config.backend.name}_{config.model.name}_x{world_size}"
+    name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config.backend.name}_{config.model.name}_x{world_size}{suffix}"
     parent = Path(config.output_dir)
     try:
         parent.mkdir(parents=True, exist_ok=True)

@@ -57,6 +57,7 @@ def finish(run_dir: Path, outcome: Outcome | None = None) -> dict[str, Any]:
         "devices": [device for rank in present for device in rank.get("devices", [])],
         "ranks": [_rank_summary(rank) for rank in present],
         "attempts": [_attempt(number, folder, run, passes[number]) for number, folder in folders],
+        "batch_search": run.get("batch_search"),
         "notes": run["notes"],
         "command": run["command"],
         "config": run["config"],

@@ -91,10 +91,20 @@ def show_record(record: dict[str, Any], out: Console) -> None:
         if record["partial"]:
             prompts, of = record["partial"]["prompts"], record["partial"]["of"]
             out.print(f"[yellow]note:[/] measured over {prompts} of {of} prompts: the run was split between attempts")
+        if search := record.get("batch_search"):
+            out.print(batch_line(search))
         if record["metrics"]:
             out.print(_speed(record))
         out.print(_devices(record))
     out.print(f"run directory: {escape(str(run_dir))}", soft_wrap=True)
+
+
+def batch_line(search: dict[str, Any]) -> str:
+    """What the search for the largest batch found, and how far the plan was from it."""
+    found, planned = search["largest_batch"], search["planned"]
+    more = "" if search["limited_by"] == "memory" else ", and the prompts suffice for no larger one"
+    plan = f"; the plan allowed {planned}, {planned / found - 1:+.0%}" if planned else "; the plan knew no limit"
+    return f"largest batch: {found} by {len(search['tries'])} tries{more}{plan}"
 
 
 def _completions(rows: Sequence[dict[str, Any]]) -> Table:
@@ -183,10 +193,11 @@ def show_plan(run: Run, out: Console) -> None:
         held = (device.parameter_bytes, cache, device.activation_bytes, device.buffer_bytes, device.overhead_bytes)
         table.add_row(str(device.rank), *map(size, held), size(device.capacity_bytes), size(device.free_bytes))
     out.print(table)
+    host, device = size(plan.load_host_bytes), size(plan.load_device_bytes)
     facts = {
         "device": plan.device_name,
         "KV cache a token": f"{plan.kv_bytes_per_token:,} bytes",
-        "peak while loading": f"{size(plan.load_host_bytes)} on a node's host, {size(plan.load_device_bytes)} on a device",
+        "peak while loading": f"{host} on a node's host, {device} on a device",
         "largest batch": plan.largest_batch or "not bounded by a known capacity",
         "longest context": plan.longest_context,
         "smallest number of devices": plan.smallest_devices,

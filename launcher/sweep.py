@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import arrays, compare, report, resume
 from launcher.bars import Bars
+from launcher.batch_search import run_with_largest_batch
 from launcher.comparison import alike, read_run
 from launcher.compose import compose_run, expand_sweep
 from launcher.config import from_dict, to_dict
@@ -28,6 +29,8 @@ def run_point(config: RunConfig, command: tuple[str, ...]) -> dict[str, Any]:
     """Prepare, start and watch one run on this machine; its record, which may be there already with `resume=true`."""
     run = prepare(config, command)
     check_one_node(config)
+    if config.measure.find_batch_size:
+        return run_with_largest_batch(run, finish_run)
     run_dir, _ = resume.directory_of(run)
     return finish_run(run_dir)
 

@@ -1,0 +1,143 @@
+"""Memory that runs out is a result: who, where, how much; and the largest batch that does fit."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from running import launcher
+
+from launcher.backend import Prompt
+from launcher.batch_search import enlarged, largest
+from launcher.faults import explain
+from launcher.neighbours import neighbours, sentence
+from shards.errors import PlanError
+
+GIB = 2**30
+SYNTHETIC = ("backend=dummy", "prompts=synthetic", "prompts.count=40", "prompts.output_tokens=4", "devices=1")
+
+TORCH = (
+    "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 1 has a total capacity of 139.81 GiB of which 5.12 GiB is "
+    "free. Process 1 has 134.68 GiB memory in use. Of the allocated memory 134.00 GiB is allocated by PyTorch."
+)
+
+
+def caused(by: Exception) -> Exception:
+    error = RuntimeError("the worker failed")
+    error.__cause__ = by
+    return error
+
+
+def on_the_cpu() -> RuntimeError:
+    try:
+        torch.empty(2**48, dtype=torch.uint8)
+    except RuntimeError as error:
+        return error
+    raise AssertionError("256 TiB were to be had")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "device", "asked", "free"),
+    [
+        (torch.OutOfMemoryError(TORCH), "oom", "cuda:1", 20 * GIB, int(5.12 * GIB)),
+        (caused(torch.OutOfMemoryError(TORCH)), "oom", "cuda:1", 20 * GIB, int(5.12 * GIB)),
+        (RuntimeError("CUDA error: out of memory\nCompile with ..."), "oom", None, None, None),
+        (on_the_cpu(), "oom", "cpu", 2**48, None),
+        (MemoryError(), "oom", None, None, None),
+    ],
+    ids=["torch on CUDA", "behind another error", "CUDA itself", "torch on a CPU", "Python"],
+)
+def test_memory_that_ran_out(
+    error: Exception, status: str, device: str | None, asked: int | None, free: int | None
+) -> None:
+    found, said = explain(error)
+    assert (found, said["device"], said["asked_bytes"], said["free_bytes"]) == (status, device, asked, free)
+
+
+def test_other_errors_are_what_they_were() -> None:
+    assert explain(ValueError("a memory of old times"))[0] == "failed"
+    status, said = explain(PlanError("It does not fit.", "more devices"))
+    assert (status, said["type"], said["message"], said["hint"]) == (
+        "refused",
+        "PlanError",
+        "It does not fit.",
+        "more devices",
+    )
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 64, 1000, 2**20])
+@pytest.mark.parametrize("start", [1, 2, 16, 37, 1000])
+def test_the_search_finds_the_largest_and_asks_once(start: int, most: int) -> None:
+    for true in (0, 1, 2, 3, 15, 16, 17, 36, 37, 38, 64, 999, 1000, 5000, 2**20):
+        asked: list[int] = []
+
+        def fits(batch: int, asked: list[int] = asked, true: int = true) -> bool:
+            assert 1 <= batch <= most
+            asked.append(batch)
+            return batch <= true
+
+        assert largest(fits, min(start, most), most) == min(true, most)
+        assert len(set(asked)) == len(asked) <= 40
+
+
+def test_a_search_near_a_good_plan_is_short() -> None:
+    asked: list[int] = []
+    assert largest(lambda batch: not asked.append(batch) and batch <= 103, 100, 2**20) == 103  # type: ignore[func-returns-value]
+    assert asked == [100, 106, 103, 104]
+
+
+def test_each_rank_is_given_the_longest_prompts_first() -> None:
+    prompts = (Prompt(0, "a", (1,)), Prompt(1, "b", (1, 2, 3)), Prompt(2, "c", (1, 2)))
+    made = enlarged(prompts, 4, ranks=2)
+    assert [prompt.index for prompt in made] == list(range(8))
+    assert [prompt.text for prompt in made[0::2]] == ["b", "c", "a", "b"]
+    assert [prompt.text for prompt in made[1::2]] == ["b", "c", "a", "b"]
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*/record.json"))]
+
+
+def test_the_largest_batch_is_found_and_run(tmp_path: Path) -> None:
+    search = (*SYNTHETIC, "backend.memory_batch=6", "measure.find_batch_size=true", f"output_dir={tmp_path}")
+    ended = launcher(*search)
+    assert ended.code == 0, ended.err
+    assert "largest batch: 6 by 4 tries; the plan knew no limit" in ended.out
+    [record] = records(tmp_path)
+    assert (record["status"], record["config"]["measure"]["batch_size"], record["totals"]["prompts"]) == ("ok", 6, 40)
+    found = record["batch_search"]
+    tries = [(one["batch"], one["status"]) for one in found["tries"]]
+    assert tries == [(4, "ok"), (5, "ok"), (7, "oom"), (6, "ok")]
+    assert (found["largest_batch"], found["limited_by"], found["planned"]) == (6, "memory", None)
+    again = launcher(*search, "resume=true")
+    assert again.last_json == ended.last_json
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_out_of_memory_is_a_row_like_any_other(tmp_path: Path) -> None:
+    ended = launcher("-m", *SYNTHETIC, "backend.memory_batch=6", "measure.batch_size=6,8", f"output_dir={tmp_path}")
+    assert ended.code == 1
+    assert [row["status"] for row in ended.last_json["records"]] == ["ok", "oom"]
+    error = ended.last_json["records"][1]["error"]
+    assert (error["rank"], error["stage"], error["device"]) == (0, "warmup 1/1", "cuda:0")
+    assert (error["asked_bytes"], error["free_bytes"]) == (8 * 2**20, 6 * 2**20)
+    assert [record["status"] for record in records(tmp_path)] == ["ok", "oom"]
+
+
+def test_no_batch_fits(tmp_path: Path) -> None:
+    ended = launcher(*SYNTHETIC, "backend.memory_batch=0", "measure.find_batch_size=true", f"output_dir={tmp_path}")
+    assert (ended.code, ended.last_json["status"], ended.last_json["error"]["asked_bytes"]) == (1, "oom", 2**20)
+
+
+def test_a_neighbour_on_a_device_is_named() -> None:
+    mine = SimpleNamespace(pid=os.getpid(), usedGpuMemory=3 * GIB)
+    gone = SimpleNamespace(pid=2**22 + 1, usedGpuMemory=None)
+    assert sentence("GPU-1", mine) == f"GPU-1: process {os.getpid()} (python) already held 3.00 GiB when the run began"
+    expected = f"GPU-1: process {2**22 + 1} (not visible from here) already held memory when the run began"
+    assert sentence("GPU-1", gone) == expected
+    assert neighbours({"CUDA_VISIBLE_DEVICES": ""}, 8) == []
