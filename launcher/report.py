@@ -193,11 +193,11 @@ def show_plan(run: Run, out: Console) -> None:
         held = (device.parameter_bytes, cache, device.activation_bytes, device.buffer_bytes, device.overhead_bytes)
         table.add_row(str(device.rank), *map(size, held), size(device.capacity_bytes), size(device.free_bytes))
     out.print(table)
-    host, device = size(plan.load_host_bytes), size(plan.load_device_bytes)
+    on_host, on_device = size(plan.load_host_bytes), size(plan.load_device_bytes)
     facts = {
         "device": plan.device_name,
         "KV cache a token": f"{plan.kv_bytes_per_token:,} bytes",
-        "peak while loading": f"{host} on a node's host, {device} on a device",
+        "peak while loading": f"{on_host} on a node's host, {on_device} on a device",
         "largest batch": plan.largest_batch or "not bounded by a known capacity",
         "longest context": plan.longest_context,
         "smallest number of devices": plan.smallest_devices,
