@@ -18,6 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launcher.config import BACKENDS, ConfigError, RunConfig, check
 
+OPEN_KEYS = ("backend.extra.",)  # entries of these need no + before them
+
 
 def conf_dir() -> Path:
     """The folder of configuration files: inside an installed package, beside it in a checkout."""
@@ -38,6 +40,7 @@ def groups() -> list[str]:
 def compose_run(overrides: list[str], config_dirs: tuple[str, ...] = ()) -> RunConfig:
     """The typed, checked configuration of one run; ConfigError with one line for whatever is wrong with it."""
     _register_schemas()
+    overrides = [f"+{item}" if item.startswith(OPEN_KEYS) else item for item in overrides]
     search = (
         [f"hydra.searchpath=[{','.join(f'file://{Path(d).absolute()}' for d in config_dirs)}]"] if config_dirs else []
     )

@@ -112,6 +112,7 @@ def _attempt(run_dir: Path, run: dict[str, Any], attempt: int, show: Show) -> di
             processes.end_run(run["mark"])
             process.wait()
             memory.remove()
+            processes.remove_scratch(run["mark"])
     return finish(run_dir, outcome)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -50,19 +52,39 @@ def shared_memory_files() -> set[Path]:
 
 
 def shared_memory_of(pids: list[int]) -> set[Path]:
-    """The files in shared memory that these processes have mapped or open."""
-    found: set[Path] = set()
+    """The files in shared memory that these processes have mapped or open.
+
+    Told by inode: who creates a semaphore has it mapped under its first, deleted name.
+    """
+    files: dict[int, Path] = {}
+    for path in shared_memory_files():
+        with contextlib.suppress(FileNotFoundError):
+            files[path.stat().st_ino] = path
+    held: set[int] = set()
     for pid in pids:
         with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
-                if f" {SHARED_MEMORY}/" in line:
-                    found.add(Path(line.partition("/")[1] + line.partition("/")[2].removesuffix(" (deleted)")))
-            for link in Path(f"/proc/{pid}/fd").iterdir():
-                with contextlib.suppress(OSError):
-                    target = link.readlink()
-                    if target.parent == SHARED_MEMORY:
-                        found.add(target)
+            held |= _mapped(pid) | _open(pid)
+    return {path for inode, path in files.items() if inode in held}
+
+
+def _mapped(pid: int) -> set[int]:
+    lines = (line.split(None, 5) for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines())
+    return {int(line[4]) for line in lines if len(line) == 6 and line[5].startswith(f"{SHARED_MEMORY}/")}
+
+
+def _open(pid: int) -> set[int]:
+    found = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if link.readlink().parent == SHARED_MEMORY:
+                found.add(link.stat().st_ino)
     return found
+
+
+def remove_scratch(mark: str) -> None:
+    """Remove the scratch folders that engines of a run have named after it in the temporary directory."""
+    for folder in Path(tempfile.gettempdir()).glob(f"launcher_{mark[:12]}_*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class SharedMemoryWatch:

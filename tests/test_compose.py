@@ -34,7 +34,7 @@ def test_a_file_spells_out_every_field(group: str, option: str) -> None:
 
 
 def test_the_backend_is_typed_by_its_engine() -> None:
-    config = compose_run(["backend=vllm", "+backend.extra.seed=3", "precision=bf16"])
+    config = compose_run(["backend=vllm", "backend.extra.seed=3", "precision=bf16"])
     assert type(config.backend) is BACKENDS["vllm"]
     assert config.backend.extra == {"seed": 3}
     assert config.precision is Precision.bf16
