@@ -14,7 +14,7 @@ import yaml
 
 from launcher import report, usage
 from launcher.arrays import DETACHED, Detached
-from launcher.compose import compose_run
+from launcher.compose import compose_run, expand_sweep
 from launcher.config import ConfigError, to_dict
 from launcher.elastic import become_node, check_nodes
 from launcher.launch import worker_command
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: Arguments, world: World) -> int:
     if arguments.multirun:
-        return sweep(arguments.overrides, arguments.config_dirs)
+        return _sweep(arguments)
     config = compose_run(_adopt(arguments.overrides, world), arguments.config_dirs)
     if arguments.cfg:
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
@@ -101,6 +101,18 @@ def _dispatch(arguments: Arguments, world: World) -> int:
         check_nodes(config)
         become_node(config, arguments.overrides, prepare(config, command).on_cuda)
     return _report(run_point(config, command))
+
+
+def _sweep(arguments: Arguments) -> int:
+    """Run the points of a sweep, or show what they would be."""
+    points = expand_sweep(list(arguments.overrides))
+    configs = [compose_run(point, arguments.config_dirs) for point in points]
+    if not any(config.dry_run for config in configs):
+        return sweep(arguments.overrides, arguments.config_dirs)
+    for config, point in zip(configs, points, strict=True):
+        print(f"\n# {' '.join(point)}", flush=True)
+        _dry_run(config, ("python", "-m", "launcher", *point))
+    return 0
 
 
 def _continue(config: RunConfig, arguments: Arguments, world: World) -> int:

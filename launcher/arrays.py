@@ -57,7 +57,11 @@ def write_script(run_dir: Path) -> None:
 
 
 def submit_run(run_dir: Path) -> str:
-    """Submit one run; the number of its job."""
+    """Submit one run; the number of its job. UserError where it is in a job already."""
+    before = jobs.read_job(run_dir)
+    state = (jobs.look([before]) or {}).get(before) if before else None
+    if state is not None and not state.is_end:
+        raise UserError(f"{run_dir} is in job {before}, which is {state}.", f"wait for its end, or scancel {before}")
     write_script(run_dir)
     job = jobs.submit(run_dir)
     jobs.write_job(run_dir, job)

@@ -80,6 +80,11 @@ def check_cluster(cluster: ClusterConfig) -> None:
             f"cluster.time={cluster.time} is not hours, minutes and seconds: YAML reads an unquoted 01:00:00 as 3600.",
             'cluster.time=01:00:00, in a file in quotes: time: "01:00:00"',
         )
+    if cluster.time and (limit := seconds(cluster.time)) is not None and cluster.signal_s >= limit:
+        raise ConfigError(
+            f"cluster.signal_s={cluster.signal_s} is no time before the end of cluster.time={cluster.time}.",
+            f"cluster.signal_s={limit // 3}, or 0 for no warning",
+        )
     if cluster.gpus_flag not in ("gpus-per-node", "gres", "none"):
         raise ConfigError(f"cluster.gpus_flag={cluster.gpus_flag} is not known.", "gpus-per-node, gres or none")
     for name in cluster.environment:
@@ -88,6 +93,16 @@ def check_cluster(cluster: ClusterConfig) -> None:
     for name in ("cpus_per_task", "array_limit"):
         if getattr(cluster, name) < 1:
             raise ConfigError(f"cluster.{name}={getattr(cluster, name)} is not a positive number.", f"cluster.{name}=1")
+
+
+def seconds(time: str) -> int | None:
+    """A time limit as SLURM reads it: m:s, h:m:s, d-h, d-h:m, d-h:m:s; None without a limit."""
+    if not time[0].isdigit():
+        return None
+    days, _, clock = time.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    hours, minutes, rest = (parts + [0, 0])[:3] if days else ([0] * (3 - len(parts)) + parts)
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest
 
 
 def sbatch_text(job: Job, name: str, points: Sequence[str] = ()) -> str:

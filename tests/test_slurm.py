@@ -213,6 +213,10 @@ def test_array_of_six_points_one_of_them_impossible(cluster: Cluster) -> None:
     assert (later.code, later.last_json["points"]) == (1, {"ok": 5, "refused": 1})
     rows = [line for line in later.out.splitlines() if "sampling.max_new_tokens=" in line and line.startswith("│")]
     assert len(rows) == 6
+    before = cluster.slurm.run("squeue", "-h", "-t", "all", "-o", "%A").stdout
+    again = cluster.launch("-m", "sampling.max_new_tokens=4,5,6,7,8,2000", "resume=true")
+    assert (again.code, again.last_json["points"]) == (1, {"ok": 5, "refused": 1}), again.err
+    assert cluster.slurm.run("squeue", "-h", "-t", "all", "-o", "%A").stdout == before, "what is done is not submitted"
 
 
 def test_what_sbatch_refuses_is_one_line(cluster: Cluster) -> None:
@@ -236,6 +240,11 @@ def test_interrupted_follower_leaves_the_job(cluster: Cluster) -> None:
     assert f"job {job} goes on. See it: python -m launcher.status --follow " in said
     assert f"End it: scancel {job}" in said
     assert cluster.slurm.job(job)["JobState"] == "RUNNING"
+    [run_dir] = (cluster.folder / "runs").iterdir()
+    again = launcher(
+        "resume=true", f"run_dir='{run_dir.relative_to(cluster.folder)}'", cwd=cluster.folder, **cluster.env
+    )
+    assert (again.code, again.err.count(f"is in job {job}, which is RUNNING. HINT: wait for its end")) == (2, 1)
 
 
 ENGINES = ("accelerator=cpu", "sampling.max_new_tokens=8", "measure.repeats=1", "measure.warmup=0", "devices=1")

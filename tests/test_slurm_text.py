@@ -10,7 +10,7 @@ import pytest
 
 from launcher.config import ClusterConfig, ConfigError
 from launcher.jobs import State, environment
-from launcher.slurm import Job, check_cluster, job_of, name_of, sbatch_text
+from launcher.slurm import Job, check_cluster, job_of, name_of, sbatch_text, seconds
 from launcher.slurm_end import is_stopped
 
 JOB = Job(
@@ -193,6 +193,11 @@ def test_how_gpus_are_asked_for(cluster: ClusterConfig, on_cuda: bool, expected:
             ClusterConfig(extra=["mail-type=END"]),
             "'mail-type=END' is not an option of sbatch or srun. HINT: cluster.extra=['--mail-type=END']",
         ),
+        (
+            ClusterConfig(time="1:00"),
+            "cluster.signal_s=90 is no time before the end of cluster.time=1:00. "
+            "HINT: cluster.signal_s=20, or 0 for no warning",
+        ),
         (ClusterConfig(gpus_flag="gpu"), "cluster.gpus_flag=gpu is not known. HINT: gpus-per-node, gres or none"),
         (
             ClusterConfig(environment={"A-B": "1"}),
@@ -205,6 +210,21 @@ def test_what_a_cluster_cannot_be_told(cluster: ClusterConfig, message: str) -> 
     with pytest.raises(ConfigError) as caught:
         check_cluster(cluster)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("time", "expected"),
+    [
+        ("1:30", 90),
+        ("01:00:00", 3600),
+        ("1-12", 129600),
+        ("1-12:30", 131400),
+        ("2-00:00:01", 172801),
+        ("INFINITE", None),
+    ],
+)
+def test_time_limits_in_seconds(time: str, expected: int | None) -> None:
+    assert seconds(time) == expected
 
 
 @pytest.mark.parametrize("time", ["30:00", "01:00:00", "1-12", "1-12:30", "2-00:00:00", "UNLIMITED", None])
