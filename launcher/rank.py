@@ -64,10 +64,16 @@ class Rank:
             "answers": self.answers,
             "repeats": self.repeats,
         }
-        self._last_word = threading.Lock()
+        self._writing = threading.Lock()
+        self._is_ending = False
 
     def run(self) -> str:
         """Do the work and write the rank file; gives the status. An error is recorded, never raised."""
+        status = self._work()
+        self._give_way()
+        return status
+
+    def _work(self) -> str:
         try:
             backend = self._load()
             self._generate(backend)
@@ -110,9 +116,14 @@ class Rank:
     def _append(self, kind: str, rows: Sequence[dict[str, Any]]) -> None:
         if not self.answers:
             return
-        attempts.check(self.run_dir, self.attempt)
-        with (self.run_dir / f"rank_{self.world.rank}.{kind}.jsonl").open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        path = self.run_dir / f"rank_{self.world.rank}.{kind}.jsonl"
+        with self._writing:
+            if not self._is_ending:  # what is saved after the rank's last word would be in no record
+                attempts.check(self.run_dir, self.attempt)
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(text)
+        self._give_way()
 
     def between_batches(self) -> None:
         """End here if the rank was asked to."""
@@ -126,7 +137,13 @@ class Rank:
 
     def end(self, outcome: Outcome) -> str:
         """Leave a word before the process ends, unless the rank has already had its last; gives the status."""
+        self._is_ending = True
         return self._write(outcome.status, self._error(type="Ended", message=outcome.message, hint=""))
+
+    def _give_way(self) -> None:
+        """Do nothing any more where the guard is about to end the process."""
+        while self._is_ending:
+            time.sleep(LAST_WORD_S)
 
     def _fail(self, error: BaseException) -> str:
         status, said = explain(error)
@@ -142,7 +159,7 @@ class Rank:
 
     def _write(self, status: str, error: dict[str, Any] | None = None) -> str:
         """Write the rank file once, and not if a newer attempt has begun; gives the status that counts."""
-        if not self._last_word.acquire(timeout=LAST_WORD_S):
+        if not self._writing.acquire(timeout=LAST_WORD_S):
             return status
         try:
             if "status" not in self.result:
@@ -155,7 +172,7 @@ class Rank:
         except attempts.SupersededError:
             return "superseded"
         finally:
-            self._last_word.release()
+            self._writing.release()
 
 
 def _backend(config: RunConfig) -> Backend:

@@ -1,0 +1,143 @@
+"""kill -9 of the launching process, of a rank, of everything, at random moments: nothing is lost, nothing is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import ROOT, environment, launcher
+
+from launcher.files import read_lines
+from launcher.processes import end_run, of_run
+from launcher.progress import read_progress
+from launcher.prompts import read_prompts
+
+SEED = 20240601
+ROUNDS = 50
+TWO_RANKS = 4  # of the rounds; torchrun takes seconds to start, one rank alone does not
+AT_ONCE = 3
+PROMPTS = 30
+RUN = (
+    "backend=dummy", "backend.step_s=0.002", "prompts=synthetic", f"prompts.count={PROMPTS}", "prompts.output_tokens=8",
+    "measure.batch_size=1", "measure.repeats=2",
+)  # fmt: skip
+GONE_S = 20.0
+
+
+def run_dir_of(out: Path) -> Path | None:
+    return next((path.parent for path in out.glob("*/run.json")), None)
+
+
+def mark_of(run_dir: Path) -> str:
+    return str(json.loads((run_dir / "run.json").read_text())["mark"])
+
+
+def kill_parent(process: subprocess.Popen[bytes], out: Path) -> None:
+    process.kill()
+
+
+def kill_rank(process: subprocess.Popen[bytes], out: Path) -> None:
+    run_dir = run_dir_of(out)
+    progress = read_progress(run_dir / "rank_0.progress") if run_dir else None
+    if run_dir and progress and progress.pid in {living.pid for living in of_run(mark_of(run_dir))}:
+        os.kill(progress.pid, signal.SIGKILL)
+
+
+def kill_everything(process: subprocess.Popen[bytes], out: Path) -> None:
+    process.kill()
+    run_dir = run_dir_of(out)
+    for living in of_run(mark_of(run_dir)) if run_dir else []:
+        with suppress(Exception):
+            living.kill()
+
+
+KILLS: tuple[Callable[[subprocess.Popen[bytes], Path], None], ...] = (kill_parent, kill_rank, kill_everything)
+
+
+def check_what_is_left(out: Path) -> None:
+    """Everything in the directory can be read, and no process is left."""
+    run_dir = run_dir_of(out)
+    if run_dir is None:
+        return
+    deadline = time.monotonic() + GONE_S
+    while left := of_run(mark_of(run_dir)):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+    for path in run_dir.rglob("*.json"):
+        json.loads(path.read_text())
+    for path in run_dir.rglob("*.jsonl"):
+        read_lines(path)
+    if (run_dir / "record.json").exists():
+        record = json.loads((run_dir / "record.json").read_text())
+        assert record["status"] in ("ok", "failed", "cancelled"), record["error"]
+        saved = {row["index"] for path in run_dir.rglob("rank_*.completions.jsonl") for row in read_lines(path)}
+        assert saved == {row["index"] for row in read_lines(run_dir / "completions.jsonl")}
+
+
+def check_resumed(out: Path) -> dict[str, Any]:
+    """The run has every completion once, and each is what the dummy says."""
+    ended = launcher(*RUN, *devices_of(out), f"output_dir={out}", "resume=true")
+    assert ended.code == 0, ended.err
+    run_dir = Path(ended.last_json["run_dir"])
+    rows = read_lines(run_dir / "completions.jsonl")
+    asked = read_prompts(run_dir / "prompts.jsonl")
+    assert [row["index"] for row in rows] == list(range(PROMPTS))
+    for row, prompt in zip(rows, asked, strict=True):
+        assert row["token_ids"] == [(prompt.token_ids[-1] + step) % 256 for step in range(1, 9)]
+    saved = sorted(row["index"] for path in run_dir.rglob("rank_*.completions.jsonl") for row in read_lines(path))
+    assert saved == list(range(PROMPTS)), "a prompt was answered twice"
+    assert of_run(mark_of(run_dir)) == []
+    return dict(json.loads((run_dir / "record.json").read_text()))
+
+
+def devices_of(out: Path) -> tuple[str, ...]:
+    return (f"devices={out.name.rpartition('_')[2]}",)
+
+
+def one_round(number: int, out: Path, kill: Callable[[subprocess.Popen[bytes], Path], None], moment: float) -> str:
+    """Start a run, kill a part of it, look at what is left, finish it."""
+    command = [sys.executable, "-m", "launcher", *RUN, *devices_of(out), f"output_dir={out}"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while run_dir_of(out) is None and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(moment)
+        kill(process, out)
+        process.wait(timeout=60)
+        check_what_is_left(out)
+        record = check_resumed(out)
+        return f"{kill.__name__}, {len(record['attempts'])} attempts"
+    finally:
+        process.kill()
+        process.wait()
+        if run_dir := run_dir_of(out):
+            end_run(mark_of(run_dir))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_killed_anywhere_can_be_finished(tmp_path: Path) -> None:
+    draw = random.Random(SEED)
+    rounds = []
+    for number in range(ROUNDS):
+        devices = 2 if number < TWO_RANKS else 1
+        out = tmp_path / f"{number}_{devices}"
+        out.mkdir()
+        rounds.append((number, out, draw.choice(KILLS), draw.uniform(0, 6.0 if devices == 2 else 2.0)))
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        became = list(pool.map(lambda one: one_round(*one), rounds))
+    assert sum(text.endswith("2 attempts") for text in became) > ROUNDS / 3, became
