@@ -6,10 +6,10 @@ import launcher
 from launcher.compose import conf_dir, groups, options
 
 EXAMPLES = (
-    ("two processes shard the embedded model and answer the default prompts", ""),
-    ("another engine", "backend=deepspeed"),
+    ("two processes shard the embedded model and answer the default prompts", "backend=fsdp devices=2"),
     ("the plan of a large model, without starting anything", "model=falcon_40b devices=4 precision=bf16 dry_run=true"),
     ("your own prompts and model", "model.path=/models/my-llama prompts=file prompts.path=questions.txt"),
+    ("a job on two nodes of a SLURM cluster", "launch=slurm num_nodes=2 cluster=example"),
     ("a sweep, each point in a fresh process, one table at the end", "-m backend=fsdp,transformers devices=1,2"),
 )
 

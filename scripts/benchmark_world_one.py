@@ -1,6 +1,6 @@
 """backend=fsdp on one device against backend=transformers, interleaved in one process: the ratio should be 1.
 
-    python scripts/benchmark_world_one.py [--model tiny_falcon] [--pairs 15] [--new-tokens 64]
+python scripts/benchmark_world_one.py [--model tiny_falcon] [--pairs 15] [--new-tokens 64]
 """
 
 from __future__ import annotations

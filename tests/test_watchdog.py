@@ -1,4 +1,4 @@
-"""A run that hangs or takes too long is ended, with the rank that is behind and everyone's stacks; a slow one is not."""
+"""Runs that hang or take too long, and runs that somebody else started: ended from outside, with the stacks kept."""
 
 from __future__ import annotations
 
