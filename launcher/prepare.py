@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import time
 import uuid
@@ -157,7 +158,7 @@ def model_folder(config: RunConfig) -> Path | None:
     needs_folder = config.model.weights is Weights.auto and not config.dry_run
     if config.model.config and not needs_folder and not Path(path).is_dir():
         return None
-    return resolve(path, config.model.revision)
+    return resolve(path, config.model.revision, weights=config.model.weights is Weights.auto)
 
 
 def _model_config(config: RunConfig, folder: Path | None) -> dict[str, Any]:
@@ -192,6 +193,7 @@ def described(run: Run) -> dict[str, Any]:
     return {
         "config": to_dict(run.config),
         "command": list(run.command),
+        "folder": os.getcwd(),
         "model_folder": str(run.model_folder) if run.model_folder else None,
         "model_config": run.model_config,
         "processes": run.processes,
@@ -204,7 +206,8 @@ def described(run: Run) -> dict[str, Any]:
 def new_folder(config: RunConfig, suffix: str = "") -> Path:
     """A folder in `output_dir` that no other run has; UserError where none can be made."""
     world_size = config.devices * config.num_nodes
-    name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config.backend.name}_{config.model.name}_x{world_size}{suffix}"
+    model = re.sub(r"[^A-Za-z0-9._-]", "_", config.model.name)
+    name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config.backend.name}_{model}_x{world_size}{suffix}"
     parent = Path(config.output_dir)
     try:
         parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from shards.fully_shard import fully_shard_model
-from shards.load import build_meta, materialize
+from shards.load import build_meta
 
 WORLD_SIZES = (2, 4, 8, 64, 512)
 
@@ -68,10 +68,8 @@ def autotp_numel(config: dict[str, Any], size: int, rank: int) -> int:
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_SIZE="0")
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
-    model = build_meta(config, torch.float32)
-    materialize(model, "cpu")
-    tensor_parallel = {"tp_size": size}
-    engine = deepspeed.init_inference(model, tensor_parallel=tensor_parallel, dtype=torch.float32)
+    model = build_meta(config, torch.bfloat16)
+    engine = deepspeed.init_inference(model, tensor_parallel={"tp_size": size}, dtype=torch.bfloat16)
     return sum(parameter.numel() for parameter in engine.module.parameters())
 
 

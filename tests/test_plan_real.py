@@ -102,5 +102,6 @@ def test_deepspeed_numbers_are_those_that_autotp_leaves_on_a_rank() -> None:
     llama = {"model_type": "llama", "num_key_value_heads": 4, "intermediate_size": 720, "mlp_bias": True, **heads}
     qwen = {**llama, "model_type": "qwen3", "head_dim": 64, "tie_word_embeddings": True, "intermediate_size": 704}
     cases = [(falcon, 2), (llama, 4), (qwen, 2)]
+    cases += [(preset("falcon_40b"), size) for size in (2, 4, 8)] + [(preset("llama_30b"), size) for size in (2, 4)]
     planned = [list(cut_up(ModelShape.from_config(config), "deepspeed", size)) for config, size in cases]
     assert planned == real("deepspeed", cases)
