@@ -14,7 +14,7 @@ import yaml
 
 from launcher import report, usage
 from launcher.arrays import DETACHED, Detached
-from launcher.compose import compose_run, expand_sweep
+from launcher.compose import command_of, compose_run, expand_sweep
 from launcher.config import ConfigError, to_dict
 from launcher.elastic import become_node, check_nodes
 from launcher.launch import worker_command
@@ -92,7 +92,7 @@ def _dispatch(arguments: Arguments, world: World) -> int:
         return 0
     if config.run_dir is not None:
         return _continue(config, arguments, world)
-    command = ("python", "-m", "launcher", *arguments.overrides)
+    command = command_of(arguments.overrides, arguments.config_dirs)
     if world.launcher != "alone":
         return _join(config, world, command)
     if config.dry_run:
@@ -111,7 +111,7 @@ def _sweep(arguments: Arguments) -> int:
         return sweep(arguments.overrides, arguments.config_dirs)
     for config, point in zip(configs, points, strict=True):
         print(f"\n# {' '.join(point)}", flush=True)
-        _dry_run(config, ("python", "-m", "launcher", *point))
+        _dry_run(config, command_of(point, arguments.config_dirs))
     return 0
 
 

@@ -3,7 +3,7 @@
 `python -m launcher.attempts RUN_DIR` begins the next attempt and prints its number: for a batch script, before it
 starts the ranks.
 
-    attempt.json    the number of the newest attempt
+    attempt.json    the number of the newest attempt, and what started its ranks where that was the launcher
     attempt_N/      the files of the ranks, the record and the log of attempt N, once a later one has begun
     saved.json      what the attempts before this one have finished, as all ranks of this one read it
 """

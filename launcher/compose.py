@@ -7,7 +7,7 @@ import difflib
 import itertools
 import re
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -17,6 +17,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launcher.config import BACKENDS, ConfigError, RunConfig, check
+from launcher.quoting import in_quotes, readable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 OPEN_KEYS = ("backend.extra.",)  # entries of these need no + before them
 
@@ -40,9 +44,11 @@ def groups() -> list[str]:
 def compose_run(overrides: list[str], config_dirs: tuple[str, ...] = ()) -> RunConfig:
     """The typed, checked configuration of one run; ConfigError with one line for whatever is wrong with it."""
     _register_schemas()
-    overrides = [f"+{item}" if item.startswith(OPEN_KEYS) else item for item in overrides]
+    overrides = [f"+{item}" if item.startswith(OPEN_KEYS) else item for item in readable(overrides)]
     search = (
-        [f"hydra.searchpath=[{','.join(f'file://{Path(d).absolute()}' for d in config_dirs)}]"] if config_dirs else []
+        [f"hydra.searchpath=[{','.join(in_quotes(f'file://{Path(d).absolute()}') for d in config_dirs)}]"]
+        if config_dirs
+        else []
     )
     try:
         with initialize_config_dir(str(conf_dir().absolute()), version_base="1.3"):
@@ -56,12 +62,15 @@ def compose_run(overrides: list[str], config_dirs: tuple[str, ...] = ()) -> RunC
     return config
 
 
+def command_of(overrides: Sequence[str], config_dirs: Sequence[str]) -> tuple[str, ...]:
+    """The command that composes the same."""
+    return ("python", "-m", "launcher", *overrides, *(f"--config-dir={folder}" for folder in config_dirs))
+
+
 def expand_sweep(overrides: list[str]) -> list[list[str]]:
     """The points of `-m a=1,2 b=x,y`: one list of overrides each, the last key fastest."""
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    except HydraException as error:
-        raise _readable(error) from None
+    overrides = readable(overrides)
+    parsed = OverridesParser.create().parse_overrides(overrides)
     axes = []
     for text, override in zip(overrides, parsed, strict=True):
         if override.is_sweep_override():

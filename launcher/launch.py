@@ -66,9 +66,18 @@ def worker_environment(environ: dict[str, str], run: dict[str, Any], attempt: in
     return {**environ, **own}
 
 
-def write_command(run_dir: Path, command: Sequence[str]) -> None:
-    """`command.sh`: what was started, to read and to start again by hand."""
-    write_text(run_dir / "command.sh", f"#!/bin/sh\nexec {shlex.join(command)}\n")
+def write_command(run_dir: Path, run: dict[str, Any]) -> None:
+    """`command.sh`: makes the same run once more, in a directory of its own."""
+    asked = [word for word in run["command"][1:] if not word.startswith("resume=")]
+    root = shlex.quote(str(Path(__file__).resolve().parents[1]))
+    lines = (
+        "#!/bin/sh",
+        f"cd {shlex.quote(run['folder'])} || exit 1",
+        f'export PYTHONPATH={root}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+        f"exec {shlex.join([sys.executable, *asked])}",
+        "",
+    )
+    write_text(run_dir / "command.sh", "\n".join(lines))
 
 
 def run_local(run_dir: Path, show: Show) -> dict[str, Any]:
@@ -90,7 +99,8 @@ def _attempt(run_dir: Path, run: dict[str, Any], attempt: int, show: Show) -> di
         found = neighbours(os.environ, config.devices)
         write_json(run_dir / "run.json", run | {"notes": [*run["notes"], *found]})
     command = worker_command(str(run_dir), run["processes"], config.backend.python)
-    write_command(run_dir, command)
+    write_json(run_dir / "attempt.json", {"attempt": attempt, "command": list(command)})
+    write_command(run_dir, run)
     memory = processes.SharedMemoryWatch()
     outcome: Outcome | None = None
     with (run_dir / "launch.log").open("wb") as log, _signals(run_dir, run):

@@ -58,7 +58,7 @@ def read_texts(wanted: PromptsConfig) -> list[str]:
 
 def _read_file(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() also splits at U+2028 in a prompt
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"Cannot read the prompts in {path}: {error}.", "prompts.path= a UTF-8 file") from None
     if path.suffix == ".jsonl":
@@ -144,5 +144,5 @@ def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
 
 def read_prompts(path: Path) -> list[Prompt]:
     """The inverse of `write_prompts`."""
-    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    rows = map(json.loads, path.read_text(encoding="utf-8").split("\n")[:-1])
     return [Prompt(row["index"], row["text"], tuple(row["token_ids"])) for row in rows]

@@ -10,7 +10,7 @@ from launcher import arrays, compare, report, resume
 from launcher.bars import Bars
 from launcher.batch_search import run_with_largest_batch
 from launcher.comparison import alike, read_run
-from launcher.compose import compose_run, expand_sweep
+from launcher.compose import command_of, compose_run, expand_sweep
 from launcher.config import from_dict, to_dict
 from launcher.elastic import check_one_node
 from launcher.files import read_json
@@ -51,7 +51,7 @@ def sweep(overrides: Sequence[str], config_dirs: tuple[str, ...]) -> int:
     """Run every point and print one table of them all; the exit code."""
     points = expand_sweep(list(overrides))
     configs = [compose_run(point, config_dirs) for point in points]
-    commands = [("python", "-m", "launcher", *point) for point in points]
+    commands = [command_of(point, config_dirs) for point in points]
     local = [place for place, config in enumerate(configs) if config.launch.name != "slurm"]
     others = [place for place in range(len(points)) if place not in local]
     made: dict[int, dict[str, Any]] = {}

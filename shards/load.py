@@ -65,6 +65,11 @@ def _config(source: Path | str | Mapping[str, Any] | PretrainedConfig, trust_rem
         return AutoConfig.for_model(**source)
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = source if isinstance(source, (str, Path)) else "The configuration given"
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(
+                f"{what} brings code of its own, which is not run unasked.",
+                "model.trust_remote_code=true, if you trust it",
+            ) from None
         raise CheckpointError(
             f"{what} has no config that transformers can read: {error}", "it must hold the config.json of a causal LM"
         ) from None
