@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from launcher.compose import compose_run
 from launcher.files import read_lines
 from launcher.generate import schedule
 from launcher.processes import end_run, of_run
+from launcher.progress import read_progress
 from shards.world import World
 
 PROMPTS = tuple(Prompt(index, f"prompt {index}", (index + 1, 2)) for index in range(10))
@@ -107,10 +109,10 @@ def test_a_late_rank_writes_nothing(tmp_path: Path) -> None:
 
 
 @contextmanager
-def begun(out: Path, *overrides: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+def begun(out: Path, *overrides: str, **extra: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """A run that has saved its first completions; whatever the test leaves of it is ended."""
     command = [sys.executable, "-m", "launcher", f"output_dir={out}", *overrides]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, stdout=-1, stderr=-1)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(**extra), text=True, stdout=-1, stderr=-1)
     try:
         deadline = time.monotonic() + 90
         while not list(out.glob("*/rank_0.completions.jsonl")):
@@ -189,6 +191,32 @@ def test_an_interrupted_run_goes_on(overrides: tuple[str, ...], repeats: int, tm
         assert record["partial"] is None
         assert (record["totals"]["prompts"], record["totals"]["repeats"]) == (20, repeats - 1)
     assert record["totals"]["same_tokens_every_repeat"]
+
+
+def test_a_rank_that_cannot_end_in_time_is_ended(tmp_path: Path) -> None:
+    hang = ("backend.fail_at=hang", "backend.fail_after=3", "backend.step_s=0.05")
+    with begun(tmp_path, *DUMMY, *hang) as (process, run_dir):
+        time.sleep(2)
+        process.send_signal(signal.SIGUSR1)
+        start = time.monotonic()
+        process.communicate(timeout=60)
+        assert time.monotonic() - start < 20
+    record = record_of(run_dir)
+    assert (record["status"], record["error"]["message"]) == ("cancelled", "received SIGUSR1")
+    assert [rank["status"] for rank in record["ranks"]] == ["interrupted", "interrupted"]
+    assert record["ranks"][1]["error"]["stage"] == "repeat 1/3 batch 3/10"
+
+
+def test_sigterm_can_be_a_notice(tmp_path: Path) -> None:
+    slow = (*DUMMY, "devices=1", "backend.step_s=0.05", "measure.repeats=1")
+    with begun(tmp_path, *slow, LAUNCHER_ON_TERM="interrupt") as (process, run_dir):
+        progress = read_progress(run_dir / "rank_0.progress")
+        assert progress is not None
+        os.kill(progress.pid, signal.SIGTERM)
+        process.communicate(timeout=60)
+    record = record_of(run_dir)
+    assert (record["status"], record["ranks"][0]["status"]) == ("cancelled", "interrupted")
+    assert record["error"]["message"] == "received SIGTERM"
 
 
 def test_what_is_done_is_reported_again(tmp_path: Path) -> None:
