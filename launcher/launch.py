@@ -19,7 +19,7 @@ from launcher.neighbours import neighbours
 from launcher.progress import read_all
 from launcher.record import finish
 from launcher.verdict import Outcome
-from launcher.watchdog import Watchdog, write_stacks
+from launcher.watchdog import Watchdog, blame, write_stacks
 from launcher.worker import PARENT
 
 if TYPE_CHECKING:
@@ -142,8 +142,7 @@ def _watch(
             memory.look([item.pid for item in processes.of_run(run["mark"])])
         show(ranks)
         if outcome := watchdog.look(ranks):
-            write_stacks(run_dir, living(ranks, run["mark"]))
-            return outcome
+            return blame(outcome, ranks, write_stacks(run_dir, living(ranks, run["mark"])))
         polls += 1
         time.sleep(POLL_S)
     if process.returncode == 0:

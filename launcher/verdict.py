@@ -40,6 +40,9 @@ def verdict(
         return ("timeout" if outcome and outcome.status == "timeout" else "cancelled"), own_words
     if outcome is not None and outcome.rank is not None:
         # The watcher ended the ranks for it: that some of them are silent is the consequence.
+        if first and first["status"] == "hang" and first.get("waits") and silent:
+            number, progress = min(silent, key=lambda item: item[1].time)
+            return "hang", said(number, progress.stage, "Ended", f"{outcome.message}; it does not answer")
         blamed = said(outcome.rank, outcome.stage, "Ended", outcome.message)
         return (first["status"], own_words) if first else (outcome.status, blamed)
     if silent:
@@ -61,11 +64,12 @@ def verdict(
 
 
 def _first(told: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The rank that failed first; of ranks that hang, which notice it at the same time, the one furthest behind."""
+    """The rank that failed first; of ranks that hang, which notice it at the same time, one that waits for no other."""
     first = min(told, key=lambda rank: rank["ended_at"], default=None)
     if first is None or first["status"] != "hang":
         return first
-    return min((rank for rank in told if rank["status"] == "hang"), key=lambda rank: rank["last_step_at"])
+    hung = (rank for rank in told if rank["status"] == "hang")
+    return min(hung, key=lambda rank: (rank.get("waits", False), rank["last_step_at"]))
 
 
 def _silent(run_dir: Path, ranks: Sequence[dict[str, Any] | None]) -> list[tuple[int, Progress]]:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from launcher.config import RunConfig
     from launcher.progress import Progress
 
+COLLECTIVE = "distributed_c10d"  # in the stack of a rank that waits for others
 DUMP_S = 20.0  # the most time that the stacks of all ranks may take
 FALLBACK_S = 2.0
 
@@ -48,16 +50,18 @@ class Watchdog:
         if ticks != self.ticks:
             self.ticks, self.last_step = ticks, moment
         if self.timeout_s and moment - self.started > self.timeout_s:
-            return _blaming(ranks, "timeout", f"the run took longer than timeout_s={self.timeout_s:g}")
+            return _blaming(ranks, Outcome("timeout", f"the run took longer than timeout_s={self.timeout_s:g}"))
         if self.hang_timeout_s and moment - self.last_step > self.hang_timeout_s:
-            return _blaming(ranks, "hang", f"no rank has made a step for hang_timeout_s={self.hang_timeout_s:g}")
+            message = f"no rank has made a step for hang_timeout_s={self.hang_timeout_s:g}"
+            return _blaming(ranks, Outcome("hang", message))
         return None
 
 
-def _blaming(ranks: Sequence[Progress | None], status: str, message: str) -> Outcome:
-    late = min(range(len(ranks)), key=lambda number: _last_step(ranks[number]))
+def _blaming(ranks: Sequence[Progress | None], outcome: Outcome, of: Sequence[int] | None = None) -> Outcome:
+    """`outcome` with the rank whose last step is the oldest, of all or of some ranks, and its stage."""
+    late = min(range(len(ranks)) if of is None else of, key=lambda number: _last_step(ranks[number]))
     progress = ranks[late]
-    return Outcome(status, message, late, progress.stage if progress else "start")
+    return replace(outcome, rank=late, stage=progress.stage if progress else "start")
 
 
 def _last_step(progress: Progress | None) -> float:
@@ -66,20 +70,36 @@ def _last_step(progress: Progress | None) -> float:
     return float("inf") if progress.stage == "end" else progress.time
 
 
-def write_stacks(run_dir: Path, pids: Mapping[int, int]) -> list[Path]:
-    """`stacks_rank_N.txt` for each rank of `pids`: of all its threads and child processes by py-spy.
+def blame(outcome: Outcome, ranks: Sequence[Progress | None], stacks: Mapping[int, str]) -> Outcome:
+    """`outcome` with the rank to blame by its stack: ranks that wait in a collective wait for one that does not.
 
-    Where py-spy may not look at them (a container without ptrace), of its threads by the rank itself.
+    Steps of ranks in lockstep are too close in time to tell who was first to stop.
+    """
+    free = [number for number, text in stacks.items() if not waits(text)]
+    if outcome.status != "hang" or outcome.rank not in stacks or outcome.rank in free or not free:
+        return outcome
+    return _blaming(ranks, outcome, free)
+
+
+def waits(stack: str) -> bool:
+    """Whether a rank with this stack waits for other ranks."""
+    return COLLECTIVE in stack
+
+
+def write_stacks(run_dir: Path, pids: Mapping[int, int]) -> dict[int, str]:
+    """`stacks_rank_N.txt`, and what is in it, for each rank of `pids`.
+
+    Of all its threads and child processes by py-spy; where py-spy may not look at them (a container without ptrace), of
+    its threads by the rank itself.
     """
     spy = shutil.which("py-spy", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
     dumps = {number: _start_dump(spy, pid) for number, pid in pids.items()} if spy else {}
     deadline = time.monotonic() + DUMP_S
-    written = []
+    written = {}
     for number, pid in pids.items():
         text = _read_dump(dumps[number], deadline) if number in dumps else ""
-        path = run_dir / f"stacks_rank_{number}.txt"
-        write_text(path, text or _own_stacks(pid, run_dir / f"rank_{number}.log"))
-        written.append(path)
+        written[number] = text or _own_stacks(pid, run_dir / f"rank_{number}.log")
+        write_text(run_dir / f"stacks_rank_{number}.txt", written[number])
     return written
 
 

@@ -16,7 +16,7 @@ from launcher import attempts, guard
 from launcher.progress import read_all
 from launcher.rank import Rank
 from launcher.record import finish
-from launcher.watchdog import Watchdog
+from launcher.watchdog import Watchdog, waits
 from shards.world import World
 
 if TYPE_CHECKING:
@@ -68,8 +68,10 @@ def run_rank(run_dir: Path, world: World, parent: int | None) -> str:
 
     def end(outcome: Outcome, parent_is_gone: bool) -> None:
         if outcome.status in ("hang", "timeout"):
-            with (run_dir / f"stacks_rank_{world.rank}.txt").open("w") as file:
+            stacks = run_dir / f"stacks_rank_{world.rank}.txt"
+            with stacks.open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
+            rank.result["waits"] = waits(stacks.read_text())
         if rank.end(outcome) != "superseded" and (parent is None or parent_is_gone):
             time.sleep(OTHERS_S + (watched.look_s if watched.look else 0))  # the others end for the same reason now
             finish(run_dir, outcome)

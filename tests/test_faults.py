@@ -122,6 +122,16 @@ def test_an_interrupt_from_the_keyboard_is_cancelled(tmp_path: Path) -> None:
     assert process.returncode == 1
 
 
+@pytest.mark.slow
+def test_a_rank_that_stands_still_is_the_one_that_hangs(tmp_path: Path) -> None:
+    with running(tmp_path, *FSDP, "hang_timeout_s=25") as (process, run_dir):
+        os.kill(_pid(run_dir, 1), signal.SIGSTOP)
+        _, err = process.communicate(timeout=25 + GONE_S)
+        _wait_until_gone(run_dir)
+    assert (_record(run_dir)["status"], _record(run_dir)["error"]["rank"]) == ("hang", 1), err
+    assert "distributed_c10d" in (run_dir / "stacks_rank_0.txt").read_text()
+
+
 def test_an_error_in_a_rank_is_one_line_and_its_traceback_is_kept(tmp_path: Path) -> None:
     ended = launcher("backend=dummy", "backend.fail_at=generate", f"output_dir={tmp_path}")
     assert ended.code == 1

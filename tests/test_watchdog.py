@@ -15,7 +15,7 @@ from launcher.compose import compose_run
 from launcher.processes import of_run
 from launcher.progress import Progress
 from launcher.verdict import Outcome
-from launcher.watchdog import Watchdog, write_stacks
+from launcher.watchdog import Watchdog, blame, write_stacks
 
 HANG = ("backend=dummy", "backend.fail_at=hang", "backend.fail_after=2", "measure.batch_size=1")
 
@@ -54,6 +54,22 @@ def test_the_rank_to_blame(ranks: tuple[Progress | None, ...], rank: int, stage:
     clock[0] = 10.1
     message = "no rank has made a step for hang_timeout_s=10"
     assert dog.look(ranks) == Outcome("hang", message, rank, stage)
+
+
+@pytest.mark.parametrize(
+    ("stacks", "rank"),
+    [
+        ({0: "all_gather (torch/distributed/distributed_c10d.py:4394)", 1: "no stacks"}, 1),
+        ({0: "sleep", 1: "all_gather (torch/distributed/distributed_c10d.py:4394)"}, 0),
+        ({0: "distributed_c10d", 1: "distributed_c10d"}, 0),
+        ({1: "sleep"}, 0),
+    ],
+    ids=["the one that nobody waits behind", "already right", "all wait", "one that lives no more"],
+)
+def test_who_waits_for_another_is_not_to_blame(stacks: dict[int, str], rank: int) -> None:
+    found = blame(Outcome("hang", "it hangs", 0, "load"), (at(5, "load"), at(6, "close")), stacks)
+    assert (found.status, found.message, found.rank) == ("hang", "it hangs", rank)
+    assert found.stage == ("load", "close")[rank]
 
 
 def test_the_time_of_the_whole_run() -> None:
@@ -124,10 +140,10 @@ def test_stacks_of_a_rank(spy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyP
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
-        [path] = write_stacks(tmp_path, {0: process.pid})
+        text = write_stacks(tmp_path, {0: process.pid})[0]
     finally:
         process.kill()
         process.communicate()
-    text = path.read_text()
+    assert text == (tmp_path / "stacks_rank_0.txt").read_text()
     assert "stuck" in text
     assert ("Current thread" in text or "most recent call first" in text) != spy
