@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from running import launcher
@@ -137,7 +138,8 @@ def test_no_batch_fits(tmp_path: Path) -> None:
 def test_a_neighbour_on_a_device_is_named() -> None:
     mine = SimpleNamespace(pid=os.getpid(), usedGpuMemory=3 * GIB)
     gone = SimpleNamespace(pid=2**22 + 1, usedGpuMemory=None)
-    assert sentence("GPU-1", mine) == f"GPU-1: process {os.getpid()} (python) already held 3.00 GiB when the run began"
+    who = f"process {os.getpid()} ({psutil.Process().name()})"
+    assert sentence("GPU-1", mine) == f"GPU-1: {who} already held 3.00 GiB when the run began"
     expected = f"GPU-1: process {2**22 + 1} (not visible from here) already held memory when the run began"
     assert sentence("GPU-1", gone) == expected
     assert neighbours({"CUDA_VISIBLE_DEVICES": ""}, 8) == []
