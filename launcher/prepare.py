@@ -138,13 +138,22 @@ def _check_devices(config: RunConfig) -> bool:
 
 
 def _settle(config: RunConfig, on_cuda: bool) -> tuple[RunConfig, list[str]]:
-    """What the machine decides: without GPUs one process of plain transformers has one device, the machine's memory."""
-    if config.backend.name == "transformers" and config.num_nodes > 1:
-        raise ConfigError("backend=transformers runs on one node.", "num_nodes=1, or backend=fsdp")
-    if config.backend.name == "transformers" and not on_cuda and config.devices > 1:
-        note = f"devices={config.devices}, but plain transformers has one device without GPUs: the machine's memory"
-        return replace(config, devices=1), [note]
-    return config, []
+    """Plain transformers is one process: it uses one node, and without GPUs one device, and a note says so.
+
+    So the reference has its row in every sweep.
+    """
+    notes: list[str] = []
+    if config.backend.name != "transformers":
+        return config, notes
+    if config.num_nodes > 1:
+        notes.append(f"num_nodes={config.num_nodes}, but plain transformers is one process on one node")
+        config = replace(config, num_nodes=1)
+    if not on_cuda and config.devices > 1:
+        notes.append(
+            f"devices={config.devices}, but plain transformers has one device without GPUs: the machine's memory"
+        )
+        config = replace(config, devices=1)
+    return config, notes
 
 
 def model_folder(config: RunConfig) -> Path | None:

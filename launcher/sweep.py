@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def run_point(config: RunConfig, command: tuple[str, ...]) -> dict[str, Any]:
     """Prepare, start and watch one run on this machine; its record, which may be there already with `resume=true`."""
     run = prepare(config, command)
-    check_one_node(config)
+    check_one_node(run.config)
     if config.measure.find_batch_size:
         return run_with_largest_batch(run, finish_run)
     run_dir, _ = resume.directory_of(run)

@@ -66,10 +66,6 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             ["output_dir=/etc/passwd/runs"],
             "Cannot write in output_dir=/etc/passwd/runs: Not a directory. HINT: output_dir= a folder of yours",
         ),
-        (
-            ["backend=transformers", "num_nodes=2"],
-            "backend=transformers runs on one node. HINT: num_nodes=1, or backend=fsdp",
-        ),
     ],
 )
 def test_what_the_user_can_mend_is_one_line(
