@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from launcher.backends.vllm_options import pool_bytes
 from launcher.config import FsdpConfig, Precision, VllmConfig
 from launcher.prompts import sampling_of
 from shards.hardware import CPU, Device, Link, known_device
@@ -37,7 +38,8 @@ def plan_of(
         options["reshard_after_forward"] = backend.reshard_after_forward
     if isinstance(backend, VllmConfig):
         options["gpu_memory_utilization"] = backend.gpu_memory_utilization
-        options["kv_cache_memory_bytes"] = backend.kv_cache_memory_bytes
+        is_free_memory_known = config.launch.name != "slurm"  # that of the nodes only they can see
+        options["kv_cache_memory_bytes"] = pool_bytes(config, model_config, not on_cuda and is_free_memory_known)
         options["max_num_seqs"] = backend.max_num_seqs or VLLM_SEQUENCES
     device, link = _devices(config, on_cuda)
     request = PlanRequest(
@@ -46,7 +48,7 @@ def plan_of(
         devices=config.devices,
         num_nodes=config.num_nodes,
         dtype_bytes=DTYPE_BYTES[config.precision],
-        batch_size=min(config.measure.batch_size, _share(config, len(prompts))),
+        batch_size=_batch_size(config, len(prompts)),
         prompt_tokens=max(len(prompt.token_ids) for prompt in prompts),
         max_new_tokens=sampling_of(config).max_new_tokens,
         device=device,
@@ -65,9 +67,12 @@ def _devices(config: RunConfig, on_cuda: bool) -> tuple[Device, Link | None]:
     return known_device(config.cluster.device) if config.cluster.device else Device("a GPU of the cluster"), None
 
 
-def _share(config: RunConfig, prompts: int) -> int:
-    """How many prompts one rank answers."""
-    return -(-prompts // (config.devices * config.num_nodes)) if config.backend.data_parallel else prompts
+def _batch_size(config: RunConfig, prompts: int) -> int:
+    """How many prompts one rank answers at once: with continuous batching all that the engine takes."""
+    if isinstance(config.backend, VllmConfig):
+        return min(prompts, config.backend.max_num_seqs or VLLM_SEQUENCES)
+    share = -(-prompts // (config.devices * config.num_nodes)) if config.backend.data_parallel else prompts
+    return min(config.measure.batch_size, share)
 
 
 def shape_of(model_config: Mapping[str, Any], tensors: Mapping[str, TensorEntry] | None) -> ModelShape:

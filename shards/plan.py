@@ -26,7 +26,8 @@ class Plan:
     `largest_batch` and `longest_context` fit where the rest stays as asked; with no known capacity there is no largest
     batch. `smallest_devices` is the least number of devices a node on which this batch fits. `limit` is of a decode
     step halfway through the answer, `prefill_limit` of the prompts of one batch; None where no rates are known.
-    `load_host_bytes` are of all ranks of a node, `step_bytes` the weights that a device reads for a decode step.
+    `load_host_bytes` are of all ranks of a node, `step_bytes` the weights that a device reads for a decode step and
+    `bandwidth` the bytes/s at which it can; `kv_cache_memory_bytes` is the pool that the engine is told to reserve.
     """
 
     engine: str
@@ -35,6 +36,8 @@ class Plan:
     num_parameters: int
     kv_bytes_per_token: int
     step_bytes: int
+    bandwidth: float | None
+    kv_cache_memory_bytes: int | None
     devices: tuple[DevicePlan, ...]
     load_host_bytes: int
     load_device_bytes: int
@@ -80,6 +83,8 @@ def make_plan(request: PlanRequest) -> Plan:
         num_parameters=request.shape.num_parameters,
         kv_bytes_per_token=kv_bytes_per_token(request),
         step_bytes=step_bytes(request, layout),
+        bandwidth=request.device.bandwidth,
+        kv_cache_memory_bytes=request.kv_cache_memory_bytes,
         devices=device_plans(request, layout),
         load_host_bytes=host,
         load_device_bytes=device,

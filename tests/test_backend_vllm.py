@@ -10,10 +10,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import psutil
 import pytest
 from running import ROOT, run, torchrun
 
-from launcher.backends.vllm_options import arguments, environment, kv_cache_bytes
+from launcher.backends.vllm_options import arguments, environment, pool_bytes
 from launcher.compose import compose_run
 from launcher.config import RunConfig
 from launcher.models import EMBEDDED
@@ -135,7 +136,7 @@ def test_arguments_of_a_run() -> None:
         "precision=bf16", "seed=3", "backend.max_num_seqs=8", "+backend.extra={block_size: 32, max_model_len: 99}"
     )
     run_config.model.path = str(FOLDER)
-    found = arguments(run_config, FOLDER, external=False, on_cpu=True)
+    found = arguments(run_config, FOLDER, external=False, on_cpu=True, pool=64 * 2**20)
     assert found == {
         "model": str(FOLDER),
         "tensor_parallel_size": 2,
@@ -157,7 +158,6 @@ def test_arguments_of_a_run() -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["backend.kv_cache_memory_bytes=12345"], {"kv_cache_memory_bytes": 12345}),
         (["model.weights=random"], {"load_format": "dummy"}),
         (["backend.load_format=sharded_state"], {"load_format": "sharded_state"}),
         (["backend.enforce_eager=false"], {"enforce_eager": False}),
@@ -168,12 +168,13 @@ def test_arguments_of_a_run() -> None:
     ],
 )
 def test_options_reach_vllm(overrides: list[str], expected: dict[str, Any]) -> None:
-    found = arguments(config(*overrides), FOLDER, external="num_nodes=2" in overrides, on_cpu=True)
+    found = arguments(config(*overrides), FOLDER, external="num_nodes=2" in overrides, on_cpu=True, pool=None)
     assert {name: found.get(name) for name in expected} == expected
 
 
 def test_on_gpus_vllm_decides_itself() -> None:
-    found = arguments(config(), FOLDER, external=False, on_cpu=False)
+    assert pool_bytes(config(), FIELDS, on_cpu=False) is None
+    found = arguments(config(), FOLDER, external=False, on_cpu=False, pool=None)
     assert "kv_cache_memory_bytes" not in found
     assert found["enforce_eager"] is False
     assert set(environment(config("devices=2"), on_cpu=False)) == {
@@ -184,8 +185,25 @@ def test_on_gpus_vllm_decides_itself() -> None:
     }
 
 
-def test_the_cache_of_a_worker_on_a_cpu_is_bounded() -> None:
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["backend.kv_cache_memory_bytes=12345"], 12345),
+        (["backend.kv_cache_memory_bytes=12345", "+backend.extra={kv_cache_memory_bytes: 678}"], 678),
+        (["devices=1", "backend.max_num_seqs=256"], 256 * 1024 * 2048),
+        (["devices=1", "+backend.extra={max_num_seqs: 128, max_model_len: 512}"], 128 * 512 * 2048),
+        (["devices=2", "precision=bf16", "backend.max_num_seqs=256"], 256 * 1024 * 512),
+        (["devices=1", "backend.max_num_seqs=2"], 64 * 2**20),
+    ],
+)
+def test_the_cache_of_a_worker_on_a_cpu(overrides: list[str], expected: int) -> None:
+    assert pool_bytes(config(*overrides), FIELDS, on_cpu=True) == expected
+
+
+def test_the_cache_of_a_worker_on_a_cpu_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     large = FIELDS | {"num_hidden_layers": 200, "max_position_embeddings": 1_000_000}
-    assert kv_cache_bytes({"model_type": "unheard_of"}, config(), 2) == 2**30
-    assert kv_cache_bytes(FIELDS, config("devices=1", "backend.max_num_seqs=256"), 1) == 256 * 1024 * 2048
-    assert 2**30 < kv_cache_bytes(large, config(), 2) < 200 * 2**30
+    assert pool_bytes(config(), {"model_type": "unheard_of"}, on_cpu=True) == 2**30
+    free = psutil.virtual_memory().total
+    assert 64 * 2**20 < (pool_bytes(config(), large, on_cpu=True) or 0) <= free // 8
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
+    assert pool_bytes(config("backend.kv_cache_memory_bytes=12345"), FIELDS, on_cpu=True) == 3 * 2**30

@@ -14,10 +14,10 @@ import psutil
 import torch
 
 from launcher.backend import Completion, DeviceMemory, Generation
-from launcher.backends.vllm_options import arguments, check_extra, environment
+from launcher.backends.vllm_options import arguments, check_extra, environment, pool_bytes
 from launcher.backends.vllm_watch import Watch
 from launcher.config import ConfigError
-from launcher.files import write_json
+from launcher.files import read_json, write_json
 from launcher.processes import MARK, shared_memory_files, shared_memory_of
 from shards.errors import PlanError
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from launcher.backend import FinishReason, Prompt
     from launcher.config import RunConfig, SamplingConfig, VllmConfig
-    from shards.plan import Plan
     from shards.world import World
 
 NO_CORE = "vLLM's engine core runs in a process of its own"
@@ -49,7 +48,7 @@ class VllmBackend:
         self.scratch: tempfile.TemporaryDirectory[str] | None = None  # for sockets and stores that vLLM does not remove
         self.shared_memory: set[Path] = set()
 
-    def load(self, plan: Plan | None, world: World, progress: Callable[[int, int], None]) -> None:
+    def load(self, plan: dict[str, Any] | None, world: World, progress: Callable[[int, int], None]) -> None:
         self.external = world.world_size > 1
         devices = self.config.devices * self.config.num_nodes
         if self.external and world.world_size != devices:
@@ -66,11 +65,18 @@ class VllmBackend:
         self.scratch = tempfile.TemporaryDirectory(prefix=f"launcher_{os.environ.get(MARK, '')[:12]}_")
         before = shared_memory_files()
         with _temporary_files_in(self.scratch.name, self.on_cpu):
-            self.llm = self._start(arguments(self.config, self._model_folder(), self.external, self.on_cpu))
+            folder = self._model_folder()
+            pool = self._pool_bytes(plan, folder)
+            self.llm = self._start(arguments(self.config, folder, self.external, self.on_cpu, pool))
         children = psutil.Process().children(recursive=True)
         self.shared_memory = shared_memory_of([os.getpid(), *(child.pid for child in children)]) - before
         self.watch = Watch(self.llm.llm_engine)
         progress(1, 1)
+
+    def _pool_bytes(self, plan: dict[str, Any] | None, folder: Path) -> int | None:
+        """The KV cache of a worker as planned; decided here for nodes whose memory the plan does not know."""
+        planned: int | None = plan["kv_cache_memory_bytes"] if plan else None
+        return planned or pool_bytes(self.config, read_json(folder / "config.json") or {}, self.on_cpu)
 
     def _start(self, arguments: dict[str, Any]) -> Any:
         try:

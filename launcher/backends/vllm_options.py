@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import os
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from launcher.config import ConfigError, VllmConfig
-from launcher.files import read_json
 from shards.errors import PlanError
 from shards.model import ModelShape
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from launcher.config import RunConfig
@@ -48,15 +49,12 @@ def environment(config: RunConfig, on_cpu: bool) -> dict[str, str]:
     return found
 
 
-def arguments(config: RunConfig, folder: Path, external: bool, on_cpu: bool) -> dict[str, Any]:
-    """The arguments of vllm.LLM for a run; those of `backend.extra` win."""
+def arguments(config: RunConfig, folder: Path, external: bool, on_cpu: bool, pool: int | None) -> dict[str, Any]:
+    """The arguments of vllm.LLM for a run with `pool` bytes of KV cache a worker; those of `backend.extra` win."""
     options: VllmConfig = config.backend  # type: ignore[assignment]
     size = config.devices * (config.num_nodes if external else 1)
-    kv_bytes = options.kv_cache_memory_bytes
-    if kv_bytes is None and on_cpu:
-        kv_bytes = kv_cache_bytes(read_json(folder / "config.json"), config, size)
     optional = {
-        "kv_cache_memory_bytes": kv_bytes,
+        "kv_cache_memory_bytes": pool,
         "max_num_seqs": options.max_num_seqs,
         "distributed_executor_backend": options.distributed_executor_backend
         or ("external_launcher" if external else None),
@@ -78,21 +76,36 @@ def arguments(config: RunConfig, folder: Path, external: bool, on_cpu: bool) -> 
     }
 
 
-def kv_cache_bytes(fields: dict[str, Any], config: RunConfig, size: int) -> int:
-    """A KV cache for a worker on a CPU: 64 sequences of the model's context, but not over a quarter of the free memory.
+def pool_bytes(config: RunConfig, fields: Mapping[str, Any], on_cpu: bool) -> int | None:
+    """The KV cache that each worker is told to reserve; None where vLLM takes what `gpu_memory_utilization` leaves.
 
-    At least 64 MiB, and a GiB where the shape of the model is not known.
+    On a CPU it is as large as 64 sequences of the model's context, but together not over a quarter of the memory that
+    is free now: a run asks once, and its plan keeps the answer. At least 64 MiB, and a GiB where the shape of the model
+    is not known. VLLM_CPU_KVCACHE_SPACE is vLLM's own variable, in GiB, which wins over what it is told.
     """
+    asked: int | None = _option(config, "kv_cache_memory_bytes")
+    if not on_cpu:
+        return asked
+    if (space := os.environ.get("VLLM_CPU_KVCACHE_SPACE", "")).isdecimal():
+        return int(space) * GIB
+    if asked is not None:
+        return asked
     try:
         shape = ModelShape.from_config(fields)
     except PlanError:
         return GIB
+    size = config.devices * config.num_nodes
     token_bytes = 2 * shape.num_layers * max(1, shape.num_key_value_heads // size) * shape.head_dim
     token_bytes *= 4 if config.precision.name == "fp32" else 2
-    options: VllmConfig = config.backend  # type: ignore[assignment]
-    context = options.max_model_len or shape.max_position_embeddings or 2048
-    wanted = (options.max_num_seqs or 64) * context * token_bytes
+    context = _option(config, "max_model_len") or shape.max_position_embeddings or 2048
+    wanted = (_option(config, "max_num_seqs") or 64) * context * token_bytes
     return max(64 * 2**20, min(wanted, psutil.virtual_memory().available // 4 // size))
+
+
+def _option(config: RunConfig, name: str) -> Any:
+    """An option of the engine as vLLM is given it."""
+    options: VllmConfig = config.backend  # type: ignore[assignment]
+    return options.extra.get(name, getattr(options, name))
 
 
 def check_extra(vllm: Any, extra: dict[str, Any]) -> None:
