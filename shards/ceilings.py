@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from shards.cuts import whole_bytes
 from shards.limits import Limit, Machine, Scheme, Work, decode_step, prefill
 from shards.memory import Layout, PlanRequest, kv_bytes_per_token
 
@@ -25,7 +28,7 @@ def step_bytes(request: PlanRequest, layout: Layout) -> int:
     if request.engine == "dummy":
         return 0
     if n == 1:
-        return shape.step_parameters * request.dtype_bytes
+        return whole_bytes(shape, request.storage) - (0 if shape.tied else table)
     if request.engine == "deepspeed":
         return layout.parameter_bytes[0] - table
     return layout.parameter_bytes[0] - (0 if shape.tied else table // n)
@@ -56,4 +59,7 @@ def _scheme(request: PlanRequest) -> Scheme:
 
 def _machine(request: PlanRequest) -> Machine:
     together = 1 if _scheme(request) == "pipeline" else request.num_devices
-    return Machine(request.device, together, request.link)
+    device, quantization = request.device, request.quantization
+    if quantization is not None and quantization.eight_bit_products and device.flops_16 is not None:
+        device = replace(device, flops_16=2 * device.flops_16)  # A100, RTX A6000 and H100: int8 or fp8 at twice bf16
+    return Machine(device, together, request.link)

@@ -1,42 +1,75 @@
-"""How much of a model each device gets, in numbers: exactly what the engines' own code leaves on a rank."""
+"""How much of a model each device gets: exactly what the engines' own code leaves on a rank."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import groupby
-from math import ceil, prod
+from math import ceil
 
-from shards.model import Cut, ModelShape, Parameter
+from shards.model import ModelShape, Parameter
+from shards.quantization import Storage
 
 _VOCABULARY_PADDING = 64  # vllm/model_executor/layers/vocab_parallel_embedding.py
 _DEEPSPEED_GRAIN = 64  # deepspeed/module_inject/tp_shard.py, tp_grain_size
 
 
-def cut_up(shape: ModelShape, engine: str, n: int) -> tuple[int, ...]:
-    """Parameters, counted in numbers, on each of `n` ranks under fsdp, deepspeed or vllm."""
+Pieces = tuple[tuple[int, ...], ...]
+NUMBERS = Storage()
+
+
+def cut_up(shape: ModelShape, engine: str, n: int, storage: Storage = NUMBERS) -> tuple[int, ...]:
+    """Bytes of parameters on each of `n` ranks under fsdp, deepspeed or vllm; with no `storage` counted in numbers."""
     cut = _CUTTERS[engine]
-    kinds = Counter((p.shape, p.cut, ".mlp." in p.name) for p in shape.parameters)
-    return tuple(sum(count * cut(shape, n, rank, *kind) for kind, count in kinds.items()) for rank in range(n))
+    kinds = _kinds(shape, storage)
+    return tuple(
+        sum(count * sum(storage.nbytes(p, piece) for piece in cut(shape, n, rank, p)) for p, count in kinds)
+        for rank in range(n)
+    )
 
 
-def spread(shape: ModelShape, n: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Parameters, and layers, on each of `n` devices that hold whole layers in order, as accelerate balances them.
+def misfit(shape: ModelShape, n: int, storage: Storage) -> str | None:
+    """Why vLLM's quantized layers cannot be cut for `n` ranks, None if they can."""
+    if storage.quantization is None:
+        return None
+    quantized = [p for p, _ in _kinds(shape, storage) if storage.quantization.applies(p)]
+    found = (storage.quantization.misfit(p, piece) for p in quantized for piece in _vllm_pieces(shape, n, 0, p))
+    return next((why for why in found if why), None)
+
+
+def whole_bytes(shape: ModelShape, storage: Storage) -> int:
+    """Bytes of all parameters, each once."""
+    return sum(count * storage.nbytes(p) for p, count in _kinds(shape, storage))
+
+
+@lru_cache(maxsize=16)
+def _kinds(shape: ModelShape, storage: Storage) -> tuple[tuple[Parameter, int], ...]:
+    """One parameter of each kind that is cut and stored alike, and how many there are."""
+    first: dict[tuple[object, ...], Parameter] = {}
+    keys = [(p.shape, p.cut, ".mlp." in p.name, storage.kind(p)) for p in shape.parameters]
+    for key, parameter in zip(keys, shape.parameters, strict=True):
+        first.setdefault(key, parameter)
+    return tuple((first[key], count) for key, count in Counter(keys).items())
+
+
+def spread(shape: ModelShape, n: int, storage: Storage = NUMBERS) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Bytes (or numbers) of parameters, and layers, on each of `n` devices that hold whole layers in order, as accelerate balances them.
 
     Each but the last is filled up to its part of the model and 1.25 layers; the first keeps room for the largest
     module. Source: get_balanced_memory and infer_auto_device_map in accelerate/utils/modeling.py.
     """
-    units = [(sum(p.numel for p in members), members[0].layer is not None) for members in _in_order(shape)]
+    units = [(sum(map(storage.nbytes, members)), members[0].layer is not None) for members in _in_order(shape)]
     layer = max((size for size, is_layer in units if is_layer), default=0)
-    room = shape.num_parameters // n + 5 * layer // 4
+    room = sum(size for size, _ in units) // n + 5 * layer // 4
     rooms = [room - max(size for size, _ in units), *[room] * (n - 1)]
-    numels, layers, device = [0] * n, [0] * n, 0
+    held, layers, device = [0] * n, [0] * n, 0
     for size, is_layer in units:
-        while device < n - 1 and numels[device] + size > rooms[device]:
+        while device < n - 1 and held[device] + size > rooms[device]:
             device += 1
-        numels[device] += size
+        held[device] += size
         layers[device] += is_layer
-    return tuple(numels), tuple(layers)
+    return tuple(held), tuple(layers)
 
 
 def _in_order(shape: ModelShape) -> list[tuple[Parameter, ...]]:
@@ -45,44 +78,50 @@ def _in_order(shape: ModelShape) -> list[tuple[Parameter, ...]]:
     return [tuple(members) for _, members in units]
 
 
-def _fsdp_numel(model: ModelShape, n: int, rank: int, shape: tuple[int, ...], cut: Cut, mlp: bool) -> int:
+def _fsdp_pieces(model: ModelShape, n: int, rank: int, parameter: Parameter) -> Pieces:
     """FSDP2 cuts dim 0 as torch.chunk does: ceil(rows / N) each, the last ranks what is left, or nothing."""
-    rows = shape[0] if shape else 1
+    rows = parameter.shape[0] if parameter.shape else 1
     chunk = ceil(rows / n)
-    return max(0, min(chunk, rows - rank * chunk)) * prod(shape[1:])
+    return ((max(0, min(chunk, rows - rank * chunk)), *parameter.shape[1:]),)
 
 
-def _vllm_numel(model: ModelShape, n: int, rank: int, shape: tuple[int, ...], cut: Cut, mlp: bool) -> int:
+def _vllm_pieces(model: ModelShape, n: int, rank: int, parameter: Parameter) -> Pieces:
     """vLLM cuts evenly, pads the vocabulary to 64 rows, and repeats kv heads where there are more ranks than those."""
-    inputs, kv_heads = prod(shape[1:]), max(1, model.num_key_value_heads // n)
-    if cut in ("embedding", "head"):
-        return padded_vocabulary(model.vocab_size) // n * inputs
-    if cut == "key_value":
-        return kv_heads * model.head_dim * inputs
-    if cut == "query_key_value":
-        return (model.num_attention_heads // n + 2 * kv_heads) * model.head_dim * inputs
-    return prod(shape) if cut == "whole" else prod(shape) // n
+    shape, kv_heads = parameter.shape, max(1, model.num_key_value_heads // n)
+    if parameter.cut == "whole":
+        return (shape,)
+    if parameter.cut == "row":
+        return ((*shape[:-1], shape[-1] // n),)
+    rows = {
+        "embedding": padded_vocabulary(model.vocab_size) // n,
+        "head": padded_vocabulary(model.vocab_size) // n,
+        "key_value": kv_heads * model.head_dim,
+        "query_key_value": (model.num_attention_heads // n + 2 * kv_heads) * model.head_dim,
+        "column": shape[0] // n,
+    }
+    return ((rows[parameter.cut], *shape[1:]),)
 
 
-def _deepspeed_numel(model: ModelShape, n: int, rank: int, shape: tuple[int, ...], cut: Cut, mlp: bool) -> int:
+def _deepspeed_pieces(model: ModelShape, n: int, rank: int, parameter: Parameter) -> Pieces:
     """AutoTP cuts attention by heads, MLP and head by grains of 64; it keeps the embedding whole, and for a tied model
     makes a head of its own."""
+    shape, cut = parameter.shape, parameter.cut
     if cut == "whole" or n == 1:
-        return prod(shape)
+        return (shape,)
     if cut in ("embedding", "head"):
-        part = shape[0] * _grained(shape[1], n, rank)
-        return part if cut == "head" else prod(shape) + (part if model.tied else 0)
-    if not mlp:
-        return prod(shape) // n
+        part = (shape[0], _grained(shape[1], n, rank))
+        return (part,) if cut == "head" else (shape, part) if model.tied else (shape,)
+    if ".mlp." not in parameter.name:
+        return ((shape[0], shape[1] // n),) if cut == "row" else ((shape[0] // n, *shape[1:]),)
     if cut == "row":
-        return shape[0] * _grained(shape[1], n, rank)
-    return _grained(shape[0], n, rank) * prod(shape[1:])
+        return ((shape[0], _grained(shape[1], n, rank)),)
+    return ((_grained(shape[0], n, rank), *shape[1:]),)
 
 
-_CUTTERS: dict[str, Callable[[ModelShape, int, int, tuple[int, ...], Cut, bool], int]] = {
-    "fsdp": _fsdp_numel,
-    "vllm": _vllm_numel,
-    "deepspeed": _deepspeed_numel,
+_CUTTERS: dict[str, Callable[[ModelShape, int, int, Parameter], Pieces]] = {
+    "fsdp": _fsdp_pieces,
+    "vllm": _vllm_pieces,
+    "deepspeed": _deepspeed_pieces,
 }
 
 

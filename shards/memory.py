@@ -8,6 +8,7 @@ from math import ceil, prod
 from shards.cuts import cut_up, spread
 from shards.hardware import CPU, MIB, Device, Link
 from shards.model import ModelShape
+from shards.quantization import Quantization, Storage
 
 LOAD_RING_BYTES = 64 * MIB
 """Buffers through which a rank reads its shards."""
@@ -29,6 +30,7 @@ class PlanRequest:
     devices: int = 1
     num_nodes: int = 1
     dtype_bytes: int = 2
+    quantization: Quantization | None = None
     batch_size: int = 1
     prompt_tokens: int = 512
     max_new_tokens: int = 128
@@ -40,6 +42,10 @@ class PlanRequest:
     kv_cache_memory_bytes: int | None = None
     max_num_batched_tokens: int = 8192
     max_num_seqs: int = 256
+
+    @property
+    def storage(self) -> Storage:
+        return Storage(self.dtype_bytes, self.quantization)
 
     @property
     def num_devices(self) -> int:
@@ -61,7 +67,7 @@ class DevicePlan:
     """Bytes on one device at their peak. Capacity and free are None where a device has no memory of its own.
 
     `kv_cache_bytes` is what the sequences of a batch need, `kv_cache_reserved_bytes` what the engine sets aside;
-    `buffer_bytes` are parameters gathered for a while; `overhead_bytes` lie outside the engine's tensors.
+    `buffer_bytes` are parameters gathered or widened for a while; `overhead_bytes` lie outside the engine's tensors.
     """
 
     rank: int
@@ -94,14 +100,14 @@ class Layout:
 
 def make_layout(request: PlanRequest) -> Layout:
     """How the engine cuts the model; bytes of parameters are exact."""
-    n, e, num_layers = request.num_devices, request.dtype_bytes, request.shape.num_layers
+    n, num_layers = request.num_devices, request.shape.num_layers
     if request.engine == "dummy":
         return Layout((0,) * n, (num_layers,) * n, 0)
     if request.engine == "transformers":
-        numels, layers = spread(request.shape, n)
-        return Layout(tuple(e * numel for numel in numels), layers, 0)
-    held = cut_up(request.shape, request.engine, n)
-    return Layout(tuple(e * numel for numel in held), (num_layers,) * n, _buffer_bytes(request))
+        held, layers = spread(request.shape, n, request.storage)
+        return Layout(held, layers, _buffer_bytes(request))
+    held = cut_up(request.shape, request.engine, n, request.storage)
+    return Layout(held, (num_layers,) * n, _buffer_bytes(request))
 
 
 def device_plans(request: PlanRequest, layout: Layout) -> tuple[DevicePlan, ...]:
@@ -151,8 +157,12 @@ def load_peaks(request: PlanRequest, layout: Layout) -> tuple[int, int]:
 
 def _buffer_bytes(request: PlanRequest) -> int:
     """FSDP2's gathered parameters: the root group for good, beside it two layers (the next is gathered ahead), or the
-    root's own copy while it is gathered."""
-    n = request.num_devices
+    root's own copy while it is gathered. Of a quantization that widens its weights: the largest matrix."""
+    n, quantization = request.num_devices, request.quantization
+    if quantization is not None and quantization.unpacks:
+        return request.dtype_bytes * max(
+            (p.numel for p in request.shape.parameters if quantization.applies(p)), default=0
+        )
     if request.engine != "fsdp" or n == 1:
         return 0
     groups = request.shape.groups()
