@@ -23,13 +23,14 @@ def measures(passes: Sequence[Sequence[dict[str, Any]]], prompts: int, world_siz
     if not chosen:
         return dict.fromkeys(HEADLINES)
     made = [totals[place] for place in chosen]
-    metrics = {
+    metrics: dict[str, Any] = {
         name: spread(one[name] for one in made)
         for name in ("new_tokens_per_s", "prefill_tokens_per_s", "decode_tokens_per_s", "wall_s")
     }
     metrics["new_tokens_per_s_per_device"] = spread(one["new_tokens_per_s"] / world_size for one in made)
     for name in ("ttft_s", "itl_s"):
         metrics[name] = quantiles(value for place in chosen for rank in passes[place] for value in rank[name])
+    metrics["sequences_at_once"] = statistics.mean(at_once(rank) for place in chosen for rank in passes[place])
     return {
         "new_tokens_per_s": metrics["new_tokens_per_s"]["median"],
         "ttft_s": metrics["ttft_s"]["p50"],
@@ -63,6 +64,48 @@ def total(repeats: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "prefill_tokens_per_s": sums["prompt_tokens"] / phases["prefill_s"] if phases["prefill_s"] else None,
         "decode_tokens_per_s": later / phases["decode_s"] if phases["decode_s"] else None,
     }
+
+
+def at_once(rank: dict[str, Any]) -> float:
+    """How many sequences a rank decoded at once, on average over the time from the first token to the last.
+
+    With static batches that is the time of the decode phases, in which a row that has ended no longer counts.
+    """
+    busy: float | None = rank["decode_s"]
+    if busy is None:
+        busy = rank["wall_s"] - min(rank["ttft_s"], default=rank["wall_s"])
+    return sum(rank["itl_s"]) / busy if busy > 0 else 0.0
+
+
+def bandwidth_used(plan: dict[str, Any] | None, figures: dict[str, Any]) -> dict[str, Any]:
+    """Memory bandwidth utilisation (MBU) of a device, from the plan of a run and its `measures`.
+
+        MBU = (bytes of weights + bytes of KV cache that a decode step reads) / time of the step / bandwidth
+
+    as Databricks define it in "LLM Inference Performance Engineering: Best Practices" (2023). Counted is what the step
+    cannot do without: the weights that this device multiplies with (under FSDP those of the whole model, however often
+    they are copied), and the cache of the sequences that still decode, halfway through their answers, without padding.
+    The time is the median gap between two tokens of a sequence: a step gives each of them one token. Where a scheduler
+    reads prompts in the same steps (continuous batching) these last longer, and the true value is higher. Over 1 a
+    figure or the bandwidth is wrong.
+    """
+    step_s = (figures["metrics"] or {"itl_s": {"p50": None}})["itl_s"]["p50"]
+    bandwidth, weights = (plan or {}).get("bandwidth"), (plan or {}).get("step_bytes")
+    reasons = {
+        "no decode step was measured": step_s is None,
+        "a step gave several tokens": step_s == 0,
+        "no weights are read": not weights,
+        "no bandwidth is known of this machine: python -m launcher.probe": bandwidth is None,
+    }
+    if reason := next((text for text, holds in reasons.items() if holds), None):
+        return {"share": None, "impossible": False, "reason": reason}
+    assert plan is not None
+    totals, sequences = figures["totals"], figures["metrics"]["sequences_at_once"]
+    context = (totals["prompt_tokens"] + totals["new_tokens"] / 2) / totals["prompts"]
+    cache = sequences * context * plan["kv_bytes_per_token"]
+    share = (weights + cache) / step_s / bandwidth
+    found = {"step_s": step_s, "weight_bytes": weights, "kv_cache_bytes": round(cache), "bandwidth": bandwidth}
+    return {"share": share, "impossible": share > 1, **found}
 
 
 def against_ceiling(plan: dict[str, Any] | None, metrics: dict[str, Any] | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import attempts
 from launcher import prompts as prompt_sets
-from launcher.figures import against_ceiling, measures, total
+from launcher.figures import against_ceiling, bandwidth_used, measures, total
 from launcher.files import read_json, write_json, write_text
 from launcher.verdict import Outcome, said, verdict
 
@@ -54,6 +54,7 @@ def finish(run_dir: Path, outcome: Outcome | None = None) -> dict[str, Any]:
         "load_s": max(rank["load_s"] for rank in present) if status == "ok" else None,
         **measures(counted, len(prompts), run["world_size"]),
         "ceiling": None,
+        "mbu": None,
         "devices": [device for rank in present for device in rank.get("devices", [])],
         "ranks": [_rank_summary(rank) for rank in present],
         "attempts": [_attempt(number, folder, run, passes[number]) for number, folder in folders],
@@ -65,6 +66,7 @@ def finish(run_dir: Path, outcome: Outcome | None = None) -> dict[str, Any]:
         "environment": next((rank["environment"] for rank in present if rank.get("environment")), None),
     }
     record["ceiling"] = against_ceiling(record["plan"], record["metrics"])
+    record["mbu"] = bandwidth_used(record["plan"], record)
     record["attempts"][-1]["status"] = status
     _write_completions(run_dir, run, prompts)
     write_json(run_dir / "record.json", record)

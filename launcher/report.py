@@ -138,10 +138,18 @@ def _speed(record: dict[str, Any]) -> Table:
     tokens = f"{totals['prompts']} prompts, {totals['prompt_tokens']} prompt tokens, {totals['new_tokens']} new tokens"
     table.add_row("load", seconds(record["load_s"]), "", "", tokens)
     if (ceiling := record["ceiling"])["share"] is not None:
-        text = f"[red]{ceiling['share']:.1%}, impossible[/]" if ceiling["impossible"] else f"{ceiling['share']:.1%}"
         limit = f"of {rate(ceiling['decode_tokens_per_s'])} tokens/s, bound by {ceiling['bound']}"
-        table.add_row("share of the ceiling", text, "", "", limit)
+        table.add_row("share of the ceiling", _share(ceiling), "", "", limit)
+    used = record["mbu"]
+    of = f"of {used['bandwidth'] / 1e9:,.1f} GB/s a device" if used["share"] is not None else used["reason"]
+    table.add_row("memory bandwidth used (MBU)", _share(used), "", "", of)
     return table
+
+
+def _share(found: dict[str, Any]) -> str:
+    if found["share"] is None:
+        return "-"
+    return f"[red]{found['share']:.1%}, impossible[/]" if found["impossible"] else f"{found['share']:.1%}"
 
 
 def _devices(record: dict[str, Any]) -> Table:
