@@ -5,6 +5,8 @@
     backend=..,..         fsdp deepspeed vllm transformers; all of them if left out
     link=NAME             between the devices; if left out, the usual one of the device
                           With neither machines nor device: this machine, with what launcher.probe measured on it.
+    quantization=..,..    none fp8 fp8_channel fp8_block int8 nf4 nf4_dq int4_g128, a row each; if left out, what the
+                          model's own config.json says
     num_nodes=1  precision=bf16  batch_size=1  prompt_tokens=512  max_new_tokens=128
     --markdown            print the table as Markdown
 
@@ -15,62 +17,46 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from rich.markup import escape
-from rich.table import Table
 
 from launcher.compose import conf_dir, options
 from launcher.config import ConfigError, Precision
 from launcher.files import read_json
 from launcher.models import EMBEDDED
-from launcher.report import console, rate, size
+from launcher.plan_table import Row, markdown, show
 from shards.errors import PlanError, UserError
 from shards.hardware import Device, Link, cuda_devices, known_device, known_link
 from shards.measured import this_machine
 from shards.model import ModelShape
-from shards.plan import Plan, PlanRequest, make_plan
+from shards.plan import PlanRequest, make_plan
+from shards.quantization import known_quantization
+from shards.quantized_checkpoint import from_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from shards.quantization import Quantization
+
 ENGINES = ("fsdp", "deepspeed", "vllm", "transformers")
 COUNTS = {"num_nodes": 1, "batch_size": 1, "prompt_tokens": 512, "max_new_tokens": 128}
-KEYS = ("model", "machines", "devices", "device", "backend", "link", "precision", *COUNTS)
+KEYS = ("model", "machines", "devices", "device", "backend", "link", "precision", "quantization", *COUNTS)
 USUAL_LINKS = {"a100_40g": "nvlink3", "a100_80g": "nvlink3", "h100": "nvlink4", "h200": "nvlink4"}
-COLUMNS = (
-    "machine",
-    "backend",
-    "weights",
-    "KV cache",
-    "other",
-    "free",
-    "batch",
-    "per prompt",
-    "full batch",
-    "bound by",
-)
-WIDTH = len(COLUMNS)
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One choice: its plan for the batch asked for and for the largest that fits, or why there is none."""
-
-    machine: str
-    engine: str
-    link: str
-    plan: Plan | None = None
-    full: Plan | None = None
-    problem: str = ""
-
-    @property
-    def pace(self) -> float:
-        """Tokens/s for one sequence at the batch asked for; 0 where not known."""
-        return 1 / self.plan.limit.seconds if self.plan and self.plan.limit else 0.0
+OFFLINE = "what bitsandbytes' layers hold, for comparison: this launcher has no engine that loads them"
+SOURCES = {
+    "fp8": "an fp8 checkpoint, or +backend.extra.quantization=fp8_per_tensor",
+    "fp8_channel": "an fp8 checkpoint, or +backend.extra.quantization=fp8_per_channel",
+    "fp8_block": "an fp8 checkpoint, or +backend.extra.quantization=fp8_per_block",
+    "int4_g128": "a GPTQ or AWQ checkpoint of 4 bits in groups of 128",
+    "int8": OFFLINE,
+    "nf4": OFFLINE,
+    "nf4_dq": OFFLINE,
+}
+"""Where the weights of a quantization come from that is asked for by name."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -80,12 +66,17 @@ def main(argv: Sequence[str]) -> int:
         return 0
     try:
         values = parse([item for item in argv if item != "--markdown"])
-        shape = model_shape(values["model"])
-        rows = plans(shape, values)
+        config = model_config(values["model"])
+        shape = ModelShape.from_config(config)
+        rows = plans(shape, values, quantizations(values, config))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(markdown(shape, values, rows), end="") if "--markdown" in argv else show(shape, values, rows)
+    model, text = f"{shape.num_parameters:,} parameters", caption(values, rows)
+    if "--markdown" in argv:
+        print(markdown(values["model"], model, text, rows), end="")
+    else:
+        show(values["model"], model, text, rows)
     return 0
 
 
@@ -102,34 +93,40 @@ def parse(items: Sequence[str]) -> dict[str, str]:
     return values
 
 
-def model_shape(model: str) -> ModelShape:
-    """The shape of a preset, or of the config.json in a folder."""
+def model_config(model: str) -> dict[str, Any]:
+    """The transformers config of a preset, or of the config.json in a folder."""
     if Path(model).is_dir():
-        return _read_shape(Path(model))
+        return _read_config(Path(model))
     if model not in options("model"):
         raise ConfigError(f"There is no model {model!r}.", f"one of {', '.join(options('model'))}, or a folder")
     preset = yaml.safe_load((conf_dir() / "model" / f"{model}.yaml").read_text())
-    if preset["config"]:
-        return ModelShape.from_config(preset["config"])
-    return _read_shape(EMBEDDED / str(preset["path"]).removeprefix("embedded:"))
+    config: dict[str, Any] | None = preset["config"]
+    return config or _read_config(EMBEDDED / str(preset["path"]).removeprefix("embedded:"))
 
 
-def _read_shape(folder: Path) -> ModelShape:
+def _read_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json")
     if config is None:
         raise ConfigError(f"{folder} has no config.json.", "a folder that save_pretrained wrote")
-    return ModelShape.from_config(config)
+    return dict(config)
 
 
-def plans(shape: ModelShape, values: dict[str, str]) -> list[Row]:
-    """One row for every machine and engine."""
+def quantizations(values: dict[str, str], config: dict[str, Any]) -> list[Quantization | None]:
+    """Those asked for, or the one of the model's own config."""
+    if names := values.get("quantization"):
+        return [known_quantization(name) for name in dict.fromkeys(names.split(","))]
+    return [from_config(config)]
+
+
+def plans(shape: ModelShape, values: dict[str, str], kinds: Sequence[Quantization | None]) -> list[Row]:
+    """One row for every machine, engine and quantization."""
     names = values.get("backend", ",".join(ENGINES)).split(",")
     if unknown := set(names) - set(ENGINES):
         raise ConfigError(f"backend={','.join(sorted(unknown))} cannot be planned.", f"backend={','.join(ENGINES)}")
     width = dtype_bytes(values.get("precision", "bf16"))
     rows = []
     for machine, device, link, number in machines(values):
-        for name in names:
+        for name, quantization in product(names, kinds):
             request = PlanRequest(
                 shape=shape,
                 engine=name,
@@ -137,23 +134,29 @@ def plans(shape: ModelShape, values: dict[str, str]) -> list[Row]:
                 device=device,
                 link=link,
                 dtype_bytes=width,
+                quantization=quantization,
                 num_nodes=_asked(values, "num_nodes"),
                 batch_size=_asked(values, "batch_size"),
                 prompt_tokens=_asked(values, "prompt_tokens"),
                 max_new_tokens=_asked(values, "max_new_tokens"),
             )
-            rows.append(_row(machine, request))
+            shown = "" if kinds == [None] and "quantization" not in values else _name(quantization)
+            rows.append(_row(machine, shown, request))
     return rows
 
 
-def _row(machine: str, request: PlanRequest) -> Row:
+def _name(quantization: Quantization | None) -> str:
+    return "none" if quantization is None else quantization.name
+
+
+def _row(machine: str, quantization: str, request: PlanRequest) -> Row:
     link = request.link.name if request.link and request.num_devices > 1 else ""
     try:
         plan = make_plan(request)
         full = make_plan(replace(request, batch_size=plan.largest_batch)) if plan.largest_batch else None
     except PlanError as error:
-        return Row(machine, request.engine, link, problem=str(error))
-    return Row(machine, request.engine, link, plan, full)
+        return Row(machine, request.engine, link, quantization, problem=str(error))
+    return Row(machine, request.engine, link, quantization, plan, full)
 
 
 def machines(values: dict[str, str]) -> list[tuple[str, Device, Link | None, int]]:
@@ -191,72 +194,19 @@ def _count(key: str, text: str) -> int:
     return int(text)
 
 
-def cells(row: Row) -> list[str]:
-    """The cells of a row that has a plan, of its fullest device."""
-    assert row.plan is not None
-    device = max(row.plan.devices, key=lambda device: device.used_bytes)
-    cache = max(device.kv_cache_bytes, device.kv_cache_reserved_bytes)
-    other = device.activation_bytes + device.buffer_bytes + device.overhead_bytes
-    sizes = [device.parameter_bytes, cache, other, device.free_bytes]
-    full = row.full.limit.tokens_per_s if row.full and row.full.limit else None
-    bound = row.plan.limit.bound if row.plan.limit else "-"
-    batch = "-" if row.plan.largest_batch is None else str(row.plan.largest_batch)
-    return [row.machine, row.engine, *map(size, sizes), batch, rate(row.pace or None), rate(full), bound]
-
-
 def caption(values: dict[str, str], rows: Sequence[Row]) -> str:
-    """What the columns are, and which links were taken."""
+    """What the columns are, which links were taken, and where quantized weights come from."""
     tokens = f"{_asked(values, 'prompt_tokens')} + {_asked(values, 'max_new_tokens')} tokens"
     batch, precision = _asked(values, "batch_size"), values.get("precision", "bf16")
-    links = dict.fromkeys(f"{row.machine} {row.link}" for row in rows if row.link)
+    links = ", ".join(dict.fromkeys(f"{row.machine} {row.link}" for row in rows if row.link))
+    asked = dict.fromkeys(row.quantization for row in rows if row.plan) if "quantization" in values else ()
+    sources = "".join(f" {name}: {SOURCES[name]}." for name in asked if name in SOURCES)
     return (
         f"Of the fullest device, for {tokens} in batches of {batch}, {precision}. Other: activations, gathered layers, "
         "what engine and driver keep. Batch: the largest that fits (of each rank with fsdp). Ceilings in tokens/s: per "
         "prompt in the batch asked for, and of all devices together in the largest; in bold the highest per prompt, to "
-        f"1 %.{' Links: ' if links else ''}{', '.join(links)}{'.' if links else ''}"
+        f"1 %.{f' Links: {links}.' if links else ''}{sources}"
     )
-
-
-def fastest(rows: Sequence[Row]) -> set[int]:
-    """The places of the rows whose ceiling for one prompt is within 1 % of the highest on that machine."""
-    best: dict[str, float] = {}
-    for row in rows:
-        best[row.machine] = max(row.pace, best.get(row.machine, 0.0))
-    return {place for place, row in enumerate(rows) if row.pace and row.pace > 0.99 * best[row.machine]}
-
-
-def show(shape: ModelShape, values: dict[str, str], rows: Sequence[Row]) -> None:
-    """Print the table, the fastest of each machine in bold, and why some choices have no plan."""
-    out = console()
-    table = Table(
-        *COLUMNS, title=f"{values['model']}: {shape.num_parameters:,} parameters", caption=caption(values, rows)
-    )
-    marked = fastest(rows)
-    for place, row in enumerate(rows):
-        text = cells(row) if row.plan else [row.machine, row.engine, *["-"] * (WIDTH - 3), "impossible"]
-        table.add_row(*map(escape, text), style="bold" if place in marked else "" if row.plan else "dim")
-    out.print(table)
-    for row in rows:
-        if row.problem:
-            out.print(f"{row.machine} {row.engine}: {escape(row.problem)}", soft_wrap=True)
-
-
-def markdown(shape: ModelShape, values: dict[str, str], rows: Sequence[Row]) -> str:
-    """The same as Markdown text."""
-    marked = fastest(rows)
-    lines = [f"**{values['model']}**: {shape.num_parameters:,} parameters.", "", _pipes(COLUMNS)]
-    lines.append(_pipes(["---", "---", *["---:"] * (WIDTH - 3), "---"]))
-    for place, row in enumerate(rows):
-        text = cells(row) if row.plan else [row.machine, row.engine, *["-"] * (WIDTH - 3), "impossible"]
-        bold = (COLUMNS.index("backend"), COLUMNS.index("per prompt")) if place in marked else ()
-        lines.append(_pipes([f"**{cell}**" if at in bold else cell for at, cell in enumerate(text)]))
-    lines += ["", caption(values, rows), ""]
-    problems = [f"- {row.machine} {row.engine}: {row.problem}" for row in rows if row.problem]
-    return "\n".join([*lines, *problems, *([""] if problems else [])])
-
-
-def _pipes(texts: Sequence[Any]) -> str:
-    return f"| {' | '.join(texts)} |"
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def _kinds(shape: ModelShape, storage: Storage) -> tuple[tuple[Parameter, int], 
 
 
 def spread(shape: ModelShape, n: int, storage: Storage = NUMBERS) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Bytes (or numbers) of parameters, and layers, on each of `n` devices that hold whole layers in order, as accelerate balances them.
+    """Bytes (or numbers) of parameters, and layers, on each of `n` devices, as accelerate balances them in order.
 
     Each but the last is filled up to its part of the model and 1.25 layers; the first keeps room for the largest
     module. Source: get_balanced_memory and infer_auto_device_map in accelerate/utils/modeling.py.

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from shards.ceilings import ceilings, step_bytes
-from shards.cuts import padded_vocabulary
+from shards.cuts import misfit, padded_vocabulary
 from shards.errors import PlanError
 from shards.hardware import GIB
 from shards.limits import Limit
@@ -16,6 +16,14 @@ from shards.memory import DevicePlan, Layout, PlanRequest, device_plans, kv_byte
 __all__ = ["DevicePlan", "Plan", "PlanError", "PlanRequest", "make_plan"]
 
 _LARGEST = 2**20
+_ONLY_PLAIN = {
+    "fsdp": "FSDP2 cuts plain weights by rows, which packed ones do not have",
+    "deepspeed": "AutoTP cuts plain weights only",
+    "vllm": "vLLM no longer has bitsandbytes",
+    "transformers": "of quantized weights, a transformers model is planned with those of bitsandbytes only",
+}
+"""Why engines do not run a quantization. vllm: its methods, of release 0.32, are in layers/quantization/__init__.py."""
+
 _CANDIDATES = (*range(1, 17), 24, 32, 48, 64, 128, 256, 512, 1024)
 
 
@@ -46,6 +54,7 @@ class Plan:
     smallest_devices: int | None
     limit: Limit | None
     prefill_limit: Limit | None
+    quantization: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as plan.json keeps them."""
@@ -93,6 +102,7 @@ def make_plan(request: PlanRequest) -> Plan:
         smallest_devices=_smallest_devices(request),
         limit=decode,
         prefill_limit=prefill,
+        quantization=request.quantization.name if request.quantization else None,
     )
 
 
@@ -100,6 +110,8 @@ def _illegal(request: PlanRequest) -> str | None:
     """Why the engine cannot cut the model so, None if it can."""
     shape, n, engine = request.shape, request.tensor_parallel_size, request.engine
     heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
+    if request.quantization is not None and engine not in (*request.quantization.engines, "dummy"):
+        return f"{engine} cannot run {request.quantization.name} weights: {_ONLY_PLAIN[engine]}."
     if engine == "transformers" and request.num_nodes > 1:
         return f"The transformers engine is one process and cannot reach over {request.num_nodes} nodes."
     if heads % n:
@@ -110,7 +122,8 @@ def _illegal(request: PlanRequest) -> str | None:
     for what, size in (("inner MLP columns", shape.intermediate_size), ("rows of the padded vocabulary", padded)):
         if engine == "vllm" and size % n:
             return f"{size} {what} cannot be divided by {n} devices, as vllm needs."
-    return None
+    why = misfit(shape, n, request.storage) if engine == "vllm" else None
+    return f"{why}, as vllm needs." if why else None
 
 
 def _too_large(request: PlanRequest) -> str | None:
@@ -121,9 +134,10 @@ def _too_large(request: PlanRequest) -> str | None:
     assert worst.capacity_bytes is not None
     n, usable = request.num_devices, _usable_bytes(request, worst.capacity_bytes)
     part = f"{(usable + missing) / GIB:.1f} GiB on " + (f"device {worst.rank} of {n}" if n > 1 else "one device")
+    kind = f" in {request.quantization.name}" if request.quantization else ""
     may = f", of which {request.engine} may use {usable / GIB:.1f}" if usable < worst.capacity_bytes else ""
     return (
-        f"{request.shape.num_parameters / 1e9:.1f} billion parameters with {request.engine} need {part} "
+        f"{request.shape.num_parameters / 1e9:.1f} billion parameters{kind} with {request.engine} need {part} "
         f"(weights {worst.parameter_bytes / GIB:.1f}, batch {request.batch_size} of {request.context} tokens), "
         f"{request.device.name} has {worst.capacity_bytes / GIB:.1f} GiB{may}."
     )
@@ -164,9 +178,14 @@ def _hint(request: PlanRequest) -> str:
         found.append(f"devices={fewer[-1] if fewer else counts[0]}")
     if _illegal(request) is None and (batch := _largest_batch(request, make_layout(request))):
         found.append(f"measure.batch_size={batch}")
-    for engine in ("fsdp", "vllm"):
-        if engine != request.engine and _possible(replace(request, engine=engine)):
+    for engine in request.quantization.engines if request.quantization else ("fsdp", "vllm"):
+        other = replace(request, engine=engine)
+        if engine != request.engine and _possible(other):
             found.append(f"backend={engine}")
+        elif not found and (count := next(_possible_devices(other), None)):
+            found.append(f"backend={engine} with devices={count}")
+    if not found and request.quantization and _illegal(request):
+        return "weights that are not quantized, or in another way."
     return f"{', or '.join(found)}." if found else "devices with more memory, fewer tokens, or a narrower precision."
 
 

@@ -136,15 +136,15 @@ QUANTIZATIONS: Mapping[str, Quantization] = {
 }
 """Schemes by name.
 
-fp8: a byte a value, an fp32 scale a matrix (each of queries, keys and values), output or block of 128 x 128. Source:
-create_fp8_weight_parameter and create_fp8_scale_parameter in vllm/model_executor/layers/quantization/utils/fp8_utils.py.
+fp8: a byte a value, an fp32 scale a matrix (each of queries, keys and values), output, or block of 128 x 128. Source:
+create_fp8_weight_parameter, create_fp8_scale_parameter in vllm/model_executor/layers/quantization/utils/fp8_utils.py.
 int8: LLM.int8, a byte a value and an fp32 scale an output (Int8Params.CB and SCB in bitsandbytes/nn/modules.py).
-nf4: half a byte a value, an fp32 maximum for each 64 values, a table of 16 fp32; nf4_dq: the maxima in one byte each, an
-fp32 scale for each 256 of them, their fp32 offset and a table of 256 fp32 (quantize_4bit in bitsandbytes/functional.py).
-Its kernels widen a matrix for prompts, not for single tokens (gemm_4bit in bitsandbytes/backends/cuda/ops.py).
+nf4: half a byte a value, an fp32 maximum for each 64 values, a table of 16 fp32. nf4_dq: the maxima in a byte each, an
+fp32 scale for each 256 of them, their fp32 offset, another table of 256 fp32 (quantize_4bit in
+bitsandbytes/functional.py). A matrix is widened for prompts, not for single tokens (gemm_4bit in backends/cuda/ops.py).
 int4_g128: GPTQ and AWQ, eight values and eight zero points an int32, a scale of the model's type for each 128 inputs of
-an output. Source: create_weights in vllm/model_executor/layers/quantization/auto_gptq.py and auto_awq.py; the zero points
-of a symmetric GPTQ (0.7 %) are there while loading, and dropped after it.
+an output. Source: create_weights in vllm/model_executor/layers/quantization/auto_gptq.py, auto_awq.py; zero points of a
+symmetric GPTQ (0.7 %) are there while it is loaded, and dropped then.
 """
 
 

@@ -79,7 +79,7 @@ def _awq(given: Mapping[str, Any]) -> Quantization:
 
 
 def _fp8(given: Mapping[str, Any]) -> Quantization:
-    """A scale a matrix, or a block; static activations have one more. Source: Fp8LinearMethod in quantization/fp8.py."""
+    """A scale a matrix, or a block; static activations have one more. Source: Fp8LinearMethod in vLLM's fp8.py."""
     block = given.get("weight_block_size")
     names = given.get("ignored_layers") or given.get("modules_to_not_convert") or ()
     return replace(
@@ -113,7 +113,7 @@ def _compressed(given: Mapping[str, Any]) -> Quantization:
     if len(groups) != 1 or groups[0].get("targets") != ["Linear"]:
         raise PlanError("Only compressed-tensors with one group, of all linear layers, can be planned.", _UNQUANTIZED)
     weights, activations = groups[0].get("weights") or {}, groups[0].get("input_activations")
-    bits, kind, strategy = _number(weights, "num_bits"), weights.get("type", "int"), weights.get("strategy")
+    bits, kind, strategy = _number(weights, "num_bits"), weights.get("type", "int"), str(weights.get("strategy"))
     group = _number(weights, "group_size") if strategy == "group" else 0
     structure = weights.get("block_structure") or (0, 0)
     blocks = {"tensor": (0, 0), "channel": (1, 0), "group": (1, group), "block": tuple(structure)}
@@ -156,7 +156,7 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], Quantization]] = {
 def unpacked(tensors: Mapping[str, tuple[int, ...]], quantization: Quantization) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the parameters that a quantized checkpoint's tensors stand for: [outputs, inputs] each."""
     per_word = 8 * quantization.word // quantization.bits
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for name, shape in tensors.items():
         if _BESIDE.search(name):
             continue
