@@ -23,6 +23,7 @@ class PlanRequest:
     """What is to be put where. `devices` are those of each node; `batch_size` is that of each rank under fsdp.
 
     `kv_heads_only`: module engines keep keys and values of kv heads only, not as transformers' own Falcon expands them.
+    `kv_block_tokens`: the tokens of a sequence for which an engine takes up its cache at a time.
     """
 
     shape: ModelShape
@@ -40,6 +41,7 @@ class PlanRequest:
     reshard_after_forward: bool = True
     gpu_memory_utilization: float = 0.92
     kv_cache_memory_bytes: int | None = None
+    kv_block_tokens: int = 1
     max_num_batched_tokens: int = 8192
     max_num_seqs: int = 256
 
@@ -60,6 +62,11 @@ class PlanRequest:
     @property
     def context(self) -> int:
         return self.prompt_tokens + self.max_new_tokens
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of a sequence for which there is cache at its end."""
+        return ceil(self.context / self.kv_block_tokens) * self.kv_block_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +129,7 @@ def device_plans(request: PlanRequest, layout: Layout) -> tuple[DevicePlan, ...]
 def _device_plan(
     request: PlanRequest, rank: int, held: int, per_token: int, activations: int, overhead: int, layout: Layout
 ) -> DevicePlan:
-    needed = per_token * request.batch_size * request.context
+    needed = per_token * request.batch_size * request.cached_tokens
     reserved = _reserved_bytes(request, held + activations + layout.buffer_bytes + overhead)
     return DevicePlan(
         rank=rank,

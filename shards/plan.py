@@ -149,7 +149,7 @@ def _missing_bytes(request: PlanRequest, device: DevicePlan) -> int:
         return 0
     used, usable = device.used_bytes, _usable_bytes(request, device.capacity_bytes)
     if request.engine == "vllm":
-        sequence = kv_bytes_per_token(request) * request.context
+        sequence = kv_bytes_per_token(request) * request.cached_tokens
         used += max(sequence, request.kv_cache_memory_bytes or 0) - device.kv_cache_reserved_bytes
     return used - usable
 
@@ -202,7 +202,7 @@ def _smallest_devices(request: PlanRequest) -> int | None:
 
 def _largest_batch(request: PlanRequest, layout: Layout) -> int | None:
     if request.engine == "vllm":
-        sequence = kv_bytes_per_token(request) * request.context
+        sequence = kv_bytes_per_token(request) * request.cached_tokens
         pools = [device.kv_cache_reserved_bytes for device in device_plans(request, layout)]
         known = request.device.capacity_bytes is not None or request.kv_cache_memory_bytes is not None
         return min(request.max_num_seqs, min(pools) // sequence) if known else None
