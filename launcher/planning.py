@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from shards.tensor_files import TensorEntry
 
 VLLM_SEQUENCES = 256  # vLLM's own default on cards of 80 GB and less
+VLLM_BLOCK_TOKENS = {"cuda": 16, "cpu": 128}  # DEFAULT_BLOCK_SIZE in vllm/config/cache.py; vllm/platforms/cpu.py
 DTYPE_BYTES = {Precision.fp32: 4, Precision.fp16: 2, Precision.bf16: 2}
 
 
@@ -40,6 +41,7 @@ def plan_of(
         options["gpu_memory_utilization"] = backend.gpu_memory_utilization
         is_free_memory_known = config.launch.name != "slurm"  # that of the nodes only they can see
         options["kv_cache_memory_bytes"] = pool_bytes(config, model_config, not on_cuda and is_free_memory_known)
+        options["kv_block_tokens"] = backend.extra.get("block_size", VLLM_BLOCK_TOKENS["cuda" if on_cuda else "cpu"])
         options["max_num_seqs"] = backend.max_num_seqs or VLLM_SEQUENCES
     device, link = _devices(config, on_cuda)
     request = PlanRequest(
