@@ -6,12 +6,15 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from launcher.backends.vllm_options import pool_bytes
-from launcher.config import FsdpConfig, Precision, VllmConfig
+from launcher.config import DummyConfig, FsdpConfig, Precision, VllmConfig, Weights
 from launcher.prompts import sampling_of
+from shards.errors import PlanError
 from shards.hardware import CPU, Device, Link, known_device
 from shards.measured import this_machine
 from shards.model import KNOWN_FAMILIES, ModelShape
 from shards.plan import Plan, PlanRequest, make_plan
+from shards.quantization import QUANTIZATIONS, Quantization
+from shards.quantized_checkpoint import from_config, unpacked
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
 
 VLLM_SEQUENCES = 256  # vLLM's own default on cards of 80 GB and less
 VLLM_BLOCK_TOKENS = {"cuda": 16, "cpu": 128}  # DEFAULT_BLOCK_SIZE in vllm/config/cache.py; vllm/platforms/cpu.py
+ONLINE = {"fp8_per_tensor": "fp8", "fp8_per_channel": "fp8_channel", "fp8_per_block": "fp8_block"}
+"""What vLLM calls the quantizations that it makes while it loads plain weights."""
+
 DTYPE_BYTES = {Precision.fp32: 4, Precision.fp16: 2, Precision.bf16: 2}
 
 
@@ -50,6 +56,7 @@ def plan_of(
         devices=config.devices,
         num_nodes=config.num_nodes,
         dtype_bytes=DTYPE_BYTES[config.precision],
+        quantization=quantization_of(config, model_config, on_cuda),
         batch_size=_batch_size(config, len(prompts)),
         prompt_tokens=max(len(prompt.token_ids) for prompt in prompts),
         max_new_tokens=sampling_of(config).max_new_tokens,
@@ -58,6 +65,25 @@ def plan_of(
         **options,
     )
     return make_plan(request)
+
+
+def quantization_of(config: RunConfig, model_config: Mapping[str, Any], on_cuda: bool) -> Quantization | None:
+    """How a run holds its weights; PlanError for a quantized checkpoint that its engine cannot read."""
+    backend, is_vllm = config.backend, isinstance(config.backend, VllmConfig)
+    if isinstance(backend, DummyConfig) or (config.model.weights is Weights.random and not is_vllm):
+        return None  # random weights of module engines are never quantized
+    found = from_config(model_config)
+    if found is not None and not (is_vllm and "vllm" in found.engines):
+        reads = "no longer has bitsandbytes" if is_vllm else "loads plain weights only"
+        hint = "use the unquantized checkpoint" + (", or backend=vllm" if "vllm" in found.engines else "")
+        raise PlanError(f"The checkpoint is quantized ({found.name}), and backend={backend.name} {reads}.", hint)
+    if isinstance(backend, VllmConfig) and found is None and (method := backend.extra.get("quantization")) in ONLINE:
+        if not on_cuda:
+            raise PlanError(f"vLLM makes {method} weights on CUDA only.", "use a checkpoint that is quantized already")
+        found = QUANTIZATIONS[ONLINE[method]]
+    if found is not None and config.precision is Precision.fp32 and not found.with_fp32:
+        raise PlanError(f"vLLM multiplies {found.name} weights in 16 bits, not in precision=fp32.", "precision=bf16")
+    return found
 
 
 def _devices(config: RunConfig, on_cuda: bool) -> tuple[Device, Link | None]:
@@ -81,4 +107,6 @@ def shape_of(model_config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]
     """Exact shapes from the config where its family is known, else from the headers of the checkpoint."""
     if tensors is None or model_config.get("model_type") in KNOWN_FAMILIES:
         return ModelShape.from_config(model_config)
-    return ModelShape.from_tensors(model_config, {name: entry.shape for name, entry in tensors.items()})
+    shapes = {name: entry.shape for name, entry in tensors.items()}
+    quantization = from_config(model_config)
+    return ModelShape.from_tensors(model_config, unpacked(shapes, quantization) if quantization else shapes)

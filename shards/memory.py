@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 
 from shards.cuts import cut_up, spread
@@ -159,6 +159,8 @@ def load_peaks(request: PlanRequest, layout: Layout) -> tuple[int, int]:
     """
     processes = 1 if request.engine == "transformers" else min(request.devices, request.num_devices)
     rings = 0 if request.engine == "dummy" else processes * LOAD_RING_BYTES
+    if request.quantization is not None:
+        layout = make_layout(replace(request, quantization=request.quantization.while_loading()))
     return rings, max(layout.parameter_bytes) + _overhead_bytes(request)
 
 

@@ -24,11 +24,13 @@ class Quantization:
 
     `block` are the outputs and inputs that share a scale, 0 for all of them; `flat` instead so many values in a row,
     across outputs. A scale has `scale_bytes`, None for the width of the model's type; `nested` scales of one byte share
-    an fp32 scale. Rows are padded to `word` bytes. `zero_points` are packed like values. `part_bytes` are there for
-    each matrix (three where queries, keys and values are fused), `layer_bytes` once for each layer of the engine.
+    an fp32 scale. Rows are padded to `word` bytes. `zero_points` are packed like values; `zeros_to_load`: the engine
+    drops them once it has loaded. `part_bytes` are there for each matrix (three where queries, keys and values are
+    fused), `layer_bytes` once for each layer of the engine.
     `engines` have the layers for it; `unpacks`: they widen a matrix to multiply with it; `eight_bit_products`: they
-    multiply in 8 bits, at up to twice the rate. `head`: the language model's head is quantized as well. Modules that
-    one of the patterns `skipped` is found in are not; nor, if there are any, those that no pattern of `only` is in.
+    multiply in 8 bits, at up to twice the rate; `with_fp32`: activations may be fp32. `head`: the language model's head
+    is quantized as well. Modules that one of the patterns `skipped` is found in are not; nor, if there are any, those
+    that no pattern of `only` is in.
     """
 
     name: str
@@ -40,13 +42,19 @@ class Quantization:
     nested: int = 0
     word: int = 1
     zero_points: bool = False
+    zeros_to_load: bool = False
     part_bytes: int = 0
     layer_bytes: int = 0
     unpacks: bool = False
     eight_bit_products: bool = False
     head: bool = False
+    with_fp32: bool = False
     skipped: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
+
+    def while_loading(self) -> Quantization:
+        """What there is until all weights are loaded."""
+        return replace(self, zero_points=True) if self.zeros_to_load else self
 
     def applies(self, parameter: Parameter) -> bool:
         """Whether a parameter is stored quantized: matrices of decoder layers, but for those that are left out."""
@@ -143,8 +151,8 @@ nf4: half a byte a value, an fp32 maximum for each 64 values, a table of 16 fp32
 fp32 scale for each 256 of them, their fp32 offset, another table of 256 fp32 (quantize_4bit in
 bitsandbytes/functional.py). A matrix is widened for prompts, not for single tokens (gemm_4bit in backends/cuda/ops.py).
 int4_g128: GPTQ and AWQ, eight values and eight zero points an int32, a scale of the model's type for each 128 inputs of
-an output. Source: create_weights in vllm/model_executor/layers/quantization/auto_gptq.py, auto_awq.py; zero points of a
-symmetric GPTQ (0.7 %) are there while it is loaded, and dropped then.
+an output. Source: create_weights in vllm/model_executor/layers/quantization/auto_gptq.py, auto_awq.py. A
+symmetric GPTQ has its zero points only while it is loaded (process_weights_after_loading of its kernels).
 """
 
 

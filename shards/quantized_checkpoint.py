@@ -57,6 +57,8 @@ def _gptq(given: Mapping[str, Any]) -> Quantization:
         name=_grouped_name("gptq", bits, group),
         bits=bits,
         block=(1, max(group, 0)),
+        zero_points=False,
+        zeros_to_load=True,
         head=bool(given.get("lm_head")),
         skipped=tuple(f"^(?:{rule.removeprefix('-:')})" for rule in rules),
         only=tuple(map(re.escape, _flat(given.get("modules_in_block_to_quantize")))),
@@ -137,6 +139,7 @@ def _compressed(given: Mapping[str, Any]) -> Quantization:
         if static and kind == "int"
         else 0,
         eight_bit_products=activations is not None,
+        with_fp32=True,
         skipped=tuple(
             f"^(?:{name.removeprefix('re:')})" if name.startswith("re:") else f"^{re.escape(name)}$"
             for name in given.get("ignore") or ()
