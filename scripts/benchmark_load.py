@@ -101,6 +101,7 @@ def write_safetensors(path: Path, tensors: Sequence[tuple[str, list[int], int]],
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + nbytes]}
         end += nbytes
     text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # as the safetensors library aligns it
     with path.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for first in range(0, end, len(noise)):

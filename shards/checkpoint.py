@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     Reader = Callable[[Path], list[TensorEntry]]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+STILL_THERE = "check that the file is still there and that its disk is sound"
 LEGACY_SINGLE, LEGACY_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
@@ -111,6 +113,7 @@ class OpenFiles:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._stamps = checkpoint.stamps
         self._open: dict[Path, int] = {}
+        self._mapped: dict[Path, mmap.mmap] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> OpenFiles:
@@ -122,9 +125,8 @@ class OpenFiles:
 
     def fill(self, entry: TensorEntry, offset: int, memory: memoryview) -> None:
         """Read as many bytes as `memory` has from byte `offset` of the file of `entry`. Safe to call from threads."""
-        done = 0
+        done, descriptor = 0, self._descriptor(entry.file)
         try:
-            descriptor = self._descriptor(entry.file)
             while done < len(memory):
                 count = os.preadv(descriptor, [memory[done:]], offset + done)
                 if count == 0:
@@ -133,22 +135,43 @@ class OpenFiles:
         except OSError as error:
             raise CheckpointError(
                 f"{entry.file} cannot be read at byte {offset + done:,} for {entry.name}: {error.strerror}.",
-                "check that the file is still there and that its disk is sound",
+                STILL_THERE,
             ) from None
+
+    def expect(self, entry: TensorEntry, offset: int, nbytes: int) -> None:
+        """Have bytes of the file of `entry` brought into the page cache, while it is still the same file."""
+        descriptor = self._descriptor(entry.file)
+        self._check(entry.file, descriptor)
+        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
+
+    def mapping(self, path: Path) -> mmap.mmap | None:
+        """A whole file as memory of which a write makes a private copy; None where its file system cannot do that."""
+        descriptor = self._descriptor(path)
+        if path not in self._mapped:
+            try:
+                self._mapped[path] = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+            except OSError:
+                return None
+        return self._mapped[path]
 
     def check(self) -> None:
         """No file has changed since it was opened."""
         for path, descriptor in self._open.items():
-            if FileStamp.of(os.fstat(descriptor)) != self._stamps[path]:
-                raise self._changed(path)
+            self._check(path, descriptor)
+
+    def _check(self, path: Path, descriptor: int) -> None:
+        if FileStamp.of(os.fstat(descriptor)) != self._stamps[path]:
+            raise self._changed(path)
 
     def _descriptor(self, path: Path) -> int:
         with self._lock:
             if path not in self._open:
-                self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise CheckpointError(f"{path} cannot be read: {error.strerror}.", STILL_THERE) from None
                 no_readahead(self._open[path])
-                if FileStamp.of(os.fstat(self._open[path])) != self._stamps[path]:
-                    raise self._changed(path)
+                self._check(path, self._open[path])
             return self._open[path]
 
     def _changed(self, path: Path) -> CheckpointError:

@@ -15,8 +15,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from shards.checkpoint import OpenFiles
 from shards.errors import CheckpointError
-from shards.slices import TORCH_DTYPES, Target, read_targets
+from shards.slices import TORCH_DTYPES, Target, map_target, read_targets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -84,16 +85,18 @@ def load_weights(
     """Fill every parameter and buffer of `model`, plain or DTensor, with this rank's part of `checkpoint`.
 
     Tensors on meta come to `device`; tied ones stay tied; buffers that no checkpoint holds are computed. Only the
-    bytes of the local shards are read. Names and shapes are checked before anything is allocated or read.
+    bytes of the local shards are read. On a CPU, a local part whose bytes lie in the file as the model needs them is
+    the file itself, mapped. Names and shapes are checked before anything is allocated or read.
     """
     began = time.perf_counter()
     found = _match(model, checkpoint)
     materialize(model, device)
     tensors = dict(stored_tensors(model))
-    targets = [_target(found[name][0], tensor) for name, tensor in tensors.items()]
-    bytes_read = read_targets(checkpoint, targets, progress)
-    for name, tensor in tensors.items():
-        _check_copies(checkpoint, found[name], tensor)
+    with OpenFiles(checkpoint) as files:
+        targets = [_target(files, found[name][0], tensor) for name, tensor in tensors.items()]
+        bytes_read = read_targets(files, targets, progress)
+        for name, tensor in tensors.items():
+            _check_copies(files, found[name], tensor)
     return LoadStats(bytes_read, local_bytes(model), time.perf_counter() - began)
 
 
@@ -184,22 +187,30 @@ def _check_dtype(entry: TensorEntry, dtype: torch.dtype) -> None:
         )
 
 
-def _target(entry: TensorEntry, tensor: torch.Tensor) -> Target:
-    start, local = local_block(tensor)
-    return Target(entry, start, local)
+def _target(files: OpenFiles, entry: TensorEntry, tensor: torch.Tensor) -> Target:
+    """What is to be read for a tensor, which is put into the mapped file where that serves it."""
+    target = Target(entry, *local_block(tensor))
+    mapped = map_target(files, target)
+    if mapped is None:
+        return target
+    if isinstance(tensor, DTensor):
+        tensor._local_tensor = mapped.out
+    else:
+        tensor.data = mapped.out
+    return mapped
 
 
-def _check_copies(checkpoint: Checkpoint, entries: tuple[TensorEntry, ...], tensor: torch.Tensor) -> None:
+def _check_copies(files: OpenFiles, entries: tuple[TensorEntry, ...], tensor: torch.Tensor) -> None:
     """A tied tensor that is stored under two names has the same values under both."""
     start, local = local_block(tensor)
     for other in entries[1:]:
         if (other.file, other.offset) == (entries[0].file, entries[0].offset):
             continue
         copy = torch.empty_like(local)
-        read_targets(checkpoint, [Target(other, start, copy)])
+        read_targets(files, [Target(other, start, copy)])
         if not torch.equal(copy, local):
             raise CheckpointError(
-                f"{checkpoint.folder}: the config ties {entries[0].name} to {other.name}, but their values differ.",
+                f"{entries[0].file.parent}: the config ties {entries[0].name} to {other.name}, but their values differ.",
                 "set tie_word_embeddings to false in config.json",
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import queue
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -36,11 +37,15 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """`out` is to hold the block of `entry` that begins at index `start` and has the shape of `out`."""
+    """`out` is to hold the block of `entry` that begins at index `start` and has the shape of `out`.
+
+    Where `out` is `mapped`, it is those bytes of the file itself, which only have to come into the page cache.
+    """
 
     entry: TensorEntry
     start: tuple[int, ...]
     out: torch.Tensor
+    mapped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,7 @@ class _Piece:
     shape: tuple[int, ...]
     start: tuple[int, ...]
     out: torch.Tensor
+    mapped: bool
 
     @property
     def nbytes(self) -> int:
@@ -70,7 +76,8 @@ class _Piece:
 
 def read_slice(checkpoint: Checkpoint, name: str, start: Sequence[int], out: torch.Tensor) -> None:
     """Fill `out` with the block of tensor `name` that begins at index `start`, cast to the dtype of `out`."""
-    read_targets(checkpoint, [Target(checkpoint.tensors[name], tuple(start), out)])
+    with OpenFiles(checkpoint) as files:
+        read_targets(files, [Target(checkpoint.tensors[name], tuple(start), out)])
 
 
 def iter_slices(
@@ -86,12 +93,28 @@ def iter_slices(
         yield name, out
 
 
-def read_targets(
-    checkpoint: Checkpoint, targets: Sequence[Target], progress: Progress = lambda done, total: None
-) -> int:
+def map_target(files: OpenFiles, target: Target) -> Target | None:
+    """The same block as a tensor that is the file itself: no memory is taken, and the ranks of a machine share it.
+
+    None where the bytes of the file are not those of the tensor, one after the other, in host memory.
+    """
+    entry, out = target.entry, target.out
+    row = math.prod(entry.shape[1:]) * DTYPE_BYTES[entry.dtype]
+    offset = entry.offset + (target.start[0] * row if target.start else 0)
+    as_stored = out.device.type == "cpu" and out.dtype == TORCH_DTYPES[entry.dtype] and out.is_contiguous()
+    if not as_stored or not out.numel() or out.shape[1:] != entry.shape[1:] or offset % out.itemsize:
+        return None
+    memory = files.mapping(entry.file)
+    if memory is None:
+        return None
+    block = torch.frombuffer(memory, dtype=out.dtype, count=out.numel(), offset=offset).view(out.shape)
+    return Target(entry, target.start, block, mapped=True)
+
+
+def read_targets(files: OpenFiles, targets: Sequence[Target], progress: Progress = lambda done, total: None) -> int:
     """Fill all targets, in the order of their bytes on disk; gives the bytes read.
 
-    Raises CheckpointError if a file is not the one that `checkpoint` was opened on, before or after.
+    Raises CheckpointError if a file is not the one that its checkpoint was opened on, before or after.
     """
     pieces = [piece for target in targets for piece in _pieces_of(target)]
     pieces.sort(key=lambda piece: (piece.entry.file, piece.offset))
@@ -99,7 +122,7 @@ def read_targets(
     gpus = sorted({target.out.device for target in targets if target.out.device.type == "cuda"}, key=str)
     ring = _Ring(pinned=bool(gpus))
     done = 0
-    with OpenFiles(checkpoint) as files, ThreadPoolExecutor(THREADS, "read", _use_device, (gpus,)) as pool:
+    with ThreadPoolExecutor(THREADS, "read", _use_device, (gpus,)) as pool:
         try:
             for nbytes in pool.map(lambda piece: _read_piece(files, ring, piece), pieces):
                 done += nbytes
@@ -124,30 +147,36 @@ def _pieces_of(target: Target) -> Iterator[_Piece]:
     inside = all(first + size <= whole for first, size, whole in zip(target.start, out.shape, entry.shape, strict=True))
     assert inside, f"{entry.name} {entry.shape} has no block {tuple(out.shape)} at {target.start}"
     if out.dim() == 0:
-        yield _Piece(entry, entry.offset, (1,), (), out.reshape(1))
+        yield _Piece(entry, entry.offset, (1,), (), out.reshape(1), target.mapped)
     elif out.numel():
-        yield from _cut(entry, entry.offset, entry.shape, target.start, out)
+        yield from _cut(target, entry.offset, entry.shape, target.start, out)
 
 
 def _cut(
-    entry: TensorEntry, offset: int, shape: tuple[int, ...], start: tuple[int, ...], out: torch.Tensor
+    target: Target, offset: int, shape: tuple[int, ...], start: tuple[int, ...], out: torch.Tensor
 ) -> Iterator[_Piece]:
     """Pieces of at most PIECE_BYTES that fill `out` from the row-major tensor of `shape` at byte `offset`."""
+    entry = target.entry
     row = math.prod(shape[1:]) * DTYPE_BYTES[entry.dtype]
     through = tuple(out.shape[1:]) != shape[1:]
     cut_row = row * math.prod(out.shape[1:]) // max(1, math.prod(shape[1:]))
     if len(shape) > 1 and (row > PIECE_BYTES or (through and cut_row >= EXACT_RUN_BYTES)):
         for index in range(out.shape[0]):
-            yield from _cut(entry, offset + (start[0] + index) * row, shape[1:], start[1:], out[index])
+            yield from _cut(target, offset + (start[0] + index) * row, shape[1:], start[1:], out[index])
         return
     rows = max(1, PIECE_BYTES // row)
     for first in range(0, out.shape[0], rows):
         block = out[first : first + rows]
-        yield _Piece(entry, offset + (start[0] + first) * row, (block.shape[0], *shape[1:]), start[1:], block)
+        at = offset + (start[0] + first) * row
+        yield _Piece(entry, at, (block.shape[0], *shape[1:]), start[1:], block, target.mapped)
 
 
 def _read_piece(files: OpenFiles, ring: _Ring, piece: _Piece) -> int:
     with torch.inference_mode():
+        if piece.mapped:
+            files.expect(piece.entry, piece.offset, piece.nbytes)
+            _touch(piece.out)
+            return piece.nbytes
         if piece.in_place:
             files.fill(piece.entry, piece.offset, _bytes_of(piece.out))
             return piece.nbytes
@@ -162,6 +191,10 @@ def _read_piece(files: OpenFiles, ring: _Ring, piece: _Piece) -> int:
         finally:
             ring.give_back(buffer)
     return piece.nbytes
+
+
+def _touch(tensor: torch.Tensor) -> None:
+    tensor.reshape(-1).view(torch.uint8)[:: mmap.PAGESIZE].max()
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
