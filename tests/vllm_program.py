@@ -26,6 +26,7 @@ from launcher.prompts import encode
 from shards.world import World
 
 FOLDER = EMBEDDED / "tiny_falcon"
+POOL_BYTES = 50_000_000  # no whole number of blocks
 FULL = SamplingConfig(max_new_tokens=40, ignore_eos=True)
 
 
@@ -94,7 +95,8 @@ def main() -> None:
     prompts = encode(PROMPTS.read_text().splitlines(), FOLDER)
 
     backend = VllmBackend(configured(devices))
-    backend.load(None, world, lambda done, total: result.update(progress=[done, total]))
+    plan = {"kv_cache_memory_bytes": POOL_BYTES} if devices > 1 else None
+    backend.load(plan, world, lambda done, total: result.update(progress=[done, total]))
     result["threads"] = [int(worker.environ()["OMP_NUM_THREADS"]) for worker in workers()]
     backend.barrier()
     result["calls"] = [timed(backend, prompts[::-1]), timed(backend, prompts)]

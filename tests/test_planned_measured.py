@@ -1,0 +1,128 @@
+"""Planned against measured: what `plan.json` says of each device, and what a real run of each engine then held.
+
+Two sweeps of real runs at once, each point started by the command line: the tiny models with their own weights, and a
+Llama of about 1 GB with random ones.
+"""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import launcher
+
+from launcher.config import BACKENDS
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]  # about 100 s on two idle cores
+
+ENGINES = ("fsdp", "deepspeed", "vllm", "transformers")
+MODELS = ("tiny_falcon", "tiny_llama", "llama_1gb")
+POINTS = [(model, engine) for model in MODELS for engine in ENGINES]
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 30, 2
+BLOCK_TOKENS = 128  # of vLLM's cache on a CPU
+
+LLAMA_1GB = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5504,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 333,  # so that the 64 sequences of vLLM's pool are no whole number of blocks
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA_1GB_BYTES = 2 * (2 * 32000 * 2048 + 8 * (2048 * (2 * 2048 + 2 * 512 + 3 * 5504) + 2 * 2048) + 2048)
+"""In bf16: embedding and head; in 8 layers q and o, k and v, the MLP's three, two norms; the last norm."""
+
+
+def sweep(output_dir: Path, *overrides: str) -> None:
+    """One run for each engine that is installed, and each model."""
+    found = [name for name in ENGINES if all(find_spec(package) for package in BACKENDS[name].packages)]
+    ended = launcher(
+        "-m", f"backend={','.join(found)}", "devices=2", "accelerator=cpu", f"output_dir={output_dir}",
+        "prompts=synthetic", f"prompts.count={PROMPTS}", f"prompts.input_tokens={PROMPT_TOKENS}",
+        f"prompts.output_tokens={NEW_TOKENS}", "measure.warmup=0", "measure.repeats=1", *overrides, timeout=650,
+    )  # fmt: skip
+    assert ended.code == 0, ended.out[-3000:] + ended.err[-3000:]
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
+    """The record of each point by model and engine."""
+    folder = tmp_path_factory.mktemp("llama_1gb")
+    (folder / "config.json").write_text(json.dumps(LLAMA_1GB))
+    large = ("model=tiny_llama", "model.name=llama_1gb", f"model.path={folder}", "model.weights=random")
+    with ThreadPoolExecutor() as pool:
+        started = [
+            pool.submit(sweep, folder / "runs", "model=tiny_falcon,tiny_llama"),
+            pool.submit(sweep, folder / "runs_1gb", *large, "precision=bf16"),
+        ]
+        for one in started:
+            one.result()
+    found = [json.loads(path.read_text()) for path in folder.glob("runs*/*/record.json")]
+    return {(record["model"], record["backend"]): record for record in found}
+
+
+def devices(
+    records: dict[tuple[str, str], dict[str, Any]], model: str, engine: str
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """(planned, measured) of each device; skips where the engine is not installed."""
+    if (model, engine) not in records:
+        pytest.skip(f"{engine} is not installed")
+    record = records[model, engine]
+    assert record["status"] == "ok"
+    assert record["world_size"] == len(record["devices"]) == (1 if engine == "transformers" else 2)
+    return list(zip(record["plan"]["devices"], record["devices"], strict=True))
+
+
+@pytest.mark.parametrize(("model", "engine"), POINTS)
+def test_parameters_are_as_planned_to_the_byte(records: Any, model: str, engine: str) -> None:
+    pairs = devices(records, model, engine)
+    assert [held["parameter_bytes"] for _, held in pairs] == [planned["parameter_bytes"] for planned, _ in pairs]
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "transformers"])
+def test_the_large_model_is_whole(records: Any, engine: str) -> None:
+    """What the devices hold together where no parameter is held twice or padded."""
+    assert LLAMA_1GB_BYTES > 950_000_000
+    pairs = devices(records, "llama_1gb", engine)
+    assert sum(held["parameter_bytes"] for _, held in pairs) == LLAMA_1GB_BYTES
+
+
+@pytest.mark.parametrize(("model", "engine"), [point for point in POINTS if point[1] != "vllm"])
+def test_the_cache_of_a_module_is_as_planned_but_for_the_last_token(records: Any, model: str, engine: str) -> None:
+    """The last new token is never read again, so that its keys and values are never made: here 1 of 32 tokens."""
+    context = PROMPT_TOKENS + NEW_TOKENS
+    for planned, held in devices(records, model, engine):
+        assert planned["kv_cache_bytes"] % context == 0
+        assert held["kv_cache_bytes"] == planned["kv_cache_bytes"] // context * (context - 1)
+        assert held["kv_cache_bytes"] == pytest.approx(planned["kv_cache_bytes"], rel=0.05)
+        assert held["kv_cache_reserved_bytes"] is None
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_cache_of_vllm_is_as_planned(records: Any, model: str) -> None:
+    """In use as many blocks as all prompts take; reserved the whole blocks of what is planned."""
+    pairs = devices(records, model, "vllm")
+    block = BLOCK_TOKENS * records[model, "vllm"]["plan"]["kv_bytes_per_token"]
+    for planned, held in pairs:
+        assert held["kv_cache_bytes"] == planned["kv_cache_bytes"] == PROMPTS * block
+        assert held["kv_cache_reserved_bytes"] == planned["kv_cache_reserved_bytes"] // block * block
+    if model == "llama_1gb":
+        assert pairs[0][0]["kv_cache_reserved_bytes"] % block
+
+
+@pytest.mark.parametrize(("model", "engine"), POINTS)
+def test_a_run_has_its_bandwidth_or_the_reason(records: Any, model: str, engine: str) -> None:
+    devices(records, model, engine)
+    found = records[model, engine]["mbu"]
+    assert (found["share"] is None) == ("reason" in found)
+    assert found["share"] is None or 0 < found["share"] < 1
