@@ -9,7 +9,7 @@ from launcher.backends.vllm_options import pool_bytes
 from launcher.config import DummyConfig, FsdpConfig, Precision, VllmConfig, Weights
 from launcher.prompts import sampling_of
 from shards.errors import PlanError
-from shards.hardware import CPU, Device, Link, known_device
+from shards.hardware import CPU, GIB, Device, Link, known_device
 from shards.measured import this_machine
 from shards.model import KNOWN_FAMILIES, ModelShape
 from shards.plan import Plan, PlanRequest, make_plan
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from launcher.config import RunConfig
     from shards.tensor_files import TensorEntry
 
-VLLM_SEQUENCES = 256  # vLLM's own default on cards of 80 GB and less
 VLLM_BLOCK_TOKENS = {"cuda": 16, "cpu": 128}  # DEFAULT_BLOCK_SIZE in vllm/config/cache.py; vllm/platforms/cpu.py
 ONLINE = {"fp8_per_tensor": "fp8", "fp8_per_channel": "fp8_channel", "fp8_per_block": "fp8_block"}
 """What vLLM calls the quantizations that it makes while it loads plain weights."""
@@ -41,6 +40,7 @@ def plan_of(
     """The plan of a run on this machine; PlanError where the model cannot be cut so, or a part does not fit."""
     backend = config.backend
     options: dict[str, Any] = {}
+    device, link = _devices(config, on_cuda)
     if isinstance(backend, FsdpConfig):
         options["reshard_after_forward"] = backend.reshard_after_forward
     if isinstance(backend, VllmConfig):
@@ -48,8 +48,7 @@ def plan_of(
         is_free_memory_known = config.launch.name != "slurm"  # that of the nodes only they can see
         options["kv_cache_memory_bytes"] = pool_bytes(config, model_config, not on_cuda and is_free_memory_known)
         options["kv_block_tokens"] = backend.extra.get("block_size", VLLM_BLOCK_TOKENS["cuda" if on_cuda else "cpu"])
-        options["max_num_seqs"] = backend.max_num_seqs or VLLM_SEQUENCES
-    device, link = _devices(config, on_cuda)
+        options["max_num_seqs"] = _sequences(config, backend, device)
     request = PlanRequest(
         shape=shape_of(model_config, tensors),
         engine=backend.name,
@@ -57,7 +56,7 @@ def plan_of(
         num_nodes=config.num_nodes,
         dtype_bytes=DTYPE_BYTES[config.precision],
         quantization=quantization_of(config, model_config, on_cuda),
-        batch_size=_batch_size(config, len(prompts)),
+        batch_size=_batch_size(config, len(prompts), device),
         prompt_tokens=max(len(prompt.token_ids) for prompt in prompts),
         max_new_tokens=sampling_of(config).max_new_tokens,
         device=device,
@@ -95,12 +94,22 @@ def _devices(config: RunConfig, on_cuda: bool) -> tuple[Device, Link | None]:
     return known_device(config.cluster.device) if config.cluster.device else Device("a GPU of the cluster"), None
 
 
-def _batch_size(config: RunConfig, prompts: int) -> int:
+def _batch_size(config: RunConfig, prompts: int, device: Device) -> int:
     """How many prompts one rank answers at once: with continuous batching all that the engine takes."""
     if isinstance(config.backend, VllmConfig):
-        return min(prompts, config.backend.max_num_seqs or VLLM_SEQUENCES)
+        return min(prompts, _sequences(config, config.backend, device))
     share = -(-prompts // (config.devices * config.num_nodes)) if config.backend.data_parallel else prompts
     return min(config.measure.batch_size, share)
+
+
+def _sequences(config: RunConfig, backend: VllmConfig, device: Device) -> int:
+    """How many sequences vLLM takes at once: as it is told, else get_batch_defaults in vllm/engine/arg_utils.py."""
+    if asked := backend.extra.get("max_num_seqs", backend.max_num_seqs):
+        return int(asked)
+    if device.kind == "cpu":
+        return 256 * config.devices * config.num_nodes
+    is_large = (device.capacity_bytes or 0) >= 70 * GIB and "a100" not in device.name.lower()
+    return 1024 if is_large else 256
 
 
 def shape_of(model_config: Mapping[str, Any], tensors: Mapping[str, TensorEntry] | None) -> ModelShape:
