@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     Reader = Callable[[Path], list[TensorEntry]]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+EXPECTED_BYTES = 128 << 10  # the least that Linux, as it comes, reads ahead at a time; the rest of a wish is dropped
 STILL_THERE = "check that the file is still there and that its disk is sound"
 LEGACY_SINGLE, LEGACY_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
@@ -122,6 +123,8 @@ class OpenFiles:
     def __exit__(self, *_: object) -> None:
         for descriptor in self._open.values():
             os.close(descriptor)
+        for memory in self._mapped.values():
+            memory.madvise(mmap.MADV_NORMAL)
 
     def fill(self, entry: TensorEntry, offset: int, memory: memoryview) -> None:
         """Read as many bytes as `memory` has from byte `offset` of the file of `entry`. Safe to call from threads."""
@@ -139,20 +142,27 @@ class OpenFiles:
             ) from None
 
     def expect(self, entry: TensorEntry, offset: int, nbytes: int) -> None:
-        """Have bytes of the file of `entry` brought into the page cache, while it is still the same file."""
+        """Have bytes of the file of `entry` brought into the page cache, if it is still the same file."""
         descriptor = self._descriptor(entry.file)
         self._check(entry.file, descriptor)
-        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
+        for first in range(offset, offset + nbytes, EXPECTED_BYTES):
+            length = min(EXPECTED_BYTES, offset + nbytes - first)
+            os.posix_fadvise(descriptor, first, length, os.POSIX_FADV_WILLNEED)
 
     def mapping(self, path: Path) -> mmap.mmap | None:
-        """A whole file as memory of which a write makes a private copy; None where its file system cannot do that."""
+        """A whole file as memory of which a write makes a private copy; None where its file system cannot do that.
+
+        While the files are open, the kernel adds nothing to what `expect` asked for.
+        """
         descriptor = self._descriptor(path)
-        if path not in self._mapped:
-            try:
-                self._mapped[path] = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
-            except OSError:
-                return None
-        return self._mapped[path]
+        with self._lock:
+            if path not in self._mapped:
+                try:
+                    self._mapped[path] = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+                except OSError:
+                    return None
+                self._mapped[path].madvise(mmap.MADV_RANDOM)
+            return self._mapped[path]
 
     def check(self) -> None:
         """No file has changed since it was opened."""

@@ -210,7 +210,7 @@ def _check_copies(files: OpenFiles, entries: tuple[TensorEntry, ...], tensor: to
         read_targets(files, [Target(other, start, copy)])
         if not torch.equal(copy, local):
             raise CheckpointError(
-                f"{entries[0].file.parent}: the config ties {entries[0].name} to {other.name}, but their values differ.",
+                f"The config ties {entries[0].name} to {other.name}, but {other.file} holds other values for it.",
                 "set tie_word_embeddings to false in config.json",
             )
 

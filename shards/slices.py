@@ -63,6 +63,12 @@ class _Piece:
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPE_BYTES[self.entry.dtype]
 
+    def cut(self, stored: torch.Tensor) -> torch.Tensor:
+        """What `out` takes of the elements as they are stored."""
+        for dim, first in enumerate(self.start, start=1):
+            stored = stored.narrow(dim, first, self.out.shape[dim])
+        return stored
+
     @property
     def in_place(self) -> bool:
         """The bytes of the file are those of `out`, one after the other, in host memory."""
@@ -102,13 +108,19 @@ def map_target(files: OpenFiles, target: Target) -> Target | None:
     row = math.prod(entry.shape[1:]) * DTYPE_BYTES[entry.dtype]
     offset = entry.offset + (target.start[0] * row if target.start else 0)
     as_stored = out.device.type == "cpu" and out.dtype == TORCH_DTYPES[entry.dtype] and out.is_contiguous()
-    if not as_stored or not out.numel() or out.shape[1:] != entry.shape[1:] or offset % out.itemsize:
+    if not as_stored or not out.numel() or out.shape[1:] != entry.shape[1:]:
         return None
-    memory = files.mapping(entry.file)
+    block = _in_file(files, entry, offset, out.shape)
+    return None if block is None else Target(entry, target.start, block, mapped=True)
+
+
+def _in_file(files: OpenFiles, entry: TensorEntry, offset: int, shape: Sequence[int]) -> torch.Tensor | None:
+    """The values of `shape` from byte `offset` on, in the mapped file; None where they are not aligned there."""
+    dtype = TORCH_DTYPES[entry.dtype]
+    memory = None if offset % dtype.itemsize else files.mapping(entry.file)
     if memory is None:
         return None
-    block = torch.frombuffer(memory, dtype=out.dtype, count=out.numel(), offset=offset).view(out.shape)
-    return Target(entry, target.start, block, mapped=True)
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
 
 
 def read_targets(files: OpenFiles, targets: Sequence[Target], progress: Progress = lambda done, total: None) -> int:
@@ -176,21 +188,27 @@ def _read_piece(files: OpenFiles, ring: _Ring, piece: _Piece) -> int:
         if piece.mapped:
             files.expect(piece.entry, piece.offset, piece.nbytes)
             _touch(piece.out)
-            return piece.nbytes
-        if piece.in_place:
+        elif piece.in_place:
             files.fill(piece.entry, piece.offset, _bytes_of(piece.out))
-            return piece.nbytes
-        buffer = ring.take()
-        try:
-            raw = buffer.memory[: piece.nbytes]
-            files.fill(piece.entry, piece.offset, _bytes_of(raw))
-            block = raw.view(TORCH_DTYPES[piece.entry.dtype]).view(piece.shape)
-            for dim, first in enumerate(piece.start, start=1):
-                block = block.narrow(dim, first, piece.out.shape[dim])
-            buffer.copy(block, piece.out)
-        finally:
-            ring.give_back(buffer)
+        elif (
+            piece.out.device.type == "cpu"
+            and (stored := _in_file(files, piece.entry, piece.offset, piece.shape)) is not None
+        ):
+            files.expect(piece.entry, piece.offset, piece.nbytes)
+            piece.out.copy_(piece.cut(stored))
+        else:
+            _read_through(files, ring, piece)
     return piece.nbytes
+
+
+def _read_through(files: OpenFiles, ring: _Ring, piece: _Piece) -> None:
+    buffer = ring.take()
+    try:
+        raw = buffer.memory[: piece.nbytes]
+        files.fill(piece.entry, piece.offset, _bytes_of(raw))
+        buffer.copy(piece.cut(raw.view(TORCH_DTYPES[piece.entry.dtype]).view(piece.shape)), piece.out)
+    finally:
+        ring.give_back(buffer)
 
 
 def _touch(tensor: torch.Tensor) -> None:

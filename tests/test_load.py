@@ -20,6 +20,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, PretrainedConfig
 
+from launcher.measure import host_anonymous_bytes
 from shards import slices
 from shards.checkpoint import Checkpoint
 from shards.errors import CheckpointError
@@ -159,7 +160,7 @@ def test_a_bad_bin_file_is_one_line_and_runs_no_code(tmp_path: Path, content: An
 
 def test_tied_weights_that_differ_are_an_error(checkpoints: Path, tmp_path: Path) -> None:
     folder = one_file(checkpoints / "falcon", tmp_path / "bin", untied)
-    with pytest.raises(CheckpointError, match=r"config ties .* but their values differ"):
+    with pytest.raises(CheckpointError, match=r"config ties .* but .* holds other values for it"):
         load_weights(build_meta(folder, torch.float32), Checkpoint.open(folder), "cpu")
 
 
@@ -300,6 +301,60 @@ def test_rows_and_columns_by_name_with_a_cast(tmp_path: Path) -> None:
     for name, start, shape in wanted:
         index = tuple(slice(first, first + size) for first, size in zip(start, shape, strict=True))
         assert torch.equal(got[name], whole[name][index].double()), name
+
+
+class Wide(nn.Module):
+    """One matrix of 32 MiB in float32."""
+
+    base_model_prefix = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(4096, 2048), requires_grad=False)
+
+
+def saved_wide(path: Path, padding: int) -> torch.Tensor:
+    """A safetensors file of `Wide`, whose header has `padding` more bytes than it needs."""
+    values = torch.arange(4096.0 * 2048).view(4096, 2048)
+    header = json.dumps({"weight": {"dtype": "F32", "shape": [4096, 2048], "data_offsets": [0, values.nbytes]}})
+    text = header.encode() + b" " * (-len(header) % 8 + padding)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + values.numpy().tobytes())
+    return values
+
+
+@pytest.mark.parametrize(
+    ("dtype", "padding", "taken"),
+    [(torch.float32, 0, 0), (torch.float32, 1, 32 << 20), (torch.float16, 0, 16 << 20), (torch.float16, 1, 16 << 20)],
+    ids=["as stored", "not aligned", "cast", "cast, not aligned"],
+)
+def test_memory_is_taken_only_for_what_the_file_has_otherwise(
+    tmp_path: Path, dtype: torch.dtype, padding: int, taken: int
+) -> None:
+    path = tmp_path / "model.safetensors"
+    values = saved_wide(path, padding).to(dtype)
+    with torch.device("meta"):
+        model = Wide().to(dtype)
+    checkpoint, before = Checkpoint.open(tmp_path), host_anonymous_bytes()
+    load_weights(model, checkpoint, "cpu")
+    rise = host_anonymous_bytes() - before
+    assert torch.equal(model.weight, values)
+    buffers = slices.RING * slices.PIECE_BYTES if padding and dtype != torch.float32 else 0
+    assert taken - (1 << 20) <= rise <= taken + buffers + (4 << 20)
+
+
+def test_a_mapped_weight_is_not_written_back_and_outlives_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    values = saved_wide(path, 0)
+    stored = path.read_bytes()
+    with torch.device("meta"):
+        model = Wide()
+    load_weights(model, Checkpoint.open(tmp_path), "cpu")
+    with torch.no_grad():
+        model.weight[0].zero_()
+    assert path.read_bytes() == stored
+    path.unlink()
+    assert torch.equal(model.weight[1:], values[1:])
+    assert not model.weight[0].any()
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
