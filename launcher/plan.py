@@ -30,7 +30,7 @@ from launcher.files import read_json
 from launcher.models import EMBEDDED
 from launcher.plan_table import Row, markdown, show
 from shards.errors import PlanError, UserError
-from shards.hardware import Device, Link, cuda_devices, known_device, known_link
+from shards.hardware import Device, Link, cuda_devices, known_device, known_link, usual_link
 from shards.measured import this_machine
 from shards.model import ModelShape
 from shards.plan import PlanRequest, make_plan
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 ENGINES = ("fsdp", "deepspeed", "vllm", "transformers")
 COUNTS = {"num_nodes": 1, "batch_size": 1, "prompt_tokens": 512, "max_new_tokens": 128}
 KEYS = ("model", "machines", "devices", "device", "backend", "link", "precision", "quantization", *COUNTS)
-USUAL_LINKS = {"a100_40g": "nvlink3", "a100_80g": "nvlink3", "h100": "nvlink4", "h200": "nvlink4"}
 OFFLINE = "what bitsandbytes' layers hold, for comparison: this launcher has no engine that loads them"
 SOURCES = {
     "fp8": "an fp8 checkpoint, or +backend.extra.quantization=fp8_per_tensor",
@@ -174,7 +173,7 @@ def machines(values: dict[str, str]) -> list[tuple[str, Device, Link | None, int
 
 
 def _link(values: dict[str, str], device: str) -> Link:
-    return known_link(values.get("link", USUAL_LINKS.get(device, "pcie4")))
+    return known_link(values["link"]) if "link" in values else usual_link(device)
 
 
 def dtype_bytes(precision: str) -> int:

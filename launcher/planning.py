@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from launcher.backends.vllm_options import pool_bytes
-from launcher.config import DummyConfig, FsdpConfig, Precision, VllmConfig, Weights
+from launcher.config import BACKENDS, DummyConfig, FsdpConfig, Precision, VllmConfig, Weights
 from launcher.prompts import sampling_of
 from shards.errors import PlanError
-from shards.hardware import CPU, GIB, Device, Link, known_device
+from shards.hardware import CPU, GIB, Device, Link, known_device, usual_link
 from shards.measured import this_machine
 from shards.model import KNOWN_FAMILIES, ModelShape
 from shards.plan import Plan, PlanRequest, make_plan
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from launcher.backend import Prompt
     from launcher.config import RunConfig
+    from shards.limits import Limit
     from shards.tensor_files import TensorEntry
 
 VLLM_BLOCK_TOKENS = {"cuda": 16, "cpu": 128}  # DEFAULT_BLOCK_SIZE in vllm/config/cache.py; vllm/platforms/cpu.py
@@ -37,7 +40,45 @@ def plan_of(
     prompts: Sequence[Prompt],
     on_cuda: bool,
 ) -> Plan:
-    """The plan of a run on this machine; PlanError where the model cannot be cut so, or a part does not fit."""
+    """The plan of a run on this machine; PlanError where the model cannot be cut so, or a part does not fit.
+
+    Where there are fewer prompts than the ranks could take at once, the ceilings are those of the ranks that have some.
+    """
+    request = _request(config, model_config, tensors, prompts, on_cuda)
+    at_once = request.batch_size * (request.num_devices if config.backend.data_parallel else 1)
+    busy = min(1.0, len(prompts) / at_once)
+    plan = make_plan(request)
+    return replace(plan, limit=_part(plan.limit, busy), prefill_limit=_part(plan.prefill_limit, busy))
+
+
+def _part(limit: Limit | None, busy: float) -> Limit | None:
+    return limit and replace(limit, tokens_per_s=busy * limit.tokens_per_s)
+
+
+def paces(
+    config: RunConfig,
+    model_config: Mapping[str, Any],
+    tensors: Mapping[str, TensorEntry] | None,
+    prompts: Sequence[Prompt],
+    on_cuda: bool,
+) -> dict[str, float]:
+    """The decode ceiling of each engine that could run these prompts on these devices, in tokens/s, fastest first."""
+    found = {}
+    for name, kind in BACKENDS.items():
+        other = config if name == config.backend.name else replace(config, backend=kind())
+        with contextlib.suppress(PlanError):
+            if limit := plan_of(other, model_config, tensors, prompts, on_cuda).limit:
+                found[name] = limit.tokens_per_s
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _request(
+    config: RunConfig,
+    model_config: Mapping[str, Any],
+    tensors: Mapping[str, TensorEntry] | None,
+    prompts: Sequence[Prompt],
+    on_cuda: bool,
+) -> PlanRequest:
     backend = config.backend
     options: dict[str, Any] = {}
     device, link = _devices(config, on_cuda)
@@ -49,7 +90,7 @@ def plan_of(
         options["kv_cache_memory_bytes"] = pool_bytes(config, model_config, not on_cuda and is_free_memory_known)
         options["kv_block_tokens"] = backend.extra.get("block_size", VLLM_BLOCK_TOKENS["cuda" if on_cuda else "cpu"])
         options["max_num_seqs"] = _sequences(config, backend, device)
-    request = PlanRequest(
+    return PlanRequest(
         shape=shape_of(model_config, tensors),
         engine=backend.name,
         devices=config.devices,
@@ -63,7 +104,6 @@ def plan_of(
         link=link,
         **options,
     )
-    return make_plan(request)
 
 
 def quantization_of(config: RunConfig, model_config: Mapping[str, Any], on_cuda: bool) -> Quantization | None:
@@ -86,12 +126,14 @@ def quantization_of(config: RunConfig, model_config: Mapping[str, Any], on_cuda:
 
 
 def _devices(config: RunConfig, on_cuda: bool) -> tuple[Device, Link | None]:
-    """What the ranks run on: of a cluster the card that is named, with no figures where none is."""
+    """What the ranks run on: of a cluster the card that is named, with no figures where none is, nor between nodes."""
     if config.launch.name != "slurm":
         return this_machine(os.environ, config.devices * config.num_nodes, on_cuda)
     if not on_cuda:
         return CPU, None
-    return known_device(config.cluster.device) if config.cluster.device else Device("a GPU of the cluster"), None
+    if (name := config.cluster.device) is None:
+        return Device("a GPU of the cluster"), None
+    return known_device(name), usual_link(name) if config.num_nodes == 1 else None
 
 
 def _batch_size(config: RunConfig, prompts: int, device: Device) -> int:

@@ -18,7 +18,7 @@ from launcher.backends.deepspeed_options import notes_deepspeed, refuse_deepspee
 from launcher.config import ConfigError, Weights, to_dict
 from launcher.files import read_json, write_json, write_text
 from launcher.models import EMBEDDED
-from launcher.planning import plan_of
+from launcher.planning import paces, plan_of
 from launcher.prompts import check_context, guessed_prompts, load_prompts, sampling_of, write_prompts
 from launcher.slurm import check_cluster
 from shards.checkpoint import Checkpoint
@@ -36,7 +36,10 @@ WORKER_PACKAGES = ("psutil", "tokenizers", "pynvml")  # what a rank needs beside
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run that can start: `processes` are started by the launcher, `world_size` devices take part."""
+    """A run that can start: `processes` are started by the launcher, `world_size` devices take part.
+
+    `paces` are the decode ceilings of all engines, for a dry run only.
+    """
 
     config: RunConfig
     command: tuple[str, ...]
@@ -48,6 +51,7 @@ class Run:
     world_size: int
     on_cuda: bool
     notes: tuple[str, ...]
+    paces: dict[str, float]
 
 
 def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
@@ -72,10 +76,11 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
     refuse_deepspeed(config, model_config, on_cuda, longest)
     notes += notes_deepspeed(config, on_cuda)
     plan = plan_of(config, model_config, tensors, prompts, on_cuda)
+    found = paces(config, model_config, tensors, prompts, on_cuda) if config.dry_run else {}
     world_size = config.devices * config.num_nodes
     processes = world_size if _is_rank_per_device(config) else config.num_nodes
     return Run(
-        config, command, folder, model_config, tuple(prompts), plan, processes, world_size, on_cuda, tuple(notes)
+        config, command, folder, model_config, tuple(prompts), plan, processes, world_size, on_cuda, tuple(notes), found
     )
 
 

@@ -202,23 +202,25 @@ def show_plan(run: Run, out: Console) -> None:
         table.add_row(str(device.rank), *map(size, held), size(device.capacity_bytes), size(device.free_bytes))
     out.print(table)
     on_host, on_device = size(plan.load_host_bytes), size(plan.load_device_bytes)
-    facts = {
+    facts: dict[str, Any] = {
         "device": plan.device_name,
         "KV cache a token": f"{plan.kv_bytes_per_token:,} bytes",
         "peak while loading": f"{on_host} on a node's host, {on_device} on a device",
         "largest batch": plan.largest_batch or "not bounded by a known capacity",
         "longest context": plan.longest_context,
-        "smallest number of devices": plan.smallest_devices,
+        "smallest number of devices": plan.smallest_devices or "not bounded by a known capacity",
         "decode ceiling": _limit(plan.limit),
         "prefill ceiling": _limit(plan.prefill_limit),
     }
+    if run.paces:
+        facts["ceiling by engine"] = ", ".join(f"{name} {rate(pace)}" for name, pace in run.paces.items()) + " tokens/s"
     for name, value in facts.items():
         out.print(f"  {name}: {value}")
 
 
 def _limit(limit: Limit | None) -> str:
     if limit is None:
-        return "no rates are known for this device"
+        return "no rates are known of the device or its link: python -m launcher.probe measures those of this machine"
     return f"{rate(limit.tokens_per_s)} tokens/s, {seconds(limit.seconds)} a step, bound by {limit.bound}"
 
 

@@ -69,6 +69,8 @@ LINKS: dict[str, Link] = {
     "ethernet_10g": Link("10 Gbit/s Ethernet", 1.1e9, 50e-6),
 }
 
+_USUAL_LINKS = {"a100_40g": "nvlink3", "a100_80g": "nvlink3", "h100": "nvlink4", "h200": "nvlink4"}
+
 _BY_DRIVER_NAME = {
     "RTX A5000": "a5000",
     "RTX A6000": "a6000",
@@ -93,6 +95,11 @@ def known_link(name: str) -> Link:
     if name not in LINKS:
         raise PlanError(f"No link is called {name!r}.", f"one of {', '.join(LINKS)}.")
     return LINKS[name]
+
+
+def usual_link(device: str) -> Link:
+    """What mostly joins the devices of this short name in one machine."""
+    return LINKS[_USUAL_LINKS.get(device, "pcie4")]
 
 
 def cuda_devices(environ: Mapping[str, str]) -> tuple[Device, ...]:

@@ -147,6 +147,21 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_ranks_the_engines_that_could_run_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ["model=llama_30b", "devices=8", "precision=bf16", "launch=slurm", "cluster.device=a100_80g"]
+    assert main([*asked, "dry_run=true"]) == 0
+    said = dict(line.strip().split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line)
+    paces = dict(part.rsplit(" ", 1) for part in said["ceiling by engine"].removesuffix(" tokens/s").split(", "))
+    assert {"fsdp", "transformers"} <= set(paces)
+    assert not {"deepspeed", "vllm", "dummy"} & set(paces), "52 heads over 8 devices"
+    values = [float(pace) for pace in paces.values()]
+    assert values == sorted(values, reverse=True)
+    assert said["decode ceiling"].startswith(f"{paces['fsdp']} tokens/s")
+
+
 def test_help_names_every_option_and_five_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     said = capsys.readouterr().out
