@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from launcher import report, usage
-from launcher.arrays import DETACHED, Detached
 from launcher.compose import command_of, compose_run, expand_sweep
 from launcher.config import ConfigError, to_dict
 from launcher.elastic import become_node, check_nodes
 from launcher.launch import worker_command
 from launcher.prepare import described, prepare
 from launcher.resume import checked
-from launcher.slurm import job_of, name_of, sbatch_text
+from launcher.slurm.arrays import DETACHED, Detached
+from launcher.slurm.script import job_of, name_of, sbatch_text
 from launcher.sweep import exit_code, finish_run, run_point, sweep
 from shards.errors import UserError, WorldError
 from shards.world import World

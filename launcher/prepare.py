@@ -20,7 +20,7 @@ from launcher.files import read_json, write_json, write_text
 from launcher.models import EMBEDDED
 from launcher.planning import paces, plan_of
 from launcher.prompts import check_context, guessed_prompts, load_prompts, sampling_of, write_prompts
-from launcher.slurm import check_cluster
+from launcher.slurm.script import check_cluster
 from shards.checkpoint import Checkpoint
 from shards.errors import CheckpointError, UserError
 from shards.hardware import cuda_devices

@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import arrays, jobs, report
-from launcher.arrays import Point
+from launcher import report
 from launcher.config import ConfigError
 from launcher.files import read_json
-from launcher.slurm import LOG
+from launcher.slurm import arrays, jobs
+from launcher.slurm.arrays import Point
+from launcher.slurm.script import LOG
 from launcher.verdict import STATUSES
 from shards.errors import UserError
 

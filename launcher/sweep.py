@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import arrays, compare, report, resume
+from launcher import compare, report, resume
 from launcher.bars import Bars
 from launcher.batch_search import run_with_largest_batch
 from launcher.comparison import alike, read_run
@@ -17,6 +17,7 @@ from launcher.files import read_json
 from launcher.launch import run_local
 from launcher.prepare import prepare
 from launcher.record import never_begun
+from launcher.slurm import arrays
 from shards.errors import UserError
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher.doctor import Check, check_devices, check_engine, check_system
-from launcher.host import Host, describe
-from launcher.trials import Ended, Engine, attempt, engine, nvml
+from launcher.doctor.__main__ import Check, check_devices, check_engine, check_system
+from launcher.doctor.host import Host, describe
+from launcher.doctor.trials import Ended, Engine, attempt, engine, nvml
 from shards.hardware import cuda_devices
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from launcher.config import ClusterConfig, ConfigError
-from launcher.jobs import State, environment
-from launcher.slurm import Job, check_cluster, job_of, name_of, sbatch_text, seconds
-from launcher.slurm_end import is_stopped
+from launcher.slurm.end import is_stopped
+from launcher.slurm.jobs import State, environment
+from launcher.slurm.script import Job, check_cluster, job_of, name_of, sbatch_text, seconds
 
 JOB = Job(
     cluster=ClusterConfig(),
@@ -59,11 +59,11 @@ export LAUNCHER_ATTEMPT MASTER_PORT
 srun --kill-on-bad-exit=1 --cpus-per-task=1 sh -c 'export LAUNCHER_PARENT=$PPID; exec "$@"' sh /opt/v/bin/python \
 -m launcher.worker "$run_dir"
 code=$?
-/opt/v/bin/python -m launcher.slurm_end "$run_dir" "$code" "$terminated"
+/opt/v/bin/python -m launcher.slurm.end "$run_dir" "$code" "$terminated"
 final=$?
 if [ "$final" = 75 ]; then
     [ -z "$terminated" ] && scontrol requeue "$job" && exit 75
-    /opt/v/bin/python -m launcher.slurm_end "$run_dir" "$code" final
+    /opt/v/bin/python -m launcher.slurm.end "$run_dir" "$code" final
     final=$?
 fi
 exit "$final"
@@ -126,11 +126,11 @@ export LAUNCHER_ATTEMPT MASTER_PORT
 srun --kill-on-bad-exit=1 --cpus-per-task=8 --mpi=none apptainer exec --nv 'my image.sif' '/sh are/python' \
 -m launcher.worker "$run_dir"
 code=$?
-apptainer exec --nv 'my image.sif' '/sh are/python' -m launcher.slurm_end "$run_dir" "$code" "$terminated"
+apptainer exec --nv 'my image.sif' '/sh are/python' -m launcher.slurm.end "$run_dir" "$code" "$terminated"
 final=$?
 if [ "$final" = 75 ]; then
     [ -z "$terminated" ] && scontrol requeue "$job" && exit 75
-    apptainer exec --nv 'my image.sif' '/sh are/python' -m launcher.slurm_end "$run_dir" "$code" final
+    apptainer exec --nv 'my image.sif' '/sh are/python' -m launcher.slurm.end "$run_dir" "$code" final
     final=$?
 fi
 exit "$final"

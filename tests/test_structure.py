@@ -49,7 +49,7 @@ LAZY = {
     ("launcher.backend", "*"): "an engine is imported when it is used",
     ("launcher.__main__", "launcher.external"): "a rank may import torch, the process that launches may not",
     ("launcher.backends.vllm", "vllm"): "vLLM reads the environment when it is imported, and the backend sets it first",
-    ("launcher.importing", "*"): "to import, and to see what comes of it, is what it is for",
+    ("launcher.doctor.importing", "*"): "to import, and to see what comes of it, is what it is for",
 }
 """What is imported inside functions (* by a name that is made there), and why."""
 
@@ -161,7 +161,7 @@ def test_only_named_modules_import_heavy_packages() -> None:
 
 
 COMMANDS = (
-    "launcher.__main__", "launcher.compare", "launcher.doctor", "launcher.plan", "launcher.slurm_end",
+    "launcher.__main__", "launcher.compare", "launcher.doctor.__main__", "launcher.plan", "launcher.slurm.end",
     "launcher.status", "launcher.worker",
 )  # fmt: skip
 

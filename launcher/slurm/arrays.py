@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import jobs, report
+from launcher import report
 from launcher.bars import Bars
 from launcher.files import read_json, write_json, write_text
 from launcher.prepare import prepare
 from launcher.record import refused
 from launcher.resume import directory_of, refusal
-from launcher.slurm import SCRIPT, job_of, name_of, sbatch_text
+from launcher.slurm import jobs
+from launcher.slurm.script import SCRIPT, job_of, name_of, sbatch_text
 from shards.errors import UserError
 
 if TYPE_CHECKING:

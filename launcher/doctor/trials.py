@@ -17,7 +17,7 @@ from launcher.config import BACKENDS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NVML_S = 20.0
 
 
@@ -45,7 +45,7 @@ def attempt(module: str, arguments: Sequence[str], timeout_s: float) -> Ended:
     """Run a module of this package in a process of its own; it and its children are killed when the time is up."""
     path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH", ""), str(ROOT))))
     process = subprocess.Popen(
-        [sys.executable, "-m", f"launcher.{module}", *arguments],
+        [sys.executable, "-m", f"launcher.doctor.{module}", *arguments],
         env=os.environ | {"PYTHONPATH": path},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

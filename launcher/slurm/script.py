@@ -48,7 +48,7 @@ def job_of(run: Mapping[str, Any]) -> Job:
     config = from_dict(run["config"])
     cluster = config.cluster
     own = cluster.python or ("python3" if cluster.container else sys.executable)
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     return Job(
         cluster=cluster,
         num_nodes=config.num_nodes,
@@ -190,11 +190,11 @@ def _work(job: Job) -> Iterator[str]:
     yield "export LAUNCHER_ATTEMPT MASTER_PORT"
     yield f'srun {shlex.join(options)} {ranks} "$run_dir"'
     yield "code=$?"
-    yield f'{own} -m launcher.slurm_end "$run_dir" "$code" "$terminated"'
+    yield f'{own} -m launcher.slurm.end "$run_dir" "$code" "$terminated"'
     yield "final=$?"
     yield f'if [ "$final" = {AGAIN} ]; then'
     yield f'    [ -z "$terminated" ] && scontrol requeue "$job" && exit {AGAIN}'
-    yield f'    {own} -m launcher.slurm_end "$run_dir" "$code" final'
+    yield f'    {own} -m launcher.slurm.end "$run_dir" "$code" final'
     yield "    final=$?"
     yield "fi"
     yield 'exit "$final"'

@@ -1,4 +1,4 @@
-"""The end of a batch script: goes on later, or writes the record. `python -m launcher.slurm_end RUN_DIR CODE [HOW]`.
+"""The end of a batch script: goes on later, or writes the record. `python -m launcher.slurm.end RUN_DIR CODE [HOW]`.
 
 CODE is what srun ended with; HOW is `1` where the script itself was told to end (scancel, time limit, requeue), `final`
 where the job cannot be queued again, else empty. Exit code 75: queue the job again; else 0 ok, 2 refused, 1 otherwise.
@@ -16,7 +16,7 @@ from launcher import attempts
 from launcher.files import read_json
 from launcher.progress import read_progress
 from launcher.record import finish
-from launcher.slurm import AGAIN
+from launcher.slurm.script import AGAIN
 from launcher.verdict import Outcome
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import launcher
-from launcher import host
 from launcher.config import BACKENDS
-from launcher.trials import ROOT, Engine, engine, nvml
+from launcher.doctor import host
+from launcher.doctor.trials import ROOT, Engine, engine, nvml
 
 try:
     from rich.console import Console

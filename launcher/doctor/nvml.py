@@ -1,4 +1,4 @@
-"""`python -m launcher.nvml`: the cards, and what joins them, as one JSON object. No CUDA context is made.
+"""`python -m launcher.doctor.nvml`: the cards, and what joins them, as one JSON object. No CUDA context is made.
 
 For a process of its own: NVML can hang or crash where a driver is broken. What a driver does not tell is null.
 """

@@ -1,4 +1,4 @@
-"""`python -m launcher.importing MODULE ...`: import each, and say on stdout how it went, a JSON object a line.
+"""`python -m launcher.doctor.importing MODULE ...`: import each, and say on stdout how it went, a JSON object a line.
 
 For a process of its own: an import may raise, crash in native code or hang. What the modules print goes to stderr.
 """

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.files import read_json, write_text
 from launcher.progress import read_progress
 from launcher.record import finish
-from launcher.slurm import JOB, LOG, SCRIPT, not_found
+from launcher.slurm.script import JOB, LOG, SCRIPT, not_found
 from launcher.verdict import Outcome
 from shards.errors import UserError
 
