@@ -16,6 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from shards.checkpoint import OpenFiles
+from shards.conversion import MergedEntry, converted, note_conversions, part_targets
 from shards.errors import CheckpointError
 from shards.slices import TORCH_DTYPES, Target, map_target, read_targets
 
@@ -54,6 +55,7 @@ def build_meta(
     config = _config(source, trust_remote_code)
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    note_conversions(model)
     return model.eval().requires_grad_(False)
 
 
@@ -93,7 +95,7 @@ def load_weights(
     materialize(model, device)
     tensors = dict(stored_tensors(model))
     with OpenFiles(checkpoint) as files:
-        targets = [_target(files, found[name][0], tensor) for name, tensor in tensors.items()]
+        targets = [target for name, tensor in tensors.items() for target in _targets(files, found[name][0], tensor)]
         bytes_read = read_targets(files, targets, progress)
         for name, tensor in tensors.items():
             _check_copies(files, found[name], tensor)
@@ -166,9 +168,11 @@ def _match(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[TensorEn
             tied.setdefault(source, []).append(name)
             tied.setdefault(name, []).append(source)
     shapes = {name: whole(name, tensor)[1] for name, tensor in tensors.items()}
+    checkpoint = converted(model, checkpoint, {*shapes, *tied})
     found = checkpoint.verify(shapes, tied, getattr(model, "base_model_prefix", ""), _ignored(model))
-    for name, entries in found.items():
-        _check_dtype(entries[0], tensors[name].dtype)
+    for name, (entry, *_) in found.items():
+        for stored in [part.entry for part in entry.parts] if isinstance(entry, MergedEntry) else [entry]:
+            _check_dtype(stored, tensors[name].dtype)
     return found
 
 
@@ -187,17 +191,20 @@ def _check_dtype(entry: TensorEntry, dtype: torch.dtype) -> None:
         )
 
 
-def _target(files: OpenFiles, entry: TensorEntry, tensor: torch.Tensor) -> Target:
+def _targets(files: OpenFiles, entry: TensorEntry, tensor: torch.Tensor) -> list[Target]:
     """What is to be read for a tensor, which is put into the mapped file where that serves it."""
-    target = Target(entry, *local_block(tensor))
+    start, local = local_block(tensor)
+    if isinstance(entry, MergedEntry):
+        return list(part_targets(entry, start, local))
+    target = Target(entry, start, local)
     mapped = map_target(files, target)
     if mapped is None:
-        return target
+        return [target]
     if isinstance(tensor, DTensor):
         tensor._local_tensor = mapped.out
     else:
         tensor.data = mapped.out
-    return mapped
+    return [mapped]
 
 
 def _check_copies(files: OpenFiles, entries: tuple[TensorEntry, ...], tensor: torch.Tensor) -> None:
