@@ -9,6 +9,7 @@
                           model's own config.json says
     num_nodes=1  precision=bf16  batch_size=1  prompt_tokens=512  max_new_tokens=128
     --markdown            print the table as Markdown
+    --modules             print instead what the model is made of: its parameters by module
 
 Nothing is loaded, started or downloaded, and torch is not imported.
 """
@@ -28,7 +29,7 @@ from launcher.compose import conf_dir, options
 from launcher.config import ConfigError, Precision
 from launcher.files import read_json
 from launcher.models import EMBEDDED
-from launcher.plan_table import Row, markdown, show
+from launcher.plan_table import Row, markdown, show, show_modules
 from shards.errors import PlanError, UserError
 from shards.hardware import Device, Link, cuda_devices, known_device, known_link, usual_link
 from shards.measured import this_machine
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 ENGINES = ("fsdp", "deepspeed", "vllm", "transformers")
 COUNTS = {"num_nodes": 1, "batch_size": 1, "prompt_tokens": 512, "max_new_tokens": 128}
 KEYS = ("model", "machines", "devices", "device", "backend", "link", "precision", "quantization", *COUNTS)
+FLAGS = ("--markdown", "--modules")
 OFFLINE = "what bitsandbytes' layers hold, for comparison: this launcher has no engine that loads them"
 SOURCES = {
     "fp8": "an fp8 checkpoint, or +backend.extra.quantization=fp8_per_tensor",
@@ -64,9 +66,12 @@ def main(argv: Sequence[str]) -> int:
         print(__doc__)
         return 0
     try:
-        values = parse([item for item in argv if item != "--markdown"])
+        values = parse([item for item in argv if item not in FLAGS])
         config = model_config(values["model"])
         shape = ModelShape.from_config(config)
+        if "--modules" in argv:
+            show_modules(values["model"], shape, dtype_bytes(values.get("precision", "bf16")))
+            return 0
         rows = plans(shape, values, quantizations(values, config))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

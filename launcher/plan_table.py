@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -13,6 +16,7 @@ from launcher.report import console, rate, size
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from shards.model import ModelShape
     from shards.plan import Plan
 
 COLUMNS = (
@@ -113,6 +117,21 @@ def markdown(name: str, model: str, caption: str, rows: Sequence[Row]) -> str:
     lines += ["", caption, ""]
     why = [f"- {line}" for line in problems(rows)]
     return "\n".join([*lines, *why, *([""] if why else [])])
+
+
+def show_modules(name: str, shape: ModelShape, dtype_bytes: int) -> None:
+    """Print the parameters of a model by module, those of all layers in one row; `*` stands for their numbers."""
+    times = Counter((re.sub(r"\.\d+(?=\.)", ".*", one.name), one.shape) for one in shape.parameters)
+    table = Table(
+        "parameter", "shape", "times", "numbers", "share", "bytes", title=f"{name}: {shape.num_parameters:,} parameters"
+    )
+    for (module, sizes), count in times.items():
+        numbers = count * prod(sizes)
+        share = f"{numbers / shape.num_parameters:.2%}"
+        table.add_row(
+            module, " x ".join(map(str, sizes)), str(count), f"{numbers:,}", share, size(dtype_bytes * numbers)
+        )
+    console().print(table)
 
 
 def _pipes(texts: Sequence[Any]) -> str:

@@ -46,6 +46,14 @@ def test_a_table_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert "8xa100_40g vllm: 52 attention heads cannot be divided by 8 devices" in out
 
 
+def test_parameters_by_module_add_up(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model=falcon_40b", "--modules"]) == 0
+    cells = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    rows = {name.strip(): [cell.strip() for cell in rest] for name, *rest in cells}
+    assert rows["transformer.h.*.mlp.dense_h_to_4h.weight"][:3] == ["32768 x 8192", "60", "16,106,127,360"]
+    assert sum(int(row[2].replace(",", "")) for row in rows.values()) == 41_303_293_952
+
+
 def test_embedded_models_and_folders_are_read_from_their_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["model=tiny_llama", "device=cpu", "--markdown"]) == 0
     table = capsys.readouterr().out.partition("\n")[2]
