@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from launcher.backends.vllm_options import pool_bytes
 from launcher.config import BACKENDS, DummyConfig, FsdpConfig, Precision, VllmConfig, Weights
 from launcher.prompts import sampling_of
+from launcher.shapes import built_of
 from shards.errors import PlanError
 from shards.hardware import CPU, GIB, Device, Link, known_device, usual_link
 from shards.measured import this_machine
-from shards.model import KNOWN_FAMILIES, ModelShape
 from shards.plan import Plan, PlanRequest, make_plan
 from shards.quantization import QUANTIZATIONS, Quantization
-from shards.quantized_checkpoint import from_config, unpacked
+from shards.quantized_checkpoint import from_config
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -65,7 +65,7 @@ def paces(
     """The decode ceiling of each engine that could run these prompts on these devices, in tokens/s, fastest first."""
     found = {}
     for name, kind in BACKENDS.items():
-        other = config if name == config.backend.name else replace(config, backend=kind())
+        other = config if name == config.backend.name else replace(config, backend=kind(python=config.backend.python))
         with contextlib.suppress(PlanError):
             if limit := plan_of(other, model_config, tensors, prompts, on_cuda).limit:
                 found[name] = limit.tokens_per_s
@@ -91,7 +91,7 @@ def _request(
         options["kv_block_tokens"] = backend.extra.get("block_size", VLLM_BLOCK_TOKENS["cuda" if on_cuda else "cpu"])
         options["max_num_seqs"] = _sequences(config, backend, device)
     return PlanRequest(
-        shape=shape_of(model_config, tensors),
+        shape=built_of(model_config, tensors, backend.python).shape,
         engine=backend.name,
         devices=config.devices,
         num_nodes=config.num_nodes,
@@ -152,12 +152,3 @@ def _sequences(config: RunConfig, backend: VllmConfig, device: Device) -> int:
         return 256 * config.devices * config.num_nodes
     is_large = (device.capacity_bytes or 0) >= 70 * GIB and "a100" not in device.name.lower()
     return 1024 if is_large else 256
-
-
-def shape_of(model_config: Mapping[str, Any], tensors: Mapping[str, TensorEntry] | None) -> ModelShape:
-    """Exact shapes from the config where its family is known, else from the headers of the checkpoint."""
-    if tensors is None or model_config.get("model_type") in KNOWN_FAMILIES:
-        return ModelShape.from_config(model_config)
-    shapes = {name: entry.shape for name, entry in tensors.items()}
-    quantization = from_config(model_config)
-    return ModelShape.from_tensors(model_config, unpacked(shapes, quantization) if quantization else shapes)

@@ -20,6 +20,7 @@ from launcher.files import read_json, write_json, write_text
 from launcher.models import EMBEDDED
 from launcher.planning import paces, plan_of
 from launcher.prompts import check_context, guessed_prompts, load_prompts, sampling_of, write_prompts
+from launcher.shapes import built_of
 from launcher.slurm.script import check_cluster
 from shards.checkpoint import Checkpoint
 from shards.errors import CheckpointError, UserError
@@ -71,10 +72,12 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
     else:
         prompts = load_prompts(config, folder, int(model_config["vocab_size"]))
     sampling = sampling_of(config)
-    check_context(prompts, sampling.max_new_tokens, model_config.get("max_position_embeddings"))
+    positions = model_config.get("max_position_embeddings") or model_config.get("n_positions")
+    check_context(prompts, sampling.max_new_tokens, positions)
     longest = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_new_tokens
     refuse_deepspeed(config, model_config, on_cuda, longest)
     notes += notes_deepspeed(config, on_cuda)
+    notes += built_of(model_config, tensors, config.backend.python).notes_for(longest)
     plan = plan_of(config, model_config, tensors, prompts, on_cuda)
     found = paces(config, model_config, tensors, prompts, on_cuda) if config.dry_run else {}
     world_size = config.devices * config.num_nodes

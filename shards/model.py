@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ Cut = Literal["whole", "column", "row", "key_value", "query_key_value", "embeddi
 """How tensor parallelism may cut a parameter: `column` by output rows (dim 0), `row` by inputs (dim 1); `key_value` and
 `query_key_value` are columns in units of heads; `embedding` and `head` differ by engine; `whole` is on every rank."""
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,10 @@ def layer_of(name: str) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A decoder-only language model as sizes. `parameters` are in the order of the module, tied ones once."""
+    """A decoder-only language model as sizes. `parameters` are in the order of the module, tied ones once.
+
+    `experts` of a layer with a mixture of them: how many there are, and how many a token is sent to.
+    """
 
     family: str
     num_layers: int
@@ -59,22 +62,22 @@ class ModelShape:
     parallel_attention: bool
     expanded_cache: bool
     parameters: tuple[Parameter, ...]
+    alibi: bool = False
+    experts: tuple[int, int] = (1, 1)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
-        """The shape of a Falcon, Llama, Mistral, Qwen2 or Qwen3, exactly as transformers 5 builds it."""
+        """The shape of a Falcon, Llama, Mistral, Qwen2 or Qwen3, exactly as transformers 5 builds it.
+
+        Of other families: `shards.any_model`.
+        """
         family = str(config.get("model_type"))
         if family not in _FAMILIES:
             raise PlanError(
                 f"The shapes of model_type {family!r} are not known from its config alone.",
                 f"have its checkpoint on this machine, or use one of {', '.join(_FAMILIES)}.",
             )
-        return _FAMILIES[family](_Config(config))
-
-    @classmethod
-    def from_tensors(cls, config: Mapping[str, Any], tensors: Mapping[str, Iterable[int]]) -> ModelShape:
-        """The shape of any decoder-only model: sizes from its config, parameters from its checkpoint's headers."""
-        return _generic(_Config(config), {name: tuple(shape) for name, shape in tensors.items()})
+        return _FAMILIES[family](ConfigFields(config))
 
     @property
     def num_parameters(self) -> int:
@@ -87,9 +90,16 @@ class ModelShape:
 
     @property
     def step_parameters(self) -> int:
-        """Parameters that a decode step reads: all of them, but of an embedding table that is not the head as well."""
+        """Parameters that a decode step of one token reads: all but idle experts and a table that is not the head."""
         table = 0 if self.tied else sum(p.numel for p in self.parameters if p.cut == "embedding")
-        return self.num_parameters - table
+        return self.num_parameters - table - sum(p.numel for p in self.idle)
+
+    @property
+    def idle(self) -> tuple[Parameter, ...]:
+        """Of each stack of experts, a tensor of three dimensions, the part that a token is not sent to."""
+        number, used = self.experts
+        stacks = (p for p in self.parameters if p.layer is not None and len(p.shape) == 3 and p.shape[0] == number)
+        return tuple(replace(p, shape=(number - used, *p.shape[1:])) for p in stacks if used < number)
 
     def groups(self) -> dict[int | None, tuple[Parameter, ...]]:
         """Parameters by decoder layer; those outside the layers under None."""
@@ -107,7 +117,7 @@ class ModelShape:
         return 2 * self.num_layers * self.cached_heads(kv_heads_only) * self.head_dim
 
 
-class _Config:
+class ConfigFields:
     """A transformers config as a mapping, where a missing field and null are the same, and a missing size is named."""
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
@@ -145,7 +155,7 @@ def _head_dim(hidden: int, heads: int) -> int:
     return hidden // heads
 
 
-def _falcon(config: _Config) -> ModelShape:
+def _falcon(config: ConfigFields) -> ModelShape:
     """Falcon-7B (one kv head), Falcon-40B/180B (new decoder) and Falcon-RW (one kv head for each query head)."""
     hidden, heads = config.size("hidden_size", 4544), config.size("num_attention_heads", 71)
     vocab, layers = config.size("vocab_size", 65024), config.size("num_hidden_layers", 32)
@@ -182,6 +192,7 @@ def _falcon(config: _Config) -> ModelShape:
         parallel_attention=new or parallel,
         expanded_cache=new,
         parameters=tuple(found),
+        alibi=config.flag("alibi", False),
     )
 
 
@@ -192,7 +203,7 @@ def _falcon_norms(new: bool, parallel: bool, count: int | None) -> tuple[str, ..
     return ("ln_attn", "ln_mlp") if two else ("input_layernorm",)
 
 
-def _llama(config: _Config) -> ModelShape:
+def _llama(config: ConfigFields) -> ModelShape:
     """Llama and those built like it; they differ in biases, in norms of queries and keys, and in defaults."""
     family = str(config.fields["model_type"])
     hidden, heads = config.size("hidden_size", 4096), config.size("num_attention_heads", 32)
@@ -238,47 +249,11 @@ def _llama(config: _Config) -> ModelShape:
     )
 
 
-def _generic(config: _Config, tensors: dict[str, tuple[int, ...]]) -> ModelShape:
-    hidden = config.size("hidden_size", config.count("n_embd"))
-    heads = config.size("num_attention_heads", config.count("n_head"))
-    tied = config.flag("tie_word_embeddings", True) or not any(name.endswith("lm_head.weight") for name in tensors)
-    vocab = config.size("vocab_size")
-    return ModelShape(
-        family=str(config.fields.get("model_type")),
-        num_layers=config.size("num_hidden_layers", config.count("n_layer")),
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        num_key_value_heads=config.size("num_key_value_heads", heads),
-        head_dim=config.size("head_dim", hidden // heads),
-        vocab_size=vocab,
-        intermediate_size=config.size("intermediate_size", config.count("n_inner") or 4 * hidden),
-        max_position_embeddings=config.count("max_position_embeddings") or config.count("n_positions"),
-        tied=tied,
-        gated_mlp=True,
-        parallel_attention=False,
-        expanded_cache=False,
-        parameters=tuple(
-            Parameter(name, shape, _generic_cut(name, shape, vocab))
-            for name, shape in tensors.items()
-            if not (tied and name.endswith("lm_head.weight"))
-        ),
-    )
-
-
-def _generic_cut(name: str, shape: tuple[int, ...], vocab: int) -> Cut:
-    """Matrices in layers can be cut somehow; which way is not known, and does not change the bytes."""
-    if layer_of(name) is not None:
-        return "column" if len(shape) == 2 else "whole"
-    if len(shape) == 2 and shape[0] == vocab:
-        return "head" if name.endswith("lm_head.weight") else "embedding"
-    return "whole"
-
-
 _DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 _DEFAULT_HEAD_DIM = {"qwen3": 128}
 _DEFAULT_INNER = {"llama": 11008, "mistral": 14336, "qwen2": 22016, "qwen3": 22016}
 _DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
-_FAMILIES: dict[str, Callable[[_Config], ModelShape]] = {
+_FAMILIES: dict[str, Callable[[ConfigFields], ModelShape]] = {
     "falcon": _falcon,
     "llama": _llama,
     "mistral": _llama,

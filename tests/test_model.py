@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from shards.any_model import shape_from_tensors
 from shards.errors import PlanError
 from shards.model import ModelShape, Parameter, layer_of
 
@@ -88,10 +89,10 @@ def test_layer_of(name: str, layer: int | None) -> None:
     assert layer_of(name) == layer
 
 
-def test_from_tensors_takes_names_and_shapes_as_they_are_and_drops_a_tied_head() -> None:
+def test_a_shape_from_tensors_takes_names_and_shapes_as_they_are_and_drops_a_tied_head() -> None:
     config = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "n_positions": 64, "vocab_size": 10}
     tensors = {"wte.weight": [10, 8], "h.0.mlp.c_fc.weight": [8, 32], "h.0.ln_1.weight": [8], "lm_head.weight": [10, 8]}
-    shape = ModelShape.from_tensors(config, tensors)
+    shape = shape_from_tensors(config, tensors)
     assert shape.parameters == (
         Parameter("wte.weight", (10, 8), "embedding"),
         Parameter("h.0.mlp.c_fc.weight", (8, 32), "column"),
