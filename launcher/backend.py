@@ -18,6 +18,7 @@ REGISTRY: dict[str, str] = {
     "transformers": "launcher.backends.transformers:TransformersBackend",
     "fsdp": "launcher.backends.fsdp:FsdpBackend",
     "deepspeed": "launcher.backends.deepspeed:DeepSpeedBackend",
+    "tensor_parallel": "launcher.backends.tensor_parallel:TensorParallelBackend",
     "vllm": "launcher.backends.vllm:VllmBackend",
 }
 

@@ -95,6 +95,13 @@ class DeepSpeedConfig(BackendConfig):
 
 
 @dataclass
+class TensorParallelConfig(BackendConfig):
+    packages: ClassVar[tuple[str, ...]] = ("torch", "transformers")
+
+    name: str = "tensor_parallel"
+
+
+@dataclass
 class VllmConfig(BackendConfig):
     one_process_per_device: ClassVar[bool] = False
     continuous_batching: ClassVar[bool] = True
@@ -116,6 +123,7 @@ BACKENDS: dict[str, type[BackendConfig]] = {
     "transformers": TransformersConfig,
     "fsdp": FsdpConfig,
     "deepspeed": DeepSpeedConfig,
+    "tensor_parallel": TensorParallelConfig,
     "vllm": VllmConfig,
 }
 
@@ -226,32 +234,26 @@ HOW_IT_IS_RUN = ("output_dir", "resume", "run_dir", "hang_timeout_s", "timeout_s
 
 def check(config: RunConfig) -> None:
     """Raise ConfigError for a value that no run can have."""
-    positive: dict[str, float] = {
-        "devices": config.devices,
-        "num_nodes": config.num_nodes,
-        "sampling.max_new_tokens": config.sampling.max_new_tokens,
-        "measure.batch_size": config.measure.batch_size,
-        "measure.repeats": config.measure.repeats,
+    bounds: dict[str, tuple[float, int]] = {
+        "devices": (config.devices, 1),
+        "num_nodes": (config.num_nodes, 1),
+        "sampling.max_new_tokens": (config.sampling.max_new_tokens, 1),
+        "measure.batch_size": (config.measure.batch_size, 1),
+        "measure.repeats": (config.measure.repeats, 1),
+        "measure.warmup": (config.measure.warmup, 0),
+        "sampling.top_k": (config.sampling.top_k, 0),
+        "hang_timeout_s": (config.hang_timeout_s, 0),
+        "timeout_s": (config.timeout_s, 0),
     }
-    for name, value in positive.items():
-        if value < 1:
-            raise ConfigError(f"{name}={value} is not a positive number.", f"{name}=1 or more")
-    not_negative: dict[str, float] = {
-        "measure.warmup": config.measure.warmup,
-        "sampling.top_k": config.sampling.top_k,
-        "hang_timeout_s": config.hang_timeout_s,
-        "timeout_s": config.timeout_s,
-    }
-    for name, value in not_negative.items():
-        if value < 0:
-            raise ConfigError(f"{name}={value} is negative.", f"{name}=0 or more")
+    for name, (value, least) in bounds.items():
+        if value < least:
+            wrong = "not a positive number" if least else "negative"
+            raise ConfigError(f"{name}={value} is {wrong}.", f"{name}={least} or more")
     if config.measure.find_batch_size and config.backend.continuous_batching:
         name = config.backend.name
         raise ConfigError(f"{name} makes its batches itself: there is none to find.", "measure.find_batch_size=false")
     if config.measure.find_batch_size and config.launch.name != "local":
-        raise ConfigError(
-            "measure.find_batch_size=true needs launch=local: each try waits for the last.", "launch=local"
-        )
+        raise ConfigError("measure.find_batch_size needs launch=local: each try waits for the last.", "launch=local")
     if config.sampling.temperature < 0:
         raise ConfigError(f"sampling.temperature={config.sampling.temperature} is negative.", "0 is greedy")
     if not 0 < config.sampling.top_p <= 1:

@@ -2,7 +2,7 @@
 
     model=NAME            of conf/model, or a folder with a config.json
     machines=NxDEVICE,..  or devices=1,2,4,8 with device=a6000
-    backend=..,..         fsdp deepspeed vllm transformers; all of them if left out
+    backend=..,..         fsdp deepspeed tensor_parallel vllm transformers; all of them if left out
     link=NAME             between the devices; if left out, the usual one of the device
                           With neither machines nor device: this machine, with what launcher.probe measured on it.
     quantization=..,..    none fp8 fp8_channel fp8_block int8 nf4 nf4_dq int4_g128, a row each; if left out, what the
@@ -11,7 +11,8 @@
     --markdown            print the table as Markdown
     --modules             print instead what the model is made of: its parameters by module
 
-Nothing is loaded, started or downloaded, and torch is not imported.
+Nothing is loaded or downloaded, and torch is not imported. For a family that is not known here, transformers is asked
+in another process, which takes seconds.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from launcher.config import ConfigError, Precision
 from launcher.files import read_json
 from launcher.models import EMBEDDED
 from launcher.plan_table import Row, markdown, show, show_modules
+from launcher.shapes import built_of
 from shards.errors import PlanError, UserError
 from shards.hardware import Device, Link, cuda_devices, known_device, known_link, usual_link
 from shards.measured import this_machine
-from shards.model import ModelShape
 from shards.plan import PlanRequest, make_plan
 from shards.quantization import known_quantization
 from shards.quantized_checkpoint import from_config
@@ -41,9 +42,10 @@ from shards.quantized_checkpoint import from_config
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from shards.model import ModelShape
     from shards.quantization import Quantization
 
-ENGINES = ("fsdp", "deepspeed", "vllm", "transformers")
+ENGINES = ("fsdp", "deepspeed", "tensor_parallel", "vllm", "transformers")
 COUNTS = {"num_nodes": 1, "batch_size": 1, "prompt_tokens": 512, "max_new_tokens": 128}
 KEYS = ("model", "machines", "devices", "device", "backend", "link", "precision", "quantization", *COUNTS)
 FLAGS = ("--markdown", "--modules")
@@ -68,7 +70,10 @@ def main(argv: Sequence[str]) -> int:
     try:
         values = parse([item for item in argv if item not in FLAGS])
         config = model_config(values["model"])
-        shape = ModelShape.from_config(config)
+        built = built_of(config)
+        shape, context = built.shape, _asked(values, "prompt_tokens") + _asked(values, "max_new_tokens")
+        for note in built.notes_for(context):
+            print(note, file=sys.stderr)
         if "--modules" in argv:
             show_modules(values["model"], shape, dtype_bytes(values.get("precision", "bf16")))
             return 0

@@ -22,33 +22,43 @@ def ceilings(request: PlanRequest, layout: Layout) -> tuple[Limit | None, Limit 
 
 
 def step_bytes(request: PlanRequest, layout: Layout) -> int:
-    """Weights that a device reads for a decode step (for a pipeline: that all of them read, one after the other)."""
+    """Weights that a device reads for a decode step of one token (of a pipeline: all of them, one after the other)."""
     shape, n = request.shape, request.tensor_parallel_size
     table = sum(p.numel for p in shape.parameters if p.cut == "embedding") * request.dtype_bytes
     if request.engine == "dummy":
         return 0
+    idle = sum(map(request.storage.nbytes, shape.idle))
     if n == 1:
-        return whole_bytes(shape, request.storage) - (0 if shape.tied else table)
+        return whole_bytes(shape, request.storage) - (0 if shape.tied else table) - idle
     if request.engine == "deepspeed":
-        return layout.parameter_bytes[0] - table
-    return layout.parameter_bytes[0] - (0 if shape.tied else table // n)
+        return layout.parameter_bytes[0] - table - idle // n
+    return layout.parameter_bytes[0] - (0 if shape.tied else table // n) - idle // n
 
 
 def _work(request: PlanRequest, layout: Layout) -> Work:
     shape, n = request.shape, request.tensor_parallel_size
     gathers = request.engine == "fsdp" and request.num_devices > 1 and request.reshard_after_forward
-    reduces = 1 if request.engine == "vllm" and shape.parallel_attention else 2
     return Work(
         step_bytes=n * step_bytes(request, layout),
         step_parameters=shape.step_parameters,
-        layer_parameters=shape.layer_parameters,
+        layer_parameters=shape.layer_parameters - sum(p.numel for p in shape.idle),
         kv_bytes_per_token=n * kv_bytes_per_token(request),
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         dtype_bytes=request.dtype_bytes,
         gathered_bytes=shape.layer_parameters * request.dtype_bytes if gathers else 0,
-        all_reduces_per_layer=reduces if n > 1 else 0,
+        all_reduces=_all_reduces(request) if n > 1 else 0,
+        gathered_logits=0 if n == 1 else 2 * shape.vocab_size if request.engine == "deepspeed" else shape.vocab_size,
     )
+
+
+def _all_reduces(request: PlanRequest) -> int:
+    """How often the ranks add up hidden states. DeepSpeed keeps the embedding whole, does not add attention and MLP of
+    a Falcon first, and adds up logits as well, which carries twice what gathering them does."""
+    layers = request.shape.num_layers
+    if request.engine == "deepspeed":
+        return 2 * layers
+    return 1 + layers * (1 if request.shape.parallel_attention else 2)
 
 
 def _scheme(request: PlanRequest) -> Scheme:

@@ -13,6 +13,7 @@ from shards.quantization import Storage
 
 _VOCABULARY_PADDING = 64  # vllm/model_executor/layers/vocab_parallel_embedding.py
 _DEEPSPEED_GRAIN = 64  # deepspeed/module_inject/tp_shard.py, tp_grain_size
+CUT_FAMILIES = ("falcon", "llama", "mistral", "qwen2", "qwen3")
 
 
 Pieces = tuple[tuple[int, ...], ...]
@@ -20,7 +21,7 @@ NUMBERS = Storage()
 
 
 def cut_up(shape: ModelShape, engine: str, n: int, storage: Storage = NUMBERS) -> tuple[int, ...]:
-    """Bytes of parameters on each of `n` ranks under fsdp, deepspeed or vllm; with no `storage` counted in numbers."""
+    """Bytes of parameters on each of `n` ranks under an engine that cuts; with no `storage` counted in numbers."""
     cut = _CUTTERS[engine]
     kinds = _kinds(shape, storage)
     return tuple(
@@ -36,6 +37,23 @@ def misfit(shape: ModelShape, n: int, storage: Storage) -> str | None:
     quantized = [p for p, _ in _kinds(shape, storage) if storage.quantization.applies(p)]
     found = (storage.quantization.misfit(p, piece) for p in quantized for piece in _vllm_pieces(shape, n, 0, p))
     return next((why for why in found if why), None)
+
+
+def uncuttable(shape: ModelShape, n: int) -> str | None:
+    """Why our own tensor-parallel cut cannot be made for `n` ranks, None if it can."""
+    if n == 1:
+        return None
+    if shape.family not in CUT_FAMILIES:
+        return f"tensor_parallel cuts {', '.join(CUT_FAMILIES)}, and no model_type {shape.family!r}."
+    if shape.family == "falcon" and (shape.alibi or not shape.expanded_cache):
+        return "tensor_parallel cuts no older Falcon (multi-query, or with ALiBi)."
+    counts = {
+        "attention heads": shape.num_attention_heads,
+        "key and value heads": shape.num_key_value_heads,
+        "inner MLP columns": shape.intermediate_size,
+    }
+    uneven = next((f"{count} {what}" for what, count in counts.items() if count % n), None)
+    return f"{uneven} cannot be divided by {n} devices, as tensor_parallel needs." if uneven else None
 
 
 def whole_bytes(shape: ModelShape, storage: Storage) -> int:
@@ -118,10 +136,21 @@ def _deepspeed_pieces(model: ModelShape, n: int, rank: int, parameter: Parameter
     return ((_grained(shape[0], n, rank), *shape[1:]),)
 
 
+def _tensor_parallel_pieces(model: ModelShape, n: int, rank: int, parameter: Parameter) -> Pieces:
+    """Our own cut: heads, columns and rows evenly, the vocabulary in chunks of ceil(rows / N)."""
+    shape, cut = parameter.shape, parameter.cut
+    if cut == "whole":
+        return (shape,)
+    if cut in ("embedding", "head"):
+        return _fsdp_pieces(model, n, rank, parameter)
+    return ((shape[0], shape[1] // n),) if cut == "row" else ((shape[0] // n, *shape[1:]),)
+
+
 _CUTTERS: dict[str, Callable[[ModelShape, int, int, Parameter], Pieces]] = {
     "fsdp": _fsdp_pieces,
     "vllm": _vllm_pieces,
     "deepspeed": _deepspeed_pieces,
+    "tensor_parallel": _tensor_parallel_pieces,
 }
 
 

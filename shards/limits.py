@@ -32,6 +32,8 @@ class Work:
     """What a model asks of devices, in bytes and counts; `batch` and tokens are for each rank under `fsdp`.
 
     `step_bytes` are the weights that a decode step reads, `gathered_bytes` those of them that travel under FSDP.
+    `all_reduces` are those of hidden states in one pass through the model, `gathered_logits` the numbers for each
+    sequence that come together at its end.
     """
 
     step_bytes: int
@@ -42,7 +44,8 @@ class Work:
     hidden_size: int
     dtype_bytes: int = 2
     gathered_bytes: int = 0
-    all_reduces_per_layer: int = 0
+    all_reduces: int = 0
+    gathered_logits: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +74,8 @@ def decode_step(work: Work, machine: Machine, scheme: Scheme, *, batch: int, con
         memory = (work.step_bytes + _copied_bytes(work, n) + cache) / bandwidth
         return _overlapped(memory, compute, _gather_s(work, machine), n * batch)
     memory, compute = (work.step_bytes + cache) / (n * bandwidth), compute / n
-    reduces = _all_reduce_s(work, machine, batch) if scheme == "tensor_parallel" else 0.0
-    return _then_link(memory, compute, reduces, batch)
+    talk = _collectives_s(work, machine, batch, batch) if scheme == "tensor_parallel" else 0.0
+    return _then_link(memory, compute, talk, batch)
 
 
 def prefill(work: Work, machine: Machine, scheme: Scheme, *, batch: int, tokens: int) -> Limit | None:
@@ -87,8 +90,8 @@ def prefill(work: Work, machine: Machine, scheme: Scheme, *, batch: int, tokens:
     if scheme == "fsdp":
         memory += _copied_bytes(work, n) / bandwidth
         return _overlapped(memory, compute, _gather_s(work, machine), n * batch * tokens)
-    reduces = _all_reduce_s(work, machine, batch * tokens) if scheme == "tensor_parallel" else 0.0
-    return _then_link(memory / n, compute / n, reduces, batch * tokens)
+    talk = _collectives_s(work, machine, batch * tokens, batch) if scheme == "tensor_parallel" else 0.0
+    return _then_link(memory / n, compute / n, talk, batch * tokens)
 
 
 def _rates(work: Work, machine: Machine) -> tuple[float, float] | None:
@@ -113,12 +116,15 @@ def _gather_s(work: Work, machine: Machine) -> float:
     return (machine.num_devices - 1) / machine.num_devices * work.gathered_bytes / machine.link.bandwidth
 
 
-def _all_reduce_s(work: Work, machine: Machine, rows: int) -> float:
+def _collectives_s(work: Work, machine: Machine, rows: int, sequences: int) -> float:
+    """The all-reduces of `rows` hidden states each, and the gather of the last logits of every sequence."""
     if machine.link is None or machine.num_devices == 1:
         return 0.0
-    n, payload = machine.num_devices, rows * work.hidden_size * work.dtype_bytes
-    each = machine.link.latency_s + 2 * (n - 1) / n * payload / machine.link.bandwidth
-    return work.num_layers * work.all_reduces_per_layer * each
+    link, part = machine.link, (machine.num_devices - 1) / machine.num_devices
+    states, logits = rows * work.hidden_size, sequences * work.gathered_logits
+    reduce = link.latency_s + 2 * part * states * work.dtype_bytes / link.bandwidth
+    gather = link.latency_s + part * logits * work.dtype_bytes / link.bandwidth if logits else 0.0
+    return work.all_reduces * reduce + gather
 
 
 def _overlapped(memory: float, compute: float, link: float, tokens: int) -> Limit:

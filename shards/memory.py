@@ -57,7 +57,7 @@ class PlanRequest:
 
     @property
     def tensor_parallel_size(self) -> int:
-        return self.num_devices if self.engine in ("deepspeed", "vllm") else 1
+        return self.num_devices if self.engine in ("deepspeed", "tensor_parallel", "vllm") else 1
 
     @property
     def context(self) -> int:

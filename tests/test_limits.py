@@ -15,7 +15,7 @@ FALCON = Work(
     num_layers=60,
     hidden_size=8192,
     gathered_bytes=82_606_587_904,
-    all_reduces_per_layer=1,
+    all_reduces=60,
 )
 LLAMA = Work(
     step_bytes=64_631_902_208,
@@ -25,7 +25,7 @@ LLAMA = Work(
     num_layers=60,
     hidden_size=6656,
     gathered_bytes=64_631_902_208,
-    all_reduces_per_layer=2,
+    all_reduces=120,
 )
 A6000 = Machine(DEVICES["a6000"], 2, LINKS["pcie4"])
 BRIDGE = Machine(DEVICES["a6000"], 2, LINKS["nvlink_bridge"])

@@ -85,6 +85,9 @@ LLAMA2_LAYER = 2 * 8192**2 + 3 * 28672 * 8192
         (FALCON_40B, "deepspeed", 2, 65_024 * 8192 * 3 // 2 + 60 * FALCON_LAYER // 2 + FALCON_NORMS),
         (LLAMA_30B, "vllm", 4, 2 * 32_000 * 6656 // 4 + 60 * LLAMA_LAYER // 4 + LLAMA_NORMS),
         (LLAMA_30B, "deepspeed", 4, 32_000 * 6656 * 5 // 4 + 60 * LLAMA_LAYER // 4 + LLAMA_NORMS),
+        (FALCON_40B, "tensor_parallel", 8, 65_024 * 8192 // 8 + 60 * FALCON_LAYER // 8 + FALCON_NORMS),
+        (LLAMA_30B, "tensor_parallel", 4, 2 * 32_000 * 6656 // 4 + 60 * LLAMA_LAYER // 4 + LLAMA_NORMS),
+        (FALCON_7B, "tensor_parallel", 1, 6_921_720_704),
         (LLAMA_30B, "fsdp", 8, 32_528_943_616 // 8),
         (LLAMA2_70B, "vllm", 16, 2 * 32_000 * 8192 // 16 + 80 * (LLAMA2_LAYER // 16 + 2 * 128 * 8192) + 161 * 8192),
         (FALCON_7B, "vllm", 1, 6_921_720_704),
@@ -151,7 +154,7 @@ def test_vllm_sets_aside_its_share_of_the_card_or_what_it_is_told() -> None:
     assert (told.devices[0].kv_cache_reserved_bytes, told.largest_batch) == (GIB, GIB // (640 * 61_440))
 
 
-@pytest.mark.parametrize(("engine", "rings"), [("fsdp", 4), ("deepspeed", 4), ("transformers", 1), ("dummy", 0)])
+@pytest.mark.parametrize(("engine", "rings"), [("fsdp", 4), ("tensor_parallel", 4), ("transformers", 1), ("dummy", 0)])
 def test_loading_takes_the_buffers_of_each_process_of_a_node(engine: str, rings: int) -> None:
     asked = request(FALCON_40B, engine, 4)
     layout = make_layout(asked)
@@ -183,6 +186,15 @@ def test_a_cpu_has_no_capacity_and_no_known_rates() -> None:
             request(LLAMA2_70B, "deepspeed", 16, "a100_80g"),
             "8 key and value heads cannot be divided by 16 devices, as deepspeed needs. "
             "HINT: devices=8, or backend=fsdp, or backend=vllm.",
+        ),
+        (
+            request(LLAMA2_70B, "tensor_parallel", 16, "a100_80g"),
+            "8 key and value heads cannot be divided by 16 devices, as tensor_parallel needs. "
+            "HINT: devices=8, or backend=fsdp, or backend=vllm.",
+        ),
+        (
+            request(FALCON_7B, "tensor_parallel", 2),
+            "tensor_parallel cuts no older Falcon (multi-query, or with ALiBi). HINT: devices=1, or backend=fsdp.",
         ),
         (
             request(LLAMA2_70B, "transformers", 2, "a100_80g", num_nodes=2),

@@ -77,7 +77,7 @@ def test_embedded_models_and_folders_are_read_from_their_config(capsys: pytest.C
         (["model=falcon_7b", "link=string"], "error: No link is called 'string'. HINT: one of pcie4, "),
         (
             ["model=falcon_7b", "backend=tgi"],
-            "error: backend=tgi cannot be planned. HINT: backend=fsdp,deepspeed,vllm,",
+            "error: backend=tgi cannot be planned. HINT: backend=fsdp,deepspeed,tensor_parallel,",
         ),
         (["model=falcon_7b", "precision=int3"], "error: precision=int3 is not one. HINT: precision=fp32, fp16, bf16"),
     ],

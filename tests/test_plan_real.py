@@ -1,4 +1,4 @@
-"""The plan against the real thing: what transformers builds, what FSDP2 and AutoTP leave on a rank."""
+"""The plan against the real thing: what transformers builds, what FSDP2, AutoTP and our own cut leave on a rank."""
 
 from __future__ import annotations
 
@@ -67,10 +67,19 @@ SHARDED = {
 }
 
 
+CUT = [(preset("falcon_40b"), size) for size in (2, 4, 8)] + [(preset("llama_30b"), size) for size in (2, 4)]
+CUT += [
+    ({**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "bias": True, "vocab_size": 131}, 2),
+    ({**LLAMA, "num_key_value_heads": 3, "attention_bias": True, "intermediate_size": 201, "vocab_size": 130}, 3),
+    ({**LLAMA, "model_type": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True}, 2),
+    ({**LLAMA, "model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 24}, 2),
+]
+
+
 @pytest.fixture(scope="module")
 def found() -> Any:
-    """All that is asked of transformers and FSDP2, in one process."""
-    return real("transformers", {"parameters": CONFIGS, "fsdp": SHARDED})
+    """All that is asked of transformers, FSDP2 and our own cut, in one process."""
+    return real("transformers", {"parameters": CONFIGS, "fsdp": SHARDED, "tensor_parallel": CUT})
 
 
 def test_parameters_are_those_of_transformers_by_name_shape_and_order(found: Any) -> None:
@@ -93,6 +102,11 @@ def test_fsdp_bytes_are_those_that_fsdp2_leaves_on_a_rank(found: Any, name: str)
 def test_rows_that_do_not_divide_leave_the_last_ranks_with_less_or_nothing(found: Any) -> None:
     assert found["fsdp"]["llama_30b"]["512"]["511"] < found["fsdp"]["llama_30b"]["512"]["0"]
     assert found["fsdp"]["small_falcon"]["512"]["511"] == 0
+
+
+def test_tensor_parallel_numbers_are_those_that_the_cut_leaves_on_a_rank(found: Any) -> None:
+    planned = [list(cut_up(ModelShape.from_config(config), "tensor_parallel", size)) for config, size in CUT]
+    assert planned == found["tensor_parallel"]
 
 
 def test_deepspeed_numbers_are_those_that_autotp_leaves_on_a_rank() -> None:

@@ -28,6 +28,7 @@ TENSORS = {
     "launcher.backends.deepspeed_reduce",
     "launcher.backends.fsdp",
     "launcher.backends.module",
+    "launcher.backends.tensor_parallel",
     "launcher.backends.transformers",
     "launcher.backends.vllm",
     "launcher.backends.vllm_worker",

@@ -6,12 +6,10 @@ so that loading takes no more memory than the blocks themselves, however many ra
 
 from __future__ import annotations
 
-import zlib
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
 
@@ -22,11 +20,10 @@ from shards.errors import PlanError
 from shards.load import Block, mark_block
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping
 
-    from launcher.backend import Generation, Prompt
     from launcher.backends.module import Progress
-    from launcher.config import DeepSpeedConfig, RunConfig, SamplingConfig
+    from launcher.config import DeepSpeedConfig, RunConfig
     from shards.world import World
 
 
@@ -70,13 +67,6 @@ class DeepSpeedBackend(ModuleBackend):
             **({"max_tokens": limit} if limit else {}),
         )
         return engine.module  # type: ignore[no-any-return]
-
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: Callable[[int], None]
-    ) -> Generation:
-        generation = super().generate(prompts, sampling, on_step)
-        _check_agreement(generation)
-        return generation
 
 
 def _check_accelerator(device: torch.device) -> None:
@@ -126,14 +116,3 @@ def _forget_computed_buffers(model: torch.nn.Module) -> None:
         for name in module._non_persistent_buffers_set:
             if (buffer := module._buffers.get(name)) is not None:
                 module._buffers[name] = torch.empty_like(buffer, device="meta")
-
-
-def _check_agreement(generation: Generation) -> None:
-    """All ranks chose the same tokens: each chooses for itself, from logits that are equal to the bit."""
-    if not dist.is_initialized():
-        return
-    chosen = zlib.crc32(repr([item.token_ids for item in generation.completions]).encode())
-    extremes = torch.tensor([chosen, -chosen])
-    dist.all_reduce(extremes, dist.ReduceOp.MAX)
-    if extremes[0] != -extremes[1]:
-        raise RuntimeError("the ranks chose different tokens for the same prompts")

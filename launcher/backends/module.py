@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from launcher.config import Weights
 from launcher.decode import Decoder, eos_token_ids
@@ -84,7 +86,10 @@ class ModuleBackend(ABC):
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: Callable[[int], None]
     ) -> Generation:
-        return self.decoder.generate(prompts, sampling, on_step)
+        generation = self.decoder.generate(prompts, sampling, on_step)
+        if not self.config.backend.data_parallel:
+            _check_agreement(generation)
+        return generation
 
     def barrier(self) -> None:
         barrier()
@@ -94,6 +99,17 @@ class ModuleBackend(ABC):
 
     def close(self) -> None:
         disconnect()
+
+
+def _check_agreement(generation: Generation) -> None:
+    """All ranks chose the same tokens: each chooses for itself, from logits that are equal to the bit."""
+    if not dist.is_initialized():
+        return
+    chosen = zlib.crc32(repr([item.token_ids for item in generation.completions]).encode())
+    extremes = torch.tensor([chosen, -chosen])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    if extremes[0] != -extremes[1]:
+        raise RuntimeError("the ranks chose different tokens for the same prompts")
 
 
 def check_share(rank: int, held: int, planned: int, whole: int, tolerance: float) -> None:

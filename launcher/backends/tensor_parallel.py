@@ -1,0 +1,23 @@
+"""Tensor parallel with torch and transformers alone: each layer cut over the ranks; all answer each prompt together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from launcher.backends.module import ModuleBackend
+from shards.tensor_parallel import tensor_parallel_model
+
+if TYPE_CHECKING:
+    import torch
+
+    from launcher.backends.module import Progress
+    from shards.world import World
+
+
+class TensorParallelBackend(ModuleBackend):
+    """Our own cut of transformers' Falcon, Llama, Mistral, Qwen2 and Qwen3; a world of one is the plain model."""
+
+    def place(self, plan: dict[str, Any], world: World, progress: Progress) -> torch.nn.Module:
+        model = tensor_parallel_model(self.meta_model(), world.rank, world.world_size, self.device)
+        self.fill(model, progress)
+        return model
