@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(arguments, world)
     except Detached:
         return DETACHED
+    except BrokenPipeError:  # what read our output has gone, as `head` does; nothing is left that could be said
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except UserError as error:
         if world.rank == 0:
             print(error, file=sys.stderr)

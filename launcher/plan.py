@@ -18,6 +18,7 @@ in another process, which takes seconds.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from dataclasses import replace
 from itertools import product
@@ -219,4 +220,5 @@ def caption(values: dict[str, str], rows: Sequence[Row]) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
     raise SystemExit(main(sys.argv[1:]))

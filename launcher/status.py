@@ -6,6 +6,7 @@ line of stdout is one JSON object. Exit code: 0 all are ok or under way, 1 some 
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,4 +96,5 @@ def _record(point: Point, states: dict[Path, jobs.State]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
     sys.exit(main())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -169,6 +171,16 @@ def test_help_names_every_option_and_five_commands(capsys: pytest.CaptureFixture
         for path in (ROOT / "conf" / group).glob("*.yaml"):
             assert path.stem in said
     assert said.count("\n  python -m launcher") == 5
+
+
+@pytest.mark.parametrize("words", [["launcher", "--help"], ["launcher.plan", "model=falcon_40b", "--markdown"]])
+def test_a_reader_that_has_seen_enough_causes_no_traceback(words: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", *words]
+    ended = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(writer)
+    assert (ended.returncode in (-signal.SIGPIPE, 128 + signal.SIGPIPE), ended.stderr) == (True, "")
 
 
 def test_the_parent_never_imports_torch() -> None:
