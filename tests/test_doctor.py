@@ -36,6 +36,7 @@ ENGINES = [
     Engine("transformers", BOTH, "accelerate: SystemExit: 3"),
     Engine("fsdp", BOTH, "importing lightning took more than 4 s"),
     Engine("deepspeed", BOTH, "importing deepspeed crashed: SIGABRT"),
+    Engine("tensor_parallel", BOTH),
     Engine("vllm", {"torch": "9.9"}, "vllm: RuntimeError: libcuda.so.1: cannot open"),
 ]
 

@@ -119,6 +119,27 @@ def test_the_slowest_of_three_bounds_a_gathering_step(
     assert found == expected
 
 
+def test_every_collective_costs_its_latency_and_its_bytes() -> None:
+    """Three all-reduces of 2 x 8 numbers (prefill: 20 x 8) over four devices, and a gather of 2 x 100 logits."""
+    work = Work(
+        step_bytes=1,
+        step_parameters=1,
+        layer_parameters=1,
+        kv_bytes_per_token=0,
+        num_layers=1,
+        hidden_size=8,
+        all_reduces=3,
+        gathered_logits=100,
+    )
+    machine = Machine(Device("card", bandwidth=1e30, flops_16=1e30), 4, Link("link", 100.0, 1.0))
+    decode = decode_step(work, machine, "tensor_parallel", batch=2, context=1)
+    filled = prefill(work, machine, "tensor_parallel", batch=2, tokens=10)
+    assert decode is not None
+    assert filled is not None
+    assert decode.seconds == pytest.approx(3 * (1 + 0.48) + 1 + 3)
+    assert filled.seconds == pytest.approx(3 * (1 + 4.8) + 1 + 3)
+
+
 @pytest.mark.parametrize(
     "machine",
     [Machine(DEVICES["cpu"]), Machine(DEVICES["a6000"], 2), Machine(Device("no rate of its own", bandwidth=1e12))],

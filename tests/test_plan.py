@@ -162,6 +162,14 @@ def test_loading_takes_the_buffers_of_each_process_of_a_node(engine: str, rings:
     assert load_peaks(asked, layout) == (rings * 64 * MIB, max(layout.parameter_bytes) + overhead)
 
 
+@pytest.mark.parametrize("shape", [FALCON_40B, LLAMA_30B], ids=["falcon_40b", "llama_30b"])
+def test_our_own_cut_is_as_fast_at_best_as_that_of_vllm(shape: ModelShape) -> None:
+    """Both add up a layer of Falcon once and one of Llama twice, the embedding too, and gather the logits."""
+    ours, vllm = (make_plan(request(shape, engine, 2)).limit for engine in ("tensor_parallel", "vllm"))
+    assert ours is not None
+    assert ours == vllm
+
+
 def test_a_cpu_has_no_capacity_and_no_known_rates() -> None:
     plan = make_plan(request(FALCON_40B, "transformers", 2, device="cpu", dtype_bytes=4))
     assert (len(plan.devices), plan.devices[0].free_bytes, plan.devices[0].overhead_bytes) == (1, None, 0)

@@ -17,9 +17,9 @@ from running import launcher
 
 from launcher.config import BACKENDS
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]  # about 100 s on two idle cores
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]  # about 120 s on two idle cores
 
-ENGINES = ("fsdp", "deepspeed", "vllm", "transformers")
+ENGINES = ("fsdp", "deepspeed", "tensor_parallel", "vllm", "transformers")
 MODELS = ("tiny_falcon", "tiny_llama", "llama_1gb")
 POINTS = [(model, engine) for model in MODELS for engine in ENGINES]
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 30, 2
