@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,15 +51,18 @@ def ask_transformers(config: Mapping[str, Any], python: str, timeout_s: float = 
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     quiet = {"CUDA_VISIBLE_DEVICES": "", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
     try:
-        done = subprocess.run(
-            [python, "-m", "shards.meta_shapes"],
-            input=json.dumps(config),
-            env={**os.environ, **quiet, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-        )
+        with tempfile.TemporaryFile("w+") as asked:  # no pipe: an interpreter may end before it reads
+            asked.write(json.dumps(config))
+            asked.seek(0)
+            done = subprocess.run(
+                [python, "-m", "shards.meta_shapes"],
+                stdin=asked,
+                env={**os.environ, **quiet, "PYTHONPATH": path},
+                capture_output=True,
+                text=True,
+                timeout=timeout_s,
+                check=False,
+            )
     except subprocess.TimeoutExpired:
         raise PlanError(f"{python} did not find {what} in {timeout_s:.0f} s.", HINT) from None
     except OSError as error:

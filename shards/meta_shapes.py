@@ -105,6 +105,7 @@ class CachedLayer:
 
 def _cache_layers(model: nn.Module) -> list[CachedLayer] | None:
     """The cache of one token, on meta; None where a family's forward needs values, or keeps a cache of its own."""
+    model.config.pad_token_id = None  # or some families look for padding, among values that are not there
     cache = DynamicCache(config=model.config)
     token = torch.zeros((1, 1), dtype=torch.long, device="meta")
     with contextlib.suppress(*FAILURES), torch.no_grad():
