@@ -12,6 +12,23 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+TOGETHER = {
+    "test_slurm.py": "slurm",  # one cluster serves both
+    "test_slurm_cluster.py": "slurm",
+    "test_backend_vllm.py": "vllm",  # under torchrun, its shared memory has a fixed name
+    "test_contract.py": "vllm",
+}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With several workers the tests of a file stay on one, and those that mostly wait for SLURM begin first."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(TOGETHER.get(item.path.name, item.path.name)))
+    order = ["slurm", "vllm"]
+    items.sort(key=lambda item: [*order, TOGETHER.get(item.path.name)].index(TOGETHER.get(item.path.name)))
+
+
 def pytest_configure() -> None:
     """A suite that was started in the background ignores SIGINT, and so would all that it starts."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
