@@ -28,20 +28,29 @@ def built_of(
     """
     if model_config.get("model_type") in KNOWN_FAMILIES:
         return Built(ModelShape.from_config(model_config))
-    try:
-        return _asked(json.dumps(model_config, sort_keys=True), python or sys.executable)
-    except PlanError as error:
-        if tensors is None:
-            raise
-        shapes = {name: entry.shape for name, entry in tensors.items()}
-        quantization = from_config(model_config)
-        shape = shape_from_tensors(model_config, unpacked(shapes, quantization) if quantization else shapes)
-        return Built(shape, (f"its shapes are those of its files: {error.fact.rstrip('.')}",))
+    found = _asked(json.dumps(model_config, sort_keys=True), python or sys.executable)
+    if isinstance(found, Built):
+        return found
+    if tensors is None:
+        raise found
+    note = f"its shapes are those of its files: {found.fact.rstrip('.')}"
+    return Built(shape_of_files(model_config, tensors), (note,))
+
+
+def shape_of_files(model_config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> ModelShape:
+    """The shape of a model by its checkpoint's headers, quantized matrices as they are when unpacked."""
+    shapes = {name: entry.shape for name, entry in tensors.items()}
+    quantization = from_config(model_config)
+    return shape_from_tensors(model_config, unpacked(shapes, quantization) if quantization else shapes)
 
 
 @lru_cache(maxsize=16)
-def _asked(config: str, python: str) -> Built:
+def _asked(config: str, python: str) -> Built | PlanError:
+    """What transformers says of a config; an error is an answer as well, which is not asked for twice."""
     fields = json.loads(config)
-    print(f"model_type {fields.get('model_type')}: asking transformers for its shapes, which takes seconds",
-          file=sys.stderr, flush=True)  # fmt: skip
-    return ask_transformers(fields, python)
+    line = f"model_type {fields.get('model_type')}: asking transformers for its shapes, which takes seconds"
+    print(line, file=sys.stderr, flush=True)
+    try:
+        return ask_transformers(fields, python)
+    except PlanError as error:
+        return error

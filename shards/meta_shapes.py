@@ -25,7 +25,6 @@ from shards.load import build_meta
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import nn
 
 SAME_NAME = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
@@ -57,7 +56,7 @@ def problem(fields: Mapping[str, Any]) -> str | None:
     return f"model_type {family!r} is not one of {version}{own}"
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
+def describe(model: Any) -> dict[str, Any]:
     """Sizes, shapes and notes of a model on meta."""
     config: Any = model.config.get_text_config(decoder=True)
     sizes = {name: getattr(config, name, None) for name in SAME_NAME}
@@ -66,6 +65,9 @@ def describe(model: nn.Module) -> dict[str, Any]:
     sizes["num_experts"] = _first(config, EXPERTS)
     sizes["tie_word_embeddings"] = _is_tied(model)
     layers, notes = _cache_layers(model), []
+    if layers is None:
+        model.set_attn_implementation("eager")  # does not look into masks; caches the same, but for latent attention
+        layers = _cache_layers(model)
     if layers is None:
         notes.append("its KV cache is planned by the sizes of its config, and was not seen")
     else:
@@ -103,7 +105,7 @@ class CachedLayer:
         return cls(*(getattr(layer, name, None) for name in ("keys", "values", "sliding_window")))
 
 
-def _cache_layers(model: nn.Module) -> list[CachedLayer] | None:
+def _cache_layers(model: Any) -> list[CachedLayer] | None:
     """The cache of one token, on meta; None where a family's forward needs values, or keeps a cache of its own."""
     model.config.pad_token_id = None  # or some families look for padding, among values that are not there
     cache = DynamicCache(config=model.config)

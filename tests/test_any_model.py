@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.core_model_loading import Transpose, WeightConverter
 
+from launcher.shapes import built_of
 from shards.any_model import Built, ask_transformers, shape_from_tensors
 from shards.checkpoint import Checkpoint
 from shards.conversion import converted
@@ -160,6 +161,16 @@ def test_the_plan_command_asks_once_and_imports_no_torch(tmp_path: Path) -> None
         "model_type gemma2: asking transformers for its shapes, which takes seconds",
         "gemma2: its KV cache is planned for all 640 tokens, an upper bound: 2 of 3 layers keep only 16 of them",
     ]
+
+
+def test_a_model_with_code_of_its_own_is_planned_by_its_files(tmp_path: Path) -> None:
+    save_file({"wte.weight": torch.ones(10, 8), "h.0.mlp.weight": torch.ones(8, 32)}, tmp_path / "model.safetensors")
+    sizes = {"vocab_size": 10, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = {"model_type": "mine", "auto_map": {"AutoConfig": "own.Config"}, **sizes}
+    built = built_of(config, Checkpoint.open(tmp_path).tensors)
+    assert built.shape.num_parameters == 10 * 8 + 8 * 32
+    (note,) = built.notes_for(100)
+    assert note.startswith("mine: its shapes are those of its files: model_type 'mine' is not one of transformers 5")
 
 
 def saved(family: str, folder: Path) -> Path:

@@ -14,7 +14,8 @@ from test_quantization import AT, AWQ, CHECKPOINTS, FP8, GPTQ, TOKENS, W4A16, W8
 
 from launcher.compose import compose_run
 from launcher.plan import main
-from launcher.planning import quantization_of, shape_of
+from launcher.planning import quantization_of
+from launcher.shapes import shape_of_files
 from shards.errors import PlanError
 from shards.model import Parameter
 from shards.quantization import QUANTIZATIONS, Quantization, Storage
@@ -137,7 +138,7 @@ def test_shapes_of_a_family_that_only_a_checkpoint_tells() -> None:
     assert (bnb, len(set(sizes))) == (rest, 1)
     sizes = {"hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 8}
     entries = {name: TensorEntry(name, Path("model.safetensors"), "I32", shape, 0, 0) for name, shape in gptq.items()}
-    shape = shape_of({"model_type": "phi", "quantization_config": GPTQ, **sizes}, entries)
+    shape = shape_of_files({"model_type": "phi", "quantization_config": GPTQ, **sizes}, entries)
     assert shape.parameters == (Parameter(f"{at}.weight", (256, 128), "column"),)
 
 
