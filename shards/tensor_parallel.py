@@ -83,9 +83,9 @@ class VocabularyHead(nn.Linear):
         size = dist.get_world_size()
         part = linear(hidden, self.weight)
         part = pad(part, (0, ceil(self.out_features / size) - part.shape[-1]))
-        parts = part.new_empty((size * part.shape[0], *part.shape[1:]))
-        dist.all_gather_into_tensor(parts, part)
-        return parts.unflatten(0, (size, -1)).movedim(0, -2).flatten(-2)[..., : self.out_features]
+        parts = [torch.empty_like(part) for _ in range(size)]
+        dist.all_gather(parts, part)
+        return torch.cat(parts, -1)[..., : self.out_features]
 
 
 CLASSES = {"row": RowLinear, "held row": HeldRowLinear, "embedding": VocabularyEmbedding, "head": VocabularyHead}
