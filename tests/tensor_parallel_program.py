@@ -20,7 +20,7 @@ from launcher.decode import Decoder
 from launcher.models import EMBEDDED
 from shards.checkpoint import Checkpoint
 from shards.families import keep_kv_heads_only
-from shards.load import build_meta, load_weights
+from shards.load import build_meta, load_weights, local_block
 from shards.process_group import connect, disconnect
 from shards.random_weights import fill_random
 from shards.tensor_parallel import tensor_parallel_model
@@ -49,7 +49,11 @@ def filled(source: Path | dict[str, Any], model: nn.Module) -> nn.Module:
         return model
     fill_random(model, 0, "cpu")
     for name, parameter in model.named_parameters():
-        parameter.mul_(5) if parameter.dim() > 1 else parameter.add_(0.3) if name.endswith("bias") else None
+        (start, *_), local = local_block(parameter)
+        if parameter.dim() > 1:
+            parameter.mul_(5)
+        elif name.endswith("bias"):
+            parameter.copy_(0.3 * torch.arange(start, start + len(local)).sin())
     return model
 
 
