@@ -20,6 +20,7 @@ TOGETHER = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist takes note of the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With several workers the tests of a file stay on one, and those that mostly wait for SLURM begin first."""
     if config.pluginmanager.hasplugin("xdist"):
