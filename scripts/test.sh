@@ -40,7 +40,7 @@ fi
 part ruff check .
 part ruff format --check .
 part mypy --no-error-summary
-part pytest -n auto --maxprocesses 4 --dist loadgroup --durations=25
+part pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations=25
 if [[ ${#failed[@]} -gt 0 ]]; then
     printf 'test: failed: %s\n' "${failed[@]}" >&2
     exit 1

@@ -12,22 +12,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-TOGETHER = {
-    "test_slurm.py": "slurm",  # one cluster serves both
-    "test_slurm_cluster.py": "slurm",
-    "test_backend_vllm.py": "vllm",  # under torchrun, its shared memory has a fixed name
-    "test_contract.py": "vllm",
-}
+LONG = ("test_slurm.py", "test_contract.py", "test_planned_measured.py", "test_backend_vllm.py", "test_faults.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist takes note of the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With several workers the tests of a file stay on one, and those that mostly wait for SLURM begin first."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(TOGETHER.get(item.path.name, item.path.name)))
-    order = ["slurm", "vllm"]
-    items.sort(key=lambda item: [*order, TOGETHER.get(item.path.name)].index(TOGETHER.get(item.path.name)))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest begin first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 def pytest_configure() -> None:
