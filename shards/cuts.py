@@ -53,6 +53,8 @@ def uncuttable(shape: ModelShape, n: int) -> str | None:
         "inner MLP columns": shape.intermediate_size,
     }
     uneven = next((f"{count} {what}" for what, count in counts.items() if count % n), None)
+    if uneven is None and (n - 1) * ceil(shape.vocab_size / n) >= shape.vocab_size:
+        return f"{shape.vocab_size} rows of the vocabulary leave one of {n} devices without any."
     return f"{uneven} cannot be divided by {n} devices, as tensor_parallel needs." if uneven else None
 
 

@@ -60,6 +60,10 @@ def test_each_rank_holds_half_of_every_matrix_and_of_the_cache(ranks: list[dict[
             {**LLAMA, "num_attention_heads": 8, "num_key_value_heads": 8}, 8,
             "252 inner MLP columns cannot be divided by 8 devices, as tensor_parallel needs.",
         ),
+        (
+            {**LLAMA, "vocab_size": 9, "num_attention_heads": 4, "num_key_value_heads": 4}, 4,
+            "9 rows of the vocabulary leave one of 4 devices without any.",
+        ),
         ({"model_type": "gpt2"}, 2, "There is no tensor-parallel cut for model_type 'gpt2'."),
         (FALCON, 2, "tensor_parallel cuts no older Falcon (multi-query, or with ALiBi)."),
         (
