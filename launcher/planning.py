@@ -19,7 +19,7 @@ from shards.quantization import QUANTIZATIONS, Quantization
 from shards.quantized_checkpoint import from_config
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from launcher.backend import Prompt
     from launcher.config import RunConfig
@@ -44,55 +44,10 @@ def plan_of(
 
     Where there are fewer prompts than the ranks could take at once, the ceilings are those of the ranks that have some.
     """
-    request = _request(config, model_config, tensors, prompts, on_cuda)
-    at_once = request.batch_size * (request.num_devices if config.backend.data_parallel else 1)
-    busy = min(1.0, len(prompts) / at_once)
-    plan = make_plan(request)
-    return replace(plan, limit=_part(plan.limit, busy), prefill_limit=_part(plan.prefill_limit, busy))
-
-
-def _part(limit: Limit | None, busy: float) -> Limit | None:
-    return limit and replace(limit, tokens_per_s=busy * limit.tokens_per_s)
-
-
-def paces(
-    config: RunConfig,
-    model_config: Mapping[str, Any],
-    tensors: Mapping[str, TensorEntry] | None,
-    prompts: Sequence[Prompt],
-    on_cuda: bool,
-) -> dict[str, float]:
-    """The decode ceiling of each engine that could run these prompts on these devices, in tokens/s, fastest first."""
-    found = {}
-    for name, kind in BACKENDS.items():
-        other = config if name == config.backend.name else replace(config, backend=kind(python=config.backend.python))
-        with contextlib.suppress(PlanError):
-            if limit := plan_of(other, model_config, tensors, prompts, on_cuda).limit:
-                found[name] = limit.tokens_per_s
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
-
-
-def _request(
-    config: RunConfig,
-    model_config: Mapping[str, Any],
-    tensors: Mapping[str, TensorEntry] | None,
-    prompts: Sequence[Prompt],
-    on_cuda: bool,
-) -> PlanRequest:
-    backend = config.backend
-    options: dict[str, Any] = {}
     device, link = _devices(config, on_cuda)
-    if isinstance(backend, FsdpConfig):
-        options["reshard_after_forward"] = backend.reshard_after_forward
-    if isinstance(backend, VllmConfig):
-        options["gpu_memory_utilization"] = backend.gpu_memory_utilization
-        is_free_memory_known = config.launch.name != "slurm"  # that of the nodes only they can see
-        options["kv_cache_memory_bytes"] = pool_bytes(config, model_config, not on_cuda and is_free_memory_known)
-        options["kv_block_tokens"] = backend.extra.get("block_size", VLLM_BLOCK_TOKENS["cuda" if on_cuda else "cpu"])
-        options["max_num_seqs"] = _sequences(config, backend, device)
-    return PlanRequest(
-        shape=built_of(model_config, tensors, backend.python).shape,
-        engine=backend.name,
+    request = PlanRequest(
+        shape=built_of(model_config, tensors, config.backend.python).shape,
+        engine=config.backend.name,
         devices=config.devices,
         num_nodes=config.num_nodes,
         dtype_bytes=DTYPE_BYTES[config.precision],
@@ -102,8 +57,43 @@ def _request(
         max_new_tokens=sampling_of(config).max_new_tokens,
         device=device,
         link=link,
-        **options,
+        **_options(config, model_config, device, on_cuda),
     )
+    at_once = request.batch_size * (request.num_devices if config.backend.data_parallel else 1)
+    busy = min(1.0, len(prompts) / at_once)
+    plan = make_plan(request)
+    return replace(plan, limit=_part(plan.limit, busy), prefill_limit=_part(plan.prefill_limit, busy))
+
+
+def paces(config: RunConfig, plan_for: Callable[[RunConfig], Plan]) -> dict[str, float]:
+    """The decode ceiling of each engine that could do a run in place of its own, in tokens/s, fastest first."""
+    found = {}
+    for name, kind in BACKENDS.items():
+        other = config if name == config.backend.name else replace(config, backend=kind(python=config.backend.python))
+        with contextlib.suppress(PlanError):
+            if limit := plan_for(other).limit:
+                found[name] = limit.tokens_per_s
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _options(config: RunConfig, model_config: Mapping[str, Any], device: Device, on_cuda: bool) -> dict[str, Any]:
+    """What only this engine has."""
+    backend = config.backend
+    if isinstance(backend, FsdpConfig):
+        return {"reshard_after_forward": backend.reshard_after_forward}
+    if not isinstance(backend, VllmConfig):
+        return {}
+    is_free_memory_known = config.launch.name != "slurm"  # that of the nodes only they can see
+    return {
+        "gpu_memory_utilization": backend.gpu_memory_utilization,
+        "kv_cache_memory_bytes": pool_bytes(config, model_config, not on_cuda and is_free_memory_known),
+        "kv_block_tokens": backend.extra.get("block_size", VLLM_BLOCK_TOKENS["cuda" if on_cuda else "cpu"]),
+        "max_num_seqs": _sequences(config, backend, device),
+    }
+
+
+def _part(limit: Limit | None, busy: float) -> Limit | None:
+    return limit and replace(limit, tokens_per_s=busy * limit.tokens_per_s)
 
 
 def quantization_of(config: RunConfig, model_config: Mapping[str, Any], on_cuda: bool) -> Quantization | None:

@@ -78,8 +78,11 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
     refuse_deepspeed(config, model_config, on_cuda, longest)
     notes += notes_deepspeed(config, on_cuda)
     notes += built_of(model_config, tensors, config.backend.python).notes_for(longest)
-    plan = plan_of(config, model_config, tensors, prompts, on_cuda)
-    found = paces(config, model_config, tensors, prompts, on_cuda) if config.dry_run else {}
+
+    def plan_for(config: RunConfig) -> Plan:
+        return plan_of(config, model_config, tensors, prompts, on_cuda)
+
+    plan, found = plan_for(config), paces(config, plan_for) if config.dry_run else {}
     world_size = config.devices * config.num_nodes
     processes = world_size if _is_rank_per_device(config) else config.num_nodes
     return Run(
