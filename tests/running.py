@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.processes import MARK, end_run
+import psutil
+
+from launcher.processes import MARK, end_run, shared_memory_files, shared_memory_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,6 +54,16 @@ def run(command: list[str], timeout: float = 120, cwd: Path = ROOT, **extra: str
         out, err = process.communicate()
         raise AssertionError(f"{command} took over {timeout} s\n{out[-2000:]}\n{err[-2000:]}") from None
     return Ended(process.returncode, out, err)
+
+
+def left_in_shared_memory(before: set[Path], seconds: float = 10) -> list[str]:
+    """New files in /dev/shm that no process uses: those of tests that run beside this one are in use, or soon gone."""
+    end = time.monotonic() + seconds
+    while left := [p for p in shared_memory_files() - before - shared_memory_of(psutil.pids()) if p.exists()]:
+        if time.monotonic() > end:
+            break
+        time.sleep(0.2)
+    return sorted(path.name for path in left)
 
 
 def launcher(*overrides: str, timeout: float = 120, cwd: Path = ROOT, **extra: str) -> Ended:

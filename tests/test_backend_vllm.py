@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from running import ROOT, run, torchrun
+from running import ROOT, left_in_shared_memory, run, torchrun
 
 from launcher.backends.vllm_options import arguments, environment, pool_bytes
 from launcher.compose import compose_run
@@ -34,15 +33,6 @@ THREADS = "64"
 PLANNED_POOL = 50_000_000  # as the program is told where it has several workers; alone it has no plan
 
 
-def mapped_files() -> set[str]:
-    """The files in /dev/shm that some process is using."""
-    found = set()
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):
-            found |= {f"/dev/shm/{line.partition('/dev/shm/')[2]}" for line in maps.read_text().splitlines()}
-    return found
-
-
 @cache
 def attempt(way: str) -> tuple[list[dict[str, Any]], list[str], str]:
     """What the program saw in one process, in one with two workers, as two ranks; what it left; why it failed."""
@@ -54,9 +44,7 @@ def attempt(way: str) -> tuple[list[dict[str, Any]], list[str], str]:
         else:
             command += ["kill"] if way == "workers" else []
             ended = run([sys.executable, *command], TMPDIR=scratch, OMP_NUM_THREADS=THREADS)
-        new = [path for path in shared_memory_files() - before if path.name.startswith(("vllm", "-tp"))]
-        others = mapped_files()  # of tests that run beside this one
-        shared = [path.name for path in new if str(path) not in others and path.exists()]
+        shared = left_in_shared_memory(before)
         own = [name for name in os.listdir(scratch) if not name.startswith("torchelastic")]  # torchrun keeps its logs
         left = sorted([*shared, *own])
         found = [json.loads(file.read_text()) for file in sorted(Path(out).iterdir())]

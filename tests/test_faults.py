@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from running import ROOT, environment, launcher
+from running import ROOT, environment, launcher, left_in_shared_memory
 
 from launcher.processes import end_run, of_run, shared_memory_files
 from launcher.progress import read_progress
@@ -88,7 +88,7 @@ def test_a_killed_rank_is_named(overrides: tuple[str, ...], tmp_path: Path) -> N
     assert process.returncode == 1
     assert err.startswith("failed: rank 1 in repeat 1/200")
     assert json.loads(out.splitlines()[-1])["status"] == "failed"
-    assert shared_memory_files() <= before
+    assert left_in_shared_memory(before) == []
 
 
 def test_the_launching_process_killed_takes_its_ranks_along(tmp_path: Path) -> None:
