@@ -15,9 +15,10 @@ import yaml
 
 from launcher import report, usage
 from launcher.compose import command_of, compose_run, expand_sweep
-from launcher.config import ConfigError, to_dict
+from launcher.config import ConfigError
 from launcher.elastic import become_node, check_nodes
 from launcher.launch import worker_command
+from launcher.plain import to_dict
 from launcher.prepare import described, prepare
 from launcher.resume import checked
 from launcher.slurm.arrays import DETACHED, Detached

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.config import to_dict
 from launcher.files import read_json
+from launcher.plain import to_dict
 from launcher.prepare import create_run_dir, new_folder, prepare
 from launcher.resume import what_is_run
 from shards.errors import PlanError

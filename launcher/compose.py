@@ -16,7 +16,8 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launcher.config import BACKENDS, ConfigError, RunConfig, check
+from launcher.bounds import check
+from launcher.config import BACKENDS, ConfigError, RunConfig
 from launcher.quoting import in_quotes, readable
 
 if TYPE_CHECKING:

@@ -1,10 +1,7 @@
-"""The configuration of a run as dataclasses, and its checks. Standard library only: a worker needs no Hydra."""
+"""The configuration of a run as dataclasses. Standard library only: a worker needs no Hydra."""
 
 from __future__ import annotations
 
-import dataclasses
-import types
-import typing
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar
@@ -230,69 +227,3 @@ class RunConfig:
 
 HOW_IT_IS_RUN = ("output_dir", "resume", "run_dir", "hang_timeout_s", "timeout_s", "dry_run", "launch", "cluster")
 """The keys that do not say what is run: two configurations that differ in nothing else are one point."""
-
-
-def check(config: RunConfig) -> None:
-    """Raise ConfigError for a value that no run can have."""
-    bounds: dict[str, tuple[float, int]] = {
-        "devices": (config.devices, 1),
-        "num_nodes": (config.num_nodes, 1),
-        "sampling.max_new_tokens": (config.sampling.max_new_tokens, 1),
-        "measure.batch_size": (config.measure.batch_size, 1),
-        "measure.repeats": (config.measure.repeats, 1),
-        "measure.warmup": (config.measure.warmup, 0),
-        "sampling.top_k": (config.sampling.top_k, 0),
-        "hang_timeout_s": (config.hang_timeout_s, 0),
-        "timeout_s": (config.timeout_s, 0),
-    }
-    for name, (value, least) in bounds.items():
-        if value < least:
-            wrong = "not a positive number" if least else "negative"
-            raise ConfigError(f"{name}={value} is {wrong}.", f"{name}={least} or more")
-    if config.measure.find_batch_size and config.backend.continuous_batching:
-        name = config.backend.name
-        raise ConfigError(f"{name} makes its batches itself: there is none to find.", "measure.find_batch_size=false")
-    if config.measure.find_batch_size and config.launch.name != "local":
-        raise ConfigError("measure.find_batch_size needs launch=local: each try waits for the last.", "launch=local")
-    if config.sampling.temperature < 0:
-        raise ConfigError(f"sampling.temperature={config.sampling.temperature} is negative.", "0 is greedy")
-    if not 0 < config.sampling.top_p <= 1:
-        raise ConfigError(f"sampling.top_p={config.sampling.top_p} is not in (0, 1].", "sampling.top_p=1 is off")
-
-
-def to_dict(value: Any) -> Any:
-    """Plain lists, dicts and scalars; an Enum becomes its name, as on the command line."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Enum):
-        return value.name
-    if isinstance(value, dict):
-        return {key: to_dict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_dict(item) for item in value]
-    return value
-
-
-def from_dict(raw: dict[str, Any]) -> RunConfig:
-    """The inverse of `to_dict` for a whole configuration; the engine's name picks its dataclass."""
-    config = _build(RunConfig, {**raw, "backend": None})
-    config.backend = _build(BACKENDS[raw["backend"]["name"]], raw["backend"])
-    return typing.cast("RunConfig", config)
-
-
-def _build(kind: type, raw: dict[str, Any]) -> Any:
-    hints = typing.get_type_hints(kind)
-    known = {f.name for f in dataclasses.fields(kind)}
-    return kind(**{key: _convert(hints[key], value) for key, value in raw.items() if key in known})
-
-
-def _convert(hint: Any, value: Any) -> Any:
-    if value is None:
-        return None
-    if isinstance(hint, types.UnionType):
-        hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast("type", hint), value)
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return hint[value]
-    return value

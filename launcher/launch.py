@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import attempts, processes
-from launcher.config import from_dict
 from launcher.files import read_json, write_json, write_text
 from launcher.neighbours import neighbours
+from launcher.plain import from_dict
 from launcher.progress import read_all
 from launcher.record import finish
 from launcher.verdict import Outcome

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from launcher.backends.deepspeed_options import notes_deepspeed, refuse_deepspeed
-from launcher.config import ConfigError, Weights, to_dict
+from launcher.config import ConfigError, Weights
 from launcher.files import read_json, write_json, write_text
 from launcher.models import EMBEDDED
+from launcher.plain import to_dict
 from launcher.planning import paces, plan_of
 from launcher.prompts import check_context, guessed_prompts, load_prompts, sampling_of, write_prompts
 from launcher.shapes import built_of

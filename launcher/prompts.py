@@ -24,7 +24,9 @@ def load_prompts(config: RunConfig, folder: Path | None, vocab_size: int) -> lis
     """The prompts of a run as token ids of the model in `folder`; for random weights `folder` may be None."""
     wanted = config.prompts
     if wanted.input_tokens is not None:
-        return synthetic_prompts(wanted.count or 1, wanted.input_tokens, vocab_size, config.seed)
+        return synthetic_prompts(
+            1 if wanted.count is None else wanted.count, wanted.input_tokens, vocab_size, config.seed
+        )
     texts = read_texts(wanted)
     if folder is None or not (folder / "tokenizer.json").is_file():
         raise CheckpointError(
@@ -109,8 +111,6 @@ def _tokenizer(folder: Path) -> Tokenizer:
 
 def synthetic_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[Prompt]:
     """`count` prompts of exactly `length` random token ids, the same for a seed everywhere."""
-    if count < 1 or length < 1:
-        raise ConfigError(f"prompts.count={count} and prompts.input_tokens={length} must be positive.")
     draw = random.Random(seed)
     return [Prompt(index, "", tuple(draw.randrange(vocab_size) for _ in range(length))) for index in range(count)]
 

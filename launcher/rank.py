@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import attempts
 from launcher.backend import backend_class
-from launcher.config import from_dict
 from launcher.environment import describe
 from launcher.faults import explain
 from launcher.files import read_json, write_json
 from launcher.generate import Loop
+from launcher.plain import from_dict
 from launcher.progress import ProgressWriter
 from launcher.prompts import read_prompts
 from shards.errors import UserError

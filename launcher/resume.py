@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from launcher.config import HOW_IT_IS_RUN, ConfigError, to_dict
+from launcher.config import HOW_IT_IS_RUN, ConfigError
 from launcher.files import read_json, write_json, write_text
+from launcher.plain import to_dict
 from launcher.prepare import create_run_dir, described, new_folder
 from launcher.prompts import read_prompts
 from launcher.record import refused

@@ -11,10 +11,10 @@ from launcher.bars import Bars
 from launcher.batch_search import run_with_largest_batch
 from launcher.comparison import alike, read_run
 from launcher.compose import command_of, compose_run, expand_sweep
-from launcher.config import from_dict, to_dict
 from launcher.elastic import check_one_node
 from launcher.files import read_json
 from launcher.launch import run_local
+from launcher.plain import from_dict, to_dict
 from launcher.prepare import prepare
 from launcher.record import never_begun
 from launcher.slurm import arrays

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
 
+from launcher.bounds import BOUNDS
 from launcher.compose import compose_run, conf_dir, expand_sweep, options
-from launcher.config import BACKENDS, ConfigError, ModelConfig, Precision, PromptsConfig, from_dict, to_dict
+from launcher.config import BACKENDS, ConfigError, ModelConfig, Precision, PromptsConfig, RunConfig
+from launcher.plain import from_dict, to_dict
 
 SCHEMAS = {"model": ModelConfig, "prompts": PromptsConfig}
 CHOICES = [(group, option) for group in ("backend", "model", "prompts") for option in options(group)]
@@ -86,3 +89,50 @@ def test_a_wrong_override_is_one_line(override: str, words: list[str]) -> None:
     text = str(caught.value)
     assert "\n" not in text
     assert all(word in text for word in words), text
+
+
+def number_keys(kind: Any, prefix: str = "") -> set[str]:
+    """The keys of a configuration that can hold a number."""
+    keys = set()
+    for name, hint in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            keys |= number_keys(hint, f"{prefix}{name}.")
+        elif {int, float} & {hint, *get_args(hint)}:
+            keys.add(prefix + name)
+    return keys
+
+
+def test_every_number_has_its_bounds() -> None:
+    engines = [number_keys(kind, "backend.") for kind in BACKENDS.values()]
+    assert set().union(number_keys(RunConfig), *engines) == BOUNDS.keys()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["prompts=synthetic", "prompts.output_tokens=0"], "prompts.output_tokens=0 is not a positive number. HINT: "),
+        (
+            ["prompts=synthetic", "prompts.count=0"],
+            "prompts.count=0 is not a positive number. HINT: prompts.count=1 or",
+        ),
+        (["launch.poll_s=-1"], "launch.poll_s=-1.0 is not a positive number. HINT: launch.poll_s= above 0"),
+        (["launch.poll_s=0"], "launch.poll_s=0.0 is not a positive number. HINT: "),
+        (["backend=vllm", "backend.gpu_memory_utilization=7"], "backend.gpu_memory_utilization=7.0 is more than 1. "),
+        (["backend=dummy", "backend.step_s=-1"], "backend.step_s=-1.0 is negative. HINT: backend.step_s=0 or more"),
+        (["seed=99999999999"], "seed=99999999999 is more than 4294967295. HINT: seed=0 to 4294967295"),
+        (["seed=-1"], "seed=-1 is negative. HINT: seed=0 to 4294967295"),
+        (["hang_timeout_s=nan"], "hang_timeout_s=nan is not a finite number. HINT: hang_timeout_s=0 or more"),
+        (["timeout_s=inf"], "timeout_s=inf is not a finite number. HINT: "),
+        (["cluster.array_limit=0"], "cluster.array_limit=0 is not a positive number. HINT: cluster.array_limit=1 or"),
+    ],
+)
+def test_a_number_that_no_run_can_have_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose_run(overrides)
+    assert str(caught.value).startswith(message)
+
+
+def test_the_largest_seed_samples() -> None:
+    torch = pytest.importorskip("torch")
+    largest = compose_run([f"seed={BOUNDS['seed'].most}"]).seed
+    torch.Generator().manual_seed((largest << 32) + 2**32 - 1)

@@ -11,9 +11,9 @@ from running import Ended, launcher
 from slurm_config import free_ports
 
 from launcher.__main__ import main
-from launcher.config import from_dict
 from launcher.elastic import node_command, node_environment
 from launcher.files import read_json, read_lines
+from launcher.plain import from_dict
 
 
 def test_two_nodes_are_one_run(tmp_path: Path) -> None:

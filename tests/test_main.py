@@ -62,7 +62,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             "Prompt 0 has 7 tokens; with 2000 new ones that is 2007, and the context of the model is 1024. "
             "HINT: sampling.max_new_tokens=1017 or a shorter prompt",
         ),
-        (["sampling.top_p=0"], "sampling.top_p=0.0 is not in (0, 1]. HINT: sampling.top_p=1 is off"),
+        (["sampling.top_p=0"], "sampling.top_p=0.0 is not a positive number. HINT: sampling.top_p= above 0, at most 1"),
         (["measure.repeats=0"], "measure.repeats=0 is not a positive number. HINT: measure.repeats=1 or more"),
         (
             ["output_dir=/etc/passwd/runs"],

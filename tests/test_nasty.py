@@ -14,9 +14,10 @@ import yaml
 from running import launcher, run
 
 from launcher.compose import command_of, compose_run, expand_sweep
-from launcher.config import ConfigError, from_dict, to_dict
+from launcher.config import ConfigError
 from launcher.files import read_lines
 from launcher.models import EMBEDDED
+from launcher.plain import from_dict, to_dict
 from launcher.prompts import load_prompts, read_prompts, write_prompts
 from launcher.quoting import quoted, readable
 

@@ -203,7 +203,6 @@ def test_how_gpus_are_asked_for(cluster: ClusterConfig, on_cuda: bool, expected:
             ClusterConfig(environment={"A-B": "1"}),
             "cluster.environment has 'A-B', which is no variable's name. HINT: letters, digits, _",
         ),
-        (ClusterConfig(array_limit=0), "cluster.array_limit=0 is not a positive number. HINT: cluster.array_limit=1"),
     ],
 )
 def test_what_a_cluster_cannot_be_told(cluster: ClusterConfig, message: str) -> None:

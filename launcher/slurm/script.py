@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.config import ConfigError, from_dict
+from launcher.config import ConfigError
+from launcher.plain import from_dict
 from shards.errors import UserError
 
 if TYPE_CHECKING:
@@ -90,9 +91,6 @@ def check_cluster(cluster: ClusterConfig) -> None:
     for name in cluster.environment:
         if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
             raise ConfigError(f"cluster.environment has {name!r}, which is no variable's name.", "letters, digits, _")
-    for name in ("cpus_per_task", "array_limit"):
-        if getattr(cluster, name) < 1:
-            raise ConfigError(f"cluster.{name}={getattr(cluster, name)} is not a positive number.", f"cluster.{name}=1")
 
 
 def seconds(time: str) -> int | None:
@@ -131,7 +129,7 @@ def _directives(job: Job, name: str, points: int) -> list[str]:
         "mem": cluster.mem,
         "time": cluster.time,
         "array": f"0-{points - 1}%{cluster.array_limit}" if points else None,
-        "signal": f"USR1@{cluster.signal_s}" if cluster.signal_s > 0 else None,
+        "signal": f"USR1@{cluster.signal_s}" if cluster.signal_s else None,
         "output": "/dev/null",
         "open-mode": "append",
     }
