@@ -31,15 +31,23 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 def fully_shard_model(model: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool = True) -> nn.Module:
     """Shard `model` in place over the one-dimensional `mesh`, each layer gathered only while it runs.
 
-    What is outside the layers (embeddings, last norm, head; tied weights once) is the group of the root. A mesh of one
-    rank leaves the model as it is. Works on meta, so that no rank ever holds more than its shard.
+    What is outside the layers (embeddings, last norm, head; tied weights once) is the group of the root. It is needed
+    first and last in every step, so it is gathered once and stays, until `reshard`. A mesh of one rank leaves the model
+    as it is. Works on meta, so that loading never holds more than the shard.
     """
     if mesh.size() == 1:
         return model
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, reshard_after_forward=reshard_after_forward)
-    fully_shard(model, mesh=mesh, reshard_after_forward=reshard_after_forward)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
     return model
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what is gathered: afterwards a rank holds its shards only, until the next forward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def reset_bookkeeping(model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shards.checkpoint import Checkpoint
-from shards.fully_shard import bookkeeping_entries, fully_shard_model, reset_bookkeeping
+from shards.fully_shard import bookkeeping_entries, fully_shard_model, reset_bookkeeping, reshard
 from shards.load import build_meta, load_weights
 
 
@@ -34,6 +34,18 @@ class LargestHostTensor(TorchDispatchMode):
         if isinstance(held, torch.Tensor) and not held.is_meta and held.untyped_storage().nbytes() > self.limit:
             self.seen.append(f"{func} {tuple(held.shape)}")
         return out
+
+
+class Gathers(TorchDispatchMode):
+    """Counts the all-gathers of parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.c10d._allgather_base_.default
+        return func(*args, **(kwargs or {}))
 
 
 def greedy(model: nn.Module) -> list[int]:
@@ -61,11 +73,14 @@ def answer(folder: Path, world_size: int) -> dict[str, Any]:
     with watch:
         model = fabric.setup(build_meta(folder, torch.float32))
     inner = model.module
-    tokens = greedy(model)
+    with Gathers() as gathers:
+        tokens = greedy(model)
     notes = bookkeeping_entries(inner)
     reset_bookkeeping(inner)
+    reshard(inner)
     return {
         "tokens": tokens,
+        "gathers": gathers.count,
         "notes": notes,
         "notes_after_reset": bookkeeping_entries(inner),
         "whole_on_cpu": watch.seen,

@@ -13,7 +13,7 @@ from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.fabric.strategies import ModelParallelStrategy
 
 from launcher.backends.module import ModuleBackend
-from shards.fully_shard import fully_shard_model, reset_bookkeeping
+from shards.fully_shard import fully_shard_model, reset_bookkeeping, reshard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed.device_mesh import DeviceMesh
 
-    from launcher.backend import Generation, Prompt
+    from launcher.backend import DeviceMemory, Generation, Prompt
     from launcher.backends.module import Progress
     from launcher.config import FsdpConfig, SamplingConfig
     from shards.world import World
@@ -60,3 +60,7 @@ class FsdpBackend(ModuleBackend):
         generation = super().generate(prompts, sampling, on_step)
         reset_bookkeeping(self.model)
         return generation
+
+    def memory(self) -> list[DeviceMemory]:
+        reshard(self.model)
+        return super().memory()
