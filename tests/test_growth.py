@@ -21,4 +21,5 @@ def test_host_memory_does_not_grow_with_decode_steps(ranks: int, tmp_path: Path)
     for rank in range(ranks):
         held = json.loads((tmp_path / f"rank_{rank}.json").read_text())
         assert len(held) == 10
-        assert held[-1] - held[0] <= 20 * MIB, [value // MIB for value in held]
+        # The heap may rise or fall once by some 20 MiB at any time; what leaks a byte in each step rises throughout.
+        assert min(held[-3:]) - max(held[:3]) <= 10 * MIB, [value // MIB for value in held]
