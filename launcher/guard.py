@@ -8,6 +8,7 @@ import select
 import signal
 import threading
 import time
+import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
@@ -22,6 +23,7 @@ ON_TERM = "LAUNCHER_ON_TERM"  # "interrupt": SIGTERM is a notice to stop, as fro
 EXIT_CODES = {"cancelled": 143, "interrupted": 75}  # as a shell reports SIGTERM; EX_TEMPFAIL: go on later
 INTERRUPT_S = 20.0  # from SIGUSR1 to the end of the rank, at the latest
 TERM_S = 3.0  # the same from SIGTERM: who sends it kills soon after
+PARENT_S = 1.0  # between two looks at the launching process where the kernel does not announce its end
 GONE = Outcome("failed", "the launching process is gone")
 
 
@@ -46,6 +48,7 @@ def start(watched_pid: int | None, watched: Watched, term_interrupts: bool = Fal
     main thread has saved its batch, but after a few seconds at the latest.
 
     The signal's own handler would have to wait for the main thread, which may be blocked in a collective for ever.
+    A rank whose guard fails would hear nothing any more: it ends, as failed.
     """
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
@@ -61,29 +64,44 @@ class _Guard:
         self.signals, self.watched, self.term_interrupts = signals, watched, term_interrupts
         self.deadline: float | None = None
         self.reason = ""
-        self.parent: int | None = None  # a file descriptor that can be read once the watched process has ended
+        self.parent: int | None = None  # the process id of the watched process
+        self.parent_fd: int | None = None  # a file descriptor that can be read once it has ended
 
     def run(self, watched_pid: int | None) -> None:
+        try:
+            self._guard(watched_pid)
+        except BaseException as error:
+            traceback.print_exc()
+            self._end(Outcome("failed", f"the guard of the rank failed: {type(error).__name__}: {error}"))
+
+    def _guard(self, watched_pid: int | None) -> None:
         if watched_pid is not None:
-            try:
-                self.parent = os.pidfd_open(watched_pid)
-            except ProcessLookupError:
-                self._end(GONE)
-        sources = [self.signals] if self.parent is None else [self.signals, self.parent]
+            self.parent = watched_pid
+            with contextlib.suppress(
+                OSError, AttributeError
+            ):  # gone already; Linux before 5.3; forbidden; not built in
+                self.parent_fd = os.pidfd_open(watched_pid)
+        sources = [self.signals] if self.parent_fd is None else [self.signals, self.parent_fd]
         while True:
-            ready, _, _ = select.select(sources, [], [], self._patience())
-            if self.parent in ready:
+            if self._parent_is_gone():
                 self._end(GONE)
-            for number in os.read(self.signals, 64) if ready else b"":
+            ready, _, _ = select.select(sources, [], [], self._patience())
+            for number in os.read(self.signals, 64) if self.signals in ready else b"":
                 self._on_signal(number)
             if self.deadline is not None and time.monotonic() >= self.deadline:
                 self._end(Outcome("interrupted", self.reason))
             if self.watched.look and (outcome := self.watched.look()):
                 self._end(outcome)
 
+    def _parent_is_gone(self) -> bool:
+        if self.parent_fd is not None:
+            return bool(select.select([self.parent_fd], [], [], 0)[0])
+        return self.parent is not None and not _lives(self.parent)
+
     def _patience(self) -> float | None:
         """Seconds until there is something to see to; None: nothing but signals."""
         looks = [self.watched.look_s] if self.watched.look else []
+        looks += [PARENT_S] if self.parent is not None and self.parent_fd is None else []
         left = [max(self.deadline - time.monotonic(), 0.0)] if self.deadline is not None else []
         return min(looks + left, default=None)
 
@@ -103,12 +121,27 @@ class _Guard:
 
     def _end(self, outcome: Outcome) -> NoReturn:
         # Whoever started us may be gone though it is another's signal that ends us: then nobody else writes the record.
-        gone = outcome is GONE or (self.parent is not None and bool(select.select([self.parent], [], [], 0)[0]))
         try:
+            gone = self._parent_is_gone()
             self.watched.end(GONE if gone else outcome, gone)
+        except BaseException:
+            traceback.print_exc()
         finally:
             with contextlib.suppress(psutil.Error):
                 for child in psutil.Process().children(recursive=True):
                     with contextlib.suppress(psutil.Error):
                         child.kill()
             os._exit(EXIT_CODES.get(outcome.status, 1))
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process has not ended; one of another user may be hidden in /proc, and lives."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    with contextlib.suppress(psutil.Error):
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    return True

@@ -59,8 +59,8 @@ def read_all(run_dir: Path, count: int) -> tuple[Progress | None, ...]:
 
 
 def read_progress(path: Path) -> Progress | None:
-    """The last whole state, or None where the rank has not begun."""
+    """The last state, or None where the rank has not begun, or what it wrote cannot be read now."""
     try:
         return Progress(**json.loads(path.read_bytes()))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError, TypeError):  # not there; a stale handle of NFS; half of it; of another version
         return None

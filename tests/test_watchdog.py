@@ -13,7 +13,7 @@ from running import launcher, torchrun
 
 from launcher.compose import compose_run
 from launcher.processes import of_run
-from launcher.progress import Progress
+from launcher.progress import Progress, read_progress
 from launcher.verdict import Outcome
 from launcher.watchdog import Watchdog, blame, write_stacks
 
@@ -85,6 +85,17 @@ def test_zero_is_off() -> None:
     dog, clock = watchdog("hang_timeout_s=0")
     clock[0] = 1e6
     assert dog.look((at(1), None)) is None
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "[]", '{"pid": 1, "strides": 2}'], ids=["OSError", "empty", "list", "other"]
+)
+def test_progress_that_cannot_be_read_ends_no_watch(text: str | None, tmp_path: Path) -> None:
+    if text is None:
+        (tmp_path / "rank_0.progress").mkdir()
+    else:
+        (tmp_path / "rank_0.progress").write_text(text)
+    assert read_progress(tmp_path / "rank_0.progress") is None
 
 
 def only(folder: Path) -> tuple[Path, dict[str, Any]]:
