@@ -4,7 +4,8 @@
 starts the ranks.
 
     attempt.json    the number of the newest attempt, and what started its ranks where that was the launcher
-    attempt_N/      the files of the ranks, the record and the log of attempt N, once a later one has begun
+    notes.json      what was found on the devices before the ranks of the newest attempt began, if anything
+    attempt_N/      the files of the ranks, the record, the notes and the log of attempt N, once a later one has begun
     saved.json      what the attempts before this one have finished, as all ranks of this one read it
 """
 
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 ATTEMPT = "LAUNCHER_ATTEMPT"  # the number of the attempt that a rank belongs to, where its starter has told it
-SET_ASIDE = ("rank_*", "stacks_rank_*", "record.json", "launch.log")
+NOTES = "notes.json"
+SET_ASIDE = ("rank_*", "stacks_rank_*", "record.json", NOTES, "launch.log")
 
 
 class SupersededError(Exception):

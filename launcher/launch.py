@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +85,8 @@ def run_local(run_dir: Path, show: Show) -> dict[str, Any]:
     """Make the next attempt at the run in `run_dir`: start its ranks, watch them to their end, leave nothing behind.
 
     Gives the record. SIGUSR1 to this process is passed on to the ranks: they save what they have, and the run can go on
-    later. SIGINT and SIGTERM end it at once. UserError where another process has the run in hand.
+    later. SIGINT and SIGTERM end it at once; all after the first are passed over, until the record is written.
+    UserError where another process has the run in hand.
     """
     with attempts.held(run_dir):
         run = read_json(run_dir / "run.json")
@@ -95,35 +97,38 @@ def run_local(run_dir: Path, show: Show) -> dict[str, Any]:
 
 def _attempt(run_dir: Path, run: dict[str, Any], attempt: int, show: Show) -> dict[str, Any]:
     config = from_dict(run["config"])
-    if run["on_cuda"]:
-        found = neighbours(os.environ, config.devices)
-        write_json(run_dir / "run.json", run | {"notes": [*run["notes"], *found]})
+    if run["on_cuda"] and (found := neighbours(os.environ, config.devices)):
+        write_json(run_dir / attempts.NOTES, found)
     command = worker_command(str(run_dir), run["processes"], config.backend.python)
     write_json(run_dir / "attempt.json", {"attempt": attempt, "command": list(command)})
     write_command(run_dir, run)
     memory = processes.SharedMemoryWatch()
     outcome: Outcome | None = None
-    with (run_dir / "launch.log").open("wb") as log, _signals(run_dir, run):
-        process = subprocess.Popen(
-            command,
-            env=worker_environment(dict(os.environ), run, attempt),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    process: subprocess.Popen[bytes] | None = None
+    with (run_dir / "launch.log").open("wb") as log, _signals(run_dir, run) as ending:
         try:
+            process = subprocess.Popen(
+                command,
+                env=worker_environment(dict(os.environ), run, attempt),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
             outcome = _watch(process, run_dir, run, Watchdog(config), memory, show)
+            ending.begun = True
         except KeyboardInterrupt as error:
             by = "received SIGTERM" if isinstance(error, Terminated) else "interrupted from the keyboard"
             outcome = Outcome("cancelled", by)
         finally:
+            ending.begun = True
             memory.look([item.pid for item in processes.of_run(run["mark"])])
             processes.end_run(run["mark"])
-            process.wait()
+            if process is not None:
+                process.wait()
             memory.remove()
             processes.remove_scratch(run["mark"])
-    return finish(run_dir, outcome)
+        return finish(run_dir, outcome)
 
 
 def _watch(
@@ -156,22 +161,34 @@ def living(ranks: Sequence[Progress | None], mark: str) -> dict[int, int]:
     return {number: rank.pid for number, rank in enumerate(ranks) if rank and rank.pid in own}
 
 
+@dataclass(slots=True)
+class _Ending:
+    """Whether the end of the run has begun: a signal must not leave half of it undone."""
+
+    begun: bool = False
+
+
 @contextlib.contextmanager
-def _signals(run_dir: Path, run: dict[str, Any]) -> Iterator[None]:
-    """In here SIGUSR1 goes to the ranks, and SIGTERM raises Terminated."""
+def _signals(run_dir: Path, run: dict[str, Any]) -> Iterator[_Ending]:
+    """In here SIGUSR1 goes to the ranks; the first SIGINT or SIGTERM raises, unless the end has begun."""
+    ending = _Ending()
 
     def pass_on(number: int, _: object) -> None:
         for pid in living(read_all(run_dir, run["processes"]), run["mark"]).values():
             with contextlib.suppress(OSError):
                 os.kill(pid, number)
 
-    def terminate(*_: object) -> None:
-        raise Terminated
+    def end(number: int, _: object) -> None:
+        if not ending.begun:
+            ending.begun = True
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
-    before = [(signal.SIGUSR1, signal.signal(signal.SIGUSR1, pass_on))]
-    before.append((signal.SIGTERM, signal.signal(signal.SIGTERM, terminate)))
+    handlers = {signal.SIGUSR1: pass_on, signal.SIGTERM: end}
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is for what a script has put in the background
+        handlers[signal.SIGINT] = end
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield
+        yield ending
     finally:
-        for number, handler in before:
+        for number, handler in before.items():
             signal.signal(number, handler)

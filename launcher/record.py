@@ -4,7 +4,7 @@ A run may take several attempts: interrupted or killed, it goes on later in the 
 is in `attempts` of the record: its hosts, how it ended, and its passes over the prompts. Completions are those that
 were saved first, whichever attempt made them. The headline figures are medians over whole passes only, each timed
 within one attempt; with none, `partial` says of how many prompts they are. `load_s`, `ranks`, `devices` and
-`environment` are of the last attempt.
+`environment` are of the last attempt; `notes` are of the run and the last attempt.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def finish(run_dir: Path, outcome: Outcome | None = None) -> dict[str, Any]:
         "ranks": [_rank_summary(rank) for rank in present],
         "attempts": [_attempt(number, folder, run, passes[number]) for number, folder in folders],
         "batch_search": run.get("batch_search"),
-        "notes": run["notes"],
+        "notes": [*run["notes"], *_notes(run_dir)],
         "command": run["command"],
         "config": run["config"],
         "plan": read_json(run_dir / "plan.json"),
@@ -120,8 +120,14 @@ def _attempt(number: int, folder: Path, run: dict[str, Any], passes: dict[int, l
         "attempt": number,
         "status": (read_json(folder / "record.json") or {"status": None})["status"],
         "hosts": sorted({rank["host"] for rank in ranks if rank is not None}),
+        "notes": _notes(folder),
         "passes": [{"repeat": repeat, **{name: made[name] for name in names}} for repeat, made in totals],
     }
+
+
+def _notes(folder: Path) -> list[str]:
+    """What was found before the ranks of one attempt began."""
+    return read_json(folder / attempts.NOTES) or []
 
 
 def _write_completions(run_dir: Path, run: dict[str, Any], prompts: Sequence[Prompt]) -> None:

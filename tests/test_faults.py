@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from running import ROOT, environment, launcher, left_in_shared_memory
+from running import ROOT, environment, launcher, left_in_shared_memory, run
 
 from launcher.processes import end_run, of_run, shared_memory_files
 from launcher.progress import read_progress
@@ -27,11 +27,11 @@ FSDP = ("backend=fsdp", *LONG)
 
 
 @contextmanager
-def running(out: Path, *overrides: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+def running(out: Path, *overrides: str, **extra: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """A run that has reached its first repeat on both ranks; whatever the test leaves of it is ended."""
     command = [sys.executable, "-m", "launcher", f"output_dir={out}", *overrides]
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command, cwd=ROOT, env=environment(**extra), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     run_dir = None
     try:
@@ -91,14 +91,33 @@ def test_a_killed_rank_is_named(overrides: tuple[str, ...], tmp_path: Path) -> N
     assert left_in_shared_memory(before) == []
 
 
-def test_the_launching_process_killed_takes_its_ranks_along(tmp_path: Path) -> None:
-    with running(tmp_path, *SLOW_DUMMY) as (process, run_dir):
+@pytest.mark.parametrize("kernel", ["5.3", "4.18"])
+def test_the_launching_process_killed_takes_its_ranks_along(kernel: str, tmp_path: Path) -> None:
+    old = "import errno, os\ndef pidfd_open(*_):\n    raise OSError(errno.ENOSYS, 'not implemented')\n"
+    (tmp_path / "sitecustomize.py").write_text(old + "os.pidfd_open = pidfd_open\n" if kernel == "4.18" else "")
+    out = tmp_path / "out"
+    with running(out, *SLOW_DUMMY, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}") as (process, run_dir):
         os.kill(process.pid, signal.SIGKILL)
         _wait_until_gone(run_dir)
     record = _record(run_dir)
     assert record["status"] == "failed"
     assert record["error"]["message"] == "the launching process is gone"
     assert record["error"]["stage"].startswith("repeat 1/200")
+
+
+@pytest.mark.parametrize("ends", ["print(outcome.status, outcome.message, flush=True)", "1 / 0"])
+def test_a_guard_that_fails_ends_its_rank(ends: str) -> None:
+    program = (
+        "import threading\nfrom launcher import guard\n"
+        f"def end(outcome, gone):\n    {ends}\n"
+        "guard.start(None, guard.Watched(lambda reason: False, end, lambda: 1 / 0, 0.01))\n"
+        "threading.Event().wait()\n"
+    )
+    ended = run([sys.executable, "-c", program], timeout=30)
+    assert ended.code == 1
+    assert ended.err.count("ZeroDivisionError: division by zero") == (1 if "print" in ends else 3)
+    if "print" in ends:
+        assert ended.out == "failed the guard of the rank failed: ZeroDivisionError: division by zero\n"
 
 
 def test_the_process_that_starts_the_ranks_killed_is_a_failure(tmp_path: Path) -> None:
@@ -120,6 +139,25 @@ def test_an_interrupt_from_the_keyboard_is_cancelled(tmp_path: Path) -> None:
     assert _record(run_dir)["status"] == "cancelled"
     assert "Traceback" not in err
     assert process.returncode == 1
+
+
+def test_signals_after_the_first_do_not_lose_the_record(tmp_path: Path) -> None:
+    with running(tmp_path, *SLOW_DUMMY) as (process, run_dir):
+        os.kill(_pid(run_dir, 0), signal.SIGSTOP)  # it does not hear of the end, which lasts until it is killed
+        process.send_signal(signal.SIGINT)
+        deadline = time.monotonic() + GONE_S
+        while not (run_dir / "rank_1.json").exists():
+            assert time.monotonic() < deadline, "the end did not begin"
+            time.sleep(0.01)
+        assert not (run_dir / "record.json").exists()
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=GONE_S)
+        assert of_run(_mark(run_dir)) == []
+    assert (process.returncode, "Traceback" in err) == (1, False)
+    assert (_record(run_dir)["status"], _record(run_dir)["error"]["message"]) == (
+        "cancelled", "interrupted from the keyboard",
+    )  # fmt: skip
 
 
 @pytest.mark.slow

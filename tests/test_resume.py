@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from launcher.backend import Prompt
 from launcher.compose import compose_run
 from launcher.files import read_lines
 from launcher.generate import schedule
+from launcher.launch import run_local
+from launcher.prepare import create_run_dir, prepare
 from launcher.processes import end_run, of_run
 from launcher.progress import read_progress
 from shards.world import World
@@ -245,6 +248,18 @@ def test_ranks_of_torchrun_go_on_too(tmp_path: Path) -> None:
     assert saved_by(run_dir) == list(range(20))
     again = torchrun(2, *command, "resume=true")
     assert (again.code, again.last_json["run_dir"]) == (0, str(run_dir))
+
+
+def test_what_was_found_on_the_devices_is_kept_with_its_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = compose_run(["backend=dummy", "devices=1", "accelerator=cpu", f"output_dir={tmp_path}"])
+    run_dir = create_run_dir(replace(prepare(config, ()), on_cuda=True, notes=("of the run",)))
+    for found in (["first"], ["second"], []):
+        monkeypatch.setattr("launcher.launch.neighbours", lambda *_, found=found: found)
+        record = run_local(run_dir, lambda ranks: None)
+        assert (record["status"], record["notes"]) == ("ok", ["of the run", *found])
+    assert [attempt["notes"] for attempt in record["attempts"]] == [["first"], ["second"], []]
 
 
 def test_two_processes_do_not_run_the_same(tmp_path: Path) -> None:
