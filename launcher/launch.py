@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import attempts, processes
@@ -22,9 +21,11 @@ from launcher.record import finish
 from launcher.verdict import Outcome
 from launcher.watchdog import Watchdog, blame, write_stacks
 from launcher.worker import PARENT
+from shards.interpreter import ROOT, python_path
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from launcher.progress import Progress
 
@@ -49,32 +50,21 @@ def worker_command(run_dir: str, processes: int, python: str | None) -> tuple[st
     )  # fmt: skip
 
 
-def worker_environment(environ: dict[str, str], run: dict[str, Any], attempt: int) -> dict[str, str]:
-    """The environment of the ranks: this one's, our packages on the path, threads shared out between the ranks."""
-    root = str(Path(__file__).resolve().parents[1])
-    path = [root, *filter(None, environ.get("PYTHONPATH", "").split(os.pathsep))]
-    own = {
-        "PYTHONPATH": os.pathsep.join(path),
-        processes.MARK: run["mark"],
-        PARENT: str(os.getpid()),
-        attempts.ATTEMPT: str(attempt),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if "OMP_NUM_THREADS" not in environ:
-        own["OMP_NUM_THREADS"] = str(max(len(os.sched_getaffinity(0)) // max(run["processes"], 1), 1))
-    if not run["on_cuda"]:
-        own["CUDA_VISIBLE_DEVICES"] = ""
-    return {**environ, **own}
+def rank_environment(environ: Mapping[str, str], processes: int, on_cuda: bool) -> dict[str, str]:
+    """What the ranks of this node are started with: our packages on the path, the cores shared out between them."""
+    threads = max(len(os.sched_getaffinity(0)) // processes, 1)
+    own = {"PYTHONPATH": python_path(environ), "TOKENIZERS_PARALLELISM": "false"}
+    hidden = {} if on_cuda else {"CUDA_VISIBLE_DEVICES": ""}
+    return {"OMP_NUM_THREADS": str(threads), **environ, **own, **hidden}
 
 
 def write_command(run_dir: Path, run: dict[str, Any]) -> None:
     """`command.sh`: makes the same run once more, in a directory of its own."""
     asked = [word for word in run["command"][1:] if not word.startswith("resume=")]
-    root = shlex.quote(str(Path(__file__).resolve().parents[1]))
     lines = (
         "#!/bin/sh",
         f"cd {shlex.quote(run['folder'])} || exit 1",
-        f'export PYTHONPATH={root}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+        f'export PYTHONPATH={shlex.quote(str(ROOT))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
         f"exec {shlex.join([sys.executable, *asked])}",
         "",
     )
@@ -103,13 +93,14 @@ def _attempt(run_dir: Path, run: dict[str, Any], attempt: int, show: Show) -> di
     write_json(run_dir / "attempt.json", {"attempt": attempt, "command": list(command)})
     write_command(run_dir, run)
     memory = processes.SharedMemoryWatch()
+    own = {processes.MARK: run["mark"], PARENT: str(os.getpid()), attempts.ATTEMPT: str(attempt)}
     outcome: Outcome | None = None
     process: subprocess.Popen[bytes] | None = None
     with (run_dir / "launch.log").open("wb") as log, _signals(run_dir, run) as ending:
         try:
             process = subprocess.Popen(
                 command,
-                env=worker_environment(dict(os.environ), run, attempt),
+                env=rank_environment(os.environ, run["processes"], run["on_cuda"]) | own,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -8,10 +8,10 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from shards.errors import PlanError
+from shards.interpreter import python_path
 from shards.model import ConfigFields, Cut, ModelShape, Parameter, layer_of
 
 TIMEOUT_S = 180.0
@@ -48,7 +48,6 @@ def ask_transformers(config: Mapping[str, Any], python: str, timeout_s: float = 
     PlanError, in one line, where it cannot.
     """
     what = f"the shapes of model_type {config.get('model_type')!r}"
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     quiet = {"CUDA_VISIBLE_DEVICES": "", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
     try:
         with tempfile.TemporaryFile("w+") as asked:  # no pipe: an interpreter may end before it reads
@@ -57,7 +56,7 @@ def ask_transformers(config: Mapping[str, Any], python: str, timeout_s: float = 
             done = subprocess.run(
                 [python, "-m", "shards.meta_shapes"],
                 stdin=asked,
-                env={**os.environ, **quiet, "PYTHONPATH": path},
+                env={**os.environ, **quiet, "PYTHONPATH": python_path(os.environ)},
                 capture_output=True,
                 text=True,
                 timeout=timeout_s,

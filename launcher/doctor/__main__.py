@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import launcher
 from launcher.config import BACKENDS
 from launcher.doctor import host
-from launcher.doctor.trials import ROOT, Engine, engine, nvml
+from launcher.doctor.trials import Engine, engine, nvml
+from shards.interpreter import ROOT
 
 try:
     from rich.console import Console

@@ -9,15 +9,14 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.config import BACKENDS
+from shards.interpreter import python_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-ROOT = Path(__file__).resolve().parents[2]
 NVML_S = 20.0
 
 
@@ -43,10 +42,9 @@ class Ended:
 
 def attempt(module: str, arguments: Sequence[str], timeout_s: float) -> Ended:
     """Run a module of this package in a process of its own; it and its children are killed when the time is up."""
-    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH", ""), str(ROOT))))
     process = subprocess.Popen(
         [sys.executable, "-m", f"launcher.doctor.{module}", *arguments],
-        env=os.environ | {"PYTHONPATH": path},
+        env=os.environ | {"PYTHONPATH": python_path(os.environ)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -6,12 +6,12 @@ import re
 import shlex
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.config import ConfigError
 from launcher.plain import from_dict
 from shards.errors import UserError
+from shards.interpreter import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -49,7 +49,6 @@ def job_of(run: Mapping[str, Any]) -> Job:
     config = from_dict(run["config"])
     cluster = config.cluster
     own = cluster.python or ("python3" if cluster.container else sys.executable)
-    root = Path(__file__).resolve().parents[2]
     return Job(
         cluster=cluster,
         num_nodes=config.num_nodes,
@@ -58,7 +57,7 @@ def job_of(run: Mapping[str, Any]) -> Job:
         on_cuda=run["on_cuda"],
         python=config.backend.python or own,
         own_python=own,
-        root=str(root) if (root / "pyproject.toml").is_file() else None,
+        root=str(ROOT) if (ROOT / "pyproject.toml").is_file() else None,
     )
 
 
