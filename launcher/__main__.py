@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: Arguments, world: World) -> int:
     if arguments.multirun:
-        return _sweep(arguments)
+        return _sweep(arguments, world)
     config = compose_run(_adopt(arguments.overrides, world), arguments.config_dirs)
     if arguments.cfg:
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
@@ -98,25 +98,31 @@ def _dispatch(arguments: Arguments, world: World) -> int:
     if config.run_dir is not None:
         return _continue(config, arguments, world)
     command = command_of(arguments.overrides, arguments.config_dirs)
+    if config.dry_run:
+        return _dry_run(config, command) if world.rank == 0 else 0
     if world.launcher != "alone":
         return _join(config, world, command)
-    if config.dry_run:
-        return _dry_run(config, command)
     if config.launch.rendezvous is not None:
         check_nodes(config)
-        become_node(config, arguments.overrides, prepare(config, command).on_cuda)
+        become_node(config, command, prepare(config, command).on_cuda)
     return _report(run_point(config, command))
 
 
-def _sweep(arguments: Arguments) -> int:
+def _sweep(arguments: Arguments, world: World) -> int:
     """Run the points of a sweep, or show what they would be."""
+    if world.launcher != "alone":
+        raise WorldError(
+            f"-m starts the ranks of each point itself, and {world.launcher} has started {world.world_size}.",
+            "python -m launcher -m, or without -m",
+        )
     points = expand_sweep(list(arguments.overrides))
     configs = [compose_run(point, arguments.config_dirs) for point in points]
+    commands = [command_of(point, arguments.config_dirs) for point in points]
     if not any(config.dry_run for config in configs):
-        return sweep(arguments.overrides, arguments.config_dirs)
-    for config, point in zip(configs, points, strict=True):
+        return sweep(points, configs, commands)
+    for config, point, command in zip(configs, points, commands, strict=True):
         print(f"\n# {' '.join(point)}", flush=True)
-        _dry_run(config, command_of(point, arguments.config_dirs))
+        _dry_run(config, command)
     return 0
 
 
@@ -147,6 +153,8 @@ def _adopt(overrides: Sequence[str], world: World) -> list[str]:
 
 def _join(config: RunConfig, world: World, command: tuple[str, ...]) -> int:
     """Somebody else started the ranks: be one of them."""
+    if config.launch.name == "slurm":
+        raise WorldError(f"launch=slurm submits a job, and {world.launcher} has started the ranks.", "without launch=")
     if world.local_world_size * world.num_nodes != world.world_size:
         raise WorldError(
             f"{world.launcher} started {world.world_size} ranks on {world.num_nodes} nodes, "

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import re
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.config import ConfigError
+from launcher.launch import rank_environment
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from launcher.config import RunConfig
 
@@ -32,7 +32,10 @@ def check_one_node(config: RunConfig) -> None:
 
 
 def check_nodes(config: RunConfig) -> None:
-    """ConfigError where `launch.rendezvous` and `launch.node_rank` do not say which of the nodes this is."""
+    """ConfigError where `launch.rendezvous` and `launch.node_rank` do not say which of the nodes this is.
+
+    Also for another interpreter: these ranks compose and report, which takes more than the packages of a rank.
+    """
     launch, nodes = config.launch, config.num_nodes
     if ADDRESS.fullmatch(launch.rendezvous or "") is None:
         raise ConfigError(f"launch.rendezvous={launch.rendezvous} is not HOST:PORT.", "launch.rendezvous=node1:29400")
@@ -41,30 +44,27 @@ def check_nodes(config: RunConfig) -> None:
             f"launch.node_rank={launch.node_rank} is not one of num_nodes={nodes}.",
             f"0 on the first node to {nodes - 1} on the last" if nodes > 1 else "num_nodes=2 or more",
         )
+    if (python := config.backend.python) is not None:
+        raise ConfigError(
+            f"launch.rendezvous starts whole launchers, and backend.python={python} is for ranks alone.",
+            f"{python} -m launcher ..., without backend.python",
+        )
 
 
-def node_command(config: RunConfig, overrides: Sequence[str]) -> tuple[str, ...]:
-    """What starts the ranks of this node; each of them composes `overrides` again, and rank 0 makes the directory."""
+def node_command(config: RunConfig, command: Sequence[str]) -> tuple[str, ...]:
+    """What starts the ranks of this node; each of them is `command` again, and rank 0 makes the directory."""
     found = ADDRESS.fullmatch(config.launch.rendezvous or "")
     assert found is not None, "check_nodes comes first"
     return (
-        config.backend.python or sys.executable, "-m", "torch.distributed.run", f"--nnodes={config.num_nodes}",
+        sys.executable, "-m", "torch.distributed.run", f"--nnodes={config.num_nodes}",
         f"--nproc-per-node={config.devices}", f"--node-rank={config.launch.node_rank}",
         f"--master-addr={found['host'].strip('[]')}", f"--master-port={found['port']}", "--max-restarts=0",
-        "-m", "launcher", *overrides,
+        *command[1:],
     )  # fmt: skip
 
 
-def node_environment(environ: Mapping[str, str], config: RunConfig, on_cuda: bool) -> dict[str, str]:
-    """The environment of the ranks of this node."""
-    path = [str(Path(__file__).resolve().parents[1]), *filter(None, environ.get("PYTHONPATH", "").split(os.pathsep))]
-    threads = str(max(len(os.sched_getaffinity(0)) // config.devices, 1))
-    own = {"OMP_NUM_THREADS": threads, **environ, "PYTHONPATH": os.pathsep.join(path)}
-    return own if on_cuda else own | {"CUDA_VISIBLE_DEVICES": ""}
-
-
-def become_node(config: RunConfig, overrides: Sequence[str], on_cuda: bool) -> None:
+def become_node(config: RunConfig, command: Sequence[str], on_cuda: bool) -> None:
     """This process becomes the one that starts the ranks of this node: signals and exit code are its own."""
-    command = node_command(config, overrides)
+    words = node_command(config, command)
     sys.stdout.flush()
-    os.execve(command[0], command, node_environment(os.environ, config, on_cuda))
+    os.execve(words[0], words, rank_environment(os.environ, config.devices, on_cuda))

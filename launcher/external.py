@@ -11,7 +11,8 @@ from launcher import attempts, resume
 from launcher.files import read_json
 from launcher.record import finish
 from launcher.worker import EXIT_CODES, redirected_output, run_rank
-from shards.process_group import connect, device_of, from_rank_0
+from shards.errors import UserError
+from shards.process_group import connect, device_of, disconnect, from_rank_0
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,9 +24,16 @@ OTHERS_S = 60.0  # how long rank 0 waits for the last words of the others
 
 
 def join(run: Run, world: World, report: Callable[[dict[str, Any]], None]) -> int:
-    """Be this rank of the run; rank 0 makes the run directory and reports. Gives the exit code of this process."""
+    """Be this rank of the run; rank 0 makes the run directory and reports. Gives the exit code of this process.
+
+    What keeps rank 0 from making it is raised on all ranks.
+    """
     connect(world, device_of(world, "auto" if run.on_cuda else "cpu"))
-    run_dir, attempt = from_rank_0(_begin(run) if world.rank == 0 else None)
+    begun = from_rank_0(_begin(run) if world.rank == 0 else None)
+    if isinstance(begun, Exception):
+        disconnect()
+        raise begun
+    run_dir, attempt = begun
     if attempt is None:
         if world.rank == 0:
             report(read_json(run_dir / "record.json"))
@@ -39,10 +47,16 @@ def join(run: Run, world: World, report: Callable[[dict[str, Any]], None]) -> in
     return EXIT_CODES.get(status, 1)
 
 
-def _begin(run: Run) -> tuple[Path, int | None]:
-    """The directory of the run and the number of this attempt; None where nothing is left to do."""
-    run_dir, is_done = resume.directory_of(run)
-    return run_dir, None if is_done else attempts.begin(run_dir)
+def _begin(run: Run) -> tuple[Path, int | None] | UserError | OSError:
+    """The directory of the run and the number of this attempt, None where nothing is left to do; or why there is none.
+
+    The others wait for what is found here: an error that leaves it would be theirs as a broken connection.
+    """
+    try:
+        run_dir, is_done = resume.directory_of(run)
+        return run_dir, None if is_done else attempts.begin(run_dir)
+    except (UserError, OSError) as error:
+        return error
 
 
 def _wait_for(run_dir: Path, world_size: int) -> None:

@@ -10,7 +10,6 @@ from launcher import compare, report, resume
 from launcher.bars import Bars
 from launcher.batch_search import run_with_largest_batch
 from launcher.comparison import alike, read_run
-from launcher.compose import command_of, compose_run, expand_sweep
 from launcher.elastic import check_one_node
 from launcher.files import read_json
 from launcher.launch import run_local
@@ -48,11 +47,8 @@ def finish_run(run_dir: Path) -> dict[str, Any]:
         return run_local(run_dir, bars.show)
 
 
-def sweep(overrides: Sequence[str], config_dirs: tuple[str, ...]) -> int:
-    """Run every point and print one table of them all; the exit code."""
-    points = expand_sweep(list(overrides))
-    configs = [compose_run(point, config_dirs) for point in points]
-    commands = [command_of(point, config_dirs) for point in points]
+def sweep(points: Sequence[Sequence[str]], configs: Sequence[RunConfig], commands: Sequence[tuple[str, ...]]) -> int:
+    """Run every point, which is composed already, and print one table of them all; the exit code."""
     local = [place for place, config in enumerate(configs) if config.launch.name != "slurm"]
     others = [place for place in range(len(points)) if place not in local]
     made: dict[int, dict[str, Any]] = {}
@@ -63,7 +59,7 @@ def sweep(overrides: Sequence[str], config_dirs: tuple[str, ...]) -> int:
         queued = arrays.run_points([configs[place] for place in others], [commands[place] for place in others])
         made |= dict(zip(others, queued, strict=True))
     records = [made[place] for place in range(len(points))]
-    report.show_sweep(records, [_varied(point, overrides) for point in points], report.console())
+    report.show_sweep(records, [_varied(point, points) for point in points], report.console())
     show_parity(records)
     print(report.sweep_line(records), flush=True)
     return exit_code(records)
@@ -91,9 +87,9 @@ def show_parity(records: Sequence[dict[str, Any]]) -> None:
         compare.show(group, report.console())
 
 
-def _varied(point: Sequence[str], overrides: Sequence[str]) -> list[str]:
+def _varied(point: Sequence[str], points: Sequence[Sequence[str]]) -> list[str]:
     """What of a point differs from the other points."""
-    return [item for item in point if item not in overrides] or list(point)
+    return [item for item in point if not all(item in other for other in points)] or list(point)
 
 
 def exit_code(records: Sequence[dict[str, Any]]) -> int:

@@ -11,13 +11,17 @@ import sys
 import sysconfig
 import time
 import venv
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from running import ROOT, environment, launcher, run
+from slurm_config import free_ports
 
 from launcher.__main__ import main
 from launcher.models import EMBEDDED
+from shards.world import World
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -80,6 +84,62 @@ def test_what_the_user_can_mend_is_one_line(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert refused(arguments, capsys) == expected
+    assert list(tmp_path.iterdir()) == []
+
+
+TORCHRUN = {
+    "TORCHELASTIC_RUN_ID": "none", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ["-m", "seed=1,2"],
+            "-m starts the ranks of each point itself, and torchrun has started 2. "
+            "HINT: python -m launcher -m, or without -m",
+        ),
+        (["launch=slurm"], "launch=slurm submits a job, and torchrun has started the ranks. HINT: without launch="),
+    ],
+)
+def test_what_a_rank_of_torchrun_cannot_do_is_said_once(
+    arguments: list[str],
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    arguments = [*arguments, "backend=dummy"]
+    assert refused(arguments, capsys) == expected
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert (main(arguments), capsys.readouterr()) == (2, ("", ""))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_keeps_rank_0_from_beginning_is_said_once_and_ends_all() -> None:
+    command = [sys.executable, "-m", "launcher", "backend=dummy", "output_dir=/dev/null/x"]
+    alone = World(world_size=2, local_world_size=2, master_port=free_ports(1)[0])
+    worlds = [replace(alone, rank=rank, local_rank=rank) for rank in (0, 1)]
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda world: run(command, **world.environ()), worlds)
+    line = "Cannot write in output_dir=/dev/null/x: Not a directory. HINT: output_dir= a folder of yours\n"
+    assert (first.code, first.out, first.err) == (2, "", line)
+    assert (second.code, second.out, second.err) == (2, "", "")
+
+
+def test_a_dry_run_under_torchrun_is_one(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    assert main(["backend=dummy", "accelerator=cpu", "dry_run=true"]) == 0
+    assert "--nproc-per-node=2 --max-restarts=0 -m launcher.worker RUN_DIR" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -183,24 +243,14 @@ def test_a_reader_that_has_seen_enough_causes_no_traceback(words: list[str]) -> 
     assert (ended.returncode in (-signal.SIGPIPE, 128 + signal.SIGPIPE), ended.stderr) == (True, "")
 
 
-def test_the_parent_never_imports_torch() -> None:
+@pytest.mark.parametrize("backend", ["dummy", "fsdp"])
+def test_the_process_that_launches_a_run_imports_no_torch(backend: str, tmp_path: Path) -> None:
     program = (
         "import sys; from launcher.__main__ import main;"
-        "code = main(['backend=dummy', 'output_dir=' + sys.argv[1], 'measure.repeats=1']);"
-        "assert code == 0; assert not {'torch', 'transformers', 'lightning'} & set(sys.modules)"
-    )
-    ended = run([sys.executable, "-c", program, "/dev/null/x"])
-    assert ended.code != 0, "an unwritable output directory must be refused"
-    assert "Cannot write in output_dir" in ended.err
-
-
-def test_a_run_of_the_dummy_imports_no_torch(tmp_path: Path) -> None:
-    program = (
-        "import sys; from launcher.__main__ import main;"
-        "assert main(['backend=dummy', 'devices=1', 'output_dir=' + sys.argv[1]]) == 0;"
+        "assert main(['backend=' + sys.argv[1], 'devices=1', 'measure.repeats=1', 'output_dir=' + sys.argv[2]]) == 0;"
         "assert not {'torch', 'transformers', 'lightning'} & set(sys.modules)"
     )
-    ended = run([sys.executable, "-c", program, str(tmp_path)])
+    ended = run([sys.executable, "-c", program, backend, str(tmp_path)])
     assert ended.code == 0, ended.err
 
 
@@ -218,9 +268,15 @@ def test_two_runs_of_one_second_have_folders_of_their_own(tmp_path: Path) -> Non
 
 def test_a_sweep_ends_with_a_row_for_each_point(tmp_path: Path) -> None:
     ended = launcher(
-        "-m", "backend=dummy", "devices=1,2", "backend.fail_at='',load", "measure.repeats=1", f"output_dir={tmp_path}"
+        "-m",
+        "backend=dummy",
+        "devices=1,2",
+        "backend.fail_at='',load",
+        "measure.repeats=1",
+        f"output_dir={tmp_path}/a=b",
     )
     assert ended.code == 1
+    assert "output_dir" not in ended.out, "it varies not, though it is quoted in each point"
     assert ended.last_json["points"] == {"ok": 2, "failed": 2}
     rows = ended.last_json["records"]
     assert [(row["world_size"], row["status"]) for row in rows] == [(1, "ok"), (1, "failed"), (2, "ok"), (2, "failed")]
