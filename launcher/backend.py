@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 REGISTRY: dict[str, str] = {
     "dummy": "launcher.backends.dummy:DummyBackend",
-    "transformers": "launcher.backends.transformers:TransformersBackend",
     "fsdp": "launcher.backends.fsdp:FsdpBackend",
     "deepspeed": "launcher.backends.deepspeed:DeepSpeedBackend",
     "tensor_parallel": "launcher.backends.tensor_parallel:TensorParallelBackend",
     "vllm": "launcher.backends.vllm:VllmBackend",
+    "transformers": "launcher.backends.transformers:TransformersBackend",
 }
 
 FinishReason = Literal["stop", "length"]
@@ -88,7 +88,7 @@ class Backend(Protocol):
 
     def __init__(self, config: RunConfig) -> None: ...
 
-    def load(self, plan: Plan | None, world: World, progress: Callable[[int, int], None]) -> None:
+    def load(self, plan: Plan, world: World, progress: Callable[[int, int], None]) -> None:
         """Put this rank's part of the model on its device; `progress(done_bytes, total_bytes)` as it comes."""
 
     def generate(

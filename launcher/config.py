@@ -22,6 +22,11 @@ class Precision(Enum):
     fp16 = "float16"
     bf16 = "bfloat16"
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one value."""
+        return 4 if self is Precision.fp32 else 2
+
 
 class Accelerator(Enum):
     """Where the ranks run; `auto` is CUDA where there is a GPU."""
@@ -117,11 +122,11 @@ class VllmConfig(BackendConfig):
 
 BACKENDS: dict[str, type[BackendConfig]] = {
     "dummy": DummyConfig,
-    "transformers": TransformersConfig,
     "fsdp": FsdpConfig,
     "deepspeed": DeepSpeedConfig,
     "tensor_parallel": TensorParallelConfig,
     "vllm": VllmConfig,
+    "transformers": TransformersConfig,
 }
 
 

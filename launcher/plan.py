@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from launcher.compose import conf_dir, options
-from launcher.config import ConfigError, Precision
+from launcher.config import BACKENDS, ConfigError, Precision
 from launcher.files import read_json
 from launcher.models import EMBEDDED
 from launcher.plan_table import Row, markdown, show, show_modules
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from shards.model import ModelShape
     from shards.quantization import Quantization
 
-ENGINES = ("fsdp", "deepspeed", "tensor_parallel", "vllm", "transformers")
+ENGINES = tuple(name for name in BACKENDS if name != "dummy")
 COUNTS = {"num_nodes": 1, "batch_size": 1, "prompt_tokens": 512, "max_new_tokens": 128}
 KEYS = ("model", "machines", "devices", "device", "backend", "link", "precision", "quantization", *COUNTS)
 FLAGS = ("--markdown", "--modules")
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
         for note in built.notes_for(context):
             print(note, file=sys.stderr)
         if "--modules" in argv:
-            show_modules(values["model"], shape, dtype_bytes(values.get("precision", "bf16")))
+            show_modules(values["model"], shape, _dtype_bytes(values))
             return 0
         rows = plans(shape, values, quantizations(values, config))
     except UserError as error:
@@ -133,7 +133,7 @@ def plans(shape: ModelShape, values: dict[str, str], kinds: Sequence[Quantizatio
     names = values.get("backend", ",".join(ENGINES)).split(",")
     if unknown := set(names) - set(ENGINES):
         raise ConfigError(f"backend={','.join(sorted(unknown))} cannot be planned.", f"backend={','.join(ENGINES)}")
-    width = dtype_bytes(values.get("precision", "bf16"))
+    width = _dtype_bytes(values)
     rows = []
     for machine, device, link, number in machines(values):
         for name, quantization in product(names, kinds):
@@ -187,11 +187,12 @@ def _link(values: dict[str, str], device: str) -> Link:
     return known_link(values["link"]) if "link" in values else usual_link(device)
 
 
-def dtype_bytes(precision: str) -> int:
-    """Bytes of a weight in a precision of the configuration."""
+def _dtype_bytes(values: dict[str, str]) -> int:
+    """Bytes of a weight in the precision that was asked for."""
+    precision = values.get("precision", "bf16")
     if precision not in Precision.__members__:
         raise ConfigError(f"precision={precision} is not one.", f"precision={', '.join(Precision.__members__)}")
-    return 4 if precision == "fp32" else 2
+    return Precision[precision].num_bytes
 
 
 def _asked(values: dict[str, str], key: str) -> int:

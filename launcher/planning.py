@@ -30,8 +30,6 @@ VLLM_BLOCK_TOKENS = {"cuda": 16, "cpu": 128}  # DEFAULT_BLOCK_SIZE in vllm/confi
 ONLINE = {"fp8_per_tensor": "fp8", "fp8_per_channel": "fp8_channel", "fp8_per_block": "fp8_block"}
 """What vLLM calls the quantizations that it makes while it loads plain weights."""
 
-DTYPE_BYTES = {Precision.fp32: 4, Precision.fp16: 2, Precision.bf16: 2}
-
 
 def plan_of(
     config: RunConfig,
@@ -50,7 +48,7 @@ def plan_of(
         engine=config.backend.name,
         devices=config.devices,
         num_nodes=config.num_nodes,
-        dtype_bytes=DTYPE_BYTES[config.precision],
+        dtype_bytes=config.precision.num_bytes,
         quantization=quantization_of(config, model_config, on_cuda),
         batch_size=_batch_size(config, len(prompts), device),
         prompt_tokens=max(len(prompt.token_ids) for prompt in prompts),

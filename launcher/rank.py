@@ -21,6 +21,7 @@ from launcher.plain import from_dict
 from launcher.progress import ProgressWriter
 from launcher.prompts import read_prompts
 from shards.errors import UserError
+from shards.plan import Plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,7 +93,7 @@ class Rank:
         backend = _backend(self.config)
         self.progress.enter("load")
         start = time.perf_counter()
-        backend.load(read_json(self.run_dir / "plan.json"), self.world, self.progress.advance)
+        backend.load(Plan.from_dict(read_json(self.run_dir / "plan.json")), self.world, self.progress.advance)
         self.result["load_s"] = time.perf_counter() - start
         return backend
 

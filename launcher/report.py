@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher.files import read_lines
+from shards.hardware import GIB, MIB
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from launcher.prepare import Run
     from shards.limits import Limit
 
-GIB = 1024**3
-MIB = 1024**2
 SHOWN_COMPLETIONS = 8
 HEADLINE = (
     "status", "backend", "model", "precision", "world_size", "new_tokens_per_s", "ttft_s", "itl_s", "load_s", "run_dir",

@@ -63,7 +63,7 @@ def main() -> None:
     world = World.from_env(os.environ)
     config, prompts = run_config(asked, world), ragged_prompts(asked.batch)
     backend = DeepSpeedBackend(config)
-    backend.load(plan_of(config, config.model.config or {}, None, prompts, False).to_dict(), world, lambda *_: None)
+    backend.load(plan_of(config, config.model.config or {}, None, prompts, False), world, lambda *_: None)
     module = by_init_inference(config, world)
     pairs = [measure(backend, module, prompts, config.sampling, number) for number in range(asked.pairs + 1)][1:]
     if world.rank == 0:

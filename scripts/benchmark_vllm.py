@@ -26,6 +26,7 @@ from launcher.backends.vllm import VllmBackend  # noqa: E402
 from launcher.compose import compose_run  # noqa: E402
 from launcher.config import SamplingConfig  # noqa: E402
 from launcher.models import EMBEDDED  # noqa: E402
+from launcher.planning import plan_of  # noqa: E402
 from launcher.prompts import synthetic_prompts  # noqa: E402
 from shards.world import World  # noqa: E402
 
@@ -38,9 +39,9 @@ if TYPE_CHECKING:
 def main() -> None:
     options = parse()
     folder = Path(options.model) if Path(options.model).is_dir() else EMBEDDED / options.model
-    backend = loaded(folder, options)
-    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
-    prompts = synthetic_prompts(options.prompts, options.prompt_tokens, vocabulary, seed=0)
+    shape = json.loads((folder / "config.json").read_text())
+    prompts = synthetic_prompts(options.prompts, options.prompt_tokens, shape["vocab_size"], seed=0)
+    backend = loaded(folder, options, shape, prompts)
     tokens = options.prompts * options.new_tokens
     print(f"{'pair':>4} {'backend tokens/s':>18} {'bare tokens/s':>18} {'ratio':>7}")
     pairs = []
@@ -68,11 +69,12 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def loaded(folder: Path, options: argparse.Namespace) -> VllmBackend:
+def loaded(folder: Path, options: argparse.Namespace, shape: dict[str, Any], prompts: list[Prompt]) -> VllmBackend:
     config = compose_run(["backend=vllm", f"devices={options.devices}", f"precision={options.precision}"])
     config.model.path = str(folder)
     backend = VllmBackend(config)
-    backend.load(None, World(), lambda done, total: None)
+    plan = plan_of(config, shape, None, prompts, on_cuda=not backend.on_cpu)
+    backend.load(plan, World(), lambda done, total: None)
     return backend
 
 

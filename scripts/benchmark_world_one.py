@@ -51,7 +51,7 @@ def loaded(name: str, model: str, prompts: list[Prompt]):
     shape = json.loads((EMBEDDED / model / "config.json").read_text())
     plan = plan_of(config, shape, Checkpoint.open(EMBEDDED / model).tensors, prompts, on_cuda=False)
     engine = backend_class(name)(config)
-    engine.load(plan.to_dict(), World.from_env(os.environ), lambda done, total: None)
+    engine.load(plan, World.from_env(os.environ), lambda done, total: None)
     return engine
 
 

@@ -57,7 +57,7 @@ def loaded(config: RunConfig, world: World, prompts: list[Prompt]) -> tuple[Back
     plan = plan_of(config, json.loads((folder / "config.json").read_text()), tensors, prompts, on_cuda=False)
     seen: list[tuple[int, int]] = []
     backend = backend_class(config.backend.name)(config)
-    backend.load(plan.to_dict(), world, lambda done, total: seen.append((done, total)))
+    backend.load(plan, world, lambda done, total: seen.append((done, total)))
     return backend, seen
 
 

@@ -30,7 +30,7 @@ FIELDS = json.loads((FOLDER / "config.json").read_text())
 WAYS = ("alone", "workers", "torchrun")
 SIZES = {"alone": 1, "workers": 2, "torchrun": 2}
 THREADS = "64"
-PLANNED_POOL = 50_000_000  # as the program is told where it has several workers; alone it has no plan
+PLANNED_POOL = 50_000_000  # as the program is told where it has several workers
 
 
 @cache

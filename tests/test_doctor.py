@@ -33,11 +33,11 @@ MODULES = {
 BOTH: dict[str, str | None] = {"torch": "9.9", "transformers": "8.8"}
 ENGINES = [
     Engine("dummy", {}),
-    Engine("transformers", BOTH, "accelerate: SystemExit: 3"),
     Engine("fsdp", BOTH, "importing lightning took more than 4 s"),
     Engine("deepspeed", BOTH, "importing deepspeed crashed: SIGABRT"),
     Engine("tensor_parallel", BOTH),
     Engine("vllm", {"torch": "9.9"}, "vllm: RuntimeError: libcuda.so.1: cannot open"),
+    Engine("transformers", BOTH, "accelerate: SystemExit: 3"),
 ]
 
 

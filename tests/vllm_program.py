@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from launcher.backends.vllm import VllmBackend
 from launcher.compose import compose_run
 from launcher.config import ConfigError, RunConfig, SamplingConfig
 from launcher.models import EMBEDDED
+from launcher.planning import plan_of
 from launcher.prompts import encode
+from shards.plan import Plan
 from shards.world import World
 
 FOLDER = EMBEDDED / "tiny_falcon"
@@ -37,10 +39,16 @@ def configured(devices: int, **extra: Any) -> RunConfig:
     return config
 
 
-def refusal(backend: VllmBackend, world: World) -> str:
+def planned(config: RunConfig, prompts: list[Prompt]) -> Plan:
+    """The plan of a run, with another pool where there are several workers."""
+    plan = plan_of(config, json.loads((FOLDER / "config.json").read_text()), None, prompts, on_cuda=False)
+    return replace(plan, kv_cache_memory_bytes=POOL_BYTES) if config.devices > 1 else plan
+
+
+def refusal(config: RunConfig, world: World, prompts: list[Prompt]) -> str:
     """What the user is told, or nothing."""
     try:
-        backend.load(None, world, lambda done, total: None)
+        VllmBackend(config).load(planned(config, prompts), world, lambda done, total: None)
     except ConfigError as error:
         return str(error)
     return ""
@@ -90,13 +98,13 @@ def main() -> None:
     devices, out = int(sys.argv[1]), Path(sys.argv[2])
     world = World.from_env(os.environ)
     os.environ.update(world.environ())
-    result: dict[str, Any] = {"refused": refusal(VllmBackend(configured(devices, max_num_seq=2)), world)}
-    result["ours"] = refusal(VllmBackend(configured(devices, dtype="float16")), world)
     prompts = encode(PROMPTS.read_text().splitlines(), FOLDER)
+    result: dict[str, Any] = {"refused": refusal(configured(devices, max_num_seq=2), world, prompts)}
+    result["ours"] = refusal(configured(devices, dtype="float16"), world, prompts)
 
-    backend = VllmBackend(configured(devices))
-    plan = {"kv_cache_memory_bytes": POOL_BYTES} if devices > 1 else None
-    backend.load(plan, world, lambda done, total: result.update(progress=[done, total]))
+    config = configured(devices)
+    backend = VllmBackend(config)
+    backend.load(planned(config, prompts), world, lambda done, total: result.update(progress=[done, total]))
     result["threads"] = [int(worker.environ()["OMP_NUM_THREADS"]) for worker in workers()]
     backend.barrier()
     result["calls"] = [timed(backend, prompts[::-1]), timed(backend, prompts)]

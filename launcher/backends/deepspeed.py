@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from launcher.backends.module import Progress
     from launcher.config import DeepSpeedConfig, RunConfig
+    from shards.plan import Plan
     from shards.world import World
 
 
@@ -37,18 +38,21 @@ class DeepSpeedBackend(ModuleBackend):
         if on_one_node and get_accelerator().device_name() == "cpu":
             self.obstacle = deepspeed_reduce.compile_operation()
 
-    def place(self, plan: dict[str, Any], world: World, progress: Progress) -> torch.nn.Module:
+    def place(self, plan: Plan, world: World, progress: Progress) -> torch.nn.Module:
         _check_accelerator(self.device)
         model = self.meta_model()
         if world.world_size == 1:
             self.fill(model, progress)
             return self._injected(model, 1)
+        is_through_memory = False
         if self.device.type == "cpu":
             why = deepspeed_reduce.choose(world, self.obstacle)
+            is_through_memory = why is None
             print(f"all-reduce: {'shared memory' if why is None else f'gloo, since {why}'}", flush=True)
         first_names = _first_names(model)
         model = self._injected(model, world.world_size)
-        deepspeed_reduce.unlink_segment(world)
+        if is_through_memory:
+            deepspeed_reduce.unlink_segment(world)
         mark_blocks(model, first_names, world.rank)
         _forget_computed_buffers(model)
         self.fill(model, progress)

@@ -31,7 +31,7 @@ class DummyBackend:
         self.world: World | None = None
         self.calls = 0
 
-    def load(self, plan: Plan | None, world: World, progress: Callable[[int, int], None]) -> None:
+    def load(self, plan: Plan, world: World, progress: Callable[[int, int], None]) -> None:
         self.world = world
         progress(1, 1)
         self._maybe_fail("load")

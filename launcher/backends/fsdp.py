@@ -6,7 +6,7 @@ number of steps, since each forward pass is a collective. A world of one is the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from launcher.backend import DeviceMemory, Generation, Prompt
     from launcher.backends.module import Progress
     from launcher.config import FsdpConfig, SamplingConfig
+    from shards.plan import Plan
     from shards.world import World
 
 
 class FsdpBackend(ModuleBackend):
     """FSDP2 on every decoder layer and the root."""
 
-    def place(self, plan: dict[str, Any], world: World, progress: Progress) -> torch.nn.Module:
+    def place(self, plan: Plan, world: World, progress: Progress) -> torch.nn.Module:
         options: FsdpConfig = self.config.backend  # type: ignore[assignment]
         model = self.meta_model()
         if world.world_size == 1:

@@ -15,6 +15,7 @@ from launcher.measure import local_tensor, module_memory
 from shards.checkpoint import Checkpoint
 from shards.errors import PlanError
 from shards.families import keep_kv_heads_only
+from shards.hardware import MIB
 from shards.load import build_meta, load_weights
 from shards.model import KNOWN_FAMILIES
 from shards.process_group import any_rank, barrier, connect, device_of, disconnect
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from launcher.backend import DeviceMemory, Generation, Prompt
     from launcher.config import RunConfig, SamplingConfig
+    from shards.plan import Plan
     from shards.world import World
 
     Progress = Callable[[int, int], None]
@@ -42,10 +44,10 @@ class ModuleBackend(ABC):
         self.dtype = getattr(torch, config.precision.value)
 
     @abstractmethod
-    def place(self, plan: dict[str, Any], world: World, progress: Progress) -> torch.nn.Module:
+    def place(self, plan: Plan, world: World, progress: Progress) -> torch.nn.Module:
         """The model with this rank's part of its weights on `self.device`."""
 
-    def load(self, plan: dict[str, Any], world: World, progress: Progress) -> None:
+    def load(self, plan: Plan, world: World, progress: Progress) -> None:
         self.world = world
         self.device = device_of(world, self.config.accelerator.value)
         connect(world, self.device)
@@ -56,14 +58,14 @@ class ModuleBackend(ABC):
             self.model, eos_token_ids(self.model), self.device, self.config.seed, any_rank if votes else bool
         )
 
-    def _check_share(self, plan: dict[str, Any]) -> None:
+    def _check_share(self, plan: Plan) -> None:
         """The tensors of this process are the share that the plan gave it; an engine that did not shard ends here."""
-        shares = [device["parameter_bytes"] for device in plan["devices"]]
+        shares = [device.parameter_bytes for device in plan.devices]
         planned = shares[self.world.rank] if self.config.backend.one_process_per_device else sum(shares)
         held = sum(local_tensor(parameter).nbytes for parameter in self.model.parameters())
         known = getattr(self.model.config, "model_type", None) in KNOWN_FAMILIES
         tolerance = KNOWN_TOLERANCE if known else OTHER_TOLERANCE
-        check_share(self.world.rank, held, planned, plan["num_parameters"] * self.dtype.itemsize, tolerance)
+        check_share(self.world.rank, held, planned, plan.num_parameters * self.dtype.itemsize, tolerance)
 
     def meta_model(self) -> torch.nn.Module:
         """The model without memory, from the folder of the checkpoint or the shapes of the configuration."""
@@ -119,7 +121,7 @@ def check_share(rank: int, held: int, planned: int, whole: int, tolerance: float
         return
     verdict = "nothing was sharded" if held >= whole else "it was sharded otherwise than planned"
     raise PlanError(
-        f"rank {rank} holds {held / 2**20:.1f} MiB of {whole / 2**20:.1f} MiB parameters, and its share is "
-        f"{planned / 2**20:.1f} MiB: {verdict}.",
+        f"rank {rank} holds {held / MIB:.1f} MiB of {whole / MIB:.1f} MiB parameters, and its share is "
+        f"{planned / MIB:.1f} MiB: {verdict}.",
         "backend=fsdp, which shards every model",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launcher.backends.module import ModuleBackend
 from shards.tensor_parallel import tensor_parallel_model
@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     import torch
 
     from launcher.backends.module import Progress
+    from shards.plan import Plan
     from shards.world import World
 
 
 class TensorParallelBackend(ModuleBackend):
     """Our own cut of transformers' Falcon, Llama, Mistral, Qwen2 and Qwen3; a world of one is the plain model."""
 
-    def place(self, plan: dict[str, Any], world: World, progress: Progress) -> torch.nn.Module:
+    def place(self, plan: Plan, world: World, progress: Progress) -> torch.nn.Module:
         model = tensor_parallel_model(self.meta_model(), world.rank, world.world_size, self.device)
         self.fill(model, progress)
         return model

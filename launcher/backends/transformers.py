@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from launcher.backend import DeviceMemory
     from launcher.backends.module import Progress
     from launcher.config import TransformersConfig
+    from shards.plan import Plan
     from shards.world import World
 
 
 class TransformersBackend(ModuleBackend):
     """`AutoModelForCausalLM`, whole or with its layers spread over the GPUs of this machine."""
 
-    def place(self, plan: dict[str, Any], world: World, progress: Progress) -> torch.nn.Module:
+    def place(self, plan: Plan, world: World, progress: Progress) -> torch.nn.Module:
         model = self.meta_model()
         self.devices = [self.device]
         if self.config.devices == 1 or self.device.type == "cpu":

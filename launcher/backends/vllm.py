@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from launcher.backend import FinishReason, Prompt
     from launcher.config import RunConfig, SamplingConfig, VllmConfig
+    from shards.plan import Plan
     from shards.world import World
 
 NO_CORE = "vLLM's engine core runs in a process of its own"
@@ -48,7 +49,7 @@ class VllmBackend:
         self.scratch: tempfile.TemporaryDirectory[str] | None = None  # for sockets and stores that vLLM does not remove
         self.shared_memory: set[Path] = set()
 
-    def load(self, plan: dict[str, Any] | None, world: World, progress: Callable[[int, int], None]) -> None:
+    def load(self, plan: Plan, world: World, progress: Callable[[int, int], None]) -> None:
         self.external = world.world_size > 1
         devices = self.config.devices * self.config.num_nodes
         if self.external and world.world_size != devices:
@@ -73,10 +74,10 @@ class VllmBackend:
         self.watch = Watch(self.llm.llm_engine)
         progress(1, 1)
 
-    def _pool_bytes(self, plan: dict[str, Any] | None, folder: Path) -> int | None:
+    def _pool_bytes(self, plan: Plan, folder: Path) -> int | None:
         """The KV cache of a worker as planned; decided here for nodes whose memory the plan does not know."""
-        planned: int | None = plan["kv_cache_memory_bytes"] if plan else None
-        return planned or pool_bytes(self.config, read_json(folder / "config.json") or {}, self.on_cpu)
+        fields = read_json(folder / "config.json") or {}
+        return plan.kv_cache_memory_bytes or pool_bytes(self.config, fields, self.on_cpu)
 
     def _start(self, arguments: dict[str, Any]) -> Any:
         try:

@@ -12,6 +12,7 @@ import psutil
 
 from launcher.config import ConfigError, VllmConfig
 from shards.errors import PlanError
+from shards.hardware import GIB, MIB
 from shards.model import ModelShape
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ OURS = {
     "trust_remote_code": "model.trust_remote_code",
     "worker_extension_cls": "",
 }
-GIB = 2**30
 
 
 def environment(config: RunConfig, on_cpu: bool) -> dict[str, str]:
@@ -95,11 +95,11 @@ def pool_bytes(config: RunConfig, fields: Mapping[str, Any], on_cpu: bool) -> in
     except PlanError:
         return GIB
     size = config.devices * config.num_nodes
-    token_bytes = 2 * shape.num_layers * max(1, shape.num_key_value_heads // size) * shape.head_dim
-    token_bytes *= 4 if config.precision.name == "fp32" else 2
+    heads = max(1, shape.num_key_value_heads // size)
+    token_bytes = 2 * shape.num_layers * heads * shape.head_dim * config.precision.num_bytes
     context = _option(config, "max_model_len") or shape.max_position_embeddings or 2048
     wanted = (_option(config, "max_num_seqs") or 64) * context * token_bytes
-    return max(64 * 2**20, min(wanted, psutil.virtual_memory().available // 4 // size))
+    return max(64 * MIB, min(wanted, psutil.virtual_memory().available // 4 // size))
 
 
 def _option(config: RunConfig, name: str) -> Any:
