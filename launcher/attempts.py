@@ -36,10 +36,10 @@ class SupersededError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What earlier attempts have finished: `rows` as ranks save completions, and the passes over the whole set."""
+    """What earlier attempts have finished: `rows` as ranks save completions, and by number the repeats of the set."""
 
     rows: tuple[dict[str, Any], ...] = ()
-    passes: tuple[int, ...] = ()
+    repeats: tuple[int, ...] = ()
 
 
 def begin(run_dir: Path) -> int:
@@ -52,7 +52,7 @@ def begin(run_dir: Path) -> int:
     write_json(run_dir / "attempt.json", {"attempt": number})  # from here on late ranks of older attempts are mute
     _set_aside(run_dir, run_dir / f"attempt_{number - 1}")
     saved = _gather(run_dir)
-    write_json(run_dir / "saved.json", {"rows": list(saved.rows), "passes": list(saved.passes)})
+    write_json(run_dir / "saved.json", {"rows": list(saved.rows), "repeats": list(saved.repeats)})
     return number
 
 
@@ -70,8 +70,8 @@ def check(run_dir: Path, attempt: int) -> None:
 
 def saved(run_dir: Path) -> Saved:
     """What the attempts before the newest have finished."""
-    found = read_json(run_dir / "saved.json") or {"rows": (), "passes": ()}
-    return Saved(tuple(found["rows"]), tuple(found["passes"]))
+    found = read_json(run_dir / "saved.json") or {"rows": (), "repeats": ()}
+    return Saved(tuple(found["rows"]), tuple(found["repeats"]))
 
 
 def folders(run_dir: Path) -> list[tuple[int, Path]]:
@@ -86,8 +86,8 @@ def answering(run: dict[str, Any]) -> range:
     return range(run["processes"] if data_parallel else 1)
 
 
-def passes_in(folder: Path, ranks: Sequence[int]) -> dict[int, list[dict[str, Any]]]:
-    """The passes over the prompts that all of `ranks` have finished in one attempt, by number: each rank's measures."""
+def repeats_in(folder: Path, ranks: Sequence[int]) -> dict[int, list[dict[str, Any]]]:
+    """The repeats that all of `ranks` have finished in one attempt, by number: each rank's measures."""
     by_rank = [{row["number"]: row for row in read_lines(folder / f"rank_{rank}.repeats.jsonl")} for rank in ranks]
     numbers = sorted(set.intersection(*map(set, by_rank)))
     return {number: [rows[number] for rows in by_rank] for number in numbers}
@@ -102,12 +102,12 @@ def completions_in(folder: Path, ranks: Sequence[int]) -> Iterator[dict[str, Any
 def _gather(run_dir: Path) -> Saved:
     ranks = answering(read_json(run_dir / "run.json"))
     rows: dict[int, dict[str, Any]] = {}
-    passes: set[int] = set()
+    repeats: set[int] = set()
     for _, folder in folders(run_dir):
         for row in completions_in(folder, ranks):
             rows.setdefault(row["index"], row)
-        passes |= passes_in(folder, ranks).keys()
-    return Saved(tuple(rows[index] for index in sorted(rows)), tuple(sorted(passes)))
+        repeats |= repeats_in(folder, ranks).keys()
+    return Saved(tuple(rows[index] for index in sorted(rows)), tuple(sorted(repeats)))
 
 
 def _set_aside(run_dir: Path, folder: Path) -> None:

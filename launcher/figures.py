@@ -1,4 +1,4 @@
-"""Passes over the prompt set -> the figures of a record: medians over the passes, quantiles over the tokens."""
+"""Repeats of the prompt set -> the figures of a record: medians over the repeats, quantiles over the tokens."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 HEADLINES = ("new_tokens_per_s", "ttft_s", "itl_s", "totals", "partial", "metrics")
 
 
-def measures(passes: Sequence[Sequence[dict[str, Any]]], prompts: int, world_size: int) -> dict[str, Any]:
-    """The figures of a run from each pass's measures by rank; None for all of them where nothing was measured.
+def measures(repeats: Sequence[Sequence[dict[str, Any]]], prompts: int, world_size: int) -> dict[str, Any]:
+    """The figures of a run from each repeat's measures by rank; None for all of them where nothing was measured.
 
-    Only passes over all `prompts` count. Where there is none, because the one pass was split between attempts, its last
-    part does, and `partial` says how many prompts that was.
+    Only repeats of all `prompts` count. Where there is none, because the one repeat was split between attempts, its
+    last part does, and `partial` says how many prompts that was.
     """
-    totals = [total(ranks) for ranks in passes]
+    totals = [total(ranks) for ranks in repeats]
     whole = [place for place, one in enumerate(totals) if one["completions"] == prompts]
     chosen = whole or [place for place, one in enumerate(totals) if one["completions"]][-1:]
     if not chosen:
@@ -29,8 +29,8 @@ def measures(passes: Sequence[Sequence[dict[str, Any]]], prompts: int, world_siz
     }
     metrics["new_tokens_per_s_per_device"] = spread(one["new_tokens_per_s"] / world_size for one in made)
     for name in ("ttft_s", "itl_s"):
-        metrics[name] = quantiles(value for place in chosen for rank in passes[place] for value in rank[name])
-    metrics["sequences_at_once"] = statistics.mean(at_once(rank) for place in chosen for rank in passes[place])
+        metrics[name] = quantiles(value for place in chosen for rank in repeats[place] for value in rank[name])
+    metrics["sequences_at_once"] = statistics.mean(at_once(rank) for place in chosen for rank in repeats[place])
     return {
         "new_tokens_per_s": metrics["new_tokens_per_s"]["median"],
         "ttft_s": metrics["ttft_s"]["p50"],
@@ -47,19 +47,19 @@ def measures(passes: Sequence[Sequence[dict[str, Any]]], prompts: int, world_siz
     }
 
 
-def total(repeats: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One pass over all ranks: tokens add up, the slowest rank sets the time."""
-    sums = {key: sum(one[key] for one in repeats) for key in ("completions", "prompt_tokens", "new_tokens")}
-    wall_s = max(one["wall_s"] for one in repeats)
+def total(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One repeat, over all ranks: tokens add up, the slowest rank sets the time."""
+    sums = {key: sum(one[key] for one in ranks) for key in ("completions", "prompt_tokens", "new_tokens")}
+    wall_s = max(one["wall_s"] for one in ranks)
     phases = {
-        name: None if any(one[name] is None for one in repeats) else max(one[name] for one in repeats)
+        name: None if any(one[name] is None for one in ranks) else max(one[name] for one in ranks)
         for name in ("prefill_s", "decode_s")
     }
     later = sums["new_tokens"] - sums["completions"]  # the first token of each prompt is prefill's
     return {
         **sums,
         "wall_s": wall_s,
-        "same_tokens": all(one["same_tokens"] for one in repeats),
+        "same_tokens": all(one["same_tokens"] for one in ranks),
         "new_tokens_per_s": sums["new_tokens"] / wall_s,
         "prefill_tokens_per_s": sums["prompt_tokens"] / phases["prefill_s"] if phases["prefill_s"] else None,
         "decode_tokens_per_s": later / phases["decode_s"] if phases["decode_s"] else None,

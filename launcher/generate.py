@@ -1,7 +1,7 @@
 """The common loop: warm up, then answer the whole prompt set `repeats` times, batch by batch.
 
-A run that goes on where an earlier attempt stopped answers in its first pass what is not yet saved, in the batches that
-an undisturbed run would have made, and makes whole passes for the repeats that no attempt has finished.
+A run that goes on where an earlier attempt stopped answers in its first repeat what is not yet saved, in the batches
+that an undisturbed run would have made, and makes in whole the repeats that no attempt has finished.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
-    """Pass `number` over this rank's prompts, or what was left of them.
+    """What this rank measured in one repeat, from 0, of its prompts, or of what was left of them.
 
     `wall_s` runs from a barrier of all ranks to this rank's last token.
 
@@ -64,10 +64,11 @@ def call_count(total: int, world: World, config: RunConfig) -> tuple[int, int]:
 def schedule(
     prompts: Sequence[Prompt], world: World, config: RunConfig, saved: Saved
 ) -> list[tuple[int, list[list[Prompt]]]]:
-    """The passes that are still to be made, by number, and this rank's batches in each: equally many on every rank.
+    """The repeats still to be made, by number, and this rank's batches in each: equally many on every rank.
 
-    The first pass leaves out what is saved, and the batches in which no rank has anything left. It is made in whole,
-    for its measures, where every prompt is saved but no pass was ever finished.
+    The first repeat leaves out what is saved, and the batches in which no rank has anything left. If all prompts are
+    saved, but no repeat was completed and only the first is left, it is run in full, so that there is something to
+    measure.
     """
     size, calls = call_count(len(prompts), world, config)
     data_parallel = config.backend.data_parallel
@@ -79,8 +80,8 @@ def schedule(
         for place in range(calls)
     ]
     missing = [[p for p in batch if p.index not in answered] for batch, some in zip(own, left, strict=True) if some]
-    numbers = [number for number in range(config.measure.repeats) if number not in saved.passes]
-    if not missing and (saved.passes or len(numbers) > 1):
+    numbers = [number for number in range(config.measure.repeats) if number not in saved.repeats]
+    if not missing and (saved.repeats or len(numbers) > 1):
         numbers = [number for number in numbers if number > 0]
     return [(number, missing if number == 0 and missing else own) for number in numbers]
 
@@ -91,8 +92,8 @@ class Keeper(Protocol):
     def save(self, completions: Sequence[Completion]) -> None:
         """Keep the completions of a batch, none of which was saved before."""
 
-    def passed(self, repeat: Repeat) -> None:
-        """Keep the measures of a pass."""
+    def save_repeat(self, repeat: Repeat) -> None:
+        """Keep the measures of a repeat."""
 
     def between_batches(self) -> None:
         """Everything so far is kept: the moment to end, for a rank that is to."""
@@ -108,13 +109,13 @@ class Loop:
         self.sampling = sampling_of(config)
 
     def run(self, prompts: Sequence[Prompt], saved: Saved) -> None:
-        """Warm up, then the passes that `saved` leaves to be made."""
+        """Warm up, then the repeats that `saved` leaves to be made."""
         own = split(prompts, self.world, self.config.backend.data_parallel)
         size, _ = call_count(len(prompts), self.world, self.config)
         self._warm_up(own[:size])
         first = {row["index"]: tuple(row["token_ids"]) for row in saved.rows}
         for number, calls in schedule(prompts, self.world, self.config, saved):
-            self.keeper.passed(self._pass(number, calls, first))
+            self.keeper.save_repeat(self._repeat(number, calls, first))
 
     def _warm_up(self, batch: list[Prompt]) -> None:
         for number in range(self.config.measure.warmup):
@@ -131,8 +132,8 @@ class Loop:
 
         return self.backend.generate(batch, self.sampling, on_step)
 
-    def _pass(self, number: int, calls: list[list[Prompt]], first: dict[int, tuple[int, ...]]) -> Repeat:
-        """Make one pass; `first` has the tokens that each prompt was first answered with, and gains what is new."""
+    def _repeat(self, number: int, calls: list[list[Prompt]], first: dict[int, tuple[int, ...]]) -> Repeat:
+        """Make one repeat; `first` has the tokens that each prompt was first answered with, and gains what is new."""
         generations = []
         same = True
         name = f"repeat {number + 1}/{self.config.measure.repeats}"

@@ -109,7 +109,7 @@ class Rank:
         names = ("index", "token_ids", "finish_reason", "top2_gaps")
         self._append("completions", [{name: getattr(item, name) for name in names} for item in completions])
 
-    def passed(self, repeat: Repeat) -> None:
+    def save_repeat(self, repeat: Repeat) -> None:
         """Append to this rank's measures."""
         self.repeats.append(asdict(repeat))
         self._append("repeats", [self.repeats[-1]])

@@ -1,8 +1,8 @@
 """Rank files -> one record of what happened, and the completions in prompt order. Nothing measured is lost.
 
 A run may take several attempts: interrupted or killed, it goes on later in the same directory. What each attempt made
-is in `attempts` of the record: its hosts, how it ended, and its passes over the prompts. Completions are those that
-were saved first, whichever attempt made them. The headline figures are medians over whole passes only, each timed
+is in `attempts` of the record: its hosts, how it ended, and its repeats of the prompt set. Completions are those that
+were saved first, whichever attempt made them. The headline figures are medians over whole repeats only, each timed
 within one attempt; with none, `partial` says of how many prompts they are. `load_s`, `ranks`, `devices` and
 `environment` are of the last attempt; `notes` are of the run and the last attempt.
 """
@@ -37,8 +37,8 @@ def finish(run_dir: Path, outcome: Outcome | None = None) -> dict[str, Any]:
     status, error = verdict(run_dir, ranks, outcome)
     prompts = prompt_sets.read_prompts(run_dir / "prompts.jsonl")
     folders = [*attempts.folders(run_dir), (attempts.newest(run_dir), run_dir)]
-    passes = {number: attempts.passes_in(folder, attempts.answering(run)) for number, folder in folders}
-    counted = [ranks for made in passes.values() for ranks in made.values()] if status == "ok" else []
+    repeats = {number: attempts.repeats_in(folder, attempts.answering(run)) for number, folder in folders}
+    counted = [ranks for made in repeats.values() for ranks in made.values()] if status == "ok" else []
     record: dict[str, Any] = {
         "schema": SCHEMA,
         "status": status,
@@ -57,7 +57,7 @@ def finish(run_dir: Path, outcome: Outcome | None = None) -> dict[str, Any]:
         "mbu": None,
         "devices": [device for rank in present for device in rank.get("devices", [])],
         "ranks": [_rank_summary(rank) for rank in present],
-        "attempts": [_attempt(number, folder, run, passes[number]) for number, folder in folders],
+        "attempts": [_attempt(number, folder, run, repeats[number]) for number, folder in folders],
         "batch_search": run.get("batch_search"),
         "notes": [*run["notes"], *_notes(run_dir)],
         "command": run["command"],
@@ -111,17 +111,19 @@ def _rank_summary(rank: dict[str, Any]) -> dict[str, Any]:
     return {key: rank.get(key) for key in ("rank", "status", "host", "pid", "error", "load_s", "repeats")}
 
 
-def _attempt(number: int, folder: Path, run: dict[str, Any], passes: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
-    """What became of one attempt, and the passes that it finished."""
+def _attempt(
+    number: int, folder: Path, run: dict[str, Any], repeats: dict[int, list[dict[str, Any]]]
+) -> dict[str, Any]:
+    """What became of one attempt, and the repeats that it finished."""
     ranks = [read_json(folder / f"rank_{rank}.json") for rank in range(run["processes"])]
     names = ("completions", "new_tokens", "wall_s", "new_tokens_per_s")
-    totals = [(place + 1, total(made)) for place, made in passes.items()]
+    totals = [(place + 1, total(made)) for place, made in repeats.items()]
     return {
         "attempt": number,
         "status": (read_json(folder / "record.json") or {"status": None})["status"],
         "hosts": sorted({rank["host"] for rank in ranks if rank is not None}),
         "notes": _notes(folder),
-        "passes": [{"repeat": repeat, **{name: made[name] for name in names}} for repeat, made in totals],
+        "repeats": [{"repeat": repeat, **{name: made[name] for name in names}} for repeat, made in totals],
     }
 
 

@@ -39,7 +39,7 @@ def rows(*indices: int) -> tuple[dict[str, Any], ...]:
 
 
 def planned(rank: int, saved: Saved, *overrides: str) -> list[tuple[int, list[list[int]]]]:
-    """The indices of the prompts in each batch of each pass that one of two ranks makes."""
+    """The indices of the prompts in each batch of each repeat that one of two ranks makes."""
     config = compose_run(["backend=dummy", "measure.batch_size=2", "measure.repeats=2", *overrides])
     world = World(rank=rank, local_rank=rank, world_size=2, local_world_size=2)
     made = schedule(PROMPTS, world, config, saved)
@@ -50,14 +50,14 @@ WHOLE = [[[0, 2], [4, 6], [8]], [[1, 3], [5, 7], [9]]]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_an_undisturbed_run_answers_all_in_each_pass(rank: int) -> None:
+def test_an_undisturbed_run_answers_all_in_each_repeat(rank: int) -> None:
     assert planned(rank, Saved()) == [(0, WHOLE[rank]), (1, WHOLE[rank])]
 
 
 @pytest.mark.parametrize(
     ("rank", "batches"), [(0, [[6], [8]]), (1, [[5, 7], []])], ids=["the rank that was slower", "the faster one"]
 )
-def test_the_first_pass_keeps_its_batches_without_what_is_saved(rank: int, batches: list[list[int]]) -> None:
+def test_the_first_repeat_keeps_its_batches_without_what_is_saved(rank: int, batches: list[list[int]]) -> None:
     saved = Saved(rows(0, 1, 2, 3, 4, 9))
     assert planned(rank, saved) == [(0, batches), (1, WHOLE[rank])]
 
@@ -70,9 +70,9 @@ def test_the_first_pass_keeps_its_batches_without_what_is_saved(rank: int, batch
         (Saved(rows(*range(10)), (0, 1)), 2, []),
         (Saved(rows(*range(10))), 1, [0]),
     ],
-    ids=["the passes that are left", "nothing missing", "all done", "only the measure is missing"],
+    ids=["the repeats that are left", "nothing missing", "all done", "only the measure is missing"],
 )
-def test_passes_are_not_made_again(saved: Saved, repeats: int, numbers: list[int]) -> None:
+def test_repeats_are_not_made_again(saved: Saved, repeats: int, numbers: list[int]) -> None:
     assert planned(0, saved, f"measure.repeats={repeats}") == [(number, WHOLE[0]) for number in numbers]
 
 
@@ -185,7 +185,7 @@ def test_an_interrupted_run_goes_on(overrides: tuple[str, ...], repeats: int, tm
 
     record = record_of(run_dir)
     assert [one["status"] for one in record["attempts"]] == ["cancelled", "ok"]
-    made = [one["completions"] for one in record["attempts"][1]["passes"]]
+    made = [one["completions"] for one in record["attempts"][1]["repeats"]]
     assert made == [20 - before, 20][:repeats]
     if repeats == 1:
         assert record["partial"] == {"prompts": 20 - before, "of": 20}
