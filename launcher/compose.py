@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launcher.bounds import check
 from launcher.config import BACKENDS, ConfigError, RunConfig
-from launcher.quoting import in_quotes, readable
+from launcher.quoting import in_quotes, with_quoted_paths
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,7 +45,7 @@ def groups() -> list[str]:
 def compose_run(overrides: list[str], config_dirs: tuple[str, ...] = ()) -> RunConfig:
     """The typed, checked configuration of one run; ConfigError with one line for whatever is wrong with it."""
     _register_schemas()
-    overrides = [f"+{item}" if item.startswith(OPEN_KEYS) else item for item in readable(overrides)]
+    overrides = [f"+{item}" if item.startswith(OPEN_KEYS) else item for item in with_quoted_paths(overrides)]
     search = (
         [f"hydra.searchpath=[{','.join(in_quotes(f'file://{Path(d).absolute()}') for d in config_dirs)}]"]
         if config_dirs
@@ -58,7 +58,7 @@ def compose_run(overrides: list[str], config_dirs: tuple[str, ...] = ()) -> RunC
             raise _unknown_key(str(min(unknown)))
         config = cast("RunConfig", OmegaConf.to_object(composed))
     except (HydraException, OmegaConfBaseException, AttributeError) as error:  # OmegaConf: {..} over a null dict
-        raise _readable(error) from None
+        raise _in_one_line(error) from None
     check(config)
     return config
 
@@ -70,7 +70,7 @@ def command_of(overrides: Sequence[str], config_dirs: Sequence[str]) -> tuple[st
 
 def expand_sweep(overrides: list[str]) -> list[list[str]]:
     """The points of `-m a=1,2 b=x,y`: one list of overrides each, the last key fastest."""
-    overrides = readable(overrides)
+    overrides = with_quoted_paths(overrides)
     parsed = OverridesParser.create().parse_overrides(overrides)
     axes = []
     for text, override in zip(overrides, parsed, strict=True):
@@ -89,7 +89,7 @@ def _register_schemas() -> None:
         store.store(group="schema/backend", name=name, node=schema)
 
 
-def _readable(error: Exception) -> ConfigError:
+def _in_one_line(error: Exception) -> ConfigError:
     """Hydra's and OmegaConf's messages as one line with a hint."""
     text = f"{error} {error.__cause__ or ''}".strip()
     if isinstance(error, MissingConfigException) and (found := re.search(r"find '(\w+)/([^']*)'", text)):

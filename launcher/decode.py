@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Decoder:
-    """The generation loop over one causal LM. `kv_cache_bytes` is the largest cache that each
-    device has held.
+    """The generation loop over one causal LM. `kv_cache_bytes` is the largest cache that each device has held.
 
     `any_unfinished(flag)` says whether some rank still generates; ranks whose forward passes are collective (FSDP)
     give one that asks all ranks, so that all of them take the same number of steps.

@@ -23,12 +23,12 @@ def in_quotes(text: str) -> str:
     return "'" + re.sub(r"(\\+)\Z", r"\1\1", text) + "'"
 
 
-def readable(overrides: list[str]) -> list[str]:
+def with_quoted_paths(overrides: list[str]) -> list[str]:
     """The overrides, with a path that Hydra cannot read (`model.path=/a=b`) in quotes; ConfigError for other values."""
-    return [_readable(item) for item in overrides]
+    return [_with_quoted_path(item) for item in overrides]
 
 
-def _readable(item: str) -> str:
+def _with_quoted_path(item: str) -> str:
     key, equals, value = item.partition("=")
     try:
         OverridesParser.create().parse_override(item)

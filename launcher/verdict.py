@@ -18,7 +18,8 @@ STATUSES = ("ok", "oom", "timeout", "hang", "failed", "refused", "cancelled")
 class Outcome:
     """How the processes of a run ended, as their watcher saw it, with the rank to blame and its stage if it knows.
 
-    A rank's own word goes before it. `interrupted` is a rank's status: of a run that is to go on, which is `cancelled`.
+    If a rank reported its own error, that is used instead. `interrupted` is for ranks only; the run's record then says
+    `cancelled` and can be resumed.
     """
 
     status: str

@@ -1,10 +1,10 @@
 """`python -m shards.meta_shapes < config.json`: sizes and shapes of a causal LM of transformers, as JSON on stdout.
 
-    {"sizes": {...}, "tensors": {name: shape, ...}, "notes": [...]}   or   {"problem": "...", "known": is the family}
+    {"sizes": {...}, "tensors": {name: shape, ...}, "notes": [...]}   or   {"problem": "...", "known": BOOL}
 
-The model is built on the meta device: no weights are read or made. Sizes are under the names that
-`shape_from_tensors` knows, whatever the family calls them; tied tensors are named once. This program imports torch,
-so that the one that asks does not have to.
+`known` says whether this transformers has the family. The model is built on the meta device: no weights are read or
+made. Sizes are under the names that `shape_from_tensors` knows, whatever the family calls them; tied tensors are named
+once. This program imports torch, so that the one that asks does not have to.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from launcher.files import read_lines
 from launcher.models import EMBEDDED
 from launcher.plain import from_dict, to_dict
 from launcher.prompts import load_prompts, read_prompts, write_prompts
-from launcher.quoting import quoted, readable
+from launcher.quoting import quoted, with_quoted_paths
 
 PWNED = "pwned"
 NAME = f'it\'s a "model" $(touch {PWNED}) `touch {PWNED}`; a=b,c {{d: ${{e}}}} [f] %s %j \\ é\u2028\n~#&|<>*?! end\\'
@@ -63,7 +63,7 @@ def test_quoted_stands_for_itself() -> None:
 
 def test_another_value_is_refused_with_its_quotes() -> None:
     with pytest.raises(ConfigError) as caught:
-        readable(["seed=x;y"])
+        with_quoted_paths(["seed=x;y"])
     assert caught.value.fact.startswith("seed=x;y cannot be read: ")
     assert caught.value.hint == "\"seed='x;y'\", in both quotes"
 
