@@ -22,6 +22,7 @@ from launcher.plain import to_dict
 from launcher.prepare import described, prepare
 from launcher.resume import checked
 from launcher.slurm.arrays import DETACHED, Detached
+from launcher.slurm.jobs import read_job
 from launcher.slurm.script import job_of, name_of, sbatch_text
 from launcher.sweep import exit_code, finish_run, run_point, sweep
 from shards.errors import UserError, WorldError
@@ -138,7 +139,7 @@ def _continue(config: RunConfig, arguments: Arguments, world: World) -> int:
 
 def _report(record: dict[str, Any]) -> int:
     if record["status"] == "submitted":
-        print(json.dumps(json.loads(report.headline(record)) | {"job": record["job"]}), flush=True)
+        print(json.dumps(json.loads(report.headline(record)) | {"job": read_job(Path(record["run_dir"]))}), flush=True)
     else:
         report.show(record)
     return exit_code([record])

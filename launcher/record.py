@@ -39,29 +39,18 @@ def finish(run_dir: Path, outcome: Outcome | None = None) -> dict[str, Any]:
     folders = [*attempts.folders(run_dir), (attempts.newest(run_dir), run_dir)]
     repeats = {number: attempts.repeats_in(folder, attempts.answering(run)) for number, folder in folders}
     counted = [ranks for made in repeats.values() for ranks in made.values()] if status == "ok" else []
-    record: dict[str, Any] = {
-        "schema": SCHEMA,
-        "status": status,
-        "error": error,
-        "backend": run["config"]["backend"]["name"],
-        "model": run["config"]["model"]["name"],
-        "precision": run["config"]["precision"],
-        "world_size": run["world_size"],
-        "num_nodes": run["config"]["num_nodes"],
+    record = blank(run["config"], status, error) | {
         "run_dir": str(run_dir),
         "started_at": run["started_at"],
         "ended_at": time.time(),
         "load_s": max(rank["load_s"] for rank in present) if status == "ok" else None,
         **measures(counted, len(prompts), run["world_size"]),
-        "ceiling": None,
-        "mbu": None,
         "devices": [device for rank in present for device in rank.get("devices", [])],
         "ranks": [_rank_summary(rank) for rank in present],
         "attempts": [_attempt(number, folder, run, repeats[number]) for number, folder in folders],
         "batch_search": run.get("batch_search"),
         "notes": [*run["notes"], *_notes(run_dir)],
         "command": run["command"],
-        "config": run["config"],
         "plan": read_json(run_dir / "plan.json"),
         "environment": next((rank["environment"] for rank in present if rank.get("environment")), None),
     }
@@ -75,19 +64,26 @@ def finish(run_dir: Path, outcome: Outcome | None = None) -> dict[str, Any]:
 
 def refused(config: dict[str, Any], error: UserError, moment: float, run_dir: Path | None = None) -> dict[str, Any]:
     """The record of a point that could not start."""
-    return _unstarted(
-        config, "refused", said(None, "plan", type(error).__name__, error.fact, error.hint), moment, run_dir
-    )
+    why = said(None, "plan", type(error).__name__, error.fact, error.hint)
+    place = str(run_dir) if run_dir else None
+    return blank(config, "refused", why) | {"run_dir": place, "started_at": moment, "ended_at": moment}
 
 
 def never_begun(config: dict[str, Any], message: str, moment: float) -> dict[str, Any]:
     """The record of a point whose turn never came."""
-    return _unstarted(config, "cancelled", said(None, "start", "Ended", message, "resume=true"), moment, None)
+    why = said(None, "start", "Ended", message, "resume=true")
+    return blank(config, "cancelled", why) | {"started_at": moment, "ended_at": moment}
 
 
-def _unstarted(
-    config: dict[str, Any], status: str, error: dict[str, Any], moment: float, run_dir: Path | None
-) -> dict[str, Any]:
+def unfinished(run_dir: Path, status: str) -> dict[str, Any]:
+    """What stands for the record of a run that has none yet."""
+    run = read_json(run_dir / "run.json")
+    names = ("started_at", "batch_search", "notes", "command")
+    return blank(run["config"], status) | {"run_dir": str(run_dir)} | {name: run.get(name) for name in names}
+
+
+def blank(config: dict[str, Any], status: str, error: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A record with all its keys, of a run of which nothing more is known."""
     return {
         "schema": SCHEMA,
         "status": status,
@@ -96,14 +92,23 @@ def _unstarted(
         "model": config["model"]["name"],
         "precision": config["precision"],
         "world_size": config["devices"] * config["num_nodes"],
-        "run_dir": str(run_dir) if run_dir else None,
-        "started_at": moment,
-        "ended_at": moment,
+        "num_nodes": config["num_nodes"],
+        "run_dir": None,
+        "started_at": None,
+        "ended_at": None,
         "load_s": None,
         **measures([], 0, 1),
+        "ceiling": None,
+        "mbu": None,
         "devices": [],
+        "ranks": [],
+        "attempts": [],
+        "batch_search": None,
         "notes": [],
+        "command": [],
         "config": config,
+        "plan": None,
+        "environment": None,
     }
 
 
@@ -111,19 +116,17 @@ def _rank_summary(rank: dict[str, Any]) -> dict[str, Any]:
     return {key: rank.get(key) for key in ("rank", "status", "host", "pid", "error", "load_s", "repeats")}
 
 
-def _attempt(
-    number: int, folder: Path, run: dict[str, Any], repeats: dict[int, list[dict[str, Any]]]
-) -> dict[str, Any]:
+def _attempt(number: int, folder: Path, run: dict[str, Any], made: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
     """What became of one attempt, and the repeats that it finished."""
     ranks = [read_json(folder / f"rank_{rank}.json") for rank in range(run["processes"])]
     names = ("completions", "new_tokens", "wall_s", "new_tokens_per_s")
-    totals = [(place + 1, total(made)) for place, made in repeats.items()]
+    totals = {place: total(measured) for place, measured in made.items()}
     return {
         "attempt": number,
         "status": (read_json(folder / "record.json") or {"status": None})["status"],
         "hosts": sorted({rank["host"] for rank in ranks if rank is not None}),
         "notes": _notes(folder),
-        "repeats": [{"repeat": repeat, **{name: made[name] for name in names}} for repeat, made in totals],
+        "repeats": [{"repeat": place + 1} | {name: one[name] for name in names} for place, one in totals.items()],
     }
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from launcher import report
 from launcher.config import ConfigError
 from launcher.files import read_json
+from launcher.record import unfinished
 from launcher.slurm import arrays, jobs
 from launcher.slurm.arrays import Point
 from launcher.slurm.script import LOG
@@ -88,11 +89,11 @@ def _record(point: Point, states: dict[Path, jobs.State]) -> dict[str, Any]:
         return point.record
     state = states.get(point.run_dir)
     if state is not None and not state.is_end:
-        return arrays.unfinished(point.run_dir, str(state))
+        return unfinished(point.run_dir, str(state))
     if state is not None:
         return jobs.close(point.run_dir, state)
     record: dict[str, Any] | None = read_json(point.run_dir / "record.json")
-    return record or arrays.unfinished(point.run_dir, "no record, and no job of SLURM")
+    return record or unfinished(point.run_dir, "no record, and no job of SLURM")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from slurm_config import free_ports
 
 from launcher.__main__ import main
 from launcher.models import EMBEDDED
+from launcher.record import never_begun, unfinished
 from shards.world import World
 
 
@@ -288,6 +289,10 @@ def test_a_sweep_goes_on_past_a_point_that_is_refused(tmp_path: Path) -> None:
     ended = launcher("-m", "backend=dummy", "devices=1", "sampling.max_new_tokens=5000,8", f"output_dir={tmp_path}")
     assert ended.code == 1
     assert [row["status"] for row in ended.last_json["records"]] == ["refused", "ok"]
+    run_dirs = [Path(row["run_dir"]) for row in ended.last_json["records"]]
+    point, made = (json.loads((run_dir / "record.json").read_text()) for run_dir in run_dirs)
+    stand_ins = (unfinished(run_dirs[1], "submitted"), never_begun(made["config"], "ended before its turn", 0.0))
+    assert [record.keys() for record in (point, *stand_ins)] == [made.keys()] * 3
 
 
 def test_another_interpreter_runs_the_engine(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from launcher import report
 from launcher.bars import Bars
 from launcher.files import read_json, write_json, write_text
 from launcher.prepare import prepare
-from launcher.record import refused
+from launcher.record import refused, unfinished
 from launcher.resume import directory_of, refusal
 from launcher.slurm import jobs
 from launcher.slurm.script import SCRIPT, job_of, name_of, sbatch_text
@@ -189,23 +189,6 @@ def _prepared(config: RunConfig, command: tuple[str, ...]) -> Point:
     except UserError as error:
         return Point(command[3:], None, refusal(config, error))
     return Point(command[3:], run_dir, read_json(run_dir / "record.json") if done else None)
-
-
-def unfinished(run_dir: Path, status: str) -> dict[str, Any]:
-    """What stands for the record of a run that has none yet."""
-    run = read_json(run_dir / "run.json")
-    empty = dict.fromkeys((*report.HEADLINE, "error", "metrics", "ended_at"))
-    return empty | {
-        "status": status,
-        "backend": run["config"]["backend"]["name"],
-        "model": run["config"]["model"]["name"],
-        "precision": run["config"]["precision"],
-        "world_size": run["world_size"],
-        "run_dir": str(run_dir),
-        "devices": [],
-        "job": jobs.read_job(run_dir),
-        "config": run["config"],
-    }
 
 
 def new_sweep_folder(output_dir: Path, points: int) -> Path:
