@@ -68,7 +68,8 @@ def _jobs(points: Sequence[Point]) -> dict[str, Path]:
 
 def _show(points: Sequence[Point]) -> int:
     runs = _jobs(points)
-    states = (jobs.look(list(runs)) if runs else {}) or {}
+    sure = [job for job, run_dir in runs.items() if (run_dir / "record.json").exists()]
+    states = (jobs.settled(list(runs), sure) if runs else {}) or {}
     by_run = {run_dir: states[job] for job, run_dir in runs.items() if job in states}
     records = [_record(point, by_run) for point in points]
     out = report.console()

@@ -219,6 +219,20 @@ def test_array_of_six_points_one_of_them_impossible(cluster: Cluster) -> None:
     assert cluster.slurm.run("squeue", "-h", "-t", "all", "-o", "%A").stdout == before, "what is done is not submitted"
 
 
+def test_resumed_sweep_stays_with_the_jobs_that_it_has(cluster: Cluster) -> None:
+    sweep = ("-m", "sampling.max_new_tokens=16,17", *FILE, *SLOW[:1], *SLOW[2:], "cluster.array_limit=1")
+    begun = cluster.launch(*sweep, "launch.wait=false")
+    assert (begun.code, begun.last_json["points"]) == (0, {"submitted": 2}), begun.err
+    run_dirs = [Path(record["run_dir"]) for record in begun.last_json["records"]]
+    cluster.batches(run_dirs[0], 2)
+    before = cluster.slurm.run("squeue", "-h", "-t", "all", "-o", "%A").stdout
+    again = cluster.launch(*sweep, "resume=true")
+    assert (again.code, again.last_json["points"]) == (0, {"ok": 2}), again.err
+    assert [Path(record["run_dir"]) for record in again.last_json["records"]] == run_dirs
+    assert cluster.slurm.run("squeue", "-h", "-t", "all", "-o", "%A").stdout == before, "one runs, one is queued"
+    assert [len(read_json(path / "record.json")["attempts"]) for path in run_dirs] == [1, 1]
+
+
 def test_what_sbatch_refuses_is_one_line(cluster: Cluster) -> None:
     done = cluster.launch("cluster.partition=nowhere")
     assert (done.code, done.out) == (2, "")

@@ -59,10 +59,9 @@ def write_script(run_dir: Path) -> None:
 
 def submit_run(run_dir: Path) -> str:
     """Submit one run; the number of its job. UserError where it is in a job already."""
-    before = jobs.read_job(run_dir)
-    state = (jobs.look([before]) or {}).get(before) if before else None
-    if state is not None and not state.is_end:
-        raise UserError(f"{run_dir} is in job {before}, which is {state}.", f"wait for its end, or scancel {before}")
+    if found := jobs.active([run_dir]):
+        [(job, state)] = found.values()
+        raise UserError(f"{run_dir} is in job {job}, which is {state}.", f"wait for its end, or scancel {job}")
     write_script(run_dir)
     job = jobs.submit(run_dir)
     jobs.write_job(run_dir, job)
@@ -72,14 +71,16 @@ def submit_run(run_dir: Path) -> str:
 def submit_points(folder: Path, points: Sequence[Point]) -> tuple[dict[str, Path], list[Point]]:
     """Submit the points that are to run, those with equal demands as one array; their jobs, and all points.
 
-    The scripts lie in `folder`, beside the run directories. What SLURM refuses has a record now.
+    A point that is in a job already stays in it. The scripts lie in `folder`, beside the run directories. What SLURM
+    refuses has a record now.
     """
+    active = jobs.active([point.run_dir for point in points if point.is_to_run and point.run_dir is not None])
+    submitted = {job: run_dir for run_dir, (job, _) in active.items()}
     groups: dict[str, list[Point]] = {}
     for point in points:
-        if point.is_to_run and point.run_dir is not None:
+        if point.is_to_run and point.run_dir is not None and point.run_dir not in active:
             write_script(point.run_dir)
             groups.setdefault(sbatch_text(job_of(read_json(point.run_dir / "run.json")), ""), []).append(point)
-    submitted: dict[str, Path] = {}
     turned_down: dict[Path | None, dict[str, Any]] = {}
     for number, group in enumerate(groups.values()):
         run_dirs = [point.run_dir for point in group if point.run_dir is not None]

@@ -17,7 +17,7 @@ from launcher.verdict import Outcome
 from shards.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from launcher.progress import Progress
@@ -37,6 +37,7 @@ ENDS = {  # states in which a job is over, and what that means for a run that le
 }
 ANSWER_S = 30
 RECORD_S = 5.0  # how long a record may take to be seen on another machine of the cluster
+SETTLE_S = 2.0  # between two looks at a job that seems to be over
 POSITION_EVERY = 5  # looks at the own jobs between two at the whole queue
 
 
@@ -97,6 +98,33 @@ def look(jobs: Sequence[str]) -> dict[str, State] | None:
     rows = [line.split("|") for line in said.splitlines() if line.count("|") >= 4]
     found = {row[0].strip(): State(row[1].strip(), row[2].strip(), int(row[3].strip() or 0)) for row in rows}
     return {job: found.get(job, State("FORGOTTEN")) for job in jobs}
+
+
+def settled(jobs: Sequence[str], sure: Collection[str] = ()) -> dict[str, State] | None:
+    """As `look`, but a job is over only if it is so twice: one that is queued again passes through such states.
+
+    Those in `sure` are believed at once.
+    """
+    states = look(jobs)
+    doubtful = [job for job, state in (states or {}).items() if state.is_end and job not in sure]
+    while states is not None and doubtful:
+        time.sleep(SETTLE_S)
+        again = look(doubtful)
+        doubtful = [job for job, state in (again or {}).items() if state.is_end and state != states[job]]
+        states = None if again is None else states | again
+    return states
+
+
+def active(run_dirs: Sequence[Path]) -> dict[Path, tuple[str, State]]:
+    """The runs that are in a job which is not over, with its number and state; UserError while SLURM does not answer:
+
+    another job for such a run would end its ranks.
+    """
+    found = {job: run_dir for run_dir in run_dirs if (job := read_job(run_dir)) is not None}
+    states = settled(list(found)) if found else {}
+    if states is None:
+        raise UserError(f"squeue does not answer, and {found.popitem()[1]} may be in a job still.", "try again later")
+    return {found[job]: (job, state) for job, state in states.items() if not state.is_end}
 
 
 def _squeue(*options: str) -> str | None:
