@@ -39,14 +39,19 @@ class Terminated(KeyboardInterrupt):
     """This process received SIGTERM."""
 
 
-def worker_command(run_dir: str, processes: int, python: str | None) -> tuple[str, ...]:
-    """The command that starts the ranks of a run on this machine: torchrun's own for several, a plain one for one."""
+def worker_command(
+    argument: str, processes: int, python: str | None, module: str = "launcher.worker"
+) -> tuple[str, ...]:
+    """The command that starts ranks on this machine, a run's (`argument` is its directory) or those of another module.
+
+    It is torchrun's own for several, a plain one for one.
+    """
     interpreter = python or sys.executable
     if processes == 1:
-        return (interpreter, "-m", "launcher.worker", run_dir)
+        return (interpreter, "-m", module, argument)
     return (
         interpreter, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-        "--max-restarts=0", "-m", "launcher.worker", run_dir,
+        "--max-restarts=0", "-m", module, argument,
     )  # fmt: skip
 
 

@@ -6,20 +6,22 @@ the user and taken by every later plan of as many devices.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import re
+import shlex
 import signal
-import socket
 import subprocess
 import sys
+import uuid
 from typing import TYPE_CHECKING
 
+from launcher import processes
 from launcher.config import Accelerator, ConfigError
+from launcher.launch import rank_environment, worker_command
 from shards.errors import UserError, WorldError
 from shards.hardware import cuda_devices
 from shards.measured import Measured, save
-from shards.world import World
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,39 +65,27 @@ def parse(argv: Sequence[str]) -> tuple[int, str]:
 
 
 def measure(devices: int, accelerator: str) -> Measured:
-    """Start a rank a device and read what rank 0 found; none is left behind. WorldError if they fail."""
-    port = _free_port()
-    ranks: list[subprocess.Popen[str]] = []
+    """Start a rank a device and read what rank 0 found; none is left behind. WorldError if one fails."""
+    command, mark = worker_command(accelerator, devices, None, "shards.probe"), uuid.uuid4().hex
+    environ = rank_environment(os.environ, devices, accelerator == "cuda") | {processes.MARK: mark}
     try:
-        for rank in range(devices):
-            world = World(rank, rank, devices, devices, master_port=port, launcher="environment")
-            ranks.append(_start(world, accelerator))
-        out, err = ranks[0].communicate(timeout=TIMEOUT_S)
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
         raise WorldError(f"The probe of {devices} devices took longer than {TIMEOUT_S} s.", "devices=1") from None
     finally:
-        for process in ranks:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            process.wait()
-    if ranks[0].returncode != 0 or not out.strip():
-        last = (err.strip().splitlines() or ["no message"])[-1]
-        raise WorldError(f"The probe failed: {last}", "python -m shards.probe cpu, to see it whole")
-    return Measured.from_dict(json.loads(out.splitlines()[-1]))
+        processes.end_run(mark)
+    if done.returncode != 0 or not done.stdout.strip():
+        raise WorldError(f"The probe failed: {reason(done.stderr)}.", f"to see it whole: {shlex.join(command)}")
+    return Measured.from_dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def _start(world: World, accelerator: str) -> subprocess.Popen[str]:
-    threads = str(max(1, len(os.sched_getaffinity(0)) // world.world_size))
-    environ = {"OMP_NUM_THREADS": threads, **os.environ, **(world.environ() if world.world_size > 1 else {})}
-    pipe = subprocess.PIPE if world.rank == 0 else subprocess.DEVNULL
-    command = [sys.executable, "-m", "shards.probe", accelerator]
-    return subprocess.Popen(command, env=environ, stdout=pipe, stderr=pipe, text=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+def reason(said: str) -> str:
+    """Why ranks failed, by their stderr: the first error in it, or how torchrun saw the first of them end."""
+    error = re.search(r"^(?:\[rank\d+\]: *)?([\w.]*(?:Error|Exception): .+)", said, re.MULTILINE)
+    ended = re.search(r"exitcode: (-?\d+)\) local_rank: (\d+)", said)
+    if ended and (error is None or ended[1] != "1"):
+        return f"rank {ended[2]} ended with exit code {ended[1]}"
+    return error[1] if error else (said.strip().splitlines() or ["no message"])[-1]
 
 
 def lines(measured: Measured) -> list[str]:

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launcher import plan, probe
@@ -35,6 +36,33 @@ def test_two_ranks_are_measured_and_the_figures_kept(capsys: pytest.CaptureFixtu
     assert 1e8 < device.flops_32 < 1e14
     assert 1e6 < link.bandwidth < 1e12
     assert 1e-6 < link.latency_s < 1
+
+
+KILLED = "import os\nif os.environ.get('RANK') == '1':\n    os.kill(os.getpid(), 9)\n"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize(
+    ("program", "interface", "words"),
+    [(KILLED, "lo", "rank 1 ended with exit code -9."), ("", "nowhere", "RuntimeError: .*nowhere.")],
+    ids=["killed", "raised"],
+)
+def test_the_rank_that_fails_is_named_at_once_and_none_is_left(
+    program: str, interface: str, words: str, cache: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    pytest.importorskip("torch")
+    (cache / "sitecustomize.py").write_text(program)
+    monkeypatch.setenv("PYTHONPATH", str(cache))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface)
+    assert probe.main(["devices=2", "accelerator=cpu"]) == 2
+    command = r"\S+ -m torch\.distributed\.run .* -m shards\.probe cpu"
+    assert re.fullmatch(
+        rf"error: The probe failed: {words} HINT: to see it whole: {command}\n", capsys.readouterr().err
+    )
+    own = [process.info["environ"] or {} for process in psutil.process_iter(["environ"])]
+    assert str(cache) not in [environ.get("XDG_CACHE_HOME") for environ in own]
 
 
 def test_figures_are_those_of_as_many_devices(cache: Path) -> None:
