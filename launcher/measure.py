@@ -12,6 +12,7 @@ import pynvml
 import torch
 
 from launcher.backend import DeviceMemory
+from shards.blocks import local_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -47,11 +48,6 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done all it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor: the shard of a DTensor, a plain tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:

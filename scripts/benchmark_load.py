@@ -36,9 +36,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.distributed import DistributedConfig
 
+from shards.blocks import local_block, local_bytes
 from shards.checkpoint import Checkpoint
 from shards.fully_shard import fully_shard_model
-from shards.load import build_meta, load_weights, local_block, local_bytes
+from shards.load import load_weights
+from shards.meta import build_meta
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -20,7 +20,7 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache
 
-from shards.load import build_meta
+from shards.meta import build_meta
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

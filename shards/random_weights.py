@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from shards.load import LoadStats, local_block, local_bytes, materialize, stored_tensors, whole
+from shards.blocks import local_block, local_bytes, stored_tensors, whole
+from shards.load import LoadStats
+from shards.meta import materialize
 
 if TYPE_CHECKING:
     from torch import nn

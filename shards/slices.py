@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import queue
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,12 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from shards.checkpoint import OpenFiles
+from shards.ring import Ring
 from shards.tensor_files import DTYPE_BYTES, TensorEntry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-
-    from shards.checkpoint import Checkpoint
+    from collections.abc import Callable, Iterator, Sequence
 
     Progress = Callable[[int, int], None]
 
@@ -80,25 +77,6 @@ class _Piece:
         )
 
 
-def read_slice(checkpoint: Checkpoint, name: str, start: Sequence[int], out: torch.Tensor) -> None:
-    """Fill `out` with the block of tensor `name` that begins at index `start`, cast to the dtype of `out`."""
-    with OpenFiles(checkpoint) as files:
-        read_targets(files, [Target(checkpoint.tensors[name], tuple(start), out)])
-
-
-def iter_slices(
-    checkpoint: Checkpoint,
-    wanted: Iterable[tuple[str, Sequence[int], Sequence[int]]],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """For each (name, start, shape) the name and that block as a new tensor; one block is alive at a time."""
-    for name, start, shape in wanted:
-        out = torch.empty(tuple(shape), dtype=dtype, device=device)
-        read_slice(checkpoint, name, start, out)
-        yield name, out
-
-
 def map_target(files: OpenFiles, target: Target) -> Target | None:
     """The same block as a tensor that is the file itself: no memory is taken, and the ranks of a machine share it.
 
@@ -132,7 +110,7 @@ def read_targets(files: OpenFiles, targets: Sequence[Target], progress: Progress
     pieces.sort(key=lambda piece: (piece.entry.file, piece.offset))
     total = sum(piece.nbytes for piece in pieces)
     gpus = sorted({target.out.device for target in targets if target.out.device.type == "cuda"}, key=str)
-    ring = _Ring(pinned=bool(gpus))
+    ring = Ring(RING, PIECE_BYTES, pinned=bool(gpus))
     done = 0
     with ThreadPoolExecutor(THREADS, "read", _use_device, (gpus,)) as pool:
         try:
@@ -183,7 +161,7 @@ def _cut(
         yield _Piece(entry, at, (block.shape[0], *shape[1:]), start[1:], block, target.mapped)
 
 
-def _read_piece(files: OpenFiles, ring: _Ring, piece: _Piece) -> int:
+def _read_piece(files: OpenFiles, ring: Ring, piece: _Piece) -> int:
     with torch.inference_mode():
         if piece.mapped:
             files.expect(piece.entry, piece.offset, piece.nbytes)
@@ -201,7 +179,7 @@ def _read_piece(files: OpenFiles, ring: _Ring, piece: _Piece) -> int:
     return piece.nbytes
 
 
-def _read_through(files: OpenFiles, ring: _Ring, piece: _Piece) -> None:
+def _read_through(files: OpenFiles, ring: Ring, piece: _Piece) -> None:
     buffer = ring.take()
     try:
         raw = buffer.memory[: piece.nbytes]
@@ -217,49 +195,3 @@ def _touch(tensor: torch.Tensor) -> None:
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
-
-
-class _Buffer:
-    """Reusable host memory; with CUDA it is pinned, and not free before the copy out of it is done."""
-
-    def __init__(self, pinned: bool) -> None:
-        self.memory = torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=pinned)
-        self._copied: torch.cuda.Event | None = None
-
-    def copy(self, block: torch.Tensor, out: torch.Tensor) -> None:
-        if out.device.type != "cuda":
-            out.copy_(block)
-            return
-        if not block.is_contiguous():
-            out.copy_(block.contiguous())
-            return
-        out.copy_(block.to(out.device, non_blocking=True))
-        self._copied = torch.cuda.Event()
-        self._copied.record(torch.cuda.current_stream(out.device))
-
-    def wait(self) -> None:
-        if self._copied is not None:
-            self._copied.synchronize()
-            self._copied = None
-
-
-class _Ring:
-    """RING buffers, made when first needed."""
-
-    def __init__(self, pinned: bool) -> None:
-        self._pinned = pinned
-        self._made = 0
-        self._lock = threading.Lock()
-        self._free: queue.SimpleQueue[_Buffer] = queue.SimpleQueue()
-
-    def take(self) -> _Buffer:
-        with self._lock:
-            if self._free.empty() and self._made < RING:
-                self._made += 1
-                return _Buffer(self._pinned)
-        buffer = self._free.get()
-        buffer.wait()
-        return buffer
-
-    def give_back(self, buffer: _Buffer) -> None:
-        self._free.put(buffer)

@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn.functional import embedding as lookup
 from torch.nn.functional import linear, pad
 
+from shards.blocks import Block, mark_block
 from shards.cuts import uncuttable
 from shards.errors import PlanError
 from shards.fully_shard import decoder_layers
-from shards.load import Block, mark_block
 from shards.model import ModelShape
 
 if TYPE_CHECKING:
@@ -91,12 +91,12 @@ class VocabularyHead(nn.Linear):
 CLASSES = {"row": RowLinear, "held row": HeldRowLinear, "embedding": VocabularyEmbedding, "head": VocabularyHead}
 
 
-def tensor_parallel_model(model: nn.Module, rank: int, size: int, device: torch.device | str = "meta") -> nn.Module:
+def tensor_parallel_model(model: nn.Module, rank: int, size: int) -> nn.Module:
     """Leave in `model`, in place, what rank `rank` of `size` has of it; all ranks together give the model's logits.
 
-    The model is on meta. The parts are made on `device` without values, for `shards.load` to fill. Norms and the biases
-    of sums stay whole; tied weights stay tied. The ranks are those of the default process group: they add up a layer
-    twice (a Falcon's once) and the embedding once, and gather the logits of the positions that are asked for.
+    The model is on meta and stays there, for `shards.load` to fill. Norms and the biases of sums stay whole; tied
+    weights stay tied. The ranks are those of the default process group: they add up a layer twice (a Falcon's once) and
+    the embedding once, and gather the logits of the positions that are asked for.
     Raises PlanError for what cannot be cut so. A size of one leaves the model as it is.
     """
     if size == 1:
@@ -108,7 +108,7 @@ def tensor_parallel_model(model: nn.Module, rank: int, size: int, device: torch.
     for name, module in model.named_modules():
         kind = ends.get(module) or plan.get(".".join(name.split(".")[-2:]))
         if kind is not None:
-            _keep_part(name, module, int("row" in kind), rank, size, device)
+            _keep_part(name, module, int("row" in kind), rank, size)
             module.__class__ = CLASSES.get(kind, type(module))
     embedding.first = rank * ceil(embedding.num_embeddings / size)
     for layer in decoder_layers(model):
@@ -126,7 +126,7 @@ def _layer_plan(config: PretrainedConfig, size: int) -> dict[str, str]:
     return LAYER_PLANS[config.model_type]
 
 
-def _keep_part(name: str, module: nn.Module, dim: int, rank: int, size: int, device: torch.device | str) -> None:
+def _keep_part(name: str, module: nn.Module, dim: int, rank: int, size: int) -> None:
     """Cut a module's parameters into chunks of equal length along `dim`; a bias has no dimension 1, and stays whole."""
     for leaf, whole in list(module.named_parameters(recurse=False)):
         if whole.dim() <= dim:
@@ -135,7 +135,7 @@ def _keep_part(name: str, module: nn.Module, dim: int, rank: int, size: int, dev
         chunk = ceil(shape[dim] / size)
         start = min(rank * chunk, shape[dim])
         held = (*shape[:dim], min(chunk, shape[dim] - start), *shape[dim + 1 :])
-        part = nn.Parameter(torch.empty(held, dtype=whole.dtype, device=device), requires_grad=False)
+        part = nn.Parameter(torch.empty(held, dtype=whole.dtype, device="meta"), requires_grad=False)
         mark_block(part, Block(f"{name}.{leaf}", shape, (0,) * dim + (start,) + (0,) * (len(shape) - dim - 1)))
         setattr(module, leaf, part)
 

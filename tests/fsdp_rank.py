@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shards.checkpoint import Checkpoint
 from shards.fully_shard import bookkeeping_entries, fully_shard_model, reset_bookkeeping, reshard
-from shards.load import build_meta, load_weights
+from shards.load import load_weights
+from shards.meta import build_meta
 
 
 class LargestHostTensor(TorchDispatchMode):

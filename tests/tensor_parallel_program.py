@@ -18,9 +18,11 @@ from launcher.backend import Prompt
 from launcher.config import SamplingConfig
 from launcher.decode import Decoder
 from launcher.models import EMBEDDED
+from shards.blocks import local_block
 from shards.checkpoint import Checkpoint
 from shards.families import keep_kv_heads_only
-from shards.load import build_meta, load_weights, local_block
+from shards.load import load_weights
+from shards.meta import build_meta
 from shards.process_group import connect, disconnect
 from shards.random_weights import fill_random
 from shards.tensor_parallel import tensor_parallel_model
@@ -60,7 +62,7 @@ def filled(source: Path | dict[str, Any], model: nn.Module) -> nn.Module:
 def answered(source: Path | dict[str, Any], rank: int, size: int) -> dict[str, Any]:
     model = build_meta(source, torch.float32)
     keep_kv_heads_only(model)
-    tensor_parallel_model(model, rank, size, "cpu")
+    tensor_parallel_model(model, rank, size)
     filled(source, model)
     decoder = Decoder(model, (), torch.device("cpu"), seed=0)
     made = decoder.generate(PROMPTS, SamplingConfig(max_new_tokens=12, ignore_eos=True), lambda _: None)

@@ -19,10 +19,12 @@ from transformers.core_model_loading import Transpose, WeightConverter
 
 from launcher.shapes import built_of
 from shards.any_model import Built, ask_transformers, shape_from_tensors
+from shards.blocks import Block, mark_block
 from shards.checkpoint import Checkpoint
 from shards.conversion import converted
 from shards.errors import CheckpointError, PlanError
-from shards.load import Block, build_meta, load_weights, mark_block
+from shards.load import load_weights
+from shards.meta import build_meta
 from shards.meta_shapes import describe, problem
 
 if TYPE_CHECKING:

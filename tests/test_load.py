@@ -22,11 +22,14 @@ from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, Pretra
 
 from launcher.measure import host_anonymous_bytes
 from shards import slices
-from shards.checkpoint import Checkpoint
+from shards.blocks import local_block, local_bytes
+from shards.checkpoint import Checkpoint, OpenFiles
 from shards.errors import CheckpointError
 from shards.fully_shard import decoder_layers, fully_shard_model
-from shards.load import build_meta, load_weights, local_block, local_bytes
+from shards.load import load_weights
+from shards.meta import build_meta
 from shards.random_weights import fill_random
+from shards.slices import Target, read_targets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -297,10 +300,13 @@ def test_each_rank_gets_its_slice_of_each_placement(
 def test_rows_and_columns_by_name_with_a_cast(tmp_path: Path) -> None:
     whole = dict(saved_odd(tmp_path).named_parameters())
     wanted = [("wide", (3, 5), (6, 11)), ("deep", (1, 2, 3), (2, 3, 4)), ("flat", (0,), (7,)), ("two", (2, 0), (0, 8))]
-    got = dict(slices.iter_slices(Checkpoint.open(tmp_path), wanted, torch.float64, torch.device("cpu")))
-    for name, start, shape in wanted:
+    checkpoint = Checkpoint.open(tmp_path)
+    targets = [Target(checkpoint.tensors[name], start, torch.empty(shape).double()) for name, start, shape in wanted]
+    with OpenFiles(checkpoint) as files:
+        read_targets(files, targets)
+    for target, (name, start, shape) in zip(targets, wanted, strict=True):
         index = tuple(slice(first, first + size) for first, size in zip(start, shape, strict=True))
-        assert torch.equal(got[name], whole[name][index].double()), name
+        assert torch.equal(target.out, whole[name][index].double()), name
 
 
 class Wide(nn.Module):

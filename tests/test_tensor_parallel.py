@@ -13,7 +13,7 @@ from tensor_parallel_program import MODELS
 
 from shards.cuts import CUT_FAMILIES
 from shards.errors import PlanError
-from shards.load import build_meta
+from shards.meta import build_meta
 from shards.tensor_parallel import ELSEWHERE, LAYER_PLANS, tensor_parallel_model
 
 LLAMA = {

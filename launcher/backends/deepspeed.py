@@ -16,8 +16,8 @@ from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
 from launcher.backends import deepspeed_reduce
 from launcher.backends.module import ModuleBackend
 from launcher.config import ConfigError
+from shards.blocks import Block, mark_block
 from shards.errors import PlanError
-from shards.load import Block, mark_block
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -1,0 +1,73 @@
+"""What a rank holds of a model: its parameters and buffers as blocks of the uncut tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The part of the uncut model that a plain tensor holds: of parameter `name`, of `shape`, the block at `start`."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: tuple[int, ...]
+
+
+def mark_block(tensor: torch.Tensor, block: Block) -> None:
+    """Note on a plain tensor in memory which part of the model it is, for engines that cut a model their own way."""
+    tensor.block = block
+
+
+def block_of(tensor: torch.Tensor) -> Block | None:
+    """The note of `mark_block`, if there is one."""
+    found: Block | None = getattr(tensor, "block", None)
+    return found
+
+
+def whole(name: str, tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
+    """Name and shape of a tensor in the uncut model."""
+    block = block_of(tensor)
+    return (name, tuple(tensor.shape)) if block is None else (block.name, block.shape)
+
+
+def local_block(tensor: torch.Tensor) -> tuple[tuple[int, ...], torch.Tensor]:
+    """Where in the whole tensor the local part begins, and the local part itself."""
+    if not isinstance(tensor, DTensor):
+        block = block_of(tensor)
+        return (0,) * tensor.dim() if block is None else block.start, tensor.detach()
+    local = local_tensor(tensor)
+    shape, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    assert tuple(shape) == tuple(local.shape), f"local shape {tuple(local.shape)}, by its placement {tuple(shape)}"
+    return tuple(start), local
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor: the shard of a DTensor, a plain tensor itself."""
+    with torch.no_grad():
+        local: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return local.detach()
+
+
+def local_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers that this rank holds; tied ones count once."""
+    return sum(local_tensor(tensor).nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers by name, each once."""
+    yield from model.named_parameters()
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}".lstrip("."), buffer
