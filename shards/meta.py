@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +10,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from shards.blocks import block_of, local_tensor, mark_block
+from shards.blocks import block_of, mark_block
 from shards.conversion import note_conversions
 from shards.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-
-HUGE_PAGE_BYTES = 2 << 20
 
 
 def build_meta(
@@ -71,22 +67,7 @@ def _with_memory(old: nn.Parameter, device: torch.device | str) -> nn.Parameter:
     new = nn.Parameter(torch.empty_like(old, device=device), requires_grad=False)
     if block := block_of(old):
         mark_block(new, block)
-    ask_for_huge_pages(local_tensor(new))
     return new
-
-
-def ask_for_huge_pages(tensor: torch.Tensor) -> None:
-    """Where Linux gives large pages on request only, ask for them: fresh memory then costs a 512th of the page faults.
-
-    Elsewhere, and for less than a large page, nothing happens.
-    """
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    if advice is None or tensor.device.type != "cpu":
-        return
-    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = tensor.data_ptr() + tensor.nbytes - first
-    if length >= HUGE_PAGE_BYTES:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), advice)
 
 
 def _materialize_buffers(model: nn.Module, module: nn.Module, device: torch.device) -> None:

@@ -16,13 +16,9 @@ from shards.blocks import local_tensor
 from shards.checkpoint import Checkpoint
 from shards.errors import PlanError
 from shards.families import keep_kv_heads_only
-<<<<<<< HEAD
 from shards.hardware import MIB
-from shards.load import build_meta, load_weights
-=======
 from shards.load import load_weights
 from shards.meta import build_meta
->>>>>>> 2c159e9 (Give blocks, meta models and the ring of buffers a module each, and ask for huge pages)
 from shards.model import KNOWN_FAMILIES
 from shards.process_group import any_rank, barrier, connect, device_of, disconnect
 from shards.random_weights import fill_random

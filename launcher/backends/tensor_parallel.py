@@ -18,12 +18,7 @@ if TYPE_CHECKING:
 class TensorParallelBackend(ModuleBackend):
     """Our own cut of transformers' Falcon, Llama, Mistral, Qwen2 and Qwen3; a world of one is the plain model."""
 
-<<<<<<< HEAD
     def place(self, plan: Plan, world: World, progress: Progress) -> torch.nn.Module:
-        model = tensor_parallel_model(self.meta_model(), world.rank, world.world_size, self.device)
-=======
-    def place(self, plan: dict[str, Any], world: World, progress: Progress) -> torch.nn.Module:
         model = tensor_parallel_model(self.meta_model(), world.rank, world.world_size)
->>>>>>> 2c159e9 (Give blocks, meta models and the ring of buffers a module each, and ask for huge pages)
         self.fill(model, progress)
         return model
