@@ -12,7 +12,7 @@ from launcher.config import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from launcher.config import RunConfig
+    from launcher.config import PromptsConfig, RunConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,21 @@ def check(config: RunConfig) -> None:
         raise ConfigError(f"{name} makes its batches itself: there is none to find.", "measure.find_batch_size=false")
     if config.measure.find_batch_size and config.launch.name != "local":
         raise ConfigError("measure.find_batch_size needs launch=local: each try waits for the last.", "launch=local")
+    _check_prompts(config.prompts)
+
+
+def _check_prompts(wanted: PromptsConfig) -> None:
+    """A prompt set has one source, its texts, a file or random ids: another one would be passed over."""
+    path, length, count = wanted.path, wanted.input_tokens, wanted.count
+    if path is not None and (wanted.texts is not None or length is not None):
+        fact = f"prompts={wanted.name} has prompts of its own, and does not read prompts.path={path}."
+        raise ConfigError(fact, f"prompts=file prompts.path={path}")
+    if length is not None and (wanted.texts is not None or count is None):
+        fact = f"prompts.input_tokens={length} is the length of random prompts, and prompts={wanted.name} has others."
+        raise ConfigError(fact, f"prompts=synthetic prompts.input_tokens={length}")
+    if count is not None and length is None:
+        fact = f"prompts.count={count} is the number of random prompts, and prompts={wanted.name} has others."
+        raise ConfigError(fact, f"prompts=synthetic prompts.count={count}")
 
 
 def numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float]]:

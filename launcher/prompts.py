@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 
 from launcher.backend import Prompt
-from launcher.config import MISSING, ConfigError
+from launcher.config import ConfigError
 from shards.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -24,9 +24,8 @@ def load_prompts(config: RunConfig, folder: Path | None, vocab_size: int) -> lis
     """The prompts of a run as token ids of the model in `folder`; for random weights `folder` may be None."""
     wanted = config.prompts
     if wanted.input_tokens is not None:
-        return synthetic_prompts(
-            1 if wanted.count is None else wanted.count, wanted.input_tokens, vocab_size, config.seed
-        )
+        assert wanted.count is not None, "what composed says how many"
+        return synthetic_prompts(wanted.count, wanted.input_tokens, vocab_size, config.seed)
     texts = read_texts(wanted)
     if folder is None or not (folder / "tokenizer.json").is_file():
         raise CheckpointError(
@@ -49,7 +48,7 @@ def read_texts(wanted: PromptsConfig) -> list[str]:
     """The texts of a prompt preset; ConfigError for a file that is missing, empty or malformed, with the line."""
     if wanted.texts is not None:
         texts = list(wanted.texts)
-    elif wanted.path is None or wanted.path == MISSING:
+    elif wanted.path is None:
         raise ConfigError(f"prompts={wanted.name} needs a file.", "prompts.path=questions.txt (or .jsonl)")
     else:
         texts = _read_file(Path(wanted.path))
@@ -60,9 +59,10 @@ def read_texts(wanted: PromptsConfig) -> list[str]:
 
 def _read_file(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() also splits at U+2028 in a prompt
+        text = path.read_text(encoding="utf-8-sig")  # Windows' editors begin a file with a mark of their encoding
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"Cannot read the prompts in {path}: {error}.", "prompts.path= a UTF-8 file") from None
+    lines = text.split("\n")  # splitlines() also splits at U+2028 in a prompt
     if path.suffix == ".jsonl":
         return [_prompt_of(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     return [line for line in lines if line.strip()]
@@ -77,6 +77,8 @@ def _prompt_of(line: str, place: str) -> str:
     text = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(text, str) or not text:
         raise ConfigError(f'{place} has no text under "prompt".', '{"prompt": "The capital of France is"}')
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ConfigError(f"{place} has half of a surrogate pair, which is no letter.", "leave it out")
     return text
 
 

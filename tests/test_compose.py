@@ -124,9 +124,23 @@ def test_every_number_has_its_bounds() -> None:
         (["hang_timeout_s=nan"], "hang_timeout_s=nan is not a finite number. HINT: hang_timeout_s=0 or more"),
         (["timeout_s=inf"], "timeout_s=inf is not a finite number. HINT: "),
         (["cluster.array_limit=0"], "cluster.array_limit=0 is not a positive number. HINT: cluster.array_limit=1 or"),
+        (
+            ["prompts.path=mine.txt"],
+            "prompts=seed has prompts of its own, and does not read prompts.path=mine.txt. "
+            "HINT: prompts=file prompts.path=mine.txt",
+        ),
+        (["prompts=synthetic", "prompts.path=a.txt"], "prompts=synthetic has prompts of its own, and does not read "),
+        (["prompts.count=2"], "prompts.count=2 is the number of random prompts, and prompts=seed has others. HINT: "),
+        (["prompts=file", "prompts.path=a.txt", "prompts.count=2"], "prompts.count=2 is the number of random prompts"),
+        (
+            ["prompts.input_tokens=16"],
+            "prompts.input_tokens=16 is the length of random prompts, and prompts=seed has others. "
+            "HINT: prompts=synthetic prompts.input_tokens=16",
+        ),
+        (["prompts=file", "prompts.input_tokens=16"], "prompts.input_tokens=16 is the length of random prompts"),
     ],
 )
-def test_a_number_that_no_run_can_have_is_refused(overrides: list[str], message: str) -> None:
+def test_what_no_run_can_have_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         compose_run(overrides)
     assert str(caught.value).startswith(message)

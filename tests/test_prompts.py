@@ -27,6 +27,8 @@ FOLDER = EMBEDDED / "tiny_falcon"
     [
         ("a.txt", "one\n\n two \n", ["one", " two "]),
         ("a.jsonl", '{"prompt": "one\\ntwo"}\n\n"three"\n', ["one\ntwo", "three"]),
+        ("a.txt", "\ufeffone\ntwo\n", ["one", "two"]),
+        ("a.jsonl", '\ufeff{"prompt": "one"}\n', ["one"]),
         ("a.txt", "quotes \"'`$(id)` = é 漢\n", ["quotes \"'`$(id)` = é 漢"]),
     ],
 )
