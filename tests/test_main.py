@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from running import ROOT, environment, launcher, run
+from running import ROOT, Ended, environment, launcher, run
 from slurm_config import free_ports
 
 from launcher.__main__ import main
@@ -88,13 +88,17 @@ def test_what_the_user_can_mend_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-TORCHRUN = {
-    "TORCHELASTIC_RUN_ID": "none", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-}  # fmt: skip
+def ranks_of_torchrun(*arguments: str) -> list[Ended]:
+    """The launcher as both ranks of a world that somebody else has started."""
+    alone = World(world_size=2, local_world_size=2, master_port=free_ports(1)[0])
+    command = [sys.executable, "-m", "launcher", "backend=dummy", "accelerator=cpu", *arguments]
+    environs = [replace(alone, rank=rank, local_rank=rank).environ() for rank in (0, 1)]
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda environ: run(command, 60, TORCHELASTIC_RUN_ID="none", **environ), environs))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("arguments", "line"),
     [
         (
             ["-m", "seed=1,2"],
@@ -102,45 +106,25 @@ TORCHRUN = {
             "HINT: python -m launcher -m, or without -m",
         ),
         (["launch=slurm"], "launch=slurm submits a job, and torchrun has started the ranks. HINT: without launch="),
+        (
+            ["output_dir=/dev/null/x"],
+            "Cannot write in output_dir=/dev/null/x: Not a directory. HINT: output_dir= a folder of yours",
+        ),
     ],
 )
-def test_what_a_rank_of_torchrun_cannot_do_is_said_once(
-    arguments: list[str],
-    expected: str,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_refusal_under_torchrun_is_said_once_and_ends_all_ranks(
+    arguments: list[str], line: str, tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name, value in TORCHRUN.items():
-        monkeypatch.setenv(name, value)
-    arguments = [*arguments, "backend=dummy"]
-    assert refused(arguments, capsys) == expected
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert (main(arguments), capsys.readouterr()) == (2, ("", ""))
+    first, second = ranks_of_torchrun(f"output_dir={tmp_path}", *arguments)
+    assert first == Ended(2, "", f"{line}\n")
+    assert second == Ended(2, "", "")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_keeps_rank_0_from_beginning_is_said_once_and_ends_all() -> None:
-    command = [sys.executable, "-m", "launcher", "backend=dummy", "output_dir=/dev/null/x"]
-    alone = World(world_size=2, local_world_size=2, master_port=free_ports(1)[0])
-    worlds = [replace(alone, rank=rank, local_rank=rank) for rank in (0, 1)]
-    with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(lambda world: run(command, **world.environ()), worlds)
-    line = "Cannot write in output_dir=/dev/null/x: Not a directory. HINT: output_dir= a folder of yours\n"
-    assert (first.code, first.out, first.err) == (2, "", line)
-    assert (second.code, second.out, second.err) == (2, "", "")
-
-
-def test_a_dry_run_under_torchrun_is_one(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name, value in TORCHRUN.items():
-        monkeypatch.setenv(name, value)
-    assert main(["backend=dummy", "accelerator=cpu", "dry_run=true"]) == 0
-    assert "--nproc-per-node=2 --max-restarts=0 -m launcher.worker RUN_DIR" in capsys.readouterr().out
+def test_a_dry_run_under_torchrun_starts_nothing(tmp_path: Path) -> None:
+    first, second = ranks_of_torchrun("dry_run=true", f"output_dir={tmp_path}")
+    assert "--nproc-per-node=2 --max-restarts=0 -m launcher.worker RUN_DIR" in first.out
+    assert (first.code, second) == (0, Ended(0, "", ""))
     assert list(tmp_path.iterdir()) == []
 
 
