@@ -2,33 +2,93 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from running import ROOT
+from torch.distributed.run import parse_args as parse_torchrun
 
+from launcher import compare, plan, probe
+from launcher.__main__ import Arguments
 from launcher.compose import compose_run, expand_sweep
+from launcher.config import ConfigError
+from launcher.doctor.__main__ import parse as parse_doctor
+from launcher.elastic import check_nodes
+from launcher.usage import EXAMPLES
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMAND = re.compile(r"python -m launcher((?:\.\w+)?)([^\n#`]*)")
+COMMAND = re.compile(r"(?:python|torchrun[^\n#`]*?) -m launcher\b[^\n#`]*")
 
 
-def commands() -> list[tuple[str, str, str]]:
-    found = [(page.name, *match.groups()) for page in PAGES for match in COMMAND.finditer(page.read_text())]
-    return sorted(set(found))
+def commands() -> list[str]:
+    """Every command of the pages and of the help."""
+    found = {text.strip() for page in PAGES for text in COMMAND.findall(page.read_text())}
+    return sorted(found | {f"python -m launcher {arguments}".strip() for _, arguments in EXAMPLES})
 
 
-@pytest.mark.parametrize(("page", "module", "arguments"), commands())
-def test_a_command_composes(page: str, module: str, arguments: str) -> None:
-    if module:
-        assert importlib.util.find_spec(f"launcher{module}") is not None
-        return
-    words = [word for word in shlex.split(arguments) if "=" in word]
-    for point in expand_sweep(words):
-        compose_run(point)
+def compose(words: list[str]) -> None:
+    arguments = Arguments.parse(words)
+    overrides = list(arguments.overrides)
+    for point in expand_sweep(overrides) if arguments.multirun else [overrides]:
+        config = compose_run(point, arguments.config_dirs)
+        if config.launch.rendezvous is not None:
+            check_nodes(config)
+
+
+def show_plan(words: list[str]) -> None:
+    assert plan.main(words) == 0
+
+
+def follow(words: list[str]) -> None:
+    assert [word for word in words if word.startswith("-") and word != "--follow"] == []
+
+
+PARSERS: dict[str, Callable[[list[str]], object]] = {
+    "launcher": compose, "launcher.plan": show_plan, "launcher.probe": probe.parse, "launcher.compare": compare.parse,
+    "launcher.doctor": parse_doctor, "launcher.status": follow,
+}  # fmt: skip
+
+
+def understand(command: str) -> None:
+    """Read the command as what it calls would; whatever that raises is wrong with it."""
+    words = shlex.split(command)
+    module, rest = words[2], words[3:]
+    if words[0] == "torchrun":
+        asked = parse_torchrun(words[1:])
+        assert asked.module
+        module, rest = asked.training_script, asked.training_script_args
+    PARSERS[module](rest)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    understand(command)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python -m launcher devices=1,2",
+        "python -m launcher --multi devices=1,2",
+        "python -m launcher num_nodes=2 launch.rendezvous=node1:29400",
+        "python -m launcher.plan model=falcon_40b machines=2xa6001",
+        "python -m launcher.probe device=2",
+        "python -m launcher.compare RUN_A",
+        "python -m launcher.doctor --yaml",
+        "python -m launcher.status --watch RUN_DIR",
+        "python -m launcher.finish RUN_DIR",
+        "torchrun --processes 2 -m launcher backend=fsdp",
+        "torchrun --nproc-per-node 2 -m launcher backend=fspd",
+    ],
+)
+def test_a_wrong_command_would_be_seen(command: str) -> None:
+    assert COMMAND.fullmatch(command)
+    with pytest.raises((ConfigError, SystemExit, AssertionError, KeyError)):
+        understand(command)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

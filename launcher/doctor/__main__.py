@@ -206,14 +206,19 @@ def show(found: dict[str, Any]) -> None:
     (console if console.is_terminal else Console(highlight=False, width=160)).print(table)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Always 0: what is missing is a line of the table. 2 for a wrong argument."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; what is wrong with it ends the process with code 2."""
     parser = argparse.ArgumentParser(
         prog="python -m launcher.doctor", description="What works here, and what would mend the rest."
     )
     parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="for the import of one engine")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Always 0: what is missing is a line of the table. 2 for a wrong argument."""
+    arguments = parse(argv)
     found = examine(arguments.timeout)
     if arguments.json:
         print(json.dumps(found), flush=True)
