@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = Arguments.parse(sys.argv[1:] if argv is None else argv)
         if arguments.help or arguments.version:
-            print(usage.text() if arguments.help else usage.version())
+            print(usage.text(arguments.config_dirs) if arguments.help else usage.version())
             return 0
         world = World.from_env(os.environ)
         return _dispatch(arguments, world)

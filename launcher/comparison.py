@@ -170,9 +170,14 @@ def alike(runs: Sequence[FinishedRun]) -> list[list[FinishedRun]]:
     groups: list[list[FinishedRun]] = []
     for run in runs:
         for group in groups:
-            if group[0].record["model"] == run.record["model"] and group[0].prompts == run.prompts:
+            if _weights(group[0]) == _weights(run) and group[0].prompts == run.prompts:
                 group.append(run)
                 break
         else:
             groups.append([run])
     return [group for group in groups if len(group) > 1]
+
+
+def _weights(run: FinishedRun) -> dict[str, Any]:
+    """Which model a run had: not by its name, which is for people."""
+    return {name: value for name, value in run.record["config"]["model"].items() if name != "name"}

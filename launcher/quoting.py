@@ -30,6 +30,8 @@ def with_quoted_paths(overrides: list[str]) -> list[str]:
 
 def _with_quoted_path(item: str) -> str:
     key, equals, value = item.partition("=")
+    if equals and not key:
+        raise ConfigError(f"{item} has no key.", "KEY=VALUE")
     try:
         OverridesParser.create().parse_override(item)
     except HydraException as error:
@@ -44,6 +46,6 @@ def _with_quoted_path(item: str) -> str:
 
 
 def _reason(error: HydraException) -> str:
-    """What Hydra's parser says, without the override that it repeats."""
-    said = str(error.__cause__ or error).splitlines()
-    return said[0].strip() if said else type(error).__name__
+    """What Hydra's parser says, without the override that it repeats and the tokens that it would rather have."""
+    said = [line for line in str(error).splitlines() if not line.startswith(("Error parsing override", "See http"))]
+    return said[0].partition(" expecting ")[0].strip() if said else type(error).__name__

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import launcher
 from launcher.compose import conf_dir, groups, options
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 EXAMPLES = (
     ("two processes shard the embedded model and answer the default prompts", "backend=fsdp devices=2"),
@@ -19,10 +24,10 @@ def version() -> str:
     return f"launcher {launcher.__version__}"
 
 
-def text() -> str:
-    """The whole help."""
+def text(config_dirs: Sequence[str] = ()) -> str:
+    """The whole help, with the options that the user's own folders have."""
     width = max(map(len, groups()))
-    choices = "\n".join(f"  {group:<{width}}  {' | '.join(options(group))}" for group in groups())
+    choices = "\n".join(f"  {group:<{width}}  {' | '.join(options(group, config_dirs))}" for group in groups())
     examples = "\n".join(f"  # {what}\n  python -m launcher {command}".rstrip() for what, command in EXAMPLES)
     return f"""\
 Split a causal language model over devices, run a prompt set through it, report tokens/s and the memory of each device.

@@ -37,7 +37,7 @@ def run(
         "model": "tiny",
         "world_size": 1,
         "metrics": {"new_tokens_per_s": {"values": list(speed)}},
-        "config": {"backend": {"name": name}, "devices": 1, **config},
+        "config": {"backend": {"name": name}, "model": {"name": "tiny", "path": "/tiny"}, "devices": 1, **config},
     }
     return FinishedRun(Path("/runs") / name, record, PROMPTS if prompts is None else prompts, rows)
 
@@ -121,6 +121,8 @@ def test_groups_of_runs_that_can_be_compared() -> None:
     foreign = run("d", [1], [3], prompts={0: (1,), 1: (2,)})
     assert alike([a, foreign, b, c]) == [[a, b, c]]
     assert alike([a, foreign]) == []
+    other_model = run("d", [2], [3], model={"name": "tiny", "path": "/other"})
+    assert alike([a, other_model]) == []
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import pytest
 import yaml
 
+from launcher.__main__ import main
 from launcher.bounds import BOUNDS
 from launcher.compose import compose_run, conf_dir, expand_sweep, options
 from launcher.config import BACKENDS, ConfigError, ModelConfig, Precision, PromptsConfig, RunConfig
 from launcher.plain import from_dict, to_dict
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SCHEMAS = {"model": ModelConfig, "prompts": PromptsConfig}
 CHOICES = [(group, option) for group in ("backend", "model", "prompts") for option in options(group)]
@@ -52,6 +56,45 @@ def test_a_folder_of_ones_own_is_searched_too(tmp_path_factory: pytest.TempPathF
     assert config.prompts == PromptsConfig(name="mine", texts=["Hello"])
 
 
+def test_a_folder_of_ones_own_is_in_what_can_be_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster" / "mine.yaml").write_text("name: mine\npartition: [a\nqos: b\n")
+    with pytest.raises(ConfigError, match=r"cluster=nimbus: there is no such cluster\. HINT: one of default, .*mine"):
+        compose_run(["cluster=nimbus"], (str(tmp_path),))
+    assert main(["--help", f"--config-dir={tmp_path}"]) == 0
+    assert " | mine" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"cluster/mine.yaml:3 is not YAML: "):
+        compose_run(["cluster=mine"], (str(tmp_path),))
+
+
+@pytest.mark.parametrize("words", [["--config-dir=/nope"], ["--config-dir"], ["--help", "--config-dir", "/nope"]])
+def test_a_folder_that_is_none_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["backend=dummy", "dry_run=true", *words]) == 2
+    assert " is not a folder. HINT: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], "tiny_falcon"),
+        (["model.path=/models/my-llama/"], "my-llama"),
+        (["model=llama_7b", "model.path=tiiuae/falcon-7b"], "falcon-7b"),
+        (["model.path=embedded:tiny_llama"], "tiny_llama"),
+        (["model.path=/models/my-llama", "model.name=it"], "it"),
+        (["model=tiny_llama"], "tiny_llama"),
+    ],
+)
+def test_a_model_has_the_name_of_its_path(overrides: list[str], name: str) -> None:
+    assert compose_run(overrides).model.name == name
+
+
+def test_the_home_folder_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = compose_run(["output_dir=~/runs", "prompts=file", "prompts.path=~/a.txt", "model.path=~/llama"])
+    found = (config.output_dir, config.prompts.path, config.model.path, config.model.name)
+    assert found == ("/home/me/runs", "/home/me/a.txt", "/home/me/llama", "llama")
+
+
 @pytest.mark.parametrize(
     ("overrides", "points"),
     [
@@ -75,8 +118,18 @@ def test_a_sweep_is_the_product_of_its_axes(overrides: list[str], points: list[l
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("devices=abc", ["abc", "Integer"]),
-        ("precision=fp8", ["fp8", "fp32, fp16, bf16"]),
+        ("precision=fp8", ["precision=fp8 is not one of fp32, fp16, bf16. HINT: precision="]),
+        ("devices=abc", ["devices=abc is not a whole number. HINT: devices=1"]),
+        ("devices=null", ["devices=null is not a value. HINT: leave devices out"]),
+        ("sampling.temperature=hot", ["sampling.temperature=hot is not a number. HINT: sampling.temperature=1"]),
+        ("dry_run=maybe", ["dry_run=maybe is not true or false. HINT: dry_run=true"]),
+        ("cluster.extra=--exclusive", ["cluster.extra=--exclusive is not a list. HINT: cluster.extra=[a,b]"]),
+        ("seed=a=b", ["seed=a=b cannot be read: mismatched input '='. HINT: \"seed='a=b'\", in both quotes"]),
+        ("=3", ["=3 has no key"]),
+        ("model=null", ["model=null: there is no such model. HINT: one of falcon_180b, "]),
+        ("backend=", ["backend=: there is no such backend. HINT: one of deepspeed, "]),
+        ("cluster=null", ["cluster=null: there is no such cluster. HINT: one of default, "]),
+        ("model.config.vocab_size=3", ["model.config has no entries"]),
         ("sampling.temprature=1", ["sampling.temprature", "HINT: sampling.temperature"]),
         ("+nothing=1", ["nothing is not a key"]),
         ("a b", ["a b"]),
