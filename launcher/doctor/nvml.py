@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pynvml
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from shards.hardware import ask
 
 P2P_READ, P2P_NVLINK = 0, 2  # nvmlGpuP2PCapsIndex_t
 P2P_STATUS = (
@@ -26,15 +25,6 @@ LEVELS = {  # nvmlGpuTopologyLevel_t
     40: "one NUMA node",
     50: "between NUMA nodes",
 }
-
-
-def ask(call: Callable[..., Any], *arguments: Any) -> Any:
-    """What NVML answers, None where it does not know."""
-    try:
-        answer = call(*arguments)
-    except pynvml.NVMLError:
-        return None
-    return answer.decode() if isinstance(answer, bytes) else answer
 
 
 def gpus() -> list[dict[str, Any]]:
