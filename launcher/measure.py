@@ -94,11 +94,12 @@ def _cuda_memory(device: torch.device, reasons: dict[str, str]) -> dict[str, Any
         "device_uuid": uuid,
         "peak_allocated_bytes": torch.cuda.max_memory_allocated(device),
         "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
-        "nvml_used_bytes": _nvml_used(uuid, reasons),
+        "nvml_used_bytes": nvml_used(uuid, reasons),
     }
 
 
-def _nvml_used(uuid: str, reasons: dict[str, str]) -> int | None:
+def nvml_used(uuid: str, reasons: dict[str, str]) -> int | None:
+    """What the driver says that this process holds of a card; None, with the reason, where it does not."""
     try:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
@@ -106,10 +107,12 @@ def _nvml_used(uuid: str, reasons: dict[str, str]) -> int | None:
     except pynvml.NVMLError as error:
         reasons["nvml_used_bytes"] = f"NVML: {error}"
         return None
-    used = next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)
-    if used is None:
+    own = next((process for process in processes if process.pid == os.getpid()), None)
+    if own is None:
         reasons["nvml_used_bytes"] = "NVML does not show this process (another PID namespace?)"
-    return used
+    elif own.usedGpuMemory is None:
+        reasons["nvml_used_bytes"] = "NVML shows this process, and the driver does not say what it holds"
+    return None if own is None else own.usedGpuMemory
 
 
 def _live_tensor_bytes() -> int:

@@ -11,8 +11,10 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from driver import A6000, nvml
 from running import launcher
 
+from launcher import measure
 from launcher.backend import Prompt
 from launcher.batch_search import enlarged, largest
 from launcher.faults import explain
@@ -143,3 +145,26 @@ def test_a_neighbour_on_a_device_is_named() -> None:
     expected = f"GPU-1: process {2**22 + 1} (not visible from here) already held memory when the run began"
     assert sentence("GPU-1", gone) == expected
     assert neighbours({"CUDA_VISIBLE_DEVICES": ""}, 8) == []
+
+
+@pytest.mark.parametrize(
+    ("processes", "used", "reason"),
+    [
+        ([(1, 5), (os.getpid(), 3 * GIB)], 3 * GIB, None),
+        ([(1, 5)], None, "NVML does not show this process (another PID namespace?)"),
+        ([(os.getpid(), None)], None, "NVML shows this process, and the driver does not say what it holds"),
+        (None, None, "NVML: Not Supported"),
+    ],
+)
+def test_what_nvml_says_of_this_process(
+    processes: list[tuple[int, int | None]] | None,
+    used: int | None,
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = [SimpleNamespace(pid=pid, usedGpuMemory=held) for pid, held in processes or ()]
+    card = A6000 if processes is None else A6000 | {"processes": found}
+    monkeypatch.setattr(measure, "pynvml", nvml([card]))
+    reasons: dict[str, str] = {}
+    assert measure.nvml_used("GPU-a", reasons) == used
+    assert reasons == ({"nvml_used_bytes": reason} if reason else {})
