@@ -187,6 +187,23 @@ def test_on_gpus_vllm_decides_itself() -> None:
     }
 
 
+FORKING = """
+import sys, types, torch
+def asked(*_): raise AssertionError("CUDA was asked before vLLM forked its workers")
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda.init = asked
+sys.modules["vllm"] = types.SimpleNamespace(LLM=object)
+from launcher.backends.vllm import VllmBackend
+from launcher.compose import compose_run
+for accelerator in ("cuda", "cpu"):
+    print(VllmBackend(compose_run(["backend=vllm", "model=tiny_falcon", f"accelerator={accelerator}"])).on_cpu)
+"""
+
+
+def test_nothing_of_cuda_is_touched_before_vllm_forks() -> None:
+    ended = run([sys.executable, "-c", FORKING])
+    assert (ended.code, ended.out.split()) == (0, ["False", "True"]), ended.err
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [

@@ -30,7 +30,6 @@ TENSORS = {
     "launcher.backends.module",
     "launcher.backends.tensor_parallel",
     "launcher.backends.transformers",
-    "launcher.backends.vllm",
     "launcher.backends.vllm_worker",
     "launcher.decode",
     "launcher.external",

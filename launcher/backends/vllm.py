@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
-import torch
 
 from launcher.backend import Completion, DeviceMemory, Generation
 from launcher.backends.vllm_options import arguments, check_extra, environment, pool_bytes
 from launcher.backends.vllm_watch import Watch
-from launcher.config import ConfigError
+from launcher.config import Accelerator, ConfigError
 from launcher.files import read_json, write_json
 from launcher.processes import MARK, shared_memory_files, shared_memory_of
 from shards.errors import PlanError
@@ -38,7 +37,8 @@ class VllmBackend:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.options: VllmConfig = config.backend  # type: ignore[assignment]
-        self.on_cpu = config.accelerator.name == "cpu" or not torch.cuda.is_available()
+        # Not torch.cuda.is_available(): it would keep the workers, which vLLM forks, from using CUDA.
+        self.on_cpu = config.accelerator is Accelerator.cpu
         for name, value in environment(config, self.on_cpu).items():
             os.environ.setdefault(name, value)
         self.vllm = importlib.import_module("vllm")  # reads the environment, so it cannot come first
