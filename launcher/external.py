@@ -12,6 +12,7 @@ from launcher.files import read_json
 from launcher.record import finish
 from launcher.worker import EXIT_CODES, redirected_output, run_rank
 from shards.errors import UserError
+from shards.hardware import count_as_nvml
 from shards.process_group import connect, device_of, disconnect, from_rank_0
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ def join(run: Run, world: World, report: Callable[[dict[str, Any]], None]) -> in
 
     What keeps rank 0 from making it is raised on all ranks.
     """
-    connect(world, device_of(world, "auto" if run.on_cuda else "cpu"))
+    count_as_nvml(os.environ)
+    connect(world, device_of(world, run.config.accelerator.value))
     begun = from_rank_0(_begin(run) if world.rank == 0 else None)
     if isinstance(begun, Exception):
         disconnect()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from launcher.backends.deepspeed_options import notes_deepspeed, refuse_deepspeed
-from launcher.config import ConfigError, Weights
+from launcher.config import Accelerator, ConfigError, Weights
 from launcher.files import read_json, write_json, write_text
 from launcher.models import EMBEDDED
 from launcher.plain import to_dict
@@ -25,7 +25,7 @@ from launcher.shapes import built_of
 from launcher.slurm.script import check_cluster
 from shards.checkpoint import Checkpoint
 from shards.errors import CheckpointError, UserError
-from shards.hardware import cuda_devices
+from shards.hardware import SEE_ALL_CARDS, cuda_devices
 from shards.hub import resolve
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
     _check_launch(config)
     _check_packages(config)
     on_cuda = _check_devices(config)
+    config = replace(config, accelerator=Accelerator.cuda if on_cuda else Accelerator.cpu)
     config, notes = _settle(config, on_cuda)
     folder = model_folder(config)
     model_config = _model_config(config, folder)
@@ -77,6 +78,7 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
     check_context(prompts, sampling.max_new_tokens, positions)
     longest = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_new_tokens
     refuse_deepspeed(config, model_config, on_cuda, longest)
+    notes += _notes_order(config, on_cuda)
     notes += notes_deepspeed(config, on_cuda)
     notes += built_of(model_config, tensors, config.backend.python).notes_for(longest)
 
@@ -133,20 +135,32 @@ def _missing(packages: tuple[str, ...], python: str | None) -> list[str]:
 
 
 def _check_devices(config: RunConfig) -> bool:
-    """Whether the run is on CUDA; ConfigError where more devices are asked for than there are."""
-    if config.accelerator.name == "cpu":
+    """Whether the run is on CUDA, here for good; ConfigError where a node has fewer devices than are asked for.
+
+    The machine that submits to SLURM says nothing of the nodes: there it is on CUDA where the job asks for GPUs.
+    """
+    if config.accelerator is Accelerator.cpu:
         return False
-    if config.launch.name == "slurm":  # the machine that submits says nothing of the nodes
-        return config.accelerator.name == "cuda" or config.cluster.gpus_flag != "none"
+    if config.launch.name == "slurm":
+        return config.accelerator is Accelerator.cuda or config.cluster.gpus_flag != "none"
     found = cuda_devices(os.environ)
-    if not found and config.accelerator.name == "cuda":
+    if not found and config.accelerator is Accelerator.cuda:
         raise ConfigError("accelerator=cuda, and no CUDA device can be seen.", "accelerator=cpu")
-    if found and config.num_nodes == 1 and config.devices > len(found):
+    if found and config.devices > len(found):
         raise ConfigError(
             f"devices={config.devices}, and this machine shows {len(found)} CUDA devices.",
-            f"devices={len(found)}, or accelerator=cpu",
+            f"devices={len(found)}, or accelerator=cpu; under SLURM {SEE_ALL_CARDS}",
         )
     return bool(found)
+
+
+def _notes_order(config: RunConfig, on_cuda: bool) -> list[str]:
+    """Where CUDA numbers unlike cards otherwise than NVML does, a plan is not of those that the run gets."""
+    order = os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    if order == "PCI_BUS_ID" or not on_cuda or config.launch.name == "slurm":
+        return []
+    alike = len({card.name for card in cuda_devices(os.environ)}) == 1
+    return [] if alike else [f"CUDA_DEVICE_ORDER={order}: the plan takes the cards in the order of NVML (PCI_BUS_ID)"]
 
 
 def _settle(config: RunConfig, on_cuda: bool) -> tuple[RunConfig, list[str]]:

@@ -51,10 +51,10 @@ def parse(argv: Sequence[str]) -> tuple[int, str]:
     values = dict(item.partition("=")[::2] for item in argv)
     if unknown := set(values) - {"devices", "accelerator"}:
         raise ConfigError(f"{min(unknown)!r} is not an argument of the probe.", "devices=2 accelerator=cpu")
-    found = cuda_devices(os.environ)
     accelerator = values.get("accelerator", "auto")
     if accelerator not in Accelerator.__members__:
         raise ConfigError(f"accelerator={accelerator} is not one.", "accelerator=auto, cpu or cuda")
+    found = () if accelerator == "cpu" else cuda_devices(os.environ)
     accelerator = ("cuda" if found else "cpu") if accelerator == "auto" else accelerator
     devices = values.get("devices", str(len(found) if accelerator == "cuda" else 1))
     if not devices.isascii() or not devices.isdigit() or int(devices) < 1:

@@ -17,6 +17,7 @@ from launcher.progress import read_all
 from launcher.rank import Rank
 from launcher.record import finish
 from launcher.watchdog import Watchdog, waits
+from shards.hardware import count_as_nvml
 from shards.world import World
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def run_rank(run_dir: Path, world: World, parent: int | None) -> str:
     gone, the rank that is told to end writes the record itself. SIGUSR2 puts all stacks on stderr.
     """
     os.environ.update(world.environ())
+    count_as_nvml(os.environ)
     attempt = int(os.environ.get(attempts.ATTEMPT) or attempts.newest(run_dir))
     try:
         rank = Rank(run_dir, world, attempt)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from shards.hardware import CPU, MIB, Device, Link, cuda_devices
+from shards.hardware import CPU, MIB, Device, Link, count_as_nvml, cuda_devices
 from shards.measured import Measured
 from shards.process_group import barrier, connect, device_of, disconnect
 from shards.world import World
@@ -33,8 +33,7 @@ REDUCE_REPEATS = 50
 
 def probe(world: World, device: torch.device) -> Measured:
     """Measure with all ranks at once: they share the memory of a CPU, and switches and links of GPUs."""
-    cards = cuda_devices(os.environ)
-    known = cards[world.local_rank] if device.type == "cuda" and world.local_rank < len(cards) else CPU
+    known = cuda_devices(os.environ)[world.local_rank] if device.type == "cuda" else CPU
     barrier()
     bandwidth = memory_bandwidth(device)
     barrier()
@@ -91,6 +90,7 @@ def best_s(call: Callable[[], object], device: torch.device, repeats: int = REPE
 def main(accelerator: str) -> None:
     """One rank, in the world that the environment describes."""
     world = World.from_env(os.environ)
+    count_as_nvml(os.environ)
     device = device_of(world, accelerator)
     connect(world, device, timeout_s=120)
     try:

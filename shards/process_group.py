@@ -9,16 +9,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from shards.errors import WorldError
+from shards.hardware import SEE_ALL_CARDS
+
 if TYPE_CHECKING:
     from shards.world import World
 
 
 def device_of(world: World, accelerator: str) -> torch.device:
-    """The device of this rank: the card of its local rank, or the CPU."""
-    if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
+    """The device of this rank: the card of its local rank, or the CPU. WorldError where torch cannot use that card."""
+    if accelerator == "cpu":
         return torch.device("cpu")
-    alone = torch.cuda.device_count() == 1  # srun --gpus-per-task shows each rank its own card only
-    device = torch.device("cuda", 0 if alone else world.local_rank)
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:
+        raise WorldError(
+            f"The run is on cuda, which torch {torch.__version__} cannot use: {str(error).splitlines()[0]}",
+            "accelerator=cpu, or see python -m launcher.doctor",
+        ) from error
+    if world.local_rank >= torch.cuda.device_count():
+        raise WorldError(
+            f"Rank {world.rank} is to have card {world.local_rank} of its node, and sees {torch.cuda.device_count()}.",
+            SEE_ALL_CARDS,
+        )
+    device = torch.device("cuda", world.local_rank)
     torch.cuda.set_device(device)
     return device
 

@@ -16,12 +16,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from driver import A6000, nvml
 from running import ROOT, Ended, environment, launcher, run
 from slurm_config import free_ports
 
 from launcher.__main__ import main
+from launcher.compose import compose_run
 from launcher.models import EMBEDDED
+from launcher.prepare import prepare
 from launcher.record import never_begun, unfinished
+from shards import hardware
 from shards.world import World
 
 
@@ -126,6 +130,50 @@ def test_a_dry_run_under_torchrun_starts_nothing(tmp_path: Path) -> None:
     assert "--nproc-per-node=2 --max-restarts=0 -m launcher.worker RUN_DIR" in first.out
     assert (first.code, second) == (0, Ended(0, "", ""))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("cards", "overrides", "expected"),
+    [
+        (0, [], "cpu"),
+        (1, [], "cuda"),
+        (1, ["accelerator=cpu"], "cpu"),
+        (0, ["launch=slurm"], "cuda"),
+        (0, ["launch=slurm", "cluster.gpus_flag=none"], "cpu"),
+        (0, ["launch=slurm", "cluster.gpus_flag=none", "accelerator=cuda"], "cuda"),
+        (1, ["launch=slurm", "accelerator=cpu"], "cpu"),
+    ],
+)
+def test_where_a_run_is_to_be_is_settled_once(
+    cards: int, overrides: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(hardware, "pynvml", nvml([A6000] * cards))
+    run = prepare(compose_run(["backend=dummy", "devices=1", *overrides]), ())
+    assert (run.config.accelerator.name, run.on_cuda) == (expected, expected == "cuda")
+    card = "NVIDIA RTX A6000" if cards else "a GPU of the cluster"
+    assert run.plan.device_name == ("CPU" if expected == "cpu" else card)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_every_rank_of_a_node_needs_a_card(
+    nodes: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(hardware, "pynvml", nvml([A6000]))
+    said = refused(["devices=2", f"num_nodes={nodes}", "dry_run=true"], capsys)
+    assert said.startswith("devices=2, and this machine shows 1 CUDA devices. HINT: devices=1, or accelerator=cpu;")
+    assert "srun --gpus-per-node" in said
+
+
+def test_an_order_of_unlike_cards_that_plans_do_not_know_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    cards = [A6000, A6000 | {"name": "NVIDIA H200", "uuid": "GPU-b"}]
+    expected = ["CUDA_DEVICE_ORDER=FASTEST_FIRST: the plan takes the cards in the order of NVML (PCI_BUS_ID)"]
+    for driver, notes in ((nvml(cards), expected), (nvml([A6000, A6000]), [])):
+        monkeypatch.setattr(hardware, "pynvml", driver)
+        assert list(prepare(compose_run(["backend=dummy"]), ()).notes) == notes
 
 
 def test_several_values_without_multirun_name_the_flag(capsys: pytest.CaptureFixture[str]) -> None:

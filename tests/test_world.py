@@ -240,3 +240,19 @@ def test_first_host_of_a_node_list(nodelist: str, host: str) -> None:
 def test_ports_of_jobs() -> None:
     assert port_of("6.0") == SLURM_PORT
     assert len({port_of(f"{job}.{step}") for job in range(10) for step in range(3)}) == 30
+
+
+def test_a_rank_that_is_told_cuda_says_in_a_line_why_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    from shards.process_group import device_of
+
+    assert device_of(World(), "cpu").type == "cpu"
+    if not torch.cuda.is_available():
+        with pytest.raises(WorldError, match=r"^The run is on cuda, which torch \S+ cannot use: \S.* HINT: .*doctor$"):
+            device_of(World(), "cuda")
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(WorldError) as refusal:
+        device_of(World(rank=3, local_rank=1, world_size=4, local_world_size=2), "cuda")
+    assert refusal.value.fact == "Rank 3 is to have card 1 of its node, and sees 1."
+    assert refusal.value.hint.startswith("srun --gpus-per-node=N")
