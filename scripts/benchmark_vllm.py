@@ -28,6 +28,7 @@ from launcher.config import SamplingConfig  # noqa: E402
 from launcher.models import EMBEDDED  # noqa: E402
 from launcher.planning import plan_of  # noqa: E402
 from launcher.prompts import synthetic_prompts  # noqa: E402
+from shards.hardware import cuda_devices  # noqa: E402
 from shards.world import World  # noqa: E402
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def parse() -> argparse.Namespace:
 
 
 def loaded(folder: Path, options: argparse.Namespace, shape: dict[str, Any], prompts: list[Prompt]) -> VllmBackend:
-    config = compose_run(["backend=vllm", f"devices={options.devices}", f"precision={options.precision}"])
+    place = f"accelerator={'cuda' if cuda_devices(os.environ) else 'cpu'}"
+    config = compose_run(["backend=vllm", place, f"devices={options.devices}", f"precision={options.precision}"])
     config.model.path = str(folder)
     backend = VllmBackend(config)
     plan = plan_of(config, shape, None, prompts, on_cuda=not backend.on_cpu)
