@@ -41,15 +41,28 @@ class GroupedFalconAttention(FalconAttention):
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
-        attended = scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            is_causal=attention_mask is None and length > 1,
-            enable_gqa=group > 1,
-        )
-        return self.dense(attended.transpose(1, 2).reshape(batch, length, -1)), None
+        attended = attend(query, key, value, attention_mask, group)
+        return self.dense(attended.reshape(batch, length, -1)), None
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, group: int
+) -> torch.Tensor:
+    """Attention of `query` [batch, heads, length, head_dim], `group` heads for each head of `key` and `value`.
+
+    `mask` [batch, 1, length, keys] holds for all heads; without one each token attends to itself and those before it.
+    Returns [batch, length, heads, head_dim].
+    """
+    batch, heads, length, head_dim = query.shape
+    if length == 1:  # the queries of a group see the same keys, as those of a sequence do
+        rows = query.reshape(batch, heads // group, group, head_dim)
+        return scaled_dot_product_attention(rows, key, value, attn_mask=mask).reshape(batch, 1, heads, head_dim)
+    if query.is_cuda:  # of its kernels only the one that writes all scores down has both a mask and groups
+        key, value, group = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), 1
+    attended = scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=group > 1
+    )
+    return attended.transpose(1, 2)
 
 
 def keep_kv_heads_only(model: torch.nn.Module) -> int:
