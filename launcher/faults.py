@@ -9,23 +9,26 @@ from typing import TYPE_CHECKING, Any
 from shards.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 SIZE = r"([\d.]+) (bytes|[KMGT]iB)"
-OUT_OF_MEMORY = (  # CUDA and its libraries, torch's allocator on the CPU, vLLM's two ways to say it before it starts
-    "CUDA out of memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "can't allocate memory: you tried to allocate",
-    "No available memory for the cache blocks",
-    "is less than desired GPU memory utilization",
+OUT_OF_MEMORY = re.compile(
+    r"(?i:cuda)[^\n]{0,20}out of memory"  # torch, NCCL and Triton, each in its own way
+    r"|Failed to CUDA [cm]alloc"  # NCCL
+    r"|CUBLAS_STATUS_ALLOC_FAILED"
+    r"|can't allocate memory: you tried to allocate"  # torch's allocator on the CPU
+    r"|No available memory for the cache blocks|is less than desired GPU memory utilization"  # vLLM before it starts
 )
+ELSEWHERE = "root cause"  # vLLM of an error in another of its processes, which has had its words in the log
+LOG_BYTES = 2**18
 
 
-def explain(error: BaseException) -> tuple[str, dict[str, Any]]:
+def explain(error: BaseException, log: Path | None = None) -> tuple[str, dict[str, Any]]:
     """The status of a rank that `error` ended, and the error as a record keeps it.
 
+    Where the error only points at its cause, that is looked for at the end of `log`, which the rank's processes share.
     Of memory that ran out `device`, `asked_bytes` and `free_bytes` are as the engine's message says them (torch rounds
     to two digits), None where it does not.
     """
@@ -36,9 +39,9 @@ def explain(error: BaseException) -> tuple[str, dict[str, Any]]:
         "hint": error.hint if isinstance(error, UserError) else "",
         "traceback": "".join(traceback.format_exception(error)),
     }
-    shortage = next((cause for cause in _causes(error) if _is_out_of_memory(cause)), None)
+    shortage = _shortage(list(_causes(error)), log)
     if shortage is not None:
-        return "oom", said | out_of_memory(str(shortage))
+        return "oom", said | out_of_memory(shortage)
     return ("refused" if isinstance(error, UserError) else "failed"), said
 
 
@@ -64,6 +67,15 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
-    return named or any(text in str(error) for text in OUT_OF_MEMORY)
+def _shortage(causes: Sequence[BaseException], log: Path | None) -> str | None:
+    """The words that say that memory ran out, if any do."""
+    for cause in causes:
+        named = type(cause).__name__ == "OutOfMemoryError" or isinstance(cause, MemoryError)
+        if named or OUT_OF_MEMORY.search(str(cause)):
+            return str(cause)
+    if log is None or not log.exists() or not any(ELSEWHERE in str(cause) for cause in causes):
+        return None
+    with log.open("rb") as file:
+        file.seek(max(log.stat().st_size - LOG_BYTES, 0))
+        lines = file.read().decode(errors="replace").splitlines()
+    return next((line for line in reversed(lines) if OUT_OF_MEMORY.search(line)), None)

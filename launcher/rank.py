@@ -147,7 +147,7 @@ class Rank:
             time.sleep(LAST_WORD_S)
 
     def _fail(self, error: BaseException) -> str:
-        status, said = explain(error)
+        status, said = explain(error, self.run_dir / f"rank_{self.world.rank}.log")
         if self.interruption is not None and status != "refused":
             return self._interrupted(self.interruption)  # thrown off by another rank that has gone first
         return self._write(status, self._error(**said))

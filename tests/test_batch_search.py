@@ -28,6 +28,11 @@ TORCH = (
     "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 1 has a total capacity of 139.81 GiB of which 5.12 GiB is "
     "free. Process 1 has 134.68 GiB memory in use. Of the allocated memory 134.00 GiB is allocated by PyTorch."
 )
+NCCL = (
+    "NCCL error in: ProcessGroupNCCL.cpp:94, unhandled cuda error (run with NCCL_DEBUG=INFO for details)\n"
+    "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n{}"
+)
+VLLM = "Engine core initialization failed. See root cause above. Failed core proc(s): {}"
 
 
 def caused(by: Exception) -> Exception:
@@ -50,16 +55,50 @@ def on_the_cpu() -> RuntimeError:
         (torch.OutOfMemoryError(TORCH), "oom", "cuda:1", 20 * GIB, int(5.12 * GIB)),
         (caused(torch.OutOfMemoryError(TORCH)), "oom", "cuda:1", 20 * GIB, int(5.12 * GIB)),
         (RuntimeError("CUDA error: out of memory\nCompile with ..."), "oom", None, None, None),
+        (RuntimeError(NCCL.format("Cuda failure 2 'out of memory'")), "oom", None, None, None),
+        (RuntimeError(NCCL.format("Failed to CUDA calloc async 608 bytes")), "oom", None, None, None),
+        (RuntimeError(NCCL.format("Cuda failure 999 'unknown error'")), "failed", None, None, None),
         (on_the_cpu(), "oom", "cpu", 2**48, None),
         (MemoryError(), "oom", None, None, None),
     ],
-    ids=["torch on CUDA", "behind another error", "CUDA itself", "torch on a CPU", "Python"],
+    ids=[
+        "torch on CUDA",
+        "behind another error",
+        "CUDA itself",
+        "NCCL",
+        "NCCL's allocation",
+        "NCCL otherwise",
+        "torch on a CPU",
+        "Python",
+    ],
 )
 def test_memory_that_ran_out(
     error: Exception, status: str, device: str | None, asked: int | None, free: int | None
 ) -> None:
     found, said = explain(error)
-    assert (found, said["device"], said["asked_bytes"], said["free_bytes"]) == (status, device, asked, free)
+    values = (said.get("device"), said.get("asked_bytes"), said.get("free_bytes"))
+    assert (found, *values) == (status, device, asked, free)
+
+
+@pytest.mark.parametrize(
+    ("error", "log", "status"),
+    [
+        (VLLM, f"(Worker_TP1 pid=7) ERROR torch.OutOfMemoryError: {TORCH}\n(Worker_TP1 pid=7) its end\n", "oom"),
+        (VLLM, "(EngineCore pid=7) ValueError: No available memory for the cache blocks.\n", "oom"),
+        (VLLM, "(Worker_TP1 pid=7) ERROR torch.cuda is broken\n", "failed"),
+        (VLLM, None, "failed"),
+        ("the ranks chose different tokens", f"WARNING {TORCH}\n", "failed"),
+    ],
+    ids=["a worker", "the engine core", "another cause", "no log", "an error of its own"],
+)
+def test_a_root_cause_is_looked_for_in_the_log(error: str, log: str | None, status: str, tmp_path: Path) -> None:
+    path = tmp_path / "rank_0.log"
+    if log is not None:
+        path.write_text("of another time\n" * 100_000 + log)
+    found, said = explain(RuntimeError(error), path)
+    assert (found, said["message"]) == (status, error)
+    if log is not None and TORCH in log and status == "oom":
+        assert (said["device"], said["asked_bytes"], said["free_bytes"]) == ("cuda:1", 20 * GIB, int(5.12 * GIB))
 
 
 def test_other_errors_are_what_they_were() -> None:
