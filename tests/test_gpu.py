@@ -1,0 +1,217 @@
+"""What only CUDA cards can show: the branches of the code that no other machine runs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from running import ROOT, launcher
+from safetensors.torch import save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from launcher.config import BACKENDS
+from launcher.faults import explain
+from launcher.models import EMBEDDED
+from shards.checkpoint import Checkpoint, OpenFiles
+from shards.errors import PlanError
+from shards.families import attend
+from shards.hardware import MIB, Device, cuda_devices
+from shards.load import load_weights
+from shards.meta import build_meta
+from shards.random_weights import fill_random
+from shards.slices import Target, read_targets
+
+
+def cards() -> tuple[Device, ...]:
+    """What a run would be on; none where torch is a build for CPUs, or the cards are in parts."""
+    try:
+        return cuda_devices(os.environ) if torch.version.cuda else ()
+    except PlanError:
+        return ()
+
+
+CARDS = cards()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CARDS, reason="no CUDA device")]
+several = pytest.mark.skipif(len(CARDS) < 2, reason="fewer than two CUDA devices")
+ENGINES = [name for name in BACKENDS if name != "dummy"]
+SHORT = ("measure.repeats=1", "measure.warmup=0", "sampling.max_new_tokens=24", "precision=fp32")
+PROMPTS = ("prompts=file", f"prompts.path={ROOT}/tests/ragged_prompts.txt")
+NEAR = 0.02  # logits this close may change places: kernels add up in different orders, some in TF32
+
+
+@cache
+def ran(engine: str, model: str, devices: int, accelerator: str, *more: str) -> tuple[dict[str, Any], list[Any]]:
+    """Record and completions of a run of its own."""
+    asked = [f"backend={engine}", f"model={model}", f"devices={devices}", f"accelerator={accelerator}"]
+    visible = ",".join(card.uuid or str(place) for place, card in enumerate(CARDS))
+    with TemporaryDirectory() as out:
+        ended = launcher(
+            *asked, *SHORT, *PROMPTS, *more, f"output_dir={out}", timeout=280, CUDA_VISIBLE_DEVICES=visible
+        )
+        assert ended.code == 0, ended.err
+        [run_dir] = Path(out).iterdir()
+        lines = (run_dir / "completions.jsonl").read_text().splitlines()
+        return json.loads((run_dir / "record.json").read_text()), [json.loads(line) for line in lines]
+
+
+def has(engine: str) -> bool:
+    """Whether the engine is installed; vLLM also has a build for CPUs, of another name."""
+    if any(importlib.util.find_spec(module) is None for module in BACKENDS[engine].packages):
+        return False
+    return engine != "vllm" or any(item.name == "vllm" for item in importlib.metadata.distributions())
+
+
+def same_tokens(found: list[Any], expected: list[Any]) -> None:
+    """Each completion is that of the reference up to where the reference was in two minds."""
+    assert len(found) == len(expected) == 20
+    for ours, theirs in zip(found, expected, strict=True):
+        sure = next((place for place, gap in enumerate(theirs["top2_gaps"]) if gap < NEAR), len(theirs["token_ids"]))
+        assert ours["token_ids"][:sure] == theirs["token_ids"][:sure], theirs["index"]
+    assert sum(len(item["token_ids"]) for item in found) > 100
+
+
+def check(engine: str, model: str, devices: int) -> None:
+    if not has(engine):
+        pytest.skip(f"backend={engine} is not installed for CUDA")
+    record, completions = ran(engine, model, devices, "cuda")
+    same_tokens(completions, ran("transformers", model, 1, "cpu")[1])
+    assert record["config"]["accelerator"] == "cuda"
+    planned = [device["parameter_bytes"] for device in record["plan"]["devices"]]
+    assert [device["device_uuid"] for device in record["devices"]] == [card.uuid for card in CARDS[:devices]]
+    if engine == "transformers":  # accelerate spreads the layers as it likes
+        assert sum(device["parameter_bytes"] for device in record["devices"]) == sum(planned)
+    else:
+        assert [device["parameter_bytes"] for device in record["devices"]] == planned
+    for device in record["devices"]:
+        assert device["parameter_bytes"] < device["peak_allocated_bytes"] <= device["peak_reserved_bytes"]
+        if device["nvml_used_bytes"] is None:  # a container whose process ids the driver does not know
+            assert device["reasons"]["nvml_used_bytes"].startswith("NVML ")
+        else:
+            assert device["nvml_used_bytes"] > device["parameter_bytes"]
+    [repeat] = record["ranks"][0]["repeats"]
+    assert repeat["wall_s"] > 0
+    assert min(repeat["ttft_s"] + repeat["itl_s"]) >= 0
+
+
+@pytest.mark.parametrize("model", ["tiny_falcon", "tiny_llama"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_on_a_card_gives_the_tokens_of_the_cpu(engine: str, model: str) -> None:
+    check(engine, model, 1)
+
+
+@several
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_on_two_cards_gives_the_tokens_of_the_cpu(engine: str) -> None:
+    check(engine, "tiny_falcon", 2)
+
+
+@several
+def test_random_weights_on_cards_do_not_depend_on_the_sharding() -> None:
+    alone, shared = (ran("fsdp", "tiny_falcon", size, "cuda", "model.weights=random")[1] for size in (1, 2))
+    same_tokens(shared, alone)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
+    """A matrix of more pieces than the ring has buffers, a small one and a scalar."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    tensors = {"wide": torch.randn(40_000, 1001), "half": torch.randn(777, 130).bfloat16(), "one": torch.tensor(2.5)}
+    save_file(tensors, folder / "model.safetensors")
+    return Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "start", "shape"),
+    [
+        ("wide", (0, 0), (40_000, 1001)),
+        ("wide", (12_345, 0), (20_000, 1001)),
+        ("wide", (3, 500), (39_000, 501)),
+        ("half", (0, 0), (777, 130)),
+        ("half", (5, 7), (700, 99)),
+        ("one", (), ()),
+    ],
+)
+def test_blocks_through_pinned_memory_are_those_of_the_cpu(
+    checkpoint: Checkpoint, name: str, start: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    found = {place: torch.full(shape, torch.nan, dtype=dtype, device=place) for place in ("cpu", "cuda:0")}
+    for out in found.values():
+        with OpenFiles(checkpoint) as files:
+            read_targets(files, [Target(checkpoint.tensors[name], start, out)])
+    assert torch.equal(found["cuda:0"].cpu(), found["cpu"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_on_a_card_is_that_of_the_cpu(dtype: torch.dtype) -> None:
+    folder = EMBEDDED / "tiny_falcon"
+    found = []
+    for place in ("cpu", "cuda:0"):
+        model = build_meta(folder, dtype)
+        load_weights(model, Checkpoint.open(folder), place)
+        assert {str(tensor.device) for tensor in (*model.parameters(), *model.buffers())} == {place}
+        found.append({name: tensor.cpu() for name, tensor in (*model.named_parameters(), *model.named_buffers())})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
+def test_random_weights_on_a_card_are_sane_and_the_same_again() -> None:
+    made = []
+    for _ in range(2):
+        model = build_meta(EMBEDDED / "tiny_falcon", torch.float32)
+        fill_random(model, 3, torch.device("cuda", 0))
+        made.append(model.get_input_embeddings().weight)
+    assert torch.equal(*made)
+    assert made[0].device == torch.device("cuda", 0)
+    assert abs(made[0].std().item() - 0.02) < 0.001
+
+
+def attention(length: int, keys: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Query of 8 heads, key and value of 2, on the CPU, and a mask by which a row is padded on its left."""
+    torch.manual_seed(0)
+    query = torch.randn(3, length, 8, 64).transpose(1, 2).to(dtype)
+    key, value = (torch.randn(3, 2, keys, 64).to(dtype) for _ in range(2))
+    mask = torch.ones(length, keys, dtype=torch.bool).tril(keys - length).repeat(3, 1, 1, 1)
+    mask[0, :, :, :2] = False
+    mask[0, :, :2, 0] = True  # a token of the padding sees itself
+    return query, key, value, mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("length", "keys"), [(1, 1), (1, 77), (1, 128), (77, 77), (128, 128)])
+def test_falcons_attention_needs_no_kernel_that_keeps_scores(length: int, keys: int, dtype: torch.dtype) -> None:
+    asked = attention(length, keys, dtype)
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        found = attend(*(tensor.cuda() for tensor in asked), group=4)
+    exact = attend(*(tensor.float() if tensor.is_floating_point() else tensor for tensor in asked), group=4)
+    width = 1e-4 if dtype is torch.float32 else 3e-2
+    torch.testing.assert_close(found.cpu().float(), exact, atol=width, rtol=width)
+
+
+def test_a_prompt_in_falcons_attention_keeps_no_scores() -> None:
+    query = torch.randn(1, 64, 2048, 64, device="cuda", dtype=torch.bfloat16)
+    key, value = (torch.randn(1, 4, 2048, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    mask = torch.ones(1, 1, 2048, 2048, dtype=torch.bool, device="cuda").tril()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attend(query, key, value, mask, group=16)
+    again = 2 * query.nbytes  # keys and values at all heads
+    assert torch.cuda.max_memory_allocated() - before < again + query.nbytes + 64 * MIB  # scores: 1024 MiB
+
+
+def test_a_card_that_is_full_says_what_it_lacks() -> None:
+    with pytest.raises(torch.OutOfMemoryError) as shortage:
+        torch.empty(2**50, dtype=torch.uint8, device="cuda:0")
+    status, said = explain(shortage.value)
+    assert (status, said["device"], said["asked_bytes"]) == ("oom", "cuda:0", 2**50)
+    assert 0 < said["free_bytes"] <= (CARDS[0].capacity_bytes or 2**60)
