@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
+LOG_END_BYTES = 64 << 10
+
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text`, so that a reader sees the old file or the new one, never half of it."""
@@ -41,3 +43,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     return [json.loads(line) for line in text.split("\n")[:-1]]  # splitlines() also splits at U+2028 in a text
+
+
+def read_end(log: Path) -> str:
+    """The last 64 KiB of a log; empty where there is none."""
+    try:
+        with log.open("rb") as stream:
+            stream.seek(max(0, log.stat().st_size - LOG_END_BYTES))
+            return stream.read().decode(errors="replace")
+    except OSError:
+        return ""

@@ -23,16 +23,22 @@ from launcher.planning import paces, plan_of
 from launcher.prompts import check_context, guessed_prompts, load_prompts, sampling_of, write_prompts
 from launcher.shapes import built_of
 from launcher.slurm.script import check_cluster
-from shards.checkpoint import Checkpoint
+from shards.checkpoint import Checkpoint, is_derived
 from shards.errors import CheckpointError, UserError
 from shards.hardware import SEE_ALL_CARDS, cuda_devices
 from shards.hub import resolve
+from shards.model import KNOWN_FAMILIES, ModelShape
+from shards.quantized_checkpoint import from_config
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from launcher.backend import Prompt
     from launcher.config import RunConfig
     from shards.plan import Plan
 
+MODULE_ENGINES = ("fsdp", "deepspeed", "tensor_parallel", "transformers")  # which take every tensor by its name
+HEAD = "lm_head.weight"
 WORKER_PACKAGES = ("psutil", "tokenizers", "pynvml")  # what a rank needs beside its engine
 
 
@@ -67,7 +73,9 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
     model_config = _model_config(config, folder)
     tensors = None
     if folder is not None and config.model.weights is Weights.auto:
-        tensors = Checkpoint.open(folder).tensors
+        checkpoint = Checkpoint.open(folder)
+        _check_names(config, checkpoint, model_config)
+        tensors = checkpoint.tensors
     if folder is None and config.dry_run:
         notes.append(f"{config.model.path} is not on this machine: prompts are counted as a token for each 4 bytes")
         prompts = guessed_prompts(config, int(model_config["vocab_size"]))
@@ -90,6 +98,21 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
     processes = world_size if _is_rank_per_device(config) else config.num_nodes
     return Run(
         config, command, folder, model_config, tuple(prompts), plan, processes, world_size, on_cuda, tuple(notes), found
+    )
+
+
+def _check_names(config: RunConfig, checkpoint: Checkpoint, model_config: Mapping[str, Any]) -> None:
+    """The tensors are those of the model, as far as that is known before transformers has built it."""
+    known = model_config.get("model_type") in KNOWN_FAMILIES and not config.model.trust_remote_code
+    if not known or config.backend.name not in MODULE_ENGINES or from_config(model_config):
+        return
+    shape = ModelShape.from_config(model_config)
+    embedding = next(parameter.name for parameter in shape.parameters if parameter.cut == "embedding")
+    checkpoint.verify(
+        {parameter.name: parameter.shape for parameter in shape.parameters},
+        {embedding: [HEAD]} if shape.tied else {},
+        embedding.partition(".")[0],
+        is_derived,
     )
 
 

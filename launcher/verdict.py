@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from launcher.files import read_end
 from launcher.progress import Progress, read_progress
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def verdict(
         # A rank that vanished is the cause; what the others then saw (a broken connection) is the consequence.
         number, progress = min(silent, key=lambda item: item[1].time)
         seen = f"; rank {first['rank']} then saw {first['error']['type']}" if first else ""
-        message = f"rank {number} ended without a word: killed, or crashed in native code{seen}"
+        message = f"rank {number} ended without a word: {_death(run_dir / f'rank_{number}.log')}{seen}"
         if outcome is None or outcome.status == "failed":
             return "failed", said(number, progress.stage, "ProcessDied", message)
         return outcome.status, said(number, progress.stage, "Ended", outcome.message)
@@ -78,6 +79,13 @@ def _silent(run_dir: Path, ranks: Sequence[dict[str, Any] | None]) -> list[tuple
     mute = [number for number, rank in enumerate(ranks) if rank is None]
     found = [(number, read_progress(run_dir / f"rank_{number}.progress")) for number in mute]
     return [(number, progress) for number, progress in found if progress is not None]
+
+
+def _death(log: Path) -> str:
+    """How a rank ended that left no word, as far as the last of its log tells."""
+    if "Fatal Python error: Bus error" in read_end(log):
+        return "a file that was its memory was cut short under it, or cannot be read (SIGBUS)"
+    return "killed, or crashed in native code"
 
 
 def said(rank: int | None, stage: str, kind: str, message: str, hint: str = "") -> dict[str, Any]:

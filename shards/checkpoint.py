@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EXPECTED_BYTES = 128 << 10  # the least that Linux, as it comes, reads ahead at a time; the rest of a wish is dropped
 STILL_THERE = "check that the file is still there and that its disk is sound"
+DERIVED = r"rotary_emb\.inv_freq$|(^|\.)position_ids$|\.masked_bias$"
 LEGACY_SINGLE, LEGACY_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
@@ -64,6 +66,16 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors; tied ones that share their bytes count once."""
         return sum({(entry.file, entry.offset): entry.nbytes for entry in self.tensors.values()}.values())
+
+    def check_mapped(self, paths: Iterable[Path]) -> None:
+        """No file that is in use as memory was written to; one that was replaced or removed is still there for us."""
+        for path in paths:
+            try:
+                now = FileStamp.of(path.stat())
+            except OSError:
+                continue
+            if now.inode == self.stamps[path].inode and now != self.stamps[path]:
+                raise changed(path)
 
     def verify(
         self,
@@ -133,7 +145,7 @@ class OpenFiles:
             while done < len(memory):
                 count = os.preadv(descriptor, [memory[done:]], offset + done)
                 if count == 0:
-                    raise self._changed(entry.file)
+                    raise changed(entry.file)
                 done += count
         except OSError as error:
             raise CheckpointError(
@@ -171,7 +183,7 @@ class OpenFiles:
 
     def _check(self, path: Path, descriptor: int) -> None:
         if FileStamp.of(os.fstat(descriptor)) != self._stamps[path]:
-            raise self._changed(path)
+            raise changed(path)
 
     def _descriptor(self, path: Path) -> int:
         with self._lock:
@@ -184,10 +196,16 @@ class OpenFiles:
                 self._check(path, self._open[path])
             return self._open[path]
 
-    def _changed(self, path: Path) -> CheckpointError:
-        return CheckpointError(
-            f"{path} changed while it was being read.", "wait until nothing writes to the checkpoint, then run again"
-        )
+
+def changed(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} changed while it was in use.", "wait until nothing writes to the checkpoint, then run again"
+    )
+
+
+def is_derived(name: str) -> bool:
+    """Whether old checkpoints hold it and today's models compute it."""
+    return re.search(DERIVED, name) is not None
 
 
 def _open(folder: Path) -> Checkpoint:
@@ -197,7 +215,7 @@ def _open(folder: Path) -> Checkpoint:
         (SINGLE, False, False), (INDEX, False, True), (LEGACY_SINGLE, True, False), (LEGACY_INDEX, True, True),
     )  # fmt: skip
     for name, legacy, indexed in layouts:
-        if (folder / name).exists():
+        if os.path.lexists(folder / name):  # a link to nowhere is named when it is read
             mapping = _weight_map(folder / name) if indexed else None
             files = [folder / file for file in sorted(set(mapping.values()))] if mapping else [folder / name]
             return _read(folder, files, mapping, legacy)

@@ -11,14 +11,15 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from shards.blocks import local_block, local_bytes, stored_tensors, whole
-from shards.checkpoint import OpenFiles
+from shards.checkpoint import OpenFiles, is_derived
 from shards.conversion import MergedEntry, converted, part_targets
 from shards.errors import CheckpointError
 from shards.meta import materialize
-from shards.slices import TORCH_DTYPES, Target, map_target, read_targets
+from shards.slices import PIECE_BYTES, TORCH_DTYPES, Target, map_target, read_targets
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from torch import nn
 
@@ -26,16 +27,18 @@ if TYPE_CHECKING:
     from shards.slices import Progress
     from shards.tensor_files import TensorEntry
 
-DERIVED = r"rotary_emb\.inv_freq$|(^|\.)position_ids$|\.masked_bias$"  # in old checkpoints; computed today
-
 
 @dataclass(frozen=True, slots=True)
 class LoadStats:
-    """`bytes_read` from disk-backed files by this rank, `local_bytes` that its parameters and buffers take."""
+    """`bytes_read` from disk-backed files by this rank, `local_bytes` that its parameters and buffers take.
+
+    `mapped_files` are those that its parameters still are, in part.
+    """
 
     bytes_read: int
     local_bytes: int
     seconds: float
+    mapped_files: frozenset[Path] = frozenset()
 
 
 def load_weights(
@@ -57,9 +60,9 @@ def load_weights(
     with OpenFiles(checkpoint) as files:
         targets = [target for name, tensor in tensors.items() for target in _targets(files, found[name][0], tensor)]
         bytes_read = read_targets(files, targets, progress)
-        for name, tensor in tensors.items():
-            _check_copies(files, found[name], tensor)
-    return LoadStats(bytes_read, local_bytes(model), time.perf_counter() - began)
+        bytes_read += sum(_check_copies(files, found[name], tensor) for name, tensor in tensors.items())
+    mapped = frozenset(target.entry.file for target in targets if target.mapped)
+    return LoadStats(bytes_read, local_bytes(model), time.perf_counter() - began, mapped)
 
 
 def _match(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[TensorEntry, ...]]:
@@ -80,8 +83,8 @@ def _match(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[TensorEn
 
 
 def _ignored(model: nn.Module) -> Callable[[str], bool]:
-    patterns = [DERIVED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
-    return lambda name: any(re.search(pattern, name) for pattern in patterns)
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return lambda name: is_derived(name) or any(re.search(pattern, name) for pattern in patterns)
 
 
 def _check_dtype(entry: TensorEntry, dtype: torch.dtype) -> None:
@@ -110,16 +113,22 @@ def _targets(files: OpenFiles, entry: TensorEntry, tensor: torch.Tensor) -> list
     return [mapped]
 
 
-def _check_copies(files: OpenFiles, entries: tuple[TensorEntry, ...], tensor: torch.Tensor) -> None:
-    """A tied tensor that is stored under two names has the same values under both."""
+def _check_copies(files: OpenFiles, entries: tuple[TensorEntry, ...], tensor: torch.Tensor) -> int:
+    """A tied tensor that is stored under two names has the same values under both, as its first rows show.
+
+    Gives the bytes read for that.
+    """
     start, local = local_block(tensor)
+    bytes_read = 0
     for other in entries[1:]:
-        if (other.file, other.offset) == (entries[0].file, entries[0].offset):
+        if (other.file, other.offset) == (entries[0].file, entries[0].offset) or not local.numel():
             continue
-        copy = torch.empty_like(local)
-        read_targets(files, [Target(other, start, copy)])
-        if not torch.equal(copy, local):
+        rows = local[: max(1, PIECE_BYTES // local[0].nbytes)]
+        copy = torch.empty_like(rows)
+        bytes_read += read_targets(files, [Target(other, start, copy)])
+        if not torch.equal(copy, rows):
             raise CheckpointError(
                 f"The config ties {entries[0].name} to {other.name}, but {other.file} holds other values for it.",
                 "set tie_word_embeddings to false in config.json",
             )
+    return bytes_read

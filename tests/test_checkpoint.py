@@ -109,6 +109,11 @@ def lose(file: str) -> Callable[[Path], object]:
     return lambda folder: (folder / file).unlink()
 
 
+def dangle(folder: Path) -> None:
+    empty(folder)
+    (folder / "model.safetensors").symlink_to("gone")
+
+
 ENTRY = b'"a": {"dtype": "F32", "shape": [4], "data_offsets": [%d, %d]}'
 FILE, INDEX = "model-1.safetensors", "model.safetensors.index.json"
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -120,6 +125,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "index without a map": (text(INDEX, b"{}"), "has no weight_map"),
     "index out of its folder": (index(**{"model.x": "../model-1.safetensors"}), "points outside its folder"),
     "file missing": (lose(FILE), "1 of 2 files"),
+    "link to nowhere": (dangle, "model.safetensors cannot be read: No such file"),
     "file empty": (cut(0), "has 0 bytes, too few"),
     "file cut in its header": (cut(40), "a header of 189 bytes in a file of 40"),
     "file cut in its data": (cut(220), "220 of 229 bytes are there, model.a.weight, model.b.weight not in full"),

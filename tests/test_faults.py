@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,35 @@ def test_a_killed_rank_is_named(overrides: tuple[str, ...], tmp_path: Path) -> N
     assert err.startswith("failed: rank 1 in repeat 1/200")
     assert json.loads(out.splitlines()[-1])["status"] == "failed"
     assert left_in_shared_memory(before) == []
+
+
+def _cut_short(path: Path) -> None:
+    os.truncate(path, 1000)
+
+
+def _overwrite(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(bytes(4096))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "status", "message"),
+    [(_cut_short, "failed", "was cut short under it"), (_overwrite, "refused", "changed while it was in use")],
+)
+def test_weights_that_change_in_a_mapped_file_end_the_run(
+    spoil: Callable[[Path], None], status: str, message: str, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(ROOT / "launcher" / "models" / "tiny_falcon", tmp_path / "model"))
+    mapped = ("backend=fsdp", "precision=bf16", f"model.path={model}", "measure.repeats=1000")
+    with running(tmp_path / "out", *mapped) as (process, run_dir):
+        for path in model.glob("*.safetensors"):
+            spoil(path)
+        process.communicate(timeout=GONE_S)
+        _wait_until_gone(run_dir)
+    record = _record(run_dir)
+    assert record["status"] == status
+    assert message in record["error"]["message"]
 
 
 @pytest.mark.parametrize("kernel", ["5.3", "4.18"])

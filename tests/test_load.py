@@ -21,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, PretrainedConfig
 
 from launcher.measure import host_anonymous_bytes
-from shards import slices
+from shards import load, slices
 from shards.blocks import local_block, local_bytes
 from shards.checkpoint import Checkpoint, OpenFiles
 from shards.errors import CheckpointError
@@ -167,6 +167,17 @@ def test_tied_weights_that_differ_are_an_error(checkpoints: Path, tmp_path: Path
         load_weights(build_meta(folder, torch.float32), Checkpoint.open(folder), "cpu")
 
 
+def test_of_a_tied_weight_that_is_stored_twice_one_piece_is_read_again(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "PIECE_BYTES", 4096)
+    folder = one_file(checkpoints / "falcon", tmp_path / "bin", SPELLINGS["tied weight stored twice"])
+    model = build_meta(folder, torch.float32)
+    stats = load_weights(model, Checkpoint.open(folder), "cpu")
+    row = model.get_input_embeddings().weight[0].nbytes
+    assert stats.bytes_read == sum(parameter.nbytes for parameter in model.parameters()) + 4096 // row * row
+
+
 def test_a_quantized_checkpoint_is_an_error(checkpoints: Path, tmp_path: Path) -> None:
     def quantize(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {**state, "lm_head.weight": state["lm_head.weight"].to(torch.int8)}
@@ -196,8 +207,8 @@ def test_nothing_is_allocated_for_a_checkpoint_that_does_not_fit(checkpoints: Pa
     ("spoil", "fact"),
     [
         (lambda path: path.unlink(), "cannot be read: No such file"),
-        (lambda path: os.truncate(path, path.stat().st_size - 8), "changed while it was being read"),
-        (lambda path: os.utime(path, ns=(0, 0)), "changed while it was being read"),
+        (lambda path: os.truncate(path, path.stat().st_size - 8), "changed while it was in use"),
+        (lambda path: os.utime(path, ns=(0, 0)), "changed while it was in use"),
         (lambda path: shutil.copy(path, f"{path}.new") and os.replace(f"{path}.new", path), "changed while it"),
     ],
     ids=["gone", "truncated", "written to", "replaced"],
@@ -222,7 +233,7 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(checkpoints: Path, tmp_
         if done == total:
             os.utime(max(checkpoint.stamps), ns=(0, 0))
 
-    with pytest.raises(CheckpointError, match="changed while it was being read"):
+    with pytest.raises(CheckpointError, match="changed while it was in use"):
         load_weights(build_meta(folder, torch.float32), checkpoint, "cpu", touch)
 
 

@@ -218,7 +218,28 @@ def _no_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 
 
-@pytest.mark.parametrize("damage", [_without_a_shard, _truncated, _index_of_another, _no_config])
+def _of_other_sizes(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + 64}))
+
+
+def _of_more_layers(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": config["num_hidden_layers"] + 1}))
+
+
+def _link_to_nowhere(folder: Path) -> None:
+    shard = next(folder.glob("model-00002*"))
+    shard.unlink()
+    shard.symlink_to("blobs/gone")
+
+
+DAMAGES = (
+    _without_a_shard, _truncated, _index_of_another, _no_config, _of_other_sizes, _of_more_layers, _link_to_nowhere,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_refused(
     damage: object, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,6 +41,8 @@ KNOWN_TOLERANCE, OTHER_TOLERANCE = 0.01, 0.25  # plans are exact for the familie
 class ModuleBackend(ABC):
     """An engine that is a torch module with transformers' forward; `place` is all that differs."""
 
+    mapped_files: frozenset[Path] = frozenset()  # that the weights of this process are
+
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.dtype = getattr(torch, config.precision.value)
@@ -85,12 +87,15 @@ class ModuleBackend(ABC):
         if self.config.model.weights is Weights.random:
             fill_random(model, self.config.seed, self.device, progress)
         else:
-            load_weights(model, Checkpoint.open(self.config.model.path), self.device, progress)
+            self.checkpoint = Checkpoint.open(self.config.model.path)
+            self.mapped_files = load_weights(model, self.checkpoint, self.device, progress).mapped_files
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: Callable[[int], None]
     ) -> Generation:
         generation = self.decoder.generate(prompts, sampling, on_step)
+        if self.mapped_files:
+            self.checkpoint.check_mapped(self.mapped_files)
         if not self.config.backend.data_parallel:
             _check_agreement(generation)
         return generation
