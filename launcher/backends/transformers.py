@@ -50,7 +50,7 @@ class TransformersBackend(ModuleBackend):
         model.tie_weights()
         self.fill(model, progress)
         self.devices = [torch.device("cuda", card) for card in cards]
-        return dispatch_model(model, placed)
+        return dispatch_model(model, placed, force_hooks=True)  # they bring the inputs, even where one card has it all
 
     def memory(self) -> list[DeviceMemory]:
         caches = self.decoder.kv_cache_bytes
