@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from launcher.slurm.arrays import DETACHED, Detached
 from launcher.slurm.jobs import read_job
 from launcher.slurm.script import job_of, name_of, sbatch_text
 from launcher.sweep import exit_code, finish_run, run_point, sweep
+from launcher.terminal import run_command
 from shards.errors import UserError, WorldError
 from shards.world import World
 
@@ -80,9 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(arguments, world)
     except Detached:
         return DETACHED
-    except BrokenPipeError:  # what read our output has gone, as `head` does; nothing is left that could be said
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except UserError as error:
         if world.rank == 0:
             print(error, file=sys.stderr)
@@ -196,4 +193,4 @@ def _dry_run(config: RunConfig, command: tuple[str, ...]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -6,10 +6,10 @@ which texts only repeat themselves, the ratio of tokens/s with its spread, and t
 
 from __future__ import annotations
 
-import argparse
 import json
-import signal
+import math
 import sys
+from argparse import ArgumentTypeError
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,11 @@ from rich.table import Table
 
 from launcher.comparison import Comparison, FinishedRun, compare, read_run
 from launcher.report import console, rate, size
+from launcher.terminal import Parser, run_command
 from shards.errors import UserError
 
 if TYPE_CHECKING:
+    from argparse import Namespace
     from collections.abc import Sequence
 
     from rich.console import Console
@@ -112,21 +114,35 @@ def _held(run: FinishedRun) -> list[dict[str, Any]]:
     return [{name: device[name] for name in ("rank", "device", *HELD)} for device in run.record["devices"]]
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; what is wrong with it ends the process with code 2."""
-    parser = argparse.ArgumentParser(prog="python -m launcher.compare", description="Compare runs with the first one.")
+def parse(argv: Sequence[str] | None) -> Namespace:
+    """The command line; ConfigError for what is wrong with it."""
+    parser = Parser(prog="python -m launcher.compare", description="Compare runs with the first one.")
     parser.add_argument("base", type=Path, metavar="RUN", help="the run directory that the others are held against")
     parser.add_argument("others", type=Path, metavar="RUN", nargs="+")
-    parser.add_argument("--min-match", type=float, metavar="SHARE", help="least share of equal completions, 1.0 is all")
-    parser.add_argument("--min-speed-ratio", type=float, metavar="RATIO", help="least ratio of the median tokens/s")
+    parser.add_argument("--min-match", type=share, metavar="SHARE", help="least share of equal completions: 1 is all")
+    parser.add_argument("--min-speed-ratio", type=ratio, metavar="RATIO", help="least ratio of the median tokens/s")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     return parser.parse_args(argv)
 
 
+def share(text: str) -> float:
+    """An argument from 0 to 1."""
+    if not 0 <= (value := float(text)) <= 1:
+        raise ArgumentTypeError(f"{text} is not a share from 0 to 1")
+    return value
+
+
+def ratio(text: str) -> float:
+    """An argument of 0 or more."""
+    if not 0 <= (value := float(text)) < math.inf:
+        raise ArgumentTypeError(f"{text} is not a ratio of 0 or more")
+    return value
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """0, 1 where a threshold is missed, 2 where there is nothing to compare (one line on stderr says why)."""
-    arguments = parse(argv)
     try:
+        arguments = parse(argv)
         runs = [read_run(path) for path in (arguments.base, *arguments.others)]
         if arguments.json:
             comparisons = [compare(runs[0], other) for other in runs[1:]]
@@ -144,5 +160,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
-    sys.exit(main())
+    sys.exit(run_command(main))

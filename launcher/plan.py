@@ -18,7 +18,6 @@ in another process, which takes seconds.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from dataclasses import replace
 from itertools import product
@@ -33,6 +32,7 @@ from launcher.files import read_json
 from launcher.models import EMBEDDED
 from launcher.plan_table import Row, markdown, show, show_modules
 from launcher.shapes import built_of
+from launcher.terminal import run_command
 from shards.errors import PlanError, UserError
 from shards.hardware import Device, Link, cuda_devices, known_device, known_link, usual_link
 from shards.measured import this_machine
@@ -221,5 +221,4 @@ def caption(values: dict[str, str], rows: Sequence[Row]) -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
-    raise SystemExit(main(sys.argv[1:]))
+    sys.exit(run_command(lambda: main(sys.argv[1:])))

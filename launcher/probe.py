@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import uuid
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 from launcher import processes
 from launcher.config import Accelerator, ConfigError
 from launcher.launch import rank_environment, worker_command
+from launcher.terminal import run_command
 from shards.errors import UserError, WorldError
 from shards.hardware import cuda_devices
 from shards.measured import Measured, save
@@ -42,7 +42,11 @@ def main(argv: Sequence[str]) -> int:
         return 2
     for line in lines(measured):
         print(line)
-    print(f"kept in {save(os.environ, measured)}")
+    try:
+        print(f"kept in {save(os.environ, measured)}")
+    except OSError as error:
+        print(f"error: The figures cannot be kept: {error}. HINT: XDG_CACHE_HOME=/a/folder/of/yours", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -103,5 +107,4 @@ def lines(measured: Measured) -> list[str]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
-    raise SystemExit(main(sys.argv[1:]))
+    sys.exit(run_command(lambda: main(sys.argv[1:])))

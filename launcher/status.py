@@ -6,7 +6,6 @@ line of stdout is one JSON object. Exit code: 0 all are ok or under way, 1 some 
 
 from __future__ import annotations
 
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from launcher.record import unfinished
 from launcher.slurm import arrays, jobs
 from launcher.slurm.arrays import Point
 from launcher.slurm.script import LOG
+from launcher.terminal import run_command
 from launcher.verdict import STATUSES
 from shards.errors import UserError
 
@@ -98,5 +98,4 @@ def _record(point: Point, states: dict[Path, jobs.State]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
-    sys.exit(main())
+    sys.exit(run_command(main))

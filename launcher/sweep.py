@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,10 +53,15 @@ def sweep(points: Sequence[Sequence[str]], configs: Sequence[RunConfig], command
     local = [place for place, config in enumerate(configs) if config.launch.name != "slurm"]
     others = [place for place in range(len(points)) if place not in local]
     made: dict[int, dict[str, Any]] = {}
-    for place in local:
-        stopped = any(record["status"] == "cancelled" for record in made.values())
-        made[place] = _left_out(configs[place]) if stopped else _run_here(configs[place], commands[place])
-    if others:
+    with contextlib.suppress(KeyboardInterrupt):  # between two points, or before the ranks of one have begun
+        for place in local:
+            made[place] = _run_here(configs[place], commands[place])
+            if made[place]["status"] == "cancelled":
+                break
+    is_ended = any(place not in made or made[place]["status"] == "cancelled" for place in local)
+    for place in range(len(points)) if is_ended else ():
+        made.setdefault(place, _left_out(configs[place]))
+    if others and not is_ended:
         queued = arrays.run_points([configs[place] for place in others], [commands[place] for place in others])
         made |= dict(zip(others, queued, strict=True))
     records = [made[place] for place in range(len(points))]

@@ -228,8 +228,17 @@ def test_what_is_no_finished_run_is_refused_in_one_line(
     assert command.main([str(good), str(tmp_path / "not there")]) == 2
 
 
-@pytest.mark.parametrize("arguments", [[], ["one"], ["one", "two", "--min-match", "most"]])
-def test_wrong_arguments(arguments: list[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        command.main(arguments)
-    assert ended.value.code == 2
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "the following arguments are required: RUN, RUN."),
+        (["one"], "the following arguments are required: RUN."),
+        (["a", "b", "--min-match", "most"], "argument --min-match: invalid share value: 'most'."),
+        (["a", "b", "--min-match", "nan"], "argument --min-match: nan is not a share from 0 to 1."),
+        (["a", "b", "--min-match", "2"], "argument --min-match: 2 is not a share from 0 to 1."),
+        (["a", "b", "--min-speed-ratio", "inf"], "argument --min-speed-ratio: inf is not a ratio of 0 or more."),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(arguments) == 2
+    assert capsys.readouterr() == ("", f"{expected} HINT: python -m launcher.compare --help\n")

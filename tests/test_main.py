@@ -288,7 +288,9 @@ def test_help_names_every_option_and_five_commands(capsys: pytest.CaptureFixture
     assert said.count("\n  python -m launcher") == 5
 
 
-@pytest.mark.parametrize("words", [["launcher", "--help"], ["launcher.plan", "model=falcon_40b", "--markdown"]])
+@pytest.mark.parametrize(
+    "words", [["launcher", "--help"], ["launcher.plan", "model=falcon_40b"], ["launcher", "dry_run=true"]]
+)
 def test_a_reader_that_has_seen_enough_causes_no_traceback(words: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)

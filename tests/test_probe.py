@@ -38,6 +38,18 @@ def test_two_ranks_are_measured_and_the_figures_kept(capsys: pytest.CaptureFixtu
     assert 1e-6 < link.latency_s < 1
 
 
+def test_figures_that_cannot_be_kept_are_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "measure", lambda *_: MEASURED)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert probe.main(["devices=2", "accelerator=cpu"]) == 2
+    said = capsys.readouterr()
+    assert "memory: 20.0 GB/s" in said.out
+    assert said.err.startswith("error: The figures cannot be kept: [Errno 20] Not a directory: '/dev/null")
+    assert said.err.count("\n") == 1
+
+
 KILLED = "import os\nif os.environ.get('RANK') == '1':\n    os.kill(os.getpid(), 9)\n"
 
 

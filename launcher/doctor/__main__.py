@@ -6,7 +6,6 @@ Needs nothing but the standard library; rich, where it can be imported, draws th
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import sys
@@ -15,9 +14,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import launcher
-from launcher.config import BACKENDS
+from launcher.config import BACKENDS, ConfigError
 from launcher.doctor import host
 from launcher.doctor.trials import Engine, engine, nvml
+from launcher.terminal import Parser, run_command
 from shards.interpreter import ROOT
 
 try:
@@ -28,6 +28,7 @@ except Exception:  # a broken one is as good as none
     Console = None  # type: ignore[assignment, misc]
 
 if TYPE_CHECKING:
+    from argparse import Namespace
     from collections.abc import Sequence
 
 AT_ONCE = 2  # imports of engines are heavy
@@ -206,11 +207,9 @@ def show(found: dict[str, Any]) -> None:
     (console if console.is_terminal else Console(highlight=False, width=160)).print(table)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; what is wrong with it ends the process with code 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launcher.doctor", description="What works here, and what would mend the rest."
-    )
+def parse(argv: Sequence[str] | None) -> Namespace:
+    """The command line; ConfigError for what is wrong with it."""
+    parser = Parser(prog="python -m launcher.doctor", description="What works here, and what would mend the rest.")
     parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="for the import of one engine")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     return parser.parse_args(argv)
@@ -218,7 +217,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Always 0: what is missing is a line of the table. 2 for a wrong argument."""
-    arguments = parse(argv)
+    try:
+        arguments = parse(argv)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
     found = examine(arguments.timeout)
     if arguments.json:
         print(json.dumps(found), flush=True)
@@ -228,4 +231,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

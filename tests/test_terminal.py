@@ -1,0 +1,83 @@
+"""What becomes of a command's words: outputs that are full, gone or of few letters, and Ctrl-C at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from running import ROOT, environment, launcher, run
+
+FULL = Path("/dev/full")
+RUN = ("launcher", "backend=dummy", "devices=1", "measure.repeats=1")
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run that ended well."""
+    ended = launcher(*RUN[1:], f"output_dir={tmp_path}")
+    assert ended.code == 0, ended.err
+    return Path(ended.last_json["run_dir"])
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("words", [["launcher", "--help"], RUN, ["launcher.plan", "model=falcon_40b"]])
+def test_a_full_output_is_one_line(words: list[str], tmp_path: Path) -> None:
+    with FULL.open("w") as out:
+        ended = subprocess.run(
+            [sys.executable, "-m", *words, *([f"output_dir={tmp_path}"] if words == RUN else [])],
+            cwd=ROOT, env=environment(), stdout=out, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (2, "The output cannot be written: No space left on device.\n")
+
+
+def test_letters_that_an_output_has_not_are_replaced(run_dir: Path) -> None:
+    ended = run([sys.executable, "-m", *RUN, f"output_dir={run_dir.parent}"], PYTHONIOENCODING="ascii")
+    assert (ended.code, ended.err) == (0, "")
+    assert "\ndummy ? tiny_falcon ? fp32 ? 1 device\n" in ended.out
+    ended = run([sys.executable, "-m", "launcher.compare", str(run_dir), str(run_dir)], PYTHONIOENCODING="ascii")
+    assert (ended.code, ended.err) == (0, "")
+
+
+@pytest.mark.parametrize("module", ["launcher", "launcher.plan", "launcher.status", "launcher.compare"])
+def test_ctrl_c_while_importing_is_one_line(module: str, tmp_path: Path) -> None:
+    for name in ("yaml", "rich"):
+        (tmp_path / f"{name}.py").write_text("raise KeyboardInterrupt")
+    ended = run([sys.executable, "-m", module, "--help"], PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert (ended.code, ended.out, ended.err) == (130, "", "interrupted\n")
+
+
+def interrupted(fifo: Path, *words: str) -> tuple[int, str, str]:
+    """What a command does that gets SIGINT while it waits for the words of a file."""
+    os.mkfifo(fifo)
+    command = [sys.executable, "-m", *words]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        with fifo.open("w"):  # returns once the command has opened it, too
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def test_ctrl_c_before_a_run_has_begun_is_one_line(tmp_path: Path) -> None:
+    fifo = tmp_path / "prompts.txt"
+    ended = interrupted(fifo, *RUN, "prompts=file", f"prompts.path={fifo}", f"output_dir={tmp_path / 'runs'}")
+    assert ended == (130, "", "interrupted\n")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_ctrl_c_between_two_points_shows_those_that_are_done(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("The capital of France is\n")
+    fifo = tmp_path / "b.txt"
+    paths = f"prompts.path={tmp_path / 'a.txt'},{fifo},{tmp_path / 'a.txt'}"
+    code, out, err = interrupted(fifo, *RUN, "-m", "prompts=file", paths, f"output_dir={tmp_path / 'runs'}")
+    assert (code, "Traceback" in err) == (1, False)
+    assert json.loads(out.splitlines()[-1])["points"] == {"ok": 1, "cancelled": 2}
