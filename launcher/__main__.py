@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Detached:
         return DETACHED
     except UserError as error:
-        if world.rank == 0:
+        if world.local_rank == 0:  # of each node: one may lack what the others have
             print(error, file=sys.stderr)
         return 2
 

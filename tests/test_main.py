@@ -125,6 +125,14 @@ def test_a_refusal_under_torchrun_is_said_once_and_ends_all_ranks(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_node_that_lacks_what_others_have_says_so() -> None:
+    world = World(rank=2, world_size=4, local_world_size=2, node_rank=1, num_nodes=2)
+    for local_rank, said in ((0, "accelerator=cuda, and no CUDA device can be seen. HINT: accelerator=cpu\n"), (1, "")):
+        here = replace(world, rank=2 + local_rank, local_rank=local_rank)
+        ended = run([sys.executable, "-m", "launcher", "backend=dummy", "accelerator=cuda"], **here.environ())
+        assert ended == Ended(2, "", said)
+
+
 def test_a_dry_run_under_torchrun_starts_nothing(tmp_path: Path) -> None:
     first, second = ranks_of_torchrun("dry_run=true", f"output_dir={tmp_path}")
     assert "--nproc-per-node=2 --max-restarts=0 -m launcher.worker RUN_DIR" in first.out
