@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import attempts, resume
-from launcher.files import read_json
+from launcher.files import read_json, writing_in
 from launcher.record import finish
 from launcher.worker import EXIT_CODES, redirected_output, run_rank
 from shards.errors import UserError
@@ -55,8 +55,9 @@ def _begin(run: Run) -> tuple[Path, int | None] | UserError | OSError:
     The others wait for what is found here: an error that leaves it would be theirs as a broken connection.
     """
     try:
-        run_dir, is_done = resume.directory_of(run)
-        return run_dir, None if is_done else attempts.begin(run_dir)
+        with writing_in(Path(run.config.output_dir)):
+            run_dir, is_done = resume.directory_of(run)
+            return run_dir, None if is_done else attempts.begin(run_dir)
     except (UserError, OSError) as error:
         return error
 

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import socket
 from typing import TYPE_CHECKING, Any
 
+from shards.errors import UserError
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+@contextlib.contextmanager
+def writing_in(folder: Path) -> Iterator[None]:
+    """UserError where the file system of `folder` takes no more of what is written in here."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise UserError(f"Cannot write in {folder}: {error.strerror}.", "free some, then resume=true") from None
+
 
 LOG_END_BYTES = 64 << 10
 
@@ -16,11 +35,16 @@ LOG_END_BYTES = 64 << 10
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text`, so that a reader sees the old file or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")  # a file system has many hosts
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import time
 import uuid
@@ -238,11 +239,15 @@ def _model_config(config: RunConfig, folder: Path | None) -> dict[str, Any]:
 def create_run_dir(run: Run, batch_search: dict[str, Any] | None = None) -> Path:
     """A new folder that no other run has, with everything a rank reads, and how its batch was found if it was."""
     run_dir = new_folder(run.config)
-    write_text(run_dir / "config.yaml", yaml.safe_dump(to_dict(run.config), sort_keys=False))
-    write_json(run_dir / "plan.json", run.plan.to_dict())
-    write_prompts(run_dir / "prompts.jsonl", run.prompts)
-    own = {"started_at": time.time(), "mark": uuid.uuid4().hex, "batch_search": batch_search}
-    write_json(run_dir / "run.json", described(run) | own)
+    try:
+        write_text(run_dir / "config.yaml", yaml.safe_dump(to_dict(run.config), sort_keys=False))
+        write_json(run_dir / "plan.json", run.plan.to_dict())
+        write_prompts(run_dir / "prompts.jsonl", run.prompts)
+        own = {"started_at": time.time(), "mark": uuid.uuid4().hex, "batch_search": batch_search}
+        write_json(run_dir / "run.json", described(run) | own)
+    except OSError:
+        shutil.rmtree(run_dir, ignore_errors=True)  # half of one is of no use, and what is full has its room again
+        raise
     return run_dir
 
 

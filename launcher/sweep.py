@@ -12,7 +12,7 @@ from launcher.bars import Bars
 from launcher.batch_search import run_with_largest_batch
 from launcher.comparison import alike, read_run
 from launcher.elastic import check_one_node
-from launcher.files import read_json
+from launcher.files import read_json, writing_in
 from launcher.launch import run_local
 from launcher.plain import from_dict, to_dict
 from launcher.prepare import prepare
@@ -30,10 +30,11 @@ def run_point(config: RunConfig, command: tuple[str, ...]) -> dict[str, Any]:
     """Prepare, start and watch one run on this machine; its record, which may be there already with `resume=true`."""
     run = prepare(config, command)
     check_one_node(run.config)
-    if config.measure.find_batch_size:
-        return run_with_largest_batch(run, finish_run)
-    run_dir, _ = resume.directory_of(run)
-    return finish_run(run_dir)
+    with writing_in(Path(config.output_dir)):
+        if config.measure.find_batch_size:
+            return run_with_largest_batch(run, finish_run)
+        run_dir, _ = resume.directory_of(run)
+        return finish_run(run_dir)
 
 
 def finish_run(run_dir: Path) -> dict[str, Any]:
@@ -44,7 +45,8 @@ def finish_run(run_dir: Path) -> dict[str, Any]:
     if config["launch"]["name"] == "slurm":
         return arrays.run_job(run_dir)
     check_one_node(from_dict(config))
-    with Bars(f"{config['backend']['name']} {config['model']['name']}", report.console(stderr=True)) as bars:
+    title = f"{config['backend']['name']} {config['model']['name']}"
+    with writing_in(run_dir), Bars(title, report.console(stderr=True)) as bars:
         return run_local(run_dir, bars.show)
 
 

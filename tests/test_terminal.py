@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from running import ROOT, environment, launcher, run
+from running import ROOT, Ended, environment, launcher, run
 
 FULL = Path("/dev/full")
 RUN = ("launcher", "backend=dummy", "devices=1", "measure.repeats=1")
@@ -81,3 +82,31 @@ def test_ctrl_c_between_two_points_shows_those_that_are_done(tmp_path: Path) -> 
     code, out, err = interrupted(fifo, *RUN, "-m", "prompts=file", paths, f"output_dir={tmp_path / 'runs'}")
     assert (code, "Traceback" in err) == (1, False)
     assert json.loads(out.splitlines()[-1])["points"] == {"ok": 1, "cancelled": 2}
+
+
+def on_a_disk(size: str, folder: Path, script: str) -> Ended:
+    """What a shell script does in a folder of so much room, which no one else sees."""
+    mount = ["unshare", "-rm", "sh", "-c", f"mount -t tmpfs -o size={size} tmpfs {folder} && {script}"]
+    if shutil.which("unshare") is None or run([*mount[:-1], mount[-1].partition("&&")[0]]).code != 0:
+        pytest.skip("no file system can be mounted here")
+    return run(mount)
+
+
+LAUNCH = f"{sys.executable} -m {' '.join(RUN)} output_dir"
+
+
+@pytest.mark.parametrize("size", ["4k", "48k"])
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(size: str, tmp_path: Path) -> None:
+    room = f"mount -o remount,size=4m {tmp_path}"
+    ended = on_a_disk(size, tmp_path, f"{LAUNCH}={tmp_path}/r; echo $?; {room}; {LAUNCH}={tmp_path}/r resume=true")
+    assert (ended.out.partition("\n")[0], ended.code) == ("2", 0), ended.err
+    [line] = ended.err.splitlines()
+    assert line.startswith(f"Cannot write in {tmp_path}/r")
+    assert line.endswith(": No space left on device. HINT: free some, then resume=true")
+
+
+def test_a_sweep_goes_on_past_a_full_disk(tmp_path: Path) -> None:
+    ended = on_a_disk("24k", tmp_path, f"{LAUNCH}={tmp_path}/r,{tmp_path.parent}/elsewhere -m")
+    rows = ended.last_json["records"]
+    assert [row["status"] for row in rows] == ["refused", "ok"], ended.err
+    assert "No space left on device." in rows[0]["error"]["message"]

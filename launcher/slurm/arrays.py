@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import report
 from launcher.bars import Bars
-from launcher.files import read_json, write_json, write_text
+from launcher.files import read_json, write_json, write_text, writing_in
 from launcher.prepare import prepare
 from launcher.record import refused, unfinished
 from launcher.resume import directory_of, refusal
@@ -186,7 +186,9 @@ def _record(point: Point, records: Mapping[Path, dict[str, Any]]) -> dict[str, A
 
 def _prepared(config: RunConfig, command: tuple[str, ...]) -> Point:
     try:
-        run_dir, done = directory_of(prepare(config, command))
+        run = prepare(config, command)
+        with writing_in(Path(config.output_dir)):
+            run_dir, done = directory_of(run)
     except UserError as error:
         return Point(command[3:], None, refusal(config, error))
     return Point(command[3:], run_dir, read_json(run_dir / "record.json") if done else None)
