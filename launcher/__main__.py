@@ -91,8 +91,7 @@ def _dispatch(arguments: Arguments, world: World) -> int:
         return _sweep(arguments, world)
     config = compose_run(_adopt(arguments.overrides, world), arguments.config_dirs)
     if arguments.cfg:
-        print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
-        return 0
+        return _show_config([config]) if world.rank == 0 else 0
     if config.run_dir is not None:
         return _continue(config, arguments, world)
     command = command_of(arguments.overrides, arguments.config_dirs)
@@ -106,6 +105,13 @@ def _dispatch(arguments: Arguments, world: World) -> int:
     return _report(run_point(config, command))
 
 
+def _show_config(configs: Sequence[RunConfig]) -> int:
+    """Print what was composed, a YAML document for each point of a sweep."""
+    several = len(configs) > 1
+    print(yaml.safe_dump_all(map(to_dict, configs), sort_keys=False, explicit_start=several), end="")
+    return 0
+
+
 def _sweep(arguments: Arguments, world: World) -> int:
     """Run the points of a sweep, or show what they would be."""
     if world.launcher != "alone":
@@ -115,6 +121,8 @@ def _sweep(arguments: Arguments, world: World) -> int:
         )
     points = expand_sweep(list(arguments.overrides))
     configs = [compose_run(point, arguments.config_dirs) for point in points]
+    if arguments.cfg:
+        return _show_config(configs)
     commands = [command_of(point, arguments.config_dirs) for point in points]
     if not any(config.dry_run for config in configs):
         return sweep(points, configs, commands)

@@ -73,8 +73,19 @@ BOUNDS: dict[str, Bounds] = {
 """The bounds of each number by its key, whichever engine has it; a key that may be null is checked where it is not."""
 
 
+CHOICES = {
+    "device_map": ("auto", "balanced", "balanced_low_0", "sequential"),
+    "fail_at": ("", "load", "generate", "hang"),
+}
+"""The texts that an option of an engine can be."""
+
+
 def check(config: RunConfig) -> None:
     """Raise ConfigError for a value that no run can have."""
+    for name, choices in CHOICES.items():
+        if (value := getattr(config.backend, name, choices[0])) not in choices:
+            known = [choice for choice in choices if choice]
+            raise ConfigError(f"backend.{name}={value} is not one of {', '.join(known)}.", f"backend.{name}={known[0]}")
     for key, value in numbers(config):
         if wrong := BOUNDS[key].wrong(value):
             raise ConfigError(f"{key}={value} is {wrong}.", f"{key}={BOUNDS[key]}")

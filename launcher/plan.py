@@ -28,10 +28,9 @@ import yaml
 
 from launcher.compose import conf_dir, options
 from launcher.config import BACKENDS, ConfigError, Precision
-from launcher.files import read_json
 from launcher.models import EMBEDDED
 from launcher.plan_table import Row, markdown, show, show_modules
-from launcher.shapes import built_of
+from launcher.shapes import built_of, config_of
 from launcher.terminal import run_command
 from shards.errors import PlanError, UserError
 from shards.hardware import Device, Link, cuda_devices, known_device, known_link, usual_link
@@ -106,19 +105,12 @@ def parse(items: Sequence[str]) -> dict[str, str]:
 def model_config(model: str) -> dict[str, Any]:
     """The transformers config of a preset, or of the config.json in a folder."""
     if Path(model).is_dir():
-        return _read_config(Path(model))
+        return config_of(Path(model))
     if model not in options("model"):
         raise ConfigError(f"There is no model {model!r}.", f"one of {', '.join(options('model'))}, or a folder")
-    preset = yaml.safe_load((conf_dir() / "model" / f"{model}.yaml").read_text())
+    preset = yaml.safe_load((conf_dir() / "model" / f"{model}.yaml").read_text(encoding="utf-8"))
     config: dict[str, Any] | None = preset["config"]
-    return config or _read_config(EMBEDDED / str(preset["path"]).removeprefix("embedded:"))
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / "config.json")
-    if config is None:
-        raise ConfigError(f"{folder} has no config.json.", "a folder that save_pretrained wrote")
-    return dict(config)
+    return config or config_of(EMBEDDED / str(preset["path"]).removeprefix("embedded:"))
 
 
 def quantizations(values: dict[str, str], config: dict[str, Any]) -> list[Quantization | None]:

@@ -17,18 +17,18 @@ import yaml
 
 from launcher.backends.deepspeed_options import notes_deepspeed, refuse_deepspeed
 from launcher.config import Accelerator, ConfigError, Weights
-from launcher.files import read_json, write_json, write_text
+from launcher.files import write_json, write_text
 from launcher.models import EMBEDDED
 from launcher.plain import to_dict
 from launcher.planning import paces, plan_of
 from launcher.prompts import check_context, guessed_prompts, load_prompts, sampling_of, write_prompts
-from launcher.shapes import built_of
+from launcher.shapes import built_of, config_of
 from launcher.slurm.script import check_cluster
 from shards.checkpoint import Checkpoint, is_derived
-from shards.errors import CheckpointError, UserError
+from shards.errors import UserError
 from shards.hardware import SEE_ALL_CARDS, cuda_devices
 from shards.hub import resolve
-from shards.model import KNOWN_FAMILIES, ModelShape
+from shards.model import KNOWN_FAMILIES, ConfigFields, ModelShape
 from shards.quantized_checkpoint import from_config
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
     config, notes = _settle(config, on_cuda)
     folder = model_folder(config)
     model_config = _model_config(config, folder)
+    fields = ConfigFields(model_config)
+    vocab_size = fields.size("vocab_size")
     tensors = None
     if folder is not None and config.model.weights is Weights.auto:
         checkpoint = Checkpoint.open(folder)
@@ -79,11 +81,11 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
         tensors = checkpoint.tensors
     if folder is None and config.dry_run:
         notes.append(f"{config.model.path} is not on this machine: prompts are counted as a token for each 4 bytes")
-        prompts = guessed_prompts(config, int(model_config["vocab_size"]))
+        prompts = guessed_prompts(config, vocab_size)
     else:
-        prompts = load_prompts(config, folder, int(model_config["vocab_size"]))
+        prompts = load_prompts(config, folder, vocab_size)
     sampling = sampling_of(config)
-    positions = model_config.get("max_position_embeddings") or model_config.get("n_positions")
+    positions = fields.count("max_position_embeddings") or fields.count("n_positions")
     check_context(prompts, sampling.max_new_tokens, positions)
     longest = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_new_tokens
     refuse_deepspeed(config, model_config, on_cuda, longest)
@@ -154,7 +156,14 @@ def _missing(packages: tuple[str, ...], python: str | None) -> list[str]:
             [python, "-c", program, *packages, *WORKER_PACKAGES], capture_output=True, text=True, check=True, timeout=60
         )
     except (OSError, subprocess.SubprocessError) as error:
-        raise ConfigError(f"backend.python={python} does not run: {error}.", "/path/to/bin/python") from None
+        match error:
+            case subprocess.CalledProcessError():
+                said = f"exit code {error.returncode}, {error.stderr.strip().rpartition(chr(10))[2] or 'no message'}"
+            case subprocess.TimeoutExpired():
+                said = f"no answer in {error.timeout:g} s"
+            case _:
+                said = str(error)
+        raise ConfigError(f"backend.python={python} does not run: {said}.", "/path/to/bin/python") from None
     return asked.stdout.split()
 
 
@@ -225,15 +234,7 @@ def _model_config(config: RunConfig, folder: Path | None) -> dict[str, Any]:
     if folder is None:
         assert config.model.config is not None
         return config.model.config
-    try:
-        found = read_json(folder / "config.json")
-    except ValueError as error:
-        raise CheckpointError(f"{folder / 'config.json'} is not JSON: {error}.", "download the model again") from None
-    if found is None:
-        raise CheckpointError(f"{folder} has no config.json.", "model.path= a folder that save_pretrained wrote")
-    if "vocab_size" not in found:
-        raise CheckpointError(f"{folder / 'config.json'} has no vocab_size.", "a causal language model of transformers")
-    return dict(found)
+    return config_of(folder)
 
 
 def create_run_dir(run: Run, batch_search: dict[str, Any] | None = None) -> Path:

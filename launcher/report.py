@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,10 +54,20 @@ def rate(value: float | None) -> str:
     return "-" if value is None else f"{value:,.1f}" if value >= 10 else f"{value:,.3f}"
 
 
+def rounded(value: Any) -> Any:
+    """A figure to the fourth digit behind the point, a smaller one to four digits that are not leading zeros."""
+    return round(value, max(4, 3 - math.floor(math.log10(abs(value))))) if isinstance(value, float) and value else value
+
+
+def shown(text: str) -> str:
+    """A text of a prompt or an engine for the terminal: what would move its cursor or set its colours is replaced."""
+    return "".join("\ufffd" if unicodedata.category(letter) == "Cc" else letter for letter in text)
+
+
 def headline(record: dict[str, Any]) -> str:
     """The last line of stdout: one JSON object with the figures that a program asks for first."""
     error = {key: value for key, value in (record["error"] or {}).items() if key != "traceback"}
-    return json.dumps({name: record[name] for name in HEADLINE} | ({"error": error} if error else {}))
+    return json.dumps({name: rounded(record[name]) for name in HEADLINE} | ({"error": error} if error else {}))
 
 
 def error_line(record: dict[str, Any]) -> str:
@@ -64,7 +76,7 @@ def error_line(record: dict[str, Any]) -> str:
     where = f"rank {error['rank']} in {error['stage']}" if error["rank"] is not None else "before any rank began"
     hint = f" HINT: {error['hint']}" if error["hint"] else ""
     kind = "" if error["type"] in ("ProcessDied", "Ended", "Cancelled") else f"{error['type']}: "
-    return f"{record['status']}: {where}: {kind}{error['message']}{hint}"
+    return shown(f"{record['status']}: {where}: {kind}{error['message']}{hint}")
 
 
 def show(record: dict[str, Any]) -> None:
@@ -109,8 +121,8 @@ def batch_line(search: dict[str, Any]) -> str:
 def _completions(rows: Sequence[dict[str, Any]]) -> Table:
     table = Table("prompt", "completion", "new tokens", "end", title=None, show_lines=False)
     for row in rows[:SHOWN_COMPLETIONS]:
-        text = row["text"].strip().replace("\n", " ⏎ ")
-        table.add_row(escape(row["prompt"]), escape(text), str(row["new_tokens"]), row["finish_reason"])
+        prompt, text = (shown(row[name].strip().replace("\n", " ⏎ ")) for name in ("prompt", "text"))
+        table.add_row(escape(prompt), escape(text), str(row["new_tokens"]), row["finish_reason"])
     if len(rows) > SHOWN_COMPLETIONS:
         table.add_row("…", f"{len(rows) - SHOWN_COMPLETIONS} more in completions.jsonl", "", "")
     return table

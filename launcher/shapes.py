@@ -7,15 +7,33 @@ import sys
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from launcher.files import read_json
 from shards.any_model import Built, ask_transformers, shape_from_tensors
-from shards.errors import PlanError
+from shards.errors import CheckpointError, PlanError
 from shards.model import KNOWN_FAMILIES, ModelShape
 from shards.quantized_checkpoint import from_config, unpacked
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from shards.tensor_files import TensorEntry
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """The transformers config of the model in a folder; CheckpointError where it has none that can be read."""
+    path = folder / "config.json"
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}.", "download the model again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.", "a file of yours") from None
+    if found is None:
+        raise CheckpointError(f"{folder} has no config.json.", "model.path= a folder that save_pretrained wrote")
+    if not isinstance(found, dict) or "vocab_size" not in found:
+        raise CheckpointError(f"{path} has no vocab_size.", "a causal language model of transformers")
+    return found
 
 
 def built_of(

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from running import ROOT, left_in_shared_memory, run, torchrun
 
-from launcher.backends.vllm_options import arguments, environment, pool_bytes
+from launcher.backends.vllm_options import arguments, environment, pool_bytes, refusal
 from launcher.compose import compose_run
 from launcher.config import RunConfig
 from launcher.models import EMBEDDED
@@ -31,6 +31,14 @@ WAYS = ("alone", "workers", "torchrun")
 SIZES = {"alone": 1, "workers": 2, "torchrun": 2}
 THREADS = "64"
 PLANNED_POOL = 50_000_000  # as the program is told where it has several workers
+
+
+def test_a_refusal_names_the_argument() -> None:
+    pydantic = pytest.importorskip("pydantic")
+    with pytest.raises(ValueError, match="load_format") as caught:
+        pydantic.create_model("LoadConfig", load_format=int)(load_format="foo")
+    assert refusal(caught.value).startswith("load_format: Input should be a valid integer")
+    assert refusal(ValueError("no")) == "no"
 
 
 @cache

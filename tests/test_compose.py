@@ -183,6 +183,11 @@ def test_every_number_has_its_bounds() -> None:
             "HINT: prompts=file prompts.path=mine.txt",
         ),
         (["prompts=synthetic", "prompts.path=a.txt"], "prompts=synthetic has prompts of its own, and does not read "),
+        (
+            ["backend=transformers", "backend.device_map=foo"],
+            "backend.device_map=foo is not one of auto, balanced, balanced_low_0, sequential. HINT: ",
+        ),
+        (["backend=dummy", "backend.fail_at=foo"], "backend.fail_at=foo is not one of load, generate, hang. HINT: "),
         (["prompts.count=2"], "prompts.count=2 is the number of random prompts, and prompts=seed has others. HINT: "),
         (["prompts=file", "prompts.path=a.txt", "prompts.count=2"], "prompts.count=2 is the number of random prompts"),
         (

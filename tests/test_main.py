@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from driver import A6000, nvml
 from running import ROOT, Ended, environment, launcher, run
 from slurm_config import free_ports
@@ -226,6 +227,15 @@ def _no_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 
 
+def _unreadable_config(folder: Path) -> None:
+    _no_config(folder)
+    (folder / "config.json").mkdir()
+
+
+def _listed_config(folder: Path) -> None:
+    (folder / "config.json").write_text("[1]")
+
+
 def _of_other_sizes(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + 64}))
@@ -244,6 +254,7 @@ def _link_to_nowhere(folder: Path) -> None:
 
 DAMAGES = (
     _without_a_shard, _truncated, _index_of_another, _no_config, _of_other_sizes, _of_more_layers, _link_to_nowhere,
+    _unreadable_config, _listed_config,
 )  # fmt: skip
 
 
@@ -373,9 +384,27 @@ def test_another_interpreter_runs_the_engine(tmp_path: Path) -> None:
     assert record["environment"]["executable"] == str(other)
 
 
-def test_an_interpreter_that_does_not_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    line = refused(["backend=dummy", "backend.python=/dev/null"], capsys)
-    assert line.startswith("backend.python=/dev/null does not run:")
+@pytest.mark.parametrize(
+    ("python", "why"),
+    [("/dev/null", "[Errno 13] Permission denied: '/dev/null'"), ("/bin/false", "exit code 1, no message")],
+)
+def test_an_interpreter_that_does_not_run_is_refused(python: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(["backend=dummy", f"backend.python={python}"], capsys)
+    assert line == f"backend.python={python} does not run: {why}. HINT: /path/to/bin/python"
+
+
+@pytest.mark.parametrize("size", ["abc", "null", "0"])
+def test_a_size_that_is_none_is_refused(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(["model=falcon_40b", f"model.config.vocab_size={size}", "dry_run=true"], capsys)
+    assert line.startswith("The model's config gives vocab_size=")
+
+
+def test_what_composed_is_shown_a_document_for_each_point(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--cfg", "-m", "seed=1,2", "devices=3"]) == 0
+    documents = list(yaml.safe_load_all(capsys.readouterr().out))
+    assert [(document["seed"], document["devices"]) for document in documents] == [(1, 3), (2, 3)]
+    assert main(["--cfg", "seed=1", "devices=3"]) == 0
+    assert [*yaml.safe_load_all(capsys.readouterr().out)] == documents[:1]
 
 
 def test_an_engine_that_is_not_installed_names_its_extra(tmp_path: Path) -> None:

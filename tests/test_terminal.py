@@ -36,6 +36,22 @@ def test_a_full_output_is_one_line(words: list[str], tmp_path: Path) -> None:
     assert (ended.returncode, ended.stderr) == (2, "The output cannot be written: No space left on device.\n")
 
 
+def test_the_last_line_has_the_figures_of_the_record(run_dir: Path) -> None:
+    ended = run([sys.executable, "-m", *RUN, f"output_dir={run_dir.parent}", "backend.step_s=0.0012345678"])
+    record = json.loads(Path(ended.last_json["run_dir"], "record.json").read_text())
+    for name in ("new_tokens_per_s", "ttft_s", "itl_s", "load_s"):
+        assert ended.last_json[name] == pytest.approx(record[name], rel=1e-3)
+        assert len(repr(ended.last_json[name]).partition(".")[2].lstrip("0")) <= 4
+
+
+def test_letters_that_are_orders_to_a_terminal_are_not_passed_on(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps("\x1b[31mred\x07 \x9b2J"))
+    prompts = ("prompts=file", f"prompts.path={tmp_path / 'a.jsonl'}")
+    ended = run([sys.executable, "-m", *RUN, *prompts, f"output_dir={tmp_path}"])
+    assert "\ufffd[31mred\ufffd \ufffd2J" in ended.out
+    assert not {"\x1b", "\x07", "\x9b"} & set(ended.out)
+
+
 def test_letters_that_an_output_has_not_are_replaced(run_dir: Path) -> None:
     ended = run([sys.executable, "-m", *RUN, f"output_dir={run_dir.parent}"], PYTHONIOENCODING="ascii")
     assert (ended.code, ended.err) == (0, "")

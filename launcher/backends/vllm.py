@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from launcher.backend import Completion, DeviceMemory, Generation
-from launcher.backends.vllm_options import arguments, check_extra, environment, pool_bytes
+from launcher.backends.vllm_options import arguments, check_extra, environment, pool_bytes, refusal
 from launcher.backends.vllm_watch import Watch
 from launcher.config import Accelerator, ConfigError
 from launcher.files import read_json, write_json
@@ -83,8 +83,7 @@ class VllmBackend:
         try:
             return self.vllm.LLM(**arguments)
         except ValueError as error:  # pydantic's errors are ValueErrors too
-            reasons = [problem["msg"] for problem in error.errors()] if hasattr(error, "errors") else [str(error)]
-            raise ConfigError(f"vLLM refuses: {reasons[0]}") from error
+            raise ConfigError(f"vLLM refuses: {refusal(error)}") from error
 
     def _check_platform(self) -> None:
         kind = importlib.import_module("vllm.platforms").current_platform.device_type

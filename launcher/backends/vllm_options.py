@@ -108,6 +108,14 @@ def _option(config: RunConfig, name: str) -> Any:
     return options.extra.get(name, getattr(options, name))
 
 
+def refusal(error: ValueError) -> str:
+    """What vLLM does not take, with the name of the argument where pydantic knows it."""
+    problems: list[dict[str, Any]] = getattr(error, "errors", list)()
+    if not problems:
+        return str(error)
+    return ": ".join(filter(None, (".".join(map(str, problems[0]["loc"])), problems[0]["msg"])))
+
+
 def check_extra(vllm: Any, extra: dict[str, Any]) -> None:
     """ConfigError for a key of `backend.extra` that vllm.LLM does not have, or that the launcher itself sets."""
     known = {*inspect.signature(vllm.LLM.__init__).parameters} - {"self", "kwargs"}
