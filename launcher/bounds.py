@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from launcher.config import ConfigError
+from shards.request import MOST_DEVICES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,8 +41,8 @@ class Bounds:
 COUNT, NOT_NEGATIVE, POSITIVE, SHARE = Bounds(1), Bounds(0), Bounds(0, is_open=True), Bounds(0, 1, is_open=True)
 
 BOUNDS: dict[str, Bounds] = {
-    "devices": COUNT,
-    "num_nodes": COUNT,
+    "devices": Bounds(1, MOST_DEVICES),
+    "num_nodes": Bounds(1, MOST_DEVICES),
     "seed": Bounds(0, 2**32 - 1),  # with a prompt's index below it, it is torch's 64 bits; numpy takes no more either
     "hang_timeout_s": NOT_NEGATIVE,
     "timeout_s": NOT_NEGATIVE,
@@ -89,6 +90,8 @@ def check(config: RunConfig) -> None:
     for key, value in numbers(config):
         if wrong := BOUNDS[key].wrong(value):
             raise ConfigError(f"{key}={value} is {wrong}.", f"{key}={BOUNDS[key]}")
+    if (size := config.devices * config.num_nodes) > MOST_DEVICES:
+        raise ConfigError(f"devices x num_nodes is {size}, more than {MOST_DEVICES}.", "fewer of either")
     if config.measure.find_batch_size and config.backend.continuous_batching:
         name = config.backend.name
         raise ConfigError(f"{name} makes its batches itself: there is none to find.", "measure.find_batch_size=false")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from typing import TYPE_CHECKING, Any
+
+from shards.limits import Roofline, decode_step
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -11,11 +14,13 @@ if TYPE_CHECKING:
 HEADLINES = ("new_tokens_per_s", "ttft_s", "itl_s", "totals", "partial", "metrics")
 
 
-def measures(repeats: Sequence[Sequence[dict[str, Any]]], prompts: int, world_size: int) -> dict[str, Any]:
+def measures(
+    repeats: Sequence[Sequence[dict[str, Any]]], prompts: int, world_size: int, windows: Sequence[int | None] = ()
+) -> dict[str, Any]:
     """The figures of a run from each repeat's measures by rank; None for all of them where nothing was measured.
 
     Only repeats of all `prompts` count. Where there is none, because the one repeat was split between attempts, its
-    last part does, and `partial` says how many prompts that was.
+    last part does, and `partial` says how many prompts that was. `windows` are those of the model's layers.
     """
     totals = [total(ranks) for ranks in repeats]
     whole = [place for place, one in enumerate(totals) if one["completions"] == prompts]
@@ -30,7 +35,7 @@ def measures(repeats: Sequence[Sequence[dict[str, Any]]], prompts: int, world_si
     metrics["new_tokens_per_s_per_device"] = spread(one["new_tokens_per_s"] / world_size for one in made)
     for name in ("ttft_s", "itl_s"):
         metrics[name] = quantiles(value for place in chosen for rank in repeats[place] for value in rank[name])
-    metrics["sequences_at_once"] = statistics.mean(at_once(rank) for place in chosen for rank in repeats[place])
+    metrics["decode"] = decoding([repeats[place] for place in chosen], windows)
     return {
         "new_tokens_per_s": metrics["new_tokens_per_s"]["median"],
         "ttft_s": metrics["ttft_s"]["p50"],
@@ -66,61 +71,101 @@ def total(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def at_once(rank: dict[str, Any]) -> float:
-    """How many sequences a rank decoded at once, on average over the time from the first token to the last.
+def decoding(repeats: Sequence[Sequence[dict[str, Any]]], windows: Sequence[int | None]) -> dict[str, Any] | None:
+    """What the decode steps of some repeats were, the first token of each prompt left out; None where there were none.
 
-    With static batches that is the time of the decode phases, in which a row that has ended no longer counts.
+    `sequences_at_once` that a rank had in a step, and `cached_tokens` that each of them had in the cache of a layer, in
+    the mean: of true lengths, without padding and without what came after an end; `windows` are those of the layers.
+    With continuous batching `seconds` are all from the first token to the last.
     """
-    busy: float | None = rank["decode_s"]
-    if busy is None:
-        busy = rank["wall_s"] - min(rank["ttft_s"], default=rank["wall_s"])
-    return sum(rank["itl_s"]) / busy if busy > 0 else 0.0
+    ranks = [rank for repeat in repeats for rank in repeat]
+    steps = sum(max(rank["decode_steps"] for rank in repeat) for repeat in repeats)
+    tokens = sum(new - 1 for rank in ranks for _, new in rank["lengths"])
+    seconds = sum(max(map(_decode_s, repeat)) for repeat in repeats)
+    if not steps or not tokens or not seconds:
+        return None
+    cached = sum(_cached_tokens(prompt, new, windows) for rank in ranks for prompt, new in rank["lengths"])
+    return {
+        "steps": steps,
+        "seconds": seconds,
+        "tokens": tokens,
+        "sequences_at_once": tokens / steps / len(repeats[0]),
+        "cached_tokens": cached / tokens,
+        "several_tokens_a_step": any(gap == 0 for rank in ranks for gap in rank["itl_s"]),
+    }
 
 
-def bandwidth_used(plan: dict[str, Any] | None, figures: dict[str, Any]) -> dict[str, Any]:
+def _decode_s(rank: dict[str, Any]) -> float:
+    found: float | None = rank["decode_s"]
+    return rank["wall_s"] - min(rank["ttft_s"], default=rank["wall_s"]) if found is None else found
+
+
+def _cached_tokens(prompt: int, new: int, windows: Sequence[int | None]) -> float:
+    """What the decode steps of one sequence find in the cache of a layer, summed over the steps, a mean of the layers.
+
+    Step t finds prompt + t tokens, or what a window has kept of them.
+    """
+    total, steps = 0, new - 1
+    for window, layers in Counter(windows or (None,)).items():
+        growing = steps if window is None else min(max(window - 1 - prompt, 0), steps)
+        kept = 0 if window is None else (steps - growing) * (window - 1)
+        total += layers * (growing * prompt + growing * (growing + 1) // 2 + kept)
+    return total / max(len(windows), 1)
+
+
+def bandwidth_used(plan: dict[str, Any] | None, metrics: dict[str, Any] | None) -> dict[str, Any]:
     """Memory bandwidth utilisation (MBU) of a device, from the plan of a run and its `measures`.
 
         MBU = (bytes of weights + bytes of KV cache that a decode step reads) / time of the step / bandwidth
 
-    as Databricks define it in "LLM Inference Performance Engineering: Best Practices" (2023). Counted is what the step
-    cannot do without: the weights that this device multiplies with (under FSDP those of the whole model, however often
-    they are copied), and the cache of the sequences that still decode, halfway through their answers, without padding.
-    The time is the median gap between two tokens of a sequence: a step gives each of them one token. Where a scheduler
-    reads prompts in the same steps (continuous batching) these last longer, and the true value is higher. Over 1 a
-    figure or the bandwidth is wrong.
+    as Databricks define it in "LLM Inference Performance Engineering: Best Practices" (2023), in the mean over all
+    decode steps. Counted is what a step cannot do without: the weights that this device multiplies with (under FSDP
+    those of the whole model, however often they are copied), and the cache of the sequences that still decode. Where a
+    scheduler reads prompts in the same steps (continuous batching) these last longer, and the true value is higher.
+    Over 1 a figure or the bandwidth is wrong.
     """
-    step_s = (figures["metrics"] or {"itl_s": {"p50": None}})["itl_s"]["p50"]
+    decode = (metrics or {}).get("decode")
     bandwidth, weights = (plan or {}).get("bandwidth"), (plan or {}).get("step_bytes")
-    reasons = {
-        "no decode step was measured": step_s is None,
-        "a step gave several tokens": step_s == 0,
-        "no weights are read": not weights,
-        "no bandwidth is known of this machine: python -m launcher.probe": bandwidth is None,
-    }
-    if reason := next((text for text, holds in reasons.items() if holds), None):
+    reason = _not_measured(decode)
+    if reason is None and not weights:
+        reason = "no weights are read"
+    if reason is None and bandwidth is None:
+        reason = "no bandwidth is known of this machine: python -m launcher.probe"
+    if reason is not None:
         return {"share": None, "impossible": False, "reason": reason}
     assert plan is not None
-    totals, sequences = figures["totals"], figures["metrics"]["sequences_at_once"]
-    context = (totals["prompt_tokens"] + totals["new_tokens"] / 2) / totals["prompts"]
-    cache = sequences * context * plan["kv_bytes_per_token"]
+    assert decode is not None
+    cache = decode["sequences_at_once"] * decode["cached_tokens"] * plan["kv_bytes_per_token"]
+    step_s = decode["seconds"] / decode["steps"]
     share = (weights + cache) / step_s / bandwidth
     found = {"step_s": step_s, "weight_bytes": weights, "kv_cache_bytes": round(cache), "bandwidth": bandwidth}
     return {"share": share, "impossible": share > 1, **found}
 
 
 def against_ceiling(plan: dict[str, Any] | None, metrics: dict[str, Any] | None) -> dict[str, Any]:
-    """Measured decode speed as a share of what the machine allows by plan; over 1 a figure or a rate is wrong.
-
-    A batch of the plan is one rank's where prompts are split over ranks: there the ceiling is of all ranks together.
-    """
-    limit = (plan or {}).get("limit")
-    measured = metrics and (metrics["decode_tokens_per_s"]["median"] or metrics["new_tokens_per_s"]["median"])
-    if limit is None or not measured:
-        reason = "nothing was measured" if limit else "no rates are known of this machine: python -m launcher.probe"
+    """Measured decode speed as a share of what the machine allows for the steps that were really made; over 1 a figure
+    or a rate is wrong. The ceiling is of all ranks together, in tokens/s."""
+    decode, roof = (metrics or {}).get("decode"), (plan or {}).get("roofline")
+    reason, limit = _not_measured(decode), None
+    if decode is not None and roof is not None:
+        known = Roofline.from_dict(roof)
+        at_once, cached = decode["sequences_at_once"], decode["cached_tokens"]
+        limit = decode_step(known.work, known.machine, known.scheme, batch=at_once, context=cached)
+    if reason is None and limit is None:
+        reason = "no rates are known of this machine: python -m launcher.probe"
+    if reason is not None:
         return {"decode_tokens_per_s": None, "bound": None, "share": None, "impossible": False, "reason": reason}
-    share = measured / limit["tokens_per_s"]
-    ceiling = {"decode_tokens_per_s": limit["tokens_per_s"], "bound": limit["bound"]}
+    assert decode is not None
+    assert limit is not None
+    share = decode["steps"] * limit.seconds / decode["seconds"]
+    ceiling = {"decode_tokens_per_s": limit.tokens_per_s, "bound": limit.bound}
     return {**ceiling, "share": share, "impossible": share > 1}
+
+
+def _not_measured(decode: dict[str, Any] | None) -> str | None:
+    if decode is None:
+        return "no decode step was measured"
+    return "a step gave several tokens" if decode["several_tokens_a_step"] else None
 
 
 def spread(values: Iterable[float | None]) -> dict[str, Any]:

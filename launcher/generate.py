@@ -28,7 +28,8 @@ class Repeat:
 
     `wall_s` runs from a barrier of all ranks to this rank's last token.
 
-    `prefill_s` and `decode_s` are sums over the batches, None for an engine that interleaves the two.
+    `prefill_s` and `decode_s` are sums over the batches, None for an engine that interleaves the two. `decode_steps`
+    are those that gave a token, but for the first of each batch; `lengths` the tokens of each prompt and its answer.
     """
 
     number: int
@@ -38,6 +39,8 @@ class Repeat:
     completions: int
     prompt_tokens: int
     new_tokens: int
+    decode_steps: int
+    lengths: tuple[tuple[int, int], ...]
     ttft_s: tuple[float, ...]
     itl_s: tuple[float, ...]
     same_tokens: bool  # as the first repeat gave
@@ -122,19 +125,21 @@ class Loop:
             self.progress.enter(f"warmup {number + 1}/{self.config.measure.warmup}", self.sampling.max_new_tokens)
             self._call(batch)
 
-    def _call(self, batch: list[Prompt]) -> Generation:
-        steps = 0
+    def _call(self, batch: list[Prompt]) -> tuple[Generation, int]:
+        """What the engine made of a batch, and the number of its steps that gave a token."""
+        steps = fruitful = 0
 
         def on_step(tokens: int) -> None:
-            nonlocal steps
+            nonlocal steps, fruitful
             steps += 1
+            fruitful += tokens > 0
             self.progress.advance(steps, tokens=tokens)
 
-        return self.backend.generate(batch, self.sampling, on_step)
+        return self.backend.generate(batch, self.sampling, on_step), fruitful
 
     def _repeat(self, number: int, calls: list[list[Prompt]], first: dict[int, tuple[int, ...]]) -> Repeat:
         """Make one repeat; `first` has the tokens that each prompt was first answered with, and gains what is new."""
-        generations = []
+        generations, decode_steps = [], 0
         same = True
         name = f"repeat {number + 1}/{self.config.measure.repeats}"
         self.backend.barrier()
@@ -142,16 +147,22 @@ class Loop:
         for place, batch in enumerate(calls):
             self.keeper.between_batches()
             self.progress.enter(f"{name} batch {place + 1}/{len(calls)}", self.sampling.max_new_tokens)
-            generations.append(self._call(batch))
+            generation, steps = self._call(batch)
+            generations.append(generation)
+            decode_steps += max(steps - 1, 0)
             new = [item for item in generations[-1].completions if item.index not in first]
             same &= all(first.setdefault(c.index, c.token_ids) == c.token_ids for c in generations[-1].completions)
             if number == 0 and new:
                 self.keeper.save(new)
         wall_s = perf_counter() - start
-        return _summary(number, wall_s, generations, sum(len(p.token_ids) for batch in calls for p in batch), same)
+        asked = {prompt.index: len(prompt.token_ids) for batch in calls for prompt in batch}
+        return _summary(number, wall_s, generations, decode_steps, asked, same)
 
 
-def _summary(number: int, wall_s: float, generations: list[Generation], prompt_tokens: int, same: bool) -> Repeat:
+def _summary(
+    number: int, wall_s: float, generations: list[Generation], decode_steps: int, asked: dict[int, int], same: bool
+) -> Repeat:
+    """`asked` has the tokens of each prompt by its index."""
     made = [completion for generation in generations for completion in generation.completions]
     prefill = [generation.prefill_s for generation in generations if generation.prefill_s is not None]
     decode = [generation.decode_s for generation in generations if generation.decode_s is not None]
@@ -161,8 +172,10 @@ def _summary(number: int, wall_s: float, generations: list[Generation], prompt_t
         prefill_s=sum(prefill) if len(prefill) == len(generations) else None,
         decode_s=sum(decode) if len(decode) == len(generations) else None,
         completions=len(made),
-        prompt_tokens=prompt_tokens,
+        prompt_tokens=sum(asked.values()),
         new_tokens=sum(len(completion.token_ids) for completion in made),
+        decode_steps=decode_steps,
+        lengths=tuple((asked[item.index], len(item.token_ids)) for item in made),
         ttft_s=tuple(item.ttft_s for item in made if item.ttft_s is not None),
         itl_s=tuple(gap for item in made for gap in item.itl_s),
         same_tokens=same,

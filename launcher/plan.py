@@ -3,7 +3,7 @@
     model=NAME            of conf/model, or a folder with a config.json
     machines=NxDEVICE,..  or devices=1,2,4,8 with device=a6000
     backend=..,..         fsdp deepspeed tensor_parallel vllm transformers; all of them if left out
-    link=NAME             between the devices; if left out, the usual one of the device
+    link=NAME             between the devices; if left out, the usual one of the device, and none between nodes
                           With neither machines nor device: this machine, with what launcher.probe measured on it.
     quantization=..,..    none fp8 fp8_channel fp8_block int8 nf4 nf4_dq int4_g128, a row each; if left out, what the
                           model's own config.json says
@@ -18,6 +18,7 @@ in another process, which takes seconds.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from dataclasses import replace
 from itertools import product
@@ -35,9 +36,10 @@ from launcher.terminal import run_command
 from shards.errors import PlanError, UserError
 from shards.hardware import Device, Link, cuda_devices, known_device, known_link, usual_link
 from shards.measured import this_machine
-from shards.plan import PlanRequest, make_plan
+from shards.plan import make_plan
 from shards.quantization import known_quantization
 from shards.quantized_checkpoint import from_config
+from shards.request import MOST_DEVICES, PlanRequest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,8 +73,8 @@ def main(argv: Sequence[str]) -> int:
         values = parse([item for item in argv if item not in FLAGS])
         config = model_config(values["model"])
         built = built_of(config)
-        shape, context = built.shape, _asked(values, "prompt_tokens") + _asked(values, "max_new_tokens")
-        for note in built.notes_for(context):
+        shape = built.shape
+        for note in built.all_notes():
             print(note, file=sys.stderr)
         if "--modules" in argv:
             show_modules(values["model"], shape, _dtype_bytes(values))
@@ -143,7 +145,7 @@ def plans(shape: ModelShape, values: dict[str, str], kinds: Sequence[Quantizatio
                 max_new_tokens=_asked(values, "max_new_tokens"),
             )
             shown = "" if kinds == [None] and "quantization" not in values else _name(quantization)
-            rows.append(_row(machine, shown, request))
+            rows.append(_row(machine, shown, request, "machines" in values))
     return rows
 
 
@@ -151,32 +153,52 @@ def _name(quantization: Quantization | None) -> str:
     return "none" if quantization is None else quantization.name
 
 
-def _row(machine: str, quantization: str, request: PlanRequest) -> Row:
+def _row(machine: str, quantization: str, request: PlanRequest, is_named: bool) -> Row:
+    """The plan of one choice; hints are in the words of this command."""
     link = request.link.name if request.link and request.num_devices > 1 else ""
     try:
         plan = make_plan(request)
         full = make_plan(replace(request, batch_size=plan.largest_batch)) if plan.largest_batch else None
     except PlanError as error:
-        return Row(machine, request.engine, link, quantization, problem=str(error))
+        problem = str(error).replace("measure.batch_size=", "batch_size=")
+        if is_named:
+            problem = re.sub(r"\bdevices=(\d+)", rf"machines=\1x{machine.rpartition('x')[2]}", problem)
+        return Row(machine, request.engine, link, quantization, problem=problem)
     return Row(machine, request.engine, link, quantization, plan, full)
 
 
 def machines(values: dict[str, str]) -> list[tuple[str, Device, Link | None, int]]:
-    """Name, device, link and number of devices a node of each machine that was asked for; else of this one."""
+    """Name, device, link and number of devices a node of each machine that was asked for; else of this one.
+
+    What joins the devices of a node does not join nodes: of several the link is the one that was asked for, or none.
+    """
+    nodes, given = _asked(values, "num_nodes"), known_link(values["link"]) if "link" in values else None
+    found: list[tuple[str, Device, Link | None, int]]
     if "machines" in values:
-        parts = [item.partition("x") for item in values["machines"].split(",")]
-        return [(f"{n}x{name}", known_device(name), _link(values, name), _count("machines", n)) for n, _, name in parts]
-    numbers = [_count("devices", n) for n in values.get("devices", "1").split(",")]
-    if name := values.get("device"):
-        return [(f"{n}x{name}", known_device(name), _link(values, name), n) for n in numbers]
-    on_cuda = bool(cuda_devices(os.environ))
-    here = [(*this_machine(os.environ, n * _asked(values, "num_nodes"), on_cuda), n) for n in numbers]
-    given = known_link(values["link"]) if "link" in values else None
-    return [(f"{n}x{device.name}", device, given or link, n) for device, link, n in here]
+        named = [_machine(item) for item in values["machines"].split(",")]
+        found = [(name, known_device(name), usual_link(name), n) for n, name in named]
+    else:
+        numbers = [_count("devices", n) for n in values.get("devices", "1").split(",")]
+        if name := values.get("device"):
+            found = [(name, known_device(name), usual_link(name), n) for n in numbers]
+        else:
+            on_cuda = bool(cuda_devices(os.environ))
+            here = [(*this_machine(os.environ, n, on_cuda), n) for n in numbers]
+            found = [(device.name, device, link, n) for device, link, n in here]
+    if (most := nodes * max(n for *_, n in found)) > MOST_DEVICES:
+        raise ConfigError(f"{most} devices are more than {MOST_DEVICES}.", "fewer devices, or fewer num_nodes")
+    before = f"{nodes} x " if nodes > 1 else ""
+    return [
+        (f"{before}{n}x{name}", device, given or (link if nodes == 1 else None), n) for name, device, link, n in found
+    ]
 
 
-def _link(values: dict[str, str], device: str) -> Link:
-    return known_link(values["link"]) if "link" in values else usual_link(device)
+def _machine(item: str) -> tuple[int, str]:
+    """Number of devices and name of `2xa100_80g`."""
+    number, times, name = item.partition("x")
+    if not times or not number.isdigit():
+        raise ConfigError(f"machines={item} has no number of devices.", f"machines=2x{item}")
+    return _count("machines", number), name
 
 
 def _dtype_bytes(values: dict[str, str]) -> int:
@@ -202,14 +224,19 @@ def caption(values: dict[str, str], rows: Sequence[Row]) -> str:
     tokens = f"{_asked(values, 'prompt_tokens')} + {_asked(values, 'max_new_tokens')} tokens"
     batch, precision = _asked(values, "batch_size"), values.get("precision", "bf16")
     links = ", ".join(dict.fromkeys(f"{row.machine} {row.link}" for row in rows if row.link))
+    between = " What joins the nodes is not known, and so no ceiling: link=NAME." if _is_link_missing(values) else ""
     asked = dict.fromkeys(row.quantization for row in rows if row.plan) if "quantization" in values else ()
     sources = "".join(f" {name}: {SOURCES[name]}." for name in asked if name in SOURCES)
     return (
         f"Of the fullest device, for {tokens} in batches of {batch}, {precision}. Other: activations, gathered layers, "
         "what engine and driver keep. Batch: the largest that fits (of each rank with fsdp). Ceilings in tokens/s: per "
         "prompt in the batch asked for, and of all devices together in the largest; in bold the highest per prompt, to "
-        f"1 %.{f' Links: {links}.' if links else ''}{sources}"
+        f"1 %.{f' Links: {links}.' if links else ''}{between}{sources}"
     )
+
+
+def _is_link_missing(values: dict[str, str]) -> bool:
+    return "link" not in values and _asked(values, "num_nodes") > 1
 
 
 if __name__ == "__main__":

@@ -9,26 +9,34 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.backends.vllm_options import pool_bytes
 from launcher.config import BACKENDS, DummyConfig, FsdpConfig, Precision, VllmConfig, Weights
+from launcher.generate import batches, call_count, split
 from launcher.prompts import sampling_of
 from launcher.shapes import built_of
 from shards.errors import PlanError
-from shards.hardware import CPU, GIB, Device, Link, known_device, usual_link
+from shards.hardware import CPU, Device, Link, known_device, usual_link
 from shards.measured import this_machine
-from shards.plan import Plan, PlanRequest, make_plan
+from shards.plan import Plan, make_plan
 from shards.quantization import QUANTIZATIONS, Quantization
 from shards.quantized_checkpoint import from_config
+from shards.request import PlanRequest
+from shards.world import World
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from launcher.backend import Prompt
     from launcher.config import RunConfig
-    from shards.limits import Limit
     from shards.tensor_files import TensorEntry
 
 VLLM_BLOCK_TOKENS = {"cuda": 16, "cpu": 128}  # DEFAULT_BLOCK_SIZE in vllm/config/cache.py; vllm/platforms/cpu.py
 ONLINE = {"fp8_per_tensor": "fp8", "fp8_per_channel": "fp8_channel", "fp8_per_block": "fp8_block"}
 """What vLLM calls the quantizations that it makes while it loads plain weights."""
+
+KV_DTYPE_BYTES = {"auto": None, "float16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
+ALONE = (
+    "pipeline_parallel_size", "data_parallel_size", "prefill_context_parallel_size", "decode_context_parallel_size",
+)  # fmt: skip
+"""Ways of vLLM's to use several devices that are not those of a run."""
 
 
 def plan_of(
@@ -40,7 +48,7 @@ def plan_of(
 ) -> Plan:
     """The plan of a run on this machine; PlanError where the model cannot be cut so, or a part does not fit.
 
-    Where there are fewer prompts than the ranks could take at once, the ceilings are those of the ranks that have some.
+    What is held is that of the longest prompt, the ceilings are those of the prompts as they are.
     """
     device, link = _devices(config, on_cuda)
     request = PlanRequest(
@@ -50,17 +58,13 @@ def plan_of(
         num_nodes=config.num_nodes,
         dtype_bytes=config.precision.num_bytes,
         quantization=quantization_of(config, model_config, on_cuda),
-        batch_size=_batch_size(config, len(prompts), device),
         prompt_tokens=max(len(prompt.token_ids) for prompt in prompts),
         max_new_tokens=sampling_of(config).max_new_tokens,
         device=device,
         link=link,
-        **_options(config, model_config, device, on_cuda),
+        **_options(config, model_config, on_cuda),
     )
-    at_once = request.batch_size * (request.num_devices if config.backend.data_parallel else 1)
-    busy = min(1.0, len(prompts) / at_once)
-    plan = make_plan(request)
-    return replace(plan, limit=_part(plan.limit, busy), prefill_limit=_part(plan.prefill_limit, busy))
+    return make_plan(replace(request, **_batches(config, prompts, request)))
 
 
 def paces(config: RunConfig, plan_for: Callable[[RunConfig], Plan]) -> dict[str, float]:
@@ -74,24 +78,34 @@ def paces(config: RunConfig, plan_for: Callable[[RunConfig], Plan]) -> dict[str,
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def _options(config: RunConfig, model_config: Mapping[str, Any], device: Device, on_cuda: bool) -> dict[str, Any]:
+def _options(config: RunConfig, model_config: Mapping[str, Any], on_cuda: bool) -> dict[str, Any]:
     """What only this engine has."""
     backend = config.backend
     if isinstance(backend, FsdpConfig):
         return {"reshard_after_forward": backend.reshard_after_forward}
     if not isinstance(backend, VllmConfig):
         return {}
-    is_free_memory_known = config.launch.name != "slurm"  # that of the nodes only they can see
+    extra, is_free_memory_known = backend.extra, config.launch.name != "slurm"  # that of the nodes only they can see
+    for name in ALONE:
+        if extra.get(name, 1) != 1:
+            raise PlanError(
+                f"backend.extra.{name}={extra[name]}: a run of vllm is tensor parallel only.", "leave it out"
+            )
     return {
         "gpu_memory_utilization": backend.gpu_memory_utilization,
         "kv_cache_memory_bytes": pool_bytes(config, model_config, not on_cuda and is_free_memory_known),
-        "kv_block_tokens": backend.extra.get("block_size", VLLM_BLOCK_TOKENS["cuda" if on_cuda else "cpu"]),
-        "max_num_seqs": _sequences(config, backend, device),
+        "kv_dtype_bytes": _kv_dtype_bytes(extra.get("kv_cache_dtype", "auto")),
+        "kv_block_tokens": extra.get("block_size", VLLM_BLOCK_TOKENS["cuda" if on_cuda else "cpu"]),
+        "max_num_seqs": extra.get("max_num_seqs", backend.max_num_seqs),
+        "max_num_batched_tokens": extra.get("max_num_batched_tokens"),
     }
 
 
-def _part(limit: Limit | None, busy: float) -> Limit | None:
-    return limit and replace(limit, tokens_per_s=busy * limit.tokens_per_s)
+def _kv_dtype_bytes(name: str) -> int | None:
+    if name not in KV_DTYPE_BYTES:
+        known = ", ".join(KV_DTYPE_BYTES)
+        raise PlanError(f"What backend.extra.kv_cache_dtype={name} takes is not known.", f"one of {known}")
+    return KV_DTYPE_BYTES[name]
 
 
 def quantization_of(config: RunConfig, model_config: Mapping[str, Any], on_cuda: bool) -> Quantization | None:
@@ -114,29 +128,32 @@ def quantization_of(config: RunConfig, model_config: Mapping[str, Any], on_cuda:
 
 
 def _devices(config: RunConfig, on_cuda: bool) -> tuple[Device, Link | None]:
-    """What the ranks run on: of a cluster the card that is named, with no figures where none is, nor between nodes."""
+    """What the ranks run on: of a cluster the card that is named, with no figures where none is. What joins nodes is
+    not known."""
     if config.launch.name != "slurm":
-        return this_machine(os.environ, config.devices * config.num_nodes, on_cuda)
-    if not on_cuda:
-        return CPU, None
-    if (name := config.cluster.device) is None:
-        return Device("a GPU of the cluster"), None
-    return known_device(name), usual_link(name) if config.num_nodes == 1 else None
+        device, link = this_machine(os.environ, config.devices, on_cuda)
+    elif not on_cuda:
+        device, link = CPU, None
+    elif (name := config.cluster.device) is None:
+        device, link = Device("a GPU of the cluster"), None
+    else:
+        device, link = known_device(name), usual_link(name)
+    return device, link if config.num_nodes == 1 else None
 
 
-def _batch_size(config: RunConfig, prompts: int, device: Device) -> int:
-    """How many prompts one rank answers at once: with continuous batching all that the engine takes."""
-    if isinstance(config.backend, VllmConfig):
-        return min(prompts, _sequences(config, config.backend, device))
-    share = -(-prompts // (config.devices * config.num_nodes)) if config.backend.data_parallel else prompts
-    return min(config.measure.batch_size, share)
-
-
-def _sequences(config: RunConfig, backend: VllmConfig, device: Device) -> int:
-    """How many sequences vLLM takes at once: as it is told, else get_batch_defaults in vllm/engine/arg_utils.py."""
-    if asked := backend.extra.get("max_num_seqs", backend.max_num_seqs):
-        return int(asked)
-    if device.kind == "cpu":
-        return 256 * config.devices * config.num_nodes
-    is_large = (device.capacity_bytes or 0) >= 70 * GIB and "a100" not in device.name.lower()
-    return 1024 if is_large else 256
+def _batches(config: RunConfig, prompts: Sequence[Prompt], request: PlanRequest) -> dict[str, Any]:
+    """How many prompts one rank answers at once, at most and in the mean over its calls, and how long they are in the
+    mean: with continuous batching all that the engine takes, else those of a call, padded to the longest of it."""
+    if config.backend.continuous_batching:
+        tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        return {"batch_size": min(len(prompts), request.sequences), "mean_prompt_tokens": tokens / len(prompts)}
+    data_parallel, world = config.backend.data_parallel, World(world_size=config.devices * config.num_nodes)
+    size, calls = call_count(len(prompts), world, config)
+    ranks = [replace(world, rank=rank) for rank in range(world.world_size if data_parallel else 1)]
+    made = [call for rank in ranks for call in batches(split(prompts, rank, data_parallel), size, calls) if call]
+    padded = sum(len(call) * max(len(prompt.token_ids) for prompt in call) for call in made)
+    return {
+        "batch_size": max(map(len, made)),
+        "mean_batch_size": len(prompts) / (calls * len(ranks)),
+        "mean_prompt_tokens": padded / len(prompts),
+    }

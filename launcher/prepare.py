@@ -91,7 +91,7 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
     refuse_deepspeed(config, model_config, on_cuda, longest)
     notes += _notes_order(config, on_cuda)
     notes += notes_deepspeed(config, on_cuda)
-    notes += built_of(model_config, tensors, config.backend.python).notes_for(longest)
+    notes += built_of(model_config, tensors, config.backend.python).all_notes()
 
     def plan_for(config: RunConfig) -> Plan:
         return plan_of(config, model_config, tensors, prompts, on_cuda)

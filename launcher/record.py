@@ -38,24 +38,25 @@ def finish(run_dir: Path, outcome: Outcome | None = None) -> dict[str, Any]:
     prompts = prompt_sets.read_prompts(run_dir / "prompts.jsonl")
     folders = [*attempts.folders(run_dir), (attempts.newest(run_dir), run_dir)]
     repeats = {number: attempts.repeats_in(folder, attempts.answering(run)) for number, folder in folders}
+    plan = read_json(run_dir / "plan.json")
     counted = [ranks for made in repeats.values() for ranks in made.values()] if status == "ok" else []
     record = blank(run["config"], status, error) | {
         "run_dir": str(run_dir),
         "started_at": run["started_at"],
         "ended_at": time.time(),
         "load_s": max(rank["load_s"] for rank in present) if status == "ok" else None,
-        **measures(counted, len(prompts), run["world_size"]),
+        **measures(counted, len(prompts), run["world_size"], (plan or {}).get("windows", ())),
         "devices": [device for rank in present for device in rank.get("devices", [])],
         "ranks": [_rank_summary(rank) for rank in present],
         "attempts": [_attempt(number, folder, run, repeats[number]) for number, folder in folders],
         "batch_search": run.get("batch_search"),
         "notes": [*run["notes"], *_notes(run_dir)],
         "command": run["command"],
-        "plan": read_json(run_dir / "plan.json"),
+        "plan": plan,
         "environment": next((rank["environment"] for rank in present if rank.get("environment")), None),
     }
     record["ceiling"] = against_ceiling(record["plan"], record["metrics"])
-    record["mbu"] = bandwidth_used(record["plan"], record)
+    record["mbu"] = bandwidth_used(record["plan"], record["metrics"])
     record["attempts"][-1]["status"] = status
     _write_completions(run_dir, run, prompts)
     write_json(run_dir / "record.json", record)

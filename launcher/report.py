@@ -212,15 +212,15 @@ def show_plan(run: Run, out: Console) -> None:
         held = (device.parameter_bytes, cache, device.activation_bytes, device.buffer_bytes, device.overhead_bytes)
         table.add_row(str(device.rank), *map(size, held), size(device.capacity_bytes), size(device.free_bytes))
     out.print(table)
-    on_host, on_device = size(plan.load_host_bytes), size(plan.load_device_bytes)
+    on_host = "not known" if plan.load_host_bytes is None else size(plan.load_host_bytes)
     facts: dict[str, Any] = {
         "device": plan.device_name,
         "KV cache a token": f"{plan.kv_bytes_per_token:,} bytes",
-        "peak while loading": f"{on_host} on a node's host, {on_device} on a device",
+        "peak while loading": f"{on_host} on a node's host, {size(plan.load_device_bytes)} on a device",
         "largest batch": plan.largest_batch or "not bounded by a known capacity",
         "longest context": plan.longest_context,
         "smallest number of devices": plan.smallest_devices or "not bounded by a known capacity",
-        "decode ceiling": _limit(plan.limit),
+        "decode ceiling, with answers of full length": _limit(plan.limit),
         "prefill ceiling": _limit(plan.prefill_limit),
     }
     if run.paces:

@@ -21,24 +21,16 @@ HEADS = ("lm_head.weight", "embed_out.weight")
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """The shape of a model as transformers builds it, and what a plan of it leaves out.
-
-    `sliding_layers` forget what lies more than `sliding_window` tokens back, and are planned as if they did not.
-    """
+    """The shape of a model as transformers builds it, and what a plan of it leaves out."""
 
     shape: ModelShape
     notes: tuple[str, ...] = ()
-    sliding_window: int | None = None
-    sliding_layers: int = 0
 
-    def notes_for(self, context: int) -> tuple[str, ...]:
-        """What is not exact in a plan for sequences of `context` tokens."""
+    def all_notes(self) -> tuple[str, ...]:
+        """What is not exact in a plan, a line each."""
         notes, (experts, used) = list(self.notes), self.shape.experts
         if used < experts:
             notes.append(f"a decode step is taken to read {used} of {experts} experts, as one prompt does")
-        if self.sliding_window is not None and context > self.sliding_window:
-            part = f"{self.sliding_layers} of {self.shape.num_layers} layers keep only {self.sliding_window:,} of them"
-            notes.append(f"its KV cache is planned for all {context:,} tokens, an upper bound: {part}")
         return tuple(f"{self.shape.family}: {note}" for note in notes)
 
 
@@ -75,9 +67,7 @@ def ask_transformers(config: Mapping[str, Any], python: str, timeout_s: float = 
 def _built(answer: dict[str, Any]) -> Built:
     if "problem" in answer:
         raise PlanError(f"{answer['problem']}.", "a causal language model." if answer["known"] else HINT)
-    sizes = answer["sizes"]
-    shape = shape_from_tensors(sizes, answer["tensors"])
-    return Built(shape, tuple(answer["notes"]), sizes.get("sliding_window"), sizes.get("sliding_layers", 0))
+    return Built(shape_from_tensors(answer["sizes"], answer["tensors"]), tuple(answer["notes"]))
 
 
 def shape_from_tensors(config: Mapping[str, Any], tensors: Mapping[str, Iterable[int]]) -> ModelShape:
@@ -107,6 +97,7 @@ def shape_from_tensors(config: Mapping[str, Any], tensors: Mapping[str, Iterable
             if not (tied and name.endswith(HEADS))
         ),
         experts=(fields.size("num_experts", 1), fields.size("num_experts_per_tok", 1)),
+        windows=tuple(config.get("windows") or ()),
     )
 
 

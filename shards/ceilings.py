@@ -5,19 +5,34 @@ from __future__ import annotations
 from dataclasses import replace
 
 from shards.cuts import whole_bytes
-from shards.limits import Limit, Machine, Scheme, Work, decode_step, prefill
-from shards.memory import Layout, PlanRequest, kv_bytes_per_token
+from shards.limits import Limit, Machine, Roofline, Scheme, Work, decode_step, prefill
+from shards.memory import Layout, device_plans, kv_bytes_per_token
+from shards.request import PlanRequest
+
+
+def roofline(request: PlanRequest, layout: Layout) -> Roofline | None:
+    """What the limits of a plan follow from; None for an engine that does no work."""
+    if request.engine == "dummy":
+        return None
+    return Roofline(_work(request, layout), _machine(request), _scheme(request))
 
 
 def ceilings(request: PlanRequest, layout: Layout) -> tuple[Limit | None, Limit | None]:
-    """Of a decode step halfway through the answers, and of the prefill of a batch; None where no rates are known."""
-    if request.engine == "dummy":
+    """Of a decode step halfway through answers of full length, and of the prefill of a batch; None where no rates are
+    known. No step reads more cache than vLLM's pool holds."""
+    roof = roofline(request, layout)
+    if roof is None:
         return None, None
-    work, machine, scheme = _work(request, layout), _machine(request), _scheme(request)
-    half = request.prompt_tokens + request.max_new_tokens // 2
+    work, machine, scheme = roof.work, roof.machine, roof.scheme
+    prompt = request.mean_prompt_tokens or request.prompt_tokens
+    batch = request.mean_batch_size or request.batch_size
+    context = request.shape.kept_tokens(prompt + request.max_new_tokens / 2)
+    if request.engine == "vllm":
+        pool = min(device.kv_cache_reserved_bytes for device in device_plans(request, layout))
+        batch = min(batch, pool / (context * kv_bytes_per_token(request)))
     return (
-        decode_step(work, machine, scheme, batch=request.batch_size, context=half),
-        prefill(work, machine, scheme, batch=request.batch_size, tokens=request.prompt_tokens),
+        decode_step(work, machine, scheme, batch=batch, context=context),
+        prefill(work, machine, scheme, batch=batch, tokens=prompt),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import groupby
 from math import ceil
@@ -20,13 +20,16 @@ Pieces = tuple[tuple[int, ...], ...]
 NUMBERS = Storage()
 
 
-def cut_up(shape: ModelShape, engine: str, n: int, storage: Storage = NUMBERS) -> tuple[int, ...]:
-    """Bytes of parameters on each of `n` ranks under an engine that cuts; with no `storage` counted in numbers."""
+def cut_up(
+    shape: ModelShape, engine: str, n: int, storage: Storage = NUMBERS, ranks: Iterable[int] | None = None
+) -> tuple[int, ...]:
+    """Bytes of parameters on each of `n` ranks (or on some of them) under an engine that cuts; with no `storage`
+    counted in numbers."""
     cut = _CUTTERS[engine]
     kinds = _kinds(shape, storage)
     return tuple(
         sum(count * sum(storage.nbytes(p, piece) for piece in cut(shape, n, rank, p)) for p, count in kinds)
-        for rank in range(n)
+        for rank in (range(n) if ranks is None else ranks)
     )
 
 

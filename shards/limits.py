@@ -7,8 +7,9 @@ gathered, 2 (N-1)/N of what is reduced (ring algorithms). FSDP is counted with t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from shards.hardware import Device, Link
 
@@ -57,9 +58,27 @@ class Machine:
     link: Link | None = None
 
 
-def decode_step(work: Work, machine: Machine, scheme: Scheme, *, batch: int, context: int) -> Limit | None:
-    """The least time in which every sequence of `batch`, of `context` tokens each, gets one more token.
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """All that a limit follows from but the batch and its lengths: a run that has ended is held against its own."""
 
+    work: Work
+    machine: Machine
+    scheme: Scheme
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Roofline:
+        """The inverse of `dataclasses.asdict`."""
+        machine = values["machine"]
+        link = machine["link"] and Link(**machine["link"])
+        made = Machine(Device(**machine["device"]), machine["num_devices"], link)
+        return cls(Work(**values["work"]), made, values["scheme"])
+
+
+def decode_step(work: Work, machine: Machine, scheme: Scheme, *, batch: float, context: float) -> Limit | None:
+    """The least time in which every sequence of `batch`, of `context` tokens in each layer's cache, gets one more.
+
+    Of steps that are not alike, the mean batch and the mean context of their tokens give no more than their mean time.
     None where the device or the link has no known rates. t = max(bytes / bandwidth, FLOPs / rate) of the devices that
     work at once, plus the all-reduces (tensor parallel), or the gather if that is longer (FSDP).
     """
@@ -78,7 +97,7 @@ def decode_step(work: Work, machine: Machine, scheme: Scheme, *, batch: int, con
     return _then_link(memory, compute, talk, batch)
 
 
-def prefill(work: Work, machine: Machine, scheme: Scheme, *, batch: int, tokens: int) -> Limit | None:
+def prefill(work: Work, machine: Machine, scheme: Scheme, *, batch: float, tokens: float) -> Limit | None:
     """The least time to read prompts of `tokens` each, as decode_step; FLOPs 2 P T + 2 L T^2 h for a prompt."""
     rates = _rates(work, machine)
     if rates is None:
@@ -116,7 +135,7 @@ def _gather_s(work: Work, machine: Machine) -> float:
     return (machine.num_devices - 1) / machine.num_devices * work.gathered_bytes / machine.link.bandwidth
 
 
-def _collectives_s(work: Work, machine: Machine, rows: int, sequences: int) -> float:
+def _collectives_s(work: Work, machine: Machine, rows: float, sequences: float) -> float:
     """The all-reduces of `rows` hidden states each, and the gather of the last logits of every sequence."""
     if machine.link is None or machine.num_devices == 1:
         return 0.0
@@ -127,14 +146,14 @@ def _collectives_s(work: Work, machine: Machine, rows: int, sequences: int) -> f
     return work.all_reduces * reduce + gather
 
 
-def _overlapped(memory: float, compute: float, link: float, tokens: int) -> Limit:
+def _overlapped(memory: float, compute: float, link: float, tokens: float) -> Limit:
     """The link works while the devices do: the slowest of the three sets the pace."""
     bounds: tuple[tuple[float, Bound], ...] = ((memory, "memory"), (compute, "compute"), (link, "link"))
     seconds, bound = max(bounds, key=lambda pair: pair[0])
     return Limit(seconds, bound, tokens / seconds)
 
 
-def _then_link(memory: float, compute: float, link: float, tokens: int) -> Limit:
+def _then_link(memory: float, compute: float, link: float, tokens: float) -> Limit:
     """Devices wait for the link: its time comes on top of theirs."""
     busy = _overlapped(memory, compute, 0.0, tokens)
     seconds = busy.seconds + link

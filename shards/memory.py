@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import ceil, prod
 
 from shards.cuts import cut_up, spread
-from shards.hardware import CPU, MIB, Device, Link
-from shards.model import ModelShape
-from shards.quantization import Quantization, Storage
+from shards.hardware import MIB
+from shards.request import PlanRequest
 
 LOAD_RING_BYTES = 64 * MIB
 """Buffers through which a rank reads its shards."""
@@ -16,57 +16,6 @@ LOAD_RING_BYTES = 64 * MIB
 _CUDA_CONTEXT_BYTES = 512 * MIB
 _NCCL_BYTES = 384 * MIB
 _VLLM_GRAPHS_BYTES = 768 * MIB
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanRequest:
-    """What is to be put where. `devices` are those of each node; `batch_size` is that of each rank under fsdp.
-
-    `kv_heads_only`: module engines keep keys and values of kv heads only, not as transformers' own Falcon expands them.
-    `kv_block_tokens`: the tokens of a sequence for which an engine takes up its cache at a time.
-    """
-
-    shape: ModelShape
-    engine: str
-    devices: int = 1
-    num_nodes: int = 1
-    dtype_bytes: int = 2
-    quantization: Quantization | None = None
-    batch_size: int = 1
-    prompt_tokens: int = 512
-    max_new_tokens: int = 128
-    device: Device = CPU
-    link: Link | None = None
-    kv_heads_only: bool = True
-    reshard_after_forward: bool = True
-    gpu_memory_utilization: float = 0.92
-    kv_cache_memory_bytes: int | None = None
-    kv_block_tokens: int = 1
-    max_num_batched_tokens: int = 8192
-    max_num_seqs: int = 256
-
-    @property
-    def storage(self) -> Storage:
-        return Storage(self.dtype_bytes, self.quantization)
-
-    @property
-    def num_devices(self) -> int:
-        """Devices that hold parts of the model: transformers on a CPU is one process, and so one device."""
-        alone = self.engine == "transformers" and self.device.kind == "cpu"
-        return 1 if alone else self.devices * self.num_nodes
-
-    @property
-    def tensor_parallel_size(self) -> int:
-        return self.num_devices if self.engine in ("deepspeed", "tensor_parallel", "vllm") else 1
-
-    @property
-    def context(self) -> int:
-        return self.prompt_tokens + self.max_new_tokens
-
-    @property
-    def cached_tokens(self) -> int:
-        """Tokens of a sequence for which there is cache at its end."""
-        return ceil(self.context / self.kv_block_tokens) * self.kv_block_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,31 +54,37 @@ class Layout:
     buffer_bytes: int
 
 
-def make_layout(request: PlanRequest) -> Layout:
-    """How the engine cuts the model; bytes of parameters are exact."""
+def make_layout(request: PlanRequest, ends_only: bool = False) -> Layout:
+    """How the engine cuts the model; bytes of parameters are exact. `ends_only`: of the first and the last rank where
+    the engine cuts every layer, one of which is always the fullest."""
     n, num_layers = request.num_devices, request.shape.num_layers
     if request.engine == "dummy":
         return Layout((0,) * n, (num_layers,) * n, 0)
     if request.engine == "transformers":
         held, layers = spread(request.shape, n, request.storage)
         return Layout(held, layers, _buffer_bytes(request))
-    held = cut_up(request.shape, request.engine, n, request.storage)
-    return Layout(held, (num_layers,) * n, _buffer_bytes(request))
+    held = cut_up(request.shape, request.engine, n, request.storage, {0, n - 1} if ends_only else None)
+    return Layout(held, (num_layers,) * len(held), _buffer_bytes(request))
 
 
 def device_plans(request: PlanRequest, layout: Layout) -> tuple[DevicePlan, ...]:
     """What each device holds of a batch as asked for; `layout` is that of the request, or of one with other lengths."""
-    per_token, activations, overhead = kv_bytes_per_token(request), _activation_bytes(request), _overhead_bytes(request)
+    activations, overhead = _activation_bytes(request), _overhead_bytes(request)
+    parts = [(0, request.shape.num_layers)] * len(layout.layers)
+    if request.engine == "transformers":
+        ends = tuple(accumulate(layout.layers))
+        parts = list(zip((0, *ends), ends, strict=False))
+    caches = {part: (sequence_bytes(request, *part), _unsliced_bytes(request, *part)) for part in set(parts)}
     return tuple(
-        _device_plan(request, rank, held, per_token * layers // request.shape.num_layers, activations, overhead, layout)
-        for rank, (held, layers) in enumerate(zip(layout.parameter_bytes, layout.layers, strict=True))
+        _device_plan(request, rank, held, caches[part][0], activations + caches[part][1], overhead, layout)
+        for rank, (held, part) in enumerate(zip(layout.parameter_bytes, parts, strict=True))
     )
 
 
 def _device_plan(
-    request: PlanRequest, rank: int, held: int, per_token: int, activations: int, overhead: int, layout: Layout
+    request: PlanRequest, rank: int, held: int, sequence: int, activations: int, overhead: int, layout: Layout
 ) -> DevicePlan:
-    needed = per_token * request.batch_size * request.cached_tokens
+    needed = sequence * request.batch_size
     reserved = _reserved_bytes(request, held + activations + layout.buffer_bytes + overhead)
     return DevicePlan(
         rank=rank,
@@ -149,16 +104,33 @@ def kv_bytes_per_token(request: PlanRequest) -> int:
         return 0
     shape, n = request.shape, request.tensor_parallel_size
     heads = max(1, shape.cached_heads(request.kv_heads_only or request.engine == "vllm") // n)
-    return 2 * shape.num_layers * heads * shape.head_dim * request.dtype_bytes
+    return 2 * shape.num_layers * heads * shape.head_dim * (request.kv_dtype_bytes or request.dtype_bytes)
 
 
-def load_peaks(request: PlanRequest, layout: Layout) -> tuple[int, int]:
+def sequence_bytes(request: PlanRequest, first: int = 0, end: int | None = None) -> int:
+    """Keys and values of one sequence at its end, on a device that holds the layers from `first` to before `end`."""
+    shape = request.shape
+    windows = (shape.windows or (None,) * shape.num_layers)[first:end]
+    return kv_bytes_per_token(request) // shape.num_layers * sum(map(request.kept_tokens, windows))
+
+
+def _unsliced_bytes(request: PlanRequest, first: int, end: int) -> int:
+    """Beside the cache after the prompts: transformers cuts sliding layers to their window by views, which hold on to
+    all keys and values of a prompt until the next step."""
+    if request.engine in ("vllm", "dummy"):
+        return 0
+    lost = sum(max(0, request.prompt_tokens - window + 1) for window in request.shape.windows[first:end] if window)
+    return request.batch_size * lost * kv_bytes_per_token(request) // request.shape.num_layers
+
+
+def load_peaks(request: PlanRequest, layout: Layout) -> tuple[int | None, int]:
     """Bytes at the worst moment of loading: of anonymous memory on the host of one node, and on one device.
 
     Every process reads its own shards through small buffers into place: there is never more than the shards themselves.
+    None for the host under vLLM, whose own loaders (backend.load_format) map or read files as they see fit.
     """
     processes = 1 if request.engine == "transformers" else min(request.devices, request.num_devices)
-    rings = 0 if request.engine == "dummy" else processes * LOAD_RING_BYTES
+    rings = {"dummy": 0, "vllm": None}.get(request.engine, processes * LOAD_RING_BYTES)
     if request.quantization is not None:
         layout = make_layout(replace(request, quantization=request.quantization.while_loading()))
     return rings, max(layout.parameter_bytes) + _overhead_bytes(request)
@@ -197,8 +169,8 @@ def _activation_bytes(request: PlanRequest) -> int:
         return 0
     shape, e, n = request.shape, request.dtype_bytes, request.tensor_parallel_size
     vllm = request.engine == "vllm"
-    sequences = request.max_num_seqs if vllm else request.batch_size
-    rows = request.max_num_batched_tokens if vllm else request.batch_size * request.prompt_tokens
+    sequences = request.sequences if vllm else request.batch_size
+    rows = request.batched_tokens if vllm else request.batch_size * request.prompt_tokens
     heads = shape.num_attention_heads + 2 * shape.cached_heads(request.kv_heads_only)
     attention = (3 * heads + shape.num_attention_heads) * shape.head_dim
     mlp = (3 if shape.gated_mlp else 2) * shape.intermediate_size

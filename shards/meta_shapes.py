@@ -118,17 +118,16 @@ def _cache_layers(model: Any) -> list[CachedLayer] | None:
 
 
 def cache_sizes(layers: Sequence[CachedLayer]) -> dict[str, Any]:
-    """Heads and their size such that 2 x layers x heads x size is what one token takes; how many layers forget."""
+    """Heads and their size such that 2 x layers x heads x size is what one token takes; the window of each layer."""
     keys = [layer.keys for layer in layers if layer.keys is not None]
     values = [layer.values for layer in layers if layer.values is not None]
     numbers = sum(tensor.numel() for tensor in (*keys, *values))
     heads = keys[0].shape[1]
-    windows = [layer.window for layer in layers if layer.keys is not None and layer.window is not None]
+    windows = [layer.window for layer in layers]
     return {
         "num_key_value_heads": heads,
         "head_dim": math.ceil(numbers / (2 * len(layers) * heads)),
-        "sliding_window": min(windows, default=None),
-        "sliding_layers": len(windows),
+        "windows": windows if any(windows) else [],
     }
 
 

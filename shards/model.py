@@ -45,7 +45,8 @@ def layer_of(name: str) -> int | None:
 class ModelShape:
     """A decoder-only language model as sizes. `parameters` are in the order of the module, tied ones once.
 
-    `experts` of a layer with a mixture of them: how many there are, and how many a token is sent to.
+    `experts` of a layer with a mixture of them: how many there are, and how many a token is sent to. `windows`: the
+    tokens that each layer's attention spans, None for all; empty where it is all of them in every layer.
     """
 
     family: str
@@ -64,6 +65,7 @@ class ModelShape:
     parameters: tuple[Parameter, ...]
     alibi: bool = False
     experts: tuple[int, int] = (1, 1)
+    windows: tuple[int | None, ...] = ()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -111,6 +113,12 @@ class ModelShape:
     def cached_heads(self, kv_heads_only: bool = True) -> int:
         """Heads whose keys and values a cache keeps: transformers' own Falcon (new decoder) keeps all query heads."""
         return self.num_attention_heads if self.expanded_cache and not kv_heads_only else self.num_key_value_heads
+
+    def kept_tokens(self, tokens: float) -> float:
+        """Tokens that the cache of a layer keeps of a sequence of `tokens`, in the mean over the layers."""
+        if not self.windows:
+            return tokens
+        return sum(min(tokens, window - 1) if window else tokens for window in self.windows) / len(self.windows)
 
     def kv_values_per_token(self, kv_heads_only: bool = True) -> int:
         """Keys and values of one token in all layers, counted in numbers, on one device."""
@@ -233,6 +241,7 @@ def _llama(config: ConfigFields) -> ModelShape:
     found += [] if tied else [Parameter("lm_head.weight", (vocab, hidden), "head")]
     return ModelShape(
         family=family,
+        windows=_windows(config, family, layers),
         num_layers=layers,
         hidden_size=hidden,
         num_attention_heads=heads,
@@ -247,6 +256,17 @@ def _llama(config: ConfigFields) -> ModelShape:
         expanded_cache=False,
         parameters=tuple(found),
     )
+
+
+def _windows(config: ConfigFields, family: str, layers: int) -> tuple[int | None, ...]:
+    """As transformers' configs settle it; a Mistral that says nothing of its window has one."""
+    window, first = config.fields.get("sliding_window", 4096) or None, 0
+    if family == "llama" or (family != "mistral" and not config.flag("use_sliding_window", False)):
+        window = None
+    if family != "mistral":
+        first = config.fields.get("max_window_layers", 28)
+    kinds = config.fields.get("layer_types") or ["sliding_attention" if i >= first else "" for i in range(layers)]
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds) if window else ()
 
 
 _DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from shards.ceilings import ceilings, step_bytes
+from shards.ceilings import ceilings, roofline, step_bytes
 from shards.cuts import misfit, padded_vocabulary, uncuttable
 from shards.errors import PlanError
 from shards.hardware import GIB
-from shards.limits import Limit
-from shards.memory import DevicePlan, Layout, PlanRequest, device_plans, kv_bytes_per_token, load_peaks, make_layout
+from shards.limits import Limit, Roofline
+from shards.memory import (
+    DevicePlan,
+    Layout,
+    device_plans,
+    kv_bytes_per_token,
+    load_peaks,
+    make_layout,
+    sequence_bytes,
+)
+from shards.request import MOST_DEVICES, PlanRequest
 
 __all__ = ["DevicePlan", "Plan", "PlanError", "PlanRequest", "make_plan"]
 
@@ -25,8 +34,6 @@ _ONLY_PLAIN = {
 }
 """Why engines do not run a quantization. vllm: its methods, of release 0.32, are in layers/quantization/__init__.py."""
 
-_CANDIDATES = (*range(1, 17), 24, 32, 48, 64, 128, 256, 512, 1024)
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -34,9 +41,11 @@ class Plan:
 
     `largest_batch` and `longest_context` fit where the rest stays as asked; with no known capacity there is no largest
     batch. `smallest_devices` is the least number of devices a node on which this batch fits. `limit` is of a decode
-    step halfway through the answer, `prefill_limit` of the prompts of one batch; None where no rates are known.
-    `load_host_bytes` are of all ranks of a node, `step_bytes` the weights that a device reads for a decode step and
-    `bandwidth` the bytes/s at which it can; `kv_cache_memory_bytes` is the pool that the engine is told to reserve.
+    step halfway through answers of full length, `prefill_limit` of the prompts of one batch; None where no rates are
+    known. `roofline` and the `windows` of the layers are what the limit of any other step follows from.
+    `load_host_bytes` are of all ranks of a node, None where not known, `step_bytes` the weights that a device reads for
+    a decode step and `bandwidth` the bytes/s at which it can; `kv_cache_memory_bytes` is the pool that the engine is
+    told to reserve.
     """
 
     engine: str
@@ -48,13 +57,15 @@ class Plan:
     bandwidth: float | None
     kv_cache_memory_bytes: int | None
     devices: tuple[DevicePlan, ...]
-    load_host_bytes: int
+    load_host_bytes: int | None
     load_device_bytes: int
     largest_batch: int | None
     longest_context: int | None
     smallest_devices: int | None
     limit: Limit | None
     prefill_limit: Limit | None
+    roofline: Roofline | None
+    windows: tuple[int | None, ...]
     quantization: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,7 +73,7 @@ class Plan:
         found = asdict(self)
         for values, device in zip(found["devices"], self.devices, strict=True):
             values["free_bytes"] = device.free_bytes
-        found["devices"] = list(found["devices"])
+        found |= {name: list(found[name]) for name in ("devices", "windows")}
         return found
 
     @classmethod
@@ -75,6 +86,8 @@ class Plan:
         )
         for name in ("limit", "prefill_limit"):
             fields[name] = None if values[name] is None else Limit(**values[name])
+        fields["roofline"] = values["roofline"] and Roofline.from_dict(values["roofline"])
+        fields["windows"] = tuple(values["windows"])
         return cls(**fields)
 
 
@@ -83,7 +96,7 @@ def make_plan(request: PlanRequest) -> Plan:
     problem = _illegal(request) or _too_large(request)
     if problem is not None:
         raise PlanError(problem, _hint(request))
-    layout = make_layout(request)
+    layout, ends = make_layout(request), make_layout(request, ends_only=True)
     host, device = load_peaks(request, layout)
     decode, prefill = ceilings(request, layout)
     return Plan(
@@ -98,11 +111,13 @@ def make_plan(request: PlanRequest) -> Plan:
         devices=device_plans(request, layout),
         load_host_bytes=host,
         load_device_bytes=device,
-        largest_batch=_largest_batch(request, layout),
-        longest_context=_longest_context(request, layout),
+        largest_batch=_largest_batch(request, ends),
+        longest_context=_longest_context(request, ends),
         smallest_devices=_smallest_devices(request),
         limit=decode,
         prefill_limit=prefill,
+        roofline=roofline(request, layout),
+        windows=request.shape.windows,
         quantization=request.quantization.name if request.quantization else None,
     )
 
@@ -127,6 +142,8 @@ def _illegal(request: PlanRequest) -> str | None:
     for what, size in (("inner MLP columns", shape.intermediate_size), ("rows of the padded vocabulary", padded)):
         if engine == "vllm" and size % n:
             return f"{size} {what} cannot be divided by {n} devices, as vllm needs."
+    if engine == "vllm" and shape.family in ("qwen2", "qwen3") and len(set(shape.windows)) > 1:
+        return "vllm runs no Qwen of which only some layers have a sliding window."
     why = misfit(shape, n, request.storage) if engine == "vllm" else None
     return f"{why}, as vllm needs." if why else None
 
@@ -154,7 +171,7 @@ def _missing_bytes(request: PlanRequest, device: DevicePlan) -> int:
         return 0
     used, usable = device.used_bytes, _usable_bytes(request, device.capacity_bytes)
     if request.engine == "vllm":
-        sequence = kv_bytes_per_token(request) * request.cached_tokens
+        sequence = sequence_bytes(request)
         used += max(sequence, request.kv_cache_memory_bytes or 0) - device.kv_cache_reserved_bytes
     return used - usable
 
@@ -166,7 +183,7 @@ def _usable_bytes(request: PlanRequest, capacity: int) -> int:
 
 
 def _fits(request: PlanRequest, layout: Layout | None = None) -> bool:
-    devices = device_plans(request, layout or make_layout(request))
+    devices = device_plans(request, layout or make_layout(request, ends_only=True))
     return all(_missing_bytes(request, device) <= 0 for device in devices)
 
 
@@ -181,8 +198,8 @@ def _hint(request: PlanRequest) -> str:
     fewer = [count for count in counts if count <= request.devices]
     if counts:
         found.append(f"devices={fewer[-1] if fewer else counts[0]}")
-    if _illegal(request) is None and (batch := _largest_batch(request, make_layout(request))):
-        found.append(f"measure.batch_size={batch}")
+    if _illegal(request) is None:
+        found += _smaller(request, make_layout(request, ends_only=True))
     for engine in request.quantization.engines if request.quantization else ("fsdp", "vllm"):
         other = replace(request, engine=engine)
         if engine != request.engine and _possible(other):
@@ -194,11 +211,33 @@ def _hint(request: PlanRequest) -> str:
     return f"{', or '.join(found)}." if found else "devices with more memory, fewer tokens, or a narrower precision."
 
 
+def _smaller(request: PlanRequest, layout: Layout) -> list[str]:
+    """What of the request could be smaller, that it fits: the batch, or the pool that vLLM is told to reserve."""
+    if request.engine != "vllm":
+        batch = _largest_batch(request, layout)
+        return [f"measure.batch_size={batch}"] if batch else []
+    if request.kv_cache_memory_bytes is None:
+        return []
+    missing = max(_missing_bytes(request, device) for device in device_plans(request, layout))
+    smaller = replace(request, kv_cache_memory_bytes=request.kv_cache_memory_bytes - missing)
+    return [f"backend.kv_cache_memory_bytes={smaller.kv_cache_memory_bytes}"] if _fits(smaller, layout) else []
+
+
 def _possible_devices(request: PlanRequest) -> Iterator[int]:
-    """Numbers of devices a node on which the request is possible, smallest first."""
-    for count in _CANDIDATES:
+    """Numbers of devices a node on which the request is possible, smallest first; under fsdp the smallest only."""
+    for count in _counts(request):
         if _possible(replace(request, devices=count)):
             yield count
+
+
+def _counts(request: PlanRequest) -> Iterable[int]:
+    """Numbers of devices a node among which are all that `_possible_devices` gives."""
+    most = MOST_DEVICES // request.num_nodes
+    if request.engine == "fsdp":  # two or more of them need the less each the more there are
+        too_few = _last(lambda count: count < 2 or not _possible(replace(request, devices=count)), most - 1)
+        return (1, too_few + 1)
+    cut = request.shape.num_layers + 3 if request.engine == "transformers" else request.shape.num_attention_heads
+    return range(1, min(cut, most) + 1)
 
 
 def _smallest_devices(request: PlanRequest) -> int | None:
@@ -207,10 +246,10 @@ def _smallest_devices(request: PlanRequest) -> int | None:
 
 def _largest_batch(request: PlanRequest, layout: Layout) -> int | None:
     if request.engine == "vllm":
-        sequence = kv_bytes_per_token(request) * request.cached_tokens
+        sequence = sequence_bytes(request)
         pools = [device.kv_cache_reserved_bytes for device in device_plans(request, layout)]
         known = request.device.capacity_bytes is not None or request.kv_cache_memory_bytes is not None
-        return min(request.max_num_seqs, min(pools) // sequence) if known else None
+        return min(request.sequences, min(pools) // sequence) if known else None
     if request.device.capacity_bytes is None or request.engine == "dummy":
         return None
     return _last(lambda batch: _fits(replace(request, batch_size=batch), layout), _LARGEST)

@@ -20,8 +20,9 @@ from launcher.config import RunConfig
 from launcher.models import EMBEDDED
 from launcher.processes import shared_memory_files
 from launcher.prompts import encode
-from shards.memory import PlanRequest, make_layout
+from shards.memory import make_layout
 from shards.model import ModelShape
+from shards.request import PlanRequest
 
 PROGRAM = str(ROOT / "tests" / "vllm_program.py")
 PROMPTS = (ROOT / "tests" / "ragged_prompts.txt").read_text().splitlines()

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 
-from launcher.figures import at_once, bandwidth_used, measures
+from launcher.figures import against_ceiling, bandwidth_used, measures
+from shards.hardware import DEVICES, LINKS
+from shards.limits import Machine, Roofline, Work
 
 FALCON_7B = 13_843_441_408  # bytes of its 6,921,720,704 parameters in 16 bits, all read in a step: the head is tied
 FALCON_40B = 82_606_587_904
 
 
-def one_repeat(*sequences: tuple[int, list[float]], decode_s: float | None, wall_s: float = 10.0) -> dict[str, Any]:
+def one_repeat(
+    *sequences: tuple[int, list[float]], decode_s: float | None, wall_s: float = 10.0, steps: int | None = None
+) -> dict[str, Any]:
     """What a rank measured in a repeat of prompts of so many tokens, with such gaps after each first token at 1 s."""
     return {
+        "decode_steps": max((len(gaps) for _, gaps in sequences), default=0) if steps is None else steps,
+        "lengths": [(tokens, len(gaps) + 1) for tokens, gaps in sequences],
         "completions": len(sequences),
         "prompt_tokens": sum(tokens for tokens, _ in sequences),
         "new_tokens": sum(len(gaps) + 1 for _, gaps in sequences),
@@ -40,8 +47,8 @@ def plan(step_bytes: int, kv_bytes_per_token: int, bandwidth: float | None) -> d
         ([one_repeat((487, [1 / 52] * 49), decode_s=49 / 52)], plan(FALCON_40B, 122_880, 4.3e12), 0.9997, 62_914_560),
         # two rows of 100 + 100 tokens: (10 GB + 2 x 150 x 1 MB) / 10.3 ms = 1000 GB/s of 2000
         ([one_repeat(*[(100, [0.0103] * 99)] * 2, decode_s=99 * 0.0103)], plan(10**10, 10**6, 2e12), 0.5, 300_000_000),
-        # rows of 3 and 1 steps of 0.25 s: 4/3 at once, of 7.5 + 3 / 2 tokens in the mean; (88 + 12) B / 0.25 s / 1 kB/s
-        ([one_repeat((6, [0.25] * 3), (9, [0.25]), decode_s=0.75)], plan(88, 1, 1000.0), 0.4, 12),
+        # rows of 3 and 1 steps of 0.25 s find 7 + 8 + 9 and 9 tokens, 11 a step: (89 + 11) B / 0.25 s / 1 kB/s
+        ([one_repeat((6, [0.25] * 3), (8, [0.25]), decode_s=0.75)], plan(89, 1, 1000.0), 0.4, 11),
         # a second data-parallel rank without prompts of its own takes the steps with it: half a sequence a device
         (
             [one_repeat((8, [0.1] * 3), decode_s=0.3), one_repeat(decode_s=0.3)],
@@ -49,8 +56,8 @@ def plan(step_bytes: int, kv_bytes_per_token: int, bandwidth: float | None) -> d
             0.5,
             5,
         ),
-        # continuous batching, 9 s from the first token to the last, 12 s of gaps: 4/3 at once, of 1 + 7 / 2 tokens
-        ([one_repeat((1, [1.0] * 9), (1, [1.0] * 3), decode_s=None)], plan(94, 1, 1000.0), 0.1, 6),
+        # continuous batching, 9 s and steps from the first token to the last, that find 2 to 10 and 2 to 4 tokens
+        ([one_repeat((1, [1.0] * 9), (1, [1.0] * 3), decode_s=None)], plan(93, 1, 1000.0), 0.1, 7),
         # faster than the memory
         ([one_repeat((1, [0.1] * 9), decode_s=0.9)], plan(101, 0, 1000.0), 1.01, 0),
     ],
@@ -66,7 +73,7 @@ def plan(step_bytes: int, kv_bytes_per_token: int, bandwidth: float | None) -> d
 )
 def test_mbu(ranks: list[dict[str, Any]], planned: dict[str, Any], expected: float, cache: int) -> None:
     prompts = sum(rank["completions"] for rank in ranks)
-    found = bandwidth_used(planned, measures([ranks, ranks], prompts, len(ranks)))
+    found = bandwidth_used(planned, measures([ranks, ranks], prompts, len(ranks))["metrics"])
     assert found == {
         "share": pytest.approx(expected, rel=1e-4),
         "impossible": expected > 1,
@@ -95,9 +102,95 @@ def test_mbu(ranks: list[dict[str, Any]], planned: dict[str, Any], expected: flo
 )
 def test_no_mbu_has_its_reason(ranks: list[dict[str, Any]], planned: dict[str, Any] | None, reason: str) -> None:
     figures = measures([ranks] if ranks else [], 1, 1)
-    assert bandwidth_used(planned, figures) == {"share": None, "impossible": False, "reason": reason}
+    assert bandwidth_used(planned, figures["metrics"]) == {"share": None, "impossible": False, "reason": reason}
 
 
-def test_sequences_at_once_of_static_batches_of_different_lengths() -> None:
-    """Batches one after the other: 2 rows for 4 s, then 1 row for 4 s."""
-    assert at_once(one_repeat((1, [2.0] * 2), (1, [2.0] * 2), (1, [2.0] * 2), decode_s=8.0)) == 1.5
+WORK = Work(
+    step_bytes=10**9,
+    step_parameters=5 * 10**8,
+    layer_parameters=1,
+    kv_bytes_per_token=10**6,
+    num_layers=1,
+    hidden_size=1,
+)
+CARD = DEVICES["a6000"]
+BANDWIDTH = 768e9
+
+
+def ended(*steps: list[tuple[int, int]], work: Work = WORK, pace: float = 1.0) -> tuple[list[dict[str, Any]], float]:
+    """A rank's repeat of batches, one after the other, of (tokens of a prompt, decode steps until it ended) for each
+    row, that ran at this part of the memory's speed; and its seconds."""
+    rows, seconds = [], 0.0
+    for batch in steps:
+        taken = []
+        for step in range(1, max(steps for _, steps in batch) + 1):
+            cached = sum(tokens + step for tokens, until in batch if until >= step)
+            taken.append((work.step_bytes + cached * work.kv_bytes_per_token) / BANDWIDTH / pace)
+        rows += [(tokens, taken[:until]) for tokens, until in batch]
+        seconds += sum(taken)
+    count = sum(max(until for _, until in batch) for batch in steps)
+    return [one_repeat(*rows, decode_s=seconds, steps=count)], seconds
+
+
+RAGGED: list[list[list[tuple[int, int]]]] = [
+    [[(1500, 127)] + [(7, 127)] * 255],
+    [[(1500, 1)] + [(7, 127)] * 255],
+    [[(1500, 127)] + [(7, 1)] * 255],
+    [[(10, 127)] * 255, [(100_000, 127)]],
+    [[(10, 1)] * 64] * 3 + [[(2000, 300)]],
+]
+
+
+@pytest.mark.parametrize("pace", [1.0, 0.5])
+@pytest.mark.parametrize("batches", RAGGED)
+def test_the_share_of_the_ceiling_is_of_the_steps_that_were_made(
+    batches: list[list[tuple[int, int]]], pace: float
+) -> None:
+    """A run that only the memory holds up reaches its ceiling, whatever its prompts and however early they end."""
+    ranks, _ = ended(*batches, pace=pace)
+    figures = measures([ranks, ranks], sum(map(len, batches)), 1)["metrics"]
+    planned = {"roofline": asdict(Roofline(WORK, Machine(CARD), "single")), "bandwidth": BANDWIDTH}
+    found = against_ceiling(planned, figures)
+    assert (found["share"], found["bound"]) == (pytest.approx(pace), "memory")
+    used = bandwidth_used(planned | {"step_bytes": WORK.step_bytes, "kv_bytes_per_token": 10**6}, figures)
+    assert used["share"] == pytest.approx(pace)
+
+
+def test_a_figure_over_the_ceiling_is_impossible() -> None:
+    planned = {"roofline": asdict(Roofline(WORK, Machine(CARD), "single"))}
+    ranks, seconds = ended([(7, 9)], pace=1.25)
+    found = against_ceiling(planned, measures([ranks], 1, 1)["metrics"])
+    assert found["impossible"]
+    assert found["share"] == pytest.approx(1.25)
+    assert found["decode_tokens_per_s"] == pytest.approx(9 / seconds / 1.25)
+
+
+def test_a_ceiling_of_several_ranks_is_that_of_all_of_them() -> None:
+    """Two ranks with a prompt of their own each, and one of a batch on two devices."""
+    ranks, seconds = ended([(7, 9)])
+    machine = Machine(CARD, 2, LINKS["nvlink4"])
+    for scheme, repeat, tokens in (("fsdp", ranks * 2, 18), ("tensor_parallel", ranks, 9)):
+        figures = measures([repeat], len(repeat), 2)["metrics"]
+        roof = {"work": asdict(WORK), "machine": asdict(machine), "scheme": scheme}
+        found = against_ceiling({"roofline": roof}, figures)
+        at_best = seconds if scheme == "fsdp" else seconds / 2
+        assert found["decode_tokens_per_s"] == pytest.approx(tokens / at_best), scheme
+
+
+def test_windows_forget() -> None:
+    """Of two layers one keeps 15 tokens: steps that find 13 to 22 tokens find 13, 14 and 8 times 15 there."""
+    ranks = [one_repeat((12, [0.1] * 10), decode_s=1.0)]
+    decode = measures([ranks], 1, 1, (None, 16))["metrics"]["decode"]
+    assert decode["cached_tokens"] == (sum(range(13, 23)) + 13 + 14 + 8 * 15) / 2 / 10
+
+
+def test_no_ceiling_has_its_reason() -> None:
+    ranks, _ = ended([(7, 9)])
+    figures = measures([ranks], 1, 1)["metrics"]
+    unknown = {"roofline": asdict(Roofline(WORK, Machine(DEVICES["cpu"]), "single"))}
+    for planned, metrics, reason in (
+        (unknown, figures, "no rates are known of this machine: python -m launcher.probe"),
+        ({"roofline": None}, figures, "no rates are known of this machine: python -m launcher.probe"),
+        (unknown, None, "no decode step was measured"),
+    ):
+        assert against_ceiling(planned, metrics)["reason"] == reason

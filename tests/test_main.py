@@ -50,7 +50,9 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             ["model=tiny_falkon"],
             "model=tiny_falkon: there is no such model. HINT: model=tiny_falcon",
         ),
-        (["devices=0"], "devices=0 is not a positive number. HINT: devices=1 or more"),
+        (["devices=0"], "devices=0 is not a positive number. HINT: devices=1 to 4096"),
+        (["devices=1000000000", "dry_run=true"], "devices=1000000000 is more than 4096. HINT: devices=1 to 4096"),
+        (["devices=64", "num_nodes=65"], "devices x num_nodes is 4160, more than 4096. HINT: fewer of either"),
         (
             ["batch_size=3"],
             "batch_size is not a key of the configuration. HINT: measure.batch_size",

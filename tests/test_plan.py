@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -19,9 +20,10 @@ from shards import hardware
 from shards.cuts import cut_up, spread
 from shards.errors import PlanError
 from shards.hardware import DEVICES, GIB, LINKS, MIB, Device, cuda_devices, visible
-from shards.memory import DevicePlan, PlanRequest, device_plans, load_peaks, make_layout
+from shards.memory import DevicePlan, device_plans, load_peaks, make_layout
 from shards.model import ModelShape
 from shards.plan import Plan, make_plan
+from shards.request import PlanRequest
 
 PRESETS = Path(__file__).parent.parent / "conf" / "model"
 
@@ -30,7 +32,9 @@ def preset(name: str) -> ModelShape:
     return ModelShape.from_config(yaml.safe_load((PRESETS / f"{name}.yaml").read_text())["config"])
 
 
-FALCON_7B, FALCON_40B, LLAMA_30B, LLAMA2_70B = map(preset, ("falcon_7b", "falcon_40b", "llama_30b", "llama2_70b"))
+FALCON_7B, FALCON_40B, FALCON_180B, LLAMA_30B, LLAMA2_70B = map(
+    preset, ("falcon_7b", "falcon_40b", "falcon_180b", "llama_30b", "llama2_70b")
+)
 
 
 def request(shape: ModelShape, engine: str, devices: int, device: str = "a6000", **other: Any) -> PlanRequest:
@@ -227,6 +231,17 @@ def test_a_cpu_has_no_capacity_and_no_known_rates() -> None:
             "A100 80 GB has 80.0 GiB, of which vllm may use 73.6. HINT: devices=2, or backend=fsdp.",
         ),
         (
+            request(FALCON_40B, "vllm", 1, "h200", kv_cache_memory_bytes=10**11),
+            "41.3 billion parameters with vllm need 174.3 GiB on one device (weights 76.9, batch 1 of 640 tokens), "
+            "H200 141 GB has 140.4 GiB. HINT: devices=2, or backend.kv_cache_memory_bytes=63584829440, or "
+            "backend=fsdp.",
+        ),
+        (
+            request(FALCON_180B, "fsdp", 8, "a5000"),
+            "178.6 billion parameters with fsdp need 52.8 GiB on device 0 of 8 (weights 41.6, batch 1 of 640 tokens), "
+            "RTX A5000 has 24.0 GiB. HINT: devices=27.",
+        ),
+        (
             replace(request(FALCON_40B, "transformers", 2), device=Device("Watch", "cuda", 4 * MIB)),
             "41.3 billion parameters with transformers need 39.9 GiB on device 1 of 2 (weights 39.2, batch 1 of 640 "
             "tokens), Watch has 0.0 GiB. HINT: devices with more memory, fewer tokens, or a narrower precision.",
@@ -243,7 +258,7 @@ def test_what_cannot_be_is_refused_with_hints_that_hold(asked: PlanRequest, mess
 
 def changed(asked: PlanRequest, key: str, value: str) -> PlanRequest:
     """The request after the override of a hint."""
-    field = {"devices": "devices", "measure.batch_size": "batch_size", "backend": "engine"}[key]
+    field = "engine" if key == "backend" else key.rpartition(".")[2]
     return replace(asked, **{field: value if field == "engine" else int(value)})
 
 
@@ -273,6 +288,40 @@ def test_the_smallest_number_of_devices_is_the_smallest_on_which_it_fits() -> No
     make_plan(request(LLAMA2_70B, "fsdp", 4, "a100_40g"))
     with pytest.raises(PlanError):
         make_plan(request(LLAMA2_70B, "fsdp", 3, "a100_40g"))
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "transformers", "deepspeed", "tensor_parallel", "vllm"])
+def test_no_number_of_devices_is_passed_over(engine: str) -> None:
+    """Every number is tried for itself, where the plan looks for the smallest more cleverly."""
+    asked = request(FALCON_180B, engine, 32, "a5000")
+    possible = []
+    for count in range(1, 33):
+        with contextlib.suppress(PlanError):
+            possible.append(make_plan(replace(asked, devices=count)).devices and count)
+    smallest = possible[0] if possible else None
+    with contextlib.suppress(PlanError):
+        assert make_plan(asked).smallest_devices == smallest
+    with pytest.raises(PlanError) as caught:
+        make_plan(replace(asked, devices=7))
+    assert (f"devices={smallest}" in caught.value.hint) == (smallest is not None and "with" not in caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("device", "devices", "told", "expected"),
+    [
+        ("a6000", 2, {}, (256, 8192)),
+        ("a100_80g", 1, {}, (256, 8192)),
+        ("h100", 1, {}, (1024, 16384)),
+        ("h200", 1, {}, (1024, 16384)),
+        ("cpu", 2, {}, (512, 8192)),
+        ("h200", 1, {"max_num_seqs": 4}, (4, 4 * 2048)),
+        ("h200", 1, {"max_num_batched_tokens": 300}, (300, 300)),
+    ],
+)
+def test_vllm_takes_at_once(device: str, devices: int, told: dict[str, int], expected: tuple[int, int]) -> None:
+    """As get_batch_defaults and what follows it in vllm/engine/arg_utils.py, for a model of 2,048 positions."""
+    asked = request(FALCON_40B, "vllm", devices, device, **told)
+    assert (asked.sequences, asked.batched_tokens) == expected
 
 
 @pytest.mark.parametrize(

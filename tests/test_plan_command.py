@@ -72,7 +72,12 @@ def test_embedded_models_and_folders_are_read_from_their_config(capsys: pytest.C
             "error: 'gpus=2' is not an argument of the plan. HINT: one of model, machines, ",
         ),
         (["model=falcon_7b", "devices=0"], "error: devices=0 is not a whole number above 0. HINT: devices=2"),
-        (["model=falcon_7b", "machines=a6000"], "error: No device is called ''. HINT: one of a5000, a6000, "),
+        (
+            ["model=falcon_7b", "machines=a6000"],
+            "error: machines=a6000 has no number of devices. HINT: machines=2xa6000",
+        ),
+        (["model=falcon_7b", "machines=999999999xa6000"], "error: 999999999 devices are more than 4096. HINT: fewer "),
+        (["model=falcon_7b", "devices=4096", "num_nodes=2"], "error: 8192 devices are more than 4096. HINT: fewer "),
         (["model=falcon_7b", "machines=2xb200"], "error: No device is called 'b200'. HINT: one of a5000, a6000, "),
         (["model=falcon_7b", "link=string"], "error: No link is called 'string'. HINT: one of pcie4, "),
         (
@@ -86,6 +91,30 @@ def test_wrong_arguments_are_one_line(arguments: list[str], message: str, capsys
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert (out, err[: len(message)], err.count("\n")) == ("", message, 1)
+
+
+def test_hints_are_arguments_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = {"model": "falcon_40b", "machines": "2xa6000", "backend": "fsdp", "batch_size": "100"}
+    assert main([*map("=".join, asked.items()), "--markdown"]) == 0
+    hint = capsys.readouterr().out.rpartition("HINT: ")[2].strip().rstrip(".")
+    assert hint == "machines=4xa6000, or batch_size=27, or backend=vllm"
+    for changed in hint.split(", or "):
+        key, _, value = changed.partition("=")
+        assert main([*map("=".join, (asked | {key: value}).items()), "--markdown"]) == 0
+        assert "impossible" not in capsys.readouterr().out
+
+
+def test_what_joins_nodes_is_not_what_joins_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["model=llama2_70b", "machines=2xa100_80g", "num_nodes=2", "backend=vllm", "--markdown"]
+    assert main(arguments) == 0
+    unknown = capsys.readouterr().out
+    assert main([*arguments, "link=infiniband_hdr"]) == 0
+    known = capsys.readouterr().out
+    rows = [next(line for line in out.splitlines() if line.startswith("| 2 x")) for out in (unknown, known)]
+    assert [row.split(" | ")[0] for row in rows] == ["| 2 x 2xa100_80g"] * 2
+    assert rows[0].endswith("| - | - | - |")
+    assert "What joins the nodes is not known, and so no ceiling: link=NAME." in unknown
+    assert "Links: 2 x 2xa100_80g InfiniBand HDR." in known
 
 
 def test_no_torch_is_imported() -> None:

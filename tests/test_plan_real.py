@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 from shards.cuts import cut_up
-from shards.memory import PlanRequest, make_layout
+from shards.memory import make_layout
 from shards.model import ModelShape
+from shards.request import PlanRequest
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow

@@ -10,6 +10,7 @@ from launcher.backend import Prompt
 from launcher.compose import compose_run
 from launcher.models import EMBEDDED
 from launcher.planning import plan_of
+from shards.errors import PlanError
 from shards.plan import Plan
 
 FIELDS = json.loads((EMBEDDED / "tiny_falcon" / "config.json").read_text())
@@ -17,10 +18,12 @@ TOKEN_BYTES = 2 * 2 * 4 * 32 * 4  # keys and values in 2 layers of 4 heads of 32
 MIB = 2**20
 
 
-def planned(prompts: int, on_cuda: bool, *overrides: str) -> Plan:
-    """The plan of tiny_falcon on one device with prompts of 100 tokens that get 20 more."""
+def planned(prompts: int | list[int], on_cuda: bool, *overrides: str) -> Plan:
+    """The plan of tiny_falcon on one device with prompts of 100 tokens, or of these lengths, that get 20 more."""
     config = compose_run(["model=tiny_falcon", "devices=1", "sampling.max_new_tokens=20", *overrides])
-    return plan_of(config, FIELDS, None, [Prompt(place, "", (1,) * 100) for place in range(prompts)], on_cuda)
+    lengths = [100] * prompts if isinstance(prompts, int) else prompts
+    asked = [Prompt(place, "", (1,) * length) for place, length in enumerate(lengths)]
+    return plan_of(config, FIELDS, None, asked, on_cuda)
 
 
 @pytest.mark.parametrize(
@@ -63,3 +66,57 @@ def test_the_pool_on_a_cpu(overrides: list[str], pool: int | None) -> None:
     assert plan.kv_cache_memory_bytes == pool
     needed = (128 if "backend=vllm" in overrides else 120) * TOKEN_BYTES
     assert plan.devices[0].kv_cache_reserved_bytes == (pool or needed)
+
+
+def test_options_of_vllm_that_change_the_plan() -> None:
+    card = ("backend=vllm", "launch=slurm", "cluster.device=a6000")
+    plain, fewer, narrow = (
+        planned(20, True, *card, *more)
+        for more in ([], ["+backend.extra.max_num_batched_tokens=100"], ["+backend.extra.kv_cache_dtype=fp8"])
+    )
+    assert fewer.devices[0].activation_bytes < plain.devices[0].activation_bytes
+    assert 4 * narrow.kv_bytes_per_token == plain.kv_bytes_per_token == TOKEN_BYTES
+    assert 4 * narrow.devices[0].kv_cache_bytes == plain.devices[0].kv_cache_bytes
+
+
+@pytest.mark.parametrize("option", ["pipeline_parallel_size=2", "data_parallel_size=2", "kv_cache_dtype=nvfp4"])
+def test_what_a_plan_cannot_follow_is_refused(option: str) -> None:
+    with pytest.raises(PlanError, match=f"backend.extra.{option}"):
+        planned(1, True, "backend=vllm", f"+backend.extra.{option}")
+
+
+CARD = ("precision=bf16", "launch=slurm", "cluster.device=a6000")
+RATE = 768e9
+
+
+def decode_ceiling(plan: Plan, steps: int, tokens: int, cached: int) -> float:
+    """Tokens/s of `tokens` in so many steps that find so many tokens in the cache, all of them together."""
+    return tokens / ((steps * plan.step_bytes + cached * plan.kv_bytes_per_token) / RATE)
+
+
+def test_ceilings_are_those_of_the_prompts_as_they_are() -> None:
+    """One long prompt and 255 short ones, which get 20 tokens each."""
+    lengths = [900] + [7] * 255
+    for engine, steps, padded in (
+        ("vllm", 20, 900 + 255 * 7),
+        ("transformers", 20 * 64, 4 * 900 + 252 * 7),
+        ("fsdp", 20 * 64, 4 * 900 + 252 * 7),
+    ):
+        plan = planned(lengths, True, *CARD, f"backend={engine}")
+        assert plan.limit is not None
+        expected = decode_ceiling(plan, steps, 20 * 256, 20 * (padded + 256 * 10))
+        assert plan.limit.tokens_per_s == pytest.approx(expected), engine
+
+
+def test_no_step_reads_more_cache_than_the_pool_holds() -> None:
+    pool = 400 * TOKEN_BYTES // 2
+    plan = planned(256, True, *CARD, "backend=vllm", f"backend.kv_cache_memory_bytes={pool}")
+    assert plan.limit is not None
+    assert plan.limit.seconds == pytest.approx((plan.step_bytes + pool) / RATE)
+
+
+def test_a_ceiling_is_of_the_ranks_that_have_a_prompt() -> None:
+    two, one = (planned(prompts, True, *CARD, "backend=fsdp") for prompts in (2, 1))
+    assert one.limit is not None
+    assert one.limit.tokens_per_s == pytest.approx(1 / one.limit.seconds)
+    assert two.limit is not None
