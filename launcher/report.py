@@ -64,10 +64,12 @@ def shown(text: str) -> str:
     return "".join("\ufffd" if unicodedata.category(letter) == "Cc" else letter for letter in text)
 
 
-def headline(record: dict[str, Any]) -> str:
+def headline(record: dict[str, Any], more: Sequence[str] = ()) -> str:
     """The last line of stdout: one JSON object with the figures that a program asks for first."""
     error = {key: value for key, value in (record["error"] or {}).items() if key != "traceback"}
-    return json.dumps({name: rounded(record[name]) for name in HEADLINE} | ({"error": error} if error else {}))
+    return json.dumps(
+        {name: rounded(record[name]) for name in (*HEADLINE, *more)} | ({"error": error} if error else {})
+    )
 
 
 def error_line(record: dict[str, Any]) -> str:
@@ -194,10 +196,10 @@ def show_point(point: Sequence[str], record: dict[str, Any], out: Console) -> No
     out.print(escape(f"{' '.join(point)}: {record['status']}, {what}"), soft_wrap=True)
 
 
-def sweep_line(records: Sequence[dict[str, Any]]) -> str:
-    """The last line of a sweep: how many points ended how, and the headline of each."""
+def sweep_line(records: Sequence[dict[str, Any]], more: Sequence[str] = ()) -> str:
+    """The last line of a sweep: how many points ended how, and of each the headline, and `more` of its record."""
     counts = Counter(record["status"] for record in records)
-    return json.dumps({"points": counts, "records": [json.loads(headline(record)) for record in records]})
+    return json.dumps({"points": counts, "records": [json.loads(headline(record, more)) for record in records]})
 
 
 def show_plan(run: Run, out: Console) -> None:

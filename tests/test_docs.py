@@ -11,7 +11,7 @@ import pytest
 from running import ROOT
 from torch.distributed.run import parse_args as parse_torchrun
 
-from launcher import compare, plan, probe
+from launcher import compare, plan, probe, status
 from launcher.__main__ import Arguments
 from launcher.compose import compose_run, expand_sweep
 from launcher.config import ConfigError
@@ -43,7 +43,7 @@ def show_plan(words: list[str]) -> None:
 
 
 def follow(words: list[str]) -> None:
-    assert [word for word in words if word.startswith("-") and word != "--follow"] == []
+    assert {word for word in words if word.startswith("-")} <= set(status.FLAGS)
 
 
 PARSERS: dict[str, Callable[[list[str]], object]] = {

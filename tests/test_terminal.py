@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -58,6 +59,35 @@ def test_letters_that_an_output_has_not_are_replaced(run_dir: Path) -> None:
     assert "\ndummy ? tiny_falcon ? fp32 ? 1 device\n" in ended.out
     ended = run([sys.executable, "-m", "launcher.compare", str(run_dir), str(run_dir)], PYTHONIOENCODING="ascii")
     assert (ended.code, ended.err) == (0, "")
+
+
+def history(*words: str | Path) -> Ended:
+    return run([sys.executable, "-m", "launcher.status", *map(str, words)])
+
+
+def test_a_folder_of_runs_is_its_history(run_dir: Path) -> None:
+    runs = run_dir.parent
+    refused = launcher(*RUN[1:], "-m", "sampling.max_new_tokens=5000,8", f"output_dir={runs}").last_json["records"][0]
+    ended = history("--json", runs)
+    assert (ended.code, ended.err, ended.last_json["points"]) == (1, "", {"ok": 2, "refused": 1})
+    assert ended.out == json.dumps(ended.last_json) + "\n"
+    starts = [row["started_at"] for row in ended.last_json["records"]]
+    assert all(0 <= later - earlier < 600 for earlier, later in itertools.pairwise(starts))
+
+    (runs / "torn").mkdir()
+    (runs / "torn" / "record.json").write_text("{")
+    (runs / "empty").mkdir()
+    ended = history(*sorted(runs.iterdir()))
+    assert (ended.code, ended.err) == (1, "")
+    assert ended.last_json["points"] == {"ok": 2, "refused": 1, "unreadable": 2}
+    assert f"\nempty: {runs / 'empty'} is not a run directory, and has none.\n" in ended.out
+    assert f"\ntorn: {runs / 'torn'} cannot be read: JSONDecodeError: " in ended.out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in ended.out.splitlines()]
+    [row] = [row for row in rows if row and row[0] == run_dir.name]
+    assert row[2:6] == ["tiny_falcon", "dummy", "1", "ok"]
+
+    assert history(refused["run_dir"]).last_json["points"] == {"refused": 1}
+    assert (history(runs / "empty").code, history(runs / "nowhere").code, history("--watch", runs).code) == (2, 2, 2)
 
 
 @pytest.mark.parametrize("module", ["launcher", "launcher.plan", "launcher.status", "launcher.compare"])
