@@ -144,7 +144,7 @@ class ModelConfig:
 class PromptsConfig:
     name: str = MISSING
     texts: list[str] | None = None
-    path: str | None = None  # .txt: a prompt a line; .jsonl: an object with "prompt" a line
+    path: str | None = None  # .txt or - (stdin): a prompt a line; .jsonl: an object with "prompt" a line
     count: int | None = None  # synthetic: number of prompts
     input_tokens: int | None = None  # synthetic: exact length of each prompt
     output_tokens: int | None = None  # synthetic: exact number of new tokens, EOS ignored

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from launcher.config import PromptsConfig, RunConfig, SamplingConfig
+
+ENCODING = "utf-8-sig"  # Windows' editors begin a file with a mark of their encoding
 
 
 def load_prompts(config: RunConfig, folder: Path | None, vocab_size: int) -> list[Prompt]:
@@ -59,13 +62,20 @@ def read_texts(wanted: PromptsConfig) -> list[str]:
 
 def _read_file(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8-sig")  # Windows' editors begin a file with a mark of their encoding
+        text = _stdin() if path == Path("-") else path.read_text(encoding=ENCODING)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"Cannot read the prompts in {path}: {error}.", "prompts.path= a UTF-8 file") from None
     lines = text.split("\n")  # splitlines() also splits at U+2028 in a prompt
     if path.suffix == ".jsonl":
         return [_prompt_of(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     return [line for line in lines if line.strip()]
+
+
+@cache
+def _stdin() -> str:
+    """What is piped in, read once for all points of a sweep."""
+    with open(0, encoding=ENCODING, closefd=False) as file:
+        return file.read()
 
 
 def _prompt_of(line: str, place: str) -> str:

@@ -61,6 +61,17 @@ def test_letters_that_an_output_has_not_are_replaced(run_dir: Path) -> None:
     assert (ended.code, ended.err) == (0, "")
 
 
+def test_prompts_can_be_piped_into_all_points(tmp_path: Path) -> None:
+    words = ["-m", "seed=1,2", "prompts=file", "prompts.path=-", f"output_dir={tmp_path}"]
+    ended = subprocess.run(
+        [sys.executable, "-m", *RUN, *words], cwd=ROOT, env=environment(), input="one\n\ntwo é\n",
+        stdout=subprocess.PIPE, encoding="utf-8", timeout=60, check=True,
+    )  # fmt: skip
+    for record in json.loads(ended.stdout.splitlines()[-1])["records"]:
+        lines = Path(record["run_dir"], "prompts.jsonl").read_text().splitlines()
+        assert [json.loads(line)["text"] for line in lines] == ["one", "two é"]
+
+
 def history(*words: str | Path) -> Ended:
     return run([sys.executable, "-m", "launcher.status", *map(str, words)])
 
