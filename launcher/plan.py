@@ -9,6 +9,7 @@
                           model's own config.json says
     num_nodes=1  precision=bf16  batch_size=1  prompt_tokens=512  max_new_tokens=128
     --markdown            print the table as Markdown
+    --json                print one JSON object with the whole plans
     --modules             print instead what the model is made of: its parameters by module
 
 Nothing is loaded or downloaded, and torch is not imported. For a family that is not known here, transformers is asked
@@ -30,7 +31,7 @@ import yaml
 from launcher.compose import conf_dir, options
 from launcher.config import BACKENDS, ConfigError, Precision
 from launcher.models import EMBEDDED
-from launcher.plan_table import Row, markdown, show, show_modules
+from launcher.plan_table import Row, as_json, markdown, show, show_modules
 from launcher.shapes import built_of, config_of
 from launcher.terminal import run_command
 from shards.errors import PlanError, UserError
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 ENGINES = tuple(name for name in BACKENDS if name != "dummy")
 COUNTS = {"num_nodes": 1, "batch_size": 1, "prompt_tokens": 512, "max_new_tokens": 128}
 KEYS = ("model", "machines", "devices", "device", "backend", "link", "precision", "quantization", *COUNTS)
-FLAGS = ("--markdown", "--modules")
+FLAGS = ("--markdown", "--json", "--modules")
 OFFLINE = "what bitsandbytes' layers hold, for comparison: this launcher has no engine that loads them"
 SOURCES = {
     "fp8": "an fp8 checkpoint, or +backend.extra.quantization=fp8_per_tensor",
@@ -84,7 +85,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     model, text = f"{shape.num_parameters:,} parameters", caption(values, rows)
-    if "--markdown" in argv:
+    if "--json" in argv:
+        print(as_json(values["model"], shape.num_parameters, rows))
+    elif "--markdown" in argv:
         print(markdown(values["model"], model, text, rows), end="")
     else:
         show(values["model"], model, text, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -117,6 +118,23 @@ def markdown(name: str, model: str, caption: str, rows: Sequence[Row]) -> str:
     lines += ["", caption, ""]
     why = [f"- {line}" for line in problems(rows)]
     return "\n".join([*lines, *why, *([""] if why else [])])
+
+
+def as_json(name: str, num_parameters: int, rows: Sequence[Row]) -> str:
+    """The whole plans, one JSON object; null for what a choice has not."""
+    choices = [
+        {
+            "machine": row.machine,
+            "backend": row.engine,
+            "link": row.link or None,
+            "quantization": row.quantization or None,
+            "problem": row.problem or None,
+            "plan": row.plan and row.plan.to_dict(),
+            "plan_of_largest_batch": row.full and row.full.to_dict(),
+        }
+        for row in rows
+    ]
+    return json.dumps({"model": name, "num_parameters": num_parameters, "plans": choices})
 
 
 def show_modules(name: str, shape: ModelShape, dtype_bytes: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher.plan import main
+from shards.plan import Plan
 
 ROOT = Path(__file__).parent.parent
 SECTION = re.compile(r"```\npython -m launcher\.plan ([^\n]*)\n```\n\n(.*?)(?=\n## |\Z)", re.DOTALL)
@@ -44,6 +46,17 @@ def test_a_table_for_people(capsys: pytest.CaptureFixture[str]) -> None:
         ("8xa100_40g", "fsdp"),
     ]
     assert "8xa100_40g vllm: 52 attention heads cannot be divided by 8 devices" in out
+
+
+def test_the_plans_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["model=llama_30b", "device=a100_40g", "devices=8", "backend=fsdp,vllm"]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["model"], found["num_parameters"]) == ("llama_30b", 32528943616)
+    fsdp, vllm = found["plans"]
+    assert [fsdp["machine"], fsdp["backend"], fsdp["problem"]] == ["8xa100_40g", "fsdp", None]
+    assert Plan.from_dict(fsdp["plan"]).num_parameters == found["num_parameters"]
+    assert (vllm["plan"], vllm["problem"][:37]) == (None, "52 attention heads cannot be divided ")
 
 
 def test_parameters_by_module_add_up(capsys: pytest.CaptureFixture[str]) -> None:
