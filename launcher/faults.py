@@ -6,6 +6,7 @@ import re
 import traceback
 from typing import TYPE_CHECKING, Any
 
+from launcher.files import read_end
 from shards.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ OUT_OF_MEMORY = re.compile(
     r"|No available memory for the cache blocks|is less than desired GPU memory utilization"  # vLLM before it starts
 )
 ELSEWHERE = "root cause"  # vLLM of an error in another of its processes, which has had its words in the log
-LOG_BYTES = 2**18
 
 
 def explain(error: BaseException, log: Path | None = None) -> tuple[str, dict[str, Any]]:
@@ -73,9 +73,6 @@ def _shortage(causes: Sequence[BaseException], log: Path | None) -> str | None:
         named = type(cause).__name__ == "OutOfMemoryError" or isinstance(cause, MemoryError)
         if named or OUT_OF_MEMORY.search(str(cause)):
             return str(cause)
-    if log is None or not log.exists() or not any(ELSEWHERE in str(cause) for cause in causes):
+    if log is None or not any(ELSEWHERE in str(cause) for cause in causes):
         return None
-    with log.open("rb") as file:
-        file.seek(max(log.stat().st_size - LOG_BYTES, 0))
-        lines = file.read().decode(errors="replace").splitlines()
-    return next((line for line in reversed(lines) if OUT_OF_MEMORY.search(line)), None)
+    return next((line for line in reversed(read_end(log).splitlines()) if OUT_OF_MEMORY.search(line)), None)

@@ -29,7 +29,7 @@ def writing_in(folder: Path) -> Iterator[None]:
         raise UserError(f"Cannot write in {folder}: {error.strerror}.", "free some, then resume=true") from None
 
 
-LOG_END_BYTES = 64 << 10
+LOG_END_BYTES = 256 << 10
 
 
 def write_text(path: Path, text: str) -> None:
@@ -70,7 +70,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_end(log: Path) -> str:
-    """The last 64 KiB of a log; empty where there is none."""
+    """The last 256 KiB of a log; empty where there is none."""
     try:
         with log.open("rb") as stream:
             stream.seek(max(0, log.stat().st_size - LOG_END_BYTES))
