@@ -47,8 +47,13 @@ class Repeat:
 
 
 def split(prompts: Sequence[Prompt], world: World, data_parallel: bool) -> list[Prompt]:
-    """This rank's prompts: every world_size-th where ranks answer apart, all of them where they answer together."""
-    return list(prompts[world.rank :: world.world_size]) if data_parallel else list(prompts)
+    """This rank's prompts: every world_size-th where ranks answer apart, all of them where they answer together.
+
+    The longest come first: prompts of like lengths share a batch, which then has the least padding, ranks have like
+    batches at the same time, and where memory does not suffice, that is seen at once.
+    """
+    ordered = sorted(prompts, key=lambda prompt: -len(prompt.token_ids))
+    return ordered[world.rank :: world.world_size] if data_parallel else ordered
 
 
 def batches(prompts: Sequence[Prompt], size: int, calls: int) -> Iterator[list[Prompt]]:

@@ -9,28 +9,31 @@ from launcher.compose import compose_run
 from launcher.generate import batches, call_count, split
 from shards.world import World
 
-PROMPTS = [Prompt(index, "", (1,)) for index in range(5)]
+EQUAL, RAGGED = (1, 1, 1, 1, 1), (3, 9, 1, 8, 2)
 
 
 @pytest.mark.parametrize(
-    ("backend", "world_size", "expected"),
+    ("backend", "world_size", "lengths", "expected"),
     [
-        ("fsdp", 1, [[[0, 1], [2, 3], [4]]]),
-        ("fsdp", 2, [[[0, 2], [4]], [[1, 3], []]]),
-        ("fsdp", 3, [[[0, 3]], [[1, 4]], [[2]]]),
-        ("fsdp", 7, [[[0]], [[1]], [[2]], [[3]], [[4]], [[]], [[]]]),
-        ("deepspeed", 2, [[[0, 1], [2, 3], [4]]] * 2),
-        ("vllm", 1, [[[0, 1, 2, 3, 4]]]),
+        ("fsdp", 1, EQUAL, [[[0, 1], [2, 3], [4]]]),
+        ("fsdp", 2, EQUAL, [[[0, 2], [4]], [[1, 3], []]]),
+        ("fsdp", 3, EQUAL, [[[0, 3]], [[1, 4]], [[2]]]),
+        ("fsdp", 7, EQUAL, [[[0]], [[1]], [[2]], [[3]], [[4]], [[]], [[]]]),
+        ("deepspeed", 2, EQUAL, [[[0, 1], [2, 3], [4]]] * 2),
+        ("vllm", 1, EQUAL, [[[0, 1, 2, 3, 4]]]),
+        ("fsdp", 2, RAGGED, [[[1, 0], [2]], [[3, 4], []]]),
+        ("deepspeed", 2, RAGGED, [[[1, 3], [0, 4], [2]]] * 2),
     ],
 )
 def test_every_prompt_is_answered_once_in_as_many_calls_on_every_rank(
-    backend: str, world_size: int, expected: list[list[list[int]]]
+    backend: str, world_size: int, lengths: tuple[int, ...], expected: list[list[list[int]]]
 ) -> None:
+    prompts = [Prompt(index, "", (1,) * length) for index, length in enumerate(lengths)]
     config = compose_run([f"backend={backend}", "measure.batch_size=2"])
     found = []
     for rank in range(world_size):
         world = World(rank=rank, world_size=world_size)
-        size, calls = call_count(len(PROMPTS), world, config)
-        own = split(PROMPTS, world, config.backend.data_parallel)
+        size, calls = call_count(len(prompts), world, config)
+        own = split(prompts, world, config.backend.data_parallel)
         found.append([[prompt.index for prompt in batch] for batch in batches(own, size, calls)])
     assert found == expected
