@@ -36,7 +36,7 @@ def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text`, so that a reader sees the old file or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")  # a file system has many hosts
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8", errors="surrogateescape") as file:  # a path may be any bytes
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -57,6 +57,9 @@ def read_texts(wanted: PromptsConfig) -> list[str]:
         texts = _read_file(Path(wanted.path))
     if not texts:
         raise ConfigError(f"The prompt set is empty ({wanted.path or wanted.name}).", "give at least one prompt")
+    for index, text in enumerate(texts):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # of JSON's escapes, or bytes that are not UTF-8
+            raise ConfigError(f"Prompt {index} has half of a surrogate pair, which is no letter.", "leave it out")
     return texts
 
 
@@ -87,8 +90,6 @@ def _prompt_of(line: str, place: str) -> str:
     text = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(text, str) or not text:
         raise ConfigError(f'{place} has no text under "prompt".', '{"prompt": "The capital of France is"}')
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ConfigError(f"{place} has half of a surrogate pair, which is no letter.", "leave it out")
     return text
 
 

@@ -140,6 +140,8 @@ def test_a_dry_run_under_torchrun_starts_nothing(tmp_path: Path) -> None:
     first, second = ranks_of_torchrun("dry_run=true", f"output_dir={tmp_path}")
     assert "--nproc-per-node=2 --max-restarts=0 -m launcher.worker RUN_DIR" in first.out
     assert (first.code, second) == (0, Ended(0, "", ""))
+    first, second = ranks_of_torchrun("--cfg", f"output_dir={tmp_path}")
+    assert (yaml.safe_load(first.out)["devices"], first.code, second) == (2, 0, Ended(0, "", ""))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -197,7 +199,7 @@ def test_several_values_without_multirun_name_the_flag(capsys: pytest.CaptureFix
         ("", "The prompt set is empty"),
         ('{"prompt": "a"}\n{"prompt"\n', "prompts.jsonl:2 is not JSON"),
         ('{"prompt": "a"}\n\n{"text": "b"}\n', 'prompts.jsonl:3 has no text under "prompt".'),
-        ('{"prompt": "a"}\n{"prompt": "\\ud800 x"}\n', "prompts.jsonl:2 has half of a surrogate pair"),
+        ('{"prompt": "a"}\n{"prompt": "\\ud800 x"}\n', "Prompt 1 has half of a surrogate pair"),
     ],
 )
 def test_a_prompt_file_is_refused_with_its_line(

@@ -53,6 +53,14 @@ def test_letters_that_are_orders_to_a_terminal_are_not_passed_on(tmp_path: Path)
     assert not {"\x1b", "\x07", "\x9b"} & set(ended.out)
 
 
+def test_letters_of_no_locale_are_kept_in_a_path(tmp_path: Path) -> None:
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    ended = launcher(*RUN[1:], f"output_dir={tmp_path}/é", **locale)
+    assert (ended.code, ended.err) == (0, "")
+    [run_dir] = (tmp_path / "é").iterdir()
+    assert f"output_dir={tmp_path}/é" in (run_dir / "command.sh").read_text(encoding="utf-8")
+
+
 def test_letters_that_an_output_has_not_are_replaced(run_dir: Path) -> None:
     ended = run([sys.executable, "-m", *RUN, f"output_dir={run_dir.parent}"], PYTHONIOENCODING="ascii")
     assert (ended.code, ended.err) == (0, "")
