@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import socket
@@ -30,6 +31,21 @@ def writing_in(folder: Path) -> Iterator[None]:
 
 
 LOG_END_BYTES = 256 << 10
+
+
+def make_folder(parent: Path, name: str) -> Path:
+    """A new folder in `parent`, `name` or that with a number; UserError where none can be made."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            folder = parent / (name if number == 1 else f"{name}-{number}")
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                return folder.resolve()
+    except OSError as error:
+        fact = f"Cannot write in output_dir={parent}: {error.strerror}."
+        raise UserError(fact, "output_dir= a folder of yours") from None
+    raise AssertionError("unreachable")
 
 
 def write_text(path: Path, text: str) -> None:

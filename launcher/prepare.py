@@ -17,7 +17,7 @@ import yaml
 
 from launcher.backends.deepspeed_options import notes_deepspeed, refuse_deepspeed
 from launcher.config import Accelerator, ConfigError, Weights
-from launcher.files import write_json, write_text
+from launcher.files import make_folder, write_json, write_text
 from launcher.models import EMBEDDED
 from launcher.plain import to_dict
 from launcher.planning import paces, plan_of
@@ -25,7 +25,6 @@ from launcher.prompts import check_context, guessed_prompts, load_prompts, sampl
 from launcher.shapes import built_of, config_of
 from launcher.slurm.script import check_cluster
 from shards.checkpoint import Checkpoint, is_derived
-from shards.errors import UserError
 from shards.hardware import SEE_ALL_CARDS, cuda_devices
 from shards.hub import resolve
 from shards.model import KNOWN_FAMILIES, ConfigFields, ModelShape
@@ -270,19 +269,6 @@ def described(run: Run) -> dict[str, Any]:
 def new_folder(config: RunConfig, suffix: str = "") -> Path:
     """A folder in `output_dir` that no other run has; UserError where none can be made."""
     world_size = config.devices * config.num_nodes
-    model = re.sub(r"[^A-Za-z0-9._-]", "_", config.model.name)
+    model = re.sub(r"[^A-Za-z0-9._-]", "_", config.model.name)[:100]
     name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config.backend.name}_{model}_x{world_size}{suffix}"
-    parent = Path(config.output_dir)
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        for number in range(1, 10_000):
-            folder = parent / (name if number == 1 else f"{name}-{number}")
-            try:
-                folder.mkdir()
-            except FileExistsError:
-                continue
-            return folder.resolve()
-    except OSError as error:
-        fact = f"Cannot write in output_dir={parent}: {error.strerror}."
-        raise UserError(fact, "output_dir= a folder of yours") from None
-    raise UserError(f"{parent} already has {number} runs of this second.", "output_dir= another folder")
+    return make_folder(Path(config.output_dir), name)

@@ -48,7 +48,7 @@ def run_command(main: Callable[[], int]) -> int:
     except OSError as error:
         if error.filename is not None:
             raise
-        return _ended(f"The output cannot be written: {error.strerror}.", 2)
+        return _ended(f"Cannot write: {error.strerror}. HINT: make room, or let the output go elsewhere", 2)
     return code
 
 

@@ -80,6 +80,10 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             ["output_dir=/etc/passwd/runs"],
             "Cannot write in output_dir=/etc/passwd/runs: Not a directory. HINT: output_dir= a folder of yours",
         ),
+        (
+            ["-m", "launch=slurm", "backend=dummy", "seed=1,2", "output_dir=/etc/passwd/runs"],
+            "Cannot write in output_dir=/etc/passwd/runs: Not a directory. HINT: output_dir= a folder of yours",
+        ),
     ],
 )
 def test_what_the_user_can_mend_is_one_line(

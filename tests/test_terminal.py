@@ -15,6 +15,7 @@ import pytest
 from running import ROOT, Ended, environment, launcher, run
 
 FULL = Path("/dev/full")
+FULL_LINE = "Cannot write: No space left on device. HINT: make room, or let the output go elsewhere\n"
 RUN = ("launcher", "backend=dummy", "devices=1", "measure.repeats=1")
 
 
@@ -34,7 +35,7 @@ def test_a_full_output_is_one_line(words: list[str], tmp_path: Path) -> None:
             [sys.executable, "-m", *words, *([f"output_dir={tmp_path}"] if words == RUN else [])],
             cwd=ROOT, env=environment(), stdout=out, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
         )  # fmt: skip
-    assert (ended.returncode, ended.stderr) == (2, "The output cannot be written: No space left on device.\n")
+    assert (ended.returncode, ended.stderr) == (2, FULL_LINE)
 
 
 def test_the_last_line_has_the_figures_of_the_record(run_dir: Path) -> None:

@@ -5,8 +5,6 @@ Each point keeps its own run directory with what every rank left there, and its 
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import shlex
 import sys
 import time
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import report
 from launcher.bars import Bars
-from launcher.files import read_json, write_json, write_text, writing_in
+from launcher.files import make_folder, read_json, write_json, write_text, writing_in
 from launcher.prepare import prepare
 from launcher.record import refused, unfinished
 from launcher.resume import directory_of, refusal
@@ -166,8 +164,10 @@ def run_job(run_dir: Path) -> dict[str, Any]:
 def run_points(configs: Sequence[RunConfig], commands: Sequence[tuple[str, ...]]) -> list[dict[str, Any]]:
     """Run the points of a sweep as jobs; their records in order, with `launch.wait=false` what stands for them."""
     points = [_prepared(config, command) for config, command in zip(configs, commands, strict=True)]
-    folder = new_sweep_folder(Path(configs[0].output_dir), len(points))
-    runs, points = submit_points(folder, points)
+    output_dir = Path(configs[0].output_dir)
+    folder = make_folder(output_dir, f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_sweep_of_{len(points)}")
+    with writing_in(output_dir):
+        runs, points = submit_points(folder, points)
     launch, out = configs[0].launch, report.console(stderr=True)
     names = {point.run_dir: point.overrides for point in points}
     records: dict[Path, dict[str, Any]] = {}
@@ -192,15 +192,3 @@ def _prepared(config: RunConfig, command: tuple[str, ...]) -> Point:
     except UserError as error:
         return Point(command[3:], None, refusal(config, error))
     return Point(command[3:], run_dir, read_json(run_dir / "record.json") if done else None)
-
-
-def new_sweep_folder(output_dir: Path, points: int) -> Path:
-    """A new folder in `output_dir`, which is where the run directories are."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_sweep_of_{points}"
-    for number in itertools.count(1):
-        folder = output_dir / (name if number == 1 else f"{name}-{number}")
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir()
-            return folder.resolve()
-    raise AssertionError("unreachable")
