@@ -74,7 +74,9 @@ def device_plans(request: PlanRequest, layout: Layout) -> tuple[DevicePlan, ...]
     if request.engine == "transformers":
         ends = tuple(accumulate(layout.layers))
         parts = list(zip((0, *ends), ends, strict=False))
-    caches = {part: (sequence_bytes(request, *part), _unsliced_bytes(request, *part)) for part in set(parts)}
+    caches = {
+        part: (cache_bytes(request, request.batch_size, *part), _unsliced_bytes(request, *part)) for part in set(parts)
+    }
     return tuple(
         _device_plan(request, rank, held, caches[part][0], activations + caches[part][1], overhead, layout)
         for rank, (held, part) in enumerate(zip(layout.parameter_bytes, parts, strict=True))
@@ -82,9 +84,8 @@ def device_plans(request: PlanRequest, layout: Layout) -> tuple[DevicePlan, ...]
 
 
 def _device_plan(
-    request: PlanRequest, rank: int, held: int, sequence: int, activations: int, overhead: int, layout: Layout
+    request: PlanRequest, rank: int, held: int, needed: int, activations: int, overhead: int, layout: Layout
 ) -> DevicePlan:
-    needed = sequence * request.batch_size
     reserved = _reserved_bytes(request, held + activations + layout.buffer_bytes + overhead)
     return DevicePlan(
         rank=rank,
@@ -107,11 +108,15 @@ def kv_bytes_per_token(request: PlanRequest) -> int:
     return 2 * shape.num_layers * heads * shape.head_dim * (request.kv_dtype_bytes or request.dtype_bytes)
 
 
-def sequence_bytes(request: PlanRequest, first: int = 0, end: int | None = None) -> int:
-    """Keys and values of one sequence at its end, on a device that holds the layers from `first` to before `end`."""
-    shape = request.shape
+def cache_bytes(request: PlanRequest, batch: int, first: int = 0, end: int | None = None) -> int:
+    """The most keys and values of `batch` sequences, on a device that holds the layers from `first` to before `end`.
+
+    Layers with a window hold more while vLLM reads prompts: all tokens of a step.
+    """
+    shape, step = request.shape, request.batched_tokens if request.engine == "vllm" else 0
     windows = (shape.windows or (None,) * shape.num_layers)[first:end]
-    return kv_bytes_per_token(request) // shape.num_layers * sum(map(request.kept_tokens, windows))
+    tokens = sum(batch * request.kept_tokens(one) + min(batch * request.lost_tokens(one), step) for one in windows)
+    return kv_bytes_per_token(request) // shape.num_layers * tokens
 
 
 def _unsliced_bytes(request: PlanRequest, first: int, end: int) -> int:
@@ -119,7 +124,7 @@ def _unsliced_bytes(request: PlanRequest, first: int, end: int) -> int:
     all keys and values of a prompt until the next step."""
     if request.engine in ("vllm", "dummy"):
         return 0
-    lost = sum(max(0, request.prompt_tokens - window + 1) for window in request.shape.windows[first:end] if window)
+    lost = sum(request.lost_tokens(window) for window in request.shape.windows[first:end])
     return request.batch_size * lost * kv_bytes_per_token(request) // request.shape.num_layers
 
 

@@ -14,11 +14,11 @@ from shards.limits import Limit, Roofline
 from shards.memory import (
     DevicePlan,
     Layout,
+    cache_bytes,
     device_plans,
     kv_bytes_per_token,
     load_peaks,
     make_layout,
-    sequence_bytes,
 )
 from shards.request import MOST_DEVICES, PlanRequest
 
@@ -171,8 +171,7 @@ def _missing_bytes(request: PlanRequest, device: DevicePlan) -> int:
         return 0
     used, usable = device.used_bytes, _usable_bytes(request, device.capacity_bytes)
     if request.engine == "vllm":
-        sequence = sequence_bytes(request)
-        used += max(sequence, request.kv_cache_memory_bytes or 0) - device.kv_cache_reserved_bytes
+        used += max(cache_bytes(request, 1), request.kv_cache_memory_bytes or 0) - device.kv_cache_reserved_bytes
     return used - usable
 
 
@@ -246,10 +245,9 @@ def _smallest_devices(request: PlanRequest) -> int | None:
 
 def _largest_batch(request: PlanRequest, layout: Layout) -> int | None:
     if request.engine == "vllm":
-        sequence = sequence_bytes(request)
         pools = [device.kv_cache_reserved_bytes for device in device_plans(request, layout)]
         known = request.device.capacity_bytes is not None or request.kv_cache_memory_bytes is not None
-        return min(request.sequences, min(pools) // sequence) if known else None
+        return _last(lambda batch: cache_bytes(request, batch) <= min(pools), request.sequences) if known else None
     if request.device.capacity_bytes is None or request.engine == "dummy":
         return None
     return _last(lambda batch: _fits(replace(request, batch_size=batch), layout), _LARGEST)

@@ -64,18 +64,20 @@ class PlanRequest:
     def context(self) -> int:
         return self.prompt_tokens + self.max_new_tokens
 
-    @property
-    def cached_tokens(self) -> int:
-        """Tokens of a sequence for which there is cache at its end."""
-        return ceil(self.context / self.kv_block_tokens) * self.kv_block_tokens
-
     def kept_tokens(self, window: int | None) -> int:
-        """Those of them that a layer keeps: of a window all but its last token, which is not read again; and with
-        blocks one more of them, as a window does not begin where a block does."""
+        """Tokens of a sequence for which a layer has cache at its end. A window's last token is not read again, and it
+        does not begin where a block does."""
         if window is None:
-            return self.cached_tokens
-        blocks = ceil((window - 1) / self.kv_block_tokens) + (self.kv_block_tokens > 1)
-        return min(self.cached_tokens, blocks * self.kv_block_tokens)
+            return self._in_blocks(self.context)
+        more = self.kv_block_tokens if self.kv_block_tokens > 1 else 0
+        return min(self._in_blocks(self.context), self._in_blocks(window - 1) + more)
+
+    def lost_tokens(self, window: int | None) -> int:
+        """Tokens of a prompt for which a layer has no cache any more once it was read."""
+        return max(0, self._in_blocks(self.prompt_tokens) - self.kept_tokens(window))
+
+    def _in_blocks(self, tokens: int) -> int:
+        return ceil(tokens / self.kv_block_tokens) * self.kv_block_tokens
 
     @property
     def sequences(self) -> int:

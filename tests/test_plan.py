@@ -160,6 +160,37 @@ def test_vllm_sets_aside_its_share_of_the_card_or_what_it_is_told() -> None:
     assert (told.devices[0].kv_cache_reserved_bytes, told.largest_batch) == (GIB, GIB // (640 * 61_440))
 
 
+@pytest.mark.parametrize(
+    ("engine", "block", "prompt", "tokens"),
+    [
+        ("fsdp", 1, 800, 2 * 63),
+        ("fsdp", 1, 50, 2 * 54),
+        ("vllm", 16, 800, 2 * 800),  # all of the prompts while they are read
+        ("vllm", 16, 80_000, 2 * 80 + 8192),  # as many as a step reads
+        ("vllm", 16, 50, 2 * 64),
+    ],
+)
+def test_layers_with_a_window_keep_what_lies_in_it(engine: str, block: int, prompt: int, tokens: int) -> None:
+    """Two sequences with 4 new tokens and windows of 64; Qwen2 has them from one layer on."""
+    config = {"model_type": "mistral", "num_hidden_layers": 2, "sliding_window": 64}
+    shape = ModelShape.from_config(config)
+    asked = request(shape, engine, 1, batch_size=2, prompt_tokens=prompt, max_new_tokens=4, kv_block_tokens=block)
+    assert make_plan(asked).devices[0].kv_cache_bytes == tokens * 2 * 2 * 8 * 128 * 2
+    qwen = config | {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}
+    mixed = replace(asked, shape=ModelShape.from_config(qwen), engine="fsdp", kv_block_tokens=1, prompt_tokens=800)
+    assert make_plan(mixed).devices[0].kv_cache_bytes == 2 * (804 + 63) * 2 * 32 * 128 * 2
+    with pytest.raises(PlanError, match="vllm runs no Qwen of which only some layers have a sliding window"):
+        make_plan(replace(mixed, engine="vllm"))
+
+
+def test_a_window_makes_steps_faster() -> None:
+    shape = ModelShape.from_config({"model_type": "mistral", "num_hidden_layers": 2, "sliding_window": 64})
+    asked = request(shape, "transformers", 1, batch_size=2, prompt_tokens=800)
+    plan = make_plan(asked)
+    assert plan.limit is not None
+    assert plan.limit.seconds == pytest.approx((plan.step_bytes + 2 * 63 * plan.kv_bytes_per_token) / 768e9)
+
+
 @pytest.mark.parametrize(("engine", "rings"), [("fsdp", 4), ("tensor_parallel", 4), ("transformers", 1), ("dummy", 0)])
 def test_loading_takes_the_buffers_of_each_process_of_a_node(engine: str, rings: int) -> None:
     asked = request(FALCON_40B, engine, 4)
