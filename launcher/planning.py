@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import psutil
 
 from launcher.backends.vllm_options import pool_bytes
 from launcher.config import BACKENDS, DummyConfig, FsdpConfig, Precision, VllmConfig, Weights
@@ -13,7 +15,7 @@ from launcher.generate import batches, call_count, split
 from launcher.prompts import sampling_of
 from launcher.shapes import built_of
 from shards.errors import PlanError
-from shards.hardware import CPU, Device, Link, known_device, usual_link
+from shards.hardware import CPU, GIB, Device, Link, known_device, usual_link
 from shards.measured import this_machine
 from shards.plan import Plan, make_plan
 from shards.quantization import QUANTIZATIONS, Quantization
@@ -32,6 +34,7 @@ VLLM_BLOCK_TOKENS = {"cuda": 16, "cpu": 128}  # DEFAULT_BLOCK_SIZE in vllm/confi
 ONLINE = {"fp8_per_tensor": "fp8", "fp8_per_channel": "fp8_channel", "fp8_per_block": "fp8_block"}
 """What vLLM calls the quantizations that it makes while it loads plain weights."""
 
+FILE_DTYPES = {Precision.fp32: "F32", Precision.fp16: "F16", Precision.bf16: "BF16"}
 KV_DTYPE_BYTES = {"auto": None, "float16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 ALONE = (
     "pipeline_parallel_size", "data_parallel_size", "prefill_context_parallel_size", "decode_context_parallel_size",
@@ -64,7 +67,34 @@ def plan_of(
         link=link,
         **_options(config, model_config, on_cuda),
     )
-    return make_plan(replace(request, **_batches(config, prompts, request)))
+    plan = make_plan(replace(request, **_batches(config, prompts, request)))
+    if not on_cuda and (problem := over_memory(config, plan, tensors, "total")):
+        raise PlanError(f"{problem}.", "more nodes, fewer prompts at once, or a narrower precision")
+    return plan
+
+
+def over_memory(
+    config: RunConfig, plan: Plan, tensors: Mapping[str, TensorEntry] | None, which: Literal["total", "available"]
+) -> str | None:
+    """What the ranks of this node without GPUs hold of their own, where its total or available memory is less.
+
+    Weights that need no cast stay in their files, mapped, but for vLLM; activations are estimates, and not counted.
+    """
+    if config.launch.name == "slurm":
+        return None
+    is_read = config.model.weights is Weights.auto and not isinstance(config.backend, VllmConfig)
+    dtypes = {entry.dtype for entry in (tensors or {}).values()} or {FILE_DTYPES[config.precision]}
+    are_mapped = is_read and FILE_DTYPES[config.precision] in dtypes
+    held = sum(
+        (0 if are_mapped else device.parameter_bytes)
+        + max(device.kv_cache_bytes, device.kv_cache_reserved_bytes)
+        + device.buffer_bytes
+        for device in plan.devices[: config.devices]
+    )
+    memory: int = getattr(psutil.virtual_memory(), which)
+    if held <= memory:
+        return None
+    return f"The ranks here need {held / GIB:.1f} GiB of their own, and this machine has {memory / GIB:.1f} GiB {which}"
 
 
 def paces(config: RunConfig, plan_for: Callable[[RunConfig], Plan]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from launcher.config import Accelerator, ConfigError, Weights
 from launcher.files import make_folder, write_json, write_text
 from launcher.models import EMBEDDED
 from launcher.plain import to_dict
-from launcher.planning import paces, plan_of
+from launcher.planning import over_memory, paces, plan_of
 from launcher.prompts import check_context, guessed_prompts, load_prompts, sampling_of, write_prompts
 from launcher.shapes import built_of, config_of
 from launcher.slurm.script import check_cluster
@@ -96,6 +96,8 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
         return plan_of(config, model_config, tensors, prompts, on_cuda)
 
     plan, found = plan_for(config), paces(config, plan_for) if config.dry_run else {}
+    if not on_cuda and (tight := over_memory(config, plan, tensors, "available")):
+        notes.append(tight)
     world_size = config.devices * config.num_nodes
     processes = world_size if _is_rank_per_device(config) else config.num_nodes
     return Run(

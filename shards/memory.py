@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import ceil, prod
 
-from shards.cuts import cut_up, spread
+from shards.cuts import cut_up, padded_vocabulary, spread
 from shards.hardware import MIB
 from shards.request import PlanRequest
 
@@ -23,7 +23,7 @@ class DevicePlan:
     """Bytes on one device at their peak. Capacity and free are None where a device has no memory of its own.
 
     `kv_cache_bytes` is what the sequences of a batch need, `kv_cache_reserved_bytes` what the engine sets aside;
-    `buffer_bytes` are parameters gathered or widened for a while; `overhead_bytes` lie outside the engine's tensors.
+    `buffer_bytes` are parameters gathered, widened or packed; `overhead_bytes` lie outside the engine's tensors.
     """
 
     rank: int
@@ -143,8 +143,11 @@ def load_peaks(request: PlanRequest, layout: Layout) -> tuple[int | None, int]:
 
 def _buffer_bytes(request: PlanRequest) -> int:
     """FSDP2's gathered parameters: the root group for good, beside it two layers (the next is gathered ahead), or the
-    root's own copy while it is gathered. Of a quantization that widens its weights: the largest matrix."""
+    root's own copy while it is gathered. Of a quantization that widens its weights: the largest matrix. On a CPU vLLM
+    packs embedding and head for its kernels, also tied ones, and keeps both (vocab_parallel_embedding.py)."""
     n, quantization = request.num_devices, request.quantization
+    if request.engine == "vllm" and request.device.kind == "cpu":
+        return 2 * padded_vocabulary(request.shape.vocab_size) // n * request.shape.hidden_size * request.dtype_bytes
     if quantization is not None and quantization.unpacks:
         return request.dtype_bytes * max(
             (p.numel for p in request.shape.parameters if quantization.applies(p)), default=0

@@ -191,6 +191,12 @@ def test_a_window_makes_steps_faster() -> None:
     assert plan.limit.seconds == pytest.approx((plan.step_bytes + 2 * 63 * plan.kv_bytes_per_token) / 768e9)
 
 
+@pytest.mark.parametrize("shape", [FALCON_40B, LLAMA_30B], ids=["tied", "with a head"])
+def test_on_a_cpu_vllm_keeps_embedding_and_head_packed_once_more(shape: ModelShape) -> None:
+    device = make_plan(request(shape, "vllm", 2, "cpu")).devices[0]
+    assert device.buffer_bytes == 2 * (shape.vocab_size // 2) * shape.hidden_size * 2
+
+
 @pytest.mark.parametrize(("engine", "rings"), [("fsdp", 4), ("tensor_parallel", 4), ("transformers", 1), ("dummy", 0)])
 def test_loading_takes_the_buffers_of_each_process_of_a_node(engine: str, rings: int) -> None:
     asked = request(FALCON_40B, engine, 4)

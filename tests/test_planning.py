@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import psutil
 import pytest
 
 from launcher.backend import Prompt
@@ -96,7 +97,7 @@ def decode_ceiling(plan: Plan, steps: int, tokens: int, cached: int) -> float:
 
 def test_ceilings_are_those_of_the_prompts_as_they_are() -> None:
     """One long prompt and 255 short ones, which get 20 tokens each."""
-    lengths = [900] + [7] * 255
+    lengths = [7] * 255 + [900]
     for engine, steps, padded in (
         ("vllm", 20, 900 + 255 * 7),
         ("transformers", 20 * 64, 4 * 900 + 252 * 7),
@@ -120,3 +121,26 @@ def test_a_ceiling_is_of_the_ranks_that_have_a_prompt() -> None:
     assert one.limit is not None
     assert one.limit.tokens_per_s == pytest.approx(1 / one.limit.seconds)
     assert two.limit is not None
+
+
+def test_what_ranks_without_gpus_hold_of_their_own_has_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 64 sequences the cache alone; weights where they are made, not where they are mapped."""
+    sequences, weights = 64 * 120 * TOKEN_BYTES, planned(1, False, "backend=fsdp").devices[0].parameter_bytes
+    asked = ("backend=fsdp", "measure.batch_size=64")
+    memory = psutil.virtual_memory()
+
+    def machine(total: int) -> None:
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(total=total))
+
+    machine(sequences)
+    planned(64, False, *asked)
+    with pytest.raises(
+        PlanError, match=r"The ranks here need 0\.0 GiB of their own, and this machine has 0\.0 GiB total"
+    ):
+        planned(64, False, *asked, "model.weights=random")
+    planned(64, False, *asked, "model.weights=random", "launch=slurm")
+    machine(sequences + weights)
+    planned(64, False, *asked, "model.weights=random")
+    machine(sequences - 1)
+    with pytest.raises(PlanError, match="HINT: more nodes, fewer prompts at once, or a narrower precision"):
+        planned(64, False, *asked)
