@@ -61,7 +61,7 @@ def rounded(value: Any) -> Any:
 
 def shown(text: str) -> str:
     """A text of a prompt or an engine for the terminal: what would move its cursor or set its colours is replaced."""
-    return "".join("\ufffd" if unicodedata.category(letter) == "Cc" else letter for letter in text)
+    return "".join("\ufffd" if unicodedata.category(letter) == "Cc" else letter for letter in text.replace("\t", " "))
 
 
 def headline(record: dict[str, Any], more: Sequence[str] = ()) -> str:
@@ -78,7 +78,7 @@ def error_line(record: dict[str, Any]) -> str:
     where = f"rank {error['rank']} in {error['stage']}" if error["rank"] is not None else "before any rank began"
     hint = f" HINT: {error['hint']}" if error["hint"] else ""
     kind = "" if error["type"] in ("ProcessDied", "Ended", "Cancelled") else f"{error['type']}: "
-    return shown(f"{record['status']}: {where}: {kind}{error['message']}{hint}")
+    return shown(" ".join(f"{record['status']}: {where}: {kind}{error['message']}{hint}".split()))
 
 
 def show(record: dict[str, Any]) -> None:

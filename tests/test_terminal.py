@@ -47,7 +47,7 @@ def test_the_last_line_has_the_figures_of_the_record(run_dir: Path) -> None:
 
 
 def test_letters_that_are_orders_to_a_terminal_are_not_passed_on(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(json.dumps("\x1b[31mred\x07 \x9b2J"))
+    (tmp_path / "a.jsonl").write_text(json.dumps("\x1b[31mred\x07\t\x9b2J"))
     prompts = ("prompts=file", f"prompts.path={tmp_path / 'a.jsonl'}")
     ended = run([sys.executable, "-m", *RUN, *prompts, f"output_dir={tmp_path}"])
     assert "\ufffd[31mred\ufffd \ufffd2J" in ended.out
