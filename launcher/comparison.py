@@ -119,8 +119,18 @@ def compare(base: FinishedRun, other: FinishedRun) -> Comparison:
         base_degenerate=_degenerate(base),
         other_degenerate=_degenerate(other),
         speed=_speed(base, other),
-        differences=tuple(_differences(_settings(base), _settings(other))),
+        differences=(*_differences(_settings(base), _settings(other)), *_other_weights(base, other)),
     )
+
+
+def _other_weights(base: FinishedRun, other: FinishedRun) -> list[str]:
+    """vLLM's random weights are its own, and others for each number of devices (load_format=dummy)."""
+    runs = (base, other)
+    are_random = all(run.record["config"]["model"].get("weights") == "random" for run in runs)
+    labels = {run.label for run in runs}
+    if not are_random or len(labels) == 1 or all(run.record["backend"] != "vllm" for run in runs):
+        return []
+    return ["the random weights of vllm are others than those of other engines, and of other numbers of devices"]
 
 
 def _divergence(index: int, base: dict[str, Any], other: dict[str, Any]) -> Divergence | None:

@@ -43,6 +43,21 @@ def run(
 
 
 @pytest.mark.parametrize(
+    ("engines", "weights", "told"),
+    [
+        (("fsdp", "vllm"), "random", 1),
+        (("fsdp", "transformers"), "random", 0),
+        (("vllm", "vllm"), "random", 0),
+        (("fsdp", "vllm"), "auto", 0),
+    ],
+)
+def test_other_random_weights_are_told(engines: tuple[str, str], weights: str, told: int) -> None:
+    model = {"name": "tiny", "path": "/tiny", "weights": weights}
+    found = compare(*(run(name, [1], [2], model=model) for name in engines))
+    assert len(found.differences) == told
+
+
+@pytest.mark.parametrize(
     ("token_ids", "finish_reason", "expected"),
     [
         ([9] * 8, "length", True),
