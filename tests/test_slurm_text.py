@@ -53,8 +53,8 @@ export LAUNCHER_WATCH=1  # the ranks end a run that hangs
 export LAUNCHER_ON_TERM=interrupt  # SLURM announces a pre-emption by SIGTERM
 
 LAUNCHER_ATTEMPT=$(/opt/v/bin/python -m launcher.attempts "$run_dir") || exit 1
-MASTER_PORT=$(/opt/v/bin/python -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])") \
-|| exit 1
+MASTER_PORT=$(/opt/v/bin/python -c "import random, socket; \
+print(next(p for p in random.sample(range(20000, 32768), 99) if socket.socket().connect_ex(('', p))))") || exit 1
 export LAUNCHER_ATTEMPT MASTER_PORT
 srun --kill-on-bad-exit=1 --cpus-per-task=1 sh -c 'export LAUNCHER_PARENT=$PPID; exec "$@"' sh /opt/v/bin/python \
 -m launcher.worker "$run_dir"
@@ -120,8 +120,8 @@ export LAUNCHER_WATCH=1  # the ranks end a run that hangs
 export LAUNCHER_ON_TERM=interrupt  # SLURM announces a pre-emption by SIGTERM
 
 LAUNCHER_ATTEMPT=$(apptainer exec --nv 'my image.sif' '/sh are/python' -m launcher.attempts "$run_dir") || exit 1
-MASTER_PORT=$(apptainer exec --nv 'my image.sif' '/sh are/python' -c "import socket; s = socket.socket(); \
-s.bind(('', 0)); print(s.getsockname()[1])") || exit 1
+MASTER_PORT=$(apptainer exec --nv 'my image.sif' '/sh are/python' -c "import random, socket; \
+print(next(p for p in random.sample(range(20000, 32768), 99) if socket.socket().connect_ex(('', p))))") || exit 1
 export LAUNCHER_ATTEMPT MASTER_PORT
 srun --kill-on-bad-exit=1 --cpus-per-task=8 --mpi=none apptainer exec --nv 'my image.sif' '/sh are/python' \
 -m launcher.worker "$run_dir"

@@ -26,7 +26,10 @@ OTHERS = (  # what a surrounding launcher or the submitter's shell may have left
     "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE MASTER_ADDR MASTER_PORT CROSS_RANK "
     "CROSS_SIZE TORCHELASTIC_RUN_ID LAUNCHER_PARENT LAUNCHER_RUN"
 )
-FREE_PORT = "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])"
+FREE_PORT = (  # below those that Linux gives to outgoing connections, which could take it before rank 0 does
+    "import random, socket; "
+    "print(next(p for p in random.sample(range(20000, 32768), 99) if socket.socket().connect_ex(('', p))))"
+)
 TIME = re.compile(r"(\d+-)?\d+(:\d+){1,2}|\d+-\d+|UNLIMITED|INFINITE", re.IGNORECASE)
 
 
