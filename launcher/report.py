@@ -222,7 +222,7 @@ def show_plan(run: Run, out: Console) -> None:
         "largest batch": plan.largest_batch or "not bounded by a known capacity",
         "longest context": plan.longest_context,
         "smallest number of devices": plan.smallest_devices or "not bounded by a known capacity",
-        "decode ceiling, with answers of full length": _limit(plan.limit),
+        "decode ceiling": _limit(plan.limit, ", if every answer has its full length"),
         "prefill ceiling": _limit(plan.prefill_limit),
     }
     if run.paces:
@@ -231,10 +231,10 @@ def show_plan(run: Run, out: Console) -> None:
         out.print(f"  {name}: {value}")
 
 
-def _limit(limit: Limit | None) -> str:
+def _limit(limit: Limit | None, more: str = "") -> str:
     if limit is None:
         return "no rates are known of the device or its link: python -m launcher.probe measures those of this machine"
-    return f"{rate(limit.tokens_per_s)} tokens/s, {seconds(limit.seconds)} a step, bound by {limit.bound}"
+    return f"{rate(limit.tokens_per_s)} tokens/s, {seconds(limit.seconds)} a step, bound by {limit.bound}{more}"
 
 
 def show_sweep(records: Sequence[dict[str, Any]], points: Sequence[Sequence[str]], out: Console) -> None:

@@ -304,6 +304,7 @@ def test_a_dry_run_ranks_the_engines_that_could_run_it(
     values = [float(pace) for pace in paces.values()]
     assert values == sorted(values, reverse=True)
     assert said["decode ceiling"].startswith(f"{paces['fsdp']} tokens/s")
+    assert said["decode ceiling"].endswith("if every answer has its full length")
 
 
 def test_help_names_every_option_and_five_commands(capsys: pytest.CaptureFixture[str]) -> None:
