@@ -18,8 +18,9 @@ from launcher.config import ConfigError
 from launcher.elastic import become_node, check_nodes
 from launcher.launch import worker_command
 from launcher.plain import to_dict
-from launcher.prepare import described, prepare
+from launcher.prepare import prepare
 from launcher.resume import checked
+from launcher.run_dir import described
 from launcher.slurm.arrays import DETACHED, Detached
 from launcher.slurm.jobs import read_job
 from launcher.slurm.script import job_of, name_of, sbatch_text

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.files import read_json
 from launcher.plain import to_dict
-from launcher.prepare import create_run_dir, new_folder, prepare
+from launcher.prepare import prepare
 from launcher.resume import what_is_run
+from launcher.run_dir import create_run_dir, new_folder
 from shards.errors import PlanError
 
 if TYPE_CHECKING:

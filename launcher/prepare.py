@@ -1,27 +1,19 @@
-"""RunConfig -> a run directory with all that a rank needs. What the user can fix is found here, before any process."""
+"""RunConfig -> a run that can start. What the user can fix is found here, before any process."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import re
-import shutil
 import subprocess
-import time
-import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from launcher.backends.deepspeed_options import notes_deepspeed, refuse_deepspeed
 from launcher.config import Accelerator, ConfigError, Weights
-from launcher.files import make_folder, write_json, write_text
 from launcher.models import EMBEDDED
-from launcher.plain import to_dict
 from launcher.planning import over_memory, paces, plan_of
-from launcher.prompts import check_context, guessed_prompts, load_prompts, sampling_of, write_prompts
+from launcher.prompts import check_context, guessed_prompts, load_prompts, sampling_of
 from launcher.shapes import built_of, config_of
 from launcher.slurm.script import check_cluster
 from shards.checkpoint import Checkpoint, is_derived
@@ -236,41 +228,3 @@ def _model_config(config: RunConfig, folder: Path | None) -> dict[str, Any]:
         assert config.model.config is not None
         return config.model.config
     return config_of(folder)
-
-
-def create_run_dir(run: Run, batch_search: dict[str, Any] | None = None) -> Path:
-    """A new folder that no other run has, with everything a rank reads, and how its batch was found if it was."""
-    run_dir = new_folder(run.config)
-    try:
-        write_text(run_dir / "config.yaml", yaml.safe_dump(to_dict(run.config), sort_keys=False))
-        write_json(run_dir / "plan.json", run.plan.to_dict())
-        write_prompts(run_dir / "prompts.jsonl", run.prompts)
-        own = {"started_at": time.time(), "mark": uuid.uuid4().hex, "batch_search": batch_search}
-        write_json(run_dir / "run.json", described(run) | own)
-    except OSError:
-        shutil.rmtree(run_dir, ignore_errors=True)  # half of one is of no use, and what is full has its room again
-        raise
-    return run_dir
-
-
-def described(run: Run) -> dict[str, Any]:
-    """What `run.json` says of a run, beside when it began and the mark of its processes."""
-    return {
-        "config": to_dict(run.config),
-        "command": list(run.command),
-        "folder": os.getcwd(),
-        "model_folder": str(run.model_folder) if run.model_folder else None,
-        "model_config": run.model_config,
-        "processes": run.processes,
-        "world_size": run.world_size,
-        "on_cuda": run.on_cuda,
-        "notes": list(run.notes),
-    }
-
-
-def new_folder(config: RunConfig, suffix: str = "") -> Path:
-    """A folder in `output_dir` that no other run has; UserError where none can be made."""
-    world_size = config.devices * config.num_nodes
-    model = re.sub(r"[^A-Za-z0-9._-]", "_", config.model.name)[:100]
-    name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config.backend.name}_{model}_x{world_size}{suffix}"
-    return make_folder(Path(config.output_dir), name)

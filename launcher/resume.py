@@ -11,9 +11,9 @@ import yaml
 from launcher.config import HOW_IT_IS_RUN, ConfigError
 from launcher.files import read_json, write_json, write_text
 from launcher.plain import to_dict
-from launcher.prepare import create_run_dir, described, new_folder
 from launcher.prompts import read_prompts
 from launcher.record import refused
+from launcher.run_dir import create_run_dir, described, new_folder
 from shards.errors import UserError
 
 if TYPE_CHECKING:

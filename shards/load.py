@@ -11,10 +11,11 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from shards.blocks import local_block, local_bytes, stored_tensors, whole
-from shards.checkpoint import OpenFiles, is_derived
+from shards.checkpoint import is_derived
 from shards.conversion import MergedEntry, converted, part_targets
 from shards.errors import CheckpointError
 from shards.meta import materialize
+from shards.open_files import OpenFiles
 from shards.slices import PIECE_BYTES, TORCH_DTYPES, Target, map_target, read_targets
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from shards.checkpoint import OpenFiles
+from shards.open_files import OpenFiles
 from shards.ring import Ring
 from shards.tensor_files import DTYPE_BYTES, TensorEntry
 

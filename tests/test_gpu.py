@@ -21,12 +21,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from launcher.config import BACKENDS
 from launcher.faults import explain
 from launcher.models import EMBEDDED
-from shards.checkpoint import Checkpoint, OpenFiles
+from shards.checkpoint import Checkpoint
 from shards.errors import PlanError
 from shards.families import attend
 from shards.hardware import MIB, Device, cuda_devices
 from shards.load import load_weights
 from shards.meta import build_meta
+from shards.open_files import OpenFiles
 from shards.random_weights import fill_random
 from shards.slices import Target, read_targets
 

@@ -23,11 +23,12 @@ from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, Pretra
 from launcher.measure import host_anonymous_bytes
 from shards import load, slices
 from shards.blocks import local_block, local_bytes
-from shards.checkpoint import Checkpoint, OpenFiles
+from shards.checkpoint import Checkpoint
 from shards.errors import CheckpointError
 from shards.fully_shard import decoder_layers, fully_shard_model
 from shards.load import load_weights
 from shards.meta import build_meta
+from shards.open_files import OpenFiles
 from shards.random_weights import fill_random
 from shards.slices import Target, read_targets
 

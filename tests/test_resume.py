@@ -24,9 +24,10 @@ from launcher.compose import compose_run
 from launcher.files import read_lines
 from launcher.generate import schedule
 from launcher.launch import run_local
-from launcher.prepare import create_run_dir, prepare
+from launcher.prepare import prepare
 from launcher.processes import end_run, of_run
 from launcher.progress import read_progress
+from launcher.run_dir import create_run_dir
 from shards.world import World
 
 PROMPTS = tuple(Prompt(index, f"prompt {index}", (index + 1, 2)) for index in range(10))

@@ -9,7 +9,8 @@ import pytest
 
 from launcher import status
 from launcher.compose import compose_run
-from launcher.prepare import create_run_dir, prepare
+from launcher.prepare import prepare
+from launcher.run_dir import create_run_dir
 from launcher.slurm import arrays, jobs
 from launcher.slurm.script import SCRIPT
 from shards.errors import UserError
