@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,4 @@ def test_host_memory_does_not_grow_with_decode_steps(ranks: int, tmp_path: Path)
     for rank in range(ranks):
         held = json.loads((tmp_path / f"rank_{rank}.json").read_text())
         assert len(held) == 10
-        rises = [after - before for before, after in pairwise(held)]
-        # The heap may take some 20 MiB at once, at any time; what leaks in each step rises throughout.
-        assert sum(rises) - max(rises) <= 10 * MIB, [value // MIB for value in held]
+        assert held[-1] - held[0] <= 5 * MIB, [value // MIB for value in held]
