@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 
 def _without_traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Ctrl-C while a command is still importing is one line, as it is later (launcher.terminal)."""
+    """Ctrl-C while a command is still importing is one line, as it is later (launcher.system.terminal)."""
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return

@@ -12,27 +12,28 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from launcher import report, usage
-from launcher.compose import command_of, compose_run, expand_sweep
-from launcher.config import ConfigError
-from launcher.elastic import become_node, check_nodes
-from launcher.launch import worker_command
-from launcher.plain import to_dict
-from launcher.prepare import prepare
-from launcher.resume import checked
-from launcher.run_dir import described
-from launcher.slurm.arrays import DETACHED, Detached
-from launcher.slurm.jobs import read_job
-from launcher.slurm.script import job_of, name_of, sbatch_text
-from launcher.sweep import exit_code, finish_run, run_point, sweep
-from launcher.terminal import run_command
+from launcher.config import help as usage
+from launcher.config.compose import command_of, compose_run, expand_sweep
+from launcher.config.schema import ConfigError
+from launcher.config.values import to_dict
+from launcher.launch.local import worker_command
+from launcher.launch.nodes import become_node, check_nodes
+from launcher.launch.resume import checked
+from launcher.launch.slurm.arrays import DETACHED, Detached
+from launcher.launch.slurm.jobs import read_job
+from launcher.launch.slurm.script import job_of, name_of, sbatch_text
+from launcher.launch.sweep import exit_code, finish_run, run_point, sweep
+from launcher.prepare.prepare import prepare
+from launcher.report import tables as report
+from launcher.run_dir.create import described
+from launcher.system.terminal import run_command
 from shards.errors import UserError, WorldError
-from shards.world import World
+from shards.machine.world import World
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from launcher.config import RunConfig
+    from launcher.config.schema import RunConfig
 
 FLAGS = {
     "-m": "multirun", "--multirun": "multirun", "-h": "help", "--help": "help", "--cfg": "cfg", "--version": "version",
@@ -182,7 +183,8 @@ def _join(config: RunConfig, world: World, command: tuple[str, ...]) -> int:
     if config.measure.find_batch_size:
         raise ConfigError(f"measure.find_batch_size=true starts ranks itself, and {world.launcher} has.", "without it")
     run = prepare(config, command)
-    external = importlib.import_module("launcher.external")  # imports torch: a rank may, the launching process may not
+    # It imports torch, which a rank may and the launching process may not.
+    external = importlib.import_module("launcher.launch.join")
     code: int = external.join(run, world, report.show)
     sys.stdout.flush()
     os._exit(code)  # engines leave threads behind that can hang the interpreter's own exit

@@ -28,25 +28,25 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from launcher.compose import conf_dir, options
-from launcher.config import BACKENDS, ConfigError, Precision
+from launcher.config.compose import conf_dir, options
+from launcher.config.schema import BACKENDS, ConfigError, Precision
 from launcher.models import EMBEDDED
-from launcher.plan_table import Row, as_json, markdown, show, show_modules
-from launcher.shapes import built_of, config_of
-from launcher.terminal import run_command
+from launcher.prepare.shapes import built_of, config_of
+from launcher.report.plan_table import Row, as_json, markdown, show, show_modules
+from launcher.system.terminal import run_command
 from shards.errors import PlanError, UserError
-from shards.hardware import Device, Link, cuda_devices, known_device, known_link, usual_link
-from shards.measured import this_machine
-from shards.plan import make_plan
-from shards.quantization import known_quantization
-from shards.quantized_checkpoint import from_config
-from shards.request import MOST_DEVICES, PlanRequest
+from shards.machine.hardware import Device, Link, cuda_devices, known_device, known_link, usual_link
+from shards.machine.rates import this_machine
+from shards.model.quantization import known_quantization
+from shards.model.quantized_checkpoint import from_config
+from shards.plan.plan import make_plan
+from shards.plan.request import MOST_DEVICES, PlanRequest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from shards.model import ModelShape
-    from shards.quantization import Quantization
+    from shards.model.quantization import Quantization
+    from shards.model.shape import ModelShape
 
 ENGINES = tuple(name for name in BACKENDS if name != "dummy")
 COUNTS = {"num_nodes": 1, "batch_size": 1, "prompt_tokens": 512, "max_new_tokens": 128}

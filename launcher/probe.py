@@ -15,13 +15,13 @@ import sys
 import uuid
 from typing import TYPE_CHECKING
 
-from launcher import processes
-from launcher.config import Accelerator, ConfigError
-from launcher.launch import rank_environment, worker_command
-from launcher.terminal import run_command
+from launcher.config.schema import Accelerator, ConfigError
+from launcher.launch.local import rank_environment, worker_command
+from launcher.system import processes
+from launcher.system.terminal import run_command
 from shards.errors import UserError, WorldError
-from shards.hardware import cuda_devices
-from shards.measured import Measured, save
+from shards.machine.hardware import cuda_devices
+from shards.machine.rates import Measured, save
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,7 +70,7 @@ def parse(argv: Sequence[str]) -> tuple[int, str]:
 
 def measure(devices: int, accelerator: str) -> Measured:
     """Start a rank a device and read what rank 0 found; none is left behind. WorldError if one fails."""
-    command, mark = worker_command(accelerator, devices, None, "shards.probe"), uuid.uuid4().hex
+    command, mark = worker_command(accelerator, devices, None, "shards.machine.probe"), uuid.uuid4().hex
     environ = rank_environment(os.environ, devices, accelerator == "cuda") | {processes.MARK: mark}
     try:
         done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)

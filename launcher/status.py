@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Column, Table
 
-from launcher import report
-from launcher.config import ConfigError
-from launcher.files import read_json
-from launcher.record import SCHEMA, blank, unfinished
-from launcher.slurm import arrays, jobs
-from launcher.slurm.arrays import Point
-from launcher.slurm.script import LOG
-from launcher.terminal import run_command
-from launcher.verdict import STATUSES, said
+from launcher.config.schema import ConfigError
+from launcher.launch.slurm import arrays, jobs
+from launcher.launch.slurm.arrays import Point
+from launcher.launch.slurm.script import LOG
+from launcher.report import tables as report
+from launcher.results.record import SCHEMA, blank, unfinished
+from launcher.results.verdict import STATUSES, said
+from launcher.system.files import read_json
+from launcher.system.terminal import run_command
 from shards.errors import UserError
 
 if TYPE_CHECKING:

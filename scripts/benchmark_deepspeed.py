@@ -25,9 +25,9 @@ import deepspeed  # noqa: E402
 import torch  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache  # noqa: E402
 
-from launcher.backend import Prompt  # noqa: E402
-from launcher.backends.deepspeed import DeepSpeedBackend  # noqa: E402
-from launcher.config import (  # noqa: E402
+from launcher.backends.base import Prompt  # noqa: E402
+from launcher.backends.deepspeed.backend import DeepSpeedBackend  # noqa: E402
+from launcher.config.schema import (  # noqa: E402
     Accelerator,
     DeepSpeedConfig,
     ModelConfig,
@@ -36,10 +36,10 @@ from launcher.config import (  # noqa: E402
     SamplingConfig,
     Weights,
 )
-from launcher.planning import plan_of  # noqa: E402
-from shards.process_group import barrier  # noqa: E402
-from shards.random_weights import fill_random  # noqa: E402
-from shards.world import World  # noqa: E402
+from launcher.prepare.planning import plan_of  # noqa: E402
+from shards.load.random_weights import fill_random  # noqa: E402
+from shards.machine.process_group import barrier  # noqa: E402
+from shards.machine.world import World  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -36,11 +36,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.distributed import DistributedConfig
 
-from shards.blocks import local_block, local_bytes
-from shards.checkpoint import Checkpoint
-from shards.fully_shard import fully_shard_model
-from shards.load import load_weights
-from shards.meta import build_meta
+from shards.checkpoint.checkpoint import Checkpoint
+from shards.load.blocks import local_block, local_bytes
+from shards.load.load import load_weights
+from shards.load.meta import build_meta
+from shards.parallel.fully_shard import fully_shard_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -22,19 +22,19 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from launcher.backends.vllm import VllmBackend  # noqa: E402
-from launcher.compose import compose_run  # noqa: E402
-from launcher.config import SamplingConfig  # noqa: E402
+from launcher.backends.vllm.backend import VllmBackend  # noqa: E402
+from launcher.config.compose import compose_run  # noqa: E402
+from launcher.config.schema import SamplingConfig  # noqa: E402
 from launcher.models import EMBEDDED  # noqa: E402
-from launcher.planning import plan_of  # noqa: E402
-from launcher.prompts import synthetic_prompts  # noqa: E402
-from shards.hardware import cuda_devices  # noqa: E402
-from shards.world import World  # noqa: E402
+from launcher.prepare.planning import plan_of  # noqa: E402
+from launcher.prompts.prompts import synthetic_prompts  # noqa: E402
+from shards.machine.hardware import cuda_devices  # noqa: E402
+from shards.machine.world import World  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from launcher.backend import Prompt
+    from launcher.backends.base import Prompt
 
 
 def main() -> None:

@@ -11,15 +11,15 @@ import os
 import statistics
 import time
 
-from launcher.backend import Prompt, backend_class
-from launcher.compose import compose_run
-from launcher.config import SamplingConfig
+from launcher.backends.base import Prompt, backend_class
+from launcher.config.compose import compose_run
+from launcher.config.schema import SamplingConfig
 from launcher.models import EMBEDDED
-from launcher.planning import plan_of
-from launcher.prompts import synthetic_prompts
-from launcher.report import console
-from shards.checkpoint import Checkpoint
-from shards.world import World
+from launcher.prepare.planning import plan_of
+from launcher.prompts.prompts import synthetic_prompts
+from launcher.report.tables import console
+from shards.checkpoint.checkpoint import Checkpoint
+from shards.machine.world import World
 
 
 def main() -> None:

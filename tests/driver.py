@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from shards.hardware import GIB
+from shards.machine.hardware import GIB
 
 
 class NVMLError(Exception):

@@ -16,10 +16,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shards.checkpoint import Checkpoint
-from shards.fully_shard import bookkeeping_entries, fully_shard_model, reset_bookkeeping, reshard
-from shards.load import load_weights
-from shards.meta import build_meta
+from shards.checkpoint.checkpoint import Checkpoint
+from shards.load.load import load_weights
+from shards.load.meta import build_meta
+from shards.parallel.fully_shard import bookkeeping_entries, fully_shard_model, reset_bookkeeping, reshard
 
 
 class LargestHostTensor(TorchDispatchMode):

@@ -10,7 +10,7 @@ import torch
 from rank_program import PROMPTS, SCENARIOS
 from transformers import AutoModelForCausalLM
 
-from launcher.prompts import encode
+from launcher.prompts.prompts import encode
 
 
 def main() -> None:

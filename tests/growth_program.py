@@ -10,11 +10,11 @@ from pathlib import Path
 
 from rank_program import configured, loaded
 
-from launcher.backend import Prompt
-from launcher.config import SamplingConfig
-from launcher.measure import host_anonymous_bytes
-from shards.fully_shard import bookkeeping_entries
-from shards.world import World
+from launcher.backends.base import Prompt
+from launcher.backends.memory import host_anonymous_bytes
+from launcher.config.schema import SamplingConfig
+from shards.machine.world import World
+from shards.parallel.fully_shard import bookkeeping_entries
 
 STEPS = SamplingConfig(max_new_tokens=1000, ignore_eos=True)
 

@@ -11,15 +11,15 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from launcher.backend import Backend, Completion, Prompt, backend_class
-from launcher.compose import compose_run
-from launcher.config import RunConfig, SamplingConfig
-from launcher.generate import batches, call_count, split
+from launcher.backends.base import Backend, Completion, Prompt, backend_class
+from launcher.config.compose import compose_run
+from launcher.config.schema import RunConfig, SamplingConfig
 from launcher.models import EMBEDDED
-from launcher.planning import plan_of
-from launcher.prompts import encode
-from shards.checkpoint import Checkpoint
-from shards.world import World
+from launcher.prepare.planning import plan_of
+from launcher.prompts.batches import batches, call_count, split
+from launcher.prompts.prompts import encode
+from shards.checkpoint.checkpoint import Checkpoint
+from shards.machine.world import World
 
 PROMPTS = Path(__file__).parent / "ragged_prompts.txt"
 ENDED = "The capital of France is Paris, a city on the river Seine."  # the tiny models answer it with EOS at once

@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from shards.fully_shard import fully_shard_model
-from shards.meta import build_meta
-from shards.tensor_parallel import tensor_parallel_model
+from shards.load.meta import build_meta
+from shards.parallel.fully_shard import fully_shard_model
+from shards.parallel.tensor_parallel import tensor_parallel_model
 
 WORLD_SIZES = (2, 4, 8, 64, 512)
 

@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from launcher.backend import Prompt
-from launcher.config import SamplingConfig
-from launcher.decode import Decoder
+from launcher.backends.base import Prompt
+from launcher.backends.decode import Decoder
+from launcher.config.schema import SamplingConfig
 from launcher.models import EMBEDDED
-from shards.blocks import local_block
-from shards.checkpoint import Checkpoint
-from shards.families import keep_kv_heads_only
-from shards.load import load_weights
-from shards.meta import build_meta
-from shards.process_group import connect, disconnect
-from shards.random_weights import fill_random
-from shards.tensor_parallel import tensor_parallel_model
-from shards.world import World
+from shards.checkpoint.checkpoint import Checkpoint
+from shards.load.blocks import local_block
+from shards.load.load import load_weights
+from shards.load.meta import build_meta
+from shards.load.random_weights import fill_random
+from shards.machine.process_group import connect, disconnect
+from shards.machine.world import World
+from shards.parallel.families import keep_kv_heads_only
+from shards.parallel.tensor_parallel import tensor_parallel_model
 
 PROMPTS = [Prompt(index, "", tuple(range(5, 9 + 3 * index))) for index in range(4)]
 SMALL = {"vocab_size": 131, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6}

@@ -18,18 +18,18 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.core_model_loading import Transpose, WeightConverter
 
-from launcher.shapes import built_of
-from shards.any_model import Built, ask_transformers, shape_from_tensors
-from shards.blocks import Block, mark_block
-from shards.checkpoint import Checkpoint
-from shards.conversion import converted
+from launcher.prepare.shapes import built_of
+from shards.checkpoint.checkpoint import Checkpoint
 from shards.errors import CheckpointError, PlanError
-from shards.load import load_weights
-from shards.meta import build_meta
-from shards.meta_shapes import describe, problem
-from shards.model import ModelShape
-from shards.plan import make_plan
-from shards.request import PlanRequest
+from shards.load.blocks import Block, mark_block
+from shards.load.conversion import converted
+from shards.load.load import load_weights
+from shards.load.meta import build_meta
+from shards.load.meta_shapes import describe, problem
+from shards.model.any_shape import Built, ask_transformers, shape_from_tensors
+from shards.model.shape import ModelShape
+from shards.plan.plan import make_plan
+from shards.plan.request import PlanRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,10 +15,10 @@ import psutil
 import pytest
 from running import ROOT, Ended, environment, launcher, run
 
-from launcher.backends.deepspeed_options import missing_compiler, missing_shared_memory, refuse_deepspeed
+from launcher.backends.deepspeed.options import missing_compiler, missing_shared_memory, refuse_deepspeed
 from launcher.backends.module import check_share
-from launcher.config import ConfigError, DeepSpeedConfig, RunConfig
-from launcher.processes import SHARED_MEMORY, of_run
+from launcher.config.schema import ConfigError, DeepSpeedConfig, RunConfig
+from launcher.system.processes import SHARED_MEMORY, of_run
 from shards.errors import PlanError
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def test_what_shared_memory_needs(monkeypatch: pytest.MonkeyPatch) -> None:
 LOCKS = """
 import os, sys, time
 from pathlib import Path
-from launcher.backends.deepspeed_reduce import ABANDONED_S, _abandoned
+from launcher.backends.deepspeed.all_reduce import ABANDONED_S, _abandoned
 path = Path(sys.argv[1])
 past = time.time() - ABANDONED_S - 1
 with path.open("w"):

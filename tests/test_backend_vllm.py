@@ -14,15 +14,15 @@ import psutil
 import pytest
 from running import ROOT, left_in_shared_memory, run, torchrun
 
-from launcher.backends.vllm_options import arguments, environment, pool_bytes, refusal
-from launcher.compose import compose_run
-from launcher.config import RunConfig
+from launcher.backends.vllm.options import arguments, environment, pool_bytes, refusal
+from launcher.config.compose import compose_run
+from launcher.config.schema import RunConfig
 from launcher.models import EMBEDDED
-from launcher.processes import shared_memory_files
-from launcher.prompts import encode
-from shards.memory import make_layout
-from shards.model import ModelShape
-from shards.request import PlanRequest
+from launcher.prompts.prompts import encode
+from launcher.system.processes import shared_memory_files
+from shards.model.shape import ModelShape
+from shards.plan.memory import make_layout
+from shards.plan.request import PlanRequest
 
 PROGRAM = str(ROOT / "tests" / "vllm_program.py")
 PROMPTS = (ROOT / "tests" / "ragged_prompts.txt").read_text().splitlines()
@@ -159,7 +159,7 @@ def test_arguments_of_a_run() -> None:
         "gpu_memory_utilization": 0.92,
         "enforce_eager": True,
         "skip_tokenizer_init": True,
-        "worker_extension_cls": "launcher.backends.vllm_worker.WorkerMemory",
+        "worker_extension_cls": "launcher.backends.vllm.worker.WorkerMemory",
         "kv_cache_memory_bytes": 64 * 2**20,
         "max_num_seqs": 8,
         "block_size": 32,
@@ -201,8 +201,8 @@ import sys, types, torch
 def asked(*_): raise AssertionError("CUDA was asked before vLLM forked its workers")
 torch.cuda.is_available = torch.cuda.device_count = torch.cuda.init = asked
 sys.modules["vllm"] = types.SimpleNamespace(LLM=object)
-from launcher.backends.vllm import VllmBackend
-from launcher.compose import compose_run
+from launcher.backends.vllm.backend import VllmBackend
+from launcher.config.compose import compose_run
 for accelerator in ("cuda", "cpu"):
     print(VllmBackend(compose_run(["backend=vllm", "model=tiny_falcon", f"accelerator={accelerator}"])).on_cpu)
 """

@@ -14,11 +14,11 @@ import torch
 from driver import A6000, nvml
 from running import launcher
 
-from launcher import measure
-from launcher.backend import Prompt
-from launcher.batch_search import enlarged, largest
-from launcher.faults import explain
-from launcher.neighbours import neighbours, sentence
+from launcher.backends import memory as measure
+from launcher.backends.base import Prompt
+from launcher.launch.batch_search import enlarged, largest
+from launcher.rank.failures import explain
+from launcher.system.gpu_users import neighbours, sentence
 from shards.errors import PlanError
 
 GIB = 2**30

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from shards.checkpoint import Checkpoint
+from shards.checkpoint.checkpoint import Checkpoint
+from shards.checkpoint.tensor_files import TensorEntry
 from shards.errors import CheckpointError
-from shards.tensor_files import TensorEntry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -201,5 +201,5 @@ def test_ignored_tensors_are_no_surplus(folder: Path) -> None:
 
 
 def test_no_torch_is_imported() -> None:
-    code = "import sys, shards.checkpoint; sys.exit('torch' in sys.modules)"
+    code = "import sys, shards.checkpoint.checkpoint; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 
 from launcher import compare as command
-from launcher.comparison import Comparison, Divergence, FinishedRun, Ratio, alike, compare, is_degenerate, read_run
+from launcher.results.comparison import (
+    Comparison,
+    Divergence,
+    FinishedRun,
+    Ratio,
+    alike,
+    compare,
+    is_degenerate,
+    read_run,
+)
 from shards.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from launcher.__main__ import main
-from launcher.bounds import BOUNDS
-from launcher.compose import compose_run, conf_dir, expand_sweep, options
-from launcher.config import BACKENDS, ConfigError, ModelConfig, Precision, PromptsConfig, RunConfig
-from launcher.plain import from_dict, to_dict
+from launcher.config.bounds import BOUNDS
+from launcher.config.compose import compose_run, conf_dir, expand_sweep, options
+from launcher.config.schema import BACKENDS, ConfigError, ModelConfig, Precision, PromptsConfig, RunConfig
+from launcher.config.values import from_dict, to_dict
 
 if TYPE_CHECKING:
     from pathlib import Path

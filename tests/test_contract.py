@@ -13,8 +13,8 @@ import pytest
 from running import ROOT, run, torchrun
 from safetensors import safe_open
 
-from launcher.backend import REGISTRY
-from launcher.config import BACKENDS
+from launcher.backends.base import REGISTRY
+from launcher.config.schema import BACKENDS
 from launcher.models import EMBEDDED
 
 MODELS = ("tiny_falcon", "tiny_llama")

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 from running import ROOT, environment, launcher
 
-from launcher.files import read_lines
-from launcher.processes import end_run, of_run
-from launcher.progress import read_progress
-from launcher.prompts import read_prompts
+from launcher.prompts.prompts import read_prompts
+from launcher.run_dir.progress import read_progress
+from launcher.system.files import read_lines
+from launcher.system.processes import end_run, of_run
 
 SEED = 20240601
 ROUNDS = 50

@@ -13,11 +13,11 @@ from torch.distributed.run import parse_args as parse_torchrun
 
 from launcher import compare, plan, probe, status
 from launcher.__main__ import Arguments
-from launcher.compose import compose_run, expand_sweep
-from launcher.config import ConfigError
+from launcher.config.compose import compose_run, expand_sweep
+from launcher.config.help import EXAMPLES
+from launcher.config.schema import ConfigError
 from launcher.doctor.__main__ import parse as parse_doctor
-from launcher.elastic import check_nodes
-from launcher.usage import EXAMPLES
+from launcher.launch.nodes import check_nodes
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"(?:python|torchrun[^\n#`]*?) -m launcher\b[^\n#`]*")

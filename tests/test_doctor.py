@@ -15,7 +15,7 @@ import pytest
 from launcher.doctor.__main__ import Check, check_devices, check_engine, check_system
 from launcher.doctor.host import Host, describe
 from launcher.doctor.trials import Ended, Engine, attempt, engine, nvml
-from shards.hardware import cuda_devices
+from shards.machine.hardware import cuda_devices
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 1024**3
@@ -78,7 +78,7 @@ def test_wrong_argument(tmp_path: Path) -> None:
 
 
 def test_missing_module_ends_the_trial() -> None:
-    ended = attempt("importing", ["json", "no_such_module", "re"], 30)
+    ended = attempt("launcher.doctor.importing", ["json", "no_such_module", "re"], 30)
     rows = [json.loads(line) for line in ended.out]
     assert rows == [
         {"importing": "json"},
@@ -257,6 +257,6 @@ def test_real_cards() -> None:
 
 
 def test_trial_that_ends_by_itself() -> None:
-    ended: Ended = attempt("no_such_module", (), 30)
+    ended: Ended = attempt("launcher.doctor.no_such_module", (), 30)
     assert (ended.out, ended.code) == ([], 1)
     assert "no_such_module" in ended.last_words

@@ -12,10 +12,10 @@ from running import ROOT, Ended, launcher
 from slurm_config import free_ports
 
 from launcher.__main__ import main
-from launcher.elastic import node_command
-from launcher.files import read_json, read_lines
-from launcher.launch import rank_environment
-from launcher.plain import from_dict
+from launcher.config.values import from_dict
+from launcher.launch.local import rank_environment
+from launcher.launch.nodes import node_command
+from launcher.system.files import read_json, read_lines
 
 
 def test_two_nodes_are_one_run(tmp_path: Path) -> None:

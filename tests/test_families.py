@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from shards.families import attend
+from shards.parallel.families import attend
 
 BATCH, KV_HEADS, GROUP, KEYS, HEAD_DIM = 3, 2, 4, 9, 16
 HEADS = KV_HEADS * GROUP

@@ -18,8 +18,8 @@ import psutil
 import pytest
 from running import ROOT, environment, launcher, left_in_shared_memory, run
 
-from launcher.processes import end_run, of_run, shared_memory_files
-from launcher.progress import read_progress
+from launcher.run_dir.progress import read_progress
+from launcher.system.processes import end_run, of_run, shared_memory_files
 
 GONE_S = 30.0
 LONG = ("measure.repeats=200", "sampling.max_new_tokens=900", "sampling.ignore_eos=true")

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from launcher.figures import against_ceiling, bandwidth_used, measures
-from shards.hardware import DEVICES, LINKS
-from shards.limits import Machine, Roofline, Work
+from launcher.results.metrics import against_ceiling, bandwidth_used, measures
+from shards.machine.hardware import DEVICES, LINKS
+from shards.plan.roofline import Machine, Roofline, Work
 
 FALCON_7B = 13_843_441_408  # bytes of its 6,921,720,704 parameters in 16 bits, all read in a step: the head is tied
 FALCON_40B = 82_606_587_904

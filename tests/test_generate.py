@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.backend import Prompt
-from launcher.compose import compose_run
-from launcher.generate import batches, call_count, split
-from shards.world import World
+from launcher.backends.base import Prompt
+from launcher.config.compose import compose_run
+from launcher.prompts.batches import batches, call_count, split
+from shards.machine.world import World
 
 EQUAL, RAGGED = (1, 1, 1, 1, 1), (3, 9, 1, 8, 2)
 

@@ -18,18 +18,18 @@ from running import ROOT, launcher
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from launcher.config import BACKENDS
-from launcher.faults import explain
+from launcher.config.schema import BACKENDS
 from launcher.models import EMBEDDED
-from shards.checkpoint import Checkpoint
+from launcher.rank.failures import explain
+from shards.checkpoint.checkpoint import Checkpoint
+from shards.checkpoint.open_files import OpenFiles
 from shards.errors import PlanError
-from shards.families import attend
-from shards.hardware import MIB, Device, cuda_devices
-from shards.load import load_weights
-from shards.meta import build_meta
-from shards.open_files import OpenFiles
-from shards.random_weights import fill_random
-from shards.slices import Target, read_targets
+from shards.load.load import load_weights
+from shards.load.meta import build_meta
+from shards.load.random_weights import fill_random
+from shards.load.slices import Target, read_targets
+from shards.machine.hardware import MIB, Device, cuda_devices
+from shards.parallel.families import attend
 
 
 def cards() -> tuple[Device, ...]:

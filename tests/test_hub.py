@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from shards.checkpoint.hub import resolve
 from shards.errors import CheckpointError
-from shards.hub import resolve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -114,7 +114,7 @@ def hub() -> Iterator[Hub]:
 CODE = """
 import sys
 from shards.errors import UserError
-from shards.hub import resolve
+from shards.checkpoint.hub import resolve
 try:
     print(resolve(sys.argv[1], sys.argv[2] or None, sys.argv[3] == "weights"))
 except UserError as error:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from shards.hardware import DEVICES, LINKS, Device, Link
-from shards.limits import Limit, Machine, Scheme, Work, decode_step, prefill
+from shards.machine.hardware import DEVICES, LINKS, Device, Link
+from shards.plan.roofline import Limit, Machine, Scheme, Work, decode_step, prefill
 
 FALCON = Work(
     step_bytes=82_606_587_904,

@@ -20,17 +20,17 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, PretrainedConfig
 
-from launcher.measure import host_anonymous_bytes
-from shards import load, slices
-from shards.blocks import local_block, local_bytes
-from shards.checkpoint import Checkpoint
+from launcher.backends.memory import host_anonymous_bytes
+from shards.checkpoint.checkpoint import Checkpoint
+from shards.checkpoint.open_files import OpenFiles
 from shards.errors import CheckpointError
-from shards.fully_shard import decoder_layers, fully_shard_model
-from shards.load import load_weights
-from shards.meta import build_meta
-from shards.open_files import OpenFiles
-from shards.random_weights import fill_random
-from shards.slices import Target, read_targets
+from shards.load import load, slices
+from shards.load.blocks import local_block, local_bytes
+from shards.load.load import load_weights
+from shards.load.meta import build_meta
+from shards.load.random_weights import fill_random
+from shards.load.slices import Target, read_targets
+from shards.parallel.fully_shard import decoder_layers, fully_shard_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -380,7 +380,7 @@ def test_a_mapped_weight_is_not_written_back_and_outlives_its_file(tmp_path: Pat
 def test_random_values_do_not_depend_on_the_sharding(
     as_rank: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch, name: str, world_size: int
 ) -> None:
-    monkeypatch.setattr("shards.random_weights.BLOCK_ELEMENTS", 1000)
+    monkeypatch.setattr("shards.load.random_weights.BLOCK_ELEMENTS", 1000)
     alone = build_meta(CONFIGS[name](), torch.float32)
     fill_random(alone, 7, "cpu")
     whole = dict(alone.named_parameters())

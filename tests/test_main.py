@@ -22,12 +22,12 @@ from running import ROOT, Ended, environment, launcher, run
 from slurm_config import free_ports
 
 from launcher.__main__ import main
-from launcher.compose import compose_run
+from launcher.config.compose import compose_run
 from launcher.models import EMBEDDED
-from launcher.prepare import prepare
-from launcher.record import never_begun, unfinished
-from shards import hardware
-from shards.world import World
+from launcher.prepare.prepare import prepare
+from launcher.results.record import never_begun, unfinished
+from shards.machine import hardware
+from shards.machine.world import World
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -142,7 +142,7 @@ def test_a_node_that_lacks_what_others_have_says_so() -> None:
 
 def test_a_dry_run_under_torchrun_starts_nothing(tmp_path: Path) -> None:
     first, second = ranks_of_torchrun("dry_run=true", f"output_dir={tmp_path}")
-    assert "--nproc-per-node=2 --max-restarts=0 -m launcher.worker RUN_DIR" in first.out
+    assert "--nproc-per-node=2 --max-restarts=0 -m launcher.rank.worker RUN_DIR" in first.out
     assert (first.code, second) == (0, Ended(0, "", ""))
     first, second = ranks_of_torchrun("--cfg", f"output_dir={tmp_path}")
     assert (yaml.safe_load(first.out)["devices"], first.code, second) == (2, 0, Ended(0, "", ""))

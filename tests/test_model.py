@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from shards.any_model import shape_from_tensors
 from shards.errors import PlanError
-from shards.model import ModelShape, Parameter, layer_of
+from shards.model.any_shape import shape_from_tensors
+from shards.model.shape import ModelShape, Parameter, layer_of
 
 PRESETS = Path(__file__).parent.parent / "conf" / "model"
 

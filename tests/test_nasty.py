@@ -13,13 +13,13 @@ import pytest
 import yaml
 from running import launcher, run
 
-from launcher.compose import command_of, compose_run, expand_sweep
-from launcher.config import ConfigError
-from launcher.files import read_lines
+from launcher.config.compose import command_of, compose_run, expand_sweep
+from launcher.config.overrides import quoted, with_quoted_paths
+from launcher.config.schema import ConfigError
+from launcher.config.values import from_dict, to_dict
 from launcher.models import EMBEDDED
-from launcher.plain import from_dict, to_dict
-from launcher.prompts import load_prompts, read_prompts, write_prompts
-from launcher.quoting import quoted, with_quoted_paths
+from launcher.prompts.prompts import load_prompts, read_prompts, write_prompts
+from launcher.system.files import read_lines
 
 PWNED = "pwned"
 NAME = f'it\'s a "model" $(touch {PWNED}) `touch {PWNED}`; a=b,c {{d: ${{e}}}} [f] %s %j \\ é\u2028\n~#&|<>*?! end\\'

@@ -16,14 +16,14 @@ import pytest
 import yaml
 from driver import A6000, nvml
 
-from shards import hardware
-from shards.cuts import cut_up, spread
 from shards.errors import PlanError
-from shards.hardware import DEVICES, GIB, LINKS, MIB, Device, cuda_devices, visible
-from shards.memory import DevicePlan, device_plans, load_peaks, make_layout
-from shards.model import ModelShape
-from shards.plan import Plan, make_plan
-from shards.request import PlanRequest
+from shards.machine import hardware
+from shards.machine.hardware import DEVICES, GIB, LINKS, MIB, Device, cuda_devices, visible
+from shards.model.shape import ModelShape
+from shards.plan.cuts import cut_up, spread
+from shards.plan.memory import DevicePlan, device_plans, load_peaks, make_layout
+from shards.plan.plan import Plan, make_plan
+from shards.plan.request import PlanRequest
 
 PRESETS = Path(__file__).parent.parent / "conf" / "model"
 
@@ -413,7 +413,7 @@ def test_parts_of_a_card_are_refused_by_name(
 
 
 def test_no_torch_is_imported_and_no_time_is_lost() -> None:
-    code = "import sys, shards.plan; print(sorted({'torch', 'transformers', 'launcher'} & set(sys.modules)))"
+    code = "import sys, shards.plan.plan; print(sorted({'torch', 'transformers', 'launcher'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
     began = time.process_time()

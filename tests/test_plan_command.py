@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher.plan import main
-from shards.plan import Plan
+from shards.plan.plan import Plan
 
 ROOT = Path(__file__).parent.parent
 SECTION = re.compile(r"```\npython -m launcher\.plan ([^\n]*)\n```\n\n(.*?)(?=\n## |\Z)", re.DOTALL)

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from shards.cuts import cut_up
-from shards.memory import make_layout
-from shards.model import ModelShape
-from shards.request import PlanRequest
+from shards.model.shape import ModelShape
+from shards.plan.cuts import cut_up
+from shards.plan.memory import make_layout
+from shards.plan.request import PlanRequest
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from running import launcher
 
-from launcher.config import BACKENDS
+from launcher.config.schema import BACKENDS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]  # about 120 s on two idle cores
 

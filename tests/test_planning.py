@@ -7,12 +7,12 @@ import json
 import psutil
 import pytest
 
-from launcher.backend import Prompt
-from launcher.compose import compose_run
+from launcher.backends.base import Prompt
+from launcher.config.compose import compose_run
 from launcher.models import EMBEDDED
-from launcher.planning import plan_of
+from launcher.prepare.planning import plan_of
 from shards.errors import PlanError
-from shards.plan import Plan
+from shards.plan.plan import Plan
 
 FIELDS = json.loads((EMBEDDED / "tiny_falcon" / "config.json").read_text())
 TOKEN_BYTES = 2 * 2 * 4 * 32 * 4  # keys and values in 2 layers of 4 heads of 32 numbers in fp32

@@ -10,8 +10,8 @@ import psutil
 import pytest
 
 from launcher import plan, probe
-from shards.hardware import CPU, Device, Link
-from shards.measured import Measured, cache_file, save, this_machine
+from shards.machine.hardware import CPU, Device, Link
+from shards.machine.rates import Measured, cache_file, save, this_machine
 
 MEASURED = Measured(Device("CPU", "cpu", None, 20e9, 1e12, 2e11), 2, Link("2 ranks over gloo", 1e9, 1e-4))
 

@@ -11,7 +11,7 @@ from multiprocessing import shared_memory
 import pytest
 from running import environment
 
-from launcher.processes import MARK, SharedMemoryWatch, end_run, of_run, shared_memory_files, shared_memory_of
+from launcher.system.processes import MARK, SharedMemoryWatch, end_run, of_run, shared_memory_files, shared_memory_of
 
 
 def test_segments_and_semaphores_of_a_process_are_found() -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.backend import Prompt
-from launcher.config import ConfigError, PromptsConfig
+from launcher.backends.base import Prompt
+from launcher.config.schema import ConfigError, PromptsConfig
 from launcher.models import EMBEDDED
-from launcher.prompts import (
+from launcher.prompts.prompts import (
     check_context,
     decode,
     encode,

@@ -14,14 +14,14 @@ from running import ROOT, environment
 from test_plan import FALCON_7B, FALCON_40B, LLAMA2_70B, changed, preset, request
 
 from launcher.plan import main
-from shards.ceilings import ceilings
-from shards.cuts import cut_up, whole_bytes
 from shards.errors import PlanError
-from shards.memory import load_peaks, make_layout
-from shards.model import ModelShape, Parameter
-from shards.plan import Plan, make_plan
-from shards.quantization import QUANTIZATIONS, Quantization, Storage
-from shards.quantized_checkpoint import from_config
+from shards.model.quantization import QUANTIZATIONS, Quantization, Storage
+from shards.model.quantized_checkpoint import from_config
+from shards.model.shape import ModelShape, Parameter
+from shards.plan.ceilings import ceilings
+from shards.plan.cuts import cut_up, whole_bytes
+from shards.plan.memory import load_peaks, make_layout
+from shards.plan.plan import Plan, make_plan
 
 
 def compressed(weights: dict[str, Any], activations: dict[str, Any] | None = None, **other: Any) -> dict[str, Any]:

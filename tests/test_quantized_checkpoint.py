@@ -12,15 +12,15 @@ import pytest
 from running import ROOT, launcher
 from test_quantization import AT, AWQ, CHECKPOINTS, FP8, GPTQ, TOKENS, W4A16, W8A8, compressed, quantization
 
-from launcher.compose import compose_run
+from launcher.config.compose import compose_run
 from launcher.plan import main
-from launcher.planning import quantization_of
-from launcher.shapes import shape_of_files
+from launcher.prepare.planning import quantization_of
+from launcher.prepare.shapes import shape_of_files
+from shards.checkpoint.tensor_files import TensorEntry
 from shards.errors import PlanError
-from shards.model import Parameter
-from shards.quantization import QUANTIZATIONS, Quantization, Storage
-from shards.quantized_checkpoint import from_config, unpacked
-from shards.tensor_files import TensorEntry
+from shards.model.quantization import QUANTIZATIONS, Quantization, Storage
+from shards.model.quantized_checkpoint import from_config, unpacked
+from shards.model.shape import Parameter
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)

@@ -17,18 +17,18 @@ from typing import Any
 import pytest
 from running import ROOT, environment, launcher, torchrun
 
-from launcher import attempts
-from launcher.attempts import Saved
-from launcher.backend import Prompt
-from launcher.compose import compose_run
-from launcher.files import read_lines
-from launcher.generate import schedule
-from launcher.launch import run_local
-from launcher.prepare import prepare
-from launcher.processes import end_run, of_run
-from launcher.progress import read_progress
-from launcher.run_dir import create_run_dir
-from shards.world import World
+from launcher.backends.base import Prompt
+from launcher.config.compose import compose_run
+from launcher.launch.local import run_local
+from launcher.prepare.prepare import prepare
+from launcher.rank.loop import schedule
+from launcher.run_dir import attempts
+from launcher.run_dir.attempts import Saved
+from launcher.run_dir.create import create_run_dir
+from launcher.run_dir.progress import read_progress
+from launcher.system.files import read_lines
+from launcher.system.processes import end_run, of_run
+from shards.machine.world import World
 
 PROMPTS = tuple(Prompt(index, f"prompt {index}", (index + 1, 2)) for index in range(10))
 RAGGED = f"prompts.path={ROOT / 'tests' / 'ragged_prompts.txt'}"  # 20 prompts
@@ -107,7 +107,7 @@ def test_a_late_rank_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(attempts.SupersededError):
         attempts.check(run_dir, 1)
     attempts.check(run_dir, 2)
-    worker = [sys.executable, "-m", "launcher.worker", str(run_dir)]
+    worker = [sys.executable, "-m", "launcher.rank.worker", str(run_dir)]
     subprocess.run(worker, env=environment(LAUNCHER_ATTEMPT="1"), check=False, timeout=60)
     assert {path.name for path in run_dir.glob("rank_*")} == {"rank_0.log"}
 
@@ -257,7 +257,7 @@ def test_what_was_found_on_the_devices_is_kept_with_its_attempt(
     config = compose_run(["backend=dummy", "devices=1", "accelerator=cpu", f"output_dir={tmp_path}"])
     run_dir = create_run_dir(replace(prepare(config, ()), on_cuda=True, notes=("of the run",)))
     for found in (["first"], ["second"], []):
-        monkeypatch.setattr("launcher.launch.neighbours", lambda *_, found=found: found)
+        monkeypatch.setattr("launcher.launch.local.neighbours", lambda *_, found=found: found)
         record = run_local(run_dir, lambda ranks: None)
         assert (record["status"], record["notes"]) == ("ok", ["of the run", *found])
     assert [attempt["notes"] for attempt in record["attempts"]] == [["first"], ["second"], []]

@@ -13,7 +13,7 @@ import pytest
 from running import Ended, environment, launcher, run
 from slurm_cluster import SlurmCluster, missing, wait_until
 
-from launcher.files import read_json, read_lines
+from launcher.system.files import read_json, read_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from launcher import status
-from launcher.compose import compose_run
-from launcher.prepare import prepare
-from launcher.run_dir import create_run_dir
-from launcher.slurm import arrays, jobs
-from launcher.slurm.script import SCRIPT
+from launcher.config.compose import compose_run
+from launcher.launch.slurm import arrays, jobs
+from launcher.launch.slurm.script import SCRIPT
+from launcher.prepare.prepare import prepare
+from launcher.run_dir.create import create_run_dir
 from shards.errors import UserError
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config import ClusterConfig, ConfigError
-from launcher.slurm.end import is_stopped
-from launcher.slurm.jobs import State, environment
-from launcher.slurm.script import Job, check_cluster, job_of, name_of, sbatch_text, seconds
+from launcher.config.cluster import check_cluster, seconds
+from launcher.config.schema import ClusterConfig, ConfigError
+from launcher.launch.slurm.end import is_stopped
+from launcher.launch.slurm.jobs import State, environment
+from launcher.launch.slurm.script import Job, job_of, name_of, sbatch_text
 
 JOB = Job(
     cluster=ClusterConfig(),
@@ -52,18 +53,18 @@ export PYTHONPATH=/home/me/launcher${PYTHONPATH:+:$PYTHONPATH}
 export LAUNCHER_WATCH=1  # the ranks end a run that hangs
 export LAUNCHER_ON_TERM=interrupt  # SLURM announces a pre-emption by SIGTERM
 
-LAUNCHER_ATTEMPT=$(/opt/v/bin/python -m launcher.attempts "$run_dir") || exit 1
+LAUNCHER_ATTEMPT=$(/opt/v/bin/python -m launcher.run_dir.attempts "$run_dir") || exit 1
 MASTER_PORT=$(/opt/v/bin/python -c "import random, socket; \
 print(next(p for p in random.sample(range(20000, 32768), 99) if socket.socket().connect_ex(('', p))))") || exit 1
 export LAUNCHER_ATTEMPT MASTER_PORT
 srun --kill-on-bad-exit=1 --cpus-per-task=1 sh -c 'export LAUNCHER_PARENT=$PPID; exec "$@"' sh /opt/v/bin/python \
--m launcher.worker "$run_dir"
+-m launcher.rank.worker "$run_dir"
 code=$?
-/opt/v/bin/python -m launcher.slurm.end "$run_dir" "$code" "$terminated"
+/opt/v/bin/python -m launcher.launch.slurm.end "$run_dir" "$code" "$terminated"
 final=$?
 if [ "$final" = 75 ]; then
     [ -z "$terminated" ] && scontrol requeue "$job" && exit 75
-    /opt/v/bin/python -m launcher.slurm.end "$run_dir" "$code" final
+    /opt/v/bin/python -m launcher.launch.slurm.end "$run_dir" "$code" final
     final=$?
 fi
 exit "$final"
@@ -119,18 +120,19 @@ export TEXT='it'"'"'s $(touch owned)
 export LAUNCHER_WATCH=1  # the ranks end a run that hangs
 export LAUNCHER_ON_TERM=interrupt  # SLURM announces a pre-emption by SIGTERM
 
-LAUNCHER_ATTEMPT=$(apptainer exec --nv 'my image.sif' '/sh are/python' -m launcher.attempts "$run_dir") || exit 1
+LAUNCHER_ATTEMPT=$(apptainer exec --nv 'my image.sif' '/sh are/python' -m \
+launcher.run_dir.attempts "$run_dir") || exit 1
 MASTER_PORT=$(apptainer exec --nv 'my image.sif' '/sh are/python' -c "import random, socket; \
 print(next(p for p in random.sample(range(20000, 32768), 99) if socket.socket().connect_ex(('', p))))") || exit 1
 export LAUNCHER_ATTEMPT MASTER_PORT
 srun --kill-on-bad-exit=1 --cpus-per-task=8 --mpi=none apptainer exec --nv 'my image.sif' '/sh are/python' \
--m launcher.worker "$run_dir"
+-m launcher.rank.worker "$run_dir"
 code=$?
-apptainer exec --nv 'my image.sif' '/sh are/python' -m launcher.slurm.end "$run_dir" "$code" "$terminated"
+apptainer exec --nv 'my image.sif' '/sh are/python' -m launcher.launch.slurm.end "$run_dir" "$code" "$terminated"
 final=$?
 if [ "$final" = 75 ]; then
     [ -z "$terminated" ] && scontrol requeue "$job" && exit 75
-    apptainer exec --nv 'my image.sif' '/sh are/python' -m launcher.slurm.end "$run_dir" "$code" final
+    apptainer exec --nv 'my image.sif' '/sh are/python' -m launcher.launch.slurm.end "$run_dir" "$code" final
     final=$?
 fi
 exit "$final"

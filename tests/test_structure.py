@@ -24,36 +24,39 @@ HEAVY = {"torch", "transformers", "accelerate", "lightning", "deepspeed", "vllm"
 """What takes seconds to import, and is not there on a machine that only plans or reports."""
 
 TENSORS = {
-    "launcher.backends.deepspeed",
-    "launcher.backends.deepspeed_reduce",
+    "launcher.backends.deepspeed.backend",
+    "launcher.backends.deepspeed.all_reduce",
     "launcher.backends.fsdp",
     "launcher.backends.module",
     "launcher.backends.tensor_parallel",
     "launcher.backends.transformers",
-    "launcher.backends.vllm_worker",
-    "launcher.decode",
-    "launcher.external",
-    "launcher.measure",
-    "shards.blocks",
-    "shards.conversion",
-    "shards.families",
-    "shards.fully_shard",
-    "shards.load",
-    "shards.meta",
-    "shards.meta_shapes",
-    "shards.probe",
-    "shards.process_group",
-    "shards.random_weights",
-    "shards.ring",
-    "shards.slices",
-    "shards.tensor_parallel",
+    "launcher.backends.vllm.worker",
+    "launcher.backends.decode",
+    "launcher.launch.join",
+    "launcher.backends.memory",
+    "shards.load.blocks",
+    "shards.load.conversion",
+    "shards.parallel.families",
+    "shards.parallel.fully_shard",
+    "shards.load.load",
+    "shards.load.meta",
+    "shards.load.meta_shapes",
+    "shards.machine.probe",
+    "shards.machine.process_group",
+    "shards.load.random_weights",
+    "shards.load.ring",
+    "shards.load.slices",
+    "shards.parallel.tensor_parallel",
 }
 """The modules that may import a heavy package, directly or through another of these; all others must not."""
 
 LAZY = {
-    ("launcher.backend", "*"): "an engine is imported when it is used",
-    ("launcher.__main__", "launcher.external"): "a rank may import torch, the process that launches may not",
-    ("launcher.backends.vllm", "vllm"): "vLLM reads the environment when it is imported, and the backend sets it first",
+    ("launcher.backends.base", "*"): "an engine is imported when it is used",
+    ("launcher.__main__", "launcher.launch.join"): "a rank may import torch, the process that launches may not",
+    (
+        "launcher.backends.vllm.backend",
+        "vllm",
+    ): "vLLM reads the environment on import; the backend sets it first",
     ("launcher.doctor.importing", "*"): "to import, and to see what comes of it, is what it is for",
 }
 """What is imported inside functions (* by a name that is made there), and why."""
@@ -166,8 +169,8 @@ def test_only_named_modules_import_heavy_packages() -> None:
 
 
 COMMANDS = (
-    "launcher.__main__", "launcher.compare", "launcher.doctor.__main__", "launcher.plan", "launcher.slurm.end",
-    "launcher.status", "launcher.worker",
+    "launcher.__main__", "launcher.compare", "launcher.doctor.__main__", "launcher.plan", "launcher.launch.slurm.end",
+    "launcher.status", "launcher.rank.worker",
 )  # fmt: skip
 
 

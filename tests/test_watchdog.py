@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from running import launcher, torchrun
 
-from launcher.compose import compose_run
-from launcher.processes import of_run
-from launcher.progress import Progress, read_progress
-from launcher.verdict import Outcome
-from launcher.watchdog import Watchdog, blame, write_stacks
+from launcher.config.compose import compose_run
+from launcher.rank.watchdog import Watchdog, blame, write_stacks
+from launcher.results.verdict import Outcome
+from launcher.run_dir.progress import Progress, read_progress
+from launcher.system.processes import of_run
 
 HANG = ("backend=dummy", "backend.fail_at=hang", "backend.fail_after=2", "measure.batch_size=1")
 
@@ -145,7 +145,7 @@ def test_stacks_of_a_rank(spy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyP
         "stuck()\n"
     )
     if not spy:
-        monkeypatch.setattr("launcher.watchdog.shutil.which", lambda *_, **__: None)
+        monkeypatch.setattr("launcher.rank.watchdog.shutil.which", lambda *_, **__: None)
     with (tmp_path / "rank_0.log").open("wb") as log:
         process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=log)
     try:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from shards.errors import WorldError
-from shards.world import World, first_host, port_of, tasks_per_node
+from shards.machine.world import World, first_host, port_of, tasks_per_node
 
 ELASTIC = {
     "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
@@ -244,7 +244,7 @@ def test_ports_of_jobs() -> None:
 
 def test_a_rank_that_is_told_cuda_says_in_a_line_why_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
-    from shards.process_group import device_of
+    from shards.machine.process_group import device_of
 
     assert device_of(World(), "cpu").type == "cpu"
     if not torch.cuda.is_available():

@@ -17,15 +17,15 @@ from typing import Any
 import psutil
 from rank_program import PROMPTS
 
-from launcher.backend import Generation, Prompt
-from launcher.backends.vllm import VllmBackend
-from launcher.compose import compose_run
-from launcher.config import ConfigError, RunConfig, SamplingConfig
+from launcher.backends.base import Generation, Prompt
+from launcher.backends.vllm.backend import VllmBackend
+from launcher.config.compose import compose_run
+from launcher.config.schema import ConfigError, RunConfig, SamplingConfig
 from launcher.models import EMBEDDED
-from launcher.planning import plan_of
-from launcher.prompts import encode
-from shards.plan import Plan
-from shards.world import World
+from launcher.prepare.planning import plan_of
+from launcher.prompts.prompts import encode
+from shards.machine.world import World
+from shards.plan.plan import Plan
 
 FOLDER = EMBEDDED / "tiny_falcon"
 POOL_BYTES = 50_000_000  # no whole number of blocks

@@ -1,1 +1,1 @@
-"""One engine a file. Nothing is imported here: `launcher.backend.REGISTRY` names them as strings."""
+"""One engine a file. Nothing is imported here: `launcher.backends.base.REGISTRY` names them as strings."""

@@ -6,15 +6,15 @@ import itertools
 import time
 from typing import TYPE_CHECKING
 
-from launcher.backend import Completion, DeviceMemory, Generation
+from launcher.backends.base import Completion, DeviceMemory, Generation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from launcher.backend import Prompt
-    from launcher.config import DummyConfig, RunConfig, SamplingConfig
-    from shards.plan import Plan
-    from shards.world import World
+    from launcher.backends.base import Prompt
+    from launcher.config.schema import DummyConfig, RunConfig, SamplingConfig
+    from shards.machine.world import World
+    from shards.plan.plan import Plan
 
 VOCAB_SIZE = 256  # ids stay within any real vocabulary
 

@@ -13,7 +13,7 @@ from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.fabric.strategies import ModelParallelStrategy
 
 from launcher.backends.module import ModuleBackend
-from shards.fully_shard import fully_shard_model, reset_bookkeeping, reshard
+from shards.parallel.fully_shard import fully_shard_model, reset_bookkeeping, reshard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed.device_mesh import DeviceMesh
 
-    from launcher.backend import DeviceMemory, Generation, Prompt
+    from launcher.backends.base import DeviceMemory, Generation, Prompt
     from launcher.backends.module import Progress
-    from launcher.config import FsdpConfig, SamplingConfig
-    from shards.plan import Plan
-    from shards.world import World
+    from launcher.config.schema import FsdpConfig, SamplingConfig
+    from shards.machine.world import World
+    from shards.plan.plan import Plan
 
 
 class FsdpBackend(ModuleBackend):

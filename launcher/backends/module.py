@@ -9,28 +9,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from launcher.config import Weights
-from launcher.decode import Decoder, eos_token_ids
-from launcher.measure import module_memory
-from shards.blocks import local_tensor
-from shards.checkpoint import Checkpoint
+from launcher.backends.decode import Decoder, eos_token_ids
+from launcher.backends.memory import module_memory
+from launcher.config.schema import Weights
+from shards.checkpoint.checkpoint import Checkpoint
 from shards.errors import PlanError
-from shards.families import keep_kv_heads_only
-from shards.hardware import MIB
-from shards.load import load_weights
-from shards.meta import build_meta
-from shards.model import KNOWN_FAMILIES
-from shards.process_group import any_rank, barrier, connect, device_of, disconnect
-from shards.random_weights import fill_random
+from shards.load.blocks import local_tensor
+from shards.load.load import load_weights
+from shards.load.meta import build_meta
+from shards.load.random_weights import fill_random
+from shards.machine.hardware import MIB
+from shards.machine.process_group import any_rank, barrier, connect, device_of, disconnect
+from shards.model.shape import KNOWN_FAMILIES
+from shards.parallel.families import keep_kv_heads_only
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from launcher.backend import DeviceMemory, Generation, Prompt
-    from launcher.config import RunConfig, SamplingConfig
-    from shards.plan import Plan
-    from shards.world import World
+    from launcher.backends.base import DeviceMemory, Generation, Prompt
+    from launcher.config.schema import RunConfig, SamplingConfig
+    from shards.machine.world import World
+    from shards.plan.plan import Plan
 
     Progress = Callable[[int, int], None]
 

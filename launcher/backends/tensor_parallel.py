@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from launcher.backends.module import ModuleBackend
-from shards.tensor_parallel import tensor_parallel_model
+from shards.parallel.tensor_parallel import tensor_parallel_model
 
 if TYPE_CHECKING:
     import torch
 
     from launcher.backends.module import Progress
-    from shards.plan import Plan
-    from shards.world import World
+    from shards.machine.world import World
+    from shards.plan.plan import Plan
 
 
 class TensorParallelBackend(ModuleBackend):

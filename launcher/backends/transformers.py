@@ -8,17 +8,17 @@ import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import get_balanced_memory
 
+from launcher.backends.memory import module_memory
 from launcher.backends.module import ModuleBackend
-from launcher.measure import module_memory
 from shards.errors import PlanError
-from shards.fully_shard import decoder_layers
+from shards.parallel.fully_shard import decoder_layers
 
 if TYPE_CHECKING:
-    from launcher.backend import DeviceMemory
+    from launcher.backends.base import DeviceMemory
     from launcher.backends.module import Progress
-    from launcher.config import TransformersConfig
-    from shards.plan import Plan
-    from shards.world import World
+    from launcher.config.schema import TransformersConfig
+    from shards.machine.world import World
+    from shards.plan.plan import Plan
 
 
 class TransformersBackend(ModuleBackend):

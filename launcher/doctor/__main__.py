@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import launcher
-from launcher.config import BACKENDS, ConfigError
+from launcher.config.schema import BACKENDS, ConfigError
 from launcher.doctor import host
 from launcher.doctor.trials import Engine, engine, nvml
-from launcher.terminal import Parser, run_command
-from shards.interpreter import ROOT
+from launcher.system.terminal import Parser, run_command
+from shards.machine.interpreter import ROOT
 
 try:
     from rich.console import Console

@@ -11,8 +11,8 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from launcher.config import BACKENDS
-from shards.interpreter import python_path
+from launcher.config.schema import BACKENDS
+from shards.machine.interpreter import python_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,7 +43,7 @@ class Ended:
 def attempt(module: str, arguments: Sequence[str], timeout_s: float) -> Ended:
     """Run a module of this package in a process of its own; it and its children are killed when the time is up."""
     process = subprocess.Popen(
-        [sys.executable, "-m", f"launcher.doctor.{module}", *arguments],
+        [sys.executable, "-m", module, *arguments],
         env=os.environ | {"PYTHONPATH": python_path(os.environ)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -73,7 +73,7 @@ def engine(name: str, timeout_s: float) -> Engine:
     packages = BACKENDS[name].packages
     if not packages:
         return Engine(name, {})
-    ended = attempt("importing", packages, timeout_s)
+    ended = attempt("launcher.doctor.importing", packages, timeout_s)
     rows = _objects(ended.out)
     done = {row["module"]: row for row in rows if "version" in row}
     versions = {module: row["version"] for module, row in done.items()}
@@ -109,7 +109,7 @@ def _end(ended: Ended, timeout_s: float) -> str:
 
 def nvml() -> tuple[dict[str, Any] | None, str]:
     """What NVML says, or None and why it says nothing."""
-    ended = attempt("nvml", (), NVML_S)
+    ended = attempt("launcher.system.nvml", (), NVML_S)
     found = _objects(ended.out)
     if ended.code == 0 and found:
         return found[-1], ""

@@ -1,0 +1,116 @@
+"""What a run asks of an engine, and which engines there are."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from launcher.config.schema import RunConfig, SamplingConfig
+    from shards.machine.world import World
+    from shards.plan.plan import Plan
+
+REGISTRY: dict[str, str] = {
+    "dummy": "launcher.backends.dummy:DummyBackend",
+    "fsdp": "launcher.backends.fsdp:FsdpBackend",
+    "deepspeed": "launcher.backends.deepspeed.backend:DeepSpeedBackend",
+    "tensor_parallel": "launcher.backends.tensor_parallel:TensorParallelBackend",
+    "vllm": "launcher.backends.vllm.backend:VllmBackend",
+    "transformers": "launcher.backends.transformers:TransformersBackend",
+}
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt of the set. `index` is its place in the set, `token_ids` what every engine is given."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What an engine produced for one prompt.
+
+    `token_ids` are the new tokens only, up to and including the EOS token that ended them.
+    `ttft_s` is the time from the start of the call to the first token; `itl_s` the gaps between the tokens after it.
+    `top2_gaps` is the difference of the two largest logits at each token, empty where the engine does not show logits.
+    """
+
+    index: int
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    ttft_s: float | None = None
+    itl_s: tuple[float, ...] = ()
+    top2_gaps: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One call of `Backend.generate`: completions in the order of the prompts, and the two phases of the call.
+
+    An engine that interleaves prefill and decode (continuous batching) has no such phases and gives None.
+    """
+
+    completions: tuple[Completion, ...]
+    prefill_s: float | None = None
+    decode_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Bytes that one device (one rank) holds. A value that could not be read is None, `reasons` says why by field."""
+
+    rank: int
+    device: str
+    device_name: str = ""
+    device_uuid: str | None = None
+    parameter_bytes: int | None = None
+    kv_cache_bytes: int | None = None
+    kv_cache_reserved_bytes: int | None = None
+    tensor_bytes: int | None = None
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    nvml_used_bytes: int | None = None
+    host_anonymous_bytes: int | None = None
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+class Backend(Protocol):
+    """An engine, made in the process that will use it. How it runs (one process a device, data parallel, batches) its
+    dataclass in `launcher.config.schema` says."""
+
+    def __init__(self, config: RunConfig) -> None: ...
+
+    def load(self, plan: Plan, world: World, progress: Callable[[int, int], None]) -> None:
+        """Put this rank's part of the model on its device; `progress(done_bytes, total_bytes)` as it comes."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: Callable[[int], None]
+    ) -> Generation:
+        """Answer `prompts` as one batch; `on_step(new_tokens)` after each decode step.
+
+        Data-parallel ranks call it equally often, with no prompts if they have none left.
+        """
+
+    def barrier(self) -> None:
+        """Return when every rank has come here; the clocks of a repeat start behind it."""
+
+    def memory(self) -> list[DeviceMemory]:
+        """One entry for each device that this process answers for, as it is now."""
+
+    def close(self) -> None:
+        """Give back what the process holds outside itself (workers, shared memory, process groups)."""
+
+
+def backend_class(name: str) -> type[Backend]:
+    """The class of a registered engine; imports the engine's packages, here and nowhere else."""
+    module, _, attribute = REGISTRY[name].partition(":")
+    loaded: type[Backend] = getattr(importlib.import_module(module), attribute)
+    return loaded

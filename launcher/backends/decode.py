@@ -1,0 +1,178 @@
+"""Prefill and decode for engines that are a transformers module: one static batch, left padded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from launcher.backends.base import Completion, Generation
+from launcher.backends.memory import Clock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from launcher.backends.base import Prompt
+    from launcher.config.schema import SamplingConfig
+
+
+@dataclass(slots=True)
+class Decoder:
+    """The generation loop over one causal LM. `kv_cache_bytes` is the largest cache that each device has held.
+
+    `any_unfinished(flag)` says whether some rank still generates; ranks whose forward passes are collective (FSDP)
+    give one that asks all ranks, so that all of them take the same number of steps.
+    """
+
+    model: Any
+    eos_token_ids: tuple[int, ...]
+    device: torch.device
+    seed: int
+    any_unfinished: Callable[[bool], bool] = bool
+    kv_cache_bytes: dict[torch.device, int] = field(default_factory=dict)
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: Callable[[int], None]
+    ) -> Generation:
+        """New tokens for each prompt, greedy or sampled; an empty batch takes part in the steps of the others."""
+        batch = _Batch.of(prompts, sampling.max_new_tokens, self.device)
+        pick = _Picker(sampling, self.seed, prompts, self.device)
+        eos = torch.tensor(() if sampling.ignore_eos else self.eos_token_ids, device=self.device, dtype=torch.long)
+        unfinished = torch.full((batch.rows,), bool(prompts), device=self.device)
+        cache = DynamicCache(config=self.model.config)
+        tokens, gaps = [], []
+        clock = Clock(self.device)
+        inputs = batch.input_ids
+        for step in range(sampling.max_new_tokens):
+            logits = self._forward(inputs, batch, step, cache)
+            chosen, gap = pick(logits)
+            unfinished = unfinished & ~torch.isin(chosen, eos)
+            tokens.append(chosen)
+            gaps.append(gap)
+            more = sampling.ignore_eos or self.any_unfinished(bool(unfinished.any()))
+            clock.mark()
+            on_step(len(prompts))
+            if not more:
+                break
+            inputs = chosen[:, None]
+        for place, held in cache_bytes(cache).items():
+            self.kv_cache_bytes[place] = max(self.kv_cache_bytes.get(place, 0), held)
+        return _generation(prompts, torch.stack(tokens, 1), torch.stack(gaps, 1), clock.marks(), set(eos.tolist()))
+
+    def _forward(self, inputs: torch.Tensor, batch: _Batch, step: int, cache: DynamicCache) -> torch.Tensor:
+        """Logits [rows, vocabulary] of the last position, float32."""
+        known = batch.width + step
+        output = self.model(
+            input_ids=inputs,
+            attention_mask=batch.mask[:, :known],
+            position_ids=batch.positions[:, known - inputs.shape[1] : known],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float()
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """A left-padded batch [rows, width], with mask and positions for all tokens to come [rows, width + new]."""
+
+    rows: int
+    width: int
+    input_ids: torch.Tensor
+    mask: torch.Tensor
+    positions: torch.Tensor
+
+    @classmethod
+    def of(cls, prompts: Sequence[Prompt], max_new_tokens: int, device: torch.device) -> _Batch:
+        rows = [prompt.token_ids for prompt in prompts] or [(0,)]
+        width = max(map(len, rows))
+        input_ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
+        lengths = torch.tensor([len(row) for row in rows])
+        place = torch.arange(width + max_new_tokens) - (width - lengths)[:, None]
+        mask = (place >= 0).long()
+        return cls(len(rows), width, input_ids.to(device), mask.to(device), place.clamp(min=0).to(device))
+
+
+class _Picker:
+    """The next token of each row from its logits, and the gap between the two largest of them.
+
+    Sampling draws each prompt from a generator of its own, so that a prompt's sample depends on the seed and on its
+    index only: not on the batch, the rank or the number of ranks.
+    """
+
+    def __init__(self, sampling: SamplingConfig, seed: int, prompts: Sequence[Prompt], device: torch.device) -> None:
+        self.processors = _processors(sampling)
+        self.generators = [
+            torch.Generator(device).manual_seed((seed << 32) + prompt.index)
+            for prompt in prompts
+            if sampling.temperature > 0
+        ]
+
+    def __call__(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        top = logits.topk(2, dim=-1).values
+        gap = top[:, 0] - top[:, 1]
+        if not self.generators:
+            return logits.argmax(-1), gap
+        weights = self.processors(None, logits).softmax(-1)
+        rows = zip(weights, self.generators, strict=True)
+        return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows]), gap
+
+
+def _processors(sampling: SamplingConfig) -> LogitsProcessorList:
+    processors = LogitsProcessorList()
+    if sampling.temperature > 0 and sampling.temperature != 1:
+        processors.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        processors.append(TopPLogitsWarper(sampling.top_p))
+    return processors
+
+
+def _generation(
+    prompts: Sequence[Prompt], tokens: torch.Tensor, gaps: torch.Tensor, marks: list[float], eos: set[int]
+) -> Generation:
+    """Completions cut after their first EOS. `marks` are the seconds from the start of the call to each token."""
+    steps = [later - earlier for earlier, later in pairwise(marks)]
+    completions = []
+    for prompt, row, row_gaps in zip(prompts, tokens.tolist(), gaps.tolist(), strict=False):
+        length = next((place + 1 for place, token in enumerate(row) if token in eos), len(row))
+        completions.append(
+            Completion(
+                index=prompt.index,
+                token_ids=tuple(row[:length]),
+                finish_reason="stop" if row[length - 1] in eos else "length",
+                ttft_s=marks[0],
+                itl_s=tuple(steps[: length - 1]),
+                top2_gaps=tuple(row_gaps[:length]),
+            )
+        )
+    return Generation(tuple(completions), prefill_s=marks[0], decode_s=marks[-1] - marks[0])
+
+
+def cache_bytes(cache: DynamicCache) -> dict[torch.device, int]:
+    """Bytes of the keys and values that a cache holds, by device."""
+    held: dict[torch.device, int] = {}
+    for layer in cache.layers:
+        for tensor in (layer.keys, layer.values):
+            if tensor is not None:
+                held[tensor.device] = held.get(tensor.device, 0) + tensor.nbytes
+    return held
+
+
+def eos_token_ids(model: Any) -> tuple[int, ...]:
+    """The EOS ids of a model, as its generation config or its config names them."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = model.config.eos_token_id if found is None else found
+    return tuple(found) if isinstance(found, list | tuple) else () if found is None else (int(found),)

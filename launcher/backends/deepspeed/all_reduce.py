@@ -1,0 +1,90 @@
+"""DeepSpeed's all-reduce through shared memory on a CPU: compiled once, offered or withheld, its files removed.
+
+Left to itself DeepSpeed takes it wherever it compiles, dies of SIGSEGV unless LOCAL_SIZE says that all ranks share this
+machine, and leaves a file for each rank in /dev/shm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+
+from launcher.backends.deepspeed.options import OPERATION, extensions_folder, missing_compiler, missing_shared_memory
+from launcher.system.processes import SHARED_MEMORY
+from shards.machine.process_group import any_rank, barrier
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from shards.machine.world import World
+
+ABANDONED_S = 60  # a build takes about 20
+
+
+def compile_operation() -> str | None:
+    """Compile the operation, or find it compiled; why it cannot be had, None if it can. Ranks do this one by one."""
+    folder = extensions_folder()
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    # torch looks for ninja on the PATH, where an interpreter that was called by its path has not put its own folder.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _one_by_one(folder):
+            get_accelerator().create_op_builder("ShareMemCommBuilder").load()
+    except (RuntimeError, ImportError, OSError) as error:
+        return missing_compiler() or (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return None
+
+
+@contextlib.contextmanager
+def _one_by_one(folder: Path) -> Iterator[None]:
+    """Hold a lock that ends with this process, and clear away torch's own, which outlives a process that was killed."""
+    with (folder / f"{OPERATION}.flock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        lock = folder / OPERATION / "lock"
+        while lock.exists() and not _abandoned(lock):
+            time.sleep(0.2)
+        lock.unlink(missing_ok=True)
+        yield
+
+
+def _abandoned(lock: Path) -> bool:
+    """Whether the process that made a lock file is gone: it keeps the file open while it builds."""
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.path.samefile(link, lock):
+                return False
+    with contextlib.suppress(OSError):
+        return time.time() - lock.stat().st_mtime > ABANDONED_S
+    return True
+
+
+def choose(world: World, obstacle: str | None) -> str | None:
+    """Let DeepSpeed reduce through shared memory, or over gloo: all ranks alike. Why not shared memory, None if it is.
+
+    Every rank must call it, before DeepSpeed joins the process group. `obstacle` is what `compile_operation` gave.
+    """
+    if world.local_world_size != world.world_size:
+        obstacle = f"the ranks are on {world.num_nodes} nodes"
+    obstacle = obstacle or missing_shared_memory(world.local_world_size)
+    if any_rank(obstacle is not None):
+        deepspeed.ops.__compatible_ops__[OPERATION] = False
+        os.environ["LOCAL_SIZE"] = "0"
+        return obstacle or "another rank cannot"
+    os.environ["LOCAL_SIZE"] = str(world.world_size)
+    return None
+
+
+def unlink_segment(world: World) -> None:
+    """Remove the name of this rank's shared memory once every rank has it mapped; it ends with the last of them."""
+    barrier()
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{world.master_addr}_{world.master_port}_{world.rank}"
+    (SHARED_MEMORY / name).unlink(missing_ok=True)

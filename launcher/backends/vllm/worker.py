@@ -1,0 +1,56 @@
+"""What vLLM's workers tell about their memory; vLLM mixes this class into its own worker, in the worker's process."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from launcher.backends.memory import module_memory, parameter_bytes, storage_bytes
+
+
+class WorkerMemory:
+    """A worker extension: `collective_rpc("device_memory")` gives one entry for each worker."""
+
+    def device_memory(self) -> dict[str, Any]:
+        """The fields of DeviceMemory without `kv_cache_bytes`, and `num_blocks`, the blocks of the KV cache."""
+        runner = self.model_runner  # type: ignore[attr-defined]
+        found = asdict(module_memory(runner.model, runner.device, self.rank, {}))  # type: ignore[attr-defined]
+        del found["kv_cache_bytes"]
+        found["parameter_bytes"] = held_bytes(runner.model, runner.device)
+        if found["parameter_bytes"] is None:
+            found["reasons"]["parameter_bytes"] = "quantized weights were repacked into memory that tensors do not show"
+        if runner.device.type == "cpu":
+            found["tensor_bytes"] = None
+            found["reasons"]["tensor_bytes"] = "linear weights are packed into memory that tensors do not show"
+        del found["reasons"]["kv_cache_reserved_bytes"]
+        found["kv_cache_reserved_bytes"] = storage_bytes(runner.kv_caches)
+        found["num_blocks"] = runner.kv_cache_config.num_blocks
+        return found
+
+
+def held_bytes(model: torch.nn.Module, device: torch.device) -> int | None:
+    """Bytes of this worker's share of the parameters; None where that cannot be told.
+
+    On a CPU vLLM packs the weight of a linear layer into memory of its kernels and leaves an empty parameter: its bytes
+    follow from the sizes that the layer keeps.
+    """
+    packed = 0
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, torch.nn.Parameter) or weight.numel():
+            continue
+        sizes = _matrix(module)
+        if sizes is None:
+            return None
+        packed += sizes[0] * sizes[1] * weight.element_size()
+    return parameter_bytes(model, device) + packed
+
+
+def _matrix(module: torch.nn.Module) -> tuple[int, int] | None:
+    """(outputs, inputs) of a linear layer's own share; a replicated layer has no share, but whole sizes."""
+    for names in (("output_size_per_partition", "input_size_per_partition"), ("output_size", "input_size")):
+        if all(isinstance(getattr(module, name, None), int) for name in names):
+            return getattr(module, names[0]), getattr(module, names[1])
+    return None

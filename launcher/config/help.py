@@ -1,0 +1,59 @@
+"""What `--help` says: the groups and their options as they are in `conf/`, and commands to begin with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import launcher
+from launcher.config.compose import conf_dir, groups, options
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+EXAMPLES = (
+    ("two processes shard the embedded model and answer the default prompts", "backend=fsdp devices=2"),
+    ("the plan of a large model, without starting anything", "model=falcon_40b devices=4 precision=bf16 dry_run=true"),
+    ("your own prompts and model", "model.path=/models/my-llama prompts=file prompts.path=questions.txt"),
+    ("a job on two nodes of a SLURM cluster", "launch=slurm num_nodes=2 cluster=example"),
+    ("a sweep, each point in a fresh process, one table at the end", "-m backend=fsdp,transformers devices=1,2"),
+)
+
+
+def version() -> str:
+    """The version of the launcher."""
+    return f"launcher {launcher.__version__}"
+
+
+def text(config_dirs: Sequence[str] = ()) -> str:
+    """The whole help, with the options that the user's own folders have."""
+    width = max(map(len, groups()))
+    choices = "\n".join(f"  {group:<{width}}  {' | '.join(options(group, config_dirs))}" for group in groups())
+    examples = "\n".join(f"  # {what}\n  python -m launcher {command}".rstrip() for what, command in EXAMPLES)
+    return f"""\
+Split a causal language model over devices, run a prompt set through it, report tokens/s and the memory of each device.
+
+usage: python -m launcher [-m] [GROUP=OPTION ...] [KEY=VALUE ...]
+
+  -m, --multirun      a=1,2 b=x,y are the points of a sweep
+  --cfg               print the composed configuration and stop
+  --config-dir DIR    a folder of your own configuration files, searched beside the built-in ones
+  --help, --version
+
+groups (python -m launcher GROUP=OPTION)
+{choices}
+
+keys and their defaults (python -m launcher KEY=VALUE, nested ones as sampling.max_new_tokens=64)
+{_defaults()}
+
+examples
+{examples}
+
+Under torchrun, srun, mpirun, deepspeed or accelerate launch the same command joins the ranks that they started.
+Exit code: 0 every run is ok, 1 a run failed, 2 something to mend first (one line says what)."""
+
+
+def _defaults() -> str:
+    """The commented defaults of `conf/config.yaml`, without its list of groups."""
+    lines = (conf_dir() / "config.yaml").read_text(encoding="utf-8").splitlines()
+    start = lines.index("  - _self_") + 1
+    return "\n".join(f"  {line}".rstrip() for line in lines[start:] if line)

@@ -1,0 +1,49 @@
+"""A configuration as plain values and back: what `config.yaml` and `run.json` keep of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from enum import Enum
+from typing import Any
+
+from launcher.config.schema import BACKENDS, RunConfig
+
+
+def to_dict(value: Any) -> Any:
+    """Plain lists, dicts and scalars; an Enum becomes its name, as on the command line."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, dict):
+        return {key: to_dict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_dict(item) for item in value]
+    return value
+
+
+def from_dict(raw: dict[str, Any]) -> RunConfig:
+    """The inverse of `to_dict` for a whole configuration; the engine's name picks its dataclass."""
+    config = _build(RunConfig, {**raw, "backend": None})
+    config.backend = _build(BACKENDS[raw["backend"]["name"]], raw["backend"])
+    return typing.cast("RunConfig", config)
+
+
+def _build(kind: type, raw: dict[str, Any]) -> Any:
+    hints = typing.get_type_hints(kind)
+    known = {f.name for f in dataclasses.fields(kind)}
+    return kind(**{key: _convert(hints[key], value) for key, value in raw.items() if key in known})
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    if value is None:
+        return None
+    if isinstance(hint, types.UnionType):
+        hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast("type", hint), value)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return hint[value]
+    return value

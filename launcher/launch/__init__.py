@@ -1,0 +1,1 @@
+"""Start the processes of runs and sweeps, watch them, and end them."""

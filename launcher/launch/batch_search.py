@@ -1,0 +1,135 @@
+"""`measure.find_batch_size=true`: the largest batch that fits, by trying; and how far the plan was from it.
+
+Each try is a run of its own, in fresh processes: one batch of the longest prompts, each with all of its new tokens.
+Then the run itself is made with the batch that was found.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.config.values import to_dict
+from launcher.launch.resume import what_is_run
+from launcher.prepare.prepare import prepare
+from launcher.run_dir.create import create_run_dir, new_folder
+from launcher.system.files import read_json
+from shards.errors import PlanError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from launcher.backends.base import Prompt
+    from launcher.config.schema import RunConfig
+    from launcher.run_dir.run import Run
+
+    Finish = Callable[[Path], dict[str, Any]]
+
+STEPS = 16  # the first step away from the batch that the plan allows is a sixteenth of it
+MOST = 2**20
+
+
+def run_with_largest_batch(run: Run, finish_run: Finish) -> dict[str, Any]:
+    """The record of the run with the largest batch that fits; of the try that failed otherwise, or if none fits."""
+    config = run.config
+    run_dir = _begun(config) if config.resume else None
+    if run_dir is not None:
+        return finish_run(run_dir)
+    tries = Tries(run, new_folder(config, "_tries"), finish_run)
+    planned = run.plan.largest_batch
+    most = MOST if planned else tries.prompts_each
+    try:
+        found = largest(tries.fits, min(planned or config.measure.batch_size, most), most)
+    except TryFailedError as error:
+        return error.record
+    if not found:
+        return tries.records[1]
+    summary = {
+        "largest_batch": found,
+        "limited_by": "prompts" if found == most else "memory",
+        "planned": planned,
+        "plan_over_found": planned / found if planned else None,
+        "tries": [
+            {"batch": batch, "status": record["status"], "run_dir": record["run_dir"]}
+            for batch, record in tries.records.items()
+        ],
+        "asked": what_is_run(to_dict(config)),
+    }
+    return finish_run(create_run_dir(_with_batch(run, found), summary))
+
+
+def largest(fits: Callable[[int], bool], start: int, most: int) -> int:
+    """The largest batch in 1..`most` that fits, 0 for none; bigger ones never fit where a smaller does not.
+
+    Looks near `start` first: in steps that double until one side is found, then by halving.
+    """
+    step = max(start // STEPS, 1)
+    low, high = (start, most + 1) if fits(start) else (0, start)
+    rising = low > 0
+    while high - low > 1 and (high > most if rising else low == 0):
+        batch = min(low + step, most) if rising else max(high - step, 1)
+        low, high = (batch, high) if fits(batch) else (low, batch)
+        step *= 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+class TryFailedError(Exception):
+    """A try ended neither well nor for want of memory: nothing is known of larger batches."""
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        super().__init__(record["status"])
+        self.record = record
+
+
+class Tries:
+    """The tries of one search, in `folder`; `records` has each one's by its batch."""
+
+    def __init__(self, run: Run, folder: Path, finish_run: Finish) -> None:
+        self.run, self.folder, self.finish_run = run, folder, finish_run
+        self.ranks = run.world_size if run.config.backend.data_parallel else 1
+        self.prompts_each = -(-len(run.prompts) // self.ranks)
+        self.records: dict[int, dict[str, Any]] = {}
+
+    def fits(self, batch: int) -> bool:
+        """Whether a batch of this size runs to its end."""
+        config = self.run.config
+        measure = replace(config.measure, batch_size=batch, warmup=0, repeats=1, find_batch_size=False)
+        sampling = replace(config.sampling, ignore_eos=True)
+        config = replace(config, measure=measure, sampling=sampling, output_dir=str(self.folder), resume=False)
+        prompts = enlarged(self.run.prompts, batch, self.ranks)
+        record = self.finish_run(create_run_dir(replace(self.run, config=config, prompts=prompts)))
+        self.records[batch] = record
+        if record["status"] not in ("ok", "oom"):
+            raise TryFailedError(record)
+        return bool(record["status"] == "ok")
+
+
+def enlarged(prompts: tuple[Prompt, ...], batch: int, ranks: int) -> tuple[Prompt, ...]:
+    """`batch` prompts for each of `ranks`, the longest first and again from the first where they do not suffice."""
+    ordered = sorted(prompts, key=lambda prompt: -len(prompt.token_ids))
+    chosen = (
+        ordered[place // ranks % len(ordered)] for place in range(batch * ranks)
+    )  # rank r answers r, r + ranks, ...
+    return tuple(replace(prompt, index=place) for place, prompt in enumerate(chosen))
+
+
+def _with_batch(run: Run, batch: int) -> Run:
+    """The run with another batch, planned anew; with the old plan where the plan does not believe that it fits."""
+    config = replace(run.config, measure=replace(run.config.measure, batch_size=batch, find_batch_size=False))
+    try:
+        return prepare(config, run.command)
+    except PlanError:
+        return replace(run, config=config)
+
+
+def _begun(config: RunConfig) -> Path | None:
+    """The run of an earlier search for the same, which has its batch already."""
+    asked = what_is_run(to_dict(config))
+    for path in sorted(Path(config.output_dir).glob("*/run.json"), reverse=True):
+        if ((read_json(path) or {}).get("batch_search") or {}).get("asked") == asked:
+            return path.parent.resolve()
+    return None

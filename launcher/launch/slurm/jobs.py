@@ -1,0 +1,226 @@
+"""Jobs of SLURM: submitted, looked up, followed to their end. What became of them is in their run directories."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from launcher.launch.slurm.script import JOB, LOG, SCRIPT, not_found
+from launcher.results.record import finish
+from launcher.results.verdict import Outcome
+from launcher.run_dir.progress import read_progress
+from launcher.system.files import read_json, write_text
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from launcher.run_dir.progress import Progress
+
+KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_DEBUG")  # what tells where the SLURM is; the rest, of a job
+ENDS = {  # states in which a job is over, and what that means for a run that left no record
+    "COMPLETED": ("failed", "the job ended, and left no record"),
+    "FAILED": ("failed", "the job failed before it could write a record"),
+    "CANCELLED": ("cancelled", "the job was cancelled"),
+    "TIMEOUT": ("timeout", "the time limit of the job"),
+    "DEADLINE": ("timeout", "the deadline of the job"),
+    "PREEMPTED": ("cancelled", "the job was pre-empted"),
+    "OUT_OF_MEMORY": ("oom", "the job used more memory than SLURM gave it"),
+    "NODE_FAIL": ("failed", "a node of the job failed"),
+    "BOOT_FAIL": ("failed", "a node of the job did not boot"),
+    "FORGOTTEN": ("failed", "SLURM has forgotten the job, and it left no record"),
+}
+ANSWER_S = 30
+RECORD_S = 5.0  # how long a record may take to be seen on another machine of the cluster
+SETTLE_S = 2.0  # between two looks at a job that seems to be over
+POSITION_EVERY = 5  # looks at the own jobs between two at the whole queue
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A job in SLURM's words; `reason` says why it waits."""
+
+    name: str
+    reason: str = ""
+    restarts: int = 0
+
+    @property
+    def is_end(self) -> bool:
+        """Whether the job is over; one that waits for its next attempt is not."""
+        return self.name in ENDS
+
+    def __str__(self) -> str:
+        again = f", attempt {self.restarts + 1}" if self.restarts else ""
+        return f"{self.name}{f' ({self.reason})' if self.name == 'PENDING' else ''}{again}"
+
+
+def submit(folder: Path, script: str = SCRIPT) -> str:
+    """Submit the batch script in `folder`; the number of the job. UserError with SLURM's words where it refuses."""
+    if shutil.which("sbatch") is None:
+        raise not_found("sbatch")
+    done = subprocess.run(
+        ["sbatch", "--parsable", script], cwd=folder, env=environment(os.environ), stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=ANSWER_S * 4, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        words = "; ".join(line.removeprefix("sbatch: error: ") for line in done.stderr.splitlines()[-2:])
+        raise UserError(f"sbatch refuses: {words or done.returncode}.", f"cluster.* ; the script is {folder / script}")
+    return done.stdout.strip().split(";")[0]
+
+
+def environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """What the programs of SLURM are given: nothing of a job that this process itself may be part of."""
+    return {key: value for key, value in environ.items() if not key.startswith("SLURM_") or key in KEPT}
+
+
+def write_job(run_dir: Path, job: str) -> None:
+    """Note in the run directory which job runs it."""
+    write_text(run_dir / JOB, job + "\n")
+
+
+def read_job(run_dir: Path) -> str | None:
+    """The number of the job that runs, or ran, this directory; None for a run that no SLURM has seen."""
+    path = run_dir / JOB
+    return path.read_text(encoding="utf-8").strip() if path.exists() else None
+
+
+def look(jobs: Sequence[str]) -> dict[str, State] | None:
+    """The state of each job, FORGOTTEN where SLURM no longer knows it; None while SLURM does not answer."""
+    form = "JobArrayID:|,State:|,Reason:|,RestartCnt:|"
+    said = _squeue("--array", "-t", "all", f"--jobs={','.join(jobs)}", "-O", form)
+    if said is None:
+        return None
+    rows = [line.split("|") for line in said.splitlines() if line.count("|") >= 4]
+    found = {row[0].strip(): State(row[1].strip(), row[2].strip(), int(row[3].strip() or 0)) for row in rows}
+    return {job: found.get(job, State("FORGOTTEN")) for job in jobs}
+
+
+def settled(jobs: Sequence[str], sure: Collection[str] = ()) -> dict[str, State] | None:
+    """As `look`, but a job is over only if it is so twice: one that is queued again passes through such states.
+
+    Those in `sure` are believed at once.
+    """
+    states = look(jobs)
+    doubtful = [job for job, state in (states or {}).items() if state.is_end and job not in sure]
+    while states is not None and doubtful:
+        time.sleep(SETTLE_S)
+        again = look(doubtful)
+        doubtful = [job for job, state in (again or {}).items() if state.is_end and state != states[job]]
+        states = None if again is None else states | again
+    return states
+
+
+def active(run_dirs: Sequence[Path]) -> dict[Path, tuple[str, State]]:
+    """The runs that are in a job which is not over, with its number and state; UserError while SLURM does not answer:
+
+    another job for such a run would end its ranks.
+    """
+    found = {job: run_dir for run_dir in run_dirs if (job := read_job(run_dir)) is not None}
+    states = settled(list(found)) if found else {}
+    if states is None:
+        raise UserError(f"squeue does not answer, and {found.popitem()[1]} may be in a job still.", "try again later")
+    return {found[job]: (job, state) for job, state in states.items() if not state.is_end}
+
+
+def _squeue(*options: str) -> str | None:
+    """What squeue prints; "" where it knows none of the jobs, None where it does not answer."""
+    try:
+        done = subprocess.run(
+            ["squeue", "-h", *options], env=environment(os.environ), stdin=subprocess.DEVNULL, capture_output=True,
+            text=True, timeout=ANSWER_S, check=False,
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise not_found("squeue") from None
+    except subprocess.TimeoutExpired:
+        return None
+    if done.returncode:
+        return "" if "Invalid job id" in done.stderr else None
+    return done.stdout
+
+
+def position(job: str) -> str:
+    """How many jobs wait before this one, as far as SLURM shows others' jobs; "" where that cannot be told."""
+    waiting = (_squeue("-t", "PD", "--array", "--priority", "--sort=-p,i", "-o", "%i|%P") or "").splitlines()
+    rows = [tuple(line.split("|", 1)) for line in waiting]
+    partition = next((row[1] for row in rows if row[0] == job), None)
+    line = [row[0] for row in rows if row[1:] == (partition,)]
+    return f", place {line.index(job) + 1} of {len(line)} in the queue" if partition else ""
+
+
+def close(run_dir: Path, state: State) -> dict[str, Any]:
+    """The record of a job that is over: its own, or one made of what its ranks have left."""
+    status, message = ENDS[state.name]
+    deadline = time.monotonic() + (RECORD_S if state.name in ("COMPLETED", "FAILED") else 0)
+    while (record := read_json(run_dir / "record.json")) is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    if record is None or (record["status"], status) == ("cancelled", "timeout"):
+        return finish(run_dir, Outcome(status, message))
+    return dict(record)
+
+
+class Follower:
+    """Looks at jobs until all are over. `say(job, text)` is told what is new, `show(ranks)` how far the first is."""
+
+    def __init__(
+        self,
+        runs: Mapping[str, Path],
+        say: Callable[[str, str], None],
+        show: Callable[[Sequence[Progress | None]], None],
+    ) -> None:
+        self.runs, self.say, self.show = dict(runs), say, show
+        self.states: dict[str, State] = {}
+        self.said: dict[str, str] = {}
+        self.read = dict.fromkeys(runs, 0)  # bytes of each log that were shown
+        self.looks = 0
+
+    def follow(self, poll_s: float) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Each job with its record as soon as it is over."""
+        open_jobs = list(self.runs)
+        while open_jobs:
+            states = look(open_jobs) or {}
+            for job, state in states.items():
+                before = self.states.get(job)
+                self._tell(job, before, state)
+                self.states[job] = state
+                if state.is_end and state == before:  # twice: a job that is queued again passes through such states
+                    open_jobs.remove(job)
+                    yield job, close(self.runs[job], state)
+            self.looks += 1
+            if open_jobs:
+                self._draw(open_jobs)
+                time.sleep(poll_s)
+
+    def _tell(self, job: str, before: State | None, state: State) -> None:
+        """The lines that the job's log has gained, and its state and place in the queue where they are new."""
+        for line in self._log_lines(job):
+            self.say(job, line)
+        waits = state.name == "PENDING"
+        if state == before and not (waits and self.looks % POSITION_EVERY == 0):
+            return
+        text = f"{state}{position(job) if waits else ''}"
+        if text != self.said.get(job):
+            self.said[job] = text
+            self.say(job, text)
+
+    def _log_lines(self, job: str) -> list[str]:
+        """The whole lines that the batch script's log has gained."""
+        try:
+            with (self.runs[job] / LOG).open("rb") as file:
+                file.seek(self.read[job])
+                new = file.read()
+        except FileNotFoundError:
+            return []
+        whole = new[: new.rfind(b"\n") + 1]
+        self.read[job] += len(whole)
+        return whole.decode(errors="replace").splitlines()
+
+    def _draw(self, open_jobs: Sequence[str]) -> None:
+        running = (job for job in open_jobs if job in self.states and self.states[job].name == "RUNNING")
+        if (job := next(running, None)) is not None:
+            ranks = sorted(self.runs[job].glob("rank_*.progress"))
+            self.show([read_progress(path) for path in ranks])

@@ -1,0 +1,168 @@
+"""A run as a batch script of SLURM: text as a value. No path stands in a #SBATCH line, all else is quoted for bash."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from launcher.config.values import from_dict
+from shards.errors import UserError
+from shards.machine.interpreter import ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from launcher.config.schema import ClusterConfig
+
+SCRIPT = "submit.sbatch"
+LOG = "slurm.log"
+JOB = "slurm_job"  # the number of the job that the newest attempt runs in
+AGAIN = 75  # exit code of ranks that were interrupted, and of a job that is queued again
+OTHERS = (  # what a surrounding launcher or the submitter's shell may have left in the environment
+    "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE MASTER_ADDR MASTER_PORT CROSS_RANK "
+    "CROSS_SIZE TORCHELASTIC_RUN_ID LAUNCHER_PARENT LAUNCHER_RUN"
+)
+FREE_PORT = (  # below those that Linux gives to outgoing connections, which could take it before rank 0 does
+    "import random, socket; "
+    "print(next(p for p in random.sample(range(20000, 32768), 99) if socket.socket().connect_ex(('', p))))"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What of a run its batch script says: all points of an array have an equal one."""
+
+    cluster: ClusterConfig
+    num_nodes: int
+    tasks_per_node: int
+    devices: int  # on each node
+    on_cuda: bool
+    python: str  # starts the ranks
+    own_python: str  # opens and closes the attempt
+    root: str | None  # the folder of this project where it is not installed
+
+
+def job_of(run: Mapping[str, Any]) -> Job:
+    """The job for a run as `run.json` says it: a task for each process, spread evenly over the nodes."""
+    config = from_dict(run["config"])
+    cluster = config.cluster
+    own = cluster.python or ("python3" if cluster.container else sys.executable)
+    return Job(
+        cluster=cluster,
+        num_nodes=config.num_nodes,
+        tasks_per_node=run["processes"] // config.num_nodes,
+        devices=config.devices,
+        on_cuda=run["on_cuda"],
+        python=config.backend.python or own,
+        own_python=own,
+        root=str(ROOT) if (ROOT / "pyproject.toml").is_file() else None,
+    )
+
+
+def name_of(run: Mapping[str, Any]) -> str:
+    """A name for the job that no other has, of letters that SLURM and every shell take as they are."""
+    text = f"{run['config']['backend']['name']}_{run['config']['model']['name']}_x{run['world_size']}"
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", text) + f"-{run['mark'][:6]}"
+
+
+def sbatch_text(job: Job, name: str, points: Sequence[str] = ()) -> str:
+    """The batch script of a run, to be submitted from its directory; or of an array, from the one `points` are beside.
+
+    The job ends 0 where every rank is ok, 2 where it was refused, 1 otherwise; 75 where it is queued again.
+    """
+    blocks = (
+        ["#!/bin/bash", *_directives(job, name, len(points))],
+        _place(points),
+        _environment(job),
+        _work(job),
+    )
+    return "\n\n".join("\n".join(block) for block in blocks) + "\n"
+
+
+def _directives(job: Job, name: str, points: int) -> list[str]:
+    cluster = job.cluster
+    words = {
+        "job-name": name,
+        "nodes": job.num_nodes,
+        "ntasks-per-node": job.tasks_per_node,
+        "cpus-per-task": cluster.cpus_per_task,
+        **_gpus(job),
+        **{key: getattr(cluster, key) for key in ("partition", "account", "qos", "constraint", "reservation")},
+        "mem": cluster.mem,
+        "time": cluster.time,
+        "array": f"0-{points - 1}%{cluster.array_limit}" if points else None,
+        "signal": f"USR1@{cluster.signal_s}" if cluster.signal_s else None,
+        "output": "/dev/null",
+        "open-mode": "append",
+    }
+    options = [f"--{key}={value}" for key, value in words.items() if value is not None]
+    options += ["--exclusive"] * cluster.exclusive + ["--requeue" if cluster.requeue else "--no-requeue"]
+    return [f"#SBATCH {option}" for option in (*options, *cluster.extra)]
+
+
+def _gpus(job: Job) -> dict[str, str]:
+    if not job.on_cuda or job.cluster.gpus_flag == "none":
+        return {}
+    count = f"{job.cluster.gpu_type}:{job.devices}" if job.cluster.gpu_type else str(job.devices)
+    return {"gres": f"gpu:{count}"} if job.cluster.gpus_flag == "gres" else {"gpus-per-node": count}
+
+
+def _place(points: Sequence[str]) -> Iterator[str]:
+    """Where the run is, and what becomes of the script's own words: the ranks have a log each."""
+    yield "# Submit it from the directory that it is in: sbatch " + SCRIPT
+    if points:
+        yield "points=(" + " ".join(map(shlex.quote, points)) + ")"
+        yield "run_dir=${PWD%/*}/${points[$SLURM_ARRAY_TASK_ID]}"
+    else:
+        yield "run_dir=$PWD"
+    yield '[ -f "$run_dir/run.json" ] || exit 2'
+    yield f'exec >>"$run_dir/{LOG}" 2>&1'
+    yield "job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
+    yield f'echo "$job" >"$run_dir/{JOB}"'
+    yield "terminated=; trap 'terminated=1' TERM"
+
+
+def _environment(job: Job) -> Iterator[str]:
+    cluster = job.cluster
+    if cluster.modules:
+        yield f"module load {shlex.join(cluster.modules)}"
+    yield from cluster.setup
+    yield f"unset {OTHERS}"
+    exports = {"OMP_NUM_THREADS": str(cluster.cpus_per_task), "TOKENIZERS_PARALLELISM": "false"}
+    if not job.on_cuda:
+        exports["CUDA_VISIBLE_DEVICES"] = ""
+    for key, value in (exports | cluster.environment).items():
+        yield f"export {key}={shlex.quote(value)}"
+    if job.root is not None:
+        yield f"export PYTHONPATH={shlex.quote(job.root)}${{PYTHONPATH:+:$PYTHONPATH}}"
+    yield "export LAUNCHER_WATCH=1  # the ranks end a run that hangs"
+    yield "export LAUNCHER_ON_TERM=interrupt  # SLURM announces a pre-emption by SIGTERM"
+
+
+def _work(job: Job) -> Iterator[str]:
+    own = shlex.join([*job.cluster.container, job.own_python])
+    ranks = shlex.join([*job.cluster.container, job.python, "-m", "launcher.rank.worker"])
+    if not job.cluster.container:  # a container may hide the number of the parent, which ends with the job's step
+        ranks = f"sh -c 'export LAUNCHER_PARENT=$PPID; exec \"$@\"' sh {ranks}"
+    options = ("--kill-on-bad-exit=1", f"--cpus-per-task={job.cluster.cpus_per_task}", *job.cluster.srun)
+    yield f'LAUNCHER_ATTEMPT=$({own} -m launcher.run_dir.attempts "$run_dir") || exit 1'
+    yield f'MASTER_PORT=$({own} -c "{FREE_PORT}") || exit 1'
+    yield "export LAUNCHER_ATTEMPT MASTER_PORT"
+    yield f'srun {shlex.join(options)} {ranks} "$run_dir"'
+    yield "code=$?"
+    yield f'{own} -m launcher.launch.slurm.end "$run_dir" "$code" "$terminated"'
+    yield "final=$?"
+    yield f'if [ "$final" = {AGAIN} ]; then'
+    yield f'    [ -z "$terminated" ] && scontrol requeue "$job" && exit {AGAIN}'
+    yield f'    {own} -m launcher.launch.slurm.end "$run_dir" "$code" final'
+    yield "    final=$?"
+    yield "fi"
+    yield 'exit "$final"'
+
+
+def not_found(program: str) -> UserError:
+    """What is said where SLURM's programs are not there."""
+    return UserError(f"{program} is not found: this machine cannot submit to a SLURM.", "launch=local, or a login node")

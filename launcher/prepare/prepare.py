@@ -1,0 +1,210 @@
+"""RunConfig -> a run that can start. What the user can fix is found here, before any process."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.backends.deepspeed.options import notes_deepspeed, refuse_deepspeed
+from launcher.config.cluster import check_cluster
+from launcher.config.schema import Accelerator, ConfigError, Weights
+from launcher.models import EMBEDDED
+from launcher.prepare.planning import over_memory, paces, plan_of
+from launcher.prepare.shapes import built_of, config_of
+from launcher.prompts.prompts import check_context, guessed_prompts, load_prompts, sampling_of
+from launcher.run_dir.run import Run
+from shards.checkpoint.checkpoint import Checkpoint, is_derived
+from shards.checkpoint.hub import resolve
+from shards.machine.hardware import SEE_ALL_CARDS, cuda_devices
+from shards.model.quantized_checkpoint import from_config
+from shards.model.shape import KNOWN_FAMILIES, ConfigFields, ModelShape
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from launcher.config.schema import RunConfig
+    from shards.plan.plan import Plan
+
+MODULE_ENGINES = ("fsdp", "deepspeed", "tensor_parallel", "transformers")  # which take every tensor by its name
+HEAD = "lm_head.weight"
+WORKER_PACKAGES = ("psutil", "tokenizers", "pynvml")  # what a rank needs beside its engine
+
+
+def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
+    """Resolve, check and plan a run; nothing is written. Raises UserError."""
+    _check_launch(config)
+    _check_packages(config)
+    on_cuda = _check_devices(config)
+    config = replace(config, accelerator=Accelerator.cuda if on_cuda else Accelerator.cpu)
+    config, notes = _settle(config, on_cuda)
+    folder = model_folder(config)
+    model_config = _model_config(config, folder)
+    fields = ConfigFields(model_config)
+    vocab_size = fields.size("vocab_size")
+    tensors = None
+    if folder is not None and config.model.weights is Weights.auto:
+        checkpoint = Checkpoint.open(folder)
+        _check_names(config, checkpoint, model_config)
+        tensors = checkpoint.tensors
+    if folder is None and config.dry_run:
+        notes.append(f"{config.model.path} is not on this machine: prompts are counted as a token for each 4 bytes")
+        prompts = guessed_prompts(config, vocab_size)
+    else:
+        prompts = load_prompts(config, folder, vocab_size)
+    sampling = sampling_of(config)
+    positions = fields.count("max_position_embeddings") or fields.count("n_positions")
+    check_context(prompts, sampling.max_new_tokens, positions)
+    longest = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_new_tokens
+    refuse_deepspeed(config, model_config, on_cuda, longest)
+    notes += _notes_order(config, on_cuda)
+    notes += notes_deepspeed(config, on_cuda)
+    notes += built_of(model_config, tensors, config.backend.python).all_notes()
+
+    def plan_for(config: RunConfig) -> Plan:
+        return plan_of(config, model_config, tensors, prompts, on_cuda)
+
+    plan, found = plan_for(config), paces(config, plan_for) if config.dry_run else {}
+    if not on_cuda and (tight := over_memory(config, plan, tensors, "available")):
+        notes.append(tight)
+    world_size = config.devices * config.num_nodes
+    processes = world_size if _is_rank_per_device(config) else config.num_nodes
+    return Run(
+        config, command, folder, model_config, tuple(prompts), plan, processes, world_size, on_cuda, tuple(notes), found
+    )
+
+
+def _check_names(config: RunConfig, checkpoint: Checkpoint, model_config: Mapping[str, Any]) -> None:
+    """The tensors are those of the model, as far as that is known before transformers has built it."""
+    known = model_config.get("model_type") in KNOWN_FAMILIES and not config.model.trust_remote_code
+    if not known or config.backend.name not in MODULE_ENGINES or from_config(model_config):
+        return
+    shape = ModelShape.from_config(model_config)
+    embedding = next(parameter.name for parameter in shape.parameters if parameter.cut == "embedding")
+    checkpoint.verify(
+        {parameter.name: parameter.shape for parameter in shape.parameters},
+        {embedding: [HEAD]} if shape.tied else {},
+        embedding.partition(".")[0],
+        is_derived,
+    )
+
+
+def _check_launch(config: RunConfig) -> None:
+    if config.launch.name not in ("local", "slurm"):
+        raise ConfigError(f"launch.name={config.launch.name} is not known.", "launch=local or launch=slurm")
+    if config.launch.name == "slurm":
+        check_cluster(config.cluster)
+
+
+def _is_rank_per_device(config: RunConfig) -> bool:
+    """Several nodes have a rank for each device: an engine that spreads by itself does so on one node."""
+    return config.backend.one_process_per_device or config.num_nodes > 1
+
+
+def _check_packages(config: RunConfig) -> None:
+    """The engine's packages must be there, in this environment or in that of `backend.python`, but for a container."""
+    name, python = config.backend.name, config.backend.python
+    if config.launch.name == "slurm":
+        if config.cluster.container or config.dry_run:
+            return
+        python = python or config.cluster.python
+    if missing := _missing(config.backend.packages, python):
+        where = "here" if python is None else f"for {python}"
+        raise ConfigError(
+            f"backend={name} needs {', '.join(missing)}, which is not installed {where}.",
+            f'pip install -e ".[{name}]", or backend.python= the interpreter of an environment that has it',
+        )
+
+
+def _missing(packages: tuple[str, ...], python: str | None) -> list[str]:
+    """Which modules an interpreter does not find; asked without importing them."""
+    if python is None:
+        return [name for name in packages if importlib.util.find_spec(name) is None]
+    program = "import importlib.util as i, sys; print(*(n for n in sys.argv[1:] if i.find_spec(n) is None))"
+    try:
+        asked = subprocess.run(
+            [python, "-c", program, *packages, *WORKER_PACKAGES], capture_output=True, text=True, check=True, timeout=60
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        match error:
+            case subprocess.CalledProcessError():
+                said = f"exit code {error.returncode}, {error.stderr.strip().rpartition(chr(10))[2] or 'no message'}"
+            case subprocess.TimeoutExpired():
+                said = f"no answer in {error.timeout:g} s"
+            case _:
+                said = str(error)
+        raise ConfigError(f"backend.python={python} does not run: {said}.", "/path/to/bin/python") from None
+    return asked.stdout.split()
+
+
+def _check_devices(config: RunConfig) -> bool:
+    """Whether the run is on CUDA, here for good; ConfigError where a node has fewer devices than are asked for.
+
+    The machine that submits to SLURM says nothing of the nodes: there it is on CUDA where the job asks for GPUs.
+    """
+    if config.accelerator is Accelerator.cpu:
+        return False
+    if config.launch.name == "slurm":
+        return config.accelerator is Accelerator.cuda or config.cluster.gpus_flag != "none"
+    found = cuda_devices(os.environ)
+    if not found and config.accelerator is Accelerator.cuda:
+        raise ConfigError("accelerator=cuda, and no CUDA device can be seen.", "accelerator=cpu")
+    if found and config.devices > len(found):
+        raise ConfigError(
+            f"devices={config.devices}, and this machine shows {len(found)} CUDA devices.",
+            f"devices={len(found)}, or accelerator=cpu; under SLURM {SEE_ALL_CARDS}",
+        )
+    return bool(found)
+
+
+def _notes_order(config: RunConfig, on_cuda: bool) -> list[str]:
+    """Where CUDA numbers unlike cards otherwise than NVML does, a plan is not of those that the run gets."""
+    order = os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    if order == "PCI_BUS_ID" or not on_cuda or config.launch.name == "slurm":
+        return []
+    alike = len({card.name for card in cuda_devices(os.environ)}) == 1
+    return [] if alike else [f"CUDA_DEVICE_ORDER={order}: the plan takes the cards in the order of NVML (PCI_BUS_ID)"]
+
+
+def _settle(config: RunConfig, on_cuda: bool) -> tuple[RunConfig, list[str]]:
+    """Plain transformers is one process: it uses one node, and without GPUs one device, and a note says so.
+
+    So the reference has its row in every sweep.
+    """
+    notes: list[str] = []
+    if config.backend.name != "transformers":
+        return config, notes
+    if config.num_nodes > 1:
+        notes.append(f"num_nodes={config.num_nodes}, but plain transformers is one process on one node")
+        config = replace(config, num_nodes=1)
+    if not on_cuda and config.devices > 1:
+        notes.append(
+            f"devices={config.devices}, but plain transformers has one device without GPUs: the machine's memory"
+        )
+        config = replace(config, devices=1)
+    return config, notes
+
+
+def model_folder(config: RunConfig) -> Path | None:
+    """The folder of the model on this machine; None where shapes are enough (random weights, dry run)."""
+    path = config.model.path
+    if path.startswith("embedded:"):
+        name = path.removeprefix("embedded:")
+        if not (EMBEDDED / name / "config.json").is_file():
+            raise ConfigError(f"There is no embedded model {name!r}.", "model=tiny_falcon")
+        return EMBEDDED / name
+    needs_folder = config.model.weights is Weights.auto and not config.dry_run
+    if config.model.config and not needs_folder and not Path(path).is_dir():
+        return None
+    return resolve(path, config.model.revision, weights=config.model.weights is Weights.auto)
+
+
+def _model_config(config: RunConfig, folder: Path | None) -> dict[str, Any]:
+    """The transformers config of the model: of its folder, or of the preset for random weights."""
+    if folder is None:
+        assert config.model.config is not None
+        return config.model.config
+    return config_of(folder)

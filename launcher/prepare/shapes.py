@@ -1,0 +1,74 @@
+"""The shape of a run's model: at once where its family is known, else as transformers builds it in another process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from launcher.system.files import read_json
+from shards.errors import CheckpointError, PlanError
+from shards.model.any_shape import Built, ask_transformers, shape_from_tensors
+from shards.model.quantized_checkpoint import from_config, unpacked
+from shards.model.shape import KNOWN_FAMILIES, ModelShape
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from shards.checkpoint.tensor_files import TensorEntry
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """The transformers config of the model in a folder; CheckpointError where it has none that can be read."""
+    path = folder / "config.json"
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}.", "download the model again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.", "a file of yours") from None
+    if found is None:
+        raise CheckpointError(f"{folder} has no config.json.", "model.path= a folder that save_pretrained wrote")
+    if not isinstance(found, dict) or "vocab_size" not in found:
+        raise CheckpointError(f"{path} has no vocab_size.", "a causal language model of transformers")
+    return found
+
+
+def built_of(
+    model_config: Mapping[str, Any], tensors: Mapping[str, TensorEntry] | None = None, python: str | None = None
+) -> Built:
+    """Exact from the config alone; from its files' headers where transformers cannot say (a model with its own code).
+
+    Families that are not known take seconds, once, and a line on stderr says so; the transformers of `python` is asked,
+    else that of this interpreter. PlanError where neither way leads to a shape.
+    """
+    if model_config.get("model_type") in KNOWN_FAMILIES:
+        return Built(ModelShape.from_config(model_config))
+    found = _asked(json.dumps(model_config, sort_keys=True), python or sys.executable)
+    if isinstance(found, Built):
+        return found
+    if tensors is None:
+        raise found
+    note = f"its shapes are those of its files: {found.fact.rstrip('.')}"
+    return Built(shape_of_files(model_config, tensors), (note,))
+
+
+def shape_of_files(model_config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> ModelShape:
+    """The shape of a model by its checkpoint's headers, quantized matrices as they are when unpacked."""
+    shapes = {name: entry.shape for name, entry in tensors.items()}
+    quantization = from_config(model_config)
+    return shape_from_tensors(model_config, unpacked(shapes, quantization) if quantization else shapes)
+
+
+@lru_cache(maxsize=16)
+def _asked(config: str, python: str) -> Built | PlanError:
+    """What transformers says of a config; an error is an answer as well, which is not asked for twice."""
+    fields = json.loads(config)
+    line = f"model_type {fields.get('model_type')}: asking transformers for its shapes, which takes seconds"
+    print(line, file=sys.stderr, flush=True)
+    try:
+        return ask_transformers(fields, python)
+    except PlanError as error:
+        return error

@@ -1,0 +1,161 @@
+"""A prompt set -> token ids, once for each run, so that every engine is given the same ids."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer
+
+from launcher.backends.base import Prompt
+from launcher.config.schema import ConfigError
+from shards.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from launcher.config.schema import PromptsConfig, RunConfig, SamplingConfig
+
+ENCODING = "utf-8-sig"  # Windows' editors begin a file with a mark of their encoding
+
+
+def load_prompts(config: RunConfig, folder: Path | None, vocab_size: int) -> list[Prompt]:
+    """The prompts of a run as token ids of the model in `folder`; for random weights `folder` may be None."""
+    wanted = config.prompts
+    if wanted.input_tokens is not None:
+        assert wanted.count is not None, "what composed says how many"
+        return synthetic_prompts(wanted.count, wanted.input_tokens, vocab_size, config.seed)
+    texts = read_texts(wanted)
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(
+            f"{config.model.path} has no tokenizer.json.",
+            "prompts=synthetic needs no tokenizer; AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one",
+        )
+    return encode(texts, folder)
+
+
+def guessed_prompts(config: RunConfig, vocab_size: int) -> list[Prompt]:
+    """Prompts of about the right lengths, for a plan without the model's tokenizer: a token for each 4 bytes."""
+    wanted = config.prompts
+    if wanted.input_tokens is not None:
+        return load_prompts(config, None, vocab_size)
+    texts = read_texts(wanted)
+    return [Prompt(index, text, (0,) * -(-len(text.encode()) // 4)) for index, text in enumerate(texts)]
+
+
+def read_texts(wanted: PromptsConfig) -> list[str]:
+    """The texts of a prompt preset; ConfigError for a file that is missing, empty or malformed, with the line."""
+    if wanted.texts is not None:
+        texts = list(wanted.texts)
+    elif wanted.path is None:
+        raise ConfigError(f"prompts={wanted.name} needs a file.", "prompts.path=questions.txt (or .jsonl)")
+    else:
+        texts = _read_file(Path(wanted.path))
+    if not texts:
+        raise ConfigError(f"The prompt set is empty ({wanted.path or wanted.name}).", "give at least one prompt")
+    for index, text in enumerate(texts):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # of JSON's escapes, or bytes that are not UTF-8
+            raise ConfigError(f"Prompt {index} has half of a surrogate pair, which is no letter.", "leave it out")
+    return texts
+
+
+def _read_file(path: Path) -> list[str]:
+    try:
+        text = _stdin() if path == Path("-") else path.read_text(encoding=ENCODING)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Cannot read the prompts in {path}: {error}.", "prompts.path= a UTF-8 file") from None
+    lines = text.split("\n")  # splitlines() also splits at U+2028 in a prompt
+    if path.suffix == ".jsonl":
+        return [_prompt_of(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    return [line for line in lines if line.strip()]
+
+
+@cache
+def _stdin() -> str:
+    """What is piped in, read once for all points of a sweep."""
+    with open(0, encoding=ENCODING, closefd=False) as file:
+        return file.read()
+
+
+def _prompt_of(line: str, place: str) -> str:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        fact = f"{place} is not JSON: {error.msg} at column {error.colno}."
+        raise ConfigError(fact, "one object a line") from None
+    text = value.get("prompt") if isinstance(value, dict) else value
+    if not isinstance(text, str) or not text:
+        raise ConfigError(f'{place} has no text under "prompt".', '{"prompt": "The capital of France is"}')
+    return text
+
+
+def encode(texts: Sequence[str], folder: Path) -> list[Prompt]:
+    """Token ids by the model's own tokenizer.json, special tokens added as it says."""
+    tokenizer = _tokenizer(folder)
+    prompts = [
+        Prompt(index, text, tuple(tokenizer.encode(text, add_special_tokens=True).ids))
+        for index, text in enumerate(texts)
+    ]
+    if empty := next((prompt for prompt in prompts if not prompt.token_ids), None):
+        raise ConfigError(f"Prompt {empty.index} ({empty.text!r}) has no tokens.", "leave it out")
+    return prompts
+
+
+def decode(completions: Sequence[Sequence[int]], folder: Path | None) -> list[str]:
+    """Texts of token ids, special tokens left out; empty texts where the model has no tokenizer."""
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        return ["" for _ in completions]
+    tokenizer = _tokenizer(folder)
+    return [tokenizer.decode(list(ids), skip_special_tokens=True) for ids in completions]
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:
+        raise CheckpointError(
+            f"Cannot read {folder / 'tokenizer.json'}: {error}.", "download the model again"
+        ) from None
+
+
+def synthetic_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[Prompt]:
+    """`count` prompts of exactly `length` random token ids, the same for a seed everywhere."""
+    draw = random.Random(seed)
+    return [Prompt(index, "", tuple(draw.randrange(vocab_size) for _ in range(length))) for index in range(count)]
+
+
+def sampling_of(config: RunConfig) -> SamplingConfig:
+    """The sampling of the run: a synthetic set fixes the number of new tokens."""
+    if config.prompts.output_tokens is None:
+        return config.sampling
+    return replace(config.sampling, max_new_tokens=config.prompts.output_tokens, ignore_eos=True)
+
+
+def check_context(prompts: Sequence[Prompt], max_new_tokens: int, context: int | None) -> None:
+    """ConfigError where a prompt and its new tokens are longer than the model's context."""
+    longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
+    needed = len(longest.token_ids) + max_new_tokens
+    if context is not None and needed > context:
+        raise ConfigError(
+            f"Prompt {longest.index} has {len(longest.token_ids)} tokens; with {max_new_tokens} new ones that is "
+            f"{needed}, and the context of the model is {context}.",
+            f"sampling.max_new_tokens={max(context - len(longest.token_ids), 1)} or a shorter prompt"
+            if len(longest.token_ids) < context
+            else f"a prompt of at most {context - max_new_tokens} tokens",
+        )
+
+
+def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
+    """One JSON object a line: index, text, token_ids."""
+    rows = ({"index": p.index, "text": p.text, "token_ids": list(p.token_ids)} for p in prompts)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The inverse of `write_prompts`."""
+    rows = map(json.loads, path.read_text(encoding="utf-8").split("\n")[:-1])
+    return [Prompt(row["index"], row["text"], tuple(row["token_ids"])) for row in rows]

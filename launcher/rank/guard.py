@@ -1,0 +1,147 @@
+"""A thread in each rank that acts where the main thread cannot: on signals, hangs, the end of the launching process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
+
+import psutil
+
+from launcher.results.verdict import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ON_TERM = "LAUNCHER_ON_TERM"  # "interrupt": SIGTERM is a notice to stop, as from a scheduler that takes the node back
+EXIT_CODES = {"cancelled": 143, "interrupted": 75}  # as a shell reports SIGTERM; EX_TEMPFAIL: go on later
+INTERRUPT_S = 20.0  # from SIGUSR1 to the end of the rank, at the latest
+TERM_S = 3.0  # the same from SIGTERM: who sends it kills soon after
+PARENT_S = 1.0  # between two looks at the launching process where the kernel does not announce its end
+GONE = Outcome("failed", "the launching process is gone")
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """What the guard of a rank calls. None of these runs in the main thread.
+
+    `interrupt(reason)` asks the main thread to end once what it does is saved, and says whether that can be soon;
+    `end(outcome, parent_is_gone)` leaves the rank's last word; `look()` is how the rank should end now, if it should.
+    """
+
+    interrupt: Callable[[str], bool]
+    end: Callable[[Outcome, bool], None]
+    look: Callable[[], Outcome | None] | None = None
+    look_s: float = 1.0
+
+
+def start(watched_pid: int | None, watched: Watched, term_interrupts: bool = False) -> None:
+    """From now on these end the process tree, in this order of patience:
+
+    SIGTERM, SIGINT and the end of `watched_pid` at once; SIGUSR1 (and with `term_interrupts` SIGTERM) as soon as the
+    main thread has saved its batch, but after a few seconds at the latest.
+
+    The signal's own handler would have to wait for the main thread, which may be blocked in a collective for ever.
+    A rank whose guard fails would hear nothing any more: it ends, as failed.
+    """
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda *_: None)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    guard = _Guard(read_end, watched, term_interrupts)
+    threading.Thread(target=guard.run, args=(watched_pid,), daemon=True, name="guard").start()
+
+
+class _Guard:
+    def __init__(self, signals: int, watched: Watched, term_interrupts: bool) -> None:
+        self.signals, self.watched, self.term_interrupts = signals, watched, term_interrupts
+        self.deadline: float | None = None
+        self.reason = ""
+        self.parent: int | None = None  # the process id of the watched process
+        self.parent_fd: int | None = None  # a file descriptor that can be read once it has ended
+
+    def run(self, watched_pid: int | None) -> None:
+        try:
+            self._guard(watched_pid)
+        except BaseException as error:
+            traceback.print_exc()
+            self._end(Outcome("failed", f"the guard of the rank failed: {type(error).__name__}: {error}"))
+
+    def _guard(self, watched_pid: int | None) -> None:
+        if watched_pid is not None:
+            self.parent = watched_pid
+            with contextlib.suppress(
+                OSError, AttributeError
+            ):  # gone already; Linux before 5.3; forbidden; not built in
+                self.parent_fd = os.pidfd_open(watched_pid)
+        sources = [self.signals] if self.parent_fd is None else [self.signals, self.parent_fd]
+        while True:
+            if self._parent_is_gone():
+                self._end(GONE)
+            ready, _, _ = select.select(sources, [], [], self._patience())
+            for number in os.read(self.signals, 64) if self.signals in ready else b"":
+                self._on_signal(number)
+            if self.deadline is not None and time.monotonic() >= self.deadline:
+                self._end(Outcome("interrupted", self.reason))
+            if self.watched.look and (outcome := self.watched.look()):
+                self._end(outcome)
+
+    def _parent_is_gone(self) -> bool:
+        if self.parent_fd is not None:
+            return bool(select.select([self.parent_fd], [], [], 0)[0])
+        return self.parent is not None and not _lives(self.parent)
+
+    def _patience(self) -> float | None:
+        """Seconds until there is something to see to; None: nothing but signals."""
+        looks = [self.watched.look_s] if self.watched.look else []
+        looks += [PARENT_S] if self.parent is not None and self.parent_fd is None else []
+        left = [max(self.deadline - time.monotonic(), 0.0)] if self.deadline is not None else []
+        return min(looks + left, default=None)
+
+    def _on_signal(self, number: int) -> None:
+        if number not in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            return
+        is_notice = number == signal.SIGUSR1 or (number == signal.SIGTERM and self.term_interrupts)
+        reason = f"received {signal.Signals(number).name}"
+        if self.deadline is None and not is_notice:
+            self._end(Outcome("cancelled", reason))
+        if self.deadline is None:
+            self.reason = reason
+            soon = self.watched.interrupt(reason)
+            self.deadline = time.monotonic() + (INTERRUPT_S if soon else 0.0)
+        if number != signal.SIGUSR1:
+            self.deadline = min(self.deadline, time.monotonic() + TERM_S)
+
+    def _end(self, outcome: Outcome) -> NoReturn:
+        # Whoever started us may be gone though it is another's signal that ends us: then nobody else writes the record.
+        try:
+            gone = self._parent_is_gone()
+            self.watched.end(GONE if gone else outcome, gone)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(psutil.Error):
+                for child in psutil.Process().children(recursive=True):
+                    with contextlib.suppress(psutil.Error):
+                        child.kill()
+            os._exit(EXIT_CODES.get(outcome.status, 1))
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process has not ended; one of another user may be hidden in /proc, and lives."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    with contextlib.suppress(psutil.Error):
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    return True

@@ -1,0 +1,165 @@
+"""The common loop: warm up, then answer the whole prompt set `repeats` times, batch by batch.
+
+A run that goes on where an earlier attempt stopped answers in its first repeat what is not yet saved, in the batches
+that an undisturbed run would have made, and makes in whole the repeats that no attempt has finished.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import TYPE_CHECKING, Protocol
+
+from launcher.prompts.batches import batches, call_count, split
+from launcher.prompts.prompts import sampling_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from launcher.backends.base import Backend, Completion, Generation, Prompt
+    from launcher.config.schema import RunConfig
+    from launcher.run_dir.attempts import Saved
+    from launcher.run_dir.progress import ProgressWriter
+    from shards.machine.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """What this rank measured in one repeat, from 0, of its prompts, or of what was left of them.
+
+    `wall_s` runs from a barrier of all ranks to this rank's last token.
+
+    `prefill_s` and `decode_s` are sums over the batches, None for an engine that interleaves the two. `decode_steps`
+    are those that gave a token, but for the first of each batch; `lengths` the tokens of each prompt and its answer.
+    """
+
+    number: int
+    wall_s: float
+    prefill_s: float | None
+    decode_s: float | None
+    completions: int
+    prompt_tokens: int
+    new_tokens: int
+    decode_steps: int
+    lengths: tuple[tuple[int, int], ...]
+    ttft_s: tuple[float, ...]
+    itl_s: tuple[float, ...]
+    same_tokens: bool  # as the first repeat gave
+
+
+def schedule(
+    prompts: Sequence[Prompt], world: World, config: RunConfig, saved: Saved
+) -> list[tuple[int, list[list[Prompt]]]]:
+    """The repeats still to be made, by number, and this rank's batches in each: equally many on every rank.
+
+    The first repeat leaves out what is saved, and the batches in which no rank has anything left. If all prompts are
+    saved, but no repeat was completed and only the first is left, it is run in full, so that there is something to
+    measure.
+    """
+    size, calls = call_count(len(prompts), world, config)
+    data_parallel = config.backend.data_parallel
+    own = list(batches(split(prompts, world, data_parallel), size, calls))
+    answered = {row["index"] for row in saved.rows}
+    parts = [split(prompts, replace(world, rank=rank), data_parallel) for rank in range(world.world_size)]
+    left = [
+        any(prompt.index not in answered for part in parts for prompt in part[place * size : (place + 1) * size])
+        for place in range(calls)
+    ]
+    missing = [[p for p in batch if p.index not in answered] for batch, some in zip(own, left, strict=True) if some]
+    numbers = [number for number in range(config.measure.repeats) if number not in saved.repeats]
+    if not missing and (saved.repeats or len(numbers) > 1):
+        numbers = [number for number in numbers if number > 0]
+    return [(number, missing if number == 0 and missing else own) for number in numbers]
+
+
+class Keeper(Protocol):
+    """What becomes of the loop's results; any of these may raise, and ends the loop by it."""
+
+    def save(self, completions: Sequence[Completion]) -> None:
+        """Keep the completions of a batch, none of which was saved before."""
+
+    def save_repeat(self, repeat: Repeat) -> None:
+        """Keep the measures of a repeat."""
+
+    def between_batches(self) -> None:
+        """Everything so far is kept: the moment to end, for a rank that is to."""
+
+
+class Loop:
+    """Runs one backend over this rank's prompts; `keeper` is given the completions and the measures as they come."""
+
+    def __init__(
+        self, backend: Backend, config: RunConfig, world: World, progress: ProgressWriter, keeper: Keeper
+    ) -> None:
+        self.backend, self.config, self.world, self.progress, self.keeper = backend, config, world, progress, keeper
+        self.sampling = sampling_of(config)
+
+    def run(self, prompts: Sequence[Prompt], saved: Saved) -> None:
+        """Warm up, then the repeats that `saved` leaves to be made."""
+        own = split(prompts, self.world, self.config.backend.data_parallel)
+        size, _ = call_count(len(prompts), self.world, self.config)
+        self._warm_up(own[:size])
+        first = {row["index"]: tuple(row["token_ids"]) for row in saved.rows}
+        for number, calls in schedule(prompts, self.world, self.config, saved):
+            self.keeper.save_repeat(self._repeat(number, calls, first))
+
+    def _warm_up(self, batch: list[Prompt]) -> None:
+        for number in range(self.config.measure.warmup):
+            self.progress.enter(f"warmup {number + 1}/{self.config.measure.warmup}", self.sampling.max_new_tokens)
+            self._call(batch)
+
+    def _call(self, batch: list[Prompt]) -> tuple[Generation, int]:
+        """What the engine made of a batch, and the number of its steps that gave a token."""
+        steps = fruitful = 0
+
+        def on_step(tokens: int) -> None:
+            nonlocal steps, fruitful
+            steps += 1
+            fruitful += tokens > 0
+            self.progress.advance(steps, tokens=tokens)
+
+        return self.backend.generate(batch, self.sampling, on_step), fruitful
+
+    def _repeat(self, number: int, calls: list[list[Prompt]], first: dict[int, tuple[int, ...]]) -> Repeat:
+        """Make one repeat; `first` has the tokens that each prompt was first answered with, and gains what is new."""
+        generations, decode_steps = [], 0
+        same = True
+        name = f"repeat {number + 1}/{self.config.measure.repeats}"
+        self.backend.barrier()
+        start = perf_counter()
+        for place, batch in enumerate(calls):
+            self.keeper.between_batches()
+            self.progress.enter(f"{name} batch {place + 1}/{len(calls)}", self.sampling.max_new_tokens)
+            generation, steps = self._call(batch)
+            generations.append(generation)
+            decode_steps += max(steps - 1, 0)
+            new = [item for item in generations[-1].completions if item.index not in first]
+            same &= all(first.setdefault(c.index, c.token_ids) == c.token_ids for c in generations[-1].completions)
+            if number == 0 and new:
+                self.keeper.save(new)
+        wall_s = perf_counter() - start
+        asked = {prompt.index: len(prompt.token_ids) for batch in calls for prompt in batch}
+        return _summary(number, wall_s, generations, decode_steps, asked, same)
+
+
+def _summary(
+    number: int, wall_s: float, generations: list[Generation], decode_steps: int, asked: dict[int, int], same: bool
+) -> Repeat:
+    """`asked` has the tokens of each prompt by its index."""
+    made = [completion for generation in generations for completion in generation.completions]
+    prefill = [generation.prefill_s for generation in generations if generation.prefill_s is not None]
+    decode = [generation.decode_s for generation in generations if generation.decode_s is not None]
+    return Repeat(
+        number=number,
+        wall_s=wall_s,
+        prefill_s=sum(prefill) if len(prefill) == len(generations) else None,
+        decode_s=sum(decode) if len(decode) == len(generations) else None,
+        completions=len(made),
+        prompt_tokens=sum(asked.values()),
+        new_tokens=sum(len(completion.token_ids) for completion in made),
+        decode_steps=decode_steps,
+        lengths=tuple((asked[item.index], len(item.token_ids)) for item in made),
+        ttft_s=tuple(item.ttft_s for item in made if item.ttft_s is not None),
+        itl_s=tuple(gap for item in made for gap in item.itl_s),
+        same_tokens=same,
+    )

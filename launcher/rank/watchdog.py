@@ -1,0 +1,133 @@
+"""Is a run alive? Judged by the steps that its ranks make, not by the time it takes. And where it stands if not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.results.verdict import Outcome
+from launcher.system.files import write_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from launcher.config.schema import RunConfig
+    from launcher.run_dir.progress import Progress
+
+COLLECTIVE = "distributed_c10d"  # in the stack of a rank that waits for others
+DUMP_S = 20.0  # the most time that the stacks of all ranks may take
+FALLBACK_S = 2.0
+
+
+class Watchdog:
+    """Given the progress of the ranks again and again, says when the run is to be ended. 0 s switches a limit off.
+
+    Ranks wait for each other, so the run hangs only where no rank has made a step for `hang_timeout_s`; to blame is
+    the one whose last step is the oldest, or which has not begun. The clock of `timeout_s` starts here.
+    """
+
+    def __init__(self, config: RunConfig, now: Callable[[], float] = time.monotonic) -> None:
+        self.hang_timeout_s, self.timeout_s, self.now = config.hang_timeout_s, config.timeout_s, now
+        self.started = self.last_step = now()
+        self.ticks: tuple[int, ...] = ()
+
+    @property
+    def look_s(self) -> float:
+        """How long to wait between two looks, for the limits to be kept to a hundredth."""
+        return max(min(filter(None, (self.hang_timeout_s, self.timeout_s)), default=100.0) / 100, 0.5)
+
+    def look(self, ranks: Sequence[Progress | None]) -> Outcome | None:
+        """How the run is to end now, if it is."""
+        moment = self.now()
+        ticks = tuple(rank.ticks if rank else 0 for rank in ranks)
+        if ticks != self.ticks:
+            self.ticks, self.last_step = ticks, moment
+        if self.timeout_s and moment - self.started > self.timeout_s:
+            return _blaming(ranks, Outcome("timeout", f"the run took longer than timeout_s={self.timeout_s:g}"))
+        if self.hang_timeout_s and moment - self.last_step > self.hang_timeout_s:
+            message = f"no rank has made a step for hang_timeout_s={self.hang_timeout_s:g}"
+            return _blaming(ranks, Outcome("hang", message))
+        return None
+
+
+def _blaming(ranks: Sequence[Progress | None], outcome: Outcome, of: Sequence[int] | None = None) -> Outcome:
+    """`outcome` with the rank whose last step is the oldest, of all or of some ranks, and its stage."""
+    late = min(range(len(ranks)) if of is None else of, key=lambda number: _last_step(ranks[number]))
+    progress = ranks[late]
+    return replace(outcome, rank=late, stage=progress.stage if progress else "start")
+
+
+def _last_step(progress: Progress | None) -> float:
+    if progress is None:
+        return 0.0
+    return float("inf") if progress.stage == "end" else progress.time
+
+
+def blame(outcome: Outcome, ranks: Sequence[Progress | None], stacks: Mapping[int, str]) -> Outcome:
+    """`outcome` with the rank to blame by its stack: ranks that wait in a collective wait for one that does not.
+
+    Steps of ranks in lockstep are too close in time to tell who was first to stop.
+    """
+    free = [number for number, text in stacks.items() if not waits(text)]
+    if outcome.status != "hang" or outcome.rank not in stacks or outcome.rank in free or not free:
+        return outcome
+    return _blaming(ranks, outcome, free)
+
+
+def waits(stack: str) -> bool:
+    """Whether a rank with this stack waits for other ranks."""
+    return COLLECTIVE in stack
+
+
+def write_stacks(run_dir: Path, pids: Mapping[int, int]) -> dict[int, str]:
+    """`stacks_rank_N.txt`, and what is in it, for each rank of `pids`.
+
+    Of all its threads and child processes by py-spy; where py-spy may not look at them (a container without ptrace), of
+    its threads by the rank itself.
+    """
+    spy = shutil.which("py-spy", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
+    dumps = {number: _start_dump(spy, pid) for number, pid in pids.items()} if spy else {}
+    deadline = time.monotonic() + DUMP_S
+    written = {}
+    for number, pid in pids.items():
+        text = _read_dump(dumps[number], deadline) if number in dumps else ""
+        written[number] = text or _own_stacks(pid, run_dir / f"rank_{number}.log")
+        write_text(run_dir / f"stacks_rank_{number}.txt", written[number])
+    return written
+
+
+def _start_dump(spy: str, pid: int) -> subprocess.Popen[bytes]:
+    command = [spy, "dump", "--subprocesses", "--pid", str(pid)]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+
+def _read_dump(dump: subprocess.Popen[bytes], deadline: float) -> str:
+    """What py-spy saw; nothing where it failed or took too long."""
+    try:
+        out, _ = dump.communicate(timeout=max(deadline - time.monotonic(), 0.1))
+    except subprocess.TimeoutExpired:
+        dump.kill()
+        out, _ = dump.communicate()
+    return out.decode(errors="replace") if b"Thread" in out else ""
+
+
+def _own_stacks(pid: int, log: Path) -> str:
+    """The stacks that the rank itself writes at the end of its log when it is asked to; its handler needs no GIL."""
+    size = log.stat().st_size if log.exists() else 0
+    try:
+        os.kill(pid, signal.SIGUSR2)
+    except OSError as error:
+        return f"no stacks: {error}\n"
+    deadline = time.monotonic() + FALLBACK_S
+    text = ""
+    while time.monotonic() < deadline and "most recent call first" not in text:
+        time.sleep(0.1)
+        text = log.read_bytes()[size:].decode(errors="replace") if log.exists() else ""
+    return text or "no stacks: py-spy cannot look at the process, and it does not answer SIGUSR2\n"

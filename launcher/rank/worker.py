@@ -1,0 +1,103 @@
+"""The process of one rank: its output, its guard, its exit code. `python -m launcher.rank.worker RUN_DIR`."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.rank import guard
+from launcher.rank.rank import Rank
+from launcher.rank.watchdog import Watchdog, waits
+from launcher.results.record import finish
+from launcher.run_dir import attempts
+from launcher.run_dir.progress import read_all
+from shards.machine.hardware import count_as_nvml
+from shards.machine.world import World
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from launcher.results.verdict import Outcome
+
+PARENT = "LAUNCHER_PARENT"  # process id of the launching process, where there is one on this node
+OTHERS_S = 0.3
+WATCH = "LAUNCHER_WATCH"  # set where the parent does not look at the ranks' progress: they do
+EXIT_CODES = {"ok": 0, "refused": 2, "interrupted": guard.EXIT_CODES["interrupted"]}
+
+
+@contextlib.contextmanager
+def redirected_output(path: Path) -> Iterator[None]:
+    """All that this process and its children print goes to `path`, native code's words too."""
+    log = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+    saved = os.dup(1), os.dup(2)
+    _point_output(log, log)
+    try:
+        yield
+    finally:
+        _point_output(*saved)
+        for file in (log, *saved):
+            os.close(file)
+
+
+def _point_output(out: int, err: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(out, 1)
+    os.dup2(err, 2)
+
+
+def run_rank(run_dir: Path, world: World, parent: int | None) -> str:
+    """Be one rank from here to its end, watched over by a guard; gives the status of the rank.
+
+    `parent` is the process that watches the run from this node and writes its record; without one, or once it is
+    gone, the rank that is told to end writes the record itself. SIGUSR2 puts all stacks on stderr.
+    """
+    os.environ.update(world.environ())
+    count_as_nvml(os.environ)
+    attempt = int(os.environ.get(attempts.ATTEMPT) or attempts.newest(run_dir))
+    try:
+        rank = Rank(run_dir, world, attempt)
+    except attempts.SupersededError:
+        return "superseded"
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
+
+    def end(outcome: Outcome, parent_is_gone: bool) -> None:
+        if outcome.status in ("hang", "timeout"):
+            stacks = run_dir / f"stacks_rank_{world.rank}.txt"
+            with stacks.open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+            rank.result["waits"] = waits(stacks.read_text())
+        if rank.end(outcome) != "superseded" and (parent is None or parent_is_gone):
+            time.sleep(OTHERS_S + (watched.look_s if watched.look else 0))  # the others end for the same reason now
+            finish(run_dir, outcome)
+
+    watched = guard.Watched(rank.interrupt, end)
+    if parent is None or WATCH in os.environ:
+        watchdog = Watchdog(rank.config)
+        watched = replace(
+            watched, look=lambda: watchdog.look(read_all(run_dir, world.world_size)), look_s=watchdog.look_s
+        )
+    guard.start(parent, watched, term_interrupts=os.environ.get(guard.ON_TERM) == "interrupt")
+    return rank.run()
+
+
+def main() -> None:
+    """The entry point of a started rank. Exit code 0 ok, 2 refused, 75 interrupted (go on later), 1 anything else."""
+    parent = int(os.environ[PARENT]) if PARENT in os.environ else None
+    run_dir, world = Path(sys.argv[1]), World.from_env(os.environ)
+    with redirected_output(run_dir / f"rank_{world.rank}.log"):
+        status = run_rank(run_dir, world, parent)
+    # Engines leave threads and handlers behind that can abort or hang a normal interpreter exit.
+    os._exit(EXIT_CODES.get(status, 1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""The table of `launcher.plan`, for people and as Markdown."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from launcher.report.tables import console, rate, size
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from shards.model.shape import ModelShape
+    from shards.plan.plan import Plan
+
+COLUMNS = (
+    "machine",
+    "backend",
+    "weights",
+    "KV cache",
+    "other",
+    "free",
+    "batch",
+    "per prompt",
+    "full batch",
+    "bound by",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One choice: its plan for the batch asked for and for the largest that fits, or why there is none."""
+
+    machine: str
+    engine: str
+    link: str
+    quantization: str = ""  # empty where it was not asked for
+    plan: Plan | None = None
+    full: Plan | None = None
+    problem: str = ""
+
+    @property
+    def pace(self) -> float:
+        """Tokens/s for one sequence at the batch asked for; 0 where not known."""
+        return 1 / self.plan.limit.seconds if self.plan and self.plan.limit else 0.0
+
+
+def cells(row: Row) -> list[str]:
+    """The cells of a row, of its fullest device; dashes where there is no plan."""
+    names = [row.machine, row.engine, *([row.quantization] if row.quantization else [])]
+    if row.plan is None:
+        return [*names, *["-"] * (len(COLUMNS) - 3), "impossible"]
+    device = max(row.plan.devices, key=lambda device: device.used_bytes)
+    cache = max(device.kv_cache_bytes, device.kv_cache_reserved_bytes)
+    other = device.activation_bytes + device.buffer_bytes + device.overhead_bytes
+    sizes = [device.parameter_bytes, cache, other, device.free_bytes]
+    full = row.full.limit.tokens_per_s if row.full and row.full.limit else None
+    bound = row.plan.limit.bound if row.plan.limit else "-"
+    batch = "-" if row.plan.largest_batch is None else str(row.plan.largest_batch)
+    return [*names, *map(size, sizes), batch, rate(row.pace or None), rate(full), bound]
+
+
+def fastest(rows: Sequence[Row]) -> set[int]:
+    """The places of the rows whose ceiling for one prompt is within 1 % of the highest on that machine.
+
+    Rows are compared with those of the same quantization.
+    """
+    best: dict[tuple[str, str], float] = {}
+    for row in rows:
+        key = (row.machine, row.quantization)
+        best[key] = max(row.pace, best.get(key, 0.0))
+    return {p for p, row in enumerate(rows) if row.pace and row.pace > 0.99 * best[row.machine, row.quantization]}
+
+
+def headings(rows: Sequence[Row]) -> list[str]:
+    """The columns: with the quantization where it was asked for."""
+    with_quantization = any(row.quantization for row in rows)
+    return [*COLUMNS[:2], *(["quantization"] if with_quantization else []), *COLUMNS[2:]]
+
+
+def problems(rows: Sequence[Row]) -> list[str]:
+    """Why some choices have no plan, a line each."""
+    lines = []
+    for row in rows:
+        if row.problem:
+            lines.append(f"{' '.join(filter(None, (row.machine, row.engine, row.quantization)))}: {row.problem}")
+    return lines
+
+
+def show(name: str, model: str, caption: str, rows: Sequence[Row]) -> None:
+    """Print the table, the fastest of each machine in bold, and why some choices have no plan."""
+    out = console()
+    table = Table(*headings(rows), title=f"{name}: {model}", caption=caption)
+    marked = fastest(rows)
+    for place, row in enumerate(rows):
+        table.add_row(*map(escape, cells(row)), style="bold" if place in marked else "" if row.plan else "dim")
+    out.print(table)
+    for line in problems(rows):
+        out.print(escape(line), soft_wrap=True)
+
+
+def markdown(name: str, model: str, caption: str, rows: Sequence[Row]) -> str:
+    """The same as Markdown text."""
+    marked, columns = fastest(rows), headings(rows)
+    texts = columns.index("weights")
+    rules = ["---"] * texts + ["---:"] * (len(columns) - texts - 1) + ["---"]
+    lines = [f"**{name}**: {model}.", "", _pipes(columns), _pipes(rules)]
+    for place, row in enumerate(rows):
+        bold = (columns.index("backend"), columns.index("per prompt")) if place in marked else ()
+        lines.append(_pipes([f"**{cell}**" if at in bold else cell for at, cell in enumerate(cells(row))]))
+    lines += ["", caption, ""]
+    why = [f"- {line}" for line in problems(rows)]
+    return "\n".join([*lines, *why, *([""] if why else [])])
+
+
+def as_json(name: str, num_parameters: int, rows: Sequence[Row]) -> str:
+    """The whole plans, one JSON object; null for what a choice has not."""
+    choices = [
+        {
+            "machine": row.machine,
+            "backend": row.engine,
+            "link": row.link or None,
+            "quantization": row.quantization or None,
+            "problem": row.problem or None,
+            "plan": row.plan and row.plan.to_dict(),
+            "plan_of_largest_batch": row.full and row.full.to_dict(),
+        }
+        for row in rows
+    ]
+    return json.dumps({"model": name, "num_parameters": num_parameters, "plans": choices})
+
+
+def show_modules(name: str, shape: ModelShape, dtype_bytes: int) -> None:
+    """Print the parameters of a model by module, those of all layers in one row; `*` stands for their numbers."""
+    times = Counter((re.sub(r"\.\d+(?=\.)", ".*", one.name), one.shape) for one in shape.parameters)
+    table = Table(
+        "parameter", "shape", "times", "numbers", "share", "bytes", title=f"{name}: {shape.num_parameters:,} parameters"
+    )
+    for (module, sizes), count in times.items():
+        numbers = count * prod(sizes)
+        share = f"{numbers / shape.num_parameters:.2%}"
+        table.add_row(
+            module, " x ".join(map(str, sizes)), str(count), f"{numbers:,}", share, size(dtype_bytes * numbers)
+        )
+    console().print(table)
+
+
+def _pipes(texts: Sequence[Any]) -> str:
+    return f"| {' | '.join(texts)} |"

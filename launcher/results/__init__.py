@@ -1,0 +1,1 @@
+"""From what the ranks left to a record and its figures."""

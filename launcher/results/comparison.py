@@ -1,0 +1,193 @@
+"""Two finished runs as values: did they answer the same, and how fast was one against the other. No torch."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from launcher.config.schema import HOW_IT_IS_RUN
+from launcher.prompts.prompts import read_prompts
+from launcher.results.record import SCHEMA
+from launcher.system.files import read_json, read_lines
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+REPEATED_TOKENS = 8
+"""So many tokens at the end of a text that only repeat the one or two before them make it degenerate."""
+
+WHERE_IT_RAN = ("backend", "devices", "num_nodes", "accelerator", *HOW_IT_IS_RUN)
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRun:
+    """A run that ended well, as its directory has it; prompts and completions by the index of the prompt."""
+
+    run_dir: Path
+    record: dict[str, Any]
+    prompts: dict[int, tuple[int, ...]]
+    completions: dict[int, dict[str, Any]]
+
+    @property
+    def label(self) -> str:
+        """Engine and number of devices."""
+        return f"{self.record['backend']} x{self.record['world_size']}"
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Where the completions of a prompt part: from here a token is another one, or (None) not there.
+
+    `gap` is the difference of the two largest logits there, by the base if it shows logits, else by the other run.
+    """
+
+    prompt: int
+    position: int
+    base_token: int | None
+    other_token: int | None
+    gap: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """Tokens/s of the other run over the base's: of the medians, and the least and most over all pairs of repeats."""
+
+    median: float
+    min: float
+    max: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One run against the base. Prompts are named by index; `differences` are settings that are not the same."""
+
+    base: str
+    other: str
+    prompts: int
+    matching: int
+    divergences: tuple[Divergence, ...]
+    base_degenerate: tuple[int, ...]
+    other_degenerate: tuple[int, ...]
+    speed: Ratio
+    differences: tuple[str, ...]
+
+    @property
+    def match(self) -> float:
+        """The share of prompts whose tokens are exactly the same."""
+        return self.matching / self.prompts
+
+
+def read_run(run_dir: Path) -> FinishedRun:
+    """The run in `run_dir`; UserError where there is none, it cannot be read, or it did not end well."""
+    try:
+        record = read_json(run_dir / "record.json")
+        if record is None:
+            raise UserError(f"{run_dir} has no record.json.", "name run directories: a run prints its own when it ends")
+        if record["schema"] != SCHEMA:
+            raise UserError(f"{run_dir} has a record of schema {record['schema']}, not {SCHEMA}.", "run it again")
+        if record["status"] != "ok":
+            raise UserError(f"{run_dir} did not finish: its status is {record['status']}.", "run it again")
+        prompts = {prompt.index: prompt.token_ids for prompt in read_prompts(run_dir / "prompts.jsonl")}
+        completions = {row["index"]: row for row in read_lines(run_dir / "completions.jsonl")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run_dir} cannot be read: {type(error).__name__}: {error}.", "run it again") from None
+    if not prompts or prompts.keys() != completions.keys():
+        raise UserError(f"{run_dir} has {len(completions)} completions for {len(prompts)} prompts.", "run it again")
+    return FinishedRun(run_dir, record, prompts, completions)
+
+
+def compare(base: FinishedRun, other: FinishedRun) -> Comparison:
+    """`other` against `base`; UserError where they were not given the same prompts."""
+    if base.prompts != other.prompts:
+        same = sum(base.prompts[index] == other.prompts.get(index) for index in base.prompts)
+        raise UserError(
+            f"{base.run_dir.name} has {len(base.prompts)} prompts, {other.run_dir.name} {len(other.prompts)}, "
+            f"and {same} of them are the same token ids.",
+            "compare runs of one model and one prompt set",
+        )
+    parted = [_divergence(index, row, other.completions[index]) for index, row in sorted(base.completions.items())]
+    divergences = tuple(found for found in parted if found is not None)
+    return Comparison(
+        base=str(base.run_dir),
+        other=str(other.run_dir),
+        prompts=len(base.prompts),
+        matching=len(base.prompts) - len(divergences),
+        divergences=divergences,
+        base_degenerate=_degenerate(base),
+        other_degenerate=_degenerate(other),
+        speed=_speed(base, other),
+        differences=(*_differences(_settings(base), _settings(other)), *_other_weights(base, other)),
+    )
+
+
+def _other_weights(base: FinishedRun, other: FinishedRun) -> list[str]:
+    """vLLM's random weights are its own, and others for each number of devices (load_format=dummy)."""
+    runs = (base, other)
+    are_random = all(run.record["config"]["model"].get("weights") == "random" for run in runs)
+    labels = {run.label for run in runs}
+    if not are_random or len(labels) == 1 or all(run.record["backend"] != "vllm" for run in runs):
+        return []
+    return ["the random weights of vllm are others than those of other engines, and of other numbers of devices"]
+
+
+def _divergence(index: int, base: dict[str, Any], other: dict[str, Any]) -> Divergence | None:
+    ours, theirs = base["token_ids"], other["token_ids"]
+    if ours == theirs:
+        return None
+    shorter = min(len(ours), len(theirs))
+    position = next((place for place in range(shorter) if ours[place] != theirs[place]), shorter)
+    gaps = [row["top2_gaps"][position] for row in (base, other) if position < len(row["top2_gaps"] or ())]
+    tokens = [ids[position] if position < len(ids) else None for ids in (ours, theirs)]
+    return Divergence(index, position, tokens[0], tokens[1], gaps[0] if gaps else None)
+
+
+def is_degenerate(token_ids: Sequence[int], finish_reason: str) -> bool:
+    """Whether the last REPEATED_TOKENS tokens, the EOS token left out, are one token, or two in turn."""
+    text = token_ids[:-1] if finish_reason == "stop" else token_ids
+    tail = list(text[-REPEATED_TOKENS:])
+    return len(tail) == REPEATED_TOKENS and tail[2:] == tail[:-2]
+
+
+def _degenerate(run: FinishedRun) -> tuple[int, ...]:
+    rows = sorted(run.completions.items())
+    return tuple(index for index, row in rows if is_degenerate(row["token_ids"], row["finish_reason"]))
+
+
+def _speed(base: FinishedRun, other: FinishedRun) -> Ratio:
+    ours, theirs = (run.record["metrics"]["new_tokens_per_s"]["values"] for run in (base, other))
+    return Ratio(statistics.median(theirs) / statistics.median(ours), min(theirs) / max(ours), max(theirs) / min(ours))
+
+
+def _settings(run: FinishedRun) -> dict[str, Any]:
+    """What decides the tokens and how they were timed: the configuration without engine and place."""
+    return {name: value for name, value in run.record["config"].items() if name not in WHERE_IT_RAN}
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> Iterable[str]:
+    for name in sorted(ours.keys() | theirs.keys()):
+        a, b = ours.get(name), theirs.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            yield f"{prefix}{name}={a} against {b}"
+
+
+def alike(runs: Sequence[FinishedRun]) -> list[list[FinishedRun]]:
+    """The runs that can be compared: groups of two or more with the same model and the same prompt ids, in order."""
+    groups: list[list[FinishedRun]] = []
+    for run in runs:
+        for group in groups:
+            if _weights(group[0]) == _weights(run) and group[0].prompts == run.prompts:
+                group.append(run)
+                break
+        else:
+            groups.append([run])
+    return [group for group in groups if len(group) > 1]
+
+
+def _weights(run: FinishedRun) -> dict[str, Any]:
+    """Which model a run had: not by its name, which is for people."""
+    return {name: value for name, value in run.record["config"]["model"].items() if name != "name"}

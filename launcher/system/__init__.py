@@ -1,0 +1,1 @@
+"""The machine and the operating system around a run: files, processes, terminal, GPUs."""

@@ -1,0 +1,64 @@
+"""The border of every command to where its words go, be it a terminal, a file or a pipe, and to Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import sys
+from argparse import ArgumentParser
+from typing import TYPE_CHECKING, NoReturn
+
+from launcher.config.schema import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+INTERRUPTED = 128 + signal.SIGINT
+PIPE_BROKEN = 128 + signal.SIGPIPE
+
+
+class Parser(ArgumentParser):
+    """One that raises ConfigError for wrong arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}.", f"{self.prog} --help")
+
+
+def run_command(main: Callable[[], int]) -> int:
+    """The exit code of `main`, of which neither Ctrl-C nor what becomes of its output makes a traceback.
+
+    Letters that an output has not are replaced. 2 and a line on stderr where it cannot be written to.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        code = main()
+        print(end="", flush=True)
+    except KeyboardInterrupt:
+        return _ended("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # what read our output has gone, as `head` does; nothing is left that could be said
+        return _ended("", PIPE_BROKEN)
+    except SystemExit as error:
+        if not isinstance(error.__context__, BrokenPipeError):  # which is how rich takes one
+            raise
+        return _ended("", PIPE_BROKEN)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        return _ended(f"Cannot write: {error.strerror}. HINT: make room, or let the output go elsewhere", 2)
+    return code
+
+
+def _ended(line: str, code: int) -> int:
+    """`code`, with a last line on stderr; what is still in a buffer that no one takes is thrown away."""
+    for stream, last in ((sys.stdout, ""), (sys.stderr, line)):
+        try:
+            if stream is not None:  # as it is where it was closed
+                print(last, end="\n" if last else "", file=stream, flush=True)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return code

@@ -1,0 +1,1 @@
+"""Files of weights on disk: where they are, what is in them, and whether that is whole."""

@@ -1,0 +1,192 @@
+"""A checkpoint on disk: which tensors there are, where their bytes lie, and whether they fit a model. No torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shards.checkpoint.tensor_files import AGAIN, TensorEntry, parse_json, read_safetensors, some
+from shards.checkpoint.torch_zip import read_torch_zip
+from shards.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    Reader = Callable[[Path], list[TensorEntry]]
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DERIVED = r"rotary_emb\.inv_freq$|(^|\.)position_ids$|\.masked_bias$"
+LEGACY_SINGLE, LEGACY_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class FileStamp:
+    """What tells a file from a later one under the same name."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileStamp:
+        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The tensors of a folder by name. `stamps` are the files as they were when their headers were read.
+
+    `legacy` is True for pytorch_model*.bin, where tied tensors may share their bytes.
+    """
+
+    folder: Path
+    legacy: bool
+    tensors: Mapping[str, TensorEntry]
+    stamps: Mapping[Path, FileStamp]
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Checkpoint:
+        """Read and check all headers of a transformers checkpoint; whatever is wrong is one CheckpointError."""
+        folder = Path(folder)
+        try:
+            return _open(folder)
+        except OSError as error:
+            raise CheckpointError(
+                f"{error.filename or folder} cannot be read: {error.strerror}.", "check the path and its permissions"
+            ) from None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors; tied ones that share their bytes count once."""
+        return sum({(entry.file, entry.offset): entry.nbytes for entry in self.tensors.values()}.values())
+
+    def check_mapped(self, paths: Iterable[Path]) -> None:
+        """No file that is in use as memory was written to; one that was replaced or removed is still there for us."""
+        for path in paths:
+            try:
+                now = FileStamp.of(path.stat())
+            except OSError:
+                continue
+            if now.inode == self.stamps[path].inode and now != self.stamps[path]:
+                raise changed(path)
+
+    def verify(
+        self,
+        expected: Mapping[str, Sequence[int]],
+        tied: Mapping[str, Sequence[str]] | None = None,
+        prefix: str = "",
+        ignore: Callable[[str], bool] = lambda name: False,
+    ) -> dict[str, tuple[TensorEntry, ...]]:
+        """The entry of each tensor of a model, which are its names and shapes in `expected`.
+
+        A tensor may be stored under one of its `tied` names as well or instead, hence a tuple, and with or without the
+        `prefix` of the base model ("transformer", "model"). Missing, surplus and misshapen tensors are one error;
+        surplus ones that `ignore` knows are none.
+        """
+        found = {name: tuple(self._stored([name, *(tied or {}).get(name, ())], prefix)) for name in expected}
+        used = {entry.name for entries in found.values() for entry in entries}
+        misshapen = [
+            f"{entry.name} is {list(entry.shape)} where the model has {list(expected[name])}"
+            for name, entries in found.items()
+            for entry in entries
+            if entry.shape != tuple(expected[name])
+        ]
+        self._complain(
+            missing=[name for name, entries in found.items() if not entries],
+            surplus=[name for name in self.tensors if name not in used and not ignore(name)],
+            misshapen=misshapen,
+        )
+        return found
+
+    def _stored(self, names: Iterable[str], prefix: str) -> Iterable[TensorEntry]:
+        for name in names:
+            spellings = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+            if spelling := next((spelling for spelling in spellings if spelling in self.tensors), None):
+                yield self.tensors[spelling]
+
+    def _complain(self, **wrong: Sequence[str]) -> None:
+        parts = [f"{len(names)} {kind} ({some(names)})" for kind, names in wrong.items() if names]
+        if parts:
+            raise CheckpointError(
+                f"The checkpoint in {self.folder} does not fit its config: {', '.join(parts)}.",
+                "config.json and the weight files must come from the same model and revision",
+            )
+
+
+def changed(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} changed while it was in use.", "wait until nothing writes to the checkpoint, then run again"
+    )
+
+
+def is_derived(name: str) -> bool:
+    """Whether old checkpoints hold it and today's models compute it."""
+    return re.search(DERIVED, name) is not None
+
+
+def _open(folder: Path) -> Checkpoint:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder.", "give the folder that holds config.json and the weights")
+    layouts: tuple[tuple[str, bool, bool], ...] = (
+        (SINGLE, False, False), (INDEX, False, True), (LEGACY_SINGLE, True, False), (LEGACY_INDEX, True, True),
+    )  # fmt: skip
+    for name, legacy, indexed in layouts:
+        if os.path.lexists(folder / name):  # a link to nowhere is named when it is read
+            mapping = _weight_map(folder / name) if indexed else None
+            files = [folder / file for file in sorted(set(mapping.values()))] if mapping else [folder / name]
+            return _read(folder, files, mapping, legacy)
+    raise _nothing_found(folder)
+
+
+def _nothing_found(folder: Path) -> CheckpointError:
+    stray = [path.name for path in (*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"))]
+    if stray:
+        return CheckpointError(f"{folder} has weight files ({some(stray)}) but no {INDEX}.", "fetch the index as well")
+    return CheckpointError(
+        f"{folder} holds no checkpoint: no {SINGLE}, {INDEX} or pytorch_model*.bin.",
+        "fetch the weights, or use model.weights=random",
+    )
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Tensor name to file name, from an index; the files exist."""
+    mapping = parse_json(path.read_bytes(), str(path)).get("weight_map")
+    if not isinstance(mapping, dict) or not mapping or not all(isinstance(file, str) for file in mapping.values()):
+        raise CheckpointError(f"{path} has no weight_map from tensors to files.", AGAIN)
+    files = set(mapping.values())
+    if outside := [file for file in files if Path(file).name != file]:
+        raise CheckpointError(f"{path} points outside its folder: {some(outside)}.", AGAIN)
+    if missing := [file for file in files if not (path.parent / file).exists()]:
+        raise CheckpointError(
+            f"{len(missing)} of {len(files)} files of {path} are missing: {some(missing)}.", "fetch the missing files"
+        )
+    return mapping
+
+
+def _read(folder: Path, files: Sequence[Path], mapping: Mapping[str, str] | None, legacy: bool) -> Checkpoint:
+    stamps = {path: FileStamp.of(path.stat()) for path in files}
+    read: Reader = read_torch_zip if legacy else read_safetensors
+    by_file = {path: read(path) for path in files}
+    if mapping is not None:
+        for path, entries in by_file.items():
+            _check_index(
+                path, {entry.name for entry in entries}, {n for n, file in mapping.items() if file == path.name}
+            )
+    tensors = {entry.name: entry for entries in by_file.values() for entry in entries}
+    if not tensors:
+        raise CheckpointError(f"{files[0]} holds no tensor.", AGAIN)
+    return Checkpoint(folder, legacy, tensors, stamps)
+
+
+def _check_index(path: Path, held: set[str], indexed: set[str]) -> None:
+    hint = "the index and the weight files must come from the same download"
+    if lacking := indexed - held:
+        raise CheckpointError(f"{path} lacks {len(lacking)} tensors that its index names: {some(lacking)}.", hint)
+    if surplus := held - indexed:
+        raise CheckpointError(
+            f"{path} holds {len(surplus)} tensors that its index has not, or has in another file: {some(surplus)}.",
+            hint,
+        )

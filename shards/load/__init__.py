@@ -1,0 +1,1 @@
+"""From bytes in files to tensors on devices, each rank its own part."""

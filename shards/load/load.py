@@ -1,0 +1,135 @@
+"""A model on the meta device and a checkpoint -> every rank holds its own shards, and nothing else ever."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from shards.checkpoint.checkpoint import is_derived
+from shards.checkpoint.open_files import OpenFiles
+from shards.errors import CheckpointError
+from shards.load.blocks import local_block, local_bytes, stored_tensors, whole
+from shards.load.conversion import MergedEntry, converted, part_targets
+from shards.load.meta import materialize
+from shards.load.slices import PIECE_BYTES, TORCH_DTYPES, Target, map_target, read_targets
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from torch import nn
+
+    from shards.checkpoint.checkpoint import Checkpoint
+    from shards.checkpoint.tensor_files import TensorEntry
+    from shards.load.slices import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class LoadStats:
+    """`bytes_read` from disk-backed files by this rank, `local_bytes` that its parameters and buffers take.
+
+    `mapped_files` are those that its parameters still are, in part.
+    """
+
+    bytes_read: int
+    local_bytes: int
+    seconds: float
+    mapped_files: frozenset[Path] = frozenset()
+
+
+def load_weights(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    device: torch.device | str,
+    progress: Progress = lambda done, total: None,
+) -> LoadStats:
+    """Fill every parameter and buffer of `model`, plain or DTensor, with this rank's part of `checkpoint`.
+
+    Tensors on meta come to `device`; tied ones stay tied; buffers that no checkpoint holds are computed. Only the
+    bytes of the local shards are read. On a CPU, a local part whose bytes lie in the file as the model needs them is
+    the file itself, mapped. Names and shapes are checked before anything is allocated or read.
+    """
+    began = time.perf_counter()
+    found = _match(model, checkpoint)
+    materialize(model, device)
+    tensors = dict(stored_tensors(model))
+    with OpenFiles(checkpoint) as files:
+        targets = [target for name, tensor in tensors.items() for target in _targets(files, found[name][0], tensor)]
+        bytes_read = read_targets(files, targets, progress)
+        bytes_read += sum(_check_copies(files, found[name], tensor) for name, tensor in tensors.items())
+    mapped = frozenset(target.entry.file for target in targets if target.mapped)
+    return LoadStats(bytes_read, local_bytes(model), time.perf_counter() - began, mapped)
+
+
+def _match(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[TensorEntry, ...]]:
+    tensors = dict(stored_tensors(model))
+    first = {id(tensor): name for name, tensor in tensors.items()}
+    tied: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        for source in {first[id(parameter)], whole(name, parameter)[0]} - {name}:
+            tied.setdefault(source, []).append(name)
+            tied.setdefault(name, []).append(source)
+    shapes = {name: whole(name, tensor)[1] for name, tensor in tensors.items()}
+    checkpoint = converted(model, checkpoint, {*shapes, *tied})
+    found = checkpoint.verify(shapes, tied, getattr(model, "base_model_prefix", ""), _ignored(model))
+    for name, (entry, *_) in found.items():
+        for stored in [part.entry for part in entry.parts] if isinstance(entry, MergedEntry) else [entry]:
+            _check_dtype(stored, tensors[name].dtype)
+    return found
+
+
+def _ignored(model: nn.Module) -> Callable[[str], bool]:
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return lambda name: is_derived(name) or any(re.search(pattern, name) for pattern in patterns)
+
+
+def _check_dtype(entry: TensorEntry, dtype: torch.dtype) -> None:
+    stored = TORCH_DTYPES[entry.dtype]
+    plain = stored.is_floating_point and stored.itemsize > 1
+    if stored != dtype and not (plain and dtype.is_floating_point):
+        raise CheckpointError(
+            f"{entry.file} holds {entry.name} as {entry.dtype}, the model has {dtype}: a quantized checkpoint?",
+            "use the unquantized checkpoint, or an engine that reads this quantization (backend=vllm)",
+        )
+
+
+def _targets(files: OpenFiles, entry: TensorEntry, tensor: torch.Tensor) -> list[Target]:
+    """What is to be read for a tensor, which is put into the mapped file where that serves it."""
+    start, local = local_block(tensor)
+    if isinstance(entry, MergedEntry):
+        return list(part_targets(entry, start, local))
+    target = Target(entry, start, local)
+    mapped = map_target(files, target)
+    if mapped is None:
+        return [target]
+    if isinstance(tensor, DTensor):
+        tensor._local_tensor = mapped.out
+    else:
+        tensor.data = mapped.out
+    return [mapped]
+
+
+def _check_copies(files: OpenFiles, entries: tuple[TensorEntry, ...], tensor: torch.Tensor) -> int:
+    """A tied tensor that is stored under two names has the same values under both, as its first rows show.
+
+    Gives the bytes read for that.
+    """
+    start, local = local_block(tensor)
+    bytes_read = 0
+    for other in entries[1:]:
+        if (other.file, other.offset) == (entries[0].file, entries[0].offset) or not local.numel():
+            continue
+        rows = local[: max(1, PIECE_BYTES // local[0].nbytes)]
+        copy = torch.empty_like(rows)
+        bytes_read += read_targets(files, [Target(other, start, copy)])
+        if not torch.equal(copy, rows):
+            raise CheckpointError(
+                f"The config ties {entries[0].name} to {other.name}, but {other.file} holds other values for it.",
+                "set tie_word_embeddings to false in config.json",
+            )
+    return bytes_read

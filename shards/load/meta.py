@@ -1,0 +1,122 @@
+"""A model on the meta device: made from its config, and later given memory."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from shards.errors import CheckpointError
+from shards.load.blocks import block_of, mark_block
+from shards.load.conversion import note_conversions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+
+def build_meta(
+    source: Path | str | Mapping[str, Any] | PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False
+) -> nn.Module:
+    """The causal language model of a folder with a config.json, or of a config, on the meta device, for inference."""
+    config = _config(source, trust_remote_code)
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    note_conversions(model)
+    return model.eval().requires_grad_(False)
+
+
+def _config(source: Path | str | Mapping[str, Any] | PretrainedConfig, trust_remote_code: bool) -> PretrainedConfig:
+    if isinstance(source, PretrainedConfig):
+        return source
+    try:
+        if isinstance(source, (str, Path)):
+            return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code, local_files_only=True)
+        return AutoConfig.for_model(**source)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = source if isinstance(source, (str, Path)) else "The configuration given"
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(
+                f"{what} brings code of its own, which is not run unasked.",
+                "model.trust_remote_code=true, if you trust it",
+            ) from None
+        raise CheckpointError(
+            f"{what} has no config that transformers can read: {error}", "it must hold the config.json of a causal LM"
+        ) from None
+
+
+def materialize(model: nn.Module, device: torch.device | str) -> None:
+    """Give tensors on meta memory on `device`; computed buffers get their values, all others have none yet."""
+    made: dict[int, tuple[torch.Tensor, nn.Parameter]] = {}
+    for module in model.modules():
+        for name, old in list(module._parameters.items()):
+            if old is None or not old.is_meta:
+                continue
+            if id(old) not in made:
+                made[id(old)] = old, _with_memory(old, device)
+            setattr(module, name, made[id(old)][1])
+        _materialize_buffers(model, module, torch.device(device))
+    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    assert not left, f"still on meta: {left}"
+
+
+def _with_memory(old: nn.Parameter, device: torch.device | str) -> nn.Parameter:
+    new = nn.Parameter(torch.empty_like(old, device=device), requires_grad=False)
+    if block := block_of(old):
+        mark_block(new, block)
+    return new
+
+
+def _materialize_buffers(model: nn.Module, module: nn.Module, device: torch.device) -> None:
+    computed = [name for name in module._non_persistent_buffers_set if _on_meta(module._buffers.get(name))]
+    for name, buffer in module._buffers.items():
+        if _on_meta(buffer) and name not in computed:
+            module._buffers[name] = torch.empty_like(buffer, device=device)
+    if computed:
+        values = _rebuilt(model, module) or _initialised(model, module, computed)
+        for name in computed:
+            module._buffers[name] = values[name].to(device)
+
+
+def _on_meta(buffer: torch.Tensor | None) -> bool:
+    return buffer is not None and buffer.is_meta
+
+
+def _rebuilt(model: nn.Module, module: nn.Module) -> dict[str, torch.Tensor] | None:
+    """The buffers of a new module of the same class and config, where that is all the module is made of (rotary)."""
+    config = getattr(module, "config", None)
+    if config is None or any(True for _ in module.parameters()):
+        return None
+    with _default_dtype(getattr(model, "dtype", torch.float32)), torch.device("cpu"):
+        fresh = type(module)(config=config)
+    return dict(fresh._buffers)
+
+
+def _initialised(model: nn.Module, module: nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
+    """The buffers as the model's own initialisation makes them; one that it leaves alone is an error."""
+    for name in names:
+        buffer = module._buffers[name]
+        unset = float("nan") if buffer.is_floating_point() else 0
+        module._buffers[name] = torch.full_like(buffer, unset, device="cpu")
+    before = {name: module._buffers[name].clone() for name in names}
+    model._init_weights(module)
+    untouched = [name for name in names if torch.equal(before[name].nan_to_num(), module._buffers[name].nan_to_num())]
+    if untouched:
+        raise CheckpointError(
+            f"{type(module).__name__} does not say how to compute its buffer {', '.join(untouched)}.",
+            "use backend=transformers, which builds the model in full",
+        )
+    return {name: module._buffers[name] for name in names}
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)

@@ -1,0 +1,135 @@
+"""Sizes and shapes of a causal LM of transformers, as JSON: `python -m shards.load.meta_shapes < config.json`.
+
+    {"sizes": {...}, "tensors": {name: shape, ...}, "notes": [...]}   or   {"problem": "...", "known": BOOL}
+
+`known` says whether this transformers has the family. The model is built on the meta device: no weights are read or
+made. Sizes are under the names that `shape_from_tensors` knows, whatever the family calls them; tied tensors are named
+once. This program imports torch, so that the one that asks does not have to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache
+
+from shards.load.meta import build_meta
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+SAME_NAME = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
+    "max_position_embeddings", "num_experts_per_tok",
+)  # fmt: skip
+INNER = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "inner_hidden_size")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
+
+
+def main() -> int:
+    """Answer for the config on stdin."""
+    fields: dict[str, Any] = json.load(sys.stdin)
+    fields.pop("quantization_config", None)  # shapes are those of the plain model
+    found = problem(fields)
+    known = fields.get("model_type") in CONFIG_MAPPING
+    answer = {"problem": found, "known": known} if found else describe(build_meta(fields, torch.bfloat16))
+    print(json.dumps(answer))
+    return 0
+
+
+def problem(fields: Mapping[str, Any]) -> str | None:
+    """Why transformers itself cannot build a causal LM of a config; None if it can."""
+    family, version = fields.get("model_type"), f"transformers {transformers.__version__}"
+    if family in CONFIG_MAPPING:
+        is_causal = CONFIG_MAPPING[family] in MODEL_FOR_CAUSAL_LM_MAPPING
+        return None if is_causal else f"model_type {family!r} is no causal language model of {version}"
+    own = ", and the model's own code is not run for a plan" if "auto_map" in fields else ""
+    return f"model_type {family!r} is not one of {version}{own}"
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """Sizes, shapes and notes of a model on meta."""
+    config: Any = model.config.get_text_config(decoder=True)
+    sizes = {name: getattr(config, name, None) for name in SAME_NAME}
+    sizes["model_type"] = model.config.model_type
+    sizes["intermediate_size"] = _first(config, INNER)
+    sizes["num_experts"] = _first(config, EXPERTS)
+    sizes["tie_word_embeddings"] = _is_tied(model)
+    layers, notes = _cache_layers(model), []
+    if layers is None:
+        model.set_attn_implementation("eager")  # does not look into masks; caches the same, but for latent attention
+        layers = _cache_layers(model)
+    if layers is None:
+        notes.append("its KV cache is planned by the sizes of its config, and was not seen")
+    else:
+        sizes |= cache_sizes(layers)
+        if without := sum(layer.keys is None for layer in layers):
+            notes.append(f"{without} of its layers keep a state of fixed size, which is not planned")
+    tensors = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    return {
+        "sizes": {name: size for name, size in sizes.items() if size is not None},
+        "tensors": tensors,
+        "notes": notes,
+    }
+
+
+def _first(config: Any, names: Sequence[str]) -> int | None:
+    values = (getattr(config, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int) and value), None)
+
+
+def _is_tied(model: Any) -> bool:
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return head is None or table.weight is head.weight
+
+
+@dataclass(frozen=True, slots=True)
+class CachedLayer:
+    """What a layer of a cache holds; one without attention has neither keys nor values."""
+
+    keys: torch.Tensor | None
+    values: torch.Tensor | None
+    window: int | None
+
+    @classmethod
+    def of(cls, layer: Any) -> CachedLayer:
+        return cls(*(getattr(layer, name, None) for name in ("keys", "values", "sliding_window")))
+
+
+def _cache_layers(model: Any) -> list[CachedLayer] | None:
+    """The cache of one token, on meta; None where a family's forward needs values, or keeps a cache of its own."""
+    model.config.pad_token_id = None  # or some families look for padding, among values that are not there
+    cache = DynamicCache(config=model.config)
+    token = torch.zeros((1, 1), dtype=torch.long, device="meta")
+    with contextlib.suppress(*FAILURES), torch.no_grad():
+        model(input_ids=token, past_key_values=cache, use_cache=True)
+        layers = [CachedLayer.of(layer) for layer in cache.layers]
+        return layers if any(layer.keys is not None for layer in layers) else None
+    return None
+
+
+def cache_sizes(layers: Sequence[CachedLayer]) -> dict[str, Any]:
+    """Heads and their size such that 2 x layers x heads x size is what one token takes; the window of each layer."""
+    keys = [layer.keys for layer in layers if layer.keys is not None]
+    values = [layer.values for layer in layers if layer.values is not None]
+    numbers = sum(tensor.numel() for tensor in (*keys, *values))
+    heads = keys[0].shape[1]
+    windows = [layer.window for layer in layers]
+    return {
+        "num_key_value_heads": heads,
+        "head_dim": math.ceil(numbers / (2 * len(layers) * heads)),
+        "windows": windows if any(windows) else [],
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,77 @@
+"""Random weights made on the device that holds them: the same values whatever the sharding."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from shards.load.blocks import local_block, local_bytes, stored_tensors, whole
+from shards.load.load import LoadStats
+from shards.load.meta import materialize
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from shards.load.slices import Progress
+
+STD = 0.02  # what most causal LMs are initialised with: logits spread over a few units at any hidden size
+BLOCK_ELEMENTS = 1 << 20
+
+
+def fill_random(
+    model: nn.Module,
+    seed: int,
+    device: torch.device | str,
+    progress: Progress = lambda done, total: None,
+) -> LoadStats:
+    """Give every parameter of a meta model, plain or DTensor, its local part of a random tensor on `device`.
+
+    A value depends on the seed, the name of the parameter, its place in the whole tensor and the kind of device, not
+    on how the tensor is sharded. Matrices are normal with standard deviation 0.02, biases 0, vectors (norms) 1.
+    Besides the local part there is never more than one block of 2**20 elements, or of one row if that is longer.
+    """
+    began = time.perf_counter()
+    materialize(model, device)
+    tensors = dict(stored_tensors(model))
+    total, done = sum(local_block(tensor)[1].nbytes for tensor in tensors.values()), 0
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            start, local = local_block(tensor)
+            _fill(*whole(name, tensor), start, local, seed)
+            done += local.nbytes
+            progress(done, total)
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return LoadStats(0, local_bytes(model), time.perf_counter() - began)
+
+
+def _fill(name: str, shape: tuple[int, ...], start: tuple[int, ...], local: torch.Tensor, seed: int) -> None:
+    if name.endswith("bias") or not local.is_floating_point():
+        local.zero_()
+    elif len(shape) < 2:
+        local.fill_(1)
+    elif local.numel():
+        _fill_normal(name, shape, start, local, seed)
+
+
+def _fill_normal(name: str, shape: tuple[int, ...], start: tuple[int, ...], local: torch.Tensor, seed: int) -> None:
+    """Whole tensors are made in blocks of rows, each from a seed of its own; `local` takes what it needs of them."""
+    rows = max(1, BLOCK_ELEMENTS // math.prod(shape[1:]))
+    begin, end = start[0], start[0] + local.shape[0]
+    for block in range(begin // rows, math.ceil(end / rows)):
+        first, last = block * rows, min(shape[0], (block + 1) * rows)
+        values = _normal((last - first, *shape[1:]), f"{seed}/{name}/{block}", local.device)
+        for dim in range(1, len(shape)):
+            values = values.narrow(dim, start[dim], local.shape[dim])
+        low, high = max(begin, first), min(end, last)
+        local[low - begin : high - begin].copy_(values[low - first : high - first])
+
+
+def _normal(shape: tuple[int, ...], key: str, device: torch.device) -> torch.Tensor:
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.empty(shape, dtype=torch.float32, device=device).normal_(0.0, STD, generator=generator)

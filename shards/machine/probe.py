@@ -1,0 +1,105 @@
+"""The rates behind `shards.plan.roofline`, measured here: memory, matmul, and the link between the real ranks.
+
+`python -m shards.machine.probe cpu|cuda` is one rank; rank 0 prints the figures as one line of JSON. Takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from shards.machine.hardware import CPU, MIB, Device, Link, count_as_nvml, cuda_devices
+from shards.machine.process_group import barrier, connect, device_of, disconnect
+from shards.machine.rates import Measured
+from shards.machine.world import World
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+REPEATS = 7
+READ_BYTES = {"cpu": 256 * MIB, "cuda": 4096 * MIB}
+MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
+GATHER_BYTES = {"cpu": 16 * MIB, "cuda": 256 * MIB}
+REDUCE_BYTES = 16 * 1024
+REDUCE_REPEATS = 50
+
+
+def probe(world: World, device: torch.device) -> Measured:
+    """Measure with all ranks at once: they share the memory of a CPU, and switches and links of GPUs."""
+    known = cuda_devices(os.environ)[world.local_rank] if device.type == "cuda" else CPU
+    barrier()
+    bandwidth = memory_bandwidth(device)
+    barrier()
+    flops_16, flops_32 = matmul_rate(device, torch.bfloat16), matmul_rate(device, torch.float32)
+    link = link_rates(world, device) if world.world_size > 1 else None
+    rated: Device = replace(known, bandwidth=bandwidth, flops_16=flops_16, flops_32=flops_32)
+    return Measured(rated, world.world_size, link)
+
+
+@torch.no_grad()
+def memory_bandwidth(device: torch.device) -> float:
+    """Bytes/s of whichever is faster: reading a matrix for a product with a vector, or a copy (read and written)."""
+    columns = 4096
+    rows = READ_BYTES[device.type] // (4 * columns)
+    matrix = torch.ones(rows, columns, device=device)
+    vector, result = torch.ones(columns, device=device), torch.empty(rows, device=device)
+    read = matrix.nbytes / best_s(lambda: torch.mv(matrix, vector, out=result), device)
+    other = torch.empty_like(matrix)
+    return max(read, 2 * matrix.nbytes / best_s(lambda: other.copy_(matrix), device))
+
+
+@torch.no_grad()
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a square product, a multiply-add counted as two."""
+    size = MATMUL_SIZE[device.type]
+    left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    result = torch.empty_like(left)
+    return 2 * size**3 / best_s(lambda: torch.mm(left, right, out=result), device)
+
+
+def link_rates(world: World, device: torch.device) -> Link:
+    """Bytes/s that a rank receives in an all-gather, seconds of a small all-reduce."""
+    part = torch.ones(GATHER_BYTES[device.type] // 4, device=device)
+    whole = torch.empty(part.numel() * world.world_size, device=device)
+    gather_s = best_s(lambda: dist.all_gather_into_tensor(whole, part), device)
+    small = torch.ones(REDUCE_BYTES // 4, device=device)
+    reduce_s = best_s(lambda: dist.all_reduce(small.fill_(1)), device, REDUCE_REPEATS)
+    name = f"{world.world_size} ranks over {'gloo' if device.type == 'cpu' else 'nccl'}"
+    return Link(name, (world.world_size - 1) * part.nbytes / gather_s, reduce_s)
+
+
+def best_s(call: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> float:
+    """The shortest of some calls, after one that does not count; a GPU has finished when the clock stops."""
+    times = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
+def main(accelerator: str) -> None:
+    """One rank, in the world that the environment describes."""
+    world = World.from_env(os.environ)
+    count_as_nvml(os.environ)
+    device = device_of(world, accelerator)
+    connect(world, device, timeout_s=120)
+    try:
+        measured = probe(world, device)
+    finally:
+        disconnect()
+    if world.rank == 0:
+        print(json.dumps(measured.to_dict()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,67 @@
+"""What `shards.machine.probe` measured on this machine, kept in the user's cache folder. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shards.machine.hardware import CPU, Device, Link, cuda_devices
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Best of several repeats, with `num_devices` ranks at work at once; the link is None for one."""
+
+    device: Device
+    num_devices: int
+    link: Link | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Measured:
+        """What `to_dict` gave."""
+        link = values["link"]
+        return cls(Device(**values["device"]), values["num_devices"], link and Link(**link))
+
+
+def cache_file(environ: Mapping[str, str], device: Device, num_devices: int) -> Path:
+    """Where the figures of so many of this device are kept, on this host."""
+    home = environ.get("XDG_CACHE_HOME") or str(Path(environ.get("HOME", "~")).expanduser() / ".cache")
+    name = "".join(letter if letter.isalnum() else "_" for letter in device.name.lower())
+    return Path(home) / "multi-gpu-launcher" / f"probe_{os.uname().nodename}_{name}_{num_devices}.json"
+
+
+def save(environ: Mapping[str, str], measured: Measured) -> Path:
+    """Keep the figures; the file is whole or not there."""
+    path = cache_file(environ, measured.device, measured.num_devices)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(measured.to_dict(), indent=2) + "\n")
+    temporary.replace(path)
+    return path
+
+
+def this_machine(environ: Mapping[str, str], num_devices: int, on_cuda: bool) -> tuple[Device, Link | None]:
+    """The device of this machine, the rates measured on it before those of its data sheet, and the measured link.
+
+    None for the link where `num_devices` of them were never probed; a cache that cannot be read counts as none.
+    """
+    found = cuda_devices(environ) if on_cuda else ()
+    device = found[0] if found else CPU
+    try:
+        path = cache_file(environ, device, num_devices)
+        measured = Measured.from_dict(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError):
+        return device, None
+    rates = measured.device
+    known = replace(device, bandwidth=rates.bandwidth, flops_16=rates.flops_16, flops_32=rates.flops_32)
+    return known, measured.link

@@ -1,0 +1,165 @@
+"""How a quantization stores the linear layers of a model: packed values, scales, zero points, to the byte. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from math import ceil, prod
+
+from shards.errors import PlanError
+from shards.model.shape import Parameter
+
+_PARTS_OF_FUSED = 3
+"""vLLM keeps a scale for queries, keys and values each where a checkpoint has them in one matrix."""
+
+_JOINED = (".k_proj.weight", ".v_proj.weight", ".up_proj.weight")
+"""Matrices that vLLM appends to another: what there is once a layer, they do not have."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """How the matrix [outputs, inputs] of a linear layer is stored; embeddings, norms and biases keep the model's type.
+
+    `block` are the outputs and inputs that share a scale, 0 for all of them; `flat` instead so many values in a row,
+    across outputs. A scale has `scale_bytes`, None for the width of the model's type; `nested` scales of one byte share
+    an fp32 scale. Rows are padded to `word` bytes. `zero_points` are packed like values; `zeros_to_load`: the engine
+    drops them once it has loaded. `part_bytes` are there for each matrix (three where queries, keys and values are
+    fused), `layer_bytes` once for each layer of the engine.
+    `engines` have the layers for it; `unpacks`: they widen a matrix to multiply with it; `eight_bit_products`: they
+    multiply in 8 bits, at up to twice the rate; `with_fp32`: activations may be fp32. `head`: the language model's head
+    is quantized as well. Modules that one of the patterns `skipped` is found in are not; nor, if there are any, those
+    that no pattern of `only` is in.
+    """
+
+    name: str
+    bits: int
+    engines: tuple[str, ...]
+    block: tuple[int, int] = (0, 0)
+    flat: int = 0
+    scale_bytes: int | None = 4
+    nested: int = 0
+    word: int = 1
+    zero_points: bool = False
+    zeros_to_load: bool = False
+    part_bytes: int = 0
+    layer_bytes: int = 0
+    unpacks: bool = False
+    eight_bit_products: bool = False
+    head: bool = False
+    with_fp32: bool = False
+    skipped: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+
+    def while_loading(self) -> Quantization:
+        """What there is until all weights are loaded."""
+        return replace(self, zero_points=True) if self.zeros_to_load else self
+
+    def applies(self, parameter: Parameter) -> bool:
+        """Whether a parameter is stored quantized: matrices of decoder layers, but for those that are left out."""
+        module, _, leaf = parameter.name.rpartition(".")
+        inside = parameter.layer is not None or (self.head and parameter.cut == "head")
+        return inside and leaf == "weight" and len(parameter.shape) == 2 and _is_chosen(self.skipped, self.only, module)
+
+    def nbytes(self, parameter: Parameter, held: tuple[int, ...], dtype_bytes: int) -> int:
+        """Bytes of the piece `held` of a parameter that the quantization applies to.
+
+        A piece keeps the scales of the blocks that it touches, as vLLM's layers do under tensor parallelism.
+        """
+        rows, columns = held
+        values = -(-columns * self.bits // (8 * self.word)) * self.word * rows
+        if self.flat:
+            values = -(-rows * columns * self.bits // 8)
+        parts = _PARTS_OF_FUSED if parameter.cut == "query_key_value" and "vllm" in self.engines else 1
+        once = 0 if "vllm" in self.engines and parameter.name.endswith(_JOINED) else self.layer_bytes
+        return values + self._scales_bytes(rows, columns, parts, dtype_bytes) + parts * self.part_bytes + once
+
+    def _scales_bytes(self, rows: int, columns: int, parts: int, dtype_bytes: int) -> int:
+        across = ceil(columns / self.block[1]) if self.block[1] else 1
+        scales = across * (ceil(rows / self.block[0]) if self.block[0] else parts)
+        if self.flat:
+            scales = ceil(rows * columns / self.flat)
+        zeros = across * 4 * ceil(rows * self.bits / 32) if self.zero_points else 0
+        if self.nested:
+            return scales + 4 * ceil(scales / self.nested) + zeros
+        return scales * (self.scale_bytes or dtype_bytes) + zeros
+
+    def misfit(self, parameter: Parameter, held: tuple[int, ...]) -> str | None:
+        """Why vLLM cannot cut a quantized matrix to `held`: whole groups and whole words stay together, and, once it
+        cuts, whole blocks. Sources: can_implement of its kernels, validate_fp8_block_shape of fp8_utils.py."""
+        per_word = 8 * self.word // self.bits
+        for what, size, whole, together in (
+            ("outputs", held[0], parameter.shape[0], self.block[0]),
+            ("inputs", held[1], parameter.shape[1], self.block[1]),
+        ):
+            unit = max(together, per_word) if self.word > 1 else together
+            if unit > 1 and size % unit and (self.word > 1 or size != whole):
+                return f"{size} {what} on each device cannot be divided by the {unit} that {self.name} keeps together"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """Bytes of parameters: of the model's type, or quantized. The default counts values."""
+
+    dtype_bytes: int = 1
+    quantization: Quantization | None = None
+
+    def nbytes(self, parameter: Parameter, held: tuple[int, ...] | None = None) -> int:
+        """Bytes of a parameter, or of its piece of the shape `held`."""
+        piece = parameter.shape if held is None else held
+        if self.quantization is None or not self.quantization.applies(parameter):
+            return prod(piece) * self.dtype_bytes
+        return self.quantization.nbytes(parameter, piece, self.dtype_bytes)
+
+    def kind(self, parameter: Parameter) -> str:
+        """What parameters of equal shape must have in common to have equal bytes."""
+        if self.quantization is None or not self.quantization.applies(parameter):
+            return ""
+        return "joined" if parameter.name.endswith(_JOINED) else "quantized"
+
+
+@cache
+def _is_chosen(skipped: tuple[str, ...], only: tuple[str, ...], module: str) -> bool:
+    if any(re.search(pattern, module) for pattern in skipped):
+        return False
+    return not only or any(re.search(pattern, module) for pattern in only)
+
+
+_FP8 = Quantization(name="fp8", bits=8, engines=("vllm",), eight_bit_products=True)
+_NF4 = Quantization(name="nf4", bits=4, engines=("transformers",), flat=64, part_bytes=16 * 4, unpacks=True)
+_INT4 = Quantization(
+    name="int4_g128", bits=4, engines=("vllm",), block=(1, 128), scale_bytes=None, word=4, zero_points=True
+)
+
+QUANTIZATIONS: Mapping[str, Quantization] = {
+    "fp8": _FP8,
+    "fp8_channel": replace(_FP8, name="fp8_channel", block=(1, 0)),
+    "fp8_block": replace(_FP8, name="fp8_block", block=(128, 128)),
+    "int8": Quantization(name="int8", bits=8, engines=("transformers",), block=(1, 0), eight_bit_products=True),
+    "nf4": _NF4,
+    "nf4_dq": replace(_NF4, name="nf4_dq", nested=256, part_bytes=16 * 4 + 4 + 256 * 4),
+    "int4_g128": _INT4,
+}
+"""Schemes by name.
+
+fp8: a byte a value, an fp32 scale a matrix (each of queries, keys and values), output, or block of 128 x 128. Source:
+create_fp8_weight_parameter, create_fp8_scale_parameter in vllm/model_executor/layers/quantization/utils/fp8_utils.py.
+int8: LLM.int8, a byte a value and an fp32 scale an output (Int8Params.CB and SCB in bitsandbytes/nn/modules.py).
+nf4: half a byte a value, an fp32 maximum for each 64 values, a table of 16 fp32. nf4_dq: the maxima in a byte each, an
+fp32 scale for each 256 of them, their fp32 offset, another table of 256 fp32 (quantize_4bit in
+bitsandbytes/functional.py). A matrix is widened for prompts, not for single tokens (gemm_4bit in backends/cuda/ops.py).
+int4_g128: GPTQ and AWQ, eight values and eight zero points an int32, a scale of the model's type for each 128 inputs of
+an output. Source: create_weights in vllm/model_executor/layers/quantization/auto_gptq.py, auto_awq.py. A
+symmetric GPTQ has its zero points only while it is loaded (process_weights_after_loading of its kernels).
+"""
+
+
+def known_quantization(name: str) -> Quantization | None:
+    """A scheme by its name, None for `none`; PlanError names the others."""
+    if name == "none":
+        return None
+    if name not in QUANTIZATIONS:
+        raise PlanError(f"No quantization is called {name!r}.", f"one of none, {', '.join(QUANTIZATIONS)}.")
+    return QUANTIZATIONS[name]

@@ -1,0 +1,152 @@
+"""The tensor-parallel cut: attention by heads, MLP by columns and rows, the vocabulary by rows.
+
+Parameters are plain tensors with a note of which block of the model they are. As DTensors, which torch's own
+parallelize_module makes of them, a decode step took three times as long: each operation is dispatched in Python.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import embedding as lookup
+from torch.nn.functional import linear, pad
+
+from shards.errors import PlanError
+from shards.load.blocks import Block, mark_block
+from shards.model.shape import ModelShape
+from shards.parallel.fully_shard import decoder_layers
+from shards.plan.cuts import uncuttable
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_LLAMA = {
+    "self_attn.q_proj": "column", "self_attn.k_proj": "column", "self_attn.v_proj": "column",
+    "self_attn.o_proj": "row", "mlp.gate_proj": "column", "mlp.up_proj": "column", "mlp.down_proj": "row",
+}  # fmt: skip
+_FALCON = {
+    "self_attention.query_key_value": "column", "self_attention.dense": "held row",
+    "mlp.dense_h_to_4h": "column", "mlp.dense_4h_to_h": "row",
+}  # fmt: skip
+LAYER_PLANS = {"falcon": _FALCON, "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
+HEAD_COUNTS = ("num_heads", "num_kv_heads")  # attributes by which a Falcon's attention shapes its projections
+ELSEWHERE = "backend=fsdp, which shards every model"
+
+
+class RowLinear(nn.Linear):
+    """A linear layer whose inputs lie on several ranks: what each makes of its own is added up, with what was held."""
+
+    held: list[torch.Tensor]
+
+    def forward(self, part: torch.Tensor) -> torch.Tensor:
+        total = linear(part, self.weight)
+        while self.held:
+            total += self.held.pop()
+        dist.all_reduce(total)
+        return total if self.bias is None else total + self.bias
+
+
+class HeldRowLinear(nn.Linear):
+    """One whose output only counts as a summand of another's, with which it is added up over the ranks at once.
+
+    Returns what is then left to be added: its bias, or zero.
+    """
+
+    held: list[torch.Tensor]
+
+    def forward(self, part: torch.Tensor) -> torch.Tensor:
+        self.held[:] = [linear(part, self.weight)]
+        return part.new_zeros(()) if self.bias is None else self.bias
+
+
+class VocabularyEmbedding(nn.Embedding):
+    """An embedding whose rows lie on several ranks: each looks up its own, and the others add zeros."""
+
+    first: int
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        own = ids - self.first
+        elsewhere = (own < 0) | (own >= self.weight.shape[0])
+        found = lookup(own.masked_fill_(elsewhere, 0), self.weight).masked_fill_(elsewhere[..., None], 0)
+        dist.all_reduce(found)
+        return found
+
+
+class VocabularyHead(nn.Linear):
+    """A head whose rows lie on several ranks, equally many on all but the last; every rank gets all logits."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        size = dist.get_world_size()
+        part = linear(hidden, self.weight)
+        part = pad(part, (0, ceil(self.out_features / size) - part.shape[-1]))
+        parts = [torch.empty_like(part) for _ in range(size)]
+        dist.all_gather(parts, part)
+        return torch.cat(parts, -1)[..., : self.out_features]
+
+
+CLASSES = {"row": RowLinear, "held row": HeldRowLinear, "embedding": VocabularyEmbedding, "head": VocabularyHead}
+
+
+def tensor_parallel_model(model: nn.Module, rank: int, size: int) -> nn.Module:
+    """Leave in `model`, in place, what rank `rank` of `size` has of it; all ranks together give the model's logits.
+
+    The model is on meta and stays there, for `shards.load.load` to fill. Norms and the biases of sums stay whole; tied
+    weights stay tied. The ranks are those of the default process group: they add up a layer twice (a Falcon's once) and
+    the embedding once, and gather the logits of the positions that are asked for.
+    Raises PlanError for what cannot be cut so. A size of one leaves the model as it is.
+    """
+    if size == 1:
+        return model
+    plan = _layer_plan(model.config, size)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    ends = {embedding: "embedding", head: "head"}
+    is_tied = embedding.weight is head.weight
+    for name, module in model.named_modules():
+        kind = ends.get(module) or plan.get(".".join(name.split(".")[-2:]))
+        if kind is not None:
+            _keep_part(name, module, int("row" in kind), rank, size)
+            module.__class__ = CLASSES.get(kind, type(module))
+    embedding.first = rank * ceil(embedding.num_embeddings / size)
+    for layer in decoder_layers(model):
+        _join(layer, size)
+    if is_tied:
+        head.weight = embedding.weight
+    return model
+
+
+def _layer_plan(config: PretrainedConfig, size: int) -> dict[str, str]:
+    if config.model_type not in LAYER_PLANS:
+        raise PlanError(f"There is no tensor-parallel cut for model_type {config.model_type!r}.", ELSEWHERE)
+    if problem := uncuttable(ModelShape.from_config(config.to_dict()), size):
+        raise PlanError(problem, ELSEWHERE)
+    return LAYER_PLANS[config.model_type]
+
+
+def _keep_part(name: str, module: nn.Module, dim: int, rank: int, size: int) -> None:
+    """Cut a module's parameters into chunks of equal length along `dim`; a bias has no dimension 1, and stays whole."""
+    for leaf, whole in list(module.named_parameters(recurse=False)):
+        if whole.dim() <= dim:
+            continue
+        shape = tuple(whole.shape)
+        chunk = ceil(shape[dim] / size)
+        start = min(rank * chunk, shape[dim])
+        held = (*shape[:dim], min(chunk, shape[dim] - start), *shape[dim + 1 :])
+        part = nn.Parameter(torch.empty(held, dtype=whole.dtype, device="meta"), requires_grad=False)
+        mark_block(part, Block(f"{name}.{leaf}", shape, (0,) * dim + (start,) + (0,) * (len(shape) - dim - 1)))
+        setattr(module, leaf, part)
+
+
+def _join(layer: nn.Module, size: int) -> None:
+    """Tell an attention how many heads its rank has, where it does not see that; and join what is added up at once."""
+    attention = getattr(layer, "self_attention", None)
+    for name in HEAD_COUNTS:
+        if hasattr(attention, name):
+            setattr(attention, name, getattr(attention, name) // size)
+    held: list[torch.Tensor] = []
+    for module in layer.modules():
+        if isinstance(module, RowLinear | HeldRowLinear):
+            module.held = held

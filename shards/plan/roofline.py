@@ -1,0 +1,160 @@
+"""How fast a plan can be at best: the roofline of one decode step and of one prefill, from bytes, FLOPs and links.
+
+The formulas count what must move or be multiplied whatever the code does, so a measured rate above them is an error
+of the measurement: a device reads the weights it uses and the cache once a step, and a link carries (N-1)/N of what is
+gathered, 2 (N-1)/N of what is reduced (ring algorithms). FSDP is counted with the copies that FSDP2 makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from shards.machine.hardware import Device, Link
+
+Bound = Literal["memory", "compute", "link"]
+Scheme = Literal["single", "tensor_parallel", "pipeline", "fsdp"]
+"""How N devices share a step: `tensor_parallel` each its part of each layer; `pipeline` one device after the other;
+`fsdp` each the whole model for prompts of its own, gathered layer by layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """The least time of a step or prefill, what bounds it, and the tokens/s of all devices together at that pace."""
+
+    seconds: float
+    bound: Bound
+    tokens_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a model asks of devices, in bytes and counts; `batch` and tokens are for each rank under `fsdp`.
+
+    `step_bytes` are the weights that a decode step reads, `gathered_bytes` those of them that travel under FSDP.
+    `all_reduces` are those of hidden states in one pass through the model, `gathered_logits` the numbers for each
+    sequence that come together at its end.
+    """
+
+    step_bytes: int
+    step_parameters: int
+    layer_parameters: int
+    kv_bytes_per_token: int
+    num_layers: int
+    hidden_size: int
+    dtype_bytes: int = 2
+    gathered_bytes: int = 0
+    all_reduces: int = 0
+    gathered_logits: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """`num_devices` equal devices and what joins them; the link is None for one device."""
+
+    device: Device
+    num_devices: int = 1
+    link: Link | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """All that a limit follows from but the batch and its lengths: a run that has ended is held against its own."""
+
+    work: Work
+    machine: Machine
+    scheme: Scheme
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Roofline:
+        """The inverse of `dataclasses.asdict`."""
+        machine = values["machine"]
+        link = machine["link"] and Link(**machine["link"])
+        made = Machine(Device(**machine["device"]), machine["num_devices"], link)
+        return cls(Work(**values["work"]), made, values["scheme"])
+
+
+def decode_step(work: Work, machine: Machine, scheme: Scheme, *, batch: float, context: float) -> Limit | None:
+    """The least time in which every sequence of `batch`, of `context` tokens in each layer's cache, gets one more.
+
+    Of steps that are not alike, the mean batch and the mean context of their tokens give no more than their mean time.
+    None where the device or the link has no known rates. t = max(bytes / bandwidth, FLOPs / rate) of the devices that
+    work at once, plus the all-reduces (tensor parallel), or the gather if that is longer (FSDP).
+    """
+    rates = _rates(work, machine)
+    if rates is None:
+        return None
+    bandwidth, flops = rates
+    n = 1 if scheme in ("single", "pipeline") else machine.num_devices
+    cache = batch * context * work.kv_bytes_per_token
+    compute = 2 * work.step_parameters * batch / flops
+    if scheme == "fsdp":
+        memory = (work.step_bytes + _copied_bytes(work, n) + cache) / bandwidth
+        return _overlapped(memory, compute, _gather_s(work, machine), n * batch)
+    memory, compute = (work.step_bytes + cache) / (n * bandwidth), compute / n
+    talk = _collectives_s(work, machine, batch, batch) if scheme == "tensor_parallel" else 0.0
+    return _then_link(memory, compute, talk, batch)
+
+
+def prefill(work: Work, machine: Machine, scheme: Scheme, *, batch: float, tokens: float) -> Limit | None:
+    """The least time to read prompts of `tokens` each, as decode_step; FLOPs 2 P T + 2 L T^2 h for a prompt."""
+    rates = _rates(work, machine)
+    if rates is None:
+        return None
+    bandwidth, flops = rates
+    n = 1 if scheme in ("single", "pipeline") else machine.num_devices
+    per_prompt = 2 * work.layer_parameters * tokens + 2 * work.num_layers * tokens**2 * work.hidden_size
+    memory, compute = work.step_bytes / bandwidth, batch * per_prompt / flops
+    if scheme == "fsdp":
+        memory += _copied_bytes(work, n) / bandwidth
+        return _overlapped(memory, compute, _gather_s(work, machine), n * batch * tokens)
+    talk = _collectives_s(work, machine, batch * tokens, batch) if scheme == "tensor_parallel" else 0.0
+    return _then_link(memory / n, compute / n, talk, batch * tokens)
+
+
+def _rates(work: Work, machine: Machine) -> tuple[float, float] | None:
+    bandwidth, flops = machine.device.bandwidth, machine.device.flops(work.dtype_bytes)
+    if bandwidth is None or flops is None or (machine.num_devices > 1 and machine.link is None):
+        return None
+    return bandwidth, flops
+
+
+def _copied_bytes(work: Work, n: int) -> float:
+    """What FSDP2 moves through memory beside reading the weights: copy-in of the shard (read and write), gather
+    (write), copy-out (read and write); one rank alone only copies.
+
+    Source: torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py.
+    """
+    return (3 + 2 / n if n > 1 else 2) * work.gathered_bytes
+
+
+def _gather_s(work: Work, machine: Machine) -> float:
+    if machine.link is None or machine.num_devices == 1:
+        return 0.0
+    return (machine.num_devices - 1) / machine.num_devices * work.gathered_bytes / machine.link.bandwidth
+
+
+def _collectives_s(work: Work, machine: Machine, rows: float, sequences: float) -> float:
+    """The all-reduces of `rows` hidden states each, and the gather of the last logits of every sequence."""
+    if machine.link is None or machine.num_devices == 1:
+        return 0.0
+    link, part = machine.link, (machine.num_devices - 1) / machine.num_devices
+    states, logits = rows * work.hidden_size, sequences * work.gathered_logits
+    reduce = link.latency_s + 2 * part * states * work.dtype_bytes / link.bandwidth
+    gather = link.latency_s + part * logits * work.dtype_bytes / link.bandwidth if logits else 0.0
+    return work.all_reduces * reduce + gather
+
+
+def _overlapped(memory: float, compute: float, link: float, tokens: float) -> Limit:
+    """The link works while the devices do: the slowest of the three sets the pace."""
+    bounds: tuple[tuple[float, Bound], ...] = ((memory, "memory"), (compute, "compute"), (link, "link"))
+    seconds, bound = max(bounds, key=lambda pair: pair[0])
+    return Limit(seconds, bound, tokens / seconds)
+
+
+def _then_link(memory: float, compute: float, link: float, tokens: float) -> Limit:
+    """Devices wait for the link: its time comes on top of theirs."""
+    busy = _overlapped(memory, compute, 0.0, tokens)
+    seconds = busy.seconds + link
+    return Limit(seconds, "link" if link > busy.seconds else busy.bound, tokens / seconds)
