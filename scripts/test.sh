@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types and the whole suite; with arguments only pytest, with these: scripts/test.sh tests/test_plan.py -k fits
+# Lint, types and the whole suite; with arguments only pytest, with these: scripts/test.sh tests/shards/test_plan.py -k fits
 set -euo pipefail
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."

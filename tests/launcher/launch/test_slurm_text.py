@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from running import ROOT
 
 from launcher.config.cluster import check_cluster, seconds
 from launcher.config.schema import ClusterConfig, ConfigError
@@ -249,7 +249,7 @@ def run_of(**config: object) -> dict[str, object]:
 
 def test_job_is_made_from_the_description_of_a_run() -> None:
     job = job_of(run_of(num_nodes=2, devices=2, cluster={"python": "/shared/python"}))
-    expected = (2, 2, 2, "/shared/python", "/shared/python", str(Path(__file__).resolve().parents[1]))
+    expected = (2, 2, 2, "/shared/python", "/shared/python", str(ROOT))
     assert (job.num_nodes, job.tasks_per_node, job.devices, job.python, job.own_python, job.root) == expected
     other = job_of(run_of(backend={"name": "fsdp", "python": "/engine/python"}, cluster={"container": ["in", "it"]}))
     assert (other.python, other.own_python) == ("/engine/python", "python3")

@@ -16,7 +16,7 @@ import psutil
 
 from launcher.system.processes import MARK, end_run, shared_memory_files, shared_memory_of
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from running import ROOT
 
 from shards.model.shape import ModelShape
 from shards.plan.cuts import cut_up
@@ -19,7 +19,6 @@ from shards.plan.request import PlanRequest
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parent.parent
 TINY = {"num_hidden_layers": 2, "hidden_size": 96, "num_attention_heads": 6, "vocab_size": 130}
 FALCON = {"model_type": "falcon", **TINY}
 LLAMA = {"model_type": "llama", "intermediate_size": 200, **TINY}
@@ -49,7 +48,7 @@ CONFIGS: list[dict[str, Any]] = [
 def real(what: str, asked: object) -> Any:
     """What `real_models.py` prints; its process group is ended with it."""
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = ["timeout", "-k", "5", "240", sys.executable, str(ROOT / "tests/real_models.py"), what]
+    command = ["timeout", "-k", "5", "240", sys.executable, str(ROOT / "tests/programs/real_models.py"), what]
     done = subprocess.run(command, input=json.dumps(asked), text=True, capture_output=True, env=environ, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

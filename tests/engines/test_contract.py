@@ -18,7 +18,7 @@ from launcher.config.schema import BACKENDS
 from launcher.models import EMBEDDED
 
 MODELS = ("tiny_falcon", "tiny_llama")
-PROGRAM = str(ROOT / "tests" / "rank_program.py")
+PROGRAM = str(ROOT / "tests" / "programs" / "rank_program.py")
 SIZES = {
     "dummy": (1, 2), "transformers": (1,), "fsdp": (1, 2, 3), "deepspeed": (2,), "tensor_parallel": (1, 2),
     "vllm": (1, 2),
@@ -54,7 +54,7 @@ def tokens(name: str, size: int, model: str, scenario: str) -> list[list[int]]:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_reference_gives_the_tokens_of_model_generate(model: str) -> None:
-    ended = run([sys.executable, str(ROOT / "tests" / "generate_program.py"), str(EMBEDDED / model)])
+    ended = run([sys.executable, str(ROOT / "tests" / "programs" / "generate_program.py"), str(EMBEDDED / model)])
     assert ended.code == 0, ended.err
     expected = ended.last_json
     for scenario in ("greedy", "ignore_eos"):

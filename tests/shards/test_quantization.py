@@ -83,7 +83,7 @@ LAYERS: list[tuple[list[Any], list[tuple[Parameter, tuple[int, ...]]]]] = [
 def test_bytes_are_those_of_the_layers_that_vllm_makes() -> None:
     pytest.importorskip("vllm", exc_type=ImportError)
     asked = [(fields, [layer for layer, _ in LAYERS]) for fields in CHECKPOINTS.values()]
-    command = ["timeout", "-k", "5", "120", sys.executable, str(ROOT / "tests/quantized_layers.py")]
+    command = ["timeout", "-k", "5", "120", sys.executable, str(ROOT / "tests/programs/quantized_layers.py")]
     environ = environment(OMP_NUM_THREADS="1", VLLM_LOGGING_LEVEL="ERROR")
     done = subprocess.run(
         command, input=json.dumps(asked), text=True, capture_output=True, env=environ, cwd=ROOT, check=False

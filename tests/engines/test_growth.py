@@ -10,7 +10,7 @@ import pytest
 from running import ROOT, run, torchrun
 
 MIB = 1024**2
-PROGRAM = str(ROOT / "tests" / "growth_program.py")
+PROGRAM = str(ROOT / "tests" / "programs" / "growth_program.py")
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

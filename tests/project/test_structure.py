@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from running import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("launcher", "shards")
 MOST_LINES_OF_A_FILE = 299
 MOST_LINES_OF_A_FUNCTION = 49

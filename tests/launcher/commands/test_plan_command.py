@@ -6,14 +6,13 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from running import ROOT
 
 from launcher.plan import main
 from shards.plan.plan import Plan
 
-ROOT = Path(__file__).parent.parent
 SECTION = re.compile(r"```\npython -m launcher\.plan ([^\n]*)\n```\n\n(.*?)(?=\n## |\Z)", re.DOTALL)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from running import ROOT
 
 from launcher import compare as command
 from launcher.results.comparison import (
@@ -24,7 +25,6 @@ from launcher.results.comparison import (
 )
 from shards.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = {0: (5, 6), 1: (7,)}
 
 

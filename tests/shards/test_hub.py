@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import pytest
+from running import ROOT
 
 from shards.checkpoint.hub import resolve
 from shards.errors import CheckpointError
@@ -126,7 +127,7 @@ assert "torch" not in sys.modules
 def ask(home: Path, url: str, model: str, revision: str = "", weights: str = "weights", **env: str) -> str:
     """The path or the error line that `resolve` gives in a fresh process, which reads the hub's settings once."""
     known = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    root = str(Path(__file__).parents[1])
+    root = str(ROOT)
     settings = {"HF_HOME": str(home), "HF_ENDPOINT": url, "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
     done = subprocess.run(
         [sys.executable, "-c", CODE, model, revision, weights],

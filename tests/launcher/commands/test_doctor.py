@@ -11,13 +11,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from running import ROOT
 
 from launcher.doctor.__main__ import Check, check_devices, check_engine, check_system
 from launcher.doctor.host import Host, describe
 from launcher.doctor.trials import Ended, Engine, attempt, engine, nvml
 from shards.machine.hardware import cuda_devices
 
-ROOT = Path(__file__).resolve().parents[1]
 GIB = 1024**3
 SETUP = "bash scripts/setup.sh && .venv/bin/python -m launcher.doctor"
 HANGS = "import subprocess, time\nsubprocess.Popen(['/bin/sleep', '4321'])\ntime.sleep(600)"

@@ -21,7 +21,7 @@ from launcher.prompts.prompts import encode
 from shards.checkpoint.checkpoint import Checkpoint
 from shards.machine.world import World
 
-PROMPTS = Path(__file__).parent / "ragged_prompts.txt"
+PROMPTS = Path(__file__).parents[1] / "ragged_prompts.txt"
 ENDED = "The capital of France is Paris, a city on the river Seine."  # the tiny models answer it with EOS at once
 GREEDY = SamplingConfig(max_new_tokens=24)
 SCENARIOS = {

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from running import ROOT
 from slurm_cluster import SlurmCluster, end_stale, members, missing, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(60)]
@@ -63,7 +64,7 @@ time.sleep(60)
 def test_cluster_of_a_killed_owner_is_ended_with_its_jobs(tmp_path: Path) -> None:
     if reason := missing():
         pytest.skip(reason)
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests/helpers"}
     with subprocess.Popen(
         [sys.executable, "-c", ABANDONED, tmp_path], env=env, stdout=subprocess.PIPE, text=True
     ) as owner:

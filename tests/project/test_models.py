@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from running import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "launcher" / "models"
 sys.path.insert(0, str(ROOT / "scripts"))
 

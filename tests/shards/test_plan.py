@@ -9,12 +9,12 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from driver import A6000, nvml
+from running import ROOT
 
 from shards.errors import PlanError
 from shards.machine import hardware
@@ -25,7 +25,7 @@ from shards.plan.memory import DevicePlan, device_plans, load_peaks, make_layout
 from shards.plan.plan import Plan, make_plan
 from shards.plan.request import PlanRequest
 
-PRESETS = Path(__file__).parent.parent / "conf" / "model"
+PRESETS = ROOT / "conf" / "model"
 
 
 def preset(name: str) -> ModelShape:

@@ -27,7 +27,7 @@ FALCON = {"model_type": "falcon", "hidden_size": 64, "num_hidden_layers": 2, "nu
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks saw."""
     out = tmp_path_factory.mktemp("ranks")
-    ended = torchrun(2, str(ROOT / "tests" / "tensor_parallel_program.py"), str(out))
+    ended = torchrun(2, str(ROOT / "tests" / "programs" / "tensor_parallel_program.py"), str(out))
     assert ended.code == 0, ended.err[-3000:]
     return [json.loads(Path(out / f"rank_{rank}.json").read_text()) for rank in range(2)]
 

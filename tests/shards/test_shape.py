@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from running import ROOT
 
 from shards.errors import PlanError
 from shards.model.any_shape import shape_from_tensors
 from shards.model.shape import ModelShape, Parameter, layer_of
 
-PRESETS = Path(__file__).parent.parent / "conf" / "model"
+PRESETS = ROOT / "conf" / "model"
 
 
 def preset(name: str) -> ModelShape:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.tensor.debug
+from running import ROOT
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -451,8 +452,8 @@ def test_fabric_ranks_hold_their_shards_and_answer_as_one_model(checkpoints: Pat
 def run_ranks(world_size: int, checkpoints: Path) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
     child = subprocess.Popen(
-        [*command, str(Path(__file__).parent / "fsdp_rank.py"), str(checkpoints)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        [*command, str(ROOT / "tests" / "programs" / "fsdp_rank.py"), str(checkpoints)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -24,7 +24,7 @@ from shards.model.shape import ModelShape
 from shards.plan.memory import make_layout
 from shards.plan.request import PlanRequest
 
-PROGRAM = str(ROOT / "tests" / "vllm_program.py")
+PROGRAM = str(ROOT / "tests" / "programs" / "vllm_program.py")
 PROMPTS = (ROOT / "tests" / "ragged_prompts.txt").read_text().splitlines()
 FOLDER = EMBEDDED / "tiny_falcon"
 FIELDS = json.loads((FOLDER / "config.json").read_text())
