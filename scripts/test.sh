@@ -33,14 +33,19 @@ part() {
     "$@" || failed+=("$1 $2")
 }
 
-add_slurm
-if [[ $# -gt 0 ]]; then
+select=()
+if [[ ${1:-} == --fast ]]; then
+    select=(-m "not slow and not slurm and not gpu")
+elif [[ $# -gt 0 ]]; then
+    add_slurm
     exec python -m pytest "$@"
+else
+    add_slurm
 fi
 part ruff check .
 part ruff format --check .
 part mypy --no-error-summary
-part pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations=25
+part pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations=25 "${select[@]}"
 if [[ ${#failed[@]} -gt 0 ]]; then
     printf 'test: failed: %s\n' "${failed[@]}" >&2
     exit 1
