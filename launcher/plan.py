@@ -165,7 +165,7 @@ def _row(machine: str, quantization: str, request: PlanRequest, is_named: bool) 
     except PlanError as error:
         problem = str(error).replace("measure.batch_size=", "batch_size=")
         if is_named:
-            problem = re.sub(r"\bdevices=(\d+)", rf"machines=\1x{machine.rpartition('x')[2]}", problem)
+            problem = re.sub(r"\bdevices=(\d+)", rf"machines=\1x{machine.partition('x')[2]}", problem)
         return Row(machine, request.engine, link, quantization, problem=problem)
     return Row(machine, request.engine, link, quantization, plan, full)
 

@@ -44,35 +44,63 @@ class Link:
 CPU = Device("CPU", kind="cpu")
 """A processor: its memory is shared by the ranks and what they load from, so no rank has a capacity of its own."""
 
-# Memory as the driver reports it; bandwidth and dense (not sparse) rates from NVIDIA's data sheets of the RTX A5000,
-# RTX A6000, A100 and H100 SXM. h200: 4.3 TB/s and 790 TFLOP/s are a copy and a bf16 matmul measured on one card, where
-# its data sheet says 4.8 and 989.
+# Memory as the driver reports it; bandwidth and dense (not sparse) matmul rates of 16 bits with 32-bit sums, from the
+# makers' data sheets and architecture white papers (Turing, Ampere GA100 and GA102, Ada AD102, Hopper, Blackwell GB202,
+# HGX B200, CDNA 3). h200: 4.3 TB/s and 790 TFLOP/s are a copy and a bf16 matmul measured on one card, where its data
+# sheet says 4.8 and 989.
 DEVICES: dict[str, Device] = {
+    "t4": Device("T4", "cuda", 15360 * MIB, 320e9, 65e12, 8.1e12),
+    "l4": Device("L4", "cuda", 23034 * MIB, 300e9, 121e12, 30.3e12),
+    "a10": Device("A10", "cuda", 23028 * MIB, 600e9, 125e12, 31.2e12),
+    "l40s": Device("L40S", "cuda", 46068 * MIB, 864e9, 362e12, 91.6e12),
+    "rtx3090": Device("GeForce RTX 3090", "cuda", 24576 * MIB, 936e9, 71e12, 35.6e12),
+    "rtx4090": Device("GeForce RTX 4090", "cuda", 24564 * MIB, 1008e9, 165.2e12, 82.6e12),
+    "rtx5090": Device("GeForce RTX 5090", "cuda", 32607 * MIB, 1792e9, 209.5e12, 104.8e12),
     "a5000": Device("RTX A5000", "cuda", 24564 * MIB, 768e9, 111.1e12, 27.8e12),
     "a6000": Device("RTX A6000", "cuda", 49140 * MIB, 768e9, 154.8e12, 38.7e12),
     "a100_40g": Device("A100 40 GB", "cuda", 40960 * MIB, 1555e9, 312e12, 19.5e12),
     "a100_80g": Device("A100 80 GB", "cuda", 81920 * MIB, 2039e9, 312e12, 19.5e12),
     "h100": Device("H100 80 GB", "cuda", 81559 * MIB, 3350e9, 989e12, 67e12),
     "h200": Device("H200 141 GB", "cuda", 143771 * MIB, 4300e9, 790e12, 67e12),
+    "b200": Device("B200", "cuda", 183359 * MIB, 8000e9, 2250e12, 75e12),
+    "mi300x": Device("Instinct MI300X", "cuda", 196608 * MIB, 5300e9, 1307.4e12, 163.4e12),
     "cpu": CPU,
 }
 
 # What a device moves in one direction in practice. pcie4: of 31.5 GB/s; nvlink_bridge: two RTX A6000, of 56; nvlink3:
-# what NVIDIA gives for NCCL on A100 (nccl-tests#149), of 300; the others in about that proportion. The times of a small
-# all-reduce are assumptions. `python -m launcher.probe` measures both.
+# what NVIDIA gives for NCCL on A100 (nccl-tests#149), of 300; the others in about that proportion, infinity_fabric of
+# the 448 that a MI300X sends to its seven neighbours. The times of a small all-reduce are assumptions.
+# `python -m launcher.probe` measures both.
 LINKS: dict[str, Link] = {
     "pcie4": Link("PCIe 4.0 x16", 25e9, 30e-6),
     "pcie5": Link("PCIe 5.0 x16", 50e9, 30e-6),
     "nvlink_bridge": Link("NVLink bridge", 50e9, 20e-6),
     "nvlink3": Link("NVLink 3", 230e9, 10e-6),
     "nvlink4": Link("NVLink 4", 345e9, 10e-6),
+    "nvlink5": Link("NVLink 5", 690e9, 10e-6),
+    "infinity_fabric": Link("Infinity Fabric", 340e9, 15e-6),
     "infiniband_hdr": Link("InfiniBand HDR", 23e9, 15e-6),
     "ethernet_10g": Link("10 Gbit/s Ethernet", 1.1e9, 50e-6),
 }
 
-_USUAL_LINKS = {"a100_40g": "nvlink3", "a100_80g": "nvlink3", "h100": "nvlink4", "h200": "nvlink4"}
+_USUAL_LINKS = {
+    "a100_40g": "nvlink3",
+    "a100_80g": "nvlink3",
+    "h100": "nvlink4",
+    "h200": "nvlink4",
+    "b200": "nvlink5",
+    "mi300x": "infinity_fabric",
+    "rtx5090": "pcie5",
+}
 
 _BY_DRIVER_NAME = {
+    "Tesla T4": "t4",
+    "L4": "l4",
+    "A10": "a10",
+    "L40S": "l40s",
+    "GeForce RTX 3090": "rtx3090",
+    "GeForce RTX 4090": "rtx4090",
+    "GeForce RTX 5090": "rtx5090",
     "RTX A5000": "a5000",
     "RTX A6000": "a6000",
     "A100-SXM4-40GB": "a100_40g",
@@ -81,6 +109,7 @@ _BY_DRIVER_NAME = {
     "A100 80GB PCIe": "a100_80g",
     "H100 80GB HBM3": "h100",
     "H200": "h200",
+    "B200": "b200",
 }
 
 

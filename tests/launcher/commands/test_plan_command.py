@@ -90,7 +90,7 @@ def test_embedded_models_and_folders_are_read_from_their_config(capsys: pytest.C
         ),
         (["model=falcon_7b", "machines=999999999xa6000"], "error: 999999999 devices are more than 4096. HINT: fewer "),
         (["model=falcon_7b", "devices=4096", "num_nodes=2"], "error: 8192 devices are more than 4096. HINT: fewer "),
-        (["model=falcon_7b", "machines=2xb200"], "error: No device is called 'b200'. HINT: one of a5000, a6000, "),
+        (["model=falcon_7b", "machines=2xb300"], "error: No device is called 'b300'. HINT: one of t4, l4, a10, "),
         (["model=falcon_7b", "link=string"], "error: No link is called 'string'. HINT: one of pcie4, "),
         (
             ["model=falcon_7b", "backend=tgi"],
@@ -105,11 +105,18 @@ def test_wrong_arguments_are_one_line(arguments: list[str], message: str, capsys
     assert (out, err[: len(message)], err.count("\n")) == ("", message, 1)
 
 
-def test_hints_are_arguments_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = {"model": "falcon_40b", "machines": "2xa6000", "backend": "fsdp", "batch_size": "100"}
+@pytest.mark.parametrize(
+    ("machines", "expected"),
+    [
+        ("2xa6000", "machines=4xa6000, or batch_size=27, or backend=vllm"),
+        ("2xrtx5090", "machines=9xrtx5090"),
+    ],
+)
+def test_hints_are_arguments_of_the_command(machines: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = {"model": "falcon_40b", "machines": machines, "backend": "fsdp", "batch_size": "100"}
     assert main([*map("=".join, asked.items()), "--markdown"]) == 0
     hint = capsys.readouterr().out.rpartition("HINT: ")[2].strip().rstrip(".")
-    assert hint == "machines=4xa6000, or batch_size=27, or backend=vllm"
+    assert hint == expected
     for changed in hint.split(", or "):
         key, _, value = changed.partition("=")
         assert main([*map("=".join, (asked | {key: value}).items()), "--markdown"]) == 0
