@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 ON_TERM = "LAUNCHER_ON_TERM"  # "interrupt": SIGTERM is a notice to stop, as from a scheduler that takes the node back
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 EXIT_CODES = {"cancelled": 143, "interrupted": 75}  # as a shell reports SIGTERM; EX_TEMPFAIL: go on later
 INTERRUPT_S = 20.0  # from SIGUSR1 to the end of the rank, at the latest
 TERM_S = 3.0  # the same from SIGTERM: who sends it kills soon after
@@ -48,15 +49,29 @@ def start(watched_pid: int | None, watched: Watched, term_interrupts: bool = Fal
     main thread has saved its batch, but after a few seconds at the latest.
 
     The signal's own handler would have to wait for the main thread, which may be blocked in a collective for ever.
-    A rank whose guard fails would hear nothing any more: it ends, as failed.
+    A rank whose guard fails would hear nothing any more: it ends, as failed. A process that the rank forks has no
+    guard: signals end it as they end any other.
     """
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, lambda *_: None)
+    for number in SIGNALS:
+        signal.signal(number, _pass)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=_forget_guard)
     guard = _Guard(read_end, watched, term_interrupts)
     threading.Thread(target=guard.run, args=(watched_pid,), daemon=True, name="guard").start()
+
+
+def _pass(number: int, frame: object) -> None:
+    """The handler of the guard's signals: that there is one makes the interpreter write them to the pipe."""
+
+
+def _forget_guard() -> None:
+    """In a forked child: its signals must not go into the pipe that it has inherited, or they would end the rank."""
+    signal.set_wakeup_fd(-1)
+    for number in SIGNALS:
+        if signal.getsignal(number) is _pass:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class _Guard:
@@ -106,7 +121,7 @@ class _Guard:
         return min(looks + left, default=None)
 
     def _on_signal(self, number: int) -> None:
-        if number not in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        if number not in SIGNALS:
             return
         is_notice = number == signal.SIGUSR1 or (number == signal.SIGTERM and self.term_interrupts)
         reason = f"received {signal.Signals(number).name}"

@@ -12,14 +12,14 @@ from typing import Any
 
 import psutil
 import pytest
-from running import ROOT, left_in_shared_memory, run, torchrun
+from running import ROOT, launcher, left_in_shared_memory, run, torchrun
 
 from launcher.backends.vllm.options import arguments, environment, pool_bytes, refusal
 from launcher.config.compose import compose_run
 from launcher.config.schema import RunConfig
 from launcher.models import EMBEDDED
 from launcher.prompts.prompts import encode
-from launcher.system.processes import shared_memory_files
+from launcher.system.processes import of_run, shared_memory_files
 from shards.model.shape import ModelShape
 from shards.plan.memory import make_layout
 from shards.plan.request import PlanRequest
@@ -211,6 +211,32 @@ for accelerator in ("cuda", "cpu"):
 def test_nothing_of_cuda_is_touched_before_vllm_forks() -> None:
     ended = run([sys.executable, "-c", FORKING])
     assert (ended.code, ended.out.split()) == (0, ["False", "True"]), ended.err
+
+
+SPAWN_BECOMES_FORK = """
+import multiprocessing
+real = multiprocessing.get_context
+def get_context(method=None):
+    print("asked for", method, flush=True)
+    return real("fork" if method == "spawn" else method)
+multiprocessing.get_context = get_context
+"""
+
+
+@pytest.mark.slow
+def test_an_engine_core_that_is_forked_as_on_cuda_ends_without_its_rank(tmp_path: Path) -> None:
+    pytest.importorskip("vllm", exc_type=ImportError)
+    (tmp_path / "sitecustomize.py").write_text(SPAWN_BECOMES_FORK)  # on a CPU vLLM itself always spawns
+    out = tmp_path / "runs"
+    paths = f"{ROOT}{os.pathsep}{tmp_path}"
+    ended = launcher(
+        "backend=vllm", "devices=1", "accelerator=cpu", "measure.repeats=1", f"output_dir={out}",
+        PYTHONPATH=paths, VLLM_ENABLE_V1_MULTIPROCESSING="1", OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    [run_dir] = out.iterdir()
+    assert "asked for spawn" in (run_dir / "rank_0.log").read_text()
+    assert (ended.code, ended.last_json["status"]) == (0, "ok"), ended.err
+    assert of_run(json.loads((run_dir / "run.json").read_text())["mark"]) == []
 
 
 @pytest.mark.parametrize(

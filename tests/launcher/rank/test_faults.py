@@ -138,7 +138,7 @@ def test_the_launching_process_killed_takes_its_ranks_along(kernel: str, tmp_pat
 @pytest.mark.parametrize("ends", ["print(outcome.status, outcome.message, flush=True)", "1 / 0"])
 def test_a_guard_that_fails_ends_its_rank(ends: str) -> None:
     program = (
-        "import threading\nfrom launcher import guard\n"
+        "import threading\nfrom launcher.rank import guard\n"
         f"def end(outcome, gone):\n    {ends}\n"
         "guard.start(None, guard.Watched(lambda reason: False, end, lambda: 1 / 0, 0.01))\n"
         "threading.Event().wait()\n"
@@ -148,6 +148,36 @@ def test_a_guard_that_fails_ends_its_rank(ends: str) -> None:
     assert ended.err.count("ZeroDivisionError: division by zero") == (1 if "print" in ends else 3)
     if "print" in ends:
         assert ended.out == "failed the guard of the rank failed: ZeroDivisionError: division by zero\n"
+
+
+FORKS = """
+import multiprocessing, os, signal, time
+from launcher.rank import guard
+
+def child(ready):
+    ready.set()
+    time.sleep(60)
+
+guard.start(None, guard.Watched(lambda reason: False, lambda outcome, gone: print(outcome.message, flush=True)))
+fork = multiprocessing.get_context("fork")
+ready = fork.Event()
+process = fork.Process(target=child, args=(ready,))
+process.start()
+ready.wait()
+for number in guard.SIGNALS:
+    os.kill(process.pid, number)
+process.join()
+print("child", process.exitcode, flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(60)
+"""
+
+
+def test_signals_of_a_forked_child_end_the_child_and_not_the_rank() -> None:
+    ended = run([sys.executable, "-c", FORKS], timeout=60)
+    child, own = ended.out.splitlines()
+    assert int(child.removeprefix("child ")) in (-signal.SIGTERM, -signal.SIGINT, -signal.SIGUSR1)
+    assert (own, ended.code, ended.err) == ("received SIGTERM", 143, "")
 
 
 def test_the_process_that_starts_the_ranks_killed_is_a_failure(tmp_path: Path) -> None:
