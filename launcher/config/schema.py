@@ -191,7 +191,7 @@ class ClusterConfig:
     gpus_flag: str = "gpus-per-node"  # gpus-per-node | gres | none
     gpu_type: str | None = None  # asked for as gpus-per-node=TYPE:N or gres=gpu:TYPE:N
     device: str | None = None  # the card as `python -m launcher.plan` names it, for the plan
-    cpus_per_task: int = 1
+    cpus_per_task: int | None = None  # None: 4 for each card of a task, 1 where there are none
     mem: str | None = None
     time: str | None = None
     exclusive: bool = False

@@ -18,9 +18,11 @@ SIZE = r"([\d.]+) (bytes|[KMGT]iB)"
 OUT_OF_MEMORY = re.compile(
     r"(?i:cuda)[^\n]{0,20}out of memory"  # torch, NCCL and Triton, each in its own way
     r"|Failed to CUDA [cm]alloc"  # NCCL
-    r"|CUBLAS_STATUS_ALLOC_FAILED"
+    r"|CUBLAS_STATUS_(?:ALLOC_FAILED|NOT_INITIALIZED)"  # the second where a handle finds no room for its workspace
+    r"|CUDNN_STATUS_(?:ALLOC_FAILED|INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED)"
     r"|can't allocate memory: you tried to allocate"  # torch's allocator on the CPU
     r"|No available memory for the cache blocks|is less than desired GPU memory utilization"  # vLLM before it starts
+    r"|Cannot auto-fit max_model_len|To serve at least one request|Failed to load model - not enough GPU memory"
 )
 ELSEWHERE = "root cause"  # vLLM of an error in another of its processes, which has had its words in the log
 

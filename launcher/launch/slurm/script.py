@@ -25,6 +25,7 @@ OTHERS = (  # what a surrounding launcher or the submitter's shell may have left
     "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE MASTER_ADDR MASTER_PORT CROSS_RANK "
     "CROSS_SIZE TORCHELASTIC_RUN_ID LAUNCHER_PARENT LAUNCHER_RUN"
 )
+CORES_OF_A_CARD = 4  # one launches its kernels; the readers of a checkpoint, NCCL and vLLM's processes share the others
 FREE_PORT = (  # below those that Linux gives to outgoing connections, which could take it before rank 0 does
     "import random, socket; "
     "print(next(p for p in random.sample(range(20000, 32768), 99) if socket.socket().connect_ex(('', p))))"
@@ -43,6 +44,13 @@ class Job:
     python: str  # starts the ranks
     own_python: str  # opens and closes the attempt
     root: str | None  # the folder of this project where it is not installed
+
+    @property
+    def cpus_per_task(self) -> int:
+        """Cores of a task: of the cluster's own number, or as many as its cards need."""
+        if self.cluster.cpus_per_task is not None:
+            return self.cluster.cpus_per_task
+        return CORES_OF_A_CARD * self.devices // self.tasks_per_node if self.on_cuda else 1
 
 
 def job_of(run: Mapping[str, Any]) -> Job:
@@ -88,7 +96,7 @@ def _directives(job: Job, name: str, points: int) -> list[str]:
         "job-name": name,
         "nodes": job.num_nodes,
         "ntasks-per-node": job.tasks_per_node,
-        "cpus-per-task": cluster.cpus_per_task,
+        "cpus-per-task": job.cpus_per_task,
         **_gpus(job),
         **{key: getattr(cluster, key) for key in ("partition", "account", "qos", "constraint", "reservation")},
         "mem": cluster.mem,
@@ -131,7 +139,7 @@ def _environment(job: Job) -> Iterator[str]:
         yield f"module load {shlex.join(cluster.modules)}"
     yield from cluster.setup
     yield f"unset {OTHERS}"
-    exports = {"OMP_NUM_THREADS": str(cluster.cpus_per_task), "TOKENIZERS_PARALLELISM": "false"}
+    exports = {"OMP_NUM_THREADS": str(job.cpus_per_task), "TOKENIZERS_PARALLELISM": "false"}
     if not job.on_cuda:
         exports["CUDA_VISIBLE_DEVICES"] = ""
     for key, value in (exports | cluster.environment).items():
@@ -147,7 +155,7 @@ def _work(job: Job) -> Iterator[str]:
     ranks = shlex.join([*job.cluster.container, job.python, "-m", "launcher.rank.worker"])
     if not job.cluster.container:  # a container may hide the number of the parent, which ends with the job's step
         ranks = f"sh -c 'export LAUNCHER_PARENT=$PPID; exec \"$@\"' sh {ranks}"
-    options = ("--kill-on-bad-exit=1", f"--cpus-per-task={job.cluster.cpus_per_task}", *job.cluster.srun)
+    options = ("--kill-on-bad-exit=1", f"--cpus-per-task={job.cpus_per_task}", *job.cluster.srun)
     yield f'LAUNCHER_ATTEMPT=$({own} -m launcher.run_dir.attempts "$run_dir") || exit 1'
     yield f'MASTER_PORT=$({own} -c "{FREE_PORT}") || exit 1'
     yield "export LAUNCHER_ATTEMPT MASTER_PORT"

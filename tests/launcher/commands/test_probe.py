@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -38,6 +39,23 @@ def test_two_ranks_are_measured_and_the_figures_kept(capsys: pytest.CaptureFixtu
     assert 1e-6 < link.latency_s < 1
 
 
+def test_the_matmul_rate_is_that_of_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    from shards.machine import probe as rank
+
+    seen = []
+    multiply = torch.mm
+
+    def watched(left: Any, right: Any, *, out: Any) -> Any:
+        seen.extend((left.float(), right.float()))
+        return multiply(left, right, out=out)
+
+    monkeypatch.setattr(torch, "mm", watched)
+    monkeypatch.setitem(rank.MATMUL_SIZE, "cpu", 64)
+    assert rank.matmul_rate(torch.device("cpu"), torch.bfloat16) > 0
+    assert [0.9 < operand.std() < 1.1 for operand in seen] == [True] * 2 * (rank.REPEATS + 1)
+
+
 def test_figures_that_cannot_be_kept_are_shown(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,7 +87,7 @@ def test_the_rank_that_fails_is_named_at_once_and_none_is_left(
     monkeypatch.setenv("PYTHONPATH", str(cache))
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface)
     assert probe.main(["devices=2", "accelerator=cpu"]) == 2
-    command = r"\S+ -m torch\.distributed\.run .* -m shards\.probe cpu"
+    command = r"\S+ -m torch\.distributed\.run .* -m shards\.machine\.probe cpu"
     assert re.fullmatch(
         rf"error: The probe failed: {words} HINT: to see it whole: {command}\n", capsys.readouterr().err
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -16,6 +17,7 @@ from running import launcher
 
 from launcher.backends import memory as measure
 from launcher.backends.base import Prompt
+from launcher.config.schema import ConfigError
 from launcher.launch.batch_search import enlarged, largest
 from launcher.rank.failures import explain
 from launcher.system.gpu_users import neighbours, sentence
@@ -32,6 +34,9 @@ NCCL = (
     "NCCL error in: ProcessGroupNCCL.cpp:94, unhandled cuda error (run with NCCL_DEBUG=INFO for details)\n"
     "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n{}"
 )
+TORCH_MATH = "CUDA error: {} when calling `{}`"
+VLLM_TOO_SMALL = ("Cannot auto-fit max_model_len", "To serve at least one request with the model's max seq len")
+UNKNOWN = (None, None, None)
 VLLM = "Engine core initialization failed. See root cause above. Failed core proc(s): {}"
 
 
@@ -58,6 +63,10 @@ def on_the_cpu() -> RuntimeError:
         (RuntimeError(NCCL.format("Cuda failure 2 'out of memory'")), "oom", None, None, None),
         (RuntimeError(NCCL.format("Failed to CUDA calloc async 608 bytes")), "oom", None, None, None),
         (RuntimeError(NCCL.format("Cuda failure 999 'unknown error'")), "failed", None, None, None),
+        (RuntimeError(TORCH_MATH.format("CUBLAS_STATUS_NOT_INITIALIZED", "cublasCreate(handle)")), "oom", *UNKNOWN),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "oom", *UNKNOWN),
+        (RuntimeError(TORCH_MATH.format("CUBLAS_STATUS_INVALID_VALUE", "cublasGemmEx(...)")), "failed", *UNKNOWN),
+        *((ConfigError(f"vLLM refuses: {text} (1024), ..."), "oom", *UNKNOWN) for text in VLLM_TOO_SMALL),
         (on_the_cpu(), "oom", "cpu", 2**48, None),
         (MemoryError(), "oom", None, None, None),
     ],
@@ -68,6 +77,11 @@ def on_the_cpu() -> RuntimeError:
         "NCCL",
         "NCCL's allocation",
         "NCCL otherwise",
+        "cuBLAS without room for a handle",
+        "cuDNN",
+        "cuBLAS otherwise",
+        "vLLM without a token",
+        "vLLM without a sequence",
         "torch on a CPU",
         "Python",
     ],
@@ -78,6 +92,14 @@ def test_memory_that_ran_out(
     found, said = explain(error)
     values = (said.get("device"), said.get("asked_bytes"), said.get("free_bytes"))
     assert (found, *values) == (status, device, asked, free)
+
+
+def test_vllm_still_says_it_in_these_words() -> None:
+    vllm = importlib.util.find_spec("vllm")
+    if vllm is None or vllm.origin is None:
+        pytest.skip("vLLM is not installed")
+    source = (Path(vllm.origin).parent / "v1" / "core" / "kv_cache_utils.py").read_text()
+    assert [text for text in (*VLLM_TOO_SMALL, "No available memory for the cache blocks") if text not in source] == []
 
 
 @pytest.mark.parametrize(

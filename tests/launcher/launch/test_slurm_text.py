@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from running import ROOT
@@ -30,7 +31,7 @@ PLAIN = """\
 #SBATCH --job-name=fsdp_falcon_40b_x8-1f2e3d
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=4
-#SBATCH --cpus-per-task=1
+#SBATCH --cpus-per-task=4
 #SBATCH --gpus-per-node=4
 #SBATCH --signal=USR1@90
 #SBATCH --output=/dev/null
@@ -47,7 +48,7 @@ terminated=; trap 'terminated=1' TERM
 
 unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE MASTER_ADDR MASTER_PORT CROSS_RANK \
 CROSS_SIZE TORCHELASTIC_RUN_ID LAUNCHER_PARENT LAUNCHER_RUN
-export OMP_NUM_THREADS=1
+export OMP_NUM_THREADS=4
 export TOKENIZERS_PARALLELISM=false
 export PYTHONPATH=/home/me/launcher${PYTHONPATH:+:$PYTHONPATH}
 export LAUNCHER_WATCH=1  # the ranks end a run that hangs
@@ -57,7 +58,7 @@ LAUNCHER_ATTEMPT=$(/opt/v/bin/python -m launcher.run_dir.attempts "$run_dir") ||
 MASTER_PORT=$(/opt/v/bin/python -c "import random, socket; \
 print(next(p for p in random.sample(range(20000, 32768), 99) if socket.socket().connect_ex(('', p))))") || exit 1
 export LAUNCHER_ATTEMPT MASTER_PORT
-srun --kill-on-bad-exit=1 --cpus-per-task=1 sh -c 'export LAUNCHER_PARENT=$PPID; exec "$@"' sh /opt/v/bin/python \
+srun --kill-on-bad-exit=1 --cpus-per-task=4 sh -c 'export LAUNCHER_PARENT=$PPID; exec "$@"' sh /opt/v/bin/python \
 -m launcher.rank.worker "$run_dir"
 code=$?
 /opt/v/bin/python -m launcher.launch.slurm.end "$run_dir" "$code" "$terminated"
@@ -146,6 +147,22 @@ def unfolded(text: str) -> str:
 
 def test_plain_script() -> None:
     assert sbatch_text(JOB, "fsdp_falcon_40b_x8-1f2e3d") == unfolded(PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("changes", "cores"),
+    [
+        ({}, 4),
+        ({"tasks_per_node": 1}, 16),  # vllm and transformers: one task for all cards of a node
+        ({"on_cuda": False}, 1),
+        ({"cluster": ClusterConfig(cpus_per_task=2)}, 2),
+    ],
+)
+def test_cores_of_a_task(changes: dict[str, Any], cores: int) -> None:
+    lines = sbatch_text(replace(JOB, **changes), "x").splitlines()
+    assert f"#SBATCH --cpus-per-task={cores}" in lines
+    assert f"export OMP_NUM_THREADS={cores}" in lines
+    assert any(line.startswith(f"srun --kill-on-bad-exit=1 --cpus-per-task={cores} ") for line in lines)
 
 
 def test_script_with_every_field() -> None:
