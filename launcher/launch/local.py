@@ -144,7 +144,7 @@ def _watch(
             memory.look([item.pid for item in processes.of_run(run["mark"])])
         show(ranks)
         if outcome := watchdog.look(ranks):
-            return blame(outcome, ranks, write_stacks(run_dir, living(ranks, run["mark"])))
+            return blame(outcome, ranks, write_stacks(run_dir, living(ranks, run["mark"])), run["on_cuda"])
         polls += 1
         time.sleep(POLL_S)
     if process.returncode == 0:

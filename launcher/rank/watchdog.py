@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from launcher.run_dir.progress import Progress
 
 COLLECTIVE = "distributed_c10d"  # in the stack of a rank that waits for others
+MAIN = "launcher/rank/rank.py"  # in the stack of a rank's main thread
+ON_DEVICE = re.compile(r"torch/(?:cuda|nn|autograd|_ops|_tensor|functional)\b|transformers/|launcher/backends/decode")
+"""Code that does nothing but give a card work and fetch its results: who stays in there waits for the card."""
+
 DUMP_S = 20.0  # the most time that the stacks of all ranks may take
 FALLBACK_S = 2.0
 
@@ -70,20 +75,38 @@ def _last_step(progress: Progress | None) -> float:
     return float("inf") if progress.stage == "end" else progress.time
 
 
-def blame(outcome: Outcome, ranks: Sequence[Progress | None], stacks: Mapping[int, str]) -> Outcome:
+def blame(
+    outcome: Outcome, ranks: Sequence[Progress | None], stacks: Mapping[int, str], on_cuda: bool = False
+) -> Outcome:
     """`outcome` with the rank to blame by its stack: ranks that wait in a collective wait for one that does not.
 
     Steps of ranks in lockstep are too close in time to tell who was first to stop.
     """
-    free = [number for number, text in stacks.items() if not waits(text)]
+    free = [number for number, text in stacks.items() if not waits(text, on_cuda)]
     if outcome.status != "hang" or outcome.rank not in stacks or outcome.rank in free or not free:
         return outcome
     return _blaming(ranks, outcome, free)
 
 
-def waits(stack: str) -> bool:
-    """Whether a rank with this stack waits for other ranks."""
-    return COLLECTIVE in stack
+def waits(stack: str, on_cuda: bool = False) -> bool:
+    """Whether a rank with this stack waits for other ranks.
+
+    A collective of NCCL only goes into the queue of the card; the rank waits where it next needs something of the card.
+    """
+    return COLLECTIVE in stack or (on_cuda and ON_DEVICE.search(_innermost_frame(stack)) is not None)
+
+
+def _innermost_frame(stack: str) -> str:
+    """Where the main thread of a rank is, by what py-spy or faulthandler wrote of it; empty where neither shows it."""
+    frames: list[str] = []
+    for line in [*stack.splitlines(), ""]:
+        if line.startswith(" "):
+            frames.append(line)
+            continue
+        if any(MAIN in frame for frame in frames):
+            return frames[0]
+        frames = []
+    return ""
 
 
 def write_stacks(run_dir: Path, pids: Mapping[int, int]) -> dict[int, str]:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher.config.schema import Accelerator
 from launcher.rank import guard
 from launcher.rank.rank import Rank
 from launcher.rank.watchdog import Watchdog, waits
@@ -74,7 +75,7 @@ def run_rank(run_dir: Path, world: World, parent: int | None) -> str:
             stacks = run_dir / f"stacks_rank_{world.rank}.txt"
             with stacks.open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-            rank.result["waits"] = waits(stacks.read_text())
+            rank.result["waits"] = waits(stacks.read_text(), rank.config.accelerator is Accelerator.cuda)
         if rank.end(outcome) != "superseded" and (parent is None or parent_is_gone):
             time.sleep(OTHERS_S + (watched.look_s if watched.look else 0))  # the others end for the same reason now
             finish(run_dir, outcome)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import launcher, torchrun
+from running import environment, launcher, torchrun
 
 from launcher.config.compose import compose_run
 from launcher.rank.watchdog import Watchdog, blame, write_stacks
@@ -70,6 +70,53 @@ def test_who_waits_for_another_is_not_to_blame(stacks: dict[int, str], rank: int
     found = blame(Outcome("hang", "it hangs", 0, "load"), (at(5, "load"), at(6, "close")), stacks)
     assert (found.status, found.message, found.rank) == ("hang", "it hangs", rank)
     assert found.stage == ("load", "close")[rank]
+
+
+WAITS_FOR_ITS_CARD = """
+import faulthandler, functools, signal, sys, threading, time
+import torch
+from launcher.rank import rank
+
+torch.cuda._lazy_init = lambda: None
+torch.cuda.device = lambda device: threading.Lock()
+torch._C._cuda_synchronize = functools.partial(time.sleep, 60)  # native code, as that of CUDA is: no frame of its own
+rank.Rank._work = lambda self: torch.cuda.synchronize() if sys.argv[1] == "card" else time.sleep(60)
+faulthandler.register(signal.SIGUSR2, all_threads=True)
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+print("ready", flush=True)
+object.__new__(rank.Rank).run()
+"""
+
+
+@pytest.mark.parametrize("spy", [True, False], ids=["py-spy", "the rank itself"])
+def test_who_waits_for_a_card_on_which_others_are_missing_is_not_to_blame(
+    spy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    if not spy:
+        monkeypatch.setattr("launcher.rank.watchdog.shutil.which", lambda *_, **__: None)
+    program = tmp_path / "program.py"
+    program.write_text(WAITS_FOR_ITS_CARD)
+    started: dict[int, subprocess.Popen[bytes]] = {}
+    stacks: dict[int, str] = {}
+    try:
+        for number, place in enumerate(("card", "elsewhere")):
+            with (tmp_path / f"rank_{number}.log").open("wb") as log:
+                command = [sys.executable, str(program), place]
+                started[number] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment())
+        for process in started.values():
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+        while not stacks or not all("launcher/rank/rank.py" in text for text in stacks.values()):
+            stacks = write_stacks(tmp_path, {number: process.pid for number, process in started.items()})
+    finally:
+        for process in started.values():
+            process.kill()
+            process.communicate()
+    late = Outcome("hang", "it hangs", 0, "load")
+    ranks = (at(5, "load"), at(6, "close"))
+    assert blame(late, ranks, stacks, on_cuda=True).rank == 1, stacks
+    assert blame(late, ranks, stacks, on_cuda=False).rank == 0
 
 
 def test_the_time_of_the_whole_run() -> None:
