@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from launcher.config.compose import conf_dir, options
+from launcher.config.presets import conf_dir, options
 from launcher.config.schema import BACKENDS, ConfigError, Precision
 from launcher.models import EMBEDDED
 from launcher.prepare.shapes import built_of, config_of

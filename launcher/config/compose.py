@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -14,57 +13,45 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from launcher.config.bounds import check
-from launcher.config.messages import UNREADABLE, in_one_line, unknown_key
-from launcher.config.overrides import in_quotes, with_quoted_paths
-from launcher.config.schema import BACKENDS, ConfigError, RunConfig
+from launcher.config.keys import engine_of, strays, unknown_key
+from launcher.config.messages import UNREADABLE, in_file, in_one_line
+from launcher.config.overrides import check_options, chosen_engine, in_quotes, readable
+from launcher.config.presets import conf_dir, folders
+from launcher.config.schema import BACKENDS, BackendConfig, RunConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-OPEN_KEYS = ("backend.extra.",)  # entries of these need no + before them
-
-
-def conf_dir() -> Path:
-    """The folder of configuration files: inside an installed package, beside it in a checkout."""
-    package = Path(__file__).parents[1]
-    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
-
-
-def options(group: str, config_dirs: Sequence[str] = ()) -> list[str]:
-    """What `group=` can be set to, with what the user's own folders have of it."""
-    return sorted({path.stem for folder in _folders(config_dirs) for path in (folder / group).glob("*.yaml")})
-
-
-def groups() -> list[str]:
-    """The configuration groups, by name."""
-    return sorted(path.name for path in conf_dir().iterdir() if path.is_dir() and any(path.glob("*.yaml")))
-
-
-def _folders(config_dirs: Sequence[str]) -> list[Path]:
-    """Where configuration files are; ConfigError for a folder of the user's that is none."""
-    for name in config_dirs:
-        if not name or not Path(name).is_dir():
-            raise ConfigError(f"--config-dir={name} is not a folder.", "--config-dir=FOLDER, which has model/mine.yaml")
-    return [conf_dir(), *map(Path, config_dirs)]
+    from omegaconf import DictConfig
 
 
 def compose_run(overrides: list[str], config_dirs: tuple[str, ...] = ()) -> RunConfig:
     """The typed, checked configuration of one run; ConfigError with one line for whatever is wrong with it."""
-    _register_schemas()
-    overrides = [f"+{item}" if item.startswith(OPEN_KEYS) else item for item in with_quoted_paths(overrides)]
-    own = ",".join(in_quotes(f"file://{folder.absolute()}") for folder in _folders(config_dirs)[1:])
+    own = ",".join(in_quotes(f"file://{folder.absolute()}") for folder in folders(config_dirs)[1:])
     search = [f"hydra.searchpath=[{own}]"] if own else []
+    overrides = readable(overrides)
+    check_options(overrides, config_dirs)
+    _register_schemas()
     try:
         with initialize_config_dir(str(conf_dir().absolute()), version_base="1.3"):
             composed = compose("config", overrides=overrides + search)
-        if unknown := set(composed) - {item.name for item in dataclasses.fields(RunConfig)}:
-            raise unknown_key(str(min(unknown)))
-        config = cast("RunConfig", OmegaConf.to_object(composed))
+        config = typed(composed, config_dirs)
     except UNREADABLE as error:
-        raise in_one_line(error, overrides, lambda group: options(group, config_dirs)) from None
+        raise in_one_line(error, chosen_engine(overrides), config_dirs) from None
     _complete(config, {item.partition("=")[0].lstrip("+") for item in overrides})
     check(config)
     return config
+
+
+def typed(composed: DictConfig, config_dirs: Sequence[str]) -> RunConfig:
+    """What was composed as dataclasses; ConfigError for a key that they do not have."""
+    kind = OmegaConf.get_type(composed, "backend") or BackendConfig
+    tree = cast("dict[str, Any]", OmegaConf.to_container(composed))
+    own = tree.pop("backend", None) or {}
+    unknown = [*strays(tree, RunConfig), *strays(own, kind, "backend.")]
+    if unknown:
+        raise in_file(unknown_key(unknown[0], engine_of(kind)), unknown[0], config_dirs)
+    return cast("RunConfig", OmegaConf.to_object(composed))
 
 
 def _complete(config: RunConfig, given: set[str]) -> None:
@@ -84,7 +71,7 @@ def command_of(overrides: Sequence[str], config_dirs: Sequence[str]) -> tuple[st
 
 def expand_sweep(overrides: list[str]) -> list[list[str]]:
     """The points of `-m a=1,2 b=x,y`: one list of overrides each, the last key fastest."""
-    overrides = with_quoted_paths(overrides)
+    overrides = readable(overrides)
     parsed = OverridesParser.create().parse_overrides(overrides)
     axes = []
     for text, override in zip(overrides, parsed, strict=True):
@@ -97,7 +84,12 @@ def expand_sweep(overrides: list[str]) -> list[list[str]]:
 
 
 def _register_schemas() -> None:
+    """Tell Hydra of the dataclasses, once each: it takes milliseconds for one."""
     store = ConfigStore.instance()
-    store.store(group="schema", name="run", node=RunConfig, package="_global_")
+    known = store.repo.get("schema", {})
+    if "run.yaml" not in known:
+        store.store(group="schema", name="run", node=RunConfig, package="_global_")
     for name, schema in BACKENDS.items():
-        store.store(group="schema/backend", name=name, node=schema)
+        entry = known.get("backend", {}).get(f"{name}.yaml")
+        if entry is None or OmegaConf.get_type(entry.node) is not schema:
+            store.store(group="schema/backend", name=name, node=schema)

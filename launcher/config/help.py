@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import launcher
-from launcher.config.compose import conf_dir, groups, options
+from launcher.config.presets import conf_dir, groups, options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

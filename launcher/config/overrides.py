@@ -1,15 +1,25 @@
-"""Values that must not be read as Hydra's grammar: paths as they are, other texts in quotes."""
+"""Overrides of the command line as Hydra reads them: keys that exist, paths as they are, other texts in quotes."""
 
 from __future__ import annotations
 
 import re
+import shlex
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from launcher.config.schema import ConfigError
+from launcher.config.keys import ALL_KEYS, has_key, is_open, known_keys, nearest, unknown_key, wrong_value
+from launcher.config.presets import default_options, groups, options
+from launcher.config.schema import BACKENDS, ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from hydra.core.override_parser.types import Override
 
 PATHS = ("model.path", "prompts.path", "output_dir", "run_dir", "backend.python", "cluster.python")
+COMMANDS = ("compare", "doctor", "plan", "probe", "status")
 
 
 def quoted(text: str) -> str:
@@ -23,29 +33,107 @@ def in_quotes(text: str) -> str:
     return "'" + re.sub(r"(\\+)\Z", r"\1\1", text) + "'"
 
 
-def with_quoted_paths(overrides: list[str]) -> list[str]:
-    """The overrides, with a path that Hydra cannot read (`model.path=/a=b`) in quotes; ConfigError for other values."""
-    return [_with_quoted_path(item) for item in overrides]
+def for_shell(override: str) -> str:
+    """An override as it is pasted into a shell."""
+    plain = f'"{override}"'
+    return shlex.quote(override) if set('"`$!') & set(override) or shlex.split(plain) != [override] else plain
 
 
-def _with_quoted_path(item: str) -> str:
-    key, equals, value = item.partition("=")
+def chosen_engine(overrides: Sequence[str]) -> str | None:
+    """The engine of a run; None where the option is a file of the user's, or several are a sweep."""
+    chosen = [item.partition("=")[2] for item in overrides if item.lstrip("+").startswith("backend=")]
+    name = chosen[-1] if chosen else default_options()["backend"]
+    return name if name in BACKENDS else None
+
+
+def readable(overrides: Sequence[str]) -> list[str]:
+    """The overrides as Hydra's grammar takes them; ConfigError for one whose key or value no run can have.
+
+    A `+` is only kept before an entry that the user may name; a path that Hydra cannot read (`model.path=/a=b`) is put
+    in quotes.
+    """
+    engine = chosen_engine(overrides)
+    known = known_keys(engine)
+    return [_readable(item, engine, known) for item in overrides]
+
+
+def _readable(item: str, engine: str | None, known: Mapping[str, Any]) -> str:
+    written, equals, value = item.partition("=")
+    key = written.lstrip("+~")
     if equals and not key:
         raise ConfigError(f"{item} has no key.", "KEY=VALUE")
+    if not equals and not written.startswith("~"):
+        raise _no_value(item, known)
+    is_entry = has_key(key, known) and key not in known
+    if not has_key(key.partition("@")[2] or key, known) and key not in groups():
+        raise unknown_key(key, engine, value or "VALUE")
+    if written.startswith("~") and not is_entry:
+        raise ConfigError(f"{item} would take {key} away, and every run has it.", f"leave ~{key} out")
     try:
-        OverridesParser.create().parse_override(item)
+        parse(item)
     except HydraException as error:
         if key in PATHS:
             return f"{key}={quoted(value)}"
-        if not equals:
-            raise ConfigError(f"{item} has no value.", "KEY=VALUE") from None
-        raise ConfigError(
-            f"{item} cannot be read: {_reason(error)}.", f'"{key}={quoted(value)}", in both quotes'
-        ) from None
-    return item
+        raise _unreadable(key, value, known.get(key, str), error) from None
+    if is_entry:
+        needs_plus = key.startswith(ENTRIES) and not written.startswith(("+", "~"))
+        return f"+{item}" if needs_plus else item
+    return item.lstrip("+") if key in known else item
 
 
-def _reason(error: HydraException) -> str:
-    """What Hydra's parser says, without the override that it repeats and the tokens that it would rather have."""
+ENTRIES = ("backend.extra.", "cluster.environment.")
+"""Keys whose entries need no +: they begin empty. Those of model.config, without one, must be there."""
+
+
+def parse(item: str) -> Override:
+    """An override by Hydra's grammar."""
+    return OverridesParser.create().parse_override(item)
+
+
+def check_options(overrides: Sequence[str], config_dirs: Sequence[str]) -> None:
+    """ConfigError for a group that is set to an option which it does not have."""
+    for override in map(parse, overrides):
+        key = override.key_or_group
+        text = override.input_line or ""
+        if override.is_sweep_override():
+            raise ConfigError(f"{text} has several values, which are a sweep.", f"-m {text}")
+        if key in groups() and override.value() not in (known := options(key, config_dirs)):
+            raise no_option(key, text.partition("=")[2], known)
+
+
+def no_option(group: str, given: str, known: Sequence[str]) -> ConfigError:
+    """A group has no such option."""
+    fact = f"{group}={given} is not one of {', '.join(known)}."
+    if close := nearest(given, known):
+        return ConfigError(fact, f"{group}={close}")
+    if group == "model" and "/" in given:
+        return ConfigError(fact, f"model.path={given}")
+    if group == "prompts" and re.search(r"[/.]", given):
+        return ConfigError(fact, f"prompts=file prompts.path={given}")
+    return ConfigError(fact, f"{group}={default_options().get(group, known[0])}")
+
+
+def _no_value(word: str, known: Mapping[str, Any]) -> ConfigError:
+    """A word that is no override: most likely a command, a key or an option."""
+    fact = f"{word} has no value."
+    if word in COMMANDS:
+        return ConfigError(f"{word} is a command of its own.", f"python -m launcher.{word}")
+    for group in groups():
+        if word in options(group):
+            return ConfigError(fact, f"{group}={word}")
+    near = nearest(word, known)
+    if near is None:
+        return ConfigError(fact, ALL_KEYS)
+    return ConfigError(fact, f"{near}=true" if known[near] is bool else f"{near}=VALUE")
+
+
+def _unreadable(key: str, value: str, hint: Any, error: HydraException) -> ConfigError:
+    """A value that Hydra's grammar does not take; the hint is the same in quotes where a text can be meant."""
+    if not is_open(hint) and hint is not str:
+        return wrong_value(key, value, hint)
     said = [line for line in str(error).splitlines() if not line.startswith(("Error parsing override", "See http"))]
-    return said[0].partition(" expecting ")[0].strip() if said else type(error).__name__
+    reason = said[0].partition(" expecting ")[0].strip() if said else type(error).__name__
+    text = quoted(value)
+    if is_open(hint) and value.startswith("["):
+        text = f"[{','.join(quoted(part.strip()) for part in value.strip('[]').split(','))}]"
+    return ConfigError(f"{key}={value} cannot be read: {reason}.", f"{for_shell(f'{key}={text}')}, in these quotes")

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 from running import launcher, run
 
 from launcher.config.compose import command_of, compose_run, expand_sweep
-from launcher.config.overrides import quoted, with_quoted_paths
+from launcher.config.overrides import quoted, readable
 from launcher.config.schema import ConfigError
 from launcher.config.values import from_dict, to_dict
 from launcher.models import EMBEDDED
@@ -58,14 +60,16 @@ def test_quoted_stands_for_itself() -> None:
     draw = random.Random(7)
     for _ in range(300):
         text = "".join(draw.choice("ab'\"\\${}[]=,:; \n\té~()`") for _ in range(draw.randrange(1, 12)))
-        assert compose_run([f"model.path={quoted(text)}"]).model.path == text, text
+        value = OverridesParser.create().parse_override(f"model.path={quoted(text)}").value()
+        assert OmegaConf.create({"path": value}).path == text, text
+    assert compose_run([f"model.path={quoted(text)}"]).model.path == text
 
 
 def test_another_value_is_refused_with_its_quotes() -> None:
     with pytest.raises(ConfigError) as caught:
-        with_quoted_paths(["seed=x;y"])
-    assert caught.value.fact.startswith("seed=x;y cannot be read: ")
-    assert caught.value.hint == "\"seed='x;y'\", in both quotes"
+        readable(["model.name=x;y"])
+    assert caught.value.fact.startswith("model.name=x;y cannot be read: ")
+    assert caught.value.hint == "\"model.name='x;y'\", in these quotes"
 
 
 def test_the_whole_configuration_survives_a_folder_of_nasty_files(tmp_path: Path) -> None:

@@ -1,0 +1,160 @@
+"""The keys of a configuration, by the dataclasses of its schema, and the nearest of them to a word that is none."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from enum import Enum
+from functools import cache
+from typing import TYPE_CHECKING, Any, cast, get_args, get_origin, get_type_hints
+
+from launcher.config.schema import BACKENDS, ConfigError, RunConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from launcher.config.schema import BackendConfig
+
+ALL = "which shows every key"
+ALL_KEYS = f"python -m launcher --cfg, {ALL}"
+
+LEAST_ALIKE = 0.7
+"""How much of two words must agree (difflib's ratio) for one to be a misspelling of the other."""
+
+OTHER_WORDS = {
+    "batch": "measure.batch_size",
+    "dtype": "precision",
+    "engine": "backend",
+    "gpus": "devices",
+    "max_tokens": "sampling.max_new_tokens",
+    "n_gpus": "devices",
+    "nnodes": "num_nodes",
+    "nodes": "num_nodes",
+    "nproc_per_node": "devices",
+    "num_gpus": "devices",
+    "tensor_parallel_size": "devices",
+    "tp": "devices",
+}
+"""What other tools call a key."""
+
+SAME_VALUES = {"gpu": "cuda", "float": "fp32", "half": "fp16"}
+"""What other tools call a value of an Enum; its own value, as torch's name of a precision, is known as well."""
+
+
+def key_types(kind: type, prefix: str = "") -> dict[str, Any]:
+    """The type of every key of a dataclass, at every depth, by its dotted path."""
+    hints = get_type_hints(kind)
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        path, hint = prefix + field.name, without_none(hints[field.name])
+        found[path] = hint
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            found |= key_types(hint, f"{path}.")
+    return found
+
+
+@cache
+def run_keys(engine: str) -> dict[str, Any]:
+    """The type of every key that a run with this engine has."""
+    return key_types(RunConfig) | key_types(BACKENDS[engine], "backend.")
+
+
+def known_keys(engine: str | None) -> dict[str, Any]:
+    """The type of each key that a run can have: of all engines where it is not known with which."""
+    names = (engine,) if engine else tuple(BACKENDS)
+    return {path: hint for name in names for path, hint in run_keys(name).items()}
+
+
+def engine_of(kind: type[BackendConfig]) -> str | None:
+    """The engine that a dataclass is of."""
+    return next((name for name, other in BACKENDS.items() if other is kind), None)
+
+
+def without_none(hint: Any) -> Any:
+    """A type that may be None as what it is else."""
+    if isinstance(hint, types.UnionType):
+        return next(option for option in get_args(hint) if option is not types.NoneType)
+    return hint
+
+
+def is_open(hint: Any) -> bool:
+    """Whether what is below a key of this type is the user's to name."""
+    return get_origin(hint) in (dict, list)
+
+
+def has_key(key: str, known: Mapping[str, Any]) -> bool:
+    """Whether a dotted key is one of `known`, or lies below one whose entries are the user's."""
+    parts = key.split(".")
+    parents = (".".join(parts[:count]) for count in range(1, len(parts)))
+    return key in known or any(parent in known and is_open(known[parent]) for parent in parents)
+
+
+def strays(tree: Mapping[str, Any], kind: type, prefix: str = "") -> Iterator[str]:
+    """The dotted keys in a tree of plain values that the dataclass does not have."""
+    hints = get_type_hints(kind)
+    for name, value in tree.items():
+        if name not in hints:
+            yield f"{prefix}{name}"
+        elif dataclasses.is_dataclass(hint := without_none(hints[name])) and isinstance(value, dict):
+            yield from strays(value, cast("type", hint), f"{prefix}{name}.")
+
+
+def unknown_key(key: str, engine: str | None, value: str = "VALUE") -> ConfigError:
+    """There is no such key; the hint is the nearest one with the value that was given. `engine` is None where it is
+    not known."""
+    known = known_keys(engine)
+    where = f"an option of backend={engine}" if engine and key.startswith("backend.") else "a key of the configuration"
+    fact = f"{key} is not {where}."
+    if near := nearest(key, known):
+        return ConfigError(fact, f"{near}={value}")
+    for other in BACKENDS if key.startswith("backend.") else ():
+        if near := nearest(key, [path for path in run_keys(other) if path.startswith("backend.")]):
+            return ConfigError(fact, f"backend={other} {near}={value}")
+    return ConfigError(fact, f"python -m launcher backend={engine} --cfg, {ALL}" if "option of" in fact else ALL_KEYS)
+
+
+def nearest(key: str, known: Iterable[str]) -> str | None:
+    """The key that was most likely meant: one beside it, one of the same last word, or one that is much alike."""
+    paths = list(known)
+    word = key.replace("-", "_")
+    if word in paths:
+        return word
+    if (other := OTHER_WORDS.get(word)) in paths:
+        return other
+    parent, _, leaf = word.rpartition(".")
+    beside = {path.rpartition(".")[2]: path for path in paths if path.rpartition(".")[0] == parent}
+    if close := difflib.get_close_matches(leaf, beside, 1, cutoff=LEAST_ALIKE):
+        return beside[close[0]]
+    alike = difflib.get_close_matches(leaf, {path.rpartition(".")[2] for path in paths}, 1, cutoff=LEAST_ALIKE)
+    same = [path for path in paths if path.rpartition(".")[2] in alike]
+    return difflib.get_close_matches(word, same, 1, cutoff=0)[0] if same else None
+
+
+def wrong_value(key: str, value: Any, hint: Any) -> ConfigError:
+    """A value of another kind than its key has."""
+    given = "null" if value is None else str(value)
+    what = f"{key}={given}"
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return ConfigError(f"{what} is not one of {', '.join(hint.__members__)}.", f"{key}={_member(hint, given)}")
+    if value is None:
+        return ConfigError(f"{what} is not a value.", f"leave {key} out")
+    kinds = {
+        bool: ("true or false", "true"),
+        int: ("a whole number", "1"),
+        float: ("a number", "1"),
+        str: ("a text", "TEXT"),
+        list: ("a list", "[a,b]"),
+        dict: ("a group of entries", "{a:b}"),
+    }
+    kind, example = kinds.get(get_origin(hint) or hint, ("a group of keys", ""))
+    return ConfigError(f"{what} is not {kind}.", f"{key}={example}" if example else f"leave {key} out")
+
+
+def _member(kind: type[Enum], given: str) -> str:
+    """The member of an Enum that is meant by a word."""
+    by_value = {str(member.value): name for name, member in kind.__members__.items()}
+    word = SAME_VALUES.get(given.lower(), given.lower())
+    if word in by_value:
+        return by_value[word]
+    return difflib.get_close_matches(word, kind.__members__, 1, cutoff=0)[0]

@@ -1,0 +1,50 @@
+"""The folders of configuration files: groups, the options of each, and which of them a run has by default."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from launcher.config.schema import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def conf_dir() -> Path:
+    """The folder of configuration files: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+
+
+def folders(config_dirs: Sequence[str]) -> list[Path]:
+    """The built-in folder and those of the user; ConfigError for one of these that is none."""
+    for name in config_dirs:
+        if not name or not Path(name).is_dir():
+            raise ConfigError(f"--config-dir={name} is not a folder.", "--config-dir=FOLDER, which has model/mine.yaml")
+    return [conf_dir(), *map(Path, config_dirs)]
+
+
+@cache
+def groups() -> list[str]:
+    """The configuration groups, by name."""
+    return sorted(path.name for path in conf_dir().iterdir() if path.is_dir() and any(path.glob("*.yaml")))
+
+
+def options(group: str, config_dirs: Sequence[str] = ()) -> list[str]:
+    """What `group=` can be set to, with what the user's own folders have of it."""
+    return sorted({path.stem for folder in folders(config_dirs) for path in (folder / group).glob("*.yaml")})
+
+
+@cache
+def default_options() -> dict[str, str]:
+    """The option of each group where none is chosen."""
+    base = yaml.safe_load((conf_dir() / "config.yaml").read_text(encoding="utf-8"))
+    chosen: dict[str, str] = {}
+    for entry in base["defaults"]:
+        if isinstance(entry, dict):
+            chosen |= entry
+    return chosen
