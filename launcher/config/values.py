@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from enum import Enum
 from typing import Any
 
+from launcher.config.keys import strays, unknown_key, without_none
 from launcher.config.schema import BACKENDS, RunConfig
 
 
@@ -25,23 +25,28 @@ def to_dict(value: Any) -> Any:
 
 
 def from_dict(raw: dict[str, Any]) -> RunConfig:
-    """The inverse of `to_dict` for a whole configuration; the engine's name picks its dataclass."""
-    config = _build(RunConfig, {**raw, "backend": None})
-    config.backend = _build(BACKENDS[raw["backend"]["name"]], raw["backend"])
+    """The inverse of `to_dict` for a whole configuration; the engine's name picks its dataclass.
+
+    ConfigError for a key that is not in the schema: a run of another version must not go on as another run.
+    """
+    own = {**raw, "backend": None}
+    engine = raw["backend"]["name"]
+    for key in (*strays(own, RunConfig), *strays(raw["backend"], BACKENDS[engine], "backend.")):
+        raise unknown_key(key, engine)
+    config = _build(RunConfig, own)
+    config.backend = _build(BACKENDS[engine], raw["backend"])
     return typing.cast("RunConfig", config)
 
 
 def _build(kind: type, raw: dict[str, Any]) -> Any:
     hints = typing.get_type_hints(kind)
-    known = {f.name for f in dataclasses.fields(kind)}
-    return kind(**{key: _convert(hints[key], value) for key, value in raw.items() if key in known})
+    return kind(**{key: _convert(hints[key], value) for key, value in raw.items()})
 
 
 def _convert(hint: Any, value: Any) -> Any:
     if value is None:
         return None
-    if isinstance(hint, types.UnionType):
-        hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
+    hint = without_none(hint)
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast("type", hint), value)
     if isinstance(hint, type) and issubclass(hint, Enum):

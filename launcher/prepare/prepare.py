@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.backends.deepspeed.options import notes_deepspeed, refuse_deepspeed
+from launcher.backends.vllm.options import refuse_vllm
 from launcher.config.cluster import check_cluster
 from launcher.config.schema import Accelerator, ConfigError, Weights
 from launcher.models import EMBEDDED
@@ -38,6 +39,7 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
     """Resolve, check and plan a run; nothing is written. Raises UserError."""
     _check_launch(config)
     _check_packages(config)
+    refuse_vllm(config)
     on_cuda = _check_devices(config)
     config = replace(config, accelerator=Accelerator.cuda if on_cuda else Accelerator.cpu)
     config, notes = _settle(config, on_cuda)

@@ -124,7 +124,7 @@ def test_workers_share_the_cores() -> None:
 def test_arguments_that_vllm_does_not_have_are_named() -> None:
     saw = seen("alone")[0]
     assert (
-        saw["refused"] == "vLLM has no argument 'max_num_seq' (backend.extra.max_num_seq). HINT: backend.max_num_seqs="
+        saw["refused"] == "vLLM has no argument 'max_num_seq' (backend.extra.max_num_seq). HINT: backend.max_num_seqs=2"
     )
     assert saw["ours"] == "backend.extra.dtype is set by the launcher. HINT: precision="
     assert saw["too_long"].startswith("Prompt 0 has 1000 tokens; 40 new ones do not fit into the 1024 that")

@@ -62,7 +62,7 @@ class VllmBackend:
         elif self.on_cpu:
             _share_threads(self.config.devices)
         self._check_platform()
-        check_extra(self.vllm, self.options.extra)
+        check_extra(Path(self.vllm.__path__[0]), self.options.extra)
         self.scratch = tempfile.TemporaryDirectory(prefix=f"launcher_{os.environ.get(MARK, '')[:12]}_")
         before = shared_memory_files()
         with _temporary_files_in(self.scratch.name, self.on_cpu):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
-import inspect
+import importlib.util
 import os
+import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -17,7 +20,6 @@ from shards.model.shape import ModelShape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from launcher.config.schema import RunConfig
 
@@ -116,17 +118,62 @@ def refusal(error: ValueError) -> str:
     return ": ".join(filter(None, (".".join(map(str, problems[0]["loc"])), problems[0]["msg"])))
 
 
-def check_extra(vllm: Any, extra: dict[str, Any]) -> None:
+def refuse_vllm(config: RunConfig) -> None:
+    """ConfigError, before a process starts, for what is in `backend.extra` and vLLM does not take.
+
+    Where its package cannot be read from here (in a container, on a node) the rank finds it.
+    """
+    if not isinstance(config.backend, VllmConfig) or not config.backend.extra:
+        return
+    package = installed_package(config.backend.python)
+    if package is not None:
+        check_extra(package, config.backend.extra)
+
+
+def installed_package(python: str | None) -> Path | None:
+    """The folder of the vLLM that an interpreter would import, found without importing it."""
+    if python is None:
+        spec = importlib.util.find_spec("vllm")
+        return Path(spec.origin).parent if spec and spec.origin else None
+    program = "import importlib.util as i; print(i.find_spec('vllm').origin)"
+    try:
+        asked = subprocess.run([python, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return Path(asked.stdout.strip()).parent
+
+
+def accepted_arguments(package: Path) -> set[str]:
+    """The arguments of vllm.LLM and vllm.EngineArgs, read from their source: importing vLLM takes seconds."""
+    engine = _class_in(package / "engine" / "arg_utils.py", "EngineArgs")
+    fields = {
+        node.target.id for node in engine if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    [init] = (
+        node.args
+        for node in _class_in(package / "entrypoints" / "llm.py", "LLM")
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__"
+    )
+    return fields | {argument.arg for argument in (*init.args, *init.kwonlyargs)} - {"self"}
+
+
+def _class_in(path: Path, name: str) -> list[ast.stmt]:
+    """The statements of a class in a source file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    return next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+
+
+def check_extra(package: Path, extra: Mapping[str, Any]) -> None:
     """ConfigError for a key of `backend.extra` that vllm.LLM does not have, or that the launcher itself sets."""
-    known = {*inspect.signature(vllm.LLM.__init__).parameters} - {"self", "kwargs"}
-    known |= {field.name for field in dataclasses.fields(vllm.EngineArgs)}
-    for name in extra:
+    known = accepted_arguments(package)
+    own = {field.name for field in dataclasses.fields(VllmConfig)}
+    for name, value in extra.items():
         if name in OURS:
-            raise ConfigError(
-                f"backend.extra.{name} is set by the launcher.", f"{OURS[name]}=" if OURS[name] else "leave it out"
-            )
+            hint = f"{OURS[name]}=" if OURS[name] else "leave it out"
+            raise ConfigError(f"backend.extra.{name} is set by the launcher.", hint)
         if name not in known:
-            near = (*difflib.get_close_matches(name, known, 1), "")[0]
-            place = "backend" if near in {field.name for field in dataclasses.fields(VllmConfig)} else "+backend.extra"
-            hint = f"{place}.{near}=" if near else "the arguments of vllm.LLM and vllm.EngineArgs"
-            raise ConfigError(f"vLLM has no argument {name!r} (backend.extra.{name}).", hint)
+            near = next(iter(difflib.get_close_matches(name, known, 1)), None)
+            hint = f"{'backend' if near in own else 'backend.extra'}.{near}={value}"
+            raise ConfigError(
+                f"vLLM has no argument {name!r} (backend.extra.{name}).", hint if near else f"leave {name} out"
+            )

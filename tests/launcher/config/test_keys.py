@@ -10,10 +10,13 @@ import yaml
 from running import launcher, torchrun
 
 from launcher.__main__ import main
+from launcher.backends.vllm.options import accepted_arguments, installed_package
 from launcher.config.compose import compose_run
 from launcher.config.keys import run_keys
 from launcher.config.presets import groups, options
 from launcher.config.schema import BACKENDS, ConfigError
+from launcher.config.values import from_dict, to_dict
+from launcher.prepare.prepare import prepare
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -200,3 +203,34 @@ def test_a_plus_before_a_key_that_is_there_changes_it() -> None:
     assert compose_run(["+sampling.top_k=3", "++seed=5", "+model=tiny_llama"]) == compose_run(
         ["sampling.top_k=3", "seed=5", "model=tiny_llama"]
     )
+
+
+def test_what_vllm_does_not_take_is_named_before_a_process_starts() -> None:
+    if installed_package(None) is None:
+        pytest.skip("vllm is not installed")
+    config = compose_run(["backend=vllm", "backend.extra.max_num_seq=2"])
+    with pytest.raises(ConfigError, match=r"no argument 'max_num_seq' .* HINT: backend.max_num_seqs=2"):
+        prepare(config, ("python",))
+    config = compose_run(["backend=vllm", "backend.extra.load_in_8bit=true"])
+    with pytest.raises(ConfigError, match="vLLM has no argument 'load_in_8bit'"):
+        prepare(config, ("python",))
+
+
+def test_the_arguments_of_vllm_are_read_from_its_source(tmp_path: Path) -> None:
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "entrypoints").mkdir()
+    (tmp_path / "engine" / "arg_utils.py").write_text(
+        "class EngineArgs:\n    model: str = ''\n    block_size: int = 1\n"
+    )
+    (tmp_path / "entrypoints" / "llm.py").write_text(
+        "class LLM:\n    def __init__(self, model, *, seed=0, **more): 1\n"
+    )
+    assert accepted_arguments(tmp_path) == {"model", "block_size", "seed"}
+
+
+def test_a_configuration_with_keys_of_another_version_is_not_read() -> None:
+    written = to_dict(compose_run(["backend=dummy"]))
+    assert from_dict(written) == compose_run(["backend=dummy"])
+    for group in ("sampling", "backend"):
+        with pytest.raises(ConfigError, match=f"{group}.num_beams is not "):
+            from_dict(written | {group: written[group] | {"num_beams": 4}})
