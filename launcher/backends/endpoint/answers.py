@@ -1,0 +1,113 @@
+"""An exchange with a server -> the answer to a prompt, or why there is none."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise
+from typing import TYPE_CHECKING
+
+from launcher.backends.endpoint.dialects import FINISHED, MalformedError, ServerError
+from launcher.backends.endpoint.events import events
+from launcher.backends.endpoint.failures import Failure, one_line
+
+if TYPE_CHECKING:
+    from launcher.backends.endpoint.connection import Exchange
+    from launcher.backends.endpoint.dialects import Delta, Dialect, FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a server made of one prompt.
+
+    `pieces_s` are the moments at which the parts of the answer came, in seconds from the sending of the request.
+    `new_tokens` are counted by their ids, else by the server's own word, else by the parts that came.
+    `prompt_tokens` is how many the server says that it read. With a `failure` the rest is what came before it. Where
+    there were several `attempts`, the request was sent with the first.
+    """
+
+    text: str = ""
+    token_ids: tuple[int, ...] | None = None
+    finish_reason: FinishReason | None = None
+    pieces_s: tuple[float, ...] = ()
+    new_tokens: int = 0
+    prompt_tokens: int | None = None
+    failure: Failure | None = None
+    attempts: int = 1
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Seconds to the first part."""
+        return self.pieces_s[0] if self.pieces_s else None
+
+    @property
+    def itl_s(self) -> tuple[float, ...]:
+        """The gaps between the parts, each of one token unless the server sends several at once."""
+        return tuple(later - earlier for earlier, later in pairwise(self.pieces_s))
+
+
+class Reading:
+    """Reads an exchange some events at a time, so that a loop that has other things to do is not held up."""
+
+    def __init__(self, exchange: Exchange, dialect: Dialect, max_new_tokens: int) -> None:
+        self.exchange, self.dialect, self.max_new_tokens = exchange, dialect, max_new_tokens
+        self.failure = exchange.failure
+        self.is_done = not dialect.ends_with_done
+        self.deltas: list[tuple[float, Delta]] = []
+        self.left = events(exchange.pieces if exchange.status == 200 else ())
+
+    def read(self, most: int) -> bool:
+        """Read at most so many events; whether there may be more. Never raises for what is in them."""
+        try:
+            for moment, data in islice(self.left, most):
+                self._add(moment, data)
+                most -= 1
+        except ServerError as error:
+            self.failure = Failure("error", one_line(str(error)))
+            return False
+        except (MalformedError, ValueError, RecursionError) as error:  # JSON's own error is a ValueError
+            self.failure = self.failure or Failure("malformed", one_line(str(error)))
+            return False
+        return most == 0
+
+    def _add(self, moment: float, data: bytes) -> None:
+        if data.strip() == b"[DONE]":
+            self.is_done = True
+        else:
+            self.deltas.append((moment - self.exchange.sent_at, self.dialect.read(json.loads(data))))
+
+    def answer(self) -> Answer:
+        """What has been read."""
+        deltas = [delta for _, delta in self.deltas]
+        pieces = tuple(moment for moment, delta in self.deltas if delta.is_piece)
+        ids = tuple(token for delta in deltas for token in delta.token_ids or ()) if self.dialect.gives_ids else None
+        reasons = [delta.finish_reason for delta in deltas if delta.finish_reason is not None]
+        counted = [delta.completion_tokens for delta in deltas if delta.completion_tokens is not None]
+        asked = [delta.prompt_tokens for delta in deltas if delta.prompt_tokens is not None]
+        answer = Answer(
+            text="".join(delta.text for delta in deltas),
+            token_ids=ids,
+            finish_reason=FINISHED.get(reasons[-1]) if reasons else None,
+            pieces_s=pieces,
+            new_tokens=len(ids) if ids is not None else counted[-1] if counted else len(pieces),
+            prompt_tokens=asked[-1] if asked else None,
+            failure=self.failure,
+        )
+        if self.failure is not None:
+            return answer
+        return replace(answer, failure=self._fault(answer, reasons, counted))
+
+    def _fault(self, answer: Answer, reasons: list[str], counted: list[int]) -> Failure | None:
+        """What is wrong with a stream that ended in order."""
+        new, most = answer.new_tokens, self.max_new_tokens
+        if not reasons:
+            return Failure("incomplete", "the stream ended without a reason")
+        if answer.finish_reason is None:
+            return Failure("aborted", f"the server ended the answer with {one_line(reasons[-1])}")
+        if not self.is_done:
+            return Failure("incomplete", "the stream ended without its last event")
+        if new > most:
+            return Failure("too_many_tokens", f"{new} tokens came, and {most} were asked for")
+        if answer.token_ids is not None and counted and counted[-1] != new:
+            return Failure("tokens_lost", f"{new} tokens came, and the server made {counted[-1]}")
+        return None if new else Failure("incomplete", "no token came")

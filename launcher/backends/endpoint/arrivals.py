@@ -1,0 +1,43 @@
+"""When bytes reached this machine, by the kernel's clock: not when Python came to read them."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+
+SO_TIMESTAMPNS = 35  # of <asm-generic/socket.h>: Python has no name for it
+TIMESPEC = struct.Struct("@qq")
+READ_BYTES = 256 * 1024
+
+
+class ArrivalClock:
+    """Reads a socket, and tells when what it reads had arrived, as `time.perf_counter` counts.
+
+    The kernel stamps packets by the time of day, which is taken to run evenly from one call of `set` to the next. Where
+    several packets wait to be read, all have the stamp of the last. Without stamps (another system, a time of day that
+    was put), the moment is that of the reading.
+    """
+
+    def __init__(self, connected: socket.socket) -> None:
+        self.socket = connected
+        connected.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        self.set()
+
+    def set(self) -> None:
+        """Compare the two clocks. Whatever comes from here on has come later than this."""
+        self.earliest = time.perf_counter()
+        self.offset = time.time() - self.earliest
+
+    def receive(self) -> tuple[float, bytes]:
+        """What has come, and when; nothing at the end of the connection. BlockingIOError where nothing waits."""
+        data, ancillary, _, _ = self.socket.recvmsg(READ_BYTES, socket.CMSG_SPACE(TIMESPEC.size))
+        moment = now = time.perf_counter()
+        for level, kind, content in ancillary:
+            if level == socket.SOL_SOCKET and kind == SO_TIMESTAMPNS and len(content) == TIMESPEC.size:
+                seconds, nanoseconds = TIMESPEC.unpack(content)
+                moment = seconds - self.offset + nanoseconds * 1e-9
+        if not self.earliest <= moment <= now:
+            moment = now
+        self.earliest = moment
+        return moment, data

@@ -1,0 +1,126 @@
+"""Requests to one server over connections that are kept, and what is wrong with those that fail."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from time import perf_counter
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from launcher.backends.endpoint.connection import Connection, Exchange, Limits
+from launcher.backends.endpoint.failures import Failure, one_line
+
+RENEW_S = 3.0  # uvicorn closes connections after 5 s without a request: one that idled longer than this is not reused
+CONNECT_S = 30.0
+OTHER_BYTES = 16 * 2**20  # of what is no answer to a prompt
+
+
+class Client:
+    """To be used inside one event loop, as a context.
+
+    Certificates are verified, by `ca_file` where there is one. Redirects are not followed and proxies not used: what is
+    measured is the server at `url`. `key` goes into the header of requests, and nowhere else: it is taken out of what
+    the server says.
+    """
+
+    def __init__(self, url: str, limits: Limits, key: str | None = None, ca_file: str | None = None) -> None:
+        parts = urlsplit(url)
+        assert parts.hostname is not None
+        self.url, self.limits, self._key = url.rstrip("/"), limits, key
+        self._tls = ssl.create_default_context(cafile=ca_file) if parts.scheme == "https" else None
+        self._host, self._port = parts.hostname, parts.port or (443 if self._tls else 80)
+        self._folder = parts.path.rstrip("/")
+        self._idle: list[Connection] = []
+        self._addresses: list[Any] = []  # as getaddrinfo gives them
+        lines = [
+            f"Host: {parts.netloc}",
+            "Content-Type: application/json",
+            "Accept: */*",
+            "Accept-Encoding: identity",
+            *([f"Authorization: Bearer {key}"] if key else []),
+        ]
+        self._headers = "".join(f"{line}\r\n" for line in lines)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        while self._idle:
+            self._idle.pop().close()
+
+    async def post(self, path: str, body: bytes, most_bytes: int = OTHER_BYTES) -> Exchange:
+        """Send one request and keep what comes; a failure is in the exchange, whatever the server does."""
+        return await self._request("POST", path, body, most_bytes)
+
+    async def get(self, path: str) -> Exchange:
+        """Ask for what is not an answer to a prompt."""
+        return await self._request("GET", path, b"", OTHER_BYTES)
+
+    async def _request(self, method: str, path: str, body: bytes, most_bytes: int) -> Exchange:
+        head = f"{method} {self._folder}{path} HTTP/1.1\r\n{self._headers}Content-Length: {len(body)}\r\n\r\n"
+        begun = perf_counter()
+        try:
+            connection = self._kept() or await self._connect()
+        except OSError as error:
+            message = self.public(str(error) or f"no connection in {CONNECT_S:g} s")
+            return Exchange(begun, failure=Failure("unreachable", message))
+        exchange = await connection.exchange(head.encode() + body, most_bytes, self.limits)
+        exchange.sent_at = begun
+        if connection.is_open:
+            self._idle.append(connection)
+        if exchange.status not in (None, 200):
+            exchange.failure = Failure(f"http_{exchange.status}", self.public(exchange.body.decode(errors="replace")))
+        return exchange
+
+    def _kept(self) -> Connection | None:
+        """A connection that was used not long ago, if there is one."""
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.is_open and perf_counter() - connection.idle_since < RENEW_S:
+                return connection
+            connection.close()
+        return None
+
+    async def _connect(self) -> Connection:
+        """A new connection, to the address that took the last one, or to the first that takes one; OSError if none."""
+        loop = asyncio.get_running_loop()
+        if not self._addresses:
+            self._addresses = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        errors: list[OSError] = []
+        for found in list(self._addresses):
+            family, *_, address = found
+            connected = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                connected.setblocking(False)
+                connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                async with asyncio.timeout(CONNECT_S):
+                    await loop.sock_connect(connected, address)
+                    connection = Connection(connected, self._tls, self._host)
+                    await connection.begin()
+            except BaseException as error:
+                connected.close()
+                if not isinstance(error, OSError):  # TimeoutError and ssl.SSLError are
+                    raise
+                errors.append(error)
+            else:
+                self._addresses = [found]
+                return connection
+        self._addresses = []
+        raise errors[-1]
+
+    def public(self, text: str) -> str:
+        """Text of the server or about it, as one line without the key."""
+        return one_line(text.replace(self._key, "***") if self._key else text)
+
+    async def is_listening(self) -> bool:
+        """Whether somebody takes connections at the server's address."""
+        try:
+            connection = await self._connect()
+        except ssl.SSLError:
+            return True
+        except OSError:
+            return False
+        connection.close()
+        return True

@@ -1,0 +1,213 @@
+"""The protocols that servers speak: what each is sent, and what its events say."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from launcher.backends.base import Prompt
+    from launcher.config.schema import SamplingConfig
+
+FinishReason = Literal["stop", "length"]
+FINISHED: dict[str, FinishReason] = {
+    "stop": "stop", "length": "length", "eos_token": "stop", "stop_sequence": "stop",
+}  # fmt: skip
+"""The reasons of an answer's end, by what servers call them; any other means that it was given up."""
+
+
+class MalformedError(ValueError):
+    """An event is not what the dialect allows."""
+
+
+class ServerError(Exception):
+    """An event says that the server failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one event adds to an answer. A server that does not give token ids leaves them None."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] | None = None
+    finish_reason: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    is_piece: bool = False  # of the answer; others only say how it ended, or count
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect(ABC):
+    """One protocol.
+
+    `takes_ids`: prompts go as token ids. `gives_ids`: answers come as such. `ignores_eos`: the server can be told to go
+    on after EOS. `ends_with_done`: behind the last event comes the word [DONE].
+    """
+
+    path: str
+    takes_ids: bool
+    gives_ids: bool
+    ignores_eos: bool
+    ends_with_done: bool
+
+    @abstractmethod
+    def body(self, model: str, prompt: Prompt, sampling: SamplingConfig, seed: int, salt: str) -> dict[str, Any]:
+        """The request that asks for a stream; `salt` keeps answers apart from those that the server has cached."""
+
+    @abstractmethod
+    def read(self, event: Any) -> Delta:
+        """What an event says; MalformedError where it is none of this dialect, ServerError where it is an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completions(Dialect):
+    """OpenAI's /v1/completions with nothing that is not in its reference: text in, text out."""
+
+    path: str = "/v1/completions"
+    takes_ids: bool = False
+    gives_ids: bool = False
+    ignores_eos: bool = False
+    ends_with_done: bool = True
+
+    def body(self, model: str, prompt: Prompt, sampling: SamplingConfig, seed: int, salt: str) -> dict[str, Any]:
+        return {
+            "model": model,
+            "prompt": prompt.text,
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": seed + prompt.index,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+
+    def read(self, event: Any) -> Delta:
+        _raise_error(event)
+        choices = _of(event, "choices", list, [])
+        usage = _of(event, "usage", dict, {})
+        prompt, completion = _of(usage, "prompt_tokens", int, None), _of(usage, "completion_tokens", int, None)
+        if not choices:
+            return Delta(prompt_tokens=prompt, completion_tokens=completion)
+        choice = choices[0]
+        ids = _ids(choice, "token_ids") if self.gives_ids else None
+        text, reason = _of(choice, "text", str, ""), _of(choice, "finish_reason", str, None)
+        is_piece = bool(ids or text or (ids is None and reason is None))
+        return Delta(text, ids, reason, prompt, completion, is_piece)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCompletions(Completions):
+    """The same of vLLM, SGLang and Ray Serve: token ids in and out. `no_top_k` is how each says that there is none."""
+
+    takes_ids: bool = True
+    gives_ids: bool = True
+    ignores_eos: bool = True
+    no_top_k: int = -1
+
+    def body(self, model: str, prompt: Prompt, sampling: SamplingConfig, seed: int, salt: str) -> dict[str, Any]:
+        return Completions.body(self, model, prompt, sampling, seed, salt) | {
+            "prompt": list(prompt.token_ids),
+            "top_k": sampling.top_k or self.no_top_k,
+            "min_p": 0.0,  # a server may have values of its own from the model's generation_config.json
+            "repetition_penalty": 1.0,
+            "ignore_eos": sampling.ignore_eos,
+            "return_token_ids": True,
+            "cache_salt": salt,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class TransformersCompletions(Completions):
+    """The same of `transformers serve`, which refuses unknown fields and seeds its process once."""
+
+    ignores_eos: bool = True
+    ends_with_done: bool = False
+
+    def body(self, model: str, prompt: Prompt, sampling: SamplingConfig, seed: int, salt: str) -> dict[str, Any]:
+        wanted: dict[str, Any] = {"max_new_tokens": sampling.max_new_tokens, "do_sample": sampling.temperature > 0}
+        if sampling.temperature > 0:
+            wanted |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        if sampling.ignore_eos:
+            wanted["eos_token_id"] = -1
+        return {
+            "model": model,
+            "prompt": prompt.text,
+            "max_tokens": sampling.max_new_tokens,
+            "stream": True,
+            "generation_config": json.dumps(wanted),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateStream(Dialect):
+    """/generate_stream of Text Generation Inference: text in, an event a token with its id out."""
+
+    path: str = "/generate_stream"
+    takes_ids: bool = False
+    gives_ids: bool = True
+    ignores_eos: bool = False
+    ends_with_done: bool = False
+
+    def body(self, model: str, prompt: Prompt, sampling: SamplingConfig, seed: int, salt: str) -> dict[str, Any]:
+        wanted: dict[str, Any] = {
+            "max_new_tokens": sampling.max_new_tokens,
+            "do_sample": sampling.temperature > 0,
+            "details": True,
+            "return_full_text": False,
+        }
+        if sampling.temperature > 0:
+            wanted |= {"temperature": sampling.temperature, "seed": seed + prompt.index}
+            wanted |= {"top_p": sampling.top_p} if sampling.top_p < 1 else {}
+            wanted |= {"top_k": sampling.top_k} if sampling.top_k else {}
+        return {"inputs": prompt.text, "parameters": wanted}
+
+    def read(self, event: Any) -> Delta:
+        _raise_error(event)
+        token = _of(event, "token", dict, None)
+        details = _of(event, "details", dict, {})
+        special = _of(token, "special", bool, False)
+        return Delta(
+            text="" if special else _of(token, "text", str, ""),
+            token_ids=_ids({"ids": [_of(token, "id", int, None)]}, "ids"),
+            finish_reason=_of(details, "finish_reason", str, None),
+            prompt_tokens=_of(details, "input_length", int, None),
+            completion_tokens=_of(details, "generated_tokens", int, None),
+            is_piece=True,
+        )
+
+
+DIALECTS: dict[str, Dialect] = {
+    "openai": Completions(),
+    "vllm": TokenCompletions(),
+    "sglang": TokenCompletions(),
+    "transformers": TransformersCompletions(),
+    "tgi": GenerateStream(),
+}
+
+
+def _raise_error(event: Any) -> None:
+    """ServerError where an event holds an error, as a text or as an object with a message."""
+    error = event.get("error") if isinstance(event, dict) else None
+    if error is not None:
+        raise ServerError(str(error.get("message", error)) if isinstance(error, dict) else str(error))
+
+
+def _of(part: Any, key: str, kind: type, default: Any) -> Any:
+    """An entry of an object; the default where it is absent or null, MalformedError where it is something else."""
+    if not isinstance(part, dict):
+        raise MalformedError(f"{json.dumps(part)[:80]} is no object")
+    value = part.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise MalformedError(f"{key} is {json.dumps(value)[:80]}")
+    return value
+
+
+def _ids(part: Any, key: str) -> tuple[int, ...]:
+    ids = _of(part, key, list, [])
+    if not all(type(item) is int for item in ids):
+        raise MalformedError(f"{key} is {json.dumps(ids)[:80]}")
+    return tuple(ids)

@@ -1,0 +1,26 @@
+"""Server-sent events out of stamped bytes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+
+def events(pieces: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
+    """The data of each event with the moment at which its last byte came.
+
+    An event ends with an empty line; one that is not ended is left out, and so are comments and other fields.
+    """
+    data: list[bytes] = []
+    rest = b""
+    for moment, piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            line = line.removesuffix(b"\r")
+            if not line and data:
+                yield moment, b"\n".join(data)
+                data = []
+            elif line.startswith(b"data:"):
+                data.append(line[5:].removeprefix(b" "))

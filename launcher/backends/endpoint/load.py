@@ -1,0 +1,91 @@
+"""Many requests at once, at a number of open requests or at times fixed beforehand, and what the client itself cost."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass, field
+from time import perf_counter, thread_time
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterator, Sequence
+
+TICK_S = 0.01
+
+Work = TypeVar("Work")
+
+
+def poisson_arrivals(count: int, rate: float, seed: int) -> tuple[float, ...]:
+    """`count` moments in seconds from the start, `rate` a second on average, the same for a seed everywhere."""
+    draw = random.Random(seed)
+    moment, moments = 0.0, []
+    for _ in range(count):
+        moment += draw.expovariate(rate)
+        moments.append(moment)
+    return tuple(moments)
+
+
+@dataclass(slots=True)
+class ClientCost:
+    """What the client took for itself: seconds, and how late its own clock and its requests were."""
+
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    loop_lag_s: list[float] = field(default_factory=list)
+    send_lag_s: list[float] = field(default_factory=list)
+
+
+class Load(Generic[Work]):
+    """Calls `send` for each piece of work, in order.
+
+    Closed loop: `concurrency` are open at once, and the next begins when one ends. Open loop: each begins at its moment
+    of `arrivals`, however many are open. An exception of `send` ends all and is raised.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[Work], Coroutine[Any, Any, None]],
+        concurrency: int | None = None,
+        arrivals: Sequence[float] | None = None,
+    ) -> None:
+        self.send, self.concurrency, self.arrivals = send, concurrency, arrivals
+        self.cost = ClientCost()
+
+    async def run(self, work: Sequence[Work]) -> ClientCost:
+        """Do all of it; gives what that cost."""
+        ticker = asyncio.create_task(self._tick())
+        start, cpu = perf_counter(), thread_time()
+        try:
+            async with asyncio.TaskGroup() as group:
+                if self.arrivals is None:
+                    left = iter(work)
+                    for _ in range(min(self.concurrency or len(work), len(work))):
+                        group.create_task(self._one_after_another(left))
+                else:
+                    await self._at_arrivals(group, work, self.arrivals, start)
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        finally:
+            ticker.cancel()
+        self.cost.wall_s, self.cost.cpu_s = perf_counter() - start, thread_time() - cpu
+        return self.cost
+
+    async def _one_after_another(self, left: Iterator[Work]) -> None:
+        for item in left:
+            await self.send(item)
+
+    async def _at_arrivals(
+        self, group: asyncio.TaskGroup, work: Sequence[Work], arrivals: Sequence[float], start: float
+    ) -> None:
+        for item, moment in zip(work, arrivals, strict=True):
+            await asyncio.sleep(max(start + moment - perf_counter(), 0))
+            self.cost.send_lag_s.append(perf_counter() - start - moment)
+            group.create_task(self.send(item))
+
+    async def _tick(self) -> None:
+        """How late the loop comes back to whoever sleeps: every answer can be stamped as late as that."""
+        while True:
+            due = perf_counter() + TICK_S
+            await asyncio.sleep(TICK_S)
+            self.cost.loop_lag_s.append(perf_counter() - due)

@@ -1,0 +1,71 @@
+"""Prompts to one server, one at a time or many at once: asked, read, and asked again where that is wanted."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from launcher.backends.endpoint.answers import Reading
+from launcher.backends.endpoint.failures import Failure
+
+if TYPE_CHECKING:
+    from launcher.backends.base import Prompt
+    from launcher.backends.endpoint.answers import Answer
+    from launcher.backends.endpoint.client import Client
+    from launcher.backends.endpoint.connection import Exchange
+    from launcher.backends.endpoint.dialects import Dialect
+    from launcher.config.schema import SamplingConfig
+
+READ_AT_ONCE = 32  # events that are parsed before the loop looks at its connections again
+TOKEN_BYTES = 16 * 1024  # no server sends more for a token
+PROMPT_TOKEN_BYTES = 32  # some send the prompt back
+OTHER_BYTES = 2**20
+RETRY_S = 0.5  # before the second attempt; each further one waits twice as long
+
+
+class ServerGoneError(RuntimeError):
+    """Nobody listens at the server's address any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """How a server is asked. `extra` is added to each request; `retries` is how often one that failed is sent again."""
+
+    client: Client
+    dialect: Dialect
+    model: str
+    sampling: SamplingConfig
+    seed: int = 0
+    retries: int = 0
+    extra: dict[str, Any] | None = None
+
+    async def ask(self, prompt: Prompt, salt: str) -> Answer:
+        """The server's answer; ServerGoneError where the server has ended."""
+        body = self.dialect.body(self.model, prompt, self.sampling, self.seed, salt) | (self.extra or {})
+        data = json.dumps(body).encode()
+        new_tokens = self.sampling.max_new_tokens
+        most = OTHER_BYTES + TOKEN_BYTES * new_tokens + PROMPT_TOKEN_BYTES * len(prompt.token_ids)
+        first_sent_at: float | None = None
+        for attempt in range(self.retries + 1):
+            exchange = await self.client.post(self.dialect.path, data, most)
+            first_sent_at = exchange.sent_at if first_sent_at is None else first_sent_at
+            answer = await self._read(replace(exchange, sent_at=first_sent_at))
+            if answer.failure is None:
+                break
+            if answer.failure.kind in ("unreachable", "closed") and not await self.client.is_listening():
+                raise ServerGoneError(f"{self.client.url} has ended: {answer.failure.message}")
+            if attempt < self.retries:
+                await asyncio.sleep(RETRY_S * 2**attempt)
+        return replace(answer, attempts=attempt + 1)
+
+    async def _read(self, exchange: Exchange) -> Answer:
+        reading = Reading(exchange, self.dialect, self.sampling.max_new_tokens)
+        while reading.read(READ_AT_ONCE):
+            await asyncio.sleep(0)
+        answer = reading.answer()
+        if answer.failure is None:
+            return answer
+        # The server may have put the key into what it says.
+        return replace(answer, failure=Failure(answer.failure.kind, self.client.public(answer.failure.message)))
