@@ -8,11 +8,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-import pynvml
 import torch
 
 from launcher.backends.base import DeviceMemory
 from shards.load.blocks import local_tensor
+from shards.machine.nvml import NvmlError, processes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -101,18 +101,15 @@ def _cuda_memory(device: torch.device, reasons: dict[str, str]) -> dict[str, Any
 def nvml_used(uuid: str, reasons: dict[str, str]) -> int | None:
     """What the driver says that this process holds of a card; None, with the reason, where it does not."""
     try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-    except pynvml.NVMLError as error:
+        own = next((process for process in processes(uuid) if process.pid == os.getpid()), None)
+    except NvmlError as error:
         reasons["nvml_used_bytes"] = f"NVML: {error}"
         return None
-    own = next((process for process in processes if process.pid == os.getpid()), None)
     if own is None:
         reasons["nvml_used_bytes"] = "NVML does not show this process (another PID namespace?)"
-    elif own.usedGpuMemory is None:
+    elif own.memory_bytes is None:
         reasons["nvml_used_bytes"] = "NVML shows this process, and the driver does not say what it holds"
-    return None if own is None else own.usedGpuMemory
+    return None if own is None else own.memory_bytes
 
 
 def _live_tensor_bytes() -> int:

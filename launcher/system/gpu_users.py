@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
-import pynvml
 
 from shards.machine.hardware import GIB, cuda_devices
+from shards.machine.nvml import CardProcess, NvmlError, processes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,26 +18,16 @@ if TYPE_CHECKING:
 def neighbours(environ: Mapping[str, str], devices: int) -> list[str]:
     """A sentence for each foreign process that holds memory on the first `devices` cards that `environ` shows."""
     uuids = [device.uuid for device in cuda_devices(environ)[:devices] if device.uuid is not None]
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []
-    try:
-        return [sentence(uuid, process) for uuid in uuids for process in _processes(uuid) if process.pid != os.getpid()]
-    finally:
-        pynvml.nvmlShutdown()
+    found = []
+    for uuid in uuids:
+        with contextlib.suppress(NvmlError):
+            found += [sentence(uuid, process) for process in processes(uuid) if process.pid != os.getpid()]
+    return found
 
 
-def _processes(uuid: str) -> list[Any]:
-    try:
-        return list(pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByUUID(uuid)))
-    except pynvml.NVMLError:
-        return []
-
-
-def sentence(uuid: str, process: Any) -> str:
-    """What NVML says of one process (its `pid` and `usedGpuMemory` in bytes, None where the driver hides it)."""
-    held = "memory" if process.usedGpuMemory is None else f"{process.usedGpuMemory / GIB:.2f} GiB"
+def sentence(uuid: str, process: CardProcess) -> str:
+    """What is to be said of one process."""
+    held = "memory" if process.memory_bytes is None else f"{process.memory_bytes / GIB:.2f} GiB"
     try:
         name = psutil.Process(process.pid).name()
     except psutil.Error:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
-
-import pynvml
+from typing import Literal
 
 from shards.errors import PlanError
+from shards.machine import nvml
 
 GIB = 1024**3
 MIB = 1024**2
@@ -146,17 +145,10 @@ def cuda_devices(environ: Mapping[str, str]) -> tuple[Device, ...]:
     Asks the driver through NVML, which makes no CUDA context. What a card can do is added from the presets; what NVML
     does not tell is None. PlanError where a part of a card would be seen (MIG).
     """
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return ()
     setting = environ.get("CUDA_VISIBLE_DEVICES")
-    try:
-        handles = [ask(pynvml.nvmlDeviceGetHandleByIndex, index) for index in range(pynvml.nvmlDeviceGetCount())]
-        cards = [_from_nvml(index, handle) for index, handle in enumerate(handles)]
-        in_parts = [card for card, handle in zip(cards, handles, strict=True) if _is_in_parts(handle)]
-    finally:
-        pynvml.nvmlShutdown()
+    found = nvml.cards()
+    cards = [_from_nvml(card) for card in found]
+    in_parts = [device for device, card in zip(cards, found, strict=True) if card.is_in_parts]
     shown = visible(cards, setting)
     cut = next((card.name for card in shown if _is_among(card, in_parts)), None)
     if cut or (setting or "").strip().startswith("MIG-"):
@@ -192,23 +184,8 @@ def _entry(devices: list[Device], entry: str) -> Device | None:
     return named[0] if len(named) == 1 else None
 
 
-def ask(call: Callable[..., Any], *arguments: Any) -> Any:
-    """What NVML answers, None where it does not know."""
-    try:
-        answer = call(*arguments)
-    except pynvml.NVMLError:
-        return None
-    return answer.decode() if isinstance(answer, bytes) else answer
-
-
-def _from_nvml(index: int, handle: Any) -> Device:
-    name = ask(pynvml.nvmlDeviceGetName, handle) or f"GPU {index}"
-    memory = ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
+def _from_nvml(card: nvml.Card) -> Device:
+    name = card.name or f"GPU {card.index}"
     preset = DEVICES.get(_BY_DRIVER_NAME.get(name.removeprefix("NVIDIA "), ""), Device(name))
-    capacity = preset.capacity_bytes if memory is None else int(memory.total)
-    return replace(preset, name=name, capacity_bytes=capacity, uuid=ask(pynvml.nvmlDeviceGetUUID, handle))
-
-
-def _is_in_parts(handle: Any) -> bool:
-    modes = ask(pynvml.nvmlDeviceGetMigMode, handle)
-    return modes is not None and bool(modes[0])
+    capacity = preset.capacity_bytes if card.memory_bytes is None else card.memory_bytes
+    return replace(preset, name=name, capacity_bytes=capacity, uuid=card.uuid)

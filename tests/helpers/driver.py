@@ -31,11 +31,18 @@ def nvml(cards: list[dict[str, Any]]) -> SimpleNamespace:
         nvmlDeviceGetHandleByIndex=lambda index: cards[index],
         nvmlDeviceGetName=tell("name"),
         nvmlDeviceGetUUID=tell("uuid"),
-        nvmlDeviceGetMemoryInfo=tell("memory"),
+        nvmlMemory_v2=2,
+        nvmlDeviceGetMemoryInfo=lambda card, version=1: tell(f"memory_v{version}")(card),
         nvmlDeviceGetMigMode=tell("mig"),
         nvmlDeviceGetHandleByUUID=lambda uuid: next(card for card in cards if card.get("uuid") == uuid),
         nvmlDeviceGetComputeRunningProcesses=tell("processes"),
     )
 
 
-A6000 = {"name": "NVIDIA RTX A6000", "uuid": "GPU-a", "memory": SimpleNamespace(total=48 * GIB)}
+A6000 = {
+    "name": "NVIDIA RTX A6000",
+    "uuid": "GPU-a",
+    "memory_v1": SimpleNamespace(total=49 * GIB, free=48 * GIB),
+    "memory_v2": SimpleNamespace(total=49 * GIB, reserved=GIB, free=48 * GIB),
+}
+"""As new drivers describe one: of its memory a GiB is their own, which the first version of the call does not tell."""

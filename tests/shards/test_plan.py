@@ -17,7 +17,6 @@ from driver import A6000, nvml
 from running import ROOT
 
 from shards.errors import PlanError
-from shards.machine import hardware
 from shards.machine.hardware import DEVICES, GIB, LINKS, MIB, Device, cuda_devices, visible
 from shards.model.shape import ModelShape
 from shards.plan.cuts import cut_up, spread
@@ -381,11 +380,14 @@ def test_devices_are_seen_as_cuda_visible_devices_says(setting: str | None, show
 
 
 def test_what_a_driver_does_not_tell_of_a_card_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "pynvml", nvml([A6000, {"name": "NVIDIA GB10"}, {}, {}]))
+    monkeypatch.setattr("shards.machine.nvml.pynvml", nvml([A6000, {"name": "NVIDIA GB10"}, {}, {}]))
     first, *others = cuda_devices({})
     assert (first.capacity_bytes, first.bandwidth, first.uuid) == (48 * GIB, 768e9, "GPU-a")
     assert others == [Device("NVIDIA GB10"), Device("GPU 2"), Device("GPU 3")]
-    monkeypatch.setattr(hardware, "pynvml", nvml([{"name": "NVIDIA GB10"}] * 2))
+    old = {key: value for key, value in A6000.items() if key != "memory_v2"}
+    monkeypatch.setattr("shards.machine.nvml.pynvml", nvml([old]))
+    assert cuda_devices({})[0].capacity_bytes == 49 * GIB
+    monkeypatch.setattr("shards.machine.nvml.pynvml", nvml([{"name": "NVIDIA GB10"}] * 2))
     assert len(cuda_devices({"CUDA_VISIBLE_DEVICES": "1,0"})) == 2
 
 
@@ -402,7 +404,7 @@ def test_parts_of_a_card_are_refused_by_name(
     setting: str | None, problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut = A6000 | {"name": "NVIDIA A100-SXM4-40GB", "uuid": "GPU-b", "mig": [1, 1]}
-    monkeypatch.setattr(hardware, "pynvml", nvml([A6000 | {"mig": [0, 1]}, cut]))
+    monkeypatch.setattr("shards.machine.nvml.pynvml", nvml([A6000 | {"mig": [0, 1]}, cut]))
     environ = {} if setting is None else {"CUDA_VISIBLE_DEVICES": setting}
     if not problem:
         assert [device.uuid for device in cuda_devices(environ)] == ["GPU-a"]

@@ -140,18 +140,25 @@ def test_line_of_an_engine(one: Engine, on_gpus: bool, check: Check) -> None:
 
 
 FAKE_NVML = """
-NVML_NVLINK_MAX_LINKS = 4
+NVML_NVLINK_MAX_LINKS, nvmlMemory_v2 = 4, 2
 class NVMLError(Exception): pass
-class Memory: total, free = 48 * 1024**3, 47 * 1024**3
+class Memory: total, reserved, free = 49 * 1024**3, 1024**3, 47 * 1024**3
+class Process: pid, usedGpuMemory = 7, 1024**3
 def unknown(*a): raise NVMLError('Not Supported')
 def nvmlInit(): pass
+def nvmlShutdown(): pass
 def nvmlSystemGetDriverVersion(): return b'580.1'
 def nvmlSystemGetCudaDriverVersion_v2(): return 13010
 def nvmlDeviceGetCount(): return 3
 def nvmlDeviceGetHandleByIndex(index): return index
 def nvmlDeviceGetName(h): return 'NVIDIA RTX A6000'
 def nvmlDeviceGetUUID(h): return f'GPU-{h}'
-def nvmlDeviceGetMemoryInfo(h): return Memory() if h < 2 else unknown()
+def nvmlDeviceGetMemoryInfo(h, version=1): return Memory() if h < 2 else unknown()
+def nvmlDeviceGetEccMode(h): return [1, 1] if h == 0 else unknown()
+def nvmlDeviceGetTotalEccErrors(h, kind, since): return 3 if h == 0 else unknown()
+def nvmlDeviceGetPersistenceMode(h): return 1 if h == 0 else unknown()
+def nvmlDeviceGetComputeMode(h): return 0 if h == 0 else unknown()
+def nvmlDeviceGetComputeRunningProcesses(h): return [Process()] if h == 0 else unknown()
 def nvmlDeviceGetCudaComputeCapability(h): return (8, 6)
 def nvmlDeviceGetCurrPcieLinkGeneration(h): return 1
 def nvmlDeviceGetMaxPcieLinkGeneration(h): return 4
@@ -169,17 +176,21 @@ def test_cards_and_their_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert found is not None
     assert reason == ""
     card = {
-        "index": 0, "name": "NVIDIA RTX A6000", "uuid": "GPU-0", "memory_bytes": 48 * GIB, "free_bytes": 47 * GIB,
+        "index": 0, "name": "NVIDIA RTX A6000", "uuid": "GPU-0", "memory_bytes": 48 * GIB, "reserved_bytes": GIB,
+        "free_bytes": 47 * GIB,
         "compute_capability": "8.6", "pcie_generation": 1, "pcie_generation_max": 4, "pcie_width": 16,
-        "pcie_width_max": 16, "nvlinks": 2, "mig": None,
+        "pcie_width_max": 16, "nvlinks": 2, "mig": None, "ecc": True, "ecc_errors": 3, "persistence": True,
+        "compute_mode": "default", "processes": [[7, GIB]],
     }  # fmt: skip
+    silent = card | dict.fromkeys(("ecc", "ecc_errors", "persistence", "compute_mode")) | {"processes": []}
+    unread = dict.fromkeys(("memory_bytes", "reserved_bytes", "free_bytes", "nvlinks"))
     assert found == {
         "driver": "580.1",
         "cuda_driver": 13010,
         "gpus": [
             card,
-            card | {"index": 1, "uuid": "GPU-1"},
-            card | {"index": 2, "uuid": "GPU-2", "memory_bytes": None, "free_bytes": None, "nvlinks": None},
+            silent | {"index": 1, "uuid": "GPU-1"},
+            silent | {"index": 2, "uuid": "GPU-2"} | unread,
         ],
         "links": [
             {"gpus": [0, 1], "nvlink": True, "pcie_path": "one PCIe host bridge", "peer_to_peer": "yes"},

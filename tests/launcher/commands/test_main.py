@@ -26,7 +26,6 @@ from launcher.config.compose import compose_run
 from launcher.models import EMBEDDED
 from launcher.prepare.prepare import prepare
 from launcher.results.record import never_begun, unfinished
-from shards.machine import hardware
 from shards.machine.world import World
 
 
@@ -165,7 +164,7 @@ def test_where_a_run_is_to_be_is_settled_once(
     cards: int, overrides: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(hardware, "pynvml", nvml([A6000] * cards))
+    monkeypatch.setattr("shards.machine.nvml.pynvml", nvml([A6000] * cards))
     run = prepare(compose_run(["backend=dummy", "devices=1", *overrides]), ())
     assert (run.config.accelerator.name, run.on_cuda) == (expected, expected == "cuda")
     card = "NVIDIA RTX A6000" if cards else "a GPU of the cluster"
@@ -177,7 +176,7 @@ def test_every_rank_of_a_node_needs_a_card(
     nodes: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(hardware, "pynvml", nvml([A6000]))
+    monkeypatch.setattr("shards.machine.nvml.pynvml", nvml([A6000]))
     said = refused(["devices=2", f"num_nodes={nodes}", "dry_run=true"], capsys)
     assert said.startswith("devices=2, and this machine shows 1 CUDA devices. HINT: devices=1, or accelerator=cpu;")
     assert "srun --gpus-per-node" in said
@@ -189,7 +188,7 @@ def test_an_order_of_unlike_cards_that_plans_do_not_know_is_noted(monkeypatch: p
     cards = [A6000, A6000 | {"name": "NVIDIA H200", "uuid": "GPU-b"}]
     expected = ["CUDA_DEVICE_ORDER=FASTEST_FIRST: the plan takes the cards in the order of NVML (PCI_BUS_ID)"]
     for driver, notes in ((nvml(cards), expected), (nvml([A6000, A6000]), [])):
-        monkeypatch.setattr(hardware, "pynvml", driver)
+        monkeypatch.setattr("shards.machine.nvml.pynvml", driver)
         assert list(prepare(compose_run(["backend=dummy"]), ()).notes) == notes
 
 

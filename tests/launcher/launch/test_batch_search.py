@@ -22,6 +22,7 @@ from launcher.launch.batch_search import enlarged, largest
 from launcher.rank.failures import explain
 from launcher.system.gpu_users import neighbours, sentence
 from shards.errors import PlanError
+from shards.machine.nvml import CardProcess
 
 GIB = 2**30
 SYNTHETIC = ("backend=dummy", "prompts=synthetic", "prompts.count=40", "prompts.output_tokens=4", "devices=1")
@@ -199,8 +200,8 @@ def test_no_batch_fits(tmp_path: Path) -> None:
 
 
 def test_a_neighbour_on_a_device_is_named() -> None:
-    mine = SimpleNamespace(pid=os.getpid(), usedGpuMemory=3 * GIB)
-    gone = SimpleNamespace(pid=2**22 + 1, usedGpuMemory=None)
+    mine = CardProcess(os.getpid(), 3 * GIB)
+    gone = CardProcess(2**22 + 1, None)
     who = f"process {os.getpid()} ({psutil.Process().name()})"
     assert sentence("GPU-1", mine) == f"GPU-1: {who} already held 3.00 GiB when the run began"
     expected = f"GPU-1: process {2**22 + 1} (not visible from here) already held memory when the run began"
@@ -225,7 +226,7 @@ def test_what_nvml_says_of_this_process(
 ) -> None:
     found = [SimpleNamespace(pid=pid, usedGpuMemory=held) for pid, held in processes or ()]
     card = A6000 if processes is None else A6000 | {"processes": found}
-    monkeypatch.setattr(measure, "pynvml", nvml([card]))
+    monkeypatch.setattr("shards.machine.nvml.pynvml", nvml([card]))
     reasons: dict[str, str] = {}
     assert measure.nvml_used("GPU-a", reasons) == used
     assert reasons == ({"nvml_used_bytes": reason} if reason else {})

@@ -1,0 +1,210 @@
+"""What the driver of NVIDIA's cards says, through NVML; nothing else asks it. No CUDA context is made.
+
+`python -m shards.machine.nvml` prints all of it as one JSON object, for a process of its own: NVML can hang or crash
+where a driver is broken. What a driver does not tell is None.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pynvml
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+P2P_READ, P2P_NVLINK = 0, 2  # nvmlGpuP2PCapsIndex_t
+P2P_STATUS = (
+    "yes", "no: chipset", "no: GPU", "no: I/O hub topology", "no: disabled in the registry", "no", "unknown",
+)  # fmt: skip
+LEVELS = {  # nvmlGpuTopologyLevel_t
+    0: "one board",
+    10: "one PCIe switch",
+    20: "several PCIe switches",
+    30: "one PCIe host bridge",
+    40: "one NUMA node",
+    50: "between NUMA nodes",
+}
+COMPUTE_MODES = {0: "default", 1: "exclusive thread", 2: "prohibited", 3: "exclusive process"}  # nvmlComputeMode_t
+UNCORRECTED, SINCE_BOOT = 1, 0  # nvmlMemoryErrorType_t, nvmlEccCounterType_t
+
+
+class NvmlError(Exception):
+    """There is no driver, or it does not answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A card in the order of the driver. `memory_bytes` is what programs can have: not what the driver has reserved."""
+
+    index: int
+    name: str | None
+    uuid: str | None
+    memory_bytes: int | None
+    is_in_parts: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CardProcess:
+    """A process that has a context on a card, and what it holds there."""
+
+    pid: int
+    memory_bytes: int | None
+
+
+def cards() -> tuple[Card, ...]:
+    """The cards of this machine; none where there is no driver."""
+    try:
+        with _session():
+            return tuple(_card(index, handle) for index, handle in enumerate(_handles()))
+    except NvmlError:
+        return ()
+
+
+def versions() -> tuple[str | None, int | None] | None:
+    """Version of the driver and of the newest CUDA that it runs (13010 is 13.1); None where there is no driver."""
+    try:
+        with _session():
+            return _ask(pynvml.nvmlSystemGetDriverVersion), _ask(pynvml.nvmlSystemGetCudaDriverVersion_v2)
+    except NvmlError:
+        return None
+
+
+def processes(uuid: str) -> tuple[CardProcess, ...]:
+    """Who computes on a card, of all users; NvmlError where the driver does not tell."""
+    with _session():
+        try:
+            return _processes(pynvml.nvmlDeviceGetHandleByUUID(uuid))
+        except pynvml.NVMLError as error:
+            raise NvmlError(str(error)) from error
+
+
+def describe() -> dict[str, Any]:
+    """Driver, cards and what joins them, as plain values; NvmlError where there is no driver."""
+    with _session():
+        handles = _handles()
+        pairs = [(a, b) for b in range(len(handles)) for a in range(b)]
+        return {
+            "driver": _ask(pynvml.nvmlSystemGetDriverVersion),
+            "cuda_driver": _ask(pynvml.nvmlSystemGetCudaDriverVersion_v2),
+            "gpus": [_gpu(index, handle) for index, handle in enumerate(handles)],
+            "links": [_link(a, b, handles[a], handles[b]) for a, b in sorted(pairs)],
+        }
+
+
+@contextlib.contextmanager
+def _session() -> Iterator[None]:
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        raise NvmlError(str(error)) from error
+    try:
+        yield
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _ask(call: Callable[..., Any], *arguments: Any) -> Any:
+    """What NVML answers, None where it does not know."""
+    try:
+        answer = call(*arguments)
+    except pynvml.NVMLError:
+        return None
+    return answer.decode() if isinstance(answer, bytes) else answer
+
+
+def _handles() -> list[Any]:
+    return [_ask(pynvml.nvmlDeviceGetHandleByIndex, index) for index in range(_ask(pynvml.nvmlDeviceGetCount) or 0)]
+
+
+def _memory(handle: Any) -> tuple[int | None, int | None, int | None]:
+    """Bytes that programs can have, that the driver has reserved, and that are free.
+
+    The first version of the call, all that drivers before 510 have, counts what is reserved as if it could be had.
+    """
+    if memory := _ask(pynvml.nvmlDeviceGetMemoryInfo, handle, pynvml.nvmlMemory_v2):
+        return int(memory.total - memory.reserved), int(memory.reserved), int(memory.free)
+    if memory := _ask(pynvml.nvmlDeviceGetMemoryInfo, handle):
+        return int(memory.total), None, int(memory.free)
+    return None, None, None
+
+
+def _card(index: int, handle: Any) -> Card:
+    name, uuid = _ask(pynvml.nvmlDeviceGetName, handle), _ask(pynvml.nvmlDeviceGetUUID, handle)
+    return Card(index, name, uuid, _memory(handle)[0], bool(_mig(handle)))
+
+
+def _mig(handle: Any) -> bool | None:
+    modes = _ask(pynvml.nvmlDeviceGetMigMode, handle)
+    return bool(modes[0]) if modes else None
+
+
+def _processes(handle: Any) -> tuple[CardProcess, ...]:
+    return tuple(
+        CardProcess(int(process.pid), process.usedGpuMemory)
+        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    )
+
+
+def _gpu(index: int, handle: Any) -> dict[str, Any]:
+    memory_bytes, reserved_bytes, free_bytes = _memory(handle)
+    capability = _ask(pynvml.nvmlDeviceGetCudaComputeCapability, handle)
+    ecc, persistence = _ask(pynvml.nvmlDeviceGetEccMode, handle), _ask(pynvml.nvmlDeviceGetPersistenceMode, handle)
+    return {
+        "index": index,
+        "name": _ask(pynvml.nvmlDeviceGetName, handle),
+        "uuid": _ask(pynvml.nvmlDeviceGetUUID, handle),
+        "memory_bytes": memory_bytes,
+        "reserved_bytes": reserved_bytes,
+        "free_bytes": free_bytes,
+        "compute_capability": capability and ".".join(map(str, capability)),
+        "pcie_generation": _ask(pynvml.nvmlDeviceGetCurrPcieLinkGeneration, handle),
+        "pcie_generation_max": _ask(pynvml.nvmlDeviceGetMaxPcieLinkGeneration, handle),
+        "pcie_width": _ask(pynvml.nvmlDeviceGetCurrPcieLinkWidth, handle),
+        "pcie_width_max": _ask(pynvml.nvmlDeviceGetMaxPcieLinkWidth, handle),
+        "nvlinks": _nvlinks(handle),
+        "mig": _mig(handle),
+        "ecc": bool(ecc[0]) if ecc else None,
+        "ecc_errors": _ask(pynvml.nvmlDeviceGetTotalEccErrors, handle, UNCORRECTED, SINCE_BOOT),
+        "persistence": None if persistence is None else bool(persistence),
+        "compute_mode": COMPUTE_MODES.get(_ask(pynvml.nvmlDeviceGetComputeMode, handle)),
+        "processes": [[one.pid, one.memory_bytes] for one in _ask(_processes, handle) or ()],
+    }
+
+
+def _nvlinks(handle: Any) -> int | None:
+    """How many NVLinks of the card are up; None where it has none to ask about."""
+    states = [_ask(pynvml.nvmlDeviceGetNvLinkState, handle, link) for link in range(pynvml.NVML_NVLINK_MAX_LINKS)]
+    known = [state for state in states if state is not None]
+    return sum(known) if known else None
+
+
+def _link(a: int, b: int, first: Any, second: Any) -> dict[str, Any]:
+    level = _ask(pynvml.nvmlDeviceGetTopologyCommonAncestor, first, second)
+    read = _ask(pynvml.nvmlDeviceGetP2PStatus, first, second, P2P_READ)
+    nvlink = _ask(pynvml.nvmlDeviceGetP2PStatus, first, second, P2P_NVLINK)
+    return {
+        "gpus": [a, b],
+        "nvlink": None if nvlink is None else nvlink == 0,
+        "pcie_path": LEVELS.get(level),
+        "peer_to_peer": None if read is None else P2P_STATUS[min(read, len(P2P_STATUS) - 1)],
+    }
+
+
+def main() -> int:
+    """Exit code 1, with the reason on stderr, where there is no driver."""
+    try:
+        found = describe()
+    except NvmlError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(json.dumps(found), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
