@@ -168,6 +168,10 @@ def test_only_named_modules_import_heavy_packages() -> None:
     assert TENSORS - heavy == set(), "no longer needed in the list"
 
 
+def test_one_module_asks_the_driver() -> None:
+    assert [name for name in modules() if "pynvml" in imports(name, True, True)] == ["shards.machine.nvml"]
+
+
 COMMANDS = (
     "launcher.__main__", "launcher.compare", "launcher.doctor.__main__", "launcher.plan", "launcher.launch.slurm.end",
     "launcher.status", "launcher.rank.worker",
