@@ -75,14 +75,13 @@ def _readable(item: str, engine: str | None, known: Mapping[str, Any]) -> str:
         if key in PATHS:
             return f"{key}={quoted(value)}"
         raise _unreadable(key, value, known.get(key, str), error) from None
-    if is_entry:
-        needs_plus = key.startswith(ENTRIES) and not written.startswith(("+", "~"))
-        return f"+{item}" if needs_plus else item
-    return item.lstrip("+") if key in known else item
+    if key.startswith(NAMED_BY_THE_USER) and not written.startswith("~"):
+        return f"+{item.lstrip('+')}"
+    return item if is_entry or key not in known or is_open(known[key]) else item.lstrip("+")
 
 
-ENTRIES = ("backend.extra.", "cluster.environment.")
-"""Keys whose entries need no +: they begin empty. Those of model.config, without one, must be there."""
+NAMED_BY_THE_USER = ("backend.extra", "cluster.environment")
+"""Keys that begin empty: what is put below them is always new. An entry of model.config, without a +, must be there."""
 
 
 def parse(item: str) -> Override:

@@ -23,6 +23,7 @@ from slurm_config import free_ports
 
 from launcher.__main__ import main
 from launcher.config.compose import compose_run
+from launcher.config.presets import options
 from launcher.models import EMBEDDED
 from launcher.prepare.prepare import prepare
 from launcher.results.record import never_begun, unfinished
@@ -43,22 +44,22 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     [
         (
             ["backend=fspd"],
-            "backend=fspd: there is no such backend. HINT: backend=fsdp",
+            "backend=fspd is not one of deepspeed, dummy, fsdp, tensor_parallel, transformers, vllm. HINT: backend=fsdp",
         ),
         (
             ["model=tiny_falkon"],
-            "model=tiny_falkon: there is no such model. HINT: model=tiny_falcon",
+            f"model=tiny_falkon is not one of {', '.join(options('model'))}. HINT: model=tiny_falcon",
         ),
         (["devices=0"], "devices=0 is not a positive number. HINT: devices=1 to 4096"),
         (["devices=1000000000", "dry_run=true"], "devices=1000000000 is more than 4096. HINT: devices=1 to 4096"),
         (["devices=64", "num_nodes=65"], "devices x num_nodes is 4160, more than 4096. HINT: fewer of either"),
         (
             ["batch_size=3"],
-            "batch_size is not a key of the configuration. HINT: measure.batch_size",
+            "batch_size is not a key of the configuration. HINT: measure.batch_size=3",
         ),
         (
             ["backend.kernel_inject=true"],
-            "backend.kernel_inject is not an option of this backend. HINT: backend=deepspeed has it",
+            "backend.kernel_inject is not an option of backend=fsdp. HINT: backend=deepspeed backend.kernel_inject=true",
         ),
         (["--nproc=2"], "--nproc=2 is not an option. HINT: python -m launcher --help"),
         (["accelerator=cuda"], "accelerator=cuda, and no CUDA device can be seen. HINT: accelerator=cpu"),
@@ -193,7 +194,7 @@ def test_an_order_of_unlike_cards_that_plans_do_not_know_is_noted(monkeypatch: p
 
 
 def test_several_values_without_multirun_name_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    assert refused(["devices=1,2"], capsys).endswith("HINT: several values are a sweep: add -m")
+    assert refused(["devices=1,2"], capsys).endswith("HINT: -m devices=1,2")
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,15 @@ def test_a_plus_before_a_key_that_is_there_changes_it() -> None:
     )
 
 
+@pytest.mark.parametrize("prefix", ["", "+", "++"])
+def test_entries_that_are_the_users_to_name_need_no_plus(prefix: str) -> None:
+    for override in ("backend.extra.block_size=32", "backend.extra={block_size: 32}"):
+        assert compose_run(["backend=vllm", prefix + override]).backend.extra == {"block_size": 32}
+    for override in ("cluster.environment.A=b", "cluster.environment={A: b}"):
+        assert compose_run([prefix + override]).cluster.environment == {"A": "b"}
+    assert compose_run([f"{prefix}cluster.extra=[--nice]"]).cluster.extra == ["--nice"]
+
+
 def test_what_vllm_does_not_take_is_named_before_a_process_starts() -> None:
     if installed_package(None) is None:
         pytest.skip("vllm is not installed")
