@@ -24,6 +24,7 @@ from slurm_config import free_ports
 from launcher.__main__ import main
 from launcher.config.compose import compose_run
 from launcher.config.presets import options
+from launcher.config.schema import BACKENDS
 from launcher.models import EMBEDDED
 from launcher.prepare.prepare import prepare
 from launcher.results.record import never_begun, unfinished
@@ -44,7 +45,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     [
         (
             ["backend=fspd"],
-            "backend=fspd is not one of deepspeed, dummy, fsdp, tensor_parallel, transformers, vllm. HINT: backend=fsdp",
+            f"backend=fspd is not one of {', '.join(sorted(BACKENDS))}. HINT: backend=fsdp",
         ),
         (
             ["model=tiny_falkon"],
@@ -59,7 +60,8 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ),
         (
             ["backend.kernel_inject=true"],
-            "backend.kernel_inject is not an option of backend=fsdp. HINT: backend=deepspeed backend.kernel_inject=true",
+            "backend.kernel_inject is not an option of backend=fsdp. "
+            "HINT: backend=deepspeed backend.kernel_inject=true",
         ),
         (["--nproc=2"], "--nproc=2 is not an option. HINT: python -m launcher --help"),
         (["accelerator=cuda"], "accelerator=cuda, and no CUDA device can be seen. HINT: accelerator=cpu"),
