@@ -1,22 +1,20 @@
-"""One run: configuration, processes, prompts, the generation loop, measures, the record and its report."""
+"""One command splits a causal language model over devices, runs prompts through it, and measures speed and memory."""
 
 from __future__ import annotations
 
-import os
-import sys
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from launcher.version import __version__
 
+if TYPE_CHECKING:
+    from launcher.api import UserError, compose, load_record, make_plan, run, sweep
 
-def _without_traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Ctrl-C while a command is still importing is one line, as it is later (launcher.system.terminal)."""
-    if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, trace)
-        return
-    print("interrupted", file=sys.stderr, flush=True)
-    os._exit(130)
+__all__ = ["UserError", "__version__", "compose", "load_record", "make_plan", "run", "sweep"]
 
 
-if sys.argv[:1] == ["-m"]:  # which it is while Python looks for a command of ours, and for no one who imports us
-    sys.excepthook = _without_traceback
+def __getattr__(name: str) -> Any:
+    """The functions of `launcher.api`, which is imported when the first of them is asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("launcher.api"), name)

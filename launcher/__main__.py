@@ -1,4 +1,4 @@
-"""`python -m launcher [overrides]`: compose -> plan -> launch -> report. No torch is imported here."""
+"""`python -m launcher [overrides]`: parse, run, print. No torch is imported here."""
 
 from __future__ import annotations
 
@@ -8,24 +8,28 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
+from launcher.api import compose, run
 from launcher.config import help as usage
-from launcher.config.compose import command_of, compose_run, expand_sweep
+from launcher.config.compose import command_of
 from launcher.config.schema import ConfigError
 from launcher.config.values import to_dict
 from launcher.launch.local import worker_command
 from launcher.launch.nodes import become_node, check_nodes
-from launcher.launch.resume import checked
+from launcher.launch.run import start
 from launcher.launch.slurm.arrays import DETACHED, Detached
-from launcher.launch.slurm.jobs import read_job
 from launcher.launch.slurm.script import job_of, name_of, sbatch_text
-from launcher.launch.sweep import exit_code, finish_run, run_point, sweep
-from launcher.prepare.prepare import prepare
+from launcher.launch.sweep import points_of, run_points
+from launcher.prepare.prepare import check_node, prepare
 from launcher.report import tables as report
-from launcher.run_dir.create import described
+from launcher.report.comparison_table import show as show_comparison
+from launcher.results.comparison import alike
+from launcher.run_dir.finished import read_finished
+from launcher.run_dir.run import describe
+from launcher.run_dir.run_dir import RunDir
 from launcher.system.terminal import run_command
 from shards.errors import UserError, WorldError
 from shards.machine.world import World
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from launcher.config.schema import RunConfig
+    from launcher.results.record import Record
 
 FLAGS = {
     "-m": "multirun", "--multirun": "multirun", "-h": "help", "--help": "help", "--cfg": "cfg", "--version": "version",
@@ -91,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(arguments: Arguments, world: World) -> int:
     if arguments.multirun:
         return _sweep(arguments, world)
-    config = compose_run(_adopt(arguments.overrides, world), arguments.config_dirs)
+    config = compose(*_adopt(arguments.overrides, world), config_dirs=arguments.config_dirs)
     if arguments.cfg:
         return _show_config([config]) if world.rank == 0 else 0
     if config.run_dir is not None:
@@ -103,8 +108,8 @@ def _dispatch(arguments: Arguments, world: World) -> int:
         return _join(config, world, command)
     if config.launch.rendezvous is not None:
         check_nodes(config)
-        become_node(config, command, prepare(config, command).on_cuda)
-    return _report(run_point(config, command))
+        become_node(config, command, check_node(config))
+    return _report(run(config, command))
 
 
 def _show_config(configs: Sequence[RunConfig]) -> int:
@@ -121,17 +126,28 @@ def _sweep(arguments: Arguments, world: World) -> int:
             f"-m starts the ranks of each point itself, and {world.launcher} has started {world.world_size}.",
             "python -m launcher -m, or without -m",
         )
-    points = expand_sweep(list(arguments.overrides))
-    configs = [compose_run(point, arguments.config_dirs) for point in points]
+    points = points_of(arguments.overrides, arguments.config_dirs)
     if arguments.cfg:
-        return _show_config(configs)
-    commands = [command_of(point, arguments.config_dirs) for point in points]
-    if not any(config.dry_run for config in configs):
-        return sweep(points, configs, commands)
-    for config, point, command in zip(configs, points, commands, strict=True):
-        print(f"\n# {' '.join(point)}", flush=True)
-        _dry_run(config, command)
-    return 0
+        return _show_config([point.config for point in points])
+    if any(point.config.dry_run for point in points):
+        for point in points:
+            print(f"\n# {' '.join(point.overrides)}", flush=True)
+            _dry_run(point.config, point.command)
+        return 0
+    records = run_points(points)
+    common = set.intersection(*(set(point.overrides) for point in points))
+    varied = [[item for item in point.overrides if item not in common] or point.overrides for point in points]
+    report.show_sweep(records, varied, report.console())
+    _show_parity(records)
+    print(report.sweep_line(records), flush=True)
+    return exit_code(records)
+
+
+def _show_parity(records: Sequence[Record]) -> None:
+    """Print the points that answered the same prompts with the same model against the first of them."""
+    paths = [Path(record.run_dir) for record in records if record.status == "ok" and record.run_dir]
+    for group in alike([read_finished(path) for path in paths]):
+        show_comparison(group, report.console())
 
 
 def _continue(config: RunConfig, arguments: Arguments, world: World) -> int:
@@ -141,15 +157,24 @@ def _continue(config: RunConfig, arguments: Arguments, world: World) -> int:
     if others or not config.resume or world.launcher != "alone":
         hint = "python -m launcher resume=true run_dir=PATH"
         raise ConfigError("run_dir= goes on with a run as it was configured, and takes nothing but resume=true.", hint)
-    return _report(finish_run(checked(Path(config.run_dir))))
+    return _report(start(RunDir(Path(config.run_dir).resolve())))
 
 
-def _report(record: dict[str, Any]) -> int:
-    if record["status"] == "submitted":
-        print(json.dumps(json.loads(report.headline(record)) | {"job": read_job(Path(record["run_dir"]))}), flush=True)
+def _report(record: Record) -> int:
+    if record.status == "submitted":
+        job = RunDir(Path(record.run_dir)).read_job() if record.run_dir else None
+        print(json.dumps(report.json_line(record) | {"job": job}), flush=True)
     else:
         report.show(record)
     return exit_code([record])
+
+
+def exit_code(records: Sequence[Record]) -> int:
+    """0 all ok or left to a cluster; 2 where the only run was refused; 1 otherwise."""
+    statuses = [record.status for record in records]
+    if all(status in ("ok", "submitted") for status in statuses):
+        return 0
+    return 2 if statuses == ["refused"] else 1
 
 
 def _adopt(overrides: Sequence[str], world: World) -> list[str]:
@@ -182,24 +207,24 @@ def _join(config: RunConfig, world: World, command: tuple[str, ...]) -> int:
         )
     if config.measure.find_batch_size:
         raise ConfigError(f"measure.find_batch_size=true starts ranks itself, and {world.launcher} has.", "without it")
-    run = prepare(config, command)
     # It imports torch, which a rank may and the launching process may not.
     external = importlib.import_module("launcher.launch.join")
-    code: int = external.join(run, world, report.show)
+    code: int = external.join(config, command, world, report.show)
     sys.stdout.flush()
     os._exit(code)  # engines leave threads behind that can hang the interpreter's own exit
 
 
 def _dry_run(config: RunConfig, command: tuple[str, ...]) -> int:
     """Print the plan and the command; nothing is started and nothing is written."""
-    run = prepare(config, command)
+    prepared = prepare(config, command)
     out = report.console()
-    report.show_plan(run, out)
+    report.show_plan(prepared, out)
     if config.launch.name == "slurm":
-        values = described(run) | {"mark": "000000"}
-        print(sbatch_text(job_of(values), name_of(values)))
+        description = describe(prepared)
+        print(sbatch_text(job_of(description), name_of(description)))
         return 0
-    out.print("command: " + " ".join(worker_command("RUN_DIR", run.processes, config.backend.python)), soft_wrap=True)
+    words = worker_command("RUN_DIR", prepared.world_size, config.backend.python)
+    out.print("command: " + " ".join(words), soft_wrap=True)
     return 0
 
 

@@ -14,9 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.report.comparison_table import HELD, show
+from launcher.report.comparison_table import COMPARED_MEMORY, show
 from launcher.report.tables import console
-from launcher.results.comparison import Comparison, FinishedRun, compare, read_run
+from launcher.results.comparison import Comparison, FinishedRun, compare
+from launcher.run_dir.finished import read_finished
 from launcher.system.terminal import Parser, run_command
 from shards.errors import UserError
 
@@ -43,13 +44,14 @@ def to_dict(runs: Sequence[FinishedRun], comparisons: Sequence[Comparison], miss
     return {
         "base": str(runs[0].run_dir),
         "comparisons": [asdict(comparison) | {"match": comparison.match} for comparison in comparisons],
-        "devices": {str(run.run_dir): _held(run) for run in runs},
+        "devices": {str(run.run_dir): _memory(run) for run in runs},
         "missed": list(misses),
     }
 
 
-def _held(run: FinishedRun) -> list[dict[str, Any]]:
-    return [{name: device[name] for name in ("rank", "device", *HELD)} for device in run.record["devices"]]
+def _memory(run: FinishedRun) -> list[dict[str, Any]]:
+    names = ("rank", "device", *COMPARED_MEMORY)
+    return [{name: getattr(device, name) for name in names} for device in run.record.devices]
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
@@ -81,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0, 1 where a threshold is missed, 2 where there is nothing to compare (one line on stderr says why)."""
     try:
         arguments = parse(argv)
-        runs = [read_run(path) for path in (arguments.base, *arguments.others)]
+        runs = [read_finished(path) for path in (arguments.base, *arguments.others)]
         if arguments.json:
             comparisons = [compare(runs[0], other) for other in runs[1:]]
         else:

@@ -56,11 +56,13 @@ class Generation:
     """One call of `Backend.generate`: completions in the order of the prompts, and the two phases of the call.
 
     An engine that interleaves prefill and decode (continuous batching) has no such phases and gives None.
+    `counters` are numbers of the engine's own, by names of `launcher.results.metrics.COUNTERS`.
     """
 
     completions: tuple[Completion, ...]
     prefill_s: float | None = None
     decode_s: float | None = None
+    counters: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

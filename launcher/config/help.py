@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import launcher
 from launcher.config.presets import conf_dir, groups, options
+from launcher.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +21,7 @@ EXAMPLES = (
 
 def version() -> str:
     """The version of the launcher."""
-    return f"launcher {launcher.__version__}"
+    return f"launcher {__version__}"
 
 
 def text(config_dirs: Sequence[str] = ()) -> str:

@@ -229,6 +229,17 @@ class RunConfig:
     timeout_s: float = 0.0
     dry_run: bool = False
 
+    @property
+    def num_devices(self) -> int:
+        """Devices of all nodes together."""
+        return self.devices * self.num_nodes
+
+    @property
+    def world_size(self) -> int:
+        """Ranks (processes): one for each device, or one that spreads over the devices of a single node by itself."""
+        is_rank_per_device = self.backend.one_process_per_device or self.num_nodes > 1
+        return self.num_devices if is_rank_per_device else self.num_nodes
+
 
 HOW_IT_IS_RUN = ("output_dir", "resume", "run_dir", "hang_timeout_s", "timeout_s", "dry_run", "launch", "cluster")
 """The keys that do not say what is run: two configurations that differ in nothing else are one point."""

@@ -6,57 +6,58 @@ Then the run itself is made with the batch that was found.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launcher.config.values import to_dict
 from launcher.launch.resume import what_is_run
 from launcher.prepare.prepare import prepare
+from launcher.results.record import BatchSearch, BatchTry
 from launcher.run_dir.create import create_run_dir, new_folder
-from launcher.system.files import read_json
-from shards.errors import PlanError
+from launcher.run_dir.run_dir import run_dirs_in
+from shards.errors import PlanError, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from launcher.backends.base import Prompt
     from launcher.config.schema import RunConfig
+    from launcher.results.record import Record
     from launcher.run_dir.run import Run
+    from launcher.run_dir.run_dir import RunDir
 
-    Finish = Callable[[Path], dict[str, Any]]
+    Start = Callable[[RunDir], Record]
 
 STEPS = 16  # the first step away from the batch that the plan allows is a sixteenth of it
 MOST = 2**20
 
 
-def run_with_largest_batch(run: Run, finish_run: Finish) -> dict[str, Any]:
+def run_with_largest_batch(run: Run, start: Start) -> Record:
     """The record of the run with the largest batch that fits; of the try that failed otherwise, or if none fits."""
     config = run.config
-    run_dir = _begun(config) if config.resume else None
-    if run_dir is not None:
-        return finish_run(run_dir)
-    tries = Tries(run, new_folder(config, "_tries"), finish_run)
+    begun = _begun(config) if config.resume else None
+    if begun is not None:
+        return start(begun)
+    tries = Tries(run, new_folder(config, "_tries"), start)
     planned = run.plan.largest_batch
     most = MOST if planned else tries.prompts_each
     try:
-        found = largest(tries.fits, min(planned or config.measure.batch_size, most), most)
+        batch = largest(tries.fits, min(planned or config.measure.batch_size, most), most)
     except TryFailedError as error:
         return error.record
-    if not found:
+    if not batch:
         return tries.records[1]
-    summary = {
-        "largest_batch": found,
-        "limited_by": "prompts" if found == most else "memory",
-        "planned": planned,
-        "plan_over_found": planned / found if planned else None,
-        "tries": [
-            {"batch": batch, "status": record["status"], "run_dir": record["run_dir"]}
-            for batch, record in tries.records.items()
-        ],
-        "asked": what_is_run(to_dict(config)),
-    }
-    return finish_run(create_run_dir(_with_batch(run, found), summary))
+    search = BatchSearch(
+        largest_batch=batch,
+        limited_by="prompts" if batch == most else "memory",
+        planned=planned,
+        plan_over_found=planned / batch if planned else None,
+        tries=tuple(BatchTry(size, record.status, record.run_dir) for size, record in tries.records.items()),
+        asked=what_is_run(to_dict(config)),
+    )
+    return start(create_run_dir(_with_batch(run, batch), search))
 
 
 def largest(fits: Callable[[int], bool], start: int, most: int) -> int:
@@ -80,19 +81,19 @@ def largest(fits: Callable[[int], bool], start: int, most: int) -> int:
 class TryFailedError(Exception):
     """A try ended neither well nor for want of memory: nothing is known of larger batches."""
 
-    def __init__(self, record: dict[str, Any]) -> None:
-        super().__init__(record["status"])
+    def __init__(self, record: Record) -> None:
+        super().__init__(record.status)
         self.record = record
 
 
 class Tries:
     """The tries of one search, in `folder`; `records` has each one's by its batch."""
 
-    def __init__(self, run: Run, folder: Path, finish_run: Finish) -> None:
-        self.run, self.folder, self.finish_run = run, folder, finish_run
+    def __init__(self, run: Run, folder: Path, start: Start) -> None:
+        self.run, self.folder, self.start = run, folder, start
         self.ranks = run.world_size if run.config.backend.data_parallel else 1
         self.prompts_each = -(-len(run.prompts) // self.ranks)
-        self.records: dict[int, dict[str, Any]] = {}
+        self.records: dict[int, Record] = {}
 
     def fits(self, batch: int) -> bool:
         """Whether a batch of this size runs to its end."""
@@ -101,11 +102,11 @@ class Tries:
         sampling = replace(config.sampling, ignore_eos=True)
         config = replace(config, measure=measure, sampling=sampling, output_dir=str(self.folder), resume=False)
         prompts = enlarged(self.run.prompts, batch, self.ranks)
-        record = self.finish_run(create_run_dir(replace(self.run, config=config, prompts=prompts)))
+        record = self.start(create_run_dir(replace(self.run, config=config, prompts=prompts)))
         self.records[batch] = record
-        if record["status"] not in ("ok", "oom"):
+        if record.status not in ("ok", "oom"):
             raise TryFailedError(record)
-        return bool(record["status"] == "ok")
+        return record.status == "ok"
 
 
 def enlarged(prompts: tuple[Prompt, ...], batch: int, ranks: int) -> tuple[Prompt, ...]:
@@ -126,10 +127,12 @@ def _with_batch(run: Run, batch: int) -> Run:
         return replace(run, config=config)
 
 
-def _begun(config: RunConfig) -> Path | None:
+def _begun(config: RunConfig) -> RunDir | None:
     """The run of an earlier search for the same, which has its batch already."""
     asked = what_is_run(to_dict(config))
-    for path in sorted(Path(config.output_dir).glob("*/run.json"), reverse=True):
-        if ((read_json(path) or {}).get("batch_search") or {}).get("asked") == asked:
-            return path.parent.resolve()
+    for run_dir in reversed(run_dirs_in(Path(config.output_dir))):
+        with contextlib.suppress(UserError):
+            search = run_dir.read_run().batch_search
+            if search is not None and search.asked == asked:
+                return run_dir
     return None

@@ -4,45 +4,57 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from launcher.launch import resume
-from launcher.rank.worker import EXIT_CODES, redirected_output, run_rank
-from launcher.results.record import finish
-from launcher.run_dir import attempts
-from launcher.system.files import read_json, writing_in
+from launcher.launch.resume import directory_of
+from launcher.prepare.prepare import check_node, prepare
+from launcher.rank.worker import EXIT_CODES, enter_world, redirected_output, run_rank
+from launcher.run_dir.attempts import ATTEMPT, begin
+from launcher.run_dir.finish import finish
+from launcher.run_dir.run_dir import RunDir
+from launcher.system.files import writing_in
 from shards.errors import UserError
-from shards.machine.hardware import count_as_nvml
 from shards.machine.process_group import connect, device_of, disconnect, from_rank_0
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from launcher.run_dir.run import Run
+    from launcher.config.schema import RunConfig
+    from launcher.results.record import Record
     from shards.machine.world import World
 
 OTHERS_S = 60.0  # how long rank 0 waits for the last words of the others
 
 
-def join(run: Run, world: World, report: Callable[[dict[str, Any]], None]) -> int:
-    """Be this rank of the run; rank 0 makes the run directory and reports. Gives the exit code of this process.
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """The run as rank 0 has begun it; no attempt where the run is done already."""
 
-    What keeps rank 0 from making it is raised on all ranks.
+    run_dir: RunDir
+    attempt: int | None
+
+
+def join(config: RunConfig, command: tuple[str, ...], world: World, report: Callable[[Record], None]) -> int:
+    """Be this rank of the run; rank 0 prepares it, makes the run directory and reports. The exit code of this process.
+
+    What keeps rank 0 from making it is raised on all ranks; each node answers for its own devices and packages.
     """
-    count_as_nvml(os.environ)
-    connect(world, device_of(world, run.config.accelerator.value))
-    begun = from_rank_0(_begin(run) if world.rank == 0 else None)
+    on_cuda = check_node(config)
+    enter_world(world)
+    connect(world, device_of(world, "cuda" if on_cuda else "cpu"))
+    begun = from_rank_0(_begin(config, command, world) if world.rank == 0 else None)
     if isinstance(begun, Exception):
         disconnect()
         raise begun
-    run_dir, attempt = begun
+    run_dir, attempt = begun.run_dir, begun.attempt
     if attempt is None:
-        if world.rank == 0:
-            report(read_json(run_dir / "record.json"))
+        if world.rank == 0 and (record := run_dir.read_record()):
+            report(record)
         return 0
-    os.environ[attempts.ATTEMPT] = str(attempt)
-    with redirected_output(run_dir / f"rank_{world.rank}.log"):
+    os.environ[ATTEMPT] = str(attempt)
+    with redirected_output(run_dir.rank_log(world.rank)):
         status = run_rank(run_dir, world, parent=None)
     if world.rank == 0:
         _wait_for(run_dir, world.world_size)
@@ -50,22 +62,18 @@ def join(run: Run, world: World, report: Callable[[dict[str, Any]], None]) -> in
     return EXIT_CODES.get(status, 1)
 
 
-def _begin(run: Run) -> tuple[Path, int | None] | UserError | OSError:
-    """The directory of the run and the number of this attempt, None where nothing is left to do; or why there is none.
-
-    The others wait for what is found here: an error that leaves it would be theirs as a broken connection.
-    """
+def _begin(config: RunConfig, command: tuple[str, ...], world: World) -> _Begun | UserError | OSError:
+    """The run, begun; or the error, which the others wait for: if it left here, theirs would be a broken connection."""
     try:
-        with writing_in(Path(run.config.output_dir)):
-            run_dir, is_done = resume.directory_of(run)
-            return run_dir, None if is_done else attempts.begin(run_dir)
+        run = replace(prepare(config, command), world_size=world.world_size)
+        with writing_in(Path(config.output_dir)):
+            run_dir = directory_of(run)
+            return _Begun(run_dir, None if run_dir.is_done() else begin(run_dir))
     except (UserError, OSError) as error:
         return error
 
 
-def _wait_for(run_dir: Path, world_size: int) -> None:
+def _wait_for(run_dir: RunDir, world_size: int) -> None:
     deadline = time.monotonic() + OTHERS_S
-    while time.monotonic() < deadline:
-        if all((run_dir / f"rank_{rank}.json").exists() for rank in range(world_size)):
-            return
+    while time.monotonic() < deadline and not run_dir.has_last_words(world_size):
         time.sleep(0.05)

@@ -1,34 +1,32 @@
-"""Run directory -> processes on this machine -> record. Command lines are values; nothing is started to make one."""
+"""Run directory -> processes on this machine, watched to their end. Command lines are values."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from launcher.config.values import from_dict
 from launcher.rank.watchdog import Watchdog, blame, write_stacks
 from launcher.rank.worker import PARENT
-from launcher.results.record import finish
 from launcher.results.verdict import Outcome
-from launcher.run_dir import attempts
-from launcher.run_dir.progress import read_all
+from launcher.run_dir.attempts import ATTEMPT, begin
+from launcher.run_dir.finish import finish
 from launcher.system import processes
-from launcher.system.files import read_json, write_json, write_text
 from launcher.system.gpu_users import neighbours
-from shards.machine.interpreter import ROOT, python_path
+from shards.machine.interpreter import python_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
+    from launcher.results.record import Record
     from launcher.run_dir.progress import Progress
+    from launcher.run_dir.run import RunDescription
+    from launcher.run_dir.run_dir import RunDir
 
     Show = Callable[[Sequence[Progress | None]], None]
 
@@ -64,49 +62,36 @@ def rank_environment(environ: Mapping[str, str], processes: int, on_cuda: bool) 
     return {"OMP_NUM_THREADS": str(threads), **environ, **own, **hidden}
 
 
-def write_command(run_dir: Path, run: dict[str, Any]) -> None:
-    """`command.sh`: makes the same run once more, in a directory of its own."""
-    asked = [word for word in run["command"][1:] if not word.startswith("resume=")]
-    lines = (
-        "#!/bin/sh",
-        f"cd {shlex.quote(run['folder'])} || exit 1",
-        f'export PYTHONPATH={shlex.quote(str(ROOT))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
-        f"exec {shlex.join([sys.executable, *asked])}",
-        "",
-    )
-    write_text(run_dir / "command.sh", "\n".join(lines))
-
-
-def run_local(run_dir: Path, show: Show) -> dict[str, Any]:
+def run_local(run_dir: RunDir, show: Show) -> Record:
     """Make the next attempt at the run in `run_dir`: start its ranks, watch them to their end, leave nothing behind.
 
     Gives the record. SIGUSR1 to this process is passed on to the ranks: they save what they have, and the run can go on
     later. SIGINT and SIGTERM end it at once; all after the first are passed over, until the record is written.
     UserError where another process has the run in hand.
     """
-    with attempts.held(run_dir):
-        run = read_json(run_dir / "run.json")
-        processes.end_run(run["mark"])  # what is left of an attempt whose launching process was killed
-        attempt = attempts.begin(run_dir)
-        return _attempt(run_dir, run, attempt, show)
+    with run_dir.lock():
+        run = run_dir.read_run()
+        processes.end_run(run.mark)  # what is left of an attempt whose launching process was killed
+        return _attempt(run_dir, run, begin(run_dir), show)
 
 
-def _attempt(run_dir: Path, run: dict[str, Any], attempt: int, show: Show) -> dict[str, Any]:
-    config = from_dict(run["config"])
-    if run["on_cuda"] and (found := neighbours(os.environ, config.devices)):
-        write_json(run_dir / attempts.NOTES, found)
-    command = worker_command(str(run_dir), run["processes"], config.backend.python)
-    write_json(run_dir / "attempt.json", {"attempt": attempt, "command": list(command)})
-    write_command(run_dir, run)
+def _attempt(run_dir: RunDir, run: RunDescription, attempt: int, show: Show) -> Record:
+    config = run.run_config
+    if run.on_cuda and (notes := neighbours(os.environ, config.devices)):
+        run_dir.write_notes(notes)
+    command = worker_command(str(run_dir), run.world_size, config.backend.python)
+    run_dir.write_attempt(attempt, command)
+    if run.command:
+        run_dir.write_command(run)
     memory = processes.SharedMemoryWatch()
-    own = {processes.MARK: run["mark"], PARENT: str(os.getpid()), attempts.ATTEMPT: str(attempt)}
+    own = {processes.MARK: run.mark, PARENT: str(os.getpid()), ATTEMPT: str(attempt)}
     outcome: Outcome | None = None
     process: subprocess.Popen[bytes] | None = None
-    with (run_dir / "launch.log").open("wb") as log, _signals(run_dir, run) as ending:
+    with run_dir.launch_log.open("wb") as log, _signals(run_dir, run) as ending:
         try:
             process = subprocess.Popen(
                 command,
-                env=rank_environment(os.environ, run["processes"], run["on_cuda"]) | own,
+                env=rank_environment(os.environ, run.world_size, run.on_cuda) | own,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -119,19 +104,19 @@ def _attempt(run_dir: Path, run: dict[str, Any], attempt: int, show: Show) -> di
             outcome = Outcome("cancelled", by)
         finally:
             ending.begun = True
-            memory.look([item.pid for item in processes.of_run(run["mark"])])
-            processes.end_run(run["mark"])
+            memory.look([item.pid for item in processes.of_run(run.mark)])
+            processes.end_run(run.mark)
             if process is not None:
                 process.wait()
             memory.remove()
-            processes.remove_scratch(run["mark"])
+            processes.remove_scratch(run.mark)
         return finish(run_dir, outcome)
 
 
 def _watch(
     process: subprocess.Popen[bytes],
-    run_dir: Path,
-    run: dict[str, Any],
+    run_dir: RunDir,
+    run: RunDescription,
     watchdog: Watchdog,
     memory: processes.SharedMemoryWatch,
     show: Show,
@@ -139,12 +124,12 @@ def _watch(
     """Poll until the started process ends, or has to be ended; how it did where it was not well."""
     polls = 0
     while process.poll() is None:
-        ranks = read_all(run_dir, run["processes"])
+        ranks = run_dir.read_progress(run.world_size)
         if polls % LOOK_EVERY == 0:
-            memory.look([item.pid for item in processes.of_run(run["mark"])])
+            memory.look([item.pid for item in processes.of_run(run.mark)])
         show(ranks)
         if outcome := watchdog.look(ranks):
-            return blame(outcome, ranks, write_stacks(run_dir, living(ranks, run["mark"])), run["on_cuda"])
+            return blame(outcome, ranks, write_stacks(run_dir, living(ranks, run.mark)), run.on_cuda)
         polls += 1
         time.sleep(POLL_S)
     if process.returncode == 0:
@@ -166,12 +151,12 @@ class _Ending:
 
 
 @contextlib.contextmanager
-def _signals(run_dir: Path, run: dict[str, Any]) -> Iterator[_Ending]:
+def _signals(run_dir: RunDir, run: RunDescription) -> Iterator[_Ending]:
     """In here SIGUSR1 goes to the ranks; the first SIGINT or SIGTERM raises, unless the end has begun."""
     ending = _Ending()
 
     def pass_on(number: int, _: object) -> None:
-        for pid in living(read_all(run_dir, run["processes"]), run["mark"]).values():
+        for pid in living(run_dir.read_progress(run.world_size), run.mark).values():
             with contextlib.suppress(OSError):
                 os.kill(pid, number)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from launcher.config.schema import ConfigError
 from launcher.launch.local import rank_environment
@@ -63,7 +63,7 @@ def node_command(config: RunConfig, command: Sequence[str]) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def become_node(config: RunConfig, command: Sequence[str], on_cuda: bool) -> None:
+def become_node(config: RunConfig, command: Sequence[str], on_cuda: bool) -> NoReturn:
     """This process becomes the one that starts the ranks of this node: signals and exit code are its own."""
     words = node_command(config, command)
     sys.stdout.flush()

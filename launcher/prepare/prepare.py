@@ -38,9 +38,7 @@ WORKER_PACKAGES = ("psutil", "tokenizers", "pynvml")  # what a rank needs beside
 def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
     """Resolve, check and plan a run; nothing is written. Raises UserError."""
     _check_launch(config)
-    _check_packages(config)
-    refuse_vllm(config)
-    on_cuda = _check_devices(config)
+    on_cuda = check_node(config)
     config = replace(config, accelerator=Accelerator.cuda if on_cuda else Accelerator.cpu)
     config, notes = _settle(config, on_cuda)
     folder = model_folder(config)
@@ -72,11 +70,26 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
     plan, found = plan_for(config), paces(config, plan_for) if config.dry_run else {}
     if not on_cuda and (tight := over_memory(config, plan, tensors, "available")):
         notes.append(tight)
-    world_size = config.devices * config.num_nodes
-    processes = world_size if _is_rank_per_device(config) else config.num_nodes
     return Run(
-        config, command, folder, model_config, tuple(prompts), plan, processes, world_size, on_cuda, tuple(notes), found
+        config=config,
+        command=command,
+        model_folder=folder,
+        model_config=model_config,
+        prompts=tuple(prompts),
+        plan=plan,
+        world_size=config.world_size,
+        num_devices=config.num_devices,
+        on_cuda=on_cuda,
+        notes=tuple(notes),
+        paces=found,
     )
+
+
+def check_node(config: RunConfig) -> bool:
+    """Whether the run is on CUDA; ConfigError for packages and devices that this machine lacks."""
+    _check_packages(config)
+    refuse_vllm(config)
+    return _check_devices(config)
 
 
 def _check_names(config: RunConfig, checkpoint: Checkpoint, model_config: Mapping[str, Any]) -> None:
@@ -99,11 +112,6 @@ def _check_launch(config: RunConfig) -> None:
         raise ConfigError(f"launch.name={config.launch.name} is not known.", "launch=local or launch=slurm")
     if config.launch.name == "slurm":
         check_cluster(config.cluster)
-
-
-def _is_rank_per_device(config: RunConfig) -> bool:
-    """Several nodes have a rank for each device: an engine that spreads by itself does so on one node."""
-    return config.backend.one_process_per_device or config.num_nodes > 1
 
 
 def _check_packages(config: RunConfig) -> None:

@@ -1,11 +1,13 @@
-"""What an exception of an engine means: a thing to mend, memory that ran out (how much, where), or a failure."""
+"""An exception of an engine as status and error: something to mend, memory that ran out, or a failure."""
 
 from __future__ import annotations
 
 import re
 import traceback
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
+from launcher.results.record import RunError
 from launcher.system.files import read_end
 from shards.errors import UserError
 
@@ -27,40 +29,43 @@ OUT_OF_MEMORY = re.compile(
 ELSEWHERE = "root cause"  # vLLM of an error in another of its processes, which has had its words in the log
 
 
-def explain(error: BaseException, log: Path | None = None) -> tuple[str, dict[str, Any]]:
-    """The status of a rank that `error` ended, and the error as a record keeps it.
+def explain(error: BaseException, rank: int, stage: str, log: Path | None = None) -> tuple[str, RunError]:
+    """The status of a rank that `error` ended in a stage, and the error as a record keeps it.
 
     Where the error only points at its cause, that is looked for at the end of `log`, which the rank's processes share.
-    Of memory that ran out `device`, `asked_bytes` and `free_bytes` are as the engine's message says them (torch rounds
-    to two digits), None where it does not.
     """
     text = str(error.fact if isinstance(error, UserError) else error).strip()
-    said = {
-        "type": type(error).__name__,
-        "message": text.splitlines()[0] if text else type(error).__name__,
-        "hint": error.hint if isinstance(error, UserError) else "",
-        "traceback": "".join(traceback.format_exception(error)),
-    }
+    explained = RunError(
+        rank=rank,
+        stage=stage,
+        type=type(error).__name__,
+        message=text.splitlines()[0] if text else type(error).__name__,
+        hint=error.hint if isinstance(error, UserError) else "",
+        traceback="".join(traceback.format_exception(error)),
+    )
     shortage = _shortage(list(_causes(error)), log)
     if shortage is not None:
-        return "oom", said | out_of_memory(shortage)
-    return ("refused" if isinstance(error, UserError) else "failed"), said
+        return "oom", out_of_memory(explained, shortage)
+    return ("refused" if isinstance(error, UserError) else "failed"), explained
 
 
-def out_of_memory(text: str) -> dict[str, Any]:
-    """Device, bytes asked and bytes free by the message of an allocator."""
+def out_of_memory(error: RunError, text: str) -> RunError:
+    """The error with device, bytes asked and bytes free by the message of an allocator (torch rounds to two digits)."""
     gpu = re.search(r"GPU (\d+) has a total capacity", text)
-    on_cpu = "DefaultCPUAllocator" in text
-    return {
-        "device": f"cuda:{gpu.group(1)}" if gpu else "cpu" if on_cpu else None,
-        "asked_bytes": _size(rf"[Tt]ried to allocate {SIZE}", text),
-        "free_bytes": _size(rf"of which {SIZE} is free", text),
-    }
+    device = f"cuda:{gpu.group(1)}" if gpu else None
+    if "DefaultCPUAllocator" in text and gpu is None:
+        device = "cpu"
+    return replace(
+        error,
+        device=device,
+        asked_bytes=_size(rf"[Tt]ried to allocate {SIZE}", text),
+        free_bytes=_size(rf"of which {SIZE} is free", text),
+    )
 
 
 def _size(pattern: str, text: str) -> int | None:
-    found = re.search(pattern, text)
-    return int(float(found.group(1)) * UNITS[found.group(2)]) if found else None
+    size = re.search(pattern, text)
+    return int(float(size.group(1)) * UNITS[size.group(2)]) if size else None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -70,7 +75,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _shortage(causes: Sequence[BaseException], log: Path | None) -> str | None:
-    """The words that say that memory ran out, if any do."""
+    """The message that says that memory ran out, None if none does."""
     for cause in causes:
         named = type(cause).__name__ == "OutOfMemoryError" or isinstance(cause, MemoryError)
         if named or OUT_OF_MEMORY.search(str(cause)):

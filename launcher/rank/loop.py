@@ -6,45 +6,23 @@ that an undisturbed run would have made, and makes in whole the repeats that no 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
 from launcher.prompts.batches import batches, call_count, split
 from launcher.prompts.prompts import sampling_of
+from launcher.results.measured import Repeat
+from launcher.results.metrics import summed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from launcher.backends.base import Backend, Completion, Generation, Prompt
     from launcher.config.schema import RunConfig
-    from launcher.run_dir.attempts import Saved
     from launcher.run_dir.progress import ProgressWriter
+    from launcher.run_dir.run_dir import Saved
     from shards.machine.world import World
-
-
-@dataclass(frozen=True, slots=True)
-class Repeat:
-    """What this rank measured in one repeat, from 0, of its prompts, or of what was left of them.
-
-    `wall_s` runs from a barrier of all ranks to this rank's last token.
-
-    `prefill_s` and `decode_s` are sums over the batches, None for an engine that interleaves the two. `decode_steps`
-    are those that gave a token, but for the first of each batch; `lengths` the tokens of each prompt and its answer.
-    """
-
-    number: int
-    wall_s: float
-    prefill_s: float | None
-    decode_s: float | None
-    completions: int
-    prompt_tokens: int
-    new_tokens: int
-    decode_steps: int
-    lengths: tuple[tuple[int, int], ...]
-    ttft_s: tuple[float, ...]
-    itl_s: tuple[float, ...]
-    same_tokens: bool  # as the first repeat gave
 
 
 def schedule(
@@ -59,7 +37,7 @@ def schedule(
     size, calls = call_count(len(prompts), world, config)
     data_parallel = config.backend.data_parallel
     own = list(batches(split(prompts, world, data_parallel), size, calls))
-    answered = {row["index"] for row in saved.rows}
+    answered = {completion.index for completion in saved.completions}
     parts = [split(prompts, replace(world, rank=rank), data_parallel) for rank in range(world.world_size)]
     left = [
         any(prompt.index not in answered for part in parts for prompt in part[place * size : (place + 1) * size])
@@ -99,7 +77,7 @@ class Loop:
         own = split(prompts, self.world, self.config.backend.data_parallel)
         size, _ = call_count(len(prompts), self.world, self.config)
         self._warm_up(own[:size])
-        first = {row["index"]: tuple(row["token_ids"]) for row in saved.rows}
+        first = {completion.index: completion.token_ids for completion in saved.completions}
         for number, calls in schedule(prompts, self.world, self.config, saved):
             self.keeper.save_repeat(self._repeat(number, calls, first))
 
@@ -162,4 +140,5 @@ def _summary(
         ttft_s=tuple(item.ttft_s for item in made if item.ttft_s is not None),
         itl_s=tuple(gap for item in made for gap in item.itl_s),
         same_tokens=same,
+        counters=summed(generation.counters for generation in generations),
     )

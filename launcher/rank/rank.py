@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import threading
 import time
 import traceback
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launcher.backends.base import backend_class
-from launcher.config.values import from_dict
-from launcher.prompts.prompts import read_prompts
 from launcher.rank.failures import explain
 from launcher.rank.loop import Loop
-from launcher.run_dir import attempts
-from launcher.run_dir.progress import ProgressWriter
+from launcher.results.completions import SavedCompletion
+from launcher.results.rank_result import RankResult
+from launcher.results.record import RunError
+from launcher.run_dir.run_dir import SupersededError
 from launcher.system.environment import describe
-from launcher.system.files import read_json, write_json
 from shards.errors import UserError
-from shards.plan.plan import Plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
-    from launcher.backends.base import Backend, Completion
+    from launcher.backends.base import Backend, Completion, DeviceMemory
     from launcher.config.schema import RunConfig
-    from launcher.rank.loop import Repeat
+    from launcher.results.measured import Repeat
     from launcher.results.verdict import Outcome
+    from launcher.run_dir.run_dir import RunDir
+    from launcher.system.environment import Environment
     from shards.machine.world import World
 
 WORTH_WAITING = ("repeat", "memory", "close", "end")  # stages in which something is about to be saved
@@ -42,34 +39,31 @@ class InterruptionError(Exception):
 
 
 class Rank:
-    """This process as one rank of attempt `attempt` at the run in `run_dir`; whatever ends it, its rank file says so.
+    """This process as one rank of attempt `attempt` at the run in `run_dir`; whatever ends it, its last word says so.
 
     The guard's thread calls `interrupt` and `end`; the rest is the main thread's.
     """
 
-    def __init__(self, run_dir: Path, world: World, attempt: int) -> None:
+    def __init__(self, run_dir: RunDir, world: World, attempt: int) -> None:
         self.run_dir, self.world, self.attempt = run_dir, world, attempt
-        attempts.check(run_dir, attempt)
-        self.progress = ProgressWriter(run_dir / f"rank_{world.rank}.progress")
-        run = read_json(run_dir / "run.json")
-        self.config: RunConfig = from_dict(run["config"])
-        self.config.model.path = run["model_folder"] or self.config.model.path
-        self.answers = world.rank in attempts.answering(run)
+        run_dir.check_attempt(attempt)
+        self.progress = run_dir.progress_writer(world.rank)
+        run = run_dir.read_run()
+        self.config: RunConfig = run.run_config
+        self.config.model.path = run.model_folder or self.config.model.path
+        self.answers = world.rank in run.answering_ranks
         self.interruption: str | None = None
-        self.repeats: list[dict[str, Any]] = []
-        self.result: dict[str, Any] = {
-            "rank": world.rank,
-            "attempt": attempt,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "answers": self.answers,
-            "repeats": self.repeats,
-        }
+        self.repeats: list[Repeat] = []
+        self.load_s: float | None = None
+        self.devices: tuple[DeviceMemory, ...] = ()
+        self.environment: Environment | None = None
+        self.waits = False  # for other ranks, where this one hangs
+        self._result: RankResult | None = None
         self._writing = threading.Lock()
         self._is_ending = False
 
     def run(self) -> str:
-        """Do the work and write the rank file; gives the status. An error is recorded, never raised."""
+        """Do the work and leave the rank's last word; gives the status. An error is recorded, never raised."""
         status = self._work()
         self._give_way()
         return status
@@ -93,38 +87,41 @@ class Rank:
         backend = _backend(self.config)
         self.progress.enter("load")
         start = time.perf_counter()
-        backend.load(Plan.from_dict(read_json(self.run_dir / "plan.json")), self.world, self.progress.advance)
-        self.result["load_s"] = time.perf_counter() - start
+        plan = self.run_dir.read_plan()
+        assert plan is not None, "a run directory is made with its plan"
+        backend.load(plan, self.world, self.progress.advance)
+        self.load_s = time.perf_counter() - start
         return backend
 
     def _generate(self, backend: Backend) -> None:
-        prompts = read_prompts(self.run_dir / "prompts.jsonl")
-        Loop(backend, self.config, self.world, self.progress, self).run(prompts, attempts.saved(self.run_dir))
+        loop = Loop(backend, self.config, self.world, self.progress, self)
+        loop.run(self.run_dir.read_prompts(), self.run_dir.read_saved())
         self.progress.enter("memory")
-        self.result["devices"] = [asdict(device) for device in backend.memory()]
-        self.result["environment"] = describe()
+        self.devices = tuple(backend.memory())
+        self.environment = describe()
 
     def save(self, completions: Sequence[Completion]) -> None:
-        """Append to this rank's completions: a line is whole or cut off at the end of the file."""
-        names = ("index", "token_ids", "finish_reason", "top2_gaps")
-        self._append("completions", [{name: getattr(item, name) for name in names} for item in completions])
+        """Append to this rank's completions."""
+        saved = [SavedCompletion(c.index, c.token_ids, c.finish_reason, c.top2_gaps) for c in completions]
+        with self._writing:
+            if self._may_save():
+                self.run_dir.append_completions(self.world.rank, saved)
+        self._give_way()
 
     def save_repeat(self, repeat: Repeat) -> None:
-        """Append to this rank's measures."""
-        self.repeats.append(asdict(repeat))
-        self._append("repeats", [self.repeats[-1]])
-
-    def _append(self, kind: str, rows: Sequence[dict[str, Any]]) -> None:
-        if not self.answers:
-            return
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        path = self.run_dir / f"rank_{self.world.rank}.{kind}.jsonl"
+        """Append to this rank's measurements."""
+        self.repeats.append(repeat)
         with self._writing:
-            if not self._is_ending:  # what is saved after the rank's last word would be in no record
-                attempts.check(self.run_dir, self.attempt)
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(text)
+            if self._may_save():
+                self.run_dir.append_repeat(self.world.rank, repeat)
         self._give_way()
+
+    def _may_save(self) -> bool:
+        """Whether what is saved now will be in the record: not after the rank's last word."""
+        if self._is_ending or not self.answers:
+            return False
+        self.run_dir.check_attempt(self.attempt)
+        return True
 
     def between_batches(self) -> None:
         """End here if the rank was asked to."""
@@ -139,7 +136,7 @@ class Rank:
     def end(self, outcome: Outcome) -> str:
         """Leave a word before the process ends, unless the rank has already had its last; gives the status."""
         self._is_ending = True
-        return self._write(outcome.status, self._error(type="Ended", message=outcome.message, hint=""))
+        return self._write(outcome.status, self._ended(outcome.message))
 
     def _give_way(self) -> None:
         """Do nothing any more where the guard is about to end the process."""
@@ -147,30 +144,45 @@ class Rank:
             time.sleep(LAST_WORD_S)
 
     def _fail(self, error: BaseException) -> str:
-        status, said = explain(error, self.run_dir / f"rank_{self.world.rank}.log")
+        log = self.run_dir.rank_log(self.world.rank)
+        status, explained = explain(error, self.world.rank, self.progress.progress.stage, log)
         if self.interruption is not None and status != "refused":
             return self._interrupted(self.interruption)  # thrown off by another rank that has gone first
-        return self._write(status, self._error(**said))
+        return self._write(status, explained)
 
     def _interrupted(self, reason: str) -> str:
-        return self._write("interrupted", self._error(type="Ended", message=reason, hint="resume=true goes on with it"))
+        return self._write("interrupted", self._ended(reason, "resume=true goes on with it"))
 
-    def _error(self, **said: Any) -> dict[str, Any]:
-        return {"stage": self.progress.progress.stage, **said}
+    def _ended(self, message: str, hint: str = "") -> RunError:
+        return RunError(self.world.rank, self.progress.progress.stage, "Ended", message, hint)
 
-    def _write(self, status: str, error: dict[str, Any] | None = None) -> str:
-        """Write the rank file once, and not if a newer attempt has begun; gives the status that counts."""
+    def _write(self, status: str, error: RunError | None = None) -> str:
+        """Write the rank's last word once, and not if a newer attempt has begun; gives the status that counts."""
         if not self._writing.acquire(timeout=LAST_WORD_S):
             return status
         try:
-            if "status" not in self.result:
-                attempts.check(self.run_dir, self.attempt)
-                last_step = {"last_step_at": self.progress.progress.time, "ended_at": time.time()}
-                result = self.result | last_step | {"status": status} | ({"error": error} if error else {})
-                write_json(self.run_dir / f"rank_{self.world.rank}.json", result)
-                self.result = result
-            return str(self.result["status"])
-        except attempts.SupersededError:
+            if self._result is None:
+                self.run_dir.check_attempt(self.attempt)
+                result = RankResult(
+                    rank=self.world.rank,
+                    attempt=self.attempt,
+                    status=status,
+                    host=socket.gethostname(),
+                    pid=os.getpid(),
+                    answers=self.answers,
+                    last_step_at=self.progress.progress.time,
+                    ended_at=time.time(),
+                    error=error,
+                    load_s=self.load_s,
+                    repeats=tuple(self.repeats),
+                    devices=self.devices,
+                    environment=self.environment,
+                    waits=self.waits,
+                )
+                self.run_dir.write_rank(result)
+                self._result = result
+            return self._result.status
+        except SupersededError:
             return "superseded"
         finally:
             self._writing.release()

@@ -1,4 +1,4 @@
-"""Is a run alive? Judged by the steps that its ranks make, not by the time it takes. And where it stands if not."""
+"""The watchdog of a run, which judges by the steps that its ranks make, and the stacks of ranks that hang."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from launcher.config.schema import RunConfig
     from launcher.run_dir.progress import Progress
+    from launcher.run_dir.run_dir import RunDir
 
 COLLECTIVE = "distributed_c10d"  # in the stack of a rank that waits for others
 MAIN = "launcher/rank/rank.py"  # in the stack of a rank's main thread
@@ -109,8 +110,8 @@ def _innermost_frame(stack: str) -> str:
     return ""
 
 
-def write_stacks(run_dir: Path, pids: Mapping[int, int]) -> dict[int, str]:
-    """`stacks_rank_N.txt`, and what is in it, for each rank of `pids`.
+def write_stacks(run_dir: RunDir, pids: Mapping[int, int]) -> dict[int, str]:
+    """The stacks of each rank of `pids`, which are also written into the run directory.
 
     Of all its threads and child processes by py-spy; where py-spy may not look at them (a container without ptrace), of
     its threads by the rank itself.
@@ -121,8 +122,8 @@ def write_stacks(run_dir: Path, pids: Mapping[int, int]) -> dict[int, str]:
     written = {}
     for number, pid in pids.items():
         text = _read_dump(dumps[number], deadline) if number in dumps else ""
-        written[number] = text or _own_stacks(pid, run_dir / f"rank_{number}.log")
-        write_text(run_dir / f"stacks_rank_{number}.txt", written[number])
+        written[number] = text or _own_stacks(pid, run_dir.rank_log(number))
+        write_text(run_dir.stacks(number), written[number])
     return written
 
 

@@ -16,9 +16,9 @@ from launcher.config.schema import Accelerator
 from launcher.rank import guard
 from launcher.rank.rank import Rank
 from launcher.rank.watchdog import Watchdog, waits
-from launcher.results.record import finish
-from launcher.run_dir import attempts
-from launcher.run_dir.progress import read_all
+from launcher.run_dir.attempts import ATTEMPT
+from launcher.run_dir.finish import finish
+from launcher.run_dir.run_dir import RunDir, SupersededError
 from shards.machine.hardware import count_as_nvml
 from shards.machine.world import World
 
@@ -54,28 +54,32 @@ def _point_output(out: int, err: int) -> None:
     os.dup2(err, 2)
 
 
-def run_rank(run_dir: Path, world: World, parent: int | None) -> str:
+def enter_world(world: World) -> None:
+    """Set this process's environment, once: the variables of its world, and CUDA's numbers of cards like NVML's."""
+    os.environ.update(world.environ())
+    count_as_nvml(os.environ)
+
+
+def run_rank(run_dir: RunDir, world: World, parent: int | None) -> str:
     """Be one rank from here to its end, watched over by a guard; gives the status of the rank.
 
     `parent` is the process that watches the run from this node and writes its record; without one, or once it is
     gone, the rank that is told to end writes the record itself. SIGUSR2 puts all stacks on stderr.
     """
-    os.environ.update(world.environ())
-    count_as_nvml(os.environ)
-    attempt = int(os.environ.get(attempts.ATTEMPT) or attempts.newest(run_dir))
+    attempt = int(os.environ.get(ATTEMPT) or run_dir.read_attempt())
     try:
         rank = Rank(run_dir, world, attempt)
-    except attempts.SupersededError:
+    except SupersededError:
         return "superseded"
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
 
     def end(outcome: Outcome, parent_is_gone: bool) -> None:
         if outcome.status in ("hang", "timeout"):
-            stacks = run_dir / f"stacks_rank_{world.rank}.txt"
+            stacks = run_dir.stacks(world.rank)
             with stacks.open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-            rank.result["waits"] = waits(stacks.read_text(), rank.config.accelerator is Accelerator.cuda)
+            rank.waits = waits(stacks.read_text(), rank.config.accelerator is Accelerator.cuda)
         if rank.end(outcome) != "superseded" and (parent is None or parent_is_gone):
             time.sleep(OTHERS_S + (watched.look_s if watched.look else 0))  # the others end for the same reason now
             finish(run_dir, outcome)
@@ -84,7 +88,7 @@ def run_rank(run_dir: Path, world: World, parent: int | None) -> str:
     if parent is None or WATCH in os.environ:
         watchdog = Watchdog(rank.config)
         watched = replace(
-            watched, look=lambda: watchdog.look(read_all(run_dir, world.world_size)), look_s=watchdog.look_s
+            watched, look=lambda: watchdog.look(run_dir.read_progress(world.world_size)), look_s=watchdog.look_s
         )
     guard.start(parent, watched, term_interrupts=os.environ.get(guard.ON_TERM) == "interrupt")
     return rank.run()
@@ -93,8 +97,9 @@ def run_rank(run_dir: Path, world: World, parent: int | None) -> str:
 def main() -> None:
     """The entry point of a started rank. Exit code 0 ok, 2 refused, 75 interrupted (go on later), 1 anything else."""
     parent = int(os.environ[PARENT]) if PARENT in os.environ else None
-    run_dir, world = Path(sys.argv[1]), World.from_env(os.environ)
-    with redirected_output(run_dir / f"rank_{world.rank}.log"):
+    run_dir, world = RunDir(Path(sys.argv[1])), World.from_env(os.environ)
+    enter_world(world)
+    with redirected_output(run_dir.rank_log(world.rank)):
         status = run_rank(run_dir, world, parent)
     # Engines leave threads and handlers behind that can abort or hang a normal interpreter exit.
     os._exit(EXIT_CODES.get(status, 1))

@@ -7,21 +7,17 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.report.tables import rate, size
-from launcher.results.comparison import Comparison, FinishedRun, compare
+from launcher.report.tables import MEMORY, rate, size
+from launcher.results.comparison import Comparison, Divergence, FinishedRun, compare
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.console import Console
 
-HELD = {
-    "parameter_bytes": "parameters",
-    "kv_cache_bytes": "KV cache",
-    "kv_cache_reserved_bytes": "KV reserved",
-    "peak_allocated_bytes": "peak allocated",
-    "host_anonymous_bytes": "host anonymous",
-}
+COMPARED_MEMORY = (
+    "parameter_bytes", "kv_cache_bytes", "kv_cache_reserved_bytes", "peak_allocated_bytes", "host_anonymous_bytes",
+)  # fmt: skip
 
 
 def show(runs: Sequence[FinishedRun], out: Console) -> list[Comparison]:
@@ -38,25 +34,32 @@ def show(runs: Sequence[FinishedRun], out: Console) -> list[Comparison]:
 
 def table(comparisons: Sequence[Comparison], runs: Sequence[FinishedRun]) -> Table:
     """The base, and a row for each other run against it."""
-    made = Table(
+    table = Table(
         "run", "same tokens", "first divergence", "top-2 gap", "repeats itself", "new tokens/s", "of base", "min … max"
     )
     base = runs[0]
     degenerate = _repeats(comparisons[0].base_degenerate, len(base.prompts))
-    made.add_row(f"{base.label} (base)", "", "", "", degenerate, rate(base.record["new_tokens_per_s"]), "", "")
+    table.add_row(f"{base.label} (base)", "", "", "", degenerate, rate(base.record.new_tokens_per_s), "", "")
     for comparison, run in zip(comparisons, runs[1:], strict=True):
         first = comparison.divergences[0] if comparison.divergences else None
-        made.add_row(
+        table.add_row(
             run.label,
             f"{comparison.matching}/{comparison.prompts} ({comparison.match:.0%})",
             f"prompt {first.prompt}, token {first.position}" if first else "none",
-            "-" if first is None else "not known" if first.gap is None else f"{first.gap:.3g}",
+            _gap(first),
             _repeats(comparison.other_degenerate, comparison.prompts),
-            rate(run.record["new_tokens_per_s"]),
+            rate(run.record.new_tokens_per_s),
             f"{comparison.speed.median:,.3f}",
             f"{comparison.speed.min:,.3f} … {comparison.speed.max:,.3f}",
         )
-    return made
+    return table
+
+
+def _gap(divergence: Divergence | None) -> str:
+    """The difference of the two largest logits where the answers part."""
+    if divergence is None:
+        return "-"
+    return "not known" if divergence.gap is None else f"{divergence.gap:.3g}"
 
 
 def _repeats(degenerate: Sequence[int], prompts: int) -> str:
@@ -64,11 +67,11 @@ def _repeats(degenerate: Sequence[int], prompts: int) -> str:
 
 
 def devices(runs: Sequence[FinishedRun]) -> Table:
-    """What each device of each run held; "-" is not known, and the record says why."""
-    rows = [(run, device) for run in runs for device in run.record["devices"]]
-    shown = [name for name in HELD if any(device[name] is not None for _, device in rows)]
-    made = Table("run", "rank", "device", *(HELD[name] for name in shown))
+    """The memory of each device of each run; "-" is not known, and the record says why."""
+    rows = [(run, device) for run in runs for device in run.record.devices]
+    named = [name for name in COMPARED_MEMORY if any(getattr(device, name) is not None for _, device in rows)]
+    table = Table("run", "rank", "device", *(MEMORY[name] for name in named))
     for run, device in rows:
-        where = f"{device['device']} {device['device_name']}".strip()
-        made.add_row(run.label, str(device["rank"]), where, *(size(device[name]) for name in shown))
-    return made
+        label = f"{device.device} {device.device_name}".strip()
+        table.add_row(run.label, str(device.rank), label, *(size(getattr(device, name)) for name in named))
+    return table

@@ -1,4 +1,4 @@
-"""A record as a person reads it: answers, speed, what each device held; and one JSON line for a program."""
+"""A record for people: answers, speed, memory of each device; and one JSON line for a program."""
 
 from __future__ import annotations
 
@@ -14,25 +14,46 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.system.files import read_lines
+from launcher.results.metrics import COUNTERS
+from launcher.run_dir.run_dir import RANK_LOGS, RunDir
+from launcher.system.typed import to_plain
 from shards.machine.hardware import GIB, MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from launcher.backends.base import DeviceMemory
+    from launcher.results.completions import ReportedCompletion
+    from launcher.results.measured import BandwidthUse, CeilingShare, Quantiles, Spread
+    from launcher.results.record import BatchSearch, Record
     from launcher.run_dir.run import Run
+    from shards.plan.memory import DevicePlan
     from shards.plan.roofline import Limit
 
 SHOWN_COMPLETIONS = 8
-HEADLINE = (
-    "status", "backend", "model", "precision", "world_size", "new_tokens_per_s", "ttft_s", "itl_s", "load_s", "run_dir",
+LINE_FIELDS = (
+    "status", "backend", "model", "precision", "world_size", "num_devices", "batch_size", "new_tokens_per_s", "ttft_s",
+    "itl_s", "load_s", "run_dir",
 )  # fmt: skip
+"""The fields of a record in its JSON line."""
+
+MEMORY = {
+    "parameter_bytes": "parameters",
+    "kv_cache_bytes": "KV cache",
+    "kv_cache_reserved_bytes": "KV reserved",
+    "tensor_bytes": "tensors",
+    "peak_allocated_bytes": "peak allocated",
+    "peak_reserved_bytes": "peak reserved",
+    "nvml_used_bytes": "NVML used",
+    "host_anonymous_bytes": "host anonymous",
+}
+"""The label of each figure of a device's memory."""
 
 
 def console(stderr: bool = False) -> Console:
     """A console that does not break its tables at 80 columns where there is no terminal."""
-    made = Console(stderr=stderr, highlight=False)
-    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=140)
+    usual = Console(stderr=stderr, highlight=False)
+    return usual if usual.is_terminal else Console(stderr=stderr, highlight=False, width=140)
 
 
 def size(value: int | None) -> str:
@@ -51,7 +72,9 @@ def seconds(value: float | None) -> str:
 
 def rate(value: float | None) -> str:
     """Tokens per second for a reader."""
-    return "-" if value is None else f"{value:,.1f}" if value >= 10 else f"{value:,.3f}"
+    if value is None:
+        return "-"
+    return f"{value:,.1f}" if value >= 10 else f"{value:,.3f}"
 
 
 def rounded(value: Any) -> Any:
@@ -64,142 +87,145 @@ def shown(text: str) -> str:
     return "".join("\ufffd" if unicodedata.category(letter) == "Cc" else letter for letter in text.replace("\t", " "))
 
 
-def headline(record: dict[str, Any], more: Sequence[str] = ()) -> str:
-    """The last line of stdout: one JSON object with the figures that a program asks for first."""
-    error = {key: value for key, value in (record["error"] or {}).items() if key != "traceback"}
-    return json.dumps(
-        {name: rounded(record[name]) for name in (*HEADLINE, *more)} | ({"error": error} if error else {})
-    )
+def json_line(record: Record, more: Sequence[str] = ()) -> dict[str, Any]:
+    """The last line of stdout as an object: the figures that a program asks for first, and `more` of the record."""
+    line = {name: rounded(getattr(record, name)) for name in (*LINE_FIELDS, *more)}
+    if record.error is not None:
+        error = to_plain(record.error)
+        line["error"] = {name: value for name, value in error.items() if name != "traceback" and value is not None}
+    return line
 
 
-def error_line(record: dict[str, Any]) -> str:
+def error_line(record: Record) -> str:
     """Why a run did not end well, in one line."""
-    error = record["error"]
-    where = f"rank {error['rank']} in {error['stage']}" if error["rank"] is not None else "before any rank began"
-    hint = f" HINT: {error['hint']}" if error["hint"] else ""
-    kind = "" if error["type"] in ("ProcessDied", "Ended", "Cancelled") else f"{error['type']}: "
-    return shown(" ".join(f"{record['status']}: {where}: {kind}{error['message']}{hint}".split()))
+    error = record.error
+    if error is None:
+        return record.status
+    where = f"rank {error.rank} in {error.stage}" if error.rank is not None else "before any rank began"
+    hint = f" HINT: {error.hint}" if error.hint else ""
+    kind = "" if error.type in ("ProcessDied", "Ended", "Cancelled") else f"{error.type}: "
+    return shown(" ".join(f"{record.status}: {where}: {kind}{error.message}{hint}".split()))
 
 
-def show(record: dict[str, Any]) -> None:
-    """Print one run: its tables, an error in one line on stderr, and the headline as the last line of stdout."""
+def show(record: Record) -> None:
+    """Print one run: its tables, an error in one line on stderr, and its JSON line as the last of stdout."""
     show_record(record, console())
-    if record["status"] != "ok":
+    if record.status != "ok":
         print(error_line(record), file=sys.stderr)
-        print(f"The ranks' own words are in {record['run_dir']}/rank_*.log", file=sys.stderr)
-    print(headline(record), flush=True)
+        print(f"The ranks' own words are in {record.run_dir}/{RANK_LOGS}", file=sys.stderr)
+    print(json.dumps(json_line(record)), flush=True)
 
 
-def show_record(record: dict[str, Any], out: Console) -> None:
-    """Print the tables of one run."""
-    run_dir = Path(record["run_dir"])
-    devices = f"{record['world_size']} device{'s' if record['world_size'] > 1 else ''}"
-    out.print(f"\n[bold]{record['backend']} · {escape(record['model'])} · {record['precision']} · {devices}[/]")
-    for note in record["notes"]:
+def show_record(record: Record, out: Console) -> None:
+    """Print the tables of one run, which has a run directory."""
+    assert record.run_dir is not None
+    devices = f"{record.num_devices} device{'s' if record.num_devices > 1 else ''}"
+    out.print(f"\n[bold]{record.backend} · {escape(record.model)} · {record.precision} · {devices}[/]")
+    for note in record.notes:
         out.print(f"[yellow]note:[/] {escape(note)}")
-    completions = read_lines(run_dir / "completions.jsonl")
-    if any(row["prompt"] or row["text"] for row in completions):
+    completions = RunDir(Path(record.run_dir)).read_completions()
+    if any(completion.prompt or completion.text for completion in completions):
         out.print(_completions(completions))
-    if record["status"] == "ok":
-        if record["partial"]:
-            prompts, of = record["partial"]["prompts"], record["partial"]["of"]
-            out.print(f"[yellow]note:[/] measured over {prompts} of {of} prompts: the run was split between attempts")
-        if search := record.get("batch_search"):
-            out.print(batch_line(search))
-        if record["metrics"]:
+    if record.status == "ok":
+        if partial := record.partial:
+            measured = f"measured over {partial.prompts} of {partial.of} prompts"
+            out.print(f"[yellow]note:[/] {measured}: the run was split between attempts")
+        if record.batch_search:
+            out.print(batch_line(record.batch_search))
+        if record.metrics:
             out.print(_speed(record))
         out.print(_devices(record))
-    out.print(f"run directory: {escape(str(run_dir))}", soft_wrap=True)
+    out.print(f"run directory: {escape(record.run_dir)}", soft_wrap=True)
 
 
-def batch_line(search: dict[str, Any]) -> str:
-    """What the search for the largest batch found, and how far the plan was from it."""
-    found, planned = search["largest_batch"], search["planned"]
-    more = "" if search["limited_by"] == "memory" else ", and the prompts suffice for no larger one"
-    plan = f"; the plan allowed {planned}, {planned / found - 1:+.0%}" if planned else "; the plan knew no limit"
-    return f"largest batch: {found} by {len(search['tries'])} tries{more}{plan}"
+def batch_line(search: BatchSearch) -> str:
+    """The result of the search for the largest batch, and how far the plan was from it."""
+    largest, planned = search.largest_batch, search.planned
+    more = "" if search.limited_by == "memory" else ", and the prompts suffice for no larger one"
+    plan = f"; the plan allowed {planned}, {planned / largest - 1:+.0%}" if planned else "; the plan knew no limit"
+    return f"largest batch: {largest} by {len(search.tries)} tries{more}{plan}"
 
 
-def _completions(rows: Sequence[dict[str, Any]]) -> Table:
+def _completions(rows: Sequence[ReportedCompletion]) -> Table:
     table = Table("prompt", "completion", "new tokens", "end", title=None, show_lines=False)
     for row in rows[:SHOWN_COMPLETIONS]:
-        prompt, text = (shown(row[name].strip().replace("\n", " ⏎ ")) for name in ("prompt", "text"))
-        table.add_row(escape(prompt), escape(text), str(row["new_tokens"]), row["finish_reason"])
+        prompt, text = (shown(part.strip().replace("\n", " ⏎ ")) for part in (row.prompt, row.text))
+        table.add_row(escape(prompt), escape(text), str(row.new_tokens), row.finish_reason)
     if len(rows) > SHOWN_COMPLETIONS:
         table.add_row("…", f"{len(rows) - SHOWN_COMPLETIONS} more in completions.jsonl", "", "")
     return table
 
 
-def _speed(record: dict[str, Any]) -> Table:
-    metrics, totals = record["metrics"], record["totals"]
+def _speed(record: Record) -> Table:
+    metrics, totals = record.metrics, record.totals
+    assert metrics is not None
+    assert totals is not None
     table = Table("measure", "median", "min", "max", "of")
-    repeats = f"{totals['repeats']} repeats"
-    for name, label in (
-        ("new_tokens_per_s", "new tokens/s"),
-        ("new_tokens_per_s_per_device", "new tokens/s per device"),
-        ("prefill_tokens_per_s", "prefill tokens/s"),
-        ("decode_tokens_per_s", "decode tokens/s"),
-    ):
-        row = metrics[name]
-        table.add_row(label, rate(row["median"]), rate(row.get("min")), rate(row.get("max")), repeats)
+    repeats = f"{totals.repeats} repeats"
+    rates: dict[str, Spread] = {
+        "new tokens/s": metrics.new_tokens_per_s,
+        "new tokens/s per device": metrics.new_tokens_per_s_per_device,
+        "prefill tokens/s": metrics.prefill_tokens_per_s,
+        "decode tokens/s": metrics.decode_tokens_per_s,
+    }
+    for label, spread in rates.items():
+        table.add_row(label, rate(spread.median), rate(spread.min), rate(spread.max), repeats)
+    for name, spread in metrics.counters.items():
+        label = COUNTERS.get(name, name)
+        table.add_row(label, count(spread.median), count(spread.min), count(spread.max), repeats)
     table.add_section()
     table.add_row("[dim]latency[/]", "[dim]p50[/]", "[dim]p90[/]", "[dim]p99[/]", "")
-    for name, label in (("ttft_s", "time to first token"), ("itl_s", "inter-token latency")):
-        row = metrics[name]
-        table.add_row(label, *(seconds(row[at]) for at in ("p50", "p90", "p99")), f"{row['count']} values")
+    latencies: dict[str, Quantiles] = {"time to first token": metrics.ttft_s, "inter-token latency": metrics.itl_s}
+    for label, times in latencies.items():
+        table.add_row(label, seconds(times.p50), seconds(times.p90), seconds(times.p99), f"{times.count} values")
     table.add_section()
-    tokens = f"{totals['prompts']} prompts, {totals['prompt_tokens']} prompt tokens, {totals['new_tokens']} new tokens"
-    table.add_row("load", seconds(record["load_s"]), "", "", tokens)
-    if (ceiling := record["ceiling"])["share"] is not None:
-        limit = f"of {rate(ceiling['decode_tokens_per_s'])} tokens/s, bound by {ceiling['bound']}"
+    tokens = f"{totals.prompts} prompts, {totals.prompt_tokens} prompt tokens, {totals.new_tokens} new tokens"
+    table.add_row("load", seconds(record.load_s), "", "", tokens)
+    if (ceiling := record.ceiling) and ceiling.share is not None:
+        limit = f"of {rate(ceiling.tokens_per_s)} tokens/s, bound by {ceiling.bound}"
         table.add_row("share of the ceiling", _share(ceiling), "", "", limit)
-    used = record["mbu"]
-    of = f"of {used['bandwidth'] / 1e9:,.1f} GB/s a device" if used["share"] is not None else used["reason"]
-    table.add_row("memory bandwidth used (MBU)", _share(used), "", "", of)
+    if used := record.mbu:
+        of = used.reason if used.bandwidth is None else f"of {used.bandwidth / 1e9:,.1f} GB/s a device"
+        table.add_row("memory bandwidth used (MBU)", _share(used), "", "", of)
     return table
 
 
-def _share(found: dict[str, Any]) -> str:
-    if found["share"] is None:
+def count(value: float | None) -> str:
+    """A number of things for a reader."""
+    return "-" if value is None else f"{value:,.10g}"
+
+
+def _share(measured: CeilingShare | BandwidthUse) -> str:
+    if measured.share is None:
         return "-"
-    return f"[red]{found['share']:.1%}, impossible[/]" if found["impossible"] else f"{found['share']:.1%}"
+    return f"[red]{measured.share:.1%}, impossible[/]" if measured.impossible else f"{measured.share:.1%}"
 
 
-def _devices(record: dict[str, Any]) -> Table:
-    fields = {
-        "parameter_bytes": "parameters",
-        "kv_cache_bytes": "KV cache",
-        "kv_cache_reserved_bytes": "KV reserved",
-        "tensor_bytes": "tensors",
-        "peak_allocated_bytes": "peak allocated",
-        "peak_reserved_bytes": "peak reserved",
-        "nvml_used_bytes": "NVML used",
-        "host_anonymous_bytes": "host anonymous",
-    }
-    shown = [name for name in fields if any(device[name] is not None for device in record["devices"])]
-    planned = {device["rank"]: device for device in record["plan"]["devices"]}
-    table = Table("rank", "device", *(fields[name] for name in shown), caption="in brackets: as planned")
-    for device in record["devices"]:
-        name = f"{device['device']} {device['device_name']}".strip()
-        table.add_row(str(device["rank"]), name, *(_held(field, device, planned) for field in shown))
+def _devices(record: Record) -> Table:
+    named = [name for name in MEMORY if any(getattr(device, name) is not None for device in record.devices)]
+    planned = {device.rank: device for device in record.plan.devices} if record.plan else {}
+    table = Table("rank", "device", *(MEMORY[name] for name in named), caption="in brackets: as planned")
+    for device in record.devices:
+        label = f"{device.device} {device.device_name}".strip()
+        table.add_row(str(device.rank), label, *(_bytes(name, device, planned) for name in named))
     return table
 
 
-def _held(field: str, device: dict[str, Any], planned: dict[int, dict[str, Any]]) -> str:
-    expected = planned.get(device["rank"], {}).get(field)
-    return size(device[field]) + (f" [dim]({size(expected)})[/]" if expected is not None else "")
+def _bytes(name: str, device: DeviceMemory, planned: Mapping[int, DevicePlan]) -> str:
+    expected = getattr(planned.get(device.rank), name, None)
+    return size(getattr(device, name)) + (f" [dim]({size(expected)})[/]" if expected is not None else "")
 
 
-def show_point(point: Sequence[str], record: dict[str, Any], out: Console) -> None:
-    """One line as soon as a point of a sweep has ended."""
-    what = f"{rate(record['new_tokens_per_s'])} new tokens/s" if record["status"] == "ok" else error_line(record)
-    out.print(escape(f"{' '.join(point)}: {record['status']}, {what}"), soft_wrap=True)
+def show_point(point: Sequence[str], record: Record, out: Console) -> None:
+    """Print one line as soon as a point of a sweep has ended."""
+    what = f"{rate(record.new_tokens_per_s)} new tokens/s" if record.status == "ok" else error_line(record)
+    out.print(escape(f"{' '.join(point)}: {record.status}, {what}"), soft_wrap=True)
 
 
-def sweep_line(records: Sequence[dict[str, Any]], more: Sequence[str] = ()) -> str:
-    """The last line of a sweep: how many points ended how, and of each the headline, and `more` of its record."""
-    counts = Counter(record["status"] for record in records)
-    return json.dumps({"points": counts, "records": [json.loads(headline(record, more)) for record in records]})
+def sweep_line(records: Sequence[Record], more: Sequence[str] = ()) -> str:
+    """The last line of a sweep: how many points ended how, and the JSON line of each, with `more` of its record."""
+    counts = Counter(record.status for record in records)
+    return json.dumps({"points": counts, "records": [json_line(record, more) for record in records]})
 
 
 def show_plan(run: Run, out: Console) -> None:
@@ -237,21 +263,20 @@ def _limit(limit: Limit | None, more: str = "") -> str:
     return f"{rate(limit.tokens_per_s)} tokens/s, {seconds(limit.seconds)} a step, bound by {limit.bound}{more}"
 
 
-def show_sweep(records: Sequence[dict[str, Any]], points: Sequence[Sequence[str]], out: Console) -> None:
+def show_sweep(records: Sequence[Record], points: Sequence[Sequence[str]], out: Console) -> None:
     """Print one row a point of a sweep, whatever became of it."""
     table = Table("point", "status", "new tokens/s", "min … max", "ttft p50", "itl p50", "load", "parameters/device")
     for record, point in zip(records, points, strict=True):
-        metric = (record.get("metrics") or {}).get("new_tokens_per_s") or {}
-        parameters = [device["parameter_bytes"] for device in record["devices"]]
-        held = [value for value in parameters if value is not None]
+        speed = record.metrics.new_tokens_per_s if record.metrics else None
+        parameters = [device.parameter_bytes for device in record.devices if device.parameter_bytes is not None]
         table.add_row(
             escape(" ".join(point)),
-            record["status"],
-            rate(record.get("new_tokens_per_s")),
-            f"{rate(metric.get('min'))} … {rate(metric.get('max'))}" if metric else "-",
-            seconds(record.get("ttft_s")),
-            seconds(record.get("itl_s")),
-            seconds(record.get("load_s")),
-            size(max(held)) if held else "-",
+            record.status,
+            rate(record.new_tokens_per_s),
+            f"{rate(speed.min)} … {rate(speed.max)}" if speed else "-",
+            seconds(record.ttft_s),
+            seconds(record.itl_s),
+            seconds(record.load_s),
+            size(max(parameters)) if parameters else "-",
         )
     out.print(table)

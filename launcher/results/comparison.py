@@ -1,4 +1,4 @@
-"""Two finished runs as values: did they answer the same, and how fast was one against the other. No torch."""
+"""Two finished runs as values: the same answers or not, and the speed of one against the other. No torch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from launcher.config.schema import HOW_IT_IS_RUN
-from launcher.prompts.prompts import read_prompts
-from launcher.results.record import SCHEMA
-from launcher.system.files import read_json, read_lines
 from shards.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
+
+    from launcher.results.completions import ReportedCompletion
+    from launcher.results.record import Record
 
 REPEATED_TOKENS = 8
 """So many tokens at the end of a text that only repeat the one or two before them make it degenerate."""
@@ -27,14 +27,14 @@ class FinishedRun:
     """A run that ended well, as its directory has it; prompts and completions by the index of the prompt."""
 
     run_dir: Path
-    record: dict[str, Any]
+    record: Record
     prompts: dict[int, tuple[int, ...]]
-    completions: dict[int, dict[str, Any]]
+    completions: dict[int, ReportedCompletion]
 
     @property
     def label(self) -> str:
         """Engine and number of devices."""
-        return f"{self.record['backend']} x{self.record['world_size']}"
+        return f"{self.record.backend} x{self.record.num_devices}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,25 +80,6 @@ class Comparison:
         return self.matching / self.prompts
 
 
-def read_run(run_dir: Path) -> FinishedRun:
-    """The run in `run_dir`; UserError where there is none, it cannot be read, or it did not end well."""
-    try:
-        record = read_json(run_dir / "record.json")
-        if record is None:
-            raise UserError(f"{run_dir} has no record.json.", "name run directories: a run prints its own when it ends")
-        if record["schema"] != SCHEMA:
-            raise UserError(f"{run_dir} has a record of schema {record['schema']}, not {SCHEMA}.", "run it again")
-        if record["status"] != "ok":
-            raise UserError(f"{run_dir} did not finish: its status is {record['status']}.", "run it again")
-        prompts = {prompt.index: prompt.token_ids for prompt in read_prompts(run_dir / "prompts.jsonl")}
-        completions = {row["index"]: row for row in read_lines(run_dir / "completions.jsonl")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run_dir} cannot be read: {type(error).__name__}: {error}.", "run it again") from None
-    if not prompts or prompts.keys() != completions.keys():
-        raise UserError(f"{run_dir} has {len(completions)} completions for {len(prompts)} prompts.", "run it again")
-    return FinishedRun(run_dir, record, prompts, completions)
-
-
 def compare(base: FinishedRun, other: FinishedRun) -> Comparison:
     """`other` against `base`; UserError where they were not given the same prompts."""
     if base.prompts != other.prompts:
@@ -108,8 +89,8 @@ def compare(base: FinishedRun, other: FinishedRun) -> Comparison:
             f"and {same} of them are the same token ids.",
             "compare runs of one model and one prompt set",
         )
-    parted = [_divergence(index, row, other.completions[index]) for index, row in sorted(base.completions.items())]
-    divergences = tuple(found for found in parted if found is not None)
+    parted = (_divergence(index, row, other.completions[index]) for index, row in sorted(base.completions.items()))
+    divergences = tuple(divergence for divergence in parted if divergence is not None)
     return Comparison(
         base=str(base.run_dir),
         other=str(other.run_dir),
@@ -126,20 +107,20 @@ def compare(base: FinishedRun, other: FinishedRun) -> Comparison:
 def _other_weights(base: FinishedRun, other: FinishedRun) -> list[str]:
     """vLLM's random weights are its own, and others for each number of devices (load_format=dummy)."""
     runs = (base, other)
-    are_random = all(run.record["config"]["model"].get("weights") == "random" for run in runs)
+    are_random = all(run.record.config["model"].get("weights") == "random" for run in runs)
     labels = {run.label for run in runs}
-    if not are_random or len(labels) == 1 or all(run.record["backend"] != "vllm" for run in runs):
+    if not are_random or len(labels) == 1 or all(run.record.backend != "vllm" for run in runs):
         return []
-    return ["the random weights of vllm are others than those of other engines, and of other numbers of devices"]
+    return ["vLLM's random weights differ by engine and device count; the tokens are not comparable"]
 
 
-def _divergence(index: int, base: dict[str, Any], other: dict[str, Any]) -> Divergence | None:
-    ours, theirs = base["token_ids"], other["token_ids"]
+def _divergence(index: int, base: ReportedCompletion, other: ReportedCompletion) -> Divergence | None:
+    ours, theirs = base.token_ids, other.token_ids
     if ours == theirs:
         return None
     shorter = min(len(ours), len(theirs))
-    position = next((place for place in range(shorter) if ours[place] != theirs[place]), shorter)
-    gaps = [row["top2_gaps"][position] for row in (base, other) if position < len(row["top2_gaps"] or ())]
+    position = next((at for at in range(shorter) if ours[at] != theirs[at]), shorter)
+    gaps = [row.top2_gaps[position] for row in (base, other) if position < len(row.top2_gaps)]
     tokens = [ids[position] if position < len(ids) else None for ids in (ours, theirs)]
     return Divergence(index, position, tokens[0], tokens[1], gaps[0] if gaps else None)
 
@@ -153,20 +134,25 @@ def is_degenerate(token_ids: Sequence[int], finish_reason: str) -> bool:
 
 def _degenerate(run: FinishedRun) -> tuple[int, ...]:
     rows = sorted(run.completions.items())
-    return tuple(index for index, row in rows if is_degenerate(row["token_ids"], row["finish_reason"]))
+    return tuple(index for index, row in rows if is_degenerate(row.token_ids, row.finish_reason))
 
 
 def _speed(base: FinishedRun, other: FinishedRun) -> Ratio:
-    ours, theirs = (run.record["metrics"]["new_tokens_per_s"]["values"] for run in (base, other))
+    ours, theirs = (_speeds(run) for run in (base, other))
     return Ratio(statistics.median(theirs) / statistics.median(ours), min(theirs) / max(ours), max(theirs) / min(ours))
 
 
+def _speeds(run: FinishedRun) -> list[float]:
+    assert run.record.metrics is not None, "a run that ended well has been measured"
+    return [value for value in run.record.metrics.new_tokens_per_s.values if value is not None]
+
+
 def _settings(run: FinishedRun) -> dict[str, Any]:
-    """What decides the tokens and how they were timed: the configuration without engine and place."""
-    return {name: value for name, value in run.record["config"].items() if name not in WHERE_IT_RAN}
+    """The settings that decide the tokens and how they were timed: all but the engine and the devices."""
+    return {name: value for name, value in run.record.config.items() if name not in WHERE_IT_RAN}
 
 
-def _differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> Iterable[str]:
+def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
     for name in sorted(ours.keys() | theirs.keys()):
         a, b = ours.get(name), theirs.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
@@ -189,5 +175,5 @@ def alike(runs: Sequence[FinishedRun]) -> list[list[FinishedRun]]:
 
 
 def _weights(run: FinishedRun) -> dict[str, Any]:
-    """Which model a run had: not by its name, which is for people."""
-    return {name: value for name, value in run.record["config"]["model"].items() if name != "name"}
+    """The model of a run, without its name, which is for people."""
+    return {name: value for name, value in run.record.config["model"].items() if name != "name"}

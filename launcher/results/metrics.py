@@ -1,107 +1,182 @@
-"""Repeats of the prompt set -> the figures of a record: medians over the repeats, quantiles over the tokens."""
+"""Repeats of the prompt set -> the figures of a record: medians over the repeats, quantiles over the tokens.
+
+A counter of an engine needs an entry in `COUNTERS` and is given in `Generation.counters`; sums, record and report
+follow from that.
+"""
 
 from __future__ import annotations
 
 import statistics
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from shards.plan.roofline import Roofline, decode_step
+from launcher.results.measured import (
+    BandwidthUse,
+    CeilingShare,
+    Decoding,
+    Metrics,
+    Partial,
+    Quantiles,
+    Spread,
+    Totals,
+)
+from shards.plan.roofline import decode_step
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-HEADLINES = ("new_tokens_per_s", "ttft_s", "itl_s", "totals", "partial", "metrics")
+    from launcher.results.measured import Repeat
+    from shards.plan.plan import Plan
+
+COUNTERS: dict[str, str] = {}
+"""The label in the report of each number that an engine may count: calls and ranks add up."""
+
+INTERLEAVED = "continuous batching interleaves prefill and decode, or nothing was decoded"
 
 
-def measures(
-    repeats: Sequence[Sequence[dict[str, Any]]], prompts: int, world_size: int, windows: Sequence[int | None] = ()
-) -> dict[str, Any]:
-    """The figures of a run from each repeat's measures by rank; None for all of them where nothing was measured.
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """The figures of a run: those at the top of its record, and what they are of."""
+
+    new_tokens_per_s: float | None
+    ttft_s: float | None
+    itl_s: float | None
+    totals: Totals
+    partial: Partial | None
+    metrics: Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class RepeatTotal:
+    """One repeat, over all ranks: tokens add up, the slowest rank sets the time."""
+
+    completions: int
+    prompt_tokens: int
+    new_tokens: int
+    same_tokens: bool
+    wall_s: float
+    prefill_s: float | None
+    decode_s: float | None
+    counters: dict[str, float]
+
+    @property
+    def new_tokens_per_s(self) -> float:
+        return self.new_tokens / self.wall_s
+
+    @property
+    def prefill_tokens_per_s(self) -> float | None:
+        return self.prompt_tokens / self.prefill_s if self.prefill_s else None
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """The first token of each prompt is prefill's."""
+        return (self.new_tokens - self.completions) / self.decode_s if self.decode_s else None
+
+
+def figures(
+    repeats: Sequence[Sequence[Repeat]], prompts: int, num_devices: int, windows: Sequence[int | None] = ()
+) -> Figures | None:
+    """The figures of a run from each repeat's measurements by rank; None where nothing was measured.
 
     Only repeats of all `prompts` count. Where there is none, because the one repeat was split between attempts, its
     last part does, and `partial` says how many prompts that was. `windows` are those of the model's layers.
     """
-    totals = [total(ranks) for ranks in repeats]
-    whole = [place for place, one in enumerate(totals) if one["completions"] == prompts]
-    chosen = whole or [place for place, one in enumerate(totals) if one["completions"]][-1:]
-    if not chosen:
-        return dict.fromkeys(HEADLINES)
-    made = [totals[place] for place in chosen]
-    metrics: dict[str, Any] = {
-        name: spread(one[name] for one in made)
-        for name in ("new_tokens_per_s", "prefill_tokens_per_s", "decode_tokens_per_s", "wall_s")
-    }
-    metrics["new_tokens_per_s_per_device"] = spread(one["new_tokens_per_s"] / world_size for one in made)
-    for name in ("ttft_s", "itl_s"):
-        metrics[name] = quantiles(value for place in chosen for rank in repeats[place] for value in rank[name])
-    metrics["decode"] = decoding([repeats[place] for place in chosen], windows)
-    return {
-        "new_tokens_per_s": metrics["new_tokens_per_s"]["median"],
-        "ttft_s": metrics["ttft_s"]["p50"],
-        "itl_s": metrics["itl_s"]["p50"],
-        "totals": {
-            "repeats": len(made),
-            "prompts": made[0]["completions"],
-            "prompt_tokens": made[0]["prompt_tokens"],
-            "new_tokens": made[0]["new_tokens"],
-            "same_tokens_every_repeat": all(one["same_tokens"] for one in totals),
-        },
-        "partial": None if whole else {"prompts": made[0]["completions"], "of": prompts},
-        "metrics": metrics,
-    }
+    answered = [ranks for ranks in repeats if any(rank.completions for rank in ranks)]
+    whole = [ranks for ranks in answered if sum(rank.completions for rank in ranks) == prompts]
+    counted = whole or answered[-1:]
+    if not counted:
+        return None
+    totals = [total(ranks) for ranks in counted]
+    ranks = [rank for repeat in counted for rank in repeat]
+    metrics = Metrics(
+        new_tokens_per_s=spread(one.new_tokens_per_s for one in totals),
+        new_tokens_per_s_per_device=spread(one.new_tokens_per_s / num_devices for one in totals),
+        prefill_tokens_per_s=spread(one.prefill_tokens_per_s for one in totals),
+        decode_tokens_per_s=spread(one.decode_tokens_per_s for one in totals),
+        wall_s=spread(one.wall_s for one in totals),
+        ttft_s=quantiles(value for rank in ranks for value in rank.ttft_s),
+        itl_s=quantiles(value for rank in ranks for value in rank.itl_s),
+        decode=decoding(counted, windows),
+        counters={name: spread(one.counters.get(name) for one in totals) for name in totals[0].counters},
+    )
+    return Figures(
+        new_tokens_per_s=metrics.new_tokens_per_s.median,
+        ttft_s=metrics.ttft_s.p50,
+        itl_s=metrics.itl_s.p50,
+        totals=Totals(
+            repeats=len(totals),
+            prompts=totals[0].completions,
+            prompt_tokens=totals[0].prompt_tokens,
+            new_tokens=totals[0].new_tokens,
+            same_tokens_every_repeat=all(rank.same_tokens for ranks in repeats for rank in ranks),
+        ),
+        partial=None if whole else Partial(totals[0].completions, prompts),
+        metrics=metrics,
+    )
 
 
-def total(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One repeat, over all ranks: tokens add up, the slowest rank sets the time."""
-    sums = {key: sum(one[key] for one in ranks) for key in ("completions", "prompt_tokens", "new_tokens")}
-    wall_s = max(one["wall_s"] for one in ranks)
-    phases = {
-        name: None if any(one[name] is None for one in ranks) else max(one[name] for one in ranks)
-        for name in ("prefill_s", "decode_s")
-    }
-    later = sums["new_tokens"] - sums["completions"]  # the first token of each prompt is prefill's
-    return {
-        **sums,
-        "wall_s": wall_s,
-        "same_tokens": all(one["same_tokens"] for one in ranks),
-        "new_tokens_per_s": sums["new_tokens"] / wall_s,
-        "prefill_tokens_per_s": sums["prompt_tokens"] / phases["prefill_s"] if phases["prefill_s"] else None,
-        "decode_tokens_per_s": later / phases["decode_s"] if phases["decode_s"] else None,
-    }
+def total(ranks: Sequence[Repeat]) -> RepeatTotal:
+    """One repeat, over all ranks."""
+    return RepeatTotal(
+        completions=sum(rank.completions for rank in ranks),
+        prompt_tokens=sum(rank.prompt_tokens for rank in ranks),
+        new_tokens=sum(rank.new_tokens for rank in ranks),
+        same_tokens=all(rank.same_tokens for rank in ranks),
+        wall_s=max(rank.wall_s for rank in ranks),
+        prefill_s=_slowest(rank.prefill_s for rank in ranks),
+        decode_s=_slowest(rank.decode_s for rank in ranks),
+        counters=summed(rank.counters for rank in ranks),
+    )
 
 
-def decoding(repeats: Sequence[Sequence[dict[str, Any]]], windows: Sequence[int | None]) -> dict[str, Any] | None:
-    """What the decode steps of some repeats were, the first token of each prompt left out; None where there were none.
+def _slowest(seconds: Iterable[float | None]) -> float | None:
+    known: list[float] = []
+    for value in seconds:
+        if value is None:
+            return None
+        known.append(value)
+    return max(known)
 
-    `sequences_at_once` that a rank had in a step, and `cached_tokens` that each of them had in the cache of a layer, in
-    the mean: of true lengths, without padding and without what came after an end; `windows` are those of the layers.
-    With continuous batching `seconds` are all from the first token to the last.
-    """
+
+def summed(counters: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The counters of several calls or ranks added up; ValueError for one that `COUNTERS` does not name."""
+    sums: dict[str, float] = {}
+    for values in counters:
+        for name, value in values.items():
+            if name not in COUNTERS:
+                raise ValueError(f"{name} is not a counter of launcher.results.metrics.COUNTERS")
+            sums[name] = sums.get(name, 0) + value
+    return sums
+
+
+def decoding(repeats: Sequence[Sequence[Repeat]], windows: Sequence[int | None]) -> Decoding | None:
+    """The decode steps of some repeats; None where there were none. `windows` are those of the model's layers."""
     ranks = [rank for repeat in repeats for rank in repeat]
-    steps = sum(max(rank["decode_steps"] for rank in repeat) for repeat in repeats)
-    tokens = sum(new - 1 for rank in ranks for _, new in rank["lengths"])
+    steps = sum(max(rank.decode_steps for rank in repeat) for repeat in repeats)
+    tokens = sum(new - 1 for rank in ranks for _, new in rank.lengths)
     seconds = sum(max(map(_decode_s, repeat)) for repeat in repeats)
     if not steps or not tokens or not seconds:
         return None
-    cached = sum(_cached_tokens(prompt, new, windows) for rank in ranks for prompt, new in rank["lengths"])
-    return {
-        "steps": steps,
-        "seconds": seconds,
-        "tokens": tokens,
-        "sequences_at_once": tokens / steps / len(repeats[0]),
-        "cached_tokens": cached / tokens,
-        "several_tokens_a_step": any(gap == 0 for rank in ranks for gap in rank["itl_s"]),
-    }
+    cached = sum(_cached_tokens(prompt, new, windows) for rank in ranks for prompt, new in rank.lengths)
+    return Decoding(
+        steps=steps,
+        seconds=seconds,
+        tokens=tokens,
+        sequences_at_once=tokens / steps / len(repeats[0]),
+        cached_tokens=cached / tokens,
+        several_tokens_a_step=any(gap == 0 for rank in ranks for gap in rank.itl_s),
+    )
 
 
-def _decode_s(rank: dict[str, Any]) -> float:
-    found: float | None = rank["decode_s"]
-    return rank["wall_s"] - min(rank["ttft_s"], default=rank["wall_s"]) if found is None else found
+def _decode_s(rank: Repeat) -> float:
+    if rank.decode_s is not None:
+        return rank.decode_s
+    return rank.wall_s - min(rank.ttft_s, default=rank.wall_s)
 
 
 def _cached_tokens(prompt: int, new: int, windows: Sequence[int | None]) -> float:
-    """What the decode steps of one sequence find in the cache of a layer, summed over the steps, a mean of the layers.
+    """The tokens in the cache of a layer, summed over the decode steps of one sequence, a mean of the layers.
 
     Step t finds prompt + t tokens, or what a window has kept of them.
     """
@@ -113,8 +188,8 @@ def _cached_tokens(prompt: int, new: int, windows: Sequence[int | None]) -> floa
     return total / max(len(windows), 1)
 
 
-def bandwidth_used(plan: dict[str, Any] | None, metrics: dict[str, Any] | None) -> dict[str, Any]:
-    """Memory bandwidth utilisation (MBU) of a device, from the plan of a run and its `measures`.
+def bandwidth_used(plan: Plan | None, metrics: Metrics | None) -> BandwidthUse:
+    """Memory bandwidth utilisation (MBU) of a device, from the plan of a run and its metrics.
 
         MBU = (bytes of weights + bytes of KV cache that a decode step reads) / time of the step / bandwidth
 
@@ -124,70 +199,62 @@ def bandwidth_used(plan: dict[str, Any] | None, metrics: dict[str, Any] | None) 
     scheduler reads prompts in the same steps (continuous batching) these last longer, and the true value is higher.
     Over 1 a figure or the bandwidth is wrong.
     """
-    decode = (metrics or {}).get("decode")
-    bandwidth, weights = (plan or {}).get("bandwidth"), (plan or {}).get("step_bytes")
-    reason = _not_measured(decode)
-    if reason is None and not weights:
-        reason = "no weights are read"
-    if reason is None and bandwidth is None:
-        reason = "no bandwidth is known of this machine: python -m launcher.probe"
-    if reason is not None:
-        return {"share": None, "impossible": False, "reason": reason}
-    assert plan is not None
-    assert decode is not None
-    cache = decode["sequences_at_once"] * decode["cached_tokens"] * plan["kv_bytes_per_token"]
-    step_s = decode["seconds"] / decode["steps"]
-    share = (weights + cache) / step_s / bandwidth
-    found = {"step_s": step_s, "weight_bytes": weights, "kv_cache_bytes": round(cache), "bandwidth": bandwidth}
-    return {"share": share, "impossible": share > 1, **found}
+    decode = metrics.decode if metrics else None
+    if decode is None or decode.several_tokens_a_step:
+        return BandwidthUse(reason=_not_measured(decode))
+    if plan is None or not plan.step_bytes:
+        return BandwidthUse(reason="no weights are read")
+    if plan.bandwidth is None:
+        return BandwidthUse(reason="no bandwidth is known of this machine: python -m launcher.probe")
+    cache = decode.sequences_at_once * decode.cached_tokens * plan.kv_bytes_per_token
+    step_s = decode.seconds / decode.steps
+    share = (plan.step_bytes + cache) / step_s / plan.bandwidth
+    return BandwidthUse(
+        share=share,
+        impossible=share > 1,
+        step_s=step_s,
+        weight_bytes=plan.step_bytes,
+        kv_cache_bytes=round(cache),
+        bandwidth=plan.bandwidth,
+    )
 
 
-def against_ceiling(plan: dict[str, Any] | None, metrics: dict[str, Any] | None) -> dict[str, Any]:
-    """Measured decode speed as a share of what the machine allows for the steps that were really made; over 1 a figure
-    or a rate is wrong. The ceiling is of all ranks together, in tokens/s."""
-    decode, roof = (metrics or {}).get("decode"), (plan or {}).get("roofline")
-    reason, limit = _not_measured(decode), None
-    if decode is not None and roof is not None:
-        known = Roofline.from_dict(roof)
-        at_once, cached = decode["sequences_at_once"], decode["cached_tokens"]
-        limit = decode_step(known.work, known.machine, known.scheme, batch=at_once, context=cached)
-    if reason is None and limit is None:
-        reason = "no rates are known of this machine: python -m launcher.probe"
-    if reason is not None:
-        return {"decode_tokens_per_s": None, "bound": None, "share": None, "impossible": False, "reason": reason}
-    assert decode is not None
-    assert limit is not None
-    share = decode["steps"] * limit.seconds / decode["seconds"]
-    ceiling = {"decode_tokens_per_s": limit.tokens_per_s, "bound": limit.bound}
-    return {**ceiling, "share": share, "impossible": share > 1}
+def against_ceiling(plan: Plan | None, metrics: Metrics | None) -> CeilingShare:
+    """Measured decode speed as a share of what the machine allows for the steps that were really made."""
+    decode = metrics.decode if metrics else None
+    if decode is None or decode.several_tokens_a_step:
+        return CeilingShare(reason=_not_measured(decode))
+    limit = None
+    if plan is not None and plan.roofline is not None:
+        roof = plan.roofline
+        limit = decode_step(
+            roof.work, roof.machine, roof.scheme, batch=decode.sequences_at_once, context=decode.cached_tokens
+        )
+    if limit is None:
+        return CeilingShare(reason="no rates are known of this machine: python -m launcher.probe")
+    share = decode.steps * limit.seconds / decode.seconds
+    return CeilingShare(share=share, impossible=share > 1, tokens_per_s=limit.tokens_per_s, bound=limit.bound)
 
 
-def _not_measured(decode: dict[str, Any] | None) -> str | None:
-    if decode is None:
-        return "no decode step was measured"
-    return "a step gave several tokens" if decode["several_tokens_a_step"] else None
+def _not_measured(decode: Decoding | None) -> str:
+    return "no decode step was measured" if decode is None else "a step gave several tokens"
 
 
-def spread(values: Iterable[float | None]) -> dict[str, Any]:
+def spread(values: Iterable[float | None]) -> Spread:
     """Median, extremes and the raw values over the repeats; a value that does not exist makes all of them None."""
-    raw = list(values)
+    raw = tuple(values)
     known = [value for value in raw if value is not None]
     if not known or len(known) < len(raw):
-        reason = "continuous batching interleaves prefill and decode, or nothing was decoded"
-        return {"median": None, "min": None, "max": None, "values": raw, "reason": reason}
-    return {"median": statistics.median(known), "min": min(known), "max": max(known), "values": raw}
+        return Spread(None, None, None, raw, INTERLEAVED)
+    return Spread(statistics.median(known), min(known), max(known), raw)
 
 
-def quantiles(values: Iterable[float]) -> dict[str, Any]:
+def quantiles(values: Iterable[float]) -> Quantiles:
     """p50, p90 and p99 by linear interpolation, with the count; None where there are no values."""
-    ordered = sorted(values)
-    if not ordered:
-        return {"p50": None, "p90": None, "p99": None, "count": 0, "reason": "no such value was measured"}
-
-    def at(share: float) -> float:
-        place = share * (len(ordered) - 1)
-        low = int(place)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-    return {"p50": at(0.5), "p90": at(0.9), "p99": at(0.99), "count": len(ordered)}
+    known = list(values)
+    if not known:
+        return Quantiles(None, None, None, 0, "no such value was measured")
+    if len(known) == 1:
+        return Quantiles(known[0], known[0], known[0], 1)
+    cuts = statistics.quantiles(known, n=100, method="inclusive")
+    return Quantiles(cuts[49], cuts[89], cuts[98], len(known))

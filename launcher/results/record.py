@@ -1,165 +1,165 @@
-"""Rank files -> one record of what happened, and the completions in prompt order. Nothing measured is lost.
+"""The record of a run as dataclasses, with the version of its form and a reader of older forms.
 
 A run may take several attempts: interrupted or killed, it goes on later in the same directory. What each attempt made
-is in `attempts` of the record: its hosts, how it ended, and its repeats of the prompt set. Completions are those that
-were saved first, whichever attempt made them. The headline figures are medians over whole repeats only, each timed
-within one attempt; with none, `partial` says of how many prompts they are. `load_s`, `ranks`, `devices` and
-`environment` are of the last attempt; `notes` are of the run and the last attempt.
+is in `attempts`: its hosts, how it ended, and its repeats of the prompt set. The headline figures are medians over
+whole repeats only, each timed within one attempt; with none, `partial` says of how many prompts they are. `load_s`,
+`ranks`, `devices` and `environment` are of the last attempt; `notes` are of the run and the last attempt.
 """
 
 from __future__ import annotations
 
-import json
-import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
-from launcher.prompts import prompts as prompt_sets
-from launcher.results.metrics import against_ceiling, bandwidth_used, measures, total
-from launcher.results.verdict import Outcome, said, verdict
-from launcher.run_dir import attempts
-from launcher.system.files import read_json, write_json, write_text
+from launcher.backends.base import DeviceMemory
+from launcher.results.measured import BandwidthUse, CeilingShare, Metrics, Partial, Repeat, Totals
+from launcher.system.environment import Environment
+from launcher.system.typed import decode
+from shards.plan.plan import Plan
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from launcher.backends.base import Prompt
-    from shards.errors import UserError
-
-SCHEMA = 1
+SCHEMA_VERSION = 2
 
 
-def finish(run_dir: Path, outcome: Outcome | None = None) -> dict[str, Any]:
-    """Gather the rank files of `run_dir` into `record.json` and `completions.jsonl`; both are replaced atomically."""
-    run = read_json(run_dir / "run.json")
-    ranks = [read_json(run_dir / f"rank_{rank}.json") for rank in range(run["processes"])]
-    present = [rank for rank in ranks if rank is not None]
-    status, error = verdict(run_dir, ranks, outcome)
-    prompts = prompt_sets.read_prompts(run_dir / "prompts.jsonl")
-    folders = [*attempts.folders(run_dir), (attempts.newest(run_dir), run_dir)]
-    repeats = {number: attempts.repeats_in(folder, attempts.answering(run)) for number, folder in folders}
-    plan = read_json(run_dir / "plan.json")
-    counted = [ranks for made in repeats.values() for ranks in made.values()] if status == "ok" else []
-    record = blank(run["config"], status, error) | {
-        "run_dir": str(run_dir),
-        "started_at": run["started_at"],
-        "ended_at": time.time(),
-        "load_s": max(rank["load_s"] for rank in present) if status == "ok" else None,
-        **measures(counted, len(prompts), run["world_size"], (plan or {}).get("windows", ())),
-        "devices": [device for rank in present for device in rank.get("devices", [])],
-        "ranks": [_rank_summary(rank) for rank in present],
-        "attempts": [_attempt(number, folder, run, repeats[number]) for number, folder in folders],
-        "batch_search": run.get("batch_search"),
-        "notes": [*run["notes"], *_notes(run_dir)],
-        "command": run["command"],
+@dataclass(frozen=True, slots=True)
+class RunError:
+    """Why a run, or one rank, did not end well: the rank and the stage it was in, the error and a hint.
+
+    Of memory that ran out `device`, `asked_bytes` and `free_bytes` are as the allocator's message says them.
+    """
+
+    rank: int | None
+    stage: str
+    type: str
+    message: str
+    hint: str = ""
+    traceback: str | None = None
+    device: str | None = None
+    asked_bytes: int | None = None
+    free_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RankRecord:
+    """One rank in the record: how it ended, and its own measurements."""
+
+    rank: int
+    status: str
+    host: str
+    pid: int
+    error: RunError | None = None
+    load_s: float | None = None
+    repeats: tuple[Repeat, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RepeatSummary:
+    """One repeat over all ranks, numbered from 1."""
+
+    repeat: int
+    completions: int
+    new_tokens: int
+    wall_s: float
+    new_tokens_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One attempt at a run, how it ended, and the repeats that it finished."""
+
+    attempt: int
+    status: str | None
+    hosts: tuple[str, ...]
+    notes: tuple[str, ...]
+    repeats: tuple[RepeatSummary, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchTry:
+    """One try of the search for the largest batch."""
+
+    batch: int
+    status: str
+    run_dir: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSearch:
+    """The search for the largest batch; `asked` is the configuration that it was made for."""
+
+    largest_batch: int
+    limited_by: str
+    planned: int | None
+    plan_over_found: float | None
+    tries: tuple[BatchTry, ...]
+    asked: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """The whole of one run. `world_size` counts ranks (processes), `num_devices` the devices of all nodes."""
+
+    status: str
+    backend: str
+    model: str
+    precision: str
+    world_size: int
+    num_devices: int
+    num_nodes: int
+    batch_size: int
+    config: dict[str, Any]
+    schema_version: int = SCHEMA_VERSION
+    error: RunError | None = None
+    run_dir: str | None = None
+    started_at: float | None = None
+    ended_at: float | None = None
+    load_s: float | None = None
+    new_tokens_per_s: float | None = None
+    ttft_s: float | None = None
+    itl_s: float | None = None
+    totals: Totals | None = None
+    partial: Partial | None = None
+    metrics: Metrics | None = None
+    ceiling: CeilingShare | None = None
+    mbu: BandwidthUse | None = None
+    devices: tuple[DeviceMemory, ...] = ()
+    ranks: tuple[RankRecord, ...] = ()
+    attempts: tuple[Attempt, ...] = ()
+    batch_search: BatchSearch | None = None
+    notes: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
+    plan: Plan | None = None
+    environment: Environment | None = None
+
+
+def read_record(values: Any) -> Record:
+    """The record in plain values of this or an older version; ValueError for values that are none."""
+    if not isinstance(values, dict):
+        raise ValueError("a record is a JSON object")
+    version = values.get("schema_version", values.get("schema"))
+    if version == 1:
+        values = _from_version_1(values)
+    elif version != SCHEMA_VERSION:
+        raise ValueError(f"a record of schema version {version}, and versions 1 to {SCHEMA_VERSION} are known")
+    return decode(values, Record)
+
+
+def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 counted devices as `world_size` and had the ceiling's tokens/s under the name of the measured ones."""
+    plan, ceiling = values["plan"], values["ceiling"]
+    if plan is not None:
+        plan = plan | {"num_devices": plan["world_size"]}
+    if ceiling is not None:
+        ceiling = ceiling | {"tokens_per_s": ceiling["decode_tokens_per_s"]}
+    return values | {
+        "schema_version": SCHEMA_VERSION,
+        "world_size": len(values["ranks"]) or values["world_size"],
+        "num_devices": values["world_size"],
+        "batch_size": values["config"]["measure"]["batch_size"],
+        "ranks": [rank | {"error": _error_from_version_1(rank)} for rank in values["ranks"]],
         "plan": plan,
-        "environment": next((rank["environment"] for rank in present if rank.get("environment")), None),
-    }
-    record["ceiling"] = against_ceiling(record["plan"], record["metrics"])
-    record["mbu"] = bandwidth_used(record["plan"], record["metrics"])
-    record["attempts"][-1]["status"] = status
-    _write_completions(run_dir, run, prompts)
-    write_json(run_dir / "record.json", record)
-    return record
-
-
-def refused(config: dict[str, Any], error: UserError, moment: float, run_dir: Path | None = None) -> dict[str, Any]:
-    """The record of a point that could not start."""
-    why = said(None, "plan", type(error).__name__, error.fact, error.hint)
-    place = str(run_dir) if run_dir else None
-    return blank(config, "refused", why) | {"run_dir": place, "started_at": moment, "ended_at": moment}
-
-
-def never_begun(config: dict[str, Any], message: str, moment: float) -> dict[str, Any]:
-    """The record of a point whose turn never came."""
-    why = said(None, "start", "Ended", message, "resume=true")
-    return blank(config, "cancelled", why) | {"started_at": moment, "ended_at": moment}
-
-
-def unfinished(run_dir: Path, status: str) -> dict[str, Any]:
-    """What stands for the record of a run that has none yet."""
-    run = read_json(run_dir / "run.json")
-    names = ("started_at", "batch_search", "notes", "command")
-    return blank(run["config"], status) | {"run_dir": str(run_dir)} | {name: run.get(name) for name in names}
-
-
-def blank(config: dict[str, Any], status: str, error: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A record with all its keys, of a run of which nothing more is known."""
-    return {
-        "schema": SCHEMA,
-        "status": status,
-        "error": error,
-        "backend": config["backend"]["name"],
-        "model": config["model"]["name"],
-        "precision": config["precision"],
-        "world_size": config["devices"] * config["num_nodes"],
-        "num_nodes": config["num_nodes"],
-        "run_dir": None,
-        "started_at": None,
-        "ended_at": None,
-        "load_s": None,
-        **measures([], 0, 1),
-        "ceiling": None,
-        "mbu": None,
-        "devices": [],
-        "ranks": [],
-        "attempts": [],
-        "batch_search": None,
-        "notes": [],
-        "command": [],
-        "config": config,
-        "plan": None,
-        "environment": None,
+        "ceiling": ceiling,
     }
 
 
-def _rank_summary(rank: dict[str, Any]) -> dict[str, Any]:
-    return {key: rank.get(key) for key in ("rank", "status", "host", "pid", "error", "load_s", "repeats")}
-
-
-def _attempt(number: int, folder: Path, run: dict[str, Any], made: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
-    """What became of one attempt, and the repeats that it finished."""
-    ranks = [read_json(folder / f"rank_{rank}.json") for rank in range(run["processes"])]
-    names = ("completions", "new_tokens", "wall_s", "new_tokens_per_s")
-    totals = {place: total(measured) for place, measured in made.items()}
-    return {
-        "attempt": number,
-        "status": (read_json(folder / "record.json") or {"status": None})["status"],
-        "hosts": sorted({rank["host"] for rank in ranks if rank is not None}),
-        "notes": _notes(folder),
-        "repeats": [{"repeat": place + 1} | {name: one[name] for name in names} for place, one in totals.items()],
-    }
-
-
-def _notes(folder: Path) -> list[str]:
-    """What was found before the ranks of one attempt began."""
-    return read_json(folder / attempts.NOTES) or []
-
-
-def _write_completions(run_dir: Path, run: dict[str, Any], prompts: Sequence[Prompt]) -> None:
-    """`completions.jsonl` in prompt order from what this attempt and those before it have saved so far."""
-    made: dict[int, dict[str, Any]] = {}
-    for row in (*attempts.saved(run_dir).rows, *attempts.completions_in(run_dir, attempts.answering(run))):
-        made.setdefault(row["index"], row)
-    if not made:
-        return
-    folder = run["model_folder"]
-    asked = {prompt.index: prompt for prompt in prompts}
-    rows = [made[index] for index in sorted(made)]
-    texts = prompt_sets.decode([row["token_ids"] for row in rows], Path(folder) if folder else None)
-    lines = [_line(asked[row["index"]], row, text) for row, text in zip(rows, texts, strict=True)]
-    write_text(run_dir / "completions.jsonl", "".join(lines))
-
-
-def _line(prompt: Prompt, row: dict[str, Any], text: str) -> str:
-    value = {
-        "index": prompt.index,
-        "prompt": prompt.text,
-        "text": text,
-        "token_ids": row["token_ids"],
-        "prompt_tokens": len(prompt.token_ids),
-        "new_tokens": len(row["token_ids"]),
-        "finish_reason": row["finish_reason"],
-        "top2_gaps": row["top2_gaps"],
-    }
-    return json.dumps(value, ensure_ascii=False) + "\n"
+def _error_from_version_1(rank: dict[str, Any]) -> dict[str, Any] | None:
+    return rank["error"] and {"rank": rank["rank"], **rank["error"]}

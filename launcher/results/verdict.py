@@ -1,16 +1,16 @@
-"""Who is to blame: the words of the ranks, and of who watched them -> the status of the run and its error."""
+"""The status of a run and the error that explains it, from the last words of its ranks and of their watcher."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from launcher.run_dir.progress import Progress, read_progress
-from launcher.system.files import read_end
+from launcher.results.record import RunError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Mapping, Sequence
+
+    from launcher.results.rank_result import RankResult
 
 STATUSES = ("ok", "oom", "timeout", "hang", "failed", "refused", "cancelled")
 
@@ -29,65 +29,69 @@ class Outcome:
     stage: str = "start"
 
 
+@dataclass(frozen=True, slots=True)
+class LastStep:
+    """The stage and the time of the last step of a rank that left no word."""
+
+    stage: str
+    time: float
+
+
 def verdict(
-    run_dir: Path, ranks: Sequence[dict[str, Any] | None], outcome: Outcome | None
-) -> tuple[str, dict[str, Any] | None]:
-    """The status of the run and the error that explains it: of the rank that failed first, in its own words if any."""
-    if all(rank is not None and rank["status"] == "ok" for rank in ranks):
+    ranks: Sequence[RankResult | None],
+    silent: Mapping[int, LastStep],
+    outcome: Outcome | None,
+    log_end: Callable[[int], str],
+) -> tuple[str, RunError | None]:
+    """The status of the run and the error that explains it: of the rank that failed first, in its own words if any.
+
+    `silent` are the ranks that had begun and left no word; `log_end` gives the end of a rank's log.
+    """
+    if all(rank is not None and rank.status == "ok" for rank in ranks):
         return "ok", None
-    first = _first([rank for rank in ranks if rank is not None and rank["status"] not in ("ok", "cancelled")])
-    own_words = {"rank": first["rank"], **first["error"]} if first else None
-    silent = _silent(run_dir, ranks)
-    if first and first["status"] == "interrupted" and not (silent and outcome and outcome.status == "failed"):
-        return ("timeout" if outcome and outcome.status == "timeout" else "cancelled"), own_words
+    first = _first([rank for rank in ranks if rank is not None and rank.status not in ("ok", "cancelled")])
+    if first and first.status == "interrupted" and not (silent and outcome and outcome.status == "failed"):
+        return ("timeout" if outcome and outcome.status == "timeout" else "cancelled"), first.error
     if outcome is not None and outcome.rank is not None:
         # The watcher ended the ranks for it: that some of them are silent is the consequence.
-        if first and first["status"] == "hang" and first.get("waits") and silent:
-            number, progress = min(silent, key=lambda item: item[1].time)
-            return "hang", said(number, progress.stage, "Ended", f"{outcome.message}; it does not answer")
-        blamed = said(outcome.rank, outcome.stage, "Ended", outcome.message)
-        return (first["status"], own_words) if first else (outcome.status, blamed)
+        if first and first.status == "hang" and first.waits and silent:
+            number = _earliest(silent)
+            message = f"{outcome.message}; it does not answer"
+            return "hang", RunError(number, silent[number].stage, "Ended", message)
+        if first:
+            return first.status, first.error
+        return outcome.status, RunError(outcome.rank, outcome.stage, "Ended", outcome.message)
     if silent:
         # A rank that vanished is the cause; what the others then saw (a broken connection) is the consequence.
-        number, progress = min(silent, key=lambda item: item[1].time)
-        seen = f"; rank {first['rank']} then saw {first['error']['type']}" if first else ""
-        message = f"rank {number} ended without a word: {_death(run_dir / f'rank_{number}.log')}{seen}"
-        if outcome is None or outcome.status == "failed":
-            return "failed", said(number, progress.stage, "ProcessDied", message)
-        return outcome.status, said(number, progress.stage, "Ended", outcome.message)
+        number = _earliest(silent)
+        if outcome is not None and outcome.status != "failed":
+            return outcome.status, RunError(number, silent[number].stage, "Ended", outcome.message)
+        seen = f"; rank {first.rank} then saw {first.error.type}" if first and first.error else ""
+        message = f"rank {number} ended without a word: {_death(log_end(number))}{seen}"
+        return "failed", RunError(number, silent[number].stage, "ProcessDied", message)
     if first:
-        return first["status"], own_words
-    cancelled = next((rank for rank in ranks if rank is not None and rank["status"] == "cancelled"), None)
+        return first.status, first.error
     ended = outcome or Outcome("failed", "the processes ended before any rank began")
-    if cancelled:
-        message = ended.message or cancelled["error"]["message"]
-        return ended.status, said(cancelled["rank"], cancelled["error"]["stage"], "Ended", message)
-    return ended.status, said(None, "start", "Ended", ended.message)
+    cancelled = next((rank for rank in ranks if rank is not None and rank.status == "cancelled"), None)
+    if cancelled and cancelled.error:
+        return ended.status, replace(cancelled.error, message=ended.message or cancelled.error.message, hint="")
+    return ended.status, RunError(None, "start", "Ended", ended.message)
 
 
-def _first(told: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+def _first(ended: Sequence[RankResult]) -> RankResult | None:
     """The rank that failed first; of ranks that hang, which notice it at the same time, one that waits for no other."""
-    first = min(told, key=lambda rank: rank["ended_at"], default=None)
-    if first is None or first["status"] != "hang":
+    first = min(ended, key=lambda rank: rank.ended_at, default=None)
+    if first is None or first.status != "hang":
         return first
-    hung = (rank for rank in told if rank["status"] == "hang")
-    return min(hung, key=lambda rank: (rank.get("waits", False), rank["last_step_at"]))
+    return min((rank for rank in ended if rank.status == "hang"), key=lambda rank: (rank.waits, rank.last_step_at))
 
 
-def _silent(run_dir: Path, ranks: Sequence[dict[str, Any] | None]) -> list[tuple[int, Progress]]:
-    """The ranks that had begun and left no last word, with where they were."""
-    mute = [number for number, rank in enumerate(ranks) if rank is None]
-    found = [(number, read_progress(run_dir / f"rank_{number}.progress")) for number in mute]
-    return [(number, progress) for number, progress in found if progress is not None]
+def _earliest(silent: Mapping[int, LastStep]) -> int:
+    return min(silent, key=lambda number: silent[number].time)
 
 
-def _death(log: Path) -> str:
+def _death(log_end: str) -> str:
     """How a rank ended that left no word, as far as the last of its log tells."""
-    if "Fatal Python error: Bus error" in read_end(log):
+    if "Fatal Python error: Bus error" in log_end:
         return "a file that was its memory was cut short under it, or cannot be read (SIGBUS)"
     return "killed, or crashed in native code"
-
-
-def said(rank: int | None, stage: str, kind: str, message: str, hint: str = "") -> dict[str, Any]:
-    """An error as a record keeps it."""
-    return {"rank": rank, "stage": stage, "type": kind, "message": message, "hint": hint}

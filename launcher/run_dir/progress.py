@@ -1,4 +1,4 @@
-"""How far each rank is, in a small file that survives kill -9: for progress bars, the watchdog and post-mortems."""
+"""The progress of one rank in a small file that survives kill -9: for bars, the watchdog and post-mortems."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from launcher.system.typed import decode
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -16,7 +18,7 @@ SIZE = 256  # one fixed-size line, rewritten in place: a write is one system cal
 
 @dataclass(slots=True)
 class Progress:
-    """What one rank is doing: `stage`, and `done` of `total` in it. `ticks` grows with every sign of life."""
+    """The work of one rank now: `stage`, and `done` of `total` in it. `ticks` grows with every sign of life."""
 
     pid: int = 0
     stage: str = "start"
@@ -53,14 +55,9 @@ class ProgressWriter:
         os.pwrite(self._file, json.dumps(asdict(self.progress)).ljust(SIZE - 1).encode() + b"\n", 0)
 
 
-def read_all(run_dir: Path, count: int) -> tuple[Progress | None, ...]:
-    """How far each rank of a run is."""
-    return tuple(read_progress(run_dir / f"rank_{rank}.progress") for rank in range(count))
-
-
 def read_progress(path: Path) -> Progress | None:
     """The last state, or None where the rank has not begun, or what it wrote cannot be read now."""
     try:
-        return Progress(**json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):  # not there; a stale handle of NFS; half of it; of another version
+        return decode(json.loads(path.read_bytes()), Progress)
+    except (OSError, ValueError, RecursionError):  # not there; a stale handle of NFS; half of it; of another version
         return None

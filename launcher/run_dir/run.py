@@ -1,9 +1,14 @@
-"""A run that can start."""
+"""A run that can start, and the run as its directory describes it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from launcher.config.schema import BACKENDS
+from launcher.config.values import from_dict, to_dict
+from launcher.results.record import BatchSearch
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run that can start: `processes` are started by the launcher, `world_size` devices take part.
+    """A run that can start: `world_size` counts its ranks (processes), `num_devices` the devices of all nodes.
 
     `paces` are the decode ceilings of all engines, for a dry run only.
     """
@@ -26,8 +31,65 @@ class Run:
     model_config: dict[str, Any]
     prompts: tuple[Prompt, ...]
     plan: Plan
-    processes: int
     world_size: int
+    num_devices: int
     on_cuda: bool
     notes: tuple[str, ...]
     paces: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunDescription:
+    """The contents of `run.json`: all that is to be known of a run beside its plan and its prompts.
+
+    `mark` is in the environment of every process of the run, `folder` is where its command was given.
+    """
+
+    config: dict[str, Any]
+    command: tuple[str, ...]
+    folder: str
+    model_folder: str | None
+    model_config: dict[str, Any]
+    world_size: int
+    num_devices: int
+    on_cuda: bool
+    notes: tuple[str, ...] = ()
+    started_at: float = 0.0
+    mark: str = field(default="0" * 32)
+    batch_search: BatchSearch | None = None
+
+    @property
+    def run_config(self) -> RunConfig:
+        """The configuration, a new one each time."""
+        return from_dict(self.config)
+
+    @property
+    def label(self) -> str:
+        """Engine and model, for a title."""
+        return f"{self.config['backend']['name']} {self.config['model']['name']}"
+
+    @property
+    def answering_ranks(self) -> range:
+        """The ranks that answer prompts of their own; of ranks that answer together, the first stands for all."""
+        data_parallel = BACKENDS[self.config["backend"]["name"]].data_parallel
+        return range(self.world_size if data_parallel else 1)
+
+
+def describe(
+    run: Run, started_at: float = 0.0, mark: str = "0" * 32, batch_search: BatchSearch | None = None
+) -> RunDescription:
+    """The description of a run that begins at a time, or of one that does not (a dry run)."""
+    return RunDescription(
+        config=to_dict(run.config),
+        command=run.command,
+        folder=os.getcwd(),
+        model_folder=str(run.model_folder) if run.model_folder else None,
+        model_config=run.model_config,
+        world_size=run.world_size,
+        num_devices=run.num_devices,
+        on_cuda=run.on_cuda,
+        notes=run.notes,
+        started_at=started_at,
+        mark=mark,
+        batch_search=batch_search,
+    )

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, git state, hardware, driver."""
+"""Versions, code state, hardware and driver that a run was measured on."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-import launcher
+from launcher.version import __version__
 from shards.machine import nvml
 
 PACKAGES = (
@@ -21,41 +21,75 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def describe() -> dict[str, Any]:
-    """Versions, code state and hardware of this process; a thing that cannot be read is None."""
-    return {
-        "launcher": launcher.__version__,
-        "git": git_state(Path(launcher.__file__).parent),
-        "python": platform.python_version(),
-        "executable": sys.executable,
-        "packages": versions(),
-        "host": platform.node(),
-        "platform": platform.platform(),
-        "cpu": cpu_name(),
-        "cpu_count": len(os.sched_getaffinity(0)),
-        "memory_bytes": psutil.virtual_memory().total,
-        "gpus": gpus(),
-    }
+@dataclass(frozen=True, slots=True)
+class GitState:
+    """Commit of a checkout, and whether tracked files differ from it."""
+
+    commit: str
+    dirty: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Gpus:
+    """Names of the cards in the order of the driver, and its versions; None is what the driver does not tell."""
+
+    names: tuple[str | None, ...]
+    driver: str | None
+    cuda_driver: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """Versions, code state and hardware of one process; what cannot be read is None."""
+
+    launcher: str
+    git: GitState | None
+    python: str
+    executable: str
+    packages: dict[str, str]
+    host: str
+    platform: str
+    cpu: str | None
+    cpu_count: int
+    memory_bytes: int
+    gpus: Gpus | None
+
+
+def describe() -> Environment:
+    """The environment of this process."""
+    return Environment(
+        launcher=__version__,
+        git=git_state(Path(__file__).parent),
+        python=platform.python_version(),
+        executable=sys.executable,
+        packages=versions(),
+        host=platform.node(),
+        platform=platform.platform(),
+        cpu=cpu_name(),
+        cpu_count=len(os.sched_getaffinity(0)),
+        memory_bytes=psutil.virtual_memory().total,
+        gpus=gpus(),
+    )
 
 
 def versions() -> dict[str, str]:
     """The installed versions of the packages that matter to a measurement."""
-    found = {}
+    installed = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            installed[name] = importlib.metadata.version(name)
+    return installed
 
 
-def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit and whether tracked files differ from it; None outside a checkout."""
+def git_state(folder: Path) -> GitState | None:
+    """The state of the checkout that `folder` is in; None outside of one."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+        return GitState(git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no")))
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -69,9 +103,10 @@ def cpu_name() -> str | None:
     return None
 
 
-def gpus() -> dict[str, Any] | None:
+def gpus() -> Gpus | None:
     """Names of the cards, driver and CUDA version by NVML; None without an NVIDIA driver."""
-    found = nvml.versions()
-    if found is None:
+    known = nvml.versions()
+    if known is None:
         return None
-    return {"names": [card.name for card in nvml.cards()], "driver": found[0], "cuda_driver": found[1]}
+    driver, cuda_driver = known
+    return Gpus(tuple(card.name for card in nvml.cards()), driver, cuda_driver)

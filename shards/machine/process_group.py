@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +37,10 @@ def device_of(world: World, accelerator: str) -> torch.device:
 
 
 def connect(world: World, device: torch.device, timeout_s: float = 1800) -> None:
-    """Join the group of all ranks, if there is more than one and this process has not joined yet."""
-    os.environ.update(world.environ())
+    """Join the group of all ranks, if there is more than one and this process has not joined yet.
+
+    The variables of `world.environ()` are in the environment.
+    """
     if world.world_size > 1 and not dist.is_initialized():
         kind = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(

@@ -49,7 +49,7 @@ class Plan:
     """
 
     engine: str
-    world_size: int
+    num_devices: int
     device_name: str
     num_parameters: int
     kv_bytes_per_token: int
@@ -101,7 +101,7 @@ def make_plan(request: PlanRequest) -> Plan:
     decode, prefill = ceilings(request, layout)
     return Plan(
         engine=request.engine,
-        world_size=1 if request.engine == "transformers" else request.num_devices,
+        num_devices=request.num_devices,
         device_name=request.device.name,
         num_parameters=request.shape.num_parameters,
         kv_bytes_per_token=kv_bytes_per_token(request),

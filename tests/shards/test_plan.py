@@ -60,7 +60,7 @@ def test_falcon_40b_with_fsdp_on_two_a6000() -> None:
         capacity_bytes=49_140 * MIB,
     )
     assert plan.devices == (card, replace(card, rank=1))
-    assert (plan.engine, plan.world_size, plan.device_name) == ("fsdp", 2, "RTX A6000")
+    assert (plan.engine, plan.num_devices, plan.device_name) == ("fsdp", 2, "RTX A6000")
     assert (plan.num_parameters, plan.kv_bytes_per_token, plan.step_bytes) == (41_303_293_952, 122_880, 82_606_587_904)
     assert (plan.load_host_bytes, plan.load_device_bytes) == (2 * 64 * MIB, 41_303_293_952 + 896 * MIB)
     assert (plan.largest_batch, plan.longest_context, plan.smallest_devices) == (27, 2048, 2)

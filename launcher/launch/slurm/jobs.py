@@ -7,20 +7,21 @@ import shutil
 import subprocess
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from launcher.launch.slurm.script import JOB, LOG, SCRIPT, not_found
-from launcher.results.record import finish
+from launcher.launch.slurm.script import not_found
 from launcher.results.verdict import Outcome
-from launcher.run_dir.progress import read_progress
-from launcher.system.files import read_json, write_text
+from launcher.run_dir.finish import finish
+from launcher.run_dir.run_dir import SLURM_SCRIPT
 from shards.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from launcher.results.record import Record
     from launcher.run_dir.progress import Progress
+    from launcher.run_dir.run_dir import RunDir
 
 KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_DEBUG")  # what tells where the SLURM is; the rest, of a job
 ENDS = {  # states in which a job is over, and what that means for a run that left no record
@@ -59,7 +60,7 @@ class State:
         return f"{self.name}{f' ({self.reason})' if self.name == 'PENDING' else ''}{again}"
 
 
-def submit(folder: Path, script: str = SCRIPT) -> str:
+def submit(folder: Path, script: str = SLURM_SCRIPT) -> str:
     """Submit the batch script in `folder`; the number of the job. UserError with SLURM's words where it refuses."""
     if shutil.which("sbatch") is None:
         raise not_found("sbatch")
@@ -76,17 +77,6 @@ def submit(folder: Path, script: str = SCRIPT) -> str:
 def environment(environ: Mapping[str, str]) -> dict[str, str]:
     """What the programs of SLURM are given: nothing of a job that this process itself may be part of."""
     return {key: value for key, value in environ.items() if not key.startswith("SLURM_") or key in KEPT}
-
-
-def write_job(run_dir: Path, job: str) -> None:
-    """Note in the run directory which job runs it."""
-    write_text(run_dir / JOB, job + "\n")
-
-
-def read_job(run_dir: Path) -> str | None:
-    """The number of the job that runs, or ran, this directory; None for a run that no SLURM has seen."""
-    path = run_dir / JOB
-    return path.read_text(encoding="utf-8").strip() if path.exists() else None
 
 
 def look(jobs: Sequence[str]) -> dict[str, State] | None:
@@ -115,16 +105,16 @@ def settled(jobs: Sequence[str], sure: Collection[str] = ()) -> dict[str, State]
     return states
 
 
-def active(run_dirs: Sequence[Path]) -> dict[Path, tuple[str, State]]:
+def active(run_dirs: Sequence[RunDir]) -> dict[RunDir, tuple[str, State]]:
     """The runs that are in a job which is not over, with its number and state; UserError while SLURM does not answer:
 
     another job for such a run would end its ranks.
     """
-    found = {job: run_dir for run_dir in run_dirs if (job := read_job(run_dir)) is not None}
-    states = settled(list(found)) if found else {}
+    runs = {job: run_dir for run_dir in run_dirs if (job := run_dir.read_job()) is not None}
+    states = settled(list(runs)) if runs else {}
     if states is None:
-        raise UserError(f"squeue does not answer, and {found.popitem()[1]} may be in a job still.", "try again later")
-    return {found[job]: (job, state) for job, state in states.items() if not state.is_end}
+        raise UserError(f"squeue does not answer, and {runs.popitem()[1]} may be in a job still.", "try again later")
+    return {runs[job]: (job, state) for job, state in states.items() if not state.is_end}
 
 
 def _squeue(*options: str) -> str | None:
@@ -152,15 +142,15 @@ def position(job: str) -> str:
     return f", place {line.index(job) + 1} of {len(line)} in the queue" if partition else ""
 
 
-def close(run_dir: Path, state: State) -> dict[str, Any]:
+def close(run_dir: RunDir, state: State) -> Record:
     """The record of a job that is over: its own, or one made of what its ranks have left."""
     status, message = ENDS[state.name]
     deadline = time.monotonic() + (RECORD_S if state.name in ("COMPLETED", "FAILED") else 0)
-    while (record := read_json(run_dir / "record.json")) is None and time.monotonic() < deadline:
+    while (record := run_dir.read_record()) is None and time.monotonic() < deadline:
         time.sleep(0.2)
-    if record is None or (record["status"], status) == ("cancelled", "timeout"):
+    if record is None or (record.status, status) == ("cancelled", "timeout"):
         return finish(run_dir, Outcome(status, message))
-    return dict(record)
+    return record
 
 
 class Follower:
@@ -168,7 +158,7 @@ class Follower:
 
     def __init__(
         self,
-        runs: Mapping[str, Path],
+        runs: Mapping[str, RunDir],
         say: Callable[[str, str], None],
         show: Callable[[Sequence[Progress | None]], None],
     ) -> None:
@@ -178,7 +168,7 @@ class Follower:
         self.read = dict.fromkeys(runs, 0)  # bytes of each log that were shown
         self.looks = 0
 
-    def follow(self, poll_s: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    def follow(self, poll_s: float) -> Iterator[tuple[str, Record]]:
         """Each job with its record as soon as it is over."""
         open_jobs = list(self.runs)
         while open_jobs:
@@ -210,7 +200,7 @@ class Follower:
     def _log_lines(self, job: str) -> list[str]:
         """The whole lines that the batch script's log has gained."""
         try:
-            with (self.runs[job] / LOG).open("rb") as file:
+            with self.runs[job].slurm_log.open("rb") as file:
                 file.seek(self.read[job])
                 new = file.read()
         except FileNotFoundError:
@@ -222,5 +212,5 @@ class Follower:
     def _draw(self, open_jobs: Sequence[str]) -> None:
         running = (job for job in open_jobs if job in self.states and self.states[job].name == "RUNNING")
         if (job := next(running, None)) is not None:
-            ranks = sorted(self.runs[job].glob("rank_*.progress"))
-            self.show([read_progress(path) for path in ranks])
+            run_dir = self.runs[job]
+            self.show(run_dir.read_progress(run_dir.read_run().world_size))

@@ -1,4 +1,4 @@
-"""A run as a batch script of SLURM: text as a value. No path stands in a #SBATCH line, all else is quoted for bash."""
+"""The batch script of a run for SLURM, as text. No path stands in a #SBATCH line, all else is quoted for bash."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ import re
 import shlex
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from launcher.config.values import from_dict
+from launcher.run_dir.run_dir import RUN, SLURM_JOB, SLURM_LOG, SLURM_SCRIPT
 from shards.errors import UserError
 from shards.machine.interpreter import ROOT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from launcher.config.schema import ClusterConfig
+    from launcher.run_dir.run import RunDescription
 
-SCRIPT = "submit.sbatch"
-LOG = "slurm.log"
-JOB = "slurm_job"  # the number of the job that the newest attempt runs in
 AGAIN = 75  # exit code of ranks that were interrupted, and of a job that is queued again
 OTHERS = (  # what a surrounding launcher or the submitter's shell may have left in the environment
     "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE MASTER_ADDR MASTER_PORT CROSS_RANK "
@@ -34,7 +32,7 @@ FREE_PORT = (  # below those that Linux gives to outgoing connections, which cou
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What of a run its batch script says: all points of an array have an equal one."""
+    """Settings that determine the batch script; runs with equal ones share an array."""
 
     cluster: ClusterConfig
     num_nodes: int
@@ -53,27 +51,27 @@ class Job:
         return CORES_OF_A_CARD * self.devices // self.tasks_per_node if self.on_cuda else 1
 
 
-def job_of(run: Mapping[str, Any]) -> Job:
-    """The job for a run as `run.json` says it: a task for each process, spread evenly over the nodes."""
-    config = from_dict(run["config"])
+def job_of(run: RunDescription) -> Job:
+    """The job for a run: a task for each rank, spread evenly over the nodes."""
+    config = run.run_config
     cluster = config.cluster
     own = cluster.python or ("python3" if cluster.container else sys.executable)
     return Job(
         cluster=cluster,
         num_nodes=config.num_nodes,
-        tasks_per_node=run["processes"] // config.num_nodes,
+        tasks_per_node=run.world_size // config.num_nodes,
         devices=config.devices,
-        on_cuda=run["on_cuda"],
+        on_cuda=run.on_cuda,
         python=config.backend.python or own,
         own_python=own,
         root=str(ROOT) if (ROOT / "pyproject.toml").is_file() else None,
     )
 
 
-def name_of(run: Mapping[str, Any]) -> str:
+def name_of(run: RunDescription) -> str:
     """A name for the job that no other has, of letters that SLURM and every shell take as they are."""
-    text = f"{run['config']['backend']['name']}_{run['config']['model']['name']}_x{run['world_size']}"
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", text) + f"-{run['mark'][:6]}"
+    text = f"{run.config['backend']['name']}_{run.config['model']['name']}_x{run.num_devices}"
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", text) + f"-{run.mark[:6]}"
 
 
 def sbatch_text(job: Job, name: str, points: Sequence[str] = ()) -> str:
@@ -120,16 +118,16 @@ def _gpus(job: Job) -> dict[str, str]:
 
 def _place(points: Sequence[str]) -> Iterator[str]:
     """Where the run is, and what becomes of the script's own words: the ranks have a log each."""
-    yield "# Submit it from the directory that it is in: sbatch " + SCRIPT
+    yield "# Submit it from the directory that it is in: sbatch " + SLURM_SCRIPT
     if points:
         yield "points=(" + " ".join(map(shlex.quote, points)) + ")"
         yield "run_dir=${PWD%/*}/${points[$SLURM_ARRAY_TASK_ID]}"
     else:
         yield "run_dir=$PWD"
-    yield '[ -f "$run_dir/run.json" ] || exit 2'
-    yield f'exec >>"$run_dir/{LOG}" 2>&1'
+    yield f'[ -f "$run_dir/{RUN}" ] || exit 2'
+    yield f'exec >>"$run_dir/{SLURM_LOG}" 2>&1'
     yield "job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
-    yield f'echo "$job" >"$run_dir/{JOB}"'
+    yield f'echo "$job" >"$run_dir/{SLURM_JOB}"'
     yield "terminated=; trap 'terminated=1' TERM"
 
 

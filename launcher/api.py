@@ -1,0 +1,54 @@
+"""The launcher in Python: `from launcher import compose, make_plan, run, sweep, load_record`; the commands use it too.
+
+What a user can mend is raised as `UserError`: its text is one line with the fact and a hint. How a run ends is never an
+exception, but the status of its record.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.config.compose import compose_run
+from launcher.launch.run import run
+from launcher.launch.sweep import points_of, run_points
+from launcher.prepare.prepare import prepare
+from launcher.run_dir.run_dir import RECORD, RunDir
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from os import PathLike
+
+    from launcher.config.schema import RunConfig
+    from launcher.results.record import Record
+    from shards.plan.plan import Plan
+
+__all__ = ["UserError", "compose", "load_record", "make_plan", "run", "sweep"]
+
+
+def compose(*overrides: str, config_dirs: Sequence[str] = ()) -> RunConfig:
+    """The checked configuration of one run from overrides as on the command line: `backend=fsdp`, `devices=2`."""
+    return compose_run(list(overrides), tuple(config_dirs))
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """The memory of each device and the ceiling of speed, before anything is started; needs neither weights nor GPUs.
+
+    PlanError, a UserError, where the model cannot be cut so or does not fit.
+    """
+    return prepare(replace(config, dry_run=True), ()).plan
+
+
+def sweep(*overrides: str, config_dirs: Sequence[str] = ()) -> list[Record]:
+    """Run every point of overrides with several values, `backend=fsdp,vllm`, the last key fastest; their records."""
+    return run_points(points_of(overrides, config_dirs))
+
+
+def load_record(path: str | PathLike[str]) -> Record:
+    """The record in a run directory, of this or an older version of its form."""
+    record = RunDir(Path(path)).read_record()
+    if record is None:
+        raise UserError(f"{path} has no {RECORD}.", "the folder of a run that has ended")
+    return record

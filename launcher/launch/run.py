@@ -1,0 +1,52 @@
+"""One run from its configuration to its record: prepared here, started on this machine or by SLURM, watched to its end.
+
+Made is its directory in `run_dir.create`, the processes are started in `launch.local` or `launch.slurm`, and the record
+is written in `run_dir.finish`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.launch.batch_search import run_with_largest_batch
+from launcher.launch.local import run_local
+from launcher.launch.nodes import check_one_node
+from launcher.launch.resume import directory_of
+from launcher.launch.slurm.arrays import run_job
+from launcher.prepare.prepare import prepare
+from launcher.report.progress_bars import Bars
+from launcher.report.tables import console
+from launcher.system.files import writing_in
+
+if TYPE_CHECKING:
+    from launcher.config.schema import RunConfig
+    from launcher.results.record import Record
+    from launcher.run_dir.run_dir import RunDir
+
+
+def run(config: RunConfig, command: tuple[str, ...] = ()) -> Record:
+    """Prepare, start and watch one run; its record, which may be there already with `resume=true`.
+
+    `command` is what composes the same configuration, for the script that makes the run once more. UserError for
+    whatever keeps the run from starting.
+    """
+    prepared = prepare(config, command)
+    check_one_node(prepared.config)
+    with writing_in(Path(config.output_dir)):
+        if config.measure.find_batch_size:
+            return run_with_largest_batch(prepared, start)
+        return start(directory_of(prepared))
+
+
+def start(run_dir: RunDir) -> Record:
+    """Start the run in a directory, or go on with it, and watch it to its end; its record. A run that is done stays."""
+    if run_dir.is_done() and (record := run_dir.read_record()):
+        return record
+    description = run_dir.read_run()
+    config = description.run_config
+    if config.launch.name == "slurm":
+        return run_job(run_dir)
+    check_one_node(config)
+    with writing_in(run_dir.path), Bars(description.label, console(stderr=True)) as bars:
+        return run_local(run_dir, bars.show)

@@ -1,0 +1,131 @@
+"""Measurements of one rank, and the figures that follow from those of all ranks: the types, without any arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """Measurements of this rank in one repeat, numbered from 0, of its prompts, or of what was left of them.
+
+    `wall_s` runs from a barrier of all ranks to this rank's last token.
+
+    `prefill_s` and `decode_s` are sums over the batches, None for an engine that interleaves the two. `decode_steps`
+    are those that gave a token, but for the first of each batch; `lengths` the tokens of each prompt and its answer.
+    `counters` are the engine's own, summed over the batches.
+    """
+
+    number: int
+    wall_s: float
+    prefill_s: float | None
+    decode_s: float | None
+    completions: int
+    prompt_tokens: int
+    new_tokens: int
+    decode_steps: int
+    lengths: tuple[tuple[int, int], ...]
+    ttft_s: tuple[float, ...]
+    itl_s: tuple[float, ...]
+    same_tokens: bool  # as the first repeat gave
+    counters: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Median, extremes and raw values of a figure over the repeats; None with the reason where it was not measured."""
+
+    median: float | None
+    min: float | None
+    max: float | None
+    values: tuple[float | None, ...]
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Quantiles:
+    """Quantiles of a time over prompts or tokens, and the number of values."""
+
+    p50: float | None
+    p90: float | None
+    p99: float | None
+    count: int
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """The decode steps of some repeats, the first token of each prompt left out.
+
+    `sequences_at_once` that a rank had in a step, and `cached_tokens` that each of them had in the cache of a layer,
+    are means: of true lengths, without padding and without what came after an end. With continuous batching `seconds`
+    are all from the first token to the last.
+    """
+
+    steps: int
+    seconds: float
+    tokens: int
+    sequences_at_once: float
+    cached_tokens: float
+    several_tokens_a_step: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """The figures of a run over its whole repeats; rates are of all ranks together, in tokens/s."""
+
+    new_tokens_per_s: Spread
+    new_tokens_per_s_per_device: Spread
+    prefill_tokens_per_s: Spread
+    decode_tokens_per_s: Spread
+    wall_s: Spread
+    ttft_s: Quantiles
+    itl_s: Quantiles
+    decode: Decoding | None
+    counters: dict[str, Spread] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """The work that the metrics are of: repeats, and the prompts and tokens of each of them."""
+
+    repeats: int
+    prompts: int
+    prompt_tokens: int
+    new_tokens: int
+    same_tokens_every_repeat: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """The share of the prompt set that was measured, where no attempt made a whole repeat."""
+
+    prompts: int
+    of: int
+
+
+@dataclass(frozen=True, slots=True)
+class CeilingShare:
+    """Decode speed as a share of what the machine allows for the steps that were really made.
+
+    `tokens_per_s` is that ceiling, of all ranks together; over 1 a figure or a rate is wrong.
+    """
+
+    share: float | None = None
+    impossible: bool = False
+    reason: str | None = None
+    tokens_per_s: float | None = None
+    bound: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BandwidthUse:
+    """Memory bandwidth utilisation (MBU) of a device in the mean decode step; `bandwidth` in bytes/s."""
+
+    share: float | None = None
+    impossible: bool = False
+    reason: str | None = None
+    step_s: float | None = None
+    weight_bytes: int | None = None
+    kv_cache_bytes: int | None = None
+    bandwidth: float | None = None

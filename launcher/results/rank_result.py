@@ -1,0 +1,38 @@
+"""The last word of one rank, as it leaves it for the record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher.backends.base import DeviceMemory
+from launcher.results.measured import Repeat
+from launcher.results.record import RankRecord, RunError
+from launcher.system.environment import Environment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankResult:
+    """How one rank of an attempt ended, its measurements and its devices.
+
+    `answers` says whether it saved completions of its own; `waits` whether a rank that hangs waits for another.
+    """
+
+    rank: int
+    attempt: int
+    status: str
+    host: str
+    pid: int
+    answers: bool
+    last_step_at: float
+    ended_at: float
+    error: RunError | None = None
+    load_s: float | None = None
+    repeats: tuple[Repeat, ...] = ()
+    devices: tuple[DeviceMemory, ...] = ()
+    environment: Environment | None = None
+    waits: bool = False
+
+    @property
+    def record(self) -> RankRecord:
+        """The part that the record of the run keeps of each rank."""
+        return RankRecord(self.rank, self.status, self.host, self.pid, self.error, self.load_s, self.repeats)

@@ -1,0 +1,167 @@
+"""The end of a run: the files of its ranks -> one record, and the completions in prompt order. Nothing is lost.
+
+Completions are those that were saved first, whichever attempt made them.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.config.values import to_dict
+from launcher.prompts.prompts import decode
+from launcher.results.completions import ReportedCompletion, SavedCompletion
+from launcher.results.metrics import against_ceiling, bandwidth_used, figures, total
+from launcher.results.record import Attempt, Record, RepeatSummary, RunError
+from launcher.results.verdict import LastStep, verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from launcher.backends.base import Prompt
+    from launcher.config.schema import RunConfig
+    from launcher.results.measured import Repeat
+    from launcher.results.rank_result import RankResult
+    from launcher.results.verdict import Outcome
+    from launcher.run_dir.run import RunDescription
+    from launcher.run_dir.run_dir import RunDir
+    from shards.errors import UserError
+
+
+def finish(run_dir: RunDir, outcome: Outcome | None = None) -> Record:
+    """Gather what the ranks left into the record and the completions of the run; both are replaced atomically."""
+    run = run_dir.read_run()
+    prompts, plan = run_dir.read_prompts(), run_dir.read_plan()
+    ranks = run_dir.read_ranks(run.world_size)
+    present = [rank for rank in ranks if rank is not None]
+    status, error = verdict(ranks, _silent(run_dir, ranks), outcome, run_dir.log_end)
+
+    attempts = [*run_dir.earlier_attempts(), (run_dir.read_attempt(), run_dir)]
+    repeats = {number: folder.read_repeats(run.answering_ranks) for number, folder in attempts}
+    counted = [ranks for numbered in repeats.values() for ranks in numbered.values()] if status == "ok" else []
+    measured = figures(counted, len(prompts), run.num_devices, plan.windows if plan else ())
+    metrics = measured.metrics if measured else None
+    record = replace(
+        unfinished(run_dir, status),
+        error=error,
+        ended_at=time.time(),
+        load_s=max(rank.load_s or 0.0 for rank in present) if status == "ok" else None,
+        ceiling=against_ceiling(plan, metrics),
+        mbu=bandwidth_used(plan, metrics),
+        devices=tuple(device for rank in present for device in rank.devices),
+        ranks=tuple(rank.record for rank in present),
+        attempts=tuple(_attempt(number, folder, run.world_size, repeats[number]) for number, folder in attempts),
+        notes=(*run.notes, *run_dir.read_notes()),
+        plan=plan,
+        environment=next((rank.environment for rank in present if rank.environment), None),
+    )
+    record = replace(record, attempts=(*record.attempts[:-1], replace(record.attempts[-1], status=status)))
+    if measured is not None:
+        record = replace(
+            record,
+            new_tokens_per_s=measured.new_tokens_per_s,
+            ttft_s=measured.ttft_s,
+            itl_s=measured.itl_s,
+            totals=measured.totals,
+            partial=measured.partial,
+            metrics=metrics,
+        )
+    _write_completions(run_dir, run, prompts)
+    run_dir.write_record(record)
+    return record
+
+
+def refused(config: RunConfig, error: UserError, moment: float, run_dir: RunDir | None = None) -> Record:
+    """The record of a run that could not start."""
+    why = RunError(None, "plan", type(error).__name__, error.fact, error.hint)
+    path = str(run_dir) if run_dir else None
+    return replace(blank(config, "refused"), error=why, run_dir=path, started_at=moment, ended_at=moment)
+
+
+def never_begun(config: RunConfig, message: str, moment: float) -> Record:
+    """The record of a point whose turn never came."""
+    why = RunError(None, "start", "Ended", message, "resume=true")
+    return replace(blank(config, "cancelled"), error=why, started_at=moment, ended_at=moment)
+
+
+def unfinished(run_dir: RunDir, status: str) -> Record:
+    """The record of a run that has not ended, as far as it is known."""
+    run = run_dir.read_run()
+    return replace(
+        blank(run.run_config, status),
+        world_size=run.world_size,
+        num_devices=run.num_devices,
+        config=run.config,
+        run_dir=str(run_dir),
+        started_at=run.started_at,
+        batch_search=run.batch_search,
+        notes=run.notes,
+        command=run.command,
+    )
+
+
+def blank(config: RunConfig, status: str) -> Record:
+    """The record of a run of which nothing but its configuration is known."""
+    return Record(
+        status=status,
+        backend=config.backend.name,
+        model=config.model.name,
+        precision=config.precision.name,
+        world_size=config.world_size,
+        num_devices=config.num_devices,
+        num_nodes=config.num_nodes,
+        batch_size=config.measure.batch_size,
+        config=to_dict(config),
+    )
+
+
+def _silent(run_dir: RunDir, ranks: Sequence[RankResult | None]) -> dict[int, LastStep]:
+    """The last steps of the ranks that had begun and left no word."""
+    steps = enumerate(run_dir.read_progress(len(ranks)))
+    return {number: LastStep(step.stage, step.time) for number, step in steps if step and ranks[number] is None}
+
+
+def _attempt(number: int, folder: RunDir, world_size: int, repeats: Mapping[int, Sequence[Repeat]]) -> Attempt:
+    """One attempt, and the repeats that it finished."""
+    record = folder.read_record()
+    summaries = []
+    for place, ranks in repeats.items():
+        one = total(ranks)
+        summaries.append(RepeatSummary(place + 1, one.completions, one.new_tokens, one.wall_s, one.new_tokens_per_s))
+    hosts = {rank.host for rank in folder.read_ranks(world_size) if rank is not None}
+    return Attempt(
+        attempt=number,
+        status=record.status if record else None,
+        hosts=tuple(sorted(hosts)),
+        notes=tuple(folder.read_notes()),
+        repeats=tuple(summaries),
+    )
+
+
+def _write_completions(run_dir: RunDir, run: RunDescription, prompts: Sequence[Prompt]) -> None:
+    """All completions that this attempt and those before it have saved so far, with their texts."""
+    saved: dict[int, SavedCompletion] = {}
+    for item in (*run_dir.read_saved().completions, *run_dir.read_rank_completions(run.answering_ranks)):
+        saved.setdefault(item.index, item)
+    if not saved:
+        return
+    asked = {prompt.index: prompt for prompt in prompts}
+    items = [saved[index] for index in sorted(saved)]
+    texts = decode([item.token_ids for item in items], Path(run.model_folder) if run.model_folder else None)
+    lines = [_reported(asked[item.index], item, text) for item, text in zip(items, texts, strict=True)]
+    run_dir.write_completions(lines)
+
+
+def _reported(prompt: Prompt, saved: SavedCompletion, text: str) -> ReportedCompletion:
+    return ReportedCompletion(
+        index=prompt.index,
+        prompt=prompt.text,
+        text=text,
+        token_ids=saved.token_ids,
+        prompt_tokens=len(prompt.token_ids),
+        new_tokens=len(saved.token_ids),
+        finish_reason=saved.finish_reason,
+        top2_gaps=saved.top2_gaps,
+    )

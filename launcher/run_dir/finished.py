@@ -1,0 +1,29 @@
+"""A run that ended well, read back from its directory to be compared."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from launcher.results.comparison import FinishedRun
+from launcher.run_dir.run_dir import RECORD, RunDir
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def read_finished(path: Path) -> FinishedRun:
+    """The run in a directory; UserError where there is none, it cannot be read, or it did not end well."""
+    run_dir = RunDir(path)
+    record = run_dir.read_record()
+    if record is None:
+        raise UserError(f"{path} has no {RECORD}.", "name run directories: a run prints its own when it ends")
+    if record.status != "ok":
+        raise UserError(f"{path} did not finish: its status is {record.status}.", "run it again")
+    prompts = {prompt.index: prompt.token_ids for prompt in run_dir.read_prompts()}
+    completions = {completion.index: completion for completion in run_dir.read_completions()}
+    if not prompts or prompts.keys() != completions.keys():
+        raise UserError(f"{path} has {len(completions)} completions for {len(prompts)} prompts.", "run it again")
+    if record.metrics is None:
+        raise UserError(f"{path} has no metrics in its record.", "run it again")
+    return FinishedRun(path, record, prompts, completions)

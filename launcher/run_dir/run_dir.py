@@ -1,0 +1,310 @@
+"""The directory of a run: the only place that knows the names of its files, and how each is written and read.
+
+run.json               the description of the run         plan.json      its plan
+config.yaml            its configuration, for people      prompts.jsonl  its prompts as token ids
+record.json            the record                         completions.jsonl
+command.sh             makes the same run again           launch.log     output of what starts the ranks
+attempt.json           the number of the newest attempt, and the command that started its ranks
+notes.json             what was to be noted of the devices before the ranks of the newest attempt began
+saved.json             what the attempts before the newest have finished
+attempt_N/             the files of attempt N, once a later one has begun: a directory of the same form
+rank_N.json            the last word of a rank            rank_N.log     its output
+rank_N.progress        its present stage and step         stacks_rank_N.txt
+rank_N.completions.jsonl, rank_N.repeats.jsonl            what a rank has saved so far
+submit.sbatch, slurm.log, slurm_job                       of a job of SLURM
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from launcher.prompts.prompts import read_prompts, write_prompts
+from launcher.results.completions import ReportedCompletion, SavedCompletion
+from launcher.results.measured import Repeat
+from launcher.results.rank_result import RankResult
+from launcher.results.record import Record, read_record
+from launcher.run_dir.progress import Progress, ProgressWriter, read_progress
+from launcher.run_dir.run import RunDescription
+from launcher.run_dir.typed_files import (
+    UNREADABLE,
+    lines_of,
+    read_typed,
+    read_typed_lines,
+    read_value,
+    unreadable,
+    write_typed,
+)
+from launcher.system.files import read_end, write_json, write_text
+from shards.errors import UserError
+from shards.machine.interpreter import ROOT
+from shards.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from launcher.backends.base import Prompt
+
+RUN, RECORD = "run.json", "record.json"
+SLURM_SCRIPT, SLURM_LOG, SLURM_JOB = "submit.sbatch", "slurm.log", "slurm_job"
+OF_AN_ATTEMPT = ("rank_*", "stacks_rank_*", RECORD, "notes.json", "launch.log")
+RANK_LOGS = "rank_*.log"
+
+
+class SupersededError(Exception):
+    """A newer attempt has begun: this process is late and must not write."""
+
+
+@dataclass(frozen=True, slots=True)
+class CurrentAttempt:
+    """The newest attempt, and the command that started its ranks where the launcher did."""
+
+    attempt: int
+    command: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """The work of earlier attempts: completions in prompt order, and the numbers of whole repeats."""
+
+    completions: tuple[SavedCompletion, ...] = ()
+    repeats: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """One run directory, or the folder in it of an earlier attempt. Methods that read give None for a missing file.
+
+    UserError in one line for a file that cannot be read, or whose values have other types than a run writes.
+    """
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    # The run: written when the directory is made, by run_dir/create.py.
+
+    def has_run(self) -> bool:
+        """Whether a run was begun here."""
+        return (self.path / RUN).is_file()
+
+    def read_run(self) -> RunDescription:
+        """The checked description of the run; UserError where none was begun here."""
+        run = read_typed(self.path / RUN, RunDescription)
+        if run is None:
+            raise UserError(f"{self.path} has no {RUN}: no run was begun there.", "run_dir= a folder in output_dir")
+        return run
+
+    def write_run(self, run: RunDescription) -> None:
+        write_typed(self.path / RUN, run)
+
+    def write_config(self, config: dict[str, object]) -> None:
+        """The configuration for people; `read_run` has it for programs."""
+        write_text(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+
+    def read_plan(self) -> Plan | None:
+        return read_value(self.path / "plan.json", Plan.from_dict)
+
+    def write_plan(self, plan: Plan) -> None:
+        write_json(self.path / "plan.json", plan.to_dict())
+
+    def read_prompts(self) -> list[Prompt]:
+        path = self.path / "prompts.jsonl"
+        try:
+            return read_prompts(path)
+        except UNREADABLE as error:
+            raise unreadable(path, error) from None
+
+    def write_prompts(self, prompts: Sequence[Prompt]) -> None:
+        write_prompts(self.path / "prompts.jsonl", prompts)
+
+    def write_command(self, run: RunDescription) -> None:
+        """The script that makes the same run once more, in a directory of its own."""
+        asked = [word for word in run.command[1:] if not word.startswith("resume=")]
+        lines = (
+            "#!/bin/sh",
+            f"cd {shlex.quote(run.folder)} || exit 1",
+            f'export PYTHONPATH={shlex.quote(str(ROOT))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+            f"exec {shlex.join([sys.executable, *asked])}",
+            "",
+        )
+        write_text(self.path / "command.sh", "\n".join(lines))
+
+    # The end of a run: written by run_dir/finish.py.
+
+    def has_record(self) -> bool:
+        """Whether there is a record, of whatever status."""
+        return (self.path / RECORD).exists()
+
+    def read_record(self) -> Record | None:
+        """The checked record, of this or an older version."""
+        return read_value(self.path / RECORD, read_record)
+
+    def write_record(self, record: Record) -> None:
+        write_typed(self.path / RECORD, record)
+
+    def is_done(self) -> bool:
+        """Whether the run has ended well; False too where its record cannot be read."""
+        with contextlib.suppress(UserError):
+            record = self.read_record()
+            return record is not None and record.status == "ok"
+        return False
+
+    def read_completions(self) -> list[ReportedCompletion]:
+        return list(read_typed_lines(self.path / "completions.jsonl", ReportedCompletion))
+
+    def write_completions(self, completions: Sequence[ReportedCompletion]) -> None:
+        write_text(self.path / "completions.jsonl", lines_of(completions, ensure_ascii=False))
+
+    # Attempts: which is the newest, and what those before it have left.
+
+    def read_attempt(self) -> int:
+        """The number of the newest attempt, 0 before the first."""
+        current = read_typed(self.path / "attempt.json", CurrentAttempt)
+        return current.attempt if current else 0
+
+    def write_attempt(self, attempt: int, command: Sequence[str] = ()) -> None:
+        write_typed(self.path / "attempt.json", CurrentAttempt(attempt, tuple(command)))
+
+    def check_attempt(self, attempt: int) -> None:
+        """SupersededError where a newer attempt than this one has begun."""
+        if (newest := self.read_attempt()) > attempt:
+            raise SupersededError(f"attempt {newest} has begun, and this process belongs to attempt {attempt}")
+
+    def earlier_attempts(self) -> list[tuple[int, RunDir]]:
+        """Number and folder of each attempt before the newest, in order."""
+        folders = [path for path in self.path.glob("attempt_*") if path.is_dir()]
+        return sorted(
+            ((int(path.name.removeprefix("attempt_")), RunDir(path)) for path in folders), key=lambda item: item[0]
+        )
+
+    def set_aside(self, attempt: int) -> None:
+        """Move the files of an attempt that is over into its folder, and remove half-written ones."""
+        paths = [path for pattern in OF_AN_ATTEMPT for path in self.path.glob(pattern)]
+        folder = self.path / f"attempt_{attempt}"
+        if paths:
+            folder.mkdir(exist_ok=True)
+        for path in paths:
+            path.rename(folder / path.name)
+        for path in self.path.glob(".*.*"):
+            path.unlink(missing_ok=True)
+
+    def read_saved(self) -> Saved:
+        return read_typed(self.path / "saved.json", Saved) or Saved()
+
+    def write_saved(self, saved: Saved) -> None:
+        write_typed(self.path / "saved.json", saved)
+
+    def read_notes(self) -> list[str]:
+        return read_typed(self.path / "notes.json", list[str]) or []
+
+    def write_notes(self, notes: Sequence[str]) -> None:
+        write_json(self.path / "notes.json", list(notes))
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Only one process at a time launches the run; UserError where another does. Ends with the process."""
+        with (self.path / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{self.path} is running: another process has launched it.", "wait for its end"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            yield
+
+    @property
+    def launch_log(self) -> Path:
+        return self.path / "launch.log"
+
+    # The ranks: what each saves as it comes, and its last word.
+
+    def rank_log(self, rank: int) -> Path:
+        return self.path / f"rank_{rank}.log"
+
+    def log_end(self, rank: int) -> str:
+        return read_end(self.rank_log(rank))
+
+    def read_rank(self, rank: int) -> RankResult | None:
+        return read_typed(self.path / f"rank_{rank}.json", RankResult)
+
+    def read_ranks(self, count: int) -> list[RankResult | None]:
+        return [self.read_rank(rank) for rank in range(count)]
+
+    def has_last_words(self, count: int) -> bool:
+        """Whether each of the first `count` ranks has left its last word."""
+        return all((self.path / f"rank_{rank}.json").exists() for rank in range(count))
+
+    def write_rank(self, result: RankResult) -> None:
+        write_typed(self.path / f"rank_{result.rank}.json", result)
+
+    def append_completions(self, rank: int, completions: Sequence[SavedCompletion]) -> None:
+        """Save completions: a line is whole or cut off at the end of the file."""
+        with (self.path / f"rank_{rank}.completions.jsonl").open("a", encoding="utf-8") as file:
+            file.write(lines_of(completions))
+
+    def read_rank_completions(self, ranks: Iterable[int]) -> Iterator[SavedCompletion]:
+        """The completions that ranks have saved, up to each one's last whole line."""
+        for rank in ranks:
+            yield from read_typed_lines(self.path / f"rank_{rank}.completions.jsonl", SavedCompletion)
+
+    def append_repeat(self, rank: int, repeat: Repeat) -> None:
+        with (self.path / f"rank_{rank}.repeats.jsonl").open("a", encoding="utf-8") as file:
+            file.write(lines_of([repeat]))
+
+    def read_repeats(self, ranks: Iterable[int]) -> dict[int, list[Repeat]]:
+        """The repeats that all of `ranks` have finished, by number: each rank's measurements."""
+        by_rank: list[dict[int, Repeat]] = []
+        for rank in ranks:
+            repeats = read_typed_lines(self.path / f"rank_{rank}.repeats.jsonl", Repeat)
+            by_rank.append({repeat.number: repeat for repeat in repeats})
+        numbers = sorted(set.intersection(*map(set, by_rank)))
+        return {number: [repeats[number] for repeats in by_rank] for number in numbers}
+
+    def has_saved_work(self) -> bool:
+        """Whether some rank has saved a completion or a repeat."""
+        patterns = ("rank_*.completions.jsonl", "rank_*.repeats.jsonl")
+        return any(path.stat().st_size for pattern in patterns for path in self.path.glob(pattern))
+
+    def progress_writer(self, rank: int) -> ProgressWriter:
+        return ProgressWriter(self.path / f"rank_{rank}.progress")
+
+    def read_progress(self, count: int) -> tuple[Progress | None, ...]:
+        """The progress of each rank, None of one that has not begun."""
+        return tuple(read_progress(self.path / f"rank_{rank}.progress") for rank in range(count))
+
+    def stacks(self, rank: int) -> Path:
+        return self.path / f"stacks_rank_{rank}.txt"
+
+    # The job of SLURM that the newest attempt runs in.
+
+    @property
+    def slurm_log(self) -> Path:
+        return self.path / SLURM_LOG
+
+    def read_job(self) -> str | None:
+        """The number of the job that runs, or ran, this directory; None for a run that no SLURM has seen."""
+        path = self.path / SLURM_JOB
+        return path.read_text(encoding="utf-8").strip() if path.exists() else None
+
+    def write_job(self, job: str) -> None:
+        write_text(self.path / SLURM_JOB, job + "\n")
+
+    def write_slurm_script(self, text: str) -> None:
+        write_text(self.path / SLURM_SCRIPT, text)
+
+
+def run_dirs_in(folder: Path) -> list[RunDir]:
+    """The run directories in a folder, those of refused points too, by name."""
+    paths = {path.parent.resolve() for name in (RUN, RECORD) for path in folder.glob(f"*/{name}")}
+    return [RunDir(path) for path in sorted(paths)]

@@ -1,0 +1,61 @@
+"""JSON files of typed values: what is read back has the right types, or is refused in one line."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from launcher.system.files import write_json
+from launcher.system.typed import decode, to_plain
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+Value = TypeVar("Value")
+
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a file of another origin can raise, whatever is in it."""
+
+
+def read_value(path: Path, check: Callable[[Any], Value]) -> Value | None:
+    """The checked value in a JSON file, None where there is no such file; UserError where it cannot be read."""
+    try:
+        return check(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except UNREADABLE as error:
+        raise unreadable(path, error) from None
+
+
+def read_typed(path: Path, kind: type[Value]) -> Value | None:
+    """`read_value` of a dataclass or a builtin type such as `list[str]`."""
+    return read_value(path, lambda values: decode(values, kind))
+
+
+def write_typed(path: Path, value: Any) -> None:
+    """Replace a JSON file by a dataclass."""
+    write_json(path, to_plain(value))
+
+
+def read_typed_lines(path: Path, kind: type[Value]) -> Iterator[Value]:
+    """The values of a JSON-lines file, up to its last whole line; none where there is no such file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        for line in text.split("\n")[:-1]:  # splitlines() also splits at U+2028 in a text
+            yield decode(json.loads(line), kind)
+    except FileNotFoundError:
+        return
+    except UNREADABLE as error:
+        raise unreadable(path, error) from None
+
+
+def lines_of(values: Sequence[Any], ensure_ascii: bool = True) -> str:
+    """Dataclasses as JSON lines."""
+    return "".join(json.dumps(to_plain(value), ensure_ascii=ensure_ascii) + "\n" for value in values)
+
+
+def unreadable(path: Path, error: Exception) -> UserError:
+    """The refusal of a file that is not what a run writes."""
+    return UserError(f"{path} cannot be read: {type(error).__name__}: {error}.", "run it again")
