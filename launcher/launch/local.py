@@ -81,8 +81,8 @@ def _attempt(run_dir: RunDir, run: RunDescription, attempt: int, show: Show) -> 
         run_dir.write_notes(notes)
     command = worker_command(str(run_dir), run.world_size, config.backend.python)
     run_dir.write_attempt(attempt, command)
-    if run.command:
-        run_dir.write_command(run)
+    if run.script is not None:
+        run_dir.write_script(run.script)
     memory = processes.SharedMemoryWatch()
     own = {processes.MARK: run.mark, PARENT: str(os.getpid()), ATTEMPT: str(attempt)}
     outcome: Outcome | None = None

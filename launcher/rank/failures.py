@@ -29,7 +29,9 @@ OUT_OF_MEMORY = re.compile(
 ELSEWHERE = "root cause"  # vLLM of an error in another of its processes, which has had its words in the log
 
 
-def explain(error: BaseException, rank: int, stage: str, log: Path | None = None) -> tuple[str, RunError]:
+def explain(
+    error: BaseException, log: Path | None = None, rank: int | None = None, stage: str = ""
+) -> tuple[str, RunError]:
     """The status of a rank that `error` ended in a stage, and the error as a record keeps it.
 
     Where the error only points at its cause, that is looked for at the end of `log`, which the rank's processes share.

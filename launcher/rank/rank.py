@@ -144,8 +144,8 @@ class Rank:
             time.sleep(LAST_WORD_S)
 
     def _fail(self, error: BaseException) -> str:
-        log = self.run_dir.rank_log(self.world.rank)
-        status, explained = explain(error, self.world.rank, self.progress.progress.stage, log)
+        rank, stage = self.world.rank, self.progress.progress.stage
+        status, explained = explain(error, self.run_dir.rank_log(rank), rank, stage)
         if self.interruption is not None and status != "refused":
             return self._interrupted(self.interruption)  # thrown off by another rank that has gone first
         return self._write(status, explained)

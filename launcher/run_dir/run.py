@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+import shlex
+import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from launcher.config.schema import BACKENDS
 from launcher.config.values import from_dict, to_dict
 from launcher.results.record import BatchSearch
+from shards.machine.interpreter import ROOT
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,6 +19,9 @@ if TYPE_CHECKING:
     from launcher.backends.base import Prompt
     from launcher.config.schema import RunConfig
     from shards.plan.plan import Plan
+
+
+NO_MARK = "0" * 32  # of a run that has no processes yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +61,7 @@ class RunDescription:
     on_cuda: bool
     notes: tuple[str, ...] = ()
     started_at: float = 0.0
-    mark: str = field(default="0" * 32)
+    mark: str = NO_MARK
     batch_search: BatchSearch | None = None
 
     @property
@@ -69,6 +75,21 @@ class RunDescription:
         return f"{self.config['backend']['name']} {self.config['model']['name']}"
 
     @property
+    def script(self) -> str | None:
+        """A shell script that makes the same run once more; None for a run that no command has made."""
+        if not self.command:
+            return None
+        asked = [word for word in self.command[1:] if not word.startswith("resume=")]
+        lines = (
+            "#!/bin/sh",
+            f"cd {shlex.quote(self.folder)} || exit 1",
+            f'export PYTHONPATH={shlex.quote(str(ROOT))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+            f"exec {shlex.join([sys.executable, *asked])}",
+            "",
+        )
+        return "\n".join(lines)
+
+    @property
     def answering_ranks(self) -> range:
         """The ranks that answer prompts of their own; of ranks that answer together, the first stands for all."""
         data_parallel = BACKENDS[self.config["backend"]["name"]].data_parallel
@@ -76,7 +97,7 @@ class RunDescription:
 
 
 def describe(
-    run: Run, started_at: float = 0.0, mark: str = "0" * 32, batch_search: BatchSearch | None = None
+    run: Run, started_at: float = 0.0, mark: str = NO_MARK, batch_search: BatchSearch | None = None
 ) -> RunDescription:
     """The description of a run that begins at a time, or of one that does not (a dry run)."""
     return RunDescription(

@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,7 +42,6 @@ from launcher.run_dir.typed_files import (
 )
 from launcher.system.files import read_end, write_json, write_text
 from shards.errors import UserError
-from shards.machine.interpreter import ROOT
 from shards.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -126,17 +123,9 @@ class RunDir:
     def write_prompts(self, prompts: Sequence[Prompt]) -> None:
         write_prompts(self.path / "prompts.jsonl", prompts)
 
-    def write_command(self, run: RunDescription) -> None:
+    def write_script(self, text: str) -> None:
         """The script that makes the same run once more, in a directory of its own."""
-        asked = [word for word in run.command[1:] if not word.startswith("resume=")]
-        lines = (
-            "#!/bin/sh",
-            f"cd {shlex.quote(run.folder)} || exit 1",
-            f'export PYTHONPATH={shlex.quote(str(ROOT))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
-            f"exec {shlex.join([sys.executable, *asked])}",
-            "",
-        )
-        write_text(self.path / "command.sh", "\n".join(lines))
+        write_text(self.path / "command.sh", text)
 
     # The end of a run: written by run_dir/finish.py.
 

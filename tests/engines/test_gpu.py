@@ -221,5 +221,5 @@ def test_a_card_that_is_full_says_what_it_lacks() -> None:
     with pytest.raises(torch.OutOfMemoryError) as shortage:
         torch.empty(2**50, dtype=torch.uint8, device="cuda:0")
     status, said = explain(shortage.value)
-    assert (status, said["device"], said["asked_bytes"]) == ("oom", "cuda:0", 2**50)
-    assert 0 < said["free_bytes"] <= (CARDS[0].capacity_bytes or 2**60)
+    assert (status, said.device, said.asked_bytes) == ("oom", "cuda:0", 2**50)
+    assert 0 < said.free_bytes <= (CARDS[0].capacity_bytes or 2**60)

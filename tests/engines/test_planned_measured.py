@@ -81,7 +81,8 @@ def devices(
         pytest.skip(f"{engine} is not installed")
     record = records[model, engine]
     assert record["status"] == "ok"
-    assert record["world_size"] == len(record["devices"]) == (1 if engine == "transformers" else 2)
+    assert record["num_devices"] == len(record["devices"]) == (1 if engine == "transformers" else 2)
+    assert record["world_size"] == len(record["ranks"]) == (1 if engine in ("transformers", "vllm") else 2)
     return list(zip(record["plan"]["devices"], record["devices"], strict=True))
 
 

@@ -51,6 +51,7 @@ TENSORS = {
 """The modules that may import a heavy package, directly or through another of these; all others must not."""
 
 LAZY = {
+    ("launcher", "launcher.api"): "the package is light to import, as every rank does",
     ("launcher.backends.base", "*"): "an engine is imported when it is used",
     ("launcher.__main__", "launcher.launch.join"): "a rank may import torch, the process that launches may not",
     (

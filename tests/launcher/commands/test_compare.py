@@ -21,11 +21,33 @@ from launcher.results.comparison import (
     alike,
     compare,
     is_degenerate,
-    read_run,
 )
+from launcher.results.completions import ReportedCompletion
+from launcher.results.measured import Repeat
+from launcher.results.metrics import figures
+from launcher.results.record import Record
+from launcher.run_dir.finished import read_finished
 from shards.errors import UserError
 
 PROMPTS = {0: (5, 6), 1: (7,)}
+
+
+def one_repeat(tokens_per_s: float) -> Repeat:
+    """A rank's measurements of one prompt answered at this speed."""
+    return Repeat(
+        number=0,
+        wall_s=60 / tokens_per_s,
+        prefill_s=None,
+        decode_s=None,
+        completions=1,
+        prompt_tokens=1,
+        new_tokens=60,
+        decode_steps=59,
+        lengths=((1, 60),),
+        ttft_s=(),
+        itl_s=(),
+        same_tokens=True,
+    )
 
 
 def run(
@@ -38,16 +60,23 @@ def run(
 ) -> FinishedRun:
     """A finished run of engine `name` whose completions are `token_ids`."""
     rows = {
-        index: {"token_ids": ids, "finish_reason": "length", "top2_gaps": gaps[index] if gaps else []}
+        index: ReportedCompletion(index, "", "", tuple(ids), 1, len(ids), "length", tuple(gaps[index]) if gaps else ())
         for index, ids in enumerate(token_ids)
     }
-    record = {
-        "backend": name,
-        "model": "tiny",
-        "world_size": 1,
-        "metrics": {"new_tokens_per_s": {"values": list(speed)}},
-        "config": {"backend": {"name": name}, "model": {"name": "tiny", "path": "/tiny"}, "devices": 1, **config},
-    }
+    measured = figures([[one_repeat(tokens_per_s)] for tokens_per_s in speed], 1, 1)
+    assert measured is not None
+    record = Record(
+        status="ok",
+        backend=name,
+        model="tiny",
+        precision="fp32",
+        world_size=1,
+        num_devices=1,
+        num_nodes=1,
+        batch_size=1,
+        metrics=measured.metrics,
+        config={"backend": {"name": name}, "model": {"name": "tiny", "path": "/tiny"}, "devices": 1, **config},
+    )
     return FinishedRun(Path("/runs") / name, record, PROMPTS if prompts is None else prompts, rows)
 
 
@@ -126,7 +155,7 @@ def test_whole_comparison() -> None:
         divergences=(Divergence(0, 1, 1, 2, None),),
         base_degenerate=(0,),
         other_degenerate=(),
-        speed=Ratio(median=0.6, min=5 / 12, max=2.5),
+        speed=Ratio(median=pytest.approx(0.6), min=pytest.approx(5 / 12), max=pytest.approx(2.5)),
         differences=("precision=fp32 against bf16", "sampling.max_new_tokens=8 against 2"),
     )
     assert compare(base, other).match == 0.5
@@ -232,23 +261,25 @@ def test_what_is_no_finished_run_is_refused_in_one_line(
     bad = {name: Path(shutil.copytree(good, tmp_path / name)) for name in names}
     (bad["nothing"] / "record.json").unlink()
     edit(bad["failed"], status="oom")
-    edit(bad["old"], schema=0)
+    edit(bad["old"], schema_version=0)
     (bad["torn"] / "record.json").write_text("")
     (bad["short"] / "completions.jsonl").unlink()
     (bad["no_prompts"] / "prompts.jsonl").unlink()
     (bad["list"] / "record.json").write_text("[]")
     for name, expected in {
-        "nothing": "has no record.json. HINT: name run directories: a run prints its own when it ends",
-        "failed": "did not finish: its status is oom. HINT: run it again",
-        "old": "has a record of schema 0, not 1. HINT: run it again",
-        "torn": "cannot be read: JSONDecodeError: Expecting value: line 1 column 1 (char 0). HINT: run it again",
-        "short": "has 0 completions for 4 prompts. HINT: run it again",
+        "nothing": " has no record.json. HINT: name run directories: a run prints its own when it ends",
+        "failed": " did not finish: its status is oom. HINT: run it again",
+        "old": "/record.json cannot be read: ValueError: a record of schema version 0, and versions 1 to 2 are known. "
+        "HINT: run it again",
+        "torn": "/record.json cannot be read: JSONDecodeError: Expecting value: line 1 column 1 (char 0). "
+        "HINT: run it again",
+        "short": " has 0 completions for 4 prompts. HINT: run it again",
     }.items():
         assert command.main([str(good), str(bad[name])]) == 2
-        assert capsys.readouterr() == ("", f"{bad[name]} {expected}\n")
+        assert capsys.readouterr() == ("", f"{bad[name]}{expected}\n")
     for name in ("no_prompts", "list"):
-        with pytest.raises(UserError, match=f"{name} cannot be read: .* HINT: run it again"):
-            read_run(bad[name])
+        with pytest.raises(UserError, match=f"{name}/.* cannot be read: .* HINT: run it again"):
+            read_finished(bad[name])
     assert command.main([str(good), str(tmp_path / "not there")]) == 2
 
 

@@ -22,12 +22,12 @@ from running import ROOT, Ended, environment, launcher, run
 from slurm_config import free_ports
 
 from launcher.__main__ import main
+from launcher.api import load_record
 from launcher.config.compose import compose_run
 from launcher.config.presets import options
 from launcher.config.schema import BACKENDS
 from launcher.models import EMBEDDED
 from launcher.prepare.prepare import prepare
-from launcher.results.record import never_begun, unfinished
 from shards.machine.world import World
 
 
@@ -376,9 +376,11 @@ def test_a_sweep_goes_on_past_a_point_that_is_refused(tmp_path: Path) -> None:
     assert ended.code == 1
     assert [row["status"] for row in ended.last_json["records"]] == ["refused", "ok"]
     run_dirs = [Path(row["run_dir"]) for row in ended.last_json["records"]]
-    point, made = (json.loads((run_dir / "record.json").read_text()) for run_dir in run_dirs)
-    stand_ins = (unfinished(run_dirs[1], "submitted"), never_begun(made["config"], "ended before its turn", 0.0))
-    assert [record.keys() for record in (point, *stand_ins)] == [made.keys()] * 3
+    refused, done = (load_record(run_dir) for run_dir in run_dirs)
+    assert (refused.world_size, refused.num_devices, refused.batch_size, refused.metrics) == (1, 1, 4, None)
+    assert refused.error is not None
+    assert refused.error.stage == "plan"
+    assert done.config | {"sampling": None} == refused.config | {"sampling": None}
 
 
 def test_another_interpreter_runs_the_engine(tmp_path: Path) -> None:

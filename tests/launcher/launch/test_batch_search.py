@@ -91,7 +91,7 @@ def test_memory_that_ran_out(
     error: Exception, status: str, device: str | None, asked: int | None, free: int | None
 ) -> None:
     found, said = explain(error)
-    values = (said.get("device"), said.get("asked_bytes"), said.get("free_bytes"))
+    values = (said.device, said.asked_bytes, said.free_bytes)
     assert (found, *values) == (status, device, asked, free)
 
 
@@ -119,15 +119,15 @@ def test_a_root_cause_is_looked_for_in_the_log(error: str, log: str | None, stat
     if log is not None:
         path.write_text("of another time\n" * 100_000 + log)
     found, said = explain(RuntimeError(error), path)
-    assert (found, said["message"]) == (status, error)
+    assert (found, said.message) == (status, error)
     if log is not None and TORCH in log and status == "oom":
-        assert (said["device"], said["asked_bytes"], said["free_bytes"]) == ("cuda:1", 20 * GIB, int(5.12 * GIB))
+        assert (said.device, said.asked_bytes, said.free_bytes) == ("cuda:1", 20 * GIB, int(5.12 * GIB))
 
 
 def test_other_errors_are_what_they_were() -> None:
     assert explain(ValueError("a memory of old times"))[0] == "failed"
     status, said = explain(PlanError("It does not fit.", "more devices"))
-    assert (status, said["type"], said["message"], said["hint"]) == (
+    assert (status, said.type, said.message, said.hint) == (
         "refused",
         "PlanError",
         "It does not fit.",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from described import described
 from running import ROOT, environment, launcher, torchrun
 
 from launcher.backends.base import Prompt
@@ -22,10 +23,11 @@ from launcher.config.compose import compose_run
 from launcher.launch.local import run_local
 from launcher.prepare.prepare import prepare
 from launcher.rank.loop import schedule
+from launcher.results.completions import SavedCompletion
 from launcher.run_dir import attempts
-from launcher.run_dir.attempts import Saved
 from launcher.run_dir.create import create_run_dir
 from launcher.run_dir.progress import read_progress
+from launcher.run_dir.run_dir import RunDir, Saved, SupersededError
 from launcher.system.files import read_lines
 from launcher.system.processes import end_run, of_run
 from shards.machine.world import World
@@ -35,8 +37,8 @@ RAGGED = f"prompts.path={ROOT / 'tests' / 'ragged_prompts.txt'}"  # 20 prompts
 DUMMY = ("backend=dummy", "prompts=file", RAGGED, "measure.batch_size=1", "sampling.max_new_tokens=8")
 
 
-def rows(*indices: int) -> tuple[dict[str, Any], ...]:
-    return tuple({"index": index, "token_ids": [index]} for index in indices)
+def rows(*indices: int) -> tuple[SavedCompletion, ...]:
+    return tuple(SavedCompletion(index, (index,), "length") for index in indices)
 
 
 def planned(rank: int, saved: Saved, *overrides: str) -> list[tuple[int, list[list[int]]]]:
@@ -77,39 +79,48 @@ def test_repeats_are_not_made_again(saved: Saved, repeats: int, numbers: list[in
     assert planned(0, saved, f"measure.repeats={repeats}") == [(number, WHOLE[0]) for number in numbers]
 
 
-def run_dir_with(folder: Path, ranks: int) -> Path:
-    (folder / "run.json").write_text(json.dumps({"processes": ranks, "config": {"backend": {"name": "dummy"}}}))
-    return folder
+def run_dir_with(folder: Path, ranks: int) -> RunDir:
+    run_dir = RunDir(folder)
+    run_dir.write_run(described(world_size=ranks, num_devices=ranks))
+    return run_dir
+
+
+def repeat(number: int) -> str:
+    """A line of what a rank has measured."""
+    counts = dict.fromkeys(("completions", "prompt_tokens", "new_tokens", "decode_steps"), 1)
+    times = {"wall_s": 1.0, "prefill_s": None, "decode_s": None, "lengths": [], "ttft_s": [], "itl_s": []}
+    return json.dumps({"number": number, "same_tokens": True, **counts, **times}) + "\n"
 
 
 def test_an_attempt_sets_aside_what_the_last_one_left(tmp_path: Path) -> None:
     run_dir = run_dir_with(tmp_path, 2)
     assert attempts.begin(run_dir) == 1
-    (run_dir / "rank_0.completions.jsonl").write_text('{"index": 0, "token_ids": [7]}\n{"index": 2, "tok')
-    (run_dir / "rank_1.completions.jsonl").write_text('{"index": 1, "token_ids": [8]}\n')
-    (run_dir / "rank_0.repeats.jsonl").write_text('{"number": 0}\n{"number": 1}\n')
-    (run_dir / "rank_1.repeats.jsonl").write_text('{"number": 0}\n{"num')
-    (run_dir / ".record.json.host.12").write_text("half")
+    line = '{"index": 0, "token_ids": [7], "finish_reason": "stop"}\n'
+    (tmp_path / "rank_0.completions.jsonl").write_text(line + '{"index": 2, "tok')
+    (tmp_path / "rank_1.completions.jsonl").write_text(line.replace("0", "1", 1).replace("7", "8"))
+    (tmp_path / "rank_0.repeats.jsonl").write_text(repeat(0) + repeat(1))
+    (tmp_path / "rank_1.repeats.jsonl").write_text(repeat(0) + repeat(1)[:20])
+    (tmp_path / ".record.json.host.12").write_text("half")
     assert attempts.begin(run_dir) == 2
-    expected = Saved(({"index": 0, "token_ids": [7]}, {"index": 1, "token_ids": [8]}), (0,))
-    assert attempts.saved(run_dir) == expected
-    assert sorted(path.name for path in run_dir.glob("rank_*")) == []
-    assert len(list((run_dir / "attempt_1").iterdir())) == 4
-    assert not (run_dir / ".record.json.host.12").exists()
+    expected = Saved((SavedCompletion(0, (7,), "stop"), SavedCompletion(1, (8,), "stop")), (0,))
+    assert run_dir.read_saved() == expected
+    assert sorted(path.name for path in tmp_path.glob("rank_*")) == []
+    assert len(list((tmp_path / "attempt_1").iterdir())) == 4
+    assert not (tmp_path / ".record.json.host.12").exists()
     assert attempts.begin(run_dir) == 3
-    assert attempts.saved(run_dir) == expected
+    assert run_dir.read_saved() == expected
 
 
 def test_a_late_rank_writes_nothing(tmp_path: Path) -> None:
     run_dir = run_dir_with(tmp_path, 1)
     attempts.begin(run_dir)
     attempts.begin(run_dir)
-    with pytest.raises(attempts.SupersededError):
-        attempts.check(run_dir, 1)
-    attempts.check(run_dir, 2)
+    with pytest.raises(SupersededError):
+        run_dir.check_attempt(1)
+    run_dir.check_attempt(2)
     worker = [sys.executable, "-m", "launcher.rank.worker", str(run_dir)]
     subprocess.run(worker, env=environment(LAUNCHER_ATTEMPT="1"), check=False, timeout=60)
-    assert {path.name for path in run_dir.glob("rank_*")} == {"rank_0.log"}
+    assert {path.name for path in tmp_path.glob("rank_*")} == {"rank_0.log"}
 
 
 @contextmanager
@@ -256,11 +267,11 @@ def test_what_was_found_on_the_devices_is_kept_with_its_attempt(
 ) -> None:
     config = compose_run(["backend=dummy", "devices=1", "accelerator=cpu", f"output_dir={tmp_path}"])
     run_dir = create_run_dir(replace(prepare(config, ()), on_cuda=True, notes=("of the run",)))
-    for found in (["first"], ["second"], []):
-        monkeypatch.setattr("launcher.launch.local.neighbours", lambda *_, found=found: found)
+    for notes in (["first"], ["second"], []):
+        monkeypatch.setattr("launcher.launch.local.neighbours", lambda *_, notes=notes: notes)
         record = run_local(run_dir, lambda ranks: None)
-        assert (record["status"], record["notes"]) == ("ok", ["of the run", *found])
-    assert [attempt["notes"] for attempt in record["attempts"]] == [["first"], ["second"], []]
+        assert (record.status, record.notes) == ("ok", ("of the run", *notes))
+    assert [attempt.notes for attempt in record.attempts] == [("first",), ("second",), ()]
 
 
 def test_two_processes_do_not_run_the_same(tmp_path: Path) -> None:

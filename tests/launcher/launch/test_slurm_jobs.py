@@ -10,18 +10,18 @@ import pytest
 from launcher import status
 from launcher.config.compose import compose_run
 from launcher.launch.slurm import arrays, jobs
-from launcher.launch.slurm.script import SCRIPT
 from launcher.prepare.prepare import prepare
 from launcher.run_dir.create import create_run_dir
+from launcher.run_dir.run_dir import RunDir
 from shards.errors import UserError
 
 
 @pytest.fixture
-def queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     """A run in job 7, with a squeue that says in turn what the lines of the file `said` are, and fails after them."""
     overrides = ["launch=slurm", "backend=dummy", "devices=1", "accelerator=cpu", f"output_dir={tmp_path}/runs"]
     run_dir = create_run_dir(prepare(compose_run(overrides), ("python", "-m", "launcher")))
-    jobs.write_job(run_dir, "7")
+    run_dir.write_job("7")
     squeue = tmp_path / "bin" / "squeue"
     squeue.parent.mkdir()
     squeue.write_text(f"#!/bin/sh\ncd {tmp_path}\nhead -n 1 said | grep . || exit 1\nsed -i 1d said\n")
@@ -39,19 +39,19 @@ OVER = "7|PREEMPTED|None|0|\n7|PREEMPTED|None|0|\n"
     ("said", "shown"), [(AGAIN, "PENDING (BeginTime), attempt 2"), (OVER, "cancelled")], ids=["again", "over"]
 )
 def test_only_a_job_that_stays_over_gets_a_record(
-    said: str, shown: str, queued: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    said: str, shown: str, queued: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "said").write_text(said)
     status.main([str(queued)])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["points"] == {shown: 1}
-    assert (queued / "record.json").exists() == (said == OVER)
+    assert queued.has_record() == (said == OVER)
 
 
 @pytest.mark.parametrize(
     ("said", "words"), [(AGAIN, "is in job 7, which is PENDING"), ("", "squeue does not answer")], ids=["again", "mute"]
 )
-def test_a_run_that_may_be_in_a_job_is_not_submitted(said: str, words: str, queued: Path, tmp_path: Path) -> None:
+def test_a_run_that_may_be_in_a_job_is_not_submitted(said: str, words: str, queued: RunDir, tmp_path: Path) -> None:
     (tmp_path / "said").write_text(said)
     with pytest.raises(UserError, match=words):
         arrays.submit_run(queued)
-    assert not (queued / SCRIPT).exists()
+    assert not (queued.path / "submit.sbatch").exists()

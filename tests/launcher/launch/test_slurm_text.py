@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from described import described
 from running import ROOT
 
 from launcher.config.cluster import check_cluster, seconds
@@ -14,6 +15,7 @@ from launcher.config.schema import ClusterConfig, ConfigError
 from launcher.launch.slurm.end import is_stopped
 from launcher.launch.slurm.jobs import State, environment
 from launcher.launch.slurm.script import Job, job_of, name_of, sbatch_text
+from launcher.run_dir.run import RunDescription
 
 JOB = Job(
     cluster=ClusterConfig(),
@@ -251,17 +253,13 @@ def test_times_that_slurm_takes(time: str | None) -> None:
 
 
 def test_names_of_jobs_are_plain() -> None:
-    run = {
-        "config": {"backend": {"name": "fsdp"}, "model": {"name": "a b/c'$(d)"}},
-        "world_size": 2,
-        "mark": "0123456789",
-    }
+    model = {"name": "a b/c'$(d)", "path": "m"}
+    run = described({"backend": {"name": "fsdp"}, "model": model}, num_devices=2, mark="0123456789")
     assert name_of(run) == "fsdp_a_b_c___d__x2-012345"
 
 
-def run_of(**config: object) -> dict[str, object]:
-    names = {"backend": {"name": "fsdp"}, "model": {"name": "m", "path": "m"}, "prompts": {"name": "seed"}}
-    return {"config": names | config, "processes": 4, "on_cuda": False, "world_size": 4, "mark": "0" * 32}
+def run_of(**config: object) -> RunDescription:
+    return described({"backend": {"name": "fsdp"}, **config}, world_size=4, num_devices=4)
 
 
 def test_job_is_made_from_the_description_of_a_run() -> None:

@@ -15,6 +15,7 @@ from launcher.config.compose import compose_run
 from launcher.rank.watchdog import Watchdog, blame, write_stacks
 from launcher.results.verdict import Outcome
 from launcher.run_dir.progress import Progress, read_progress
+from launcher.run_dir.run_dir import RunDir
 from launcher.system.processes import of_run
 
 HANG = ("backend=dummy", "backend.fail_at=hang", "backend.fail_after=2", "measure.batch_size=1")
@@ -108,7 +109,7 @@ def test_who_waits_for_a_card_on_which_others_are_missing_is_not_to_blame(
             assert process.stdout is not None
             assert process.stdout.readline() == b"ready\n"
         while not stacks or not all("launcher/rank/rank.py" in text for text in stacks.values()):
-            stacks = write_stacks(tmp_path, {number: process.pid for number, process in started.items()})
+            stacks = write_stacks(RunDir(tmp_path), {number: process.pid for number, process in started.items()})
     finally:
         for process in started.values():
             process.kill()
@@ -198,7 +199,7 @@ def test_stacks_of_a_rank(spy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyP
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
-        text = write_stacks(tmp_path, {0: process.pid})[0]
+        text = write_stacks(RunDir(tmp_path), {0: process.pid})[0]
     finally:
         process.kill()
         process.communicate()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
+from dataclasses import replace
 
 import pytest
+from plans import plan as any_plan
 
-from launcher.results.metrics import against_ceiling, bandwidth_used, measures
+from launcher.results import metrics
+from launcher.results.measured import BandwidthUse, Metrics, Repeat
+from launcher.results.metrics import against_ceiling, bandwidth_used, figures
 from shards.machine.hardware import DEVICES, LINKS
+from shards.plan.plan import Plan
 from shards.plan.roofline import Machine, Roofline, Work
 
 FALCON_7B = 13_843_441_408  # bytes of its 6,921,720,704 parameters in 16 bits, all read in a step: the head is tied
@@ -17,25 +20,32 @@ FALCON_40B = 82_606_587_904
 
 def one_repeat(
     *sequences: tuple[int, list[float]], decode_s: float | None, wall_s: float = 10.0, steps: int | None = None
-) -> dict[str, Any]:
-    """What a rank measured in a repeat of prompts of so many tokens, with such gaps after each first token at 1 s."""
-    return {
-        "decode_steps": max((len(gaps) for _, gaps in sequences), default=0) if steps is None else steps,
-        "lengths": [(tokens, len(gaps) + 1) for tokens, gaps in sequences],
-        "completions": len(sequences),
-        "prompt_tokens": sum(tokens for tokens, _ in sequences),
-        "new_tokens": sum(len(gaps) + 1 for _, gaps in sequences),
-        "wall_s": wall_s,
-        "prefill_s": None if decode_s is None else 1.0,
-        "decode_s": decode_s,
-        "ttft_s": [1.0] * len(sequences),
-        "itl_s": [gap for _, gaps in sequences for gap in gaps],
-        "same_tokens": True,
-    }
+) -> Repeat:
+    """A rank's measurements in a repeat of prompts of so many tokens, with such gaps after each first token at 1 s."""
+    return Repeat(
+        number=0,
+        decode_steps=max((len(gaps) for _, gaps in sequences), default=0) if steps is None else steps,
+        lengths=tuple((tokens, len(gaps) + 1) for tokens, gaps in sequences),
+        completions=len(sequences),
+        prompt_tokens=sum(tokens for tokens, _ in sequences),
+        new_tokens=sum(len(gaps) + 1 for _, gaps in sequences),
+        wall_s=wall_s,
+        prefill_s=None if decode_s is None else 1.0,
+        decode_s=decode_s,
+        ttft_s=(1.0,) * len(sequences),
+        itl_s=tuple(gap for _, gaps in sequences for gap in gaps),
+        same_tokens=True,
+    )
 
 
-def plan(step_bytes: int, kv_bytes_per_token: int, bandwidth: float | None) -> dict[str, Any]:
-    return {"step_bytes": step_bytes, "kv_bytes_per_token": kv_bytes_per_token, "bandwidth": bandwidth}
+def plan(step_bytes: int, kv_bytes_per_token: int, bandwidth: float | None) -> Plan:
+    return any_plan(step_bytes=step_bytes, kv_bytes_per_token=kv_bytes_per_token, bandwidth=bandwidth)
+
+
+def metrics_of(repeats: list[list[Repeat]], prompts: int, windows: tuple[int | None, ...] = ()) -> Metrics:
+    measured = figures(repeats, prompts, 1, windows)
+    assert measured is not None
+    return measured.metrics
 
 
 @pytest.mark.parametrize(
@@ -71,17 +81,16 @@ def plan(step_bytes: int, kv_bytes_per_token: int, bandwidth: float | None) -> d
         "impossible",
     ],
 )
-def test_mbu(ranks: list[dict[str, Any]], planned: dict[str, Any], expected: float, cache: int) -> None:
-    prompts = sum(rank["completions"] for rank in ranks)
-    found = bandwidth_used(planned, measures([ranks, ranks], prompts, len(ranks))["metrics"])
-    assert found == {
-        "share": pytest.approx(expected, rel=1e-4),
-        "impossible": expected > 1,
-        "step_s": pytest.approx(ranks[0]["itl_s"][0]),
-        "weight_bytes": planned["step_bytes"],
-        "kv_cache_bytes": cache,
-        "bandwidth": planned["bandwidth"],
-    }
+def test_mbu(ranks: list[Repeat], planned: Plan, expected: float, cache: int) -> None:
+    prompts = sum(rank.completions for rank in ranks)
+    assert bandwidth_used(planned, metrics_of([ranks, ranks], prompts)) == BandwidthUse(
+        share=pytest.approx(expected, rel=1e-4),
+        impossible=expected > 1,
+        step_s=pytest.approx(ranks[0].itl_s[0]),
+        weight_bytes=planned.step_bytes,
+        kv_cache_bytes=cache,
+        bandwidth=planned.bandwidth,
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,9 +109,9 @@ def test_mbu(ranks: list[dict[str, Any]], planned: dict[str, Any], expected: flo
         ),
     ],
 )
-def test_no_mbu_has_its_reason(ranks: list[dict[str, Any]], planned: dict[str, Any] | None, reason: str) -> None:
-    figures = measures([ranks] if ranks else [], 1, 1)
-    assert bandwidth_used(planned, figures["metrics"]) == {"share": None, "impossible": False, "reason": reason}
+def test_no_mbu_has_its_reason(ranks: list[Repeat], planned: Plan | None, reason: str) -> None:
+    measured = figures([ranks] if ranks else [], 1, 1)
+    assert bandwidth_used(planned, measured and measured.metrics) == BandwidthUse(reason=reason)
 
 
 WORK = Work(
@@ -117,7 +126,7 @@ CARD = DEVICES["a6000"]
 BANDWIDTH = 768e9
 
 
-def ended(*steps: list[tuple[int, int]], work: Work = WORK, pace: float = 1.0) -> tuple[list[dict[str, Any]], float]:
+def ended(*steps: list[tuple[int, int]], work: Work = WORK, pace: float = 1.0) -> tuple[list[Repeat], float]:
     """A rank's repeat of batches, one after the other, of (tokens of a prompt, decode steps until it ended) for each
     row, that ran at this part of the memory's speed; and its seconds."""
     rows, seconds = [], 0.0
@@ -148,49 +157,58 @@ def test_the_share_of_the_ceiling_is_of_the_steps_that_were_made(
 ) -> None:
     """A run that only the memory holds up reaches its ceiling, whatever its prompts and however early they end."""
     ranks, _ = ended(*batches, pace=pace)
-    figures = measures([ranks, ranks], sum(map(len, batches)), 1)["metrics"]
-    planned = {"roofline": asdict(Roofline(WORK, Machine(CARD), "single")), "bandwidth": BANDWIDTH}
-    found = against_ceiling(planned, figures)
-    assert (found["share"], found["bound"]) == (pytest.approx(pace), "memory")
-    used = bandwidth_used(planned | {"step_bytes": WORK.step_bytes, "kv_bytes_per_token": 10**6}, figures)
-    assert used["share"] == pytest.approx(pace)
+    measured = metrics_of([ranks, ranks], sum(map(len, batches)))
+    planned = replace(plan(WORK.step_bytes, 10**6, BANDWIDTH), roofline=Roofline(WORK, Machine(CARD), "single"))
+    ceiling = against_ceiling(planned, measured)
+    assert (ceiling.share, ceiling.bound) == (pytest.approx(pace), "memory")
+    assert bandwidth_used(planned, measured).share == pytest.approx(pace)
 
 
 def test_a_figure_over_the_ceiling_is_impossible() -> None:
-    planned = {"roofline": asdict(Roofline(WORK, Machine(CARD), "single"))}
+    planned = any_plan(roofline=Roofline(WORK, Machine(CARD), "single"))
     ranks, seconds = ended([(7, 9)], pace=1.25)
-    found = against_ceiling(planned, measures([ranks], 1, 1)["metrics"])
-    assert found["impossible"]
-    assert found["share"] == pytest.approx(1.25)
-    assert found["decode_tokens_per_s"] == pytest.approx(9 / seconds / 1.25)
+    ceiling = against_ceiling(planned, metrics_of([ranks], 1))
+    assert ceiling.impossible
+    assert ceiling.share == pytest.approx(1.25)
+    assert ceiling.tokens_per_s == pytest.approx(9 / seconds / 1.25)
 
 
 def test_a_ceiling_of_several_ranks_is_that_of_all_of_them() -> None:
     """Two ranks with a prompt of their own each, and one of a batch on two devices."""
     ranks, seconds = ended([(7, 9)])
     machine = Machine(CARD, 2, LINKS["nvlink4"])
-    for scheme, repeat, tokens in (("fsdp", ranks * 2, 18), ("tensor_parallel", ranks, 9)):
-        figures = measures([repeat], len(repeat), 2)["metrics"]
-        roof = {"work": asdict(WORK), "machine": asdict(machine), "scheme": scheme}
-        found = against_ceiling({"roofline": roof}, figures)
-        at_best = seconds if scheme == "fsdp" else seconds / 2
-        assert found["decode_tokens_per_s"] == pytest.approx(tokens / at_best), scheme
+    fsdp, tensor_parallel = Roofline(WORK, machine, "fsdp"), Roofline(WORK, machine, "tensor_parallel")
+    for roof, repeat, tokens in ((fsdp, ranks * 2, 18), (tensor_parallel, ranks, 9)):
+        ceiling = against_ceiling(any_plan(roofline=roof), metrics_of([repeat], len(repeat)))
+        at_best = seconds if roof is fsdp else seconds / 2
+        assert ceiling.tokens_per_s == pytest.approx(tokens / at_best), roof.scheme
 
 
 def test_windows_forget() -> None:
     """Of two layers one keeps 15 tokens: steps that find 13 to 22 tokens find 13, 14 and 8 times 15 there."""
     ranks = [one_repeat((12, [0.1] * 10), decode_s=1.0)]
-    decode = measures([ranks], 1, 1, (None, 16))["metrics"]["decode"]
-    assert decode["cached_tokens"] == (sum(range(13, 23)) + 13 + 14 + 8 * 15) / 2 / 10
+    decode = metrics_of([ranks], 1, (None, 16)).decode
+    assert decode is not None
+    assert decode.cached_tokens == (sum(range(13, 23)) + 13 + 14 + 8 * 15) / 2 / 10
 
 
 def test_no_ceiling_has_its_reason() -> None:
     ranks, _ = ended([(7, 9)])
-    figures = measures([ranks], 1, 1)["metrics"]
-    unknown = {"roofline": asdict(Roofline(WORK, Machine(DEVICES["cpu"]), "single"))}
-    for planned, metrics, reason in (
-        (unknown, figures, "no rates are known of this machine: python -m launcher.probe"),
-        ({"roofline": None}, figures, "no rates are known of this machine: python -m launcher.probe"),
+    measured = metrics_of([ranks], 1)
+    unknown = any_plan(roofline=Roofline(WORK, Machine(DEVICES["cpu"]), "single"))
+    for planned, known, reason in (
+        (unknown, measured, "no rates are known of this machine: python -m launcher.probe"),
+        (any_plan(), measured, "no rates are known of this machine: python -m launcher.probe"),
         (unknown, None, "no decode step was measured"),
     ):
-        assert against_ceiling(planned, metrics)["reason"] == reason
+        assert against_ceiling(planned, known).reason == reason
+
+
+def test_counters_of_an_engine_add_up_over_calls_and_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(metrics.COUNTERS, "accepted_tokens", "accepted draft tokens")
+    rank = replace(one_repeat((7, [1.0]), decode_s=1.0), counters={"accepted_tokens": 3})
+    repeats = [[rank, rank], [rank, replace(rank, counters={"accepted_tokens": 5})]]
+    spread = metrics_of(repeats, 2).counters["accepted_tokens"]
+    assert (spread.median, spread.min, spread.max, spread.values) == (7, 6, 8, (6, 8))
+    with pytest.raises(ValueError, match="accepted is not a counter"):
+        metrics.summed([{"accepted": 1}])
