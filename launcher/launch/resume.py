@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from launcher.config.schema import HOW_IT_IS_RUN
 from launcher.config.values import to_dict
 from launcher.run_dir.create import create_run_dir, new_folder
@@ -41,7 +43,7 @@ def refusal(config: RunConfig, error: UserError) -> Record:
     try:
         before = _refused(config) if config.resume else []
         run_dir = before[0] if before else RunDir(new_folder(config))
-        run_dir.write_config(to_dict(config))
+        run_dir.write_config(yaml.safe_dump(to_dict(config), sort_keys=False))
         record = refused(config, error, time.time(), run_dir)
         run_dir.write_record(record)
     except (UserError, OSError):

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 MODULE_ENGINES = ("fsdp", "deepspeed", "tensor_parallel", "transformers")  # which take every tensor by its name
 HEAD = "lm_head.weight"
-WORKER_PACKAGES = ("psutil", "tokenizers", "pynvml")  # what a rank needs beside its engine
+WORKER_PACKAGES = ("msgspec", "psutil", "tokenizers", "pynvml")  # what a rank needs beside its engine
 
 
 def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:

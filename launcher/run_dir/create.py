@@ -9,6 +9,8 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from launcher.run_dir.run import describe
 from launcher.run_dir.run_dir import RunDir
 from launcher.system.files import make_folder
@@ -24,7 +26,7 @@ def create_run_dir(run: Run, batch_search: BatchSearch | None = None) -> RunDir:
     run_dir = RunDir(new_folder(run.config))
     description = describe(run, time.time(), uuid.uuid4().hex, batch_search)
     try:
-        run_dir.write_config(description.config)
+        run_dir.write_config(yaml.safe_dump(description.config, sort_keys=False))
         run_dir.write_plan(run.plan)
         run_dir.write_prompts(run.prompts)
         run_dir.write_run(description)

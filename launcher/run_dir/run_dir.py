@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from launcher.prompts.prompts import read_prompts, write_prompts
 from launcher.results.completions import ReportedCompletion, SavedCompletion
 from launcher.results.measured import Repeat
@@ -103,9 +101,9 @@ class RunDir:
     def write_run(self, run: RunDescription) -> None:
         write_typed(self.path / RUN, run)
 
-    def write_config(self, config: dict[str, object]) -> None:
-        """The configuration for people; `read_run` has it for programs."""
-        write_text(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    def write_config(self, text: str) -> None:
+        """The configuration for people, as YAML; `read_run` has it for programs."""
+        write_text(self.path / "config.yaml", text)
 
     def read_plan(self) -> Plan | None:
         return read_value(self.path / "plan.json", Plan.from_dict)
