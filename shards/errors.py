@@ -1,8 +1,13 @@
 """The errors that a user can mend: one line with the fact, its numbers and a hint."""
 
+MAX_FACT_CHARACTERS = 1000
+
 
 class UserError(Exception):
-    """Something the user can fix; printed as one line, exit code 2."""
+    """Something the user can fix; printed as one line, exit code 2.
+
+    The fact may repeat what is in a file: it is cut short, and nothing in it moves a terminal's cursor.
+    """
 
     def __init__(self, fact: str, hint: str = "") -> None:
         super().__init__(fact, hint)
@@ -10,8 +15,10 @@ class UserError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        text = f"{self.fact} HINT: {self.hint}" if self.hint else self.fact
-        return " ".join(text.split())
+        fact = "".join(letter if letter.isprintable() else "?" for letter in " ".join(self.fact.split()))
+        if len(fact) > MAX_FACT_CHARACTERS:
+            fact = f"{fact[:MAX_FACT_CHARACTERS]} ..."
+        return f"{fact} HINT: {' '.join(self.hint.split())}" if self.hint else fact
 
 
 class PlanError(UserError):

@@ -21,8 +21,9 @@ from launcher.run_dir.run import Run
 from shards.checkpoint.checkpoint import Checkpoint, is_derived
 from shards.checkpoint.hub import resolve
 from shards.machine.hardware import SEE_ALL_CARDS, cuda_devices
+from shards.model.config_fields import ConfigFields, check_config
 from shards.model.quantized_checkpoint import from_config
-from shards.model.shape import KNOWN_FAMILIES, ConfigFields, ModelShape
+from shards.model.shape import KNOWN_FAMILIES, ModelShape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,8 +49,9 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
     tensors = None
     if folder is not None and config.model.weights is Weights.auto:
         checkpoint = Checkpoint.open(folder)
-        _check_names(config, checkpoint, model_config)
-        tensors = checkpoint.tensors
+        if checkpoint.tensors:  # those of pytorch_model*.bin only a rank can tell, by torch
+            _check_names(config, checkpoint, model_config)
+            tensors = checkpoint.tensors
     if folder is None and config.dry_run:
         notes.append(f"{config.model.path} is not on this machine: prompts are counted as a token for each 4 bytes")
         prompts = guessed_prompts(config, vocab_size)
@@ -216,5 +218,6 @@ def _model_config(config: RunConfig, folder: Path | None) -> dict[str, Any]:
     """The transformers config of the model: of its folder, or of the preset for random weights."""
     if folder is None:
         assert config.model.config is not None
+        check_config(config.model.config)
         return config.model.config
     return config_of(folder)

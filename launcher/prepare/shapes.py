@@ -7,11 +7,12 @@ import sys
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from launcher.system.files import read_json
 from shards.errors import CheckpointError, PlanError
 from shards.model.any_shape import Built, ask_transformers, shape_from_tensors
+from shards.model.config_fields import check_config
 from shards.model.quantized_checkpoint import from_config, unpacked
 from shards.model.shape import KNOWN_FAMILIES, ModelShape
+from shards.untrusted_files import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,15 +25,14 @@ def config_of(folder: Path) -> dict[str, Any]:
     """The transformers config of the model in a folder; CheckpointError where it has none that can be read."""
     path = folder / "config.json"
     try:
-        found = read_json(path)
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}.", "download the model again") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.", "a file of yours") from None
-    if found is None:
-        raise CheckpointError(f"{folder} has no config.json.", "model.path= a folder that save_pretrained wrote")
+        found = read_json(path, CheckpointError, "download the model again")
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} has no config.json.", "model.path= a folder that save_pretrained wrote"
+        ) from None
     if not isinstance(found, dict) or "vocab_size" not in found:
         raise CheckpointError(f"{path} has no vocab_size.", "a causal language model of transformers")
+    check_config(found)
     return found
 
 
@@ -59,7 +59,8 @@ def shape_of_files(model_config: Mapping[str, Any], tensors: Mapping[str, Tensor
     """The shape of a model by its checkpoint's headers, quantized matrices as they are when unpacked."""
     shapes = {name: entry.shape for name, entry in tensors.items()}
     quantization = from_config(model_config)
-    return shape_from_tensors(model_config, unpacked(shapes, quantization) if quantization else shapes)
+    sizes = {name: size for name, size in model_config.items() if name != "windows"}  # which are no field of a model's
+    return shape_from_tensors(sizes, unpacked(shapes, quantization) if quantization else shapes)
 
 
 @lru_cache(maxsize=16)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shards.checkpoint.tensor_files import AGAIN, TensorEntry, parse_json, read_safetensors, some
-from shards.checkpoint.torch_zip import read_torch_zip
+from shards.checkpoint.archives import check_archive
+from shards.checkpoint.tensor_files import AGAIN, TensorEntry, json_object, read_safetensors
 from shards.errors import CheckpointError
+from shards.untrusted_files import listed, read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,7 +40,8 @@ class FileStamp:
 class Checkpoint:
     """The tensors of a folder by name. `stamps` are the files as they were when their headers were read.
 
-    `legacy` is True for pytorch_model*.bin, where tied tensors may share their bytes.
+    `legacy` is True for pytorch_model*.bin, where tied tensors may share their bytes, and of which there are none in
+    `tensors` without a reader of them.
     """
 
     folder: Path
@@ -48,11 +50,14 @@ class Checkpoint:
     stamps: Mapping[Path, FileStamp]
 
     @classmethod
-    def open(cls, folder: Path | str) -> Checkpoint:
-        """Read and check all headers of a transformers checkpoint; whatever is wrong is one CheckpointError."""
+    def open(cls, folder: Path | str, read_torch_file: Reader = check_archive) -> Checkpoint:
+        """Read and check all headers of a transformers checkpoint; whatever is wrong is one CheckpointError.
+
+        Of pytorch_model*.bin only the frame, unless `read_torch_file` is the reader in shards.load, which takes torch.
+        """
         folder = Path(folder)
         try:
-            return _open(folder)
+            return _open(folder, read_torch_file)
         except OSError as error:
             raise CheckpointError(
                 f"{error.filename or folder} cannot be read: {error.strerror}.", "check the path and its permissions"
@@ -108,7 +113,7 @@ class Checkpoint:
                 yield self.tensors[spelling]
 
     def _complain(self, **wrong: Sequence[str]) -> None:
-        parts = [f"{len(names)} {kind} ({some(names)})" for kind, names in wrong.items() if names]
+        parts = [f"{len(names)} {kind} ({listed(names)})" for kind, names in wrong.items() if names]
         if parts:
             raise CheckpointError(
                 f"The checkpoint in {self.folder} does not fit its config: {', '.join(parts)}.",
@@ -127,7 +132,7 @@ def is_derived(name: str) -> bool:
     return re.search(DERIVED, name) is not None
 
 
-def _open(folder: Path) -> Checkpoint:
+def _open(folder: Path, read_torch_file: Reader) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder.", "give the folder that holds config.json and the weights")
     layouts: tuple[tuple[str, bool, bool], ...] = (
@@ -137,14 +142,16 @@ def _open(folder: Path) -> Checkpoint:
         if os.path.lexists(folder / name):  # a link to nowhere is named when it is read
             mapping = _weight_map(folder / name) if indexed else None
             files = [folder / file for file in sorted(set(mapping.values()))] if mapping else [folder / name]
-            return _read(folder, files, mapping, legacy)
+            return _read(folder, files, mapping, read_torch_file if legacy else read_safetensors)
     raise _nothing_found(folder)
 
 
 def _nothing_found(folder: Path) -> CheckpointError:
     stray = [path.name for path in (*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"))]
     if stray:
-        return CheckpointError(f"{folder} has weight files ({some(stray)}) but no {INDEX}.", "fetch the index as well")
+        return CheckpointError(
+            f"{folder} has weight files ({listed(stray)}) but no {INDEX}.", "fetch the index as well"
+        )
     return CheckpointError(
         f"{folder} holds no checkpoint: no {SINGLE}, {INDEX} or pytorch_model*.bin.",
         "fetch the weights, or use model.weights=random",
@@ -153,23 +160,24 @@ def _nothing_found(folder: Path) -> CheckpointError:
 
 def _weight_map(path: Path) -> dict[str, str]:
     """Tensor name to file name, from an index; the files exist."""
-    mapping = parse_json(path.read_bytes(), str(path)).get("weight_map")
+    mapping = json_object(read_bytes(path), str(path)).get("weight_map")
     if not isinstance(mapping, dict) or not mapping or not all(isinstance(file, str) for file in mapping.values()):
         raise CheckpointError(f"{path} has no weight_map from tensors to files.", AGAIN)
     files = set(mapping.values())
     if outside := [file for file in files if Path(file).name != file]:
-        raise CheckpointError(f"{path} points outside its folder: {some(outside)}.", AGAIN)
+        raise CheckpointError(f"{path} points outside its folder: {listed(outside)}.", AGAIN)
     if missing := [file for file in files if not (path.parent / file).exists()]:
         raise CheckpointError(
-            f"{len(missing)} of {len(files)} files of {path} are missing: {some(missing)}.", "fetch the missing files"
+            f"{len(missing)} of {len(files)} files of {path} are missing: {listed(missing)}.", "fetch the missing files"
         )
     return mapping
 
 
-def _read(folder: Path, files: Sequence[Path], mapping: Mapping[str, str] | None, legacy: bool) -> Checkpoint:
+def _read(folder: Path, files: Sequence[Path], mapping: Mapping[str, str] | None, read: Reader) -> Checkpoint:
     stamps = {path: FileStamp.of(path.stat()) for path in files}
-    read: Reader = read_torch_zip if legacy else read_safetensors
     by_file = {path: read(path) for path in files}
+    if read is check_archive:
+        return Checkpoint(folder, True, {}, stamps)
     if mapping is not None:
         for path, entries in by_file.items():
             _check_index(
@@ -178,15 +186,15 @@ def _read(folder: Path, files: Sequence[Path], mapping: Mapping[str, str] | None
     tensors = {entry.name: entry for entries in by_file.values() for entry in entries}
     if not tensors:
         raise CheckpointError(f"{files[0]} holds no tensor.", AGAIN)
-    return Checkpoint(folder, legacy, tensors, stamps)
+    return Checkpoint(folder, read is not read_safetensors, tensors, stamps)
 
 
 def _check_index(path: Path, held: set[str], indexed: set[str]) -> None:
     hint = "the index and the weight files must come from the same download"
     if lacking := indexed - held:
-        raise CheckpointError(f"{path} lacks {len(lacking)} tensors that its index names: {some(lacking)}.", hint)
+        raise CheckpointError(f"{path} lacks {len(lacking)} tensors that its index names: {listed(lacking)}.", hint)
     if surplus := held - indexed:
         raise CheckpointError(
-            f"{path} holds {len(surplus)} tensors that its index has not, or has in another file: {some(surplus)}.",
+            f"{path} holds {len(surplus)} tensors that its index has not, or has in another file: {listed(surplus)}.",
             hint,
         )

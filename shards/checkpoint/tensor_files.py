@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import collections
-import json
 import math
 import os
 import struct
@@ -11,13 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shards.errors import CheckpointError
+from shards.untrusted_files import MAX_JSON_BYTES, listed, open_regular, parse_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
 AGAIN = "the copy is damaged or incomplete: fetch this file again"
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+MAX_DIMENSIONS = 64  # of a tensor of torch
 
 DTYPE_BYTES: dict[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -39,29 +38,12 @@ class TensorEntry:
     nbytes: int
 
 
-def some(names: Iterable[str], limit: int = 3) -> str:
-    """The first few names and how many there are besides."""
-    listed = sorted(names)
-    rest = len(listed) - limit
-    return ", ".join(listed[:limit]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def parse_json(text: bytes, what: str) -> dict[str, Any]:
+def json_object(text: bytes, name: str) -> dict[str, Any]:
     """A JSON object in which no key occurs twice."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = collections.Counter(key for key, _ in pairs)
-        if repeated := [key for key, count in keys.items() if count > 1]:
-            raise CheckpointError(f"{what} names {some(repeated)} twice.", AGAIN)
-        return dict(pairs)
-
-    try:
-        parsed = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{what} is not valid JSON ({error}).", AGAIN) from None
-    if not isinstance(parsed, dict):
-        raise CheckpointError(f"{what} is a JSON {type(parsed).__name__}, not an object.", AGAIN)
-    return parsed
+    value = parse_json(text, name, CheckpointError, AGAIN, unique=True)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{name} is a JSON {type(value).__name__}, not an object.", AGAIN)
+    return value
 
 
 def no_readahead(descriptor: int) -> None:
@@ -70,13 +52,16 @@ def no_readahead(descriptor: int) -> None:
 
 
 def read_safetensors(path: Path) -> list[TensorEntry]:
-    """The tensors of a .safetensors file, by its header alone; the data must fill the file exactly, without overlap."""
-    size = path.stat().st_size
-    with path.open("rb") as stream:
+    """The tensors of a .safetensors file, by its header alone; the data must fill the file exactly, without overlap.
+
+    Not by the safetensors library: it does not say where a tensor's bytes are, and takes numpy or torch to open a file.
+    """
+    with open_regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
         no_readahead(stream.fileno())
         length = _header_length(path, stream.read(64), size)
         stream.seek(8)
-        header = parse_json(stream.read(length), f"The header of {path}")
+        header = json_object(stream.read(length), f"The header of {path}")
     header.pop("__metadata__", None)
     entries = [_safetensors_entry(path, name, fields, 8 + length) for name, fields in header.items()]
     _check_layout(path, sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)), 8 + length, size)
@@ -91,9 +76,9 @@ def _header_length(path: Path, head: bytes, size: int) -> int:
     if size < 8:
         raise CheckpointError(f"{path} has {size} bytes, too few for a safetensors header.", AGAIN)
     length: int = struct.unpack("<Q", head[:8])[0]
-    if length > MAX_HEADER_BYTES:
+    if length > MAX_JSON_BYTES:
         raise CheckpointError(
-            f"{path} is no safetensors file: its header would be {length:,} bytes long (limit {MAX_HEADER_BYTES:,}).",
+            f"{path} is no safetensors file: its header would be {length:,} bytes long (limit {MAX_JSON_BYTES:,}).",
             AGAIN,
         )
     if 8 + length > size:
@@ -104,7 +89,8 @@ def _header_length(path: Path, head: bytes, size: int) -> int:
 def _safetensors_entry(path: Path, name: str, fields: Any, data: int) -> TensorEntry:
     try:
         dtype, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
-        sound = all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)) and begin <= end
+        sound = isinstance(dtype, str) and len(shape) <= MAX_DIMENSIONS and begin <= end
+        sound = sound and all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end))
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
@@ -144,7 +130,7 @@ def _check_layout(path: Path, entries: Sequence[TensorEntry], data: int, size: i
     if size < end:
         lost = [entry.name for entry in entries if entry.offset + entry.nbytes > size]
         raise CheckpointError(
-            f"{path} is truncated: {size:,} of {end:,} bytes are there, {some(lost)} not in full.", AGAIN
+            f"{path} is truncated: {size:,} of {end:,} bytes are there, {listed(lost)} not in full.", AGAIN
         )
     if size > end:
         raise CheckpointError(f"{path} has {size - end:,} bytes more than its header speaks of.", AGAIN)

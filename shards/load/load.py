@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.tensor import DTensor
 
-from shards.checkpoint.checkpoint import is_derived
+from shards.checkpoint.checkpoint import Checkpoint, is_derived
 from shards.checkpoint.open_files import OpenFiles
 from shards.errors import CheckpointError
 from shards.load.blocks import local_block, local_bytes, stored_tensors, whole
 from shards.load.conversion import MergedEntry, converted, part_targets
 from shards.load.meta import materialize
 from shards.load.slices import PIECE_BYTES, TORCH_DTYPES, Target, map_target, read_targets
+from shards.load.torch_files import read_torch_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from shards.checkpoint.checkpoint import Checkpoint
     from shards.checkpoint.tensor_files import TensorEntry
     from shards.load.slices import Progress
 
@@ -55,6 +55,8 @@ def load_weights(
     the file itself, mapped. Names and shapes are checked before anything is allocated or read.
     """
     began = time.perf_counter()
+    if checkpoint.legacy and not checkpoint.tensors:
+        checkpoint = Checkpoint.open(checkpoint.folder, read_torch_file)
     found = _match(model, checkpoint)
     materialize(model, device)
     tensors = dict(stored_tensors(model))

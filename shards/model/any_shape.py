@@ -12,7 +12,8 @@ from typing import Any
 
 from shards.errors import PlanError
 from shards.machine.interpreter import python_path
-from shards.model.shape import ConfigFields, Cut, ModelShape, Parameter, layer_of
+from shards.model.config_fields import ConfigFields
+from shards.model.shape import Cut, ModelShape, Parameter, layer_of
 
 TIMEOUT_S = 180.0
 HINT = "have its checkpoint on this machine, or backend.python= an interpreter with a transformers that knows it."

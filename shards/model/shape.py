@@ -9,6 +9,7 @@ from math import prod
 from typing import Any, Literal
 
 from shards.errors import PlanError
+from shards.model.config_fields import ConfigFields
 
 Cut = Literal["whole", "column", "row", "key_value", "query_key_value", "embedding", "head"]
 """How tensor parallelism may cut a parameter: `column` by output rows (dim 0), `row` by inputs (dim 1); `key_value` and
@@ -125,27 +126,6 @@ class ModelShape:
         return 2 * self.num_layers * self.cached_heads(kv_heads_only) * self.head_dim
 
 
-class ConfigFields:
-    """A transformers config as a mapping, where a missing field and null are the same, and a missing size is named."""
-
-    def __init__(self, fields: Mapping[str, Any]) -> None:
-        self.fields = fields
-
-    def size(self, name: str, default: int | None = None) -> int:
-        value = self.fields.get(name)
-        value = default if value is None else value
-        if not isinstance(value, int) or value < 1:
-            raise PlanError(f"The model's config gives {name}={value!r}, a whole number above 0 is needed.")
-        return value
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.fields.get(name)
-        return default if value is None else bool(value)
-
-    def count(self, name: str) -> int | None:
-        return None if self.fields.get(name) is None else self.size(name)
-
-
 def _linear(name: str, outputs: int, inputs: int, cut: Cut, bias: bool) -> list[Parameter]:
     found = [Parameter(f"{name}.weight", (outputs, inputs), cut)]
     if bias:
@@ -159,7 +139,10 @@ def _layer_norm(name: str, width: int) -> list[Parameter]:
 
 def _head_dim(hidden: int, heads: int) -> int:
     if hidden % heads:
-        raise PlanError(f"hidden_size {hidden} cannot be divided into {heads} attention heads.")
+        raise PlanError(
+            f"hidden_size {hidden} cannot be divided into {heads} attention heads.",
+            "a config.json whose hidden_size is a multiple of num_attention_heads.",
+        )
     return hidden // heads
 
 
@@ -260,13 +243,17 @@ def _llama(config: ConfigFields) -> ModelShape:
 
 def _windows(config: ConfigFields, family: str, layers: int) -> tuple[int | None, ...]:
     """As transformers' configs settle it; a Mistral that says nothing of its window has one."""
-    window, first = config.fields.get("sliding_window", 4096) or None, 0
     if family == "llama" or (family != "mistral" and not config.flag("use_sliding_window", False)):
-        window = None
+        return ()
+    if not config.fields.get("sliding_window", 4096):  # null and 0 are none
+        return ()
+    window, first = config.size("sliding_window", 4096), 0
     if family != "mistral":
-        first = config.fields.get("max_window_layers", 28)
-    kinds = config.fields.get("layer_types") or ["sliding_attention" if i >= first else "" for i in range(layers)]
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds) if window else ()
+        first = config.number("max_window_layers", 0, None if "max_window_layers" in config.fields else 28)
+    kinds = config.texts("layer_types") or ["sliding_attention" if i >= first else "" for i in range(layers)]
+    if len(kinds) != layers:
+        raise config.wrong("layer_types", f"{kinds}, not a type for each of {layers} layers")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 _DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}

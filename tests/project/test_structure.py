@@ -46,6 +46,7 @@ TENSORS = {
     "shards.load.random_weights",
     "shards.load.ring",
     "shards.load.slices",
+    "shards.load.torch_files",
     "shards.parallel.tensor_parallel",
 }
 """The modules that may import a heavy package, directly or through another of these; all others must not."""

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 import subprocess
 import sys
+import zipfile
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -114,6 +116,53 @@ def dangle(folder: Path) -> None:
     (folder / "model.safetensors").symlink_to("gone")
 
 
+def pipe(file: str) -> Callable[[Path], object]:
+    def act(folder: Path) -> None:
+        (folder / file).unlink()
+        os.mkfifo(folder / file)
+
+    return act
+
+
+def link(file: str, target: str) -> Callable[[Path], object]:
+    def act(folder: Path) -> None:
+        (folder / file).unlink()
+        (folder / file).symlink_to(target)
+
+    return act
+
+
+def sparse(file: str, nbytes: int) -> Callable[[Path], object]:
+    return lambda folder: os.truncate(folder / file, nbytes)
+
+
+def archive(*records: tuple[str, bytes], method: int = zipfile.ZIP_STORED, **fields: int) -> Callable[[Path], object]:
+    """A pytorch_model.bin of these records; `fields` are changed in the directory only, as no writer would."""
+
+    def act(folder: Path) -> None:
+        empty(folder)
+        with zipfile.ZipFile(folder / "pytorch_model.bin", "w", method) as made:
+            for name, content in records:
+                made.writestr(f"x/{name}", content)
+                for field, value in fields.items():
+                    setattr(made.infolist()[-1], field, value)
+
+    return act
+
+
+def directory(nbytes: int) -> Callable[[Path], object]:
+    """A sparse archive whose end says that its directory has so many bytes."""
+
+    def act(folder: Path) -> None:
+        empty(folder)
+        with (folder / "pytorch_model.bin").open("wb") as file:
+            file.truncate(nbytes)
+            file.seek(nbytes)
+            file.write(struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, 1, 1, nbytes, 0, 0))
+
+    return act
+
+
 ENTRY = b'"a": {"dtype": "F32", "shape": [4], "data_offsets": [%d, %d]}'
 FILE, INDEX = "model-1.safetensors", "model.safetensors.index.json"
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -145,6 +194,28 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         index(**{"model.a.weight": "model-2.safetensors"}),
         "model-1.safetensors holds 1 tensors that its index has not, or has in another file: model.a.weight.",
     ),
+    "file is a pipe": (pipe(FILE), "model-1.safetensors cannot be read: it is a pipe"),
+    "index is a pipe": (pipe(INDEX), "index.json cannot be read: it is a pipe"),
+    "index is a device": (link(INDEX, "/dev/zero"), "index.json cannot be read: it is a pipe, a socket or a device"),
+    "index is a loop": (link(INDEX, INDEX), "index.json cannot be read: Too many levels of symbolic links"),
+    "index is very long": (sparse(INDEX, 5 << 30), "index.json cannot be read: it has more than 33,554,432 bytes"),
+    "index is deep": (text(INDEX, b'{"a":' * 90 + b"1" + b"}" * 90), "more than 50 levels deep"),
+    "index is deeper": (text(INDEX, b"[" * 10**6), "more than 50 levels deep"),
+    "header of a large number": (header(b'{"a": %s}' % (b"9" * 5000)), "is not valid JSON: a number of 5,000 digits"),
+    "dtype is a list": (header(b'{"a": {"dtype": [], "shape": [8], "data_offsets": [0, 32]}}'), "makes no sense"),
+    "many dimensions": (
+        header(b'{"a": {"dtype": "F32", "shape": [8%s], "data_offsets": [0, 32]}}' % (b",1" * 10**5)),
+        "makes no sense",
+    ),
+    "archive is a pipe": (lambda folder: (empty(folder), os.mkfifo(folder / "pytorch_model.bin")), "it is a pipe"),
+    "archive is packed": (archive(("data.pkl", b"x" * 99), method=zipfile.ZIP_DEFLATED), "is compressed or encrypted"),
+    "archive is encrypted": (archive(("data.pkl", b"x"), flag_bits=1), "is compressed or encrypted"),
+    "archive of another method": (archive(("data.pkl", b"x"), compress_type=99), "is compressed or encrypted"),
+    "archive of another version": (archive(("data.pkl", b"x"), extract_version=200), "is truncated, or was written"),
+    "archive of another order": (archive(("byteorder", b"big___")), "its byte order is not little-endian"),
+    "archive of a long order": (archive(("byteorder", b"x"), file_size=5 << 30), "its byte order is not little-endian"),
+    "archive of a long index": (archive(("data.pkl", b"x"), file_size=5 << 30), "an index of 5,368,709,120 bytes"),
+    "archive of a long directory": (directory(3 << 30), "is truncated, or was written"),
     "unreadable": (lambda folder: (first(folder).unlink(), first(folder).mkdir()), "cannot be read"),
 }
 

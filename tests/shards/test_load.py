@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from shards.load.load import load_weights
 from shards.load.meta import build_meta
 from shards.load.random_weights import fill_random
 from shards.load.slices import Target, read_targets
+from shards.load.torch_files import read_torch_file
 from shards.parallel.fully_shard import decoder_layers, fully_shard_model
 
 if TYPE_CHECKING:
@@ -125,6 +127,7 @@ def test_bin_files_load_in_all_spellings(checkpoints: Path, tmp_path: Path, spel
     model = build_meta(folder, torch.float32)
     load_weights(model, checkpoint, "cpu")
     assert checkpoint.legacy
+    assert not checkpoint.tensors
     same_state(model, plain(checkpoints / "falcon"))
 
 
@@ -152,15 +155,42 @@ def bad_bin(path: Path, content: Any, keep: float = 1.0) -> None:
         ({"a": torch.ones(99)}, 0.8, "is truncated, or was written by torch older than 1.6"),
         ({"a": torch.ones(4, 3).T}, 1.0, "is no state dict of tensors (a is not stored row by row)"),
         ({"a": {"b": torch.ones(3)}}, 1.0, "is no state dict of tensors (a is a dict)"),
-        ({"a": Path("x")}, 1.0, "is no state dict of tensors (it asks for pathlib."),
-        ({"a": nn.Linear(2, 2)}, 1.0, "is no state dict of tensors (it asks for torch.nn"),
+        ({"a": Path("x")}, 1.0, "is no state dict of tensors (Unsupported global: GLOBAL pathlib."),
+        ({"a": nn.Linear(2, 2)}, 1.0, "is no state dict of tensors (Unsupported global: GLOBAL torch.nn"),
     ],
 )
 def test_a_bad_bin_file_is_one_line_and_runs_no_code(tmp_path: Path, content: Any, keep: float, fact: str) -> None:
     bad_bin(tmp_path / "pytorch_model.bin", content, keep)
     with pytest.raises(CheckpointError) as caught:
-        Checkpoint.open(tmp_path)
+        Checkpoint.open(tmp_path, read_torch_file)
     assert fact in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+PICKLES = {
+    "a text of 2^40 bytes": b"\x80\x04\x8d" + (1 << 40).to_bytes(8, "little") + b"x.",
+    "a byte array of 2^40 bytes": b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b"x.",
+    "a place far away in the memo": b"\x80\x02}r\xff\xff\xff\xff.",
+    "a stack that is empty": b"\x80\x02s.",
+    "no end": b"\x80\x02}",
+    "nothing": b"",
+    "text": b"I" + b"9" * 5000 + b"\n.",
+    "a list": b"\x80\x02].",
+    "a name that is no text": b"\x80\x02}K\x01K\x01s.",
+    "a call of the shell": b"cos\nsystem\n(S'touch pwned'\ntR.",
+}
+
+
+@pytest.mark.parametrize("kind", PICKLES)
+def test_an_index_that_torch_did_not_write_is_one_line(tmp_path: Path, kind: str) -> None:
+    with zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w") as archive:
+        archive.writestr("x/data.pkl", PICKLES[kind])
+        archive.writestr("x/version", b"3\n")
+    with pytest.raises(
+        CheckpointError, match=r"(is no state dict of tensors \(.+\)|holds no tensor)\. HINT: "
+    ) as caught:
+        Checkpoint.open(tmp_path, read_torch_file)
+    assert "\n" not in str(caught.value)
 
 
 def test_tied_weights_that_differ_are_an_error(checkpoints: Path, tmp_path: Path) -> None:

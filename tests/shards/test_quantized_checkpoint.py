@@ -101,7 +101,10 @@ def test_what_a_config_says(fields: dict[str, Any] | None, expected: Quantizatio
             "The GPTQ rule '+:.*mlp' for single modules cannot be planned.",
         ),
         ({**AWQ, "bits": 8}, "vLLM reads AWQ of 4 bits, not of 8. HINT: "),
-        ({**AWQ, "bits": "four"}, "The model's quantization_config gives bits='four', not a whole number. HINT: "),
+        (
+            {**AWQ, "bits": "four"},
+            "The model's config.quantization_config gives bits='four', not a whole ",
+        ),
         ({**compressed(W4A16), "config_groups": {}}, "Only compressed-tensors with one group, of all linear layers, "),
         (compressed({**W4A16, "type": "float"}), "Compressed-tensors of group-wise float4 cannot be planned. HINT: "),
         (
@@ -118,6 +121,35 @@ def test_methods_that_are_not_known_are_one_line(fields: dict[str, Any], message
     with pytest.raises(PlanError) as caught:
         quantization(fields)
     assert str(caught.value).startswith(message)
+
+
+def group(**changes: Any) -> dict[str, Any]:
+    return compressed({**W4A16, **changes})
+
+
+MALFORMED: list[Any] = [
+    5, [1], "x", {"quant_method": []}, {**GPTQ, "dynamic": [1]}, {**GPTQ, "dynamic": {"-:(": {}}},
+    {**GPTQ, "bits": True}, {**GPTQ, "group_size": -7}, {**GPTQ, "modules_in_block_to_quantize": 5},
+    {**GPTQ, "dynamic": {"-:(a+)+$": {}}},
+    {**GPTQ, "modules_in_block_to_quantize": [[["x"]]]}, {**AWQ, "modules_to_not_convert": 5},
+    {**AWQ, "group_size": {}}, {**FP8, "weight_block_size": 5}, {**FP8, "weight_block_size": [0, 0]},
+    {**FP8, "weight_block_size": ["a", None]},
+    {**FP8, "weight_block_size": [128]}, {**FP8, "ignored_layers": 5}, {**FP8, "ignored_layers": [1, None]},
+    {"load_in_8bit": True, "llm_int8_skip_modules": ["["]}, {"load_in_8bit": True, "llm_int8_skip_modules": "x"},
+    {**compressed(W4A16), "config_groups": [1]}, {**compressed(W4A16), "config_groups": {"group_0": None}},
+    {**compressed(W4A16), "config_groups": {"group_0": 5}}, group(num_bits=0), group(num_bits=None), group(num_bits=3),
+    group(strategy=[]), group(strategy="block", block_structure="128x128"), group(group_size=0), group(type={}),
+    compressed(5), compressed(W4A16, 5), compressed(W4A16, sparsity_config=5), compressed(W4A16, ignore=["re:*"]),
+    compressed(W4A16, ignore=5), compressed(W4A16, ignore=["re:.*.*.*.*.*.*x"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("given", MALFORMED, ids=str)
+def test_a_malformed_quantization_is_one_line(given: Any) -> None:
+    with pytest.raises(PlanError) as caught:
+        from_config({"quantization_config": given})
+    assert " HINT: " in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_shapes_of_a_family_that_only_a_checkpoint_tells() -> None:

@@ -10,6 +10,7 @@ from running import ROOT
 
 from shards.errors import PlanError
 from shards.model.any_shape import shape_from_tensors
+from shards.model.config_fields import check_config
 from shards.model.shape import ModelShape, Parameter, layer_of
 
 PRESETS = ROOT / "conf" / "model"
@@ -101,6 +102,10 @@ def test_a_shape_from_tensors_takes_names_and_shapes_as_they_are_and_drops_a_tie
     assert (shape.num_layers, shape.head_dim, shape.intermediate_size, shape.max_position_embeddings) == (1, 4, 32, 64)
 
 
+GIVES = "The model's config gives "
+SLIDING = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16}
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -111,9 +116,34 @@ def test_a_shape_from_tensors_takes_names_and_shapes_as_they_are_and_drops_a_tie
         ({}, "The shapes of model_type 'None' are not known from its config alone. HINT: have its "),
         (
             {"model_type": "llama", "hidden_size": 0},
-            "The model's config gives hidden_size=0, a whole number above 0 is",
+            GIVES + "hidden_size=0, not a whole number",
         ),
-        ({"model_type": "llama", "vocab_size": "x"}, "The model's config gives vocab_size='x', a whole number above 0"),
+        ({"model_type": "llama", "vocab_size": "x"}, GIVES + "vocab_size='x', not a whole number"),
+        (
+            {"model_type": "llama", "vocab_size": True},
+            GIVES + "vocab_size=True, not a whole number",
+        ),
+        ({"model_type": "llama", "vocab_size": 10**40}, GIVES + f"vocab_size={10**40}, not a"),
+        (
+            {"model_type": "llama", "num_hidden_layers": 1001},
+            GIVES + "num_hidden_layers=1001, not a",
+        ),
+        (
+            {"model_type": "llama", "max_position_embeddings": -1},
+            GIVES + "max_position_embeddings=-1, ",
+        ),
+        ({"model_type": "mistral", "sliding_window": "abc"}, GIVES + "sliding_window='abc', not a whole number"),
+        (
+            {**SLIDING, "max_window_layers": None},
+            GIVES + "max_window_layers=None, not a whole number",
+        ),
+        (
+            {**SLIDING, "max_window_layers": "x"},
+            GIVES + "max_window_layers='x', not a whole number",
+        ),
+        ({**SLIDING, "layer_types": 5}, GIVES + "layer_types=5, not a list of texts"),
+        ({**SLIDING, "layer_types": [[]]}, GIVES + "layer_types=[[]], not a list of texts"),
+        ({**SLIDING, "layer_types": ["x"]}, GIVES + "layer_types=['x'], not a type for each of 32"),
         ({"model_type": "falcon", "hidden_size": 100}, "hidden_size 100 cannot be divided into 71 attention heads."),
     ],
 )
@@ -121,4 +151,25 @@ def test_wrong_configs_are_refused_in_one_line(config: dict[str, Any], message: 
     with pytest.raises(PlanError) as caught:
         ModelShape.from_config(config)
     assert str(caught.value).startswith(message)
+    assert " HINT: " in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": []}, GIVES + "model_type=[], not a text. HINT: "),
+        ({"n_layer": 10**9}, GIVES + "n_layer=1000000000, not a whole number from 1 to "),
+        (
+            {"text_config": {"num_hidden_layers": 1001}},
+            "The model's config.text_config gives num_hidden_layers=1001, not a whole",
+        ),
+        ({"num_local_experts": 10**6}, GIVES + "num_local_experts=1000000, not a whole number from 1 to "),
+    ],
+)
+def test_what_would_take_transformers_for_ever_is_refused_for_every_family(
+    config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(PlanError) as caught:
+        check_config(config)
+    assert str(caught.value).startswith(message)

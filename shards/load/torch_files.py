@@ -1,0 +1,64 @@
+"""Where the tensors of a pytorch_model.bin lie: torch reads its index, and runs no code that is pickled in it."""
+
+from __future__ import annotations
+
+import pickle
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from shards.checkpoint.archives import check_archive, no_state_dict
+from shards.checkpoint.tensor_files import TensorEntry
+from shards.load.slices import TORCH_DTYPES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+MALFORMED = (
+    pickle.UnpicklingError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, EOFError,
+    OverflowError, MemoryError,
+)  # fmt: skip
+"""What torch raises for an index that it did not write."""
+
+
+def read_torch_file(path: Path) -> list[TensorEntry]:
+    """The tensors of a state dict that torch.save wrote (torch >= 1.6), by its index alone; CheckpointError if not one.
+
+    Tied tensors share their bytes.
+    """
+    check_archive(path)
+    try:
+        with FakeTensorMode():  # tensors without memory, each of which knows where its bytes are
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except MALFORMED as error:
+        raise no_state_dict(path, _reason(error)) from None
+    if not isinstance(state, dict):
+        raise no_state_dict(path, f"it is a {type(state).__name__}")
+    size = path.stat().st_size
+    return [_entry(path, name, value, size) for name, value in state.items()]
+
+
+def _entry(path: Path, name: Any, value: Any, size: int) -> TensorEntry:
+    if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+        raise no_state_dict(path, f"{name} is a {type(value).__name__}")
+    if value.layout != torch.strided or value.dtype not in DTYPE_NAMES:
+        raise no_state_dict(path, f"{name} is a tensor of {value.dtype}, {value.layout}")
+    if not value.is_contiguous():
+        raise no_state_dict(path, f"{name} is not stored row by row")
+    storage = value.untyped_storage()
+    begin = value.storage_offset() * value.itemsize
+    if storage._checkpoint_offset is None or begin + value.nbytes > storage.nbytes():
+        raise no_state_dict(path, f"{name} takes {begin + value.nbytes:,} bytes of a storage of {storage.nbytes():,}")
+    offset = storage._checkpoint_offset + begin
+    if offset + value.nbytes > size:
+        raise no_state_dict(path, f"{name} ends at byte {offset + value.nbytes:,} of a file of {size:,}")
+    return TensorEntry(name, path, DTYPE_NAMES[value.dtype], tuple(value.shape), offset, value.nbytes)
+
+
+def _reason(error: BaseException) -> str:
+    """What torch says is wrong, without its advice to load such a file all the same."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = next((line for line in lines if line.startswith(("Unsupported", "WeightsUnpickler error"))), "")
+    return said.removeprefix("WeightsUnpickler error: ") or (lines[0] if lines else type(error).__name__)

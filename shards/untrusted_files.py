@@ -1,0 +1,128 @@
+"""Read what somebody else wrote: regular files of bounded size, and JSON of finite numbers and bounded depth."""
+
+from __future__ import annotations
+
+import collections
+import errno
+import json
+import math
+import os
+import stat
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from shards.errors import UserError
+
+MAX_JSON_BYTES = 32 << 20  # the index of a trillion parameters in 384 experts has 23 MiB
+MAX_DEPTH = 50
+MAX_DIGITS = 40
+"""Of a whole number: more than any count has, and few enough to be a float."""
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file, opened to read; OSError for a folder, and for a pipe or device, which may never answer or end."""
+    _check_regular(path, os.stat(path))
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # it may be another one by now
+    try:
+        _check_regular(path, os.fstat(descriptor))
+    except OSError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
+
+
+def _check_regular(path: Path, status: os.stat_result) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is a pipe, a socket or a device, not a regular file", str(path))
+
+
+def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
+    """The content of a regular file of at most `most` bytes; OSError with the reason in its `strerror`."""
+    with open_regular(path) as stream:
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EOVERFLOW, f"it has more than {most:,} bytes", str(path))
+    return content
+
+
+def read_json(path: Path, error: type[UserError], hint: str, unique: bool = False) -> Any:
+    """The JSON value in a file; FileNotFoundError where there is none, `error` for whatever else is wrong with it."""
+    try:
+        content = read_bytes(path)
+    except FileNotFoundError:
+        raise
+    except OSError as problem:
+        raise error(f"{path} cannot be read: {problem.strerror}.", hint) from None
+    return parse_json(content, str(path), error, hint, unique)
+
+
+def parse_json(text: bytes | str, name: str, error: type[UserError], hint: str, unique: bool = False) -> Any:
+    """A JSON value without NaN, infinities, numbers of very many digits or deep nesting; `error` for all others.
+
+    With `unique` no key may occur twice in an object.
+    """
+    try:
+        value = json.loads(
+            text.decode() if isinstance(text, bytes) else text,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_whole,
+            object_pairs_hook=_unique if unique else None,
+        )
+        _check_depth(value)
+    except RecursionError:
+        raise error(f"{name} is not valid JSON: more than {MAX_DEPTH} levels deep.", hint) from None
+    except ValueError as problem:
+        raise error(f"{name} is not valid JSON: {problem}.", hint) from None
+    return value
+
+
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """The first few names and how many there are besides."""
+    ordered = sorted(names)
+    rest = len(ordered) - most
+    return ", ".join(ordered[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:MAX_DIGITS]} is too large a number")
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text):,} digits")
+    return int(text)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    counts = collections.Counter(key for key, _ in pairs)
+    if repeated := [key for key, count in counts.items() if count > 1]:
+        raise ValueError(f"it names {listed(repeated)} twice")
+    return dict(pairs)
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                inner.extend(child for child in item.values() if isinstance(child, dict | list))
+            elif isinstance(item, list):
+                inner.extend(child for child in item if isinstance(child, dict | list))
+        if not inner:
+            return
+        level = inner
+    raise RecursionError
