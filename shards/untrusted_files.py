@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from shards.errors import UserError
 
-MAX_JSON_BYTES = 32 << 20  # the index of a trillion parameters in 384 experts has 23 MiB
+MAX_BYTES = 32 << 20  # the index of a trillion parameters in 384 experts has 23 MiB
 MAX_DEPTH = 50
 MAX_DIGITS = 40
 """Of a whole number: more than any count has, and few enough to be a float."""
@@ -41,12 +41,17 @@ def _check_regular(path: Path, status: os.stat_result) -> None:
         raise OSError(errno.EINVAL, "it is a pipe, a socket or a device, not a regular file", str(path))
 
 
-def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
+def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
     """The content of a regular file of at most `most` bytes; OSError with the reason in its `strerror`."""
     with open_regular(path) as stream:
-        content = stream.read(most + 1)
+        return bounded(stream, str(path), most)
+
+
+def bounded(stream: BinaryIO, name: str, most: int = MAX_BYTES) -> bytes:
+    """What is left in a stream; OSError where that is more than `most` bytes."""
+    content = stream.read(most + 1)
     if len(content) > most:
-        raise OSError(errno.EOVERFLOW, f"it has more than {most:,} bytes", str(path))
+        raise OSError(errno.EOVERFLOW, f"it has more than {most:,} bytes", name)
     return content
 
 

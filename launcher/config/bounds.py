@@ -32,42 +32,54 @@ class Bounds:
             return "not a positive number" if self.least or self.is_open else "negative"
         return f"more than {self.most}" if self.most is not None and value > self.most else None
 
-    def __str__(self) -> str:
+    def hint(self, value: float) -> str:
+        """Values in the bounds, in place of one that is not."""
         if self.is_open:
-            return f" above {self.least}" + ("" if self.most is None else f", at most {self.most}")
-        return f"{self.least} or more" if self.most is None else f"{self.least} to {self.most}"
+            return f" above {self.least}" + (f", at most {self.most}" if self.most == 1 else "")
+        is_far = self.most is None or (self.most >= MOST_TIMES and not value > self.most)
+        return f"{self.least} or more" if is_far else f"{self.least} to {self.most}"
 
 
-COUNT, NOT_NEGATIVE, POSITIVE, SHARE = Bounds(1), Bounds(0), Bounds(0, is_open=True), Bounds(0, 1, is_open=True)
+MOST = 2**31 - 1
+MOST_BYTES = 2**50
+MOST_SECONDS = 10**9
+MOST_TOKENS = 10**7
+"""Of the prompts of a set together: random ids are drawn in three seconds, and take 400 MB."""
+
+MOST_PROMPTS = 10**5
+MOST_TIMES = 10**5
+
+COUNT, NOT_NEGATIVE, SHARE = Bounds(1, MOST), Bounds(0, MOST), Bounds(0, 1, is_open=True)
+SECONDS, TOKENS = Bounds(0, MOST_SECONDS), Bounds(1, MOST_TOKENS)
 
 BOUNDS: dict[str, Bounds] = {
     "devices": Bounds(1, MOST_DEVICES),
     "num_nodes": Bounds(1, MOST_DEVICES),
     "seed": Bounds(0, 2**32 - 1),  # with a prompt's index below it, it is torch's 64 bits; numpy takes no more either
-    "hang_timeout_s": NOT_NEGATIVE,
-    "timeout_s": NOT_NEGATIVE,
-    "prompts.count": COUNT,
-    "prompts.input_tokens": COUNT,
-    "prompts.output_tokens": COUNT,
-    "sampling.max_new_tokens": COUNT,
+    "hang_timeout_s": SECONDS,
+    "timeout_s": SECONDS,
+    "prompts.count": Bounds(1, MOST_PROMPTS),
+    "prompts.input_tokens": TOKENS,
+    "prompts.output_tokens": TOKENS,
+    "sampling.max_new_tokens": TOKENS,
     "sampling.temperature": NOT_NEGATIVE,
     "sampling.top_p": SHARE,
     "sampling.top_k": NOT_NEGATIVE,
     "measure.batch_size": COUNT,
-    "measure.warmup": NOT_NEGATIVE,
-    "measure.repeats": COUNT,
-    "launch.poll_s": POSITIVE,
+    "measure.warmup": Bounds(0, MOST_TIMES),
+    "measure.repeats": Bounds(1, MOST_TIMES),
+    "launch.poll_s": Bounds(0, MOST_SECONDS, is_open=True),
     "launch.node_rank": NOT_NEGATIVE,
     "cluster.cpus_per_task": COUNT,
     "cluster.signal_s": Bounds(0, 65535),  # as sbatch takes it
     "cluster.max_requeues": NOT_NEGATIVE,
     "cluster.array_limit": COUNT,
-    "backend.step_s": NOT_NEGATIVE,
+    "backend.step_s": SECONDS,
     "backend.fail_after": NOT_NEGATIVE,
     "backend.memory_batch": NOT_NEGATIVE,
     "backend.max_out_tokens": COUNT,
     "backend.gpu_memory_utilization": SHARE,
-    "backend.kv_cache_memory_bytes": COUNT,
+    "backend.kv_cache_memory_bytes": Bounds(1, MOST_BYTES),
     "backend.max_num_seqs": COUNT,
     "backend.max_model_len": COUNT,
 }
@@ -89,7 +101,7 @@ def check(config: RunConfig) -> None:
             raise ConfigError(f"backend.{name}={value} is not one of {', '.join(known)}.", f"backend.{name}={known[0]}")
     for key, value in numbers(config):
         if wrong := BOUNDS[key].wrong(value):
-            raise ConfigError(f"{key}={value} is {wrong}.", f"{key}={BOUNDS[key]}")
+            raise ConfigError(f"{key}={value} is {wrong}.", f"{key}={BOUNDS[key].hint(value)}")
     if (size := config.devices * config.num_nodes) > MOST_DEVICES:
         raise ConfigError(f"devices x num_nodes is {size}, more than {MOST_DEVICES}.", "fewer of either")
     if config.measure.find_batch_size and config.backend.continuous_batching:
@@ -112,6 +124,9 @@ def _check_prompts(wanted: PromptsConfig) -> None:
     if count is not None and length is None:
         fact = f"prompts.count={count} is the number of random prompts, and prompts={wanted.name} has others."
         raise ConfigError(fact, f"prompts=synthetic prompts.count={count}")
+    if count is not None and length is not None and count * length > MOST_TOKENS:
+        fact = f"prompts.count={count} of prompts.input_tokens={length} are {count * length:,} tokens, more than "
+        raise ConfigError(f"{fact}{MOST_TOKENS:,}.", f"prompts.count={max(MOST_TOKENS // length, 1)}")
 
 
 def numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from launcher.config.bounds import check
@@ -67,20 +65,6 @@ def _complete(config: RunConfig, given: set[str]) -> None:
 def command_of(overrides: Sequence[str], config_dirs: Sequence[str]) -> tuple[str, ...]:
     """The command that composes the same."""
     return ("python", "-m", "launcher", *overrides, *(f"--config-dir={folder}" for folder in config_dirs))
-
-
-def expand_sweep(overrides: list[str]) -> list[list[str]]:
-    """The points of `-m a=1,2 b=x,y`: one list of overrides each, the last key fastest."""
-    overrides = readable(overrides)
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    axes = []
-    for text, override in zip(overrides, parsed, strict=True):
-        if override.is_sweep_override():
-            key = override.get_key_element()
-            axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        else:
-            axes.append([text])
-    return [list(point) for point in itertools.product(*axes)]
 
 
 def _register_schemas() -> None:

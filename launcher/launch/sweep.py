@@ -7,7 +7,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from launcher.config.compose import command_of, compose_run, expand_sweep
+from launcher.config.compose import command_of, compose_run
+from launcher.config.sweeps import expand_sweep
 from launcher.launch.resume import refusal
 from launcher.launch.run import run
 from launcher.launch.slurm.arrays import run_points as run_slurm_points
@@ -36,7 +37,7 @@ class Point:
 
 def points_of(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> list[Point]:
     """The points of `a=1,2 b=x,y`, composed, the last key fastest."""
-    expanded = expand_sweep(list(overrides))
+    expanded = expand_sweep(list(overrides), config_dirs)
     return [
         Point(tuple(point), compose_run(point, tuple(config_dirs)), command_of(point, config_dirs))
         for point in expanded

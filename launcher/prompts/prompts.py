@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 
 from launcher.backends.base import Prompt
+from launcher.config.bounds import MOST_PROMPTS
 from launcher.config.schema import ConfigError
 from shards.errors import CheckpointError
+from shards.untrusted_files import bounded, parse_json, read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from launcher.config.schema import PromptsConfig, RunConfig, SamplingConfig
 
 ENCODING = "utf-8-sig"  # Windows' editors begin a file with a mark of their encoding
+MAX_PROMPT_BYTES = 2 << 20  # half a million tokens; a tokenizer takes 200 bytes of memory for each of text
 
 
 def load_prompts(config: RunConfig, folder: Path | None, vocab_size: int) -> list[Prompt]:
@@ -57,7 +60,14 @@ def read_texts(wanted: PromptsConfig) -> list[str]:
         texts = _read_file(Path(wanted.path))
     if not texts:
         raise ConfigError(f"The prompt set is empty ({wanted.path or wanted.name}).", "give at least one prompt")
+    if len(texts) > MOST_PROMPTS:
+        raise ConfigError(f"There are {len(texts):,} prompts, more than {MOST_PROMPTS:,}.", "a part of them")
     for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ConfigError(f"Prompt {index} is {str(text)[:80]}, not a text.", "prompts.texts=['a text','another']")
+        if len(text) > MAX_PROMPT_BYTES:
+            fact = f"Prompt {index} has {len(text):,} letters, more than {MAX_PROMPT_BYTES:,}."
+            raise ConfigError(fact, "a shorter prompt, or prompts of a line each")
         if any("\ud800" <= letter <= "\udfff" for letter in text):  # of JSON's escapes, or bytes that are not UTF-8
             raise ConfigError(f"Prompt {index} has half of a surrogate pair, which is no letter.", "leave it out")
     return texts
@@ -65,9 +75,11 @@ def read_texts(wanted: PromptsConfig) -> list[str]:
 
 def _read_file(path: Path) -> list[str]:
     try:
-        text = _stdin() if path == Path("-") else path.read_text(encoding=ENCODING)
+        content = _stdin() if path == Path("-") else read_bytes(path)
+        text = content.decode(ENCODING)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"Cannot read the prompts in {path}: {error}.", "prompts.path= a UTF-8 file") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"Cannot read the prompts in {path}: {reason}.", "prompts.path= a UTF-8 file") from None
     lines = text.split("\n")  # splitlines() also splits at U+2028 in a prompt
     if path.suffix == ".jsonl":
         return [_prompt_of(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
@@ -75,18 +87,14 @@ def _read_file(path: Path) -> list[str]:
 
 
 @cache
-def _stdin() -> str:
+def _stdin() -> bytes:
     """What is piped in, read once for all points of a sweep."""
-    with open(0, encoding=ENCODING, closefd=False) as file:
-        return file.read()
+    with open(0, "rb", closefd=False) as file:
+        return bounded(file, "stdin")
 
 
 def _prompt_of(line: str, place: str) -> str:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        fact = f"{place} is not JSON: {error.msg} at column {error.colno}."
-        raise ConfigError(fact, "one object a line") from None
+    value = parse_json(line, place, ConfigError, "one object a line")
     text = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(text, str) or not text:
         raise ConfigError(f'{place} has no text under "prompt".', '{"prompt": "The capital of France is"}')

@@ -7,7 +7,7 @@ import zipfile
 from typing import TYPE_CHECKING
 
 from shards.errors import CheckpointError
-from shards.untrusted_files import MAX_JSON_BYTES, open_regular
+from shards.untrusted_files import MAX_BYTES, open_regular
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +21,7 @@ class _BoundedFile(io.FileIO):
     """A file of which nobody reads very much at once, whatever it says of the length of its directory."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        return super().read(MAX_JSON_BYTES if size is None or size < 0 else min(size, MAX_JSON_BYTES))
+        return super().read(MAX_BYTES if size is None or size < 0 else min(size, MAX_BYTES))
 
 
 def check_archive(path: Path) -> list[TensorEntry]:
@@ -35,7 +35,7 @@ def check_archive(path: Path) -> list[TensorEntry]:
                 raise no_state_dict(path, f"{packed[0].filename} is compressed or encrypted")
             if any(order.file_size != len(b"little") or archive.read(order) != b"little" for order in orders):
                 raise no_state_dict(path, "its byte order is not little-endian")
-            if big := [r for r in records if r.filename.endswith("/data.pkl") and r.file_size > MAX_JSON_BYTES]:
+            if big := [r for r in records if r.filename.endswith("/data.pkl") and r.file_size > MAX_BYTES]:
                 raise no_state_dict(path, f"an index of {big[0].file_size:,} bytes")
     except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, RuntimeError):
         raise CheckpointError(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shards.errors import CheckpointError
-from shards.untrusted_files import MAX_JSON_BYTES, listed, open_regular, parse_json
+from shards.untrusted_files import MAX_BYTES, listed, open_regular, parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,9 +76,9 @@ def _header_length(path: Path, head: bytes, size: int) -> int:
     if size < 8:
         raise CheckpointError(f"{path} has {size} bytes, too few for a safetensors header.", AGAIN)
     length: int = struct.unpack("<Q", head[:8])[0]
-    if length > MAX_JSON_BYTES:
+    if length > MAX_BYTES:
         raise CheckpointError(
-            f"{path} is no safetensors file: its header would be {length:,} bytes long (limit {MAX_JSON_BYTES:,}).",
+            f"{path} is no safetensors file: its header would be {length:,} bytes long (limit {MAX_BYTES:,}).",
             AGAIN,
         )
     if 8 + length > size:

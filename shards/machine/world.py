@@ -12,6 +12,8 @@ from shards.errors import WorldError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+MAX_DIGITS = 9
+MOST_NODES = 100_000
 DEFAULT_PORT = 29500  # torch.distributed's own default
 MARKS = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_RANK": "deepspeed"}  # what only this launcher sets
 MPI = {  # prefix of RANK and SIZE: local rank, local size; srun --mpi=pmi2 sets PMI_RANK, but not MPI_LOCALRANKID
@@ -194,9 +196,12 @@ def port_of(name: str) -> int:
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """SLURM's short form: "2(x3),1" is [2, 2, 2, 1]."""
+    """SLURM's short form: "2(x3),1" is [2, 2, 2, 1]; WorldError for more nodes than there are anywhere."""
     counts: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        if max(len(count), len(times)) > MAX_DIGITS or len(counts) + int(times or 1) > MOST_NODES:
+            fact = f"SLURM_STEP_TASKS_PER_NODE={text[:80]} is of more than {MOST_NODES:,} nodes."
+            raise WorldError(fact, "unset SLURM_STEP_TASKS_PER_NODE")
         counts += [int(count)] * int(times or 1)
     return counts
 

@@ -10,9 +10,10 @@ import yaml
 
 from launcher.__main__ import main
 from launcher.config.bounds import BOUNDS
-from launcher.config.compose import compose_run, expand_sweep
+from launcher.config.compose import compose_run
 from launcher.config.presets import conf_dir, options
 from launcher.config.schema import BACKENDS, ConfigError, ModelConfig, Precision, PromptsConfig, RunConfig
+from launcher.config.sweeps import expand_sweep
 from launcher.config.values import from_dict, to_dict
 
 if TYPE_CHECKING:
@@ -110,10 +111,49 @@ def test_the_home_folder_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
             ],
         ),
         (["seed=range(0,3)"], [["seed=0"], ["seed=1"], ["seed=2"]]),
+        (["sampling.temperature=range(0,1,0.5)"], [["sampling.temperature=0.0"], ["sampling.temperature=0.5"]]),
+        (["seed=range(3,0,-2)"], [["seed=3"], ["seed=1"]]),
     ],
 )
 def test_a_sweep_is_the_product_of_its_axes(overrides: list[str], points: list[list[str]]) -> None:
     assert expand_sweep(overrides) == points
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["seed=range(0,3000000)"], "That is a sweep of 3,000,000 points, more than 10,000. HINT: "),
+        (["seed=range(0,200)", "devices=range(1,52)"], "That is a sweep of 10,200 points, more than 10,000. HINT: "),
+        (["seed=range(0,inf)"], "seed=range(0,inf) has no points, or no end. HINT: seed=range(0,10,2), or seed=1,2"),
+        (["seed=shuffle(range(0,inf))"], "seed=shuffle(range(0,inf)) has no points, or no end. HINT: "),
+        (["seed=range(1,10,0)"], "seed=range(1,10,0) has no points, or no end. HINT: "),
+        (["seed=range(1,10,-1)"], "seed=range(1,10,-1) has no points, or no end. HINT: "),
+        (["seed=range(0,1,1e-320)"], "seed=range(0,1,1e-320) has no points, or no end. HINT: "),
+        (["seed=range(nan,3)"], "seed=range(nan,3) has no points, or no end. HINT: "),
+        (["seed=interval(0,1)"], "seed=interval(0,1) has no points: an interval is for a search. HINT: "),
+        (
+            ["model=glob(tiny*)"],
+            "model=glob(tiny*) is not read: a sweep names its points. HINT: model=tiny_draft,tiny_falcon,tiny_llama",
+        ),
+    ],
+)
+def test_a_sweep_that_does_not_end_or_begin_is_one_line(overrides: list[str], line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        expand_sweep(overrides)
+    assert str(caught.value).startswith(line)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "prompts.count=1000000000", "prompts.input_tokens=1000000000", "measure.repeats=1000000000",
+        "measure.warmup=1000000000", "sampling.max_new_tokens=1000000000", "prompts.count=20000",
+    ],
+)  # fmt: skip
+def test_what_would_take_for_ever_is_refused(override: str) -> None:
+    """The last one by what its prompts are together, 20,000 of 100,000 tokens."""
+    with pytest.raises(ConfigError, match=r"more than .*HINT: "):
+        compose_run(["prompts=synthetic", "prompts.input_tokens=100000", override])
 
 
 @pytest.mark.parametrize(
@@ -178,7 +218,7 @@ def test_every_number_has_its_bounds() -> None:
         (["backend=vllm", "backend.gpu_memory_utilization=7"], "backend.gpu_memory_utilization=7.0 is more than 1. "),
         (["backend=dummy", "backend.step_s=-1"], "backend.step_s=-1.0 is negative. HINT: backend.step_s=0 or more"),
         (["seed=99999999999"], "seed=99999999999 is more than 4294967295. HINT: seed=0 to 4294967295"),
-        (["seed=-1"], "seed=-1 is negative. HINT: seed=0 to 4294967295"),
+        (["seed=-1"], "seed=-1 is negative. HINT: seed=0 or more"),
         (["hang_timeout_s=nan"], "hang_timeout_s=nan is not a finite number. HINT: hang_timeout_s=0 or more"),
         (["timeout_s=inf"], "timeout_s=inf is not a finite number. HINT: "),
         (["cluster.array_limit=0"], "cluster.array_limit=0 is not a positive number. HINT: cluster.array_limit=1 or"),

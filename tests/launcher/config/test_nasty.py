@@ -15,9 +15,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from running import launcher, run
 
-from launcher.config.compose import command_of, compose_run, expand_sweep
+from launcher.config.compose import command_of, compose_run
 from launcher.config.overrides import quoted, readable
 from launcher.config.schema import ConfigError
+from launcher.config.sweeps import expand_sweep
 from launcher.config.values import from_dict, to_dict
 from launcher.models import EMBEDDED
 from launcher.prompts.prompts import load_prompts, read_prompts, write_prompts

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +43,36 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=r"Cannot read the prompts in .*a\.txt"):
         read_texts(PromptsConfig(name="file", path=str(tmp_path / "a.txt")))
+
+
+@pytest.mark.parametrize(
+    ("content", "fact"),
+    [
+        (b'{"prompt": %s}\n' % (b"[" * 60 + b"]" * 60), "a.jsonl:1 is not valid JSON: more than 50 levels deep."),
+        (b'"a"\n%s\n' % (b"[" * 10**6), "a.jsonl:2 is not valid JSON: more than 50 levels deep."),
+        (b'{"prompt": %s}\n' % (b"9" * 5000), "a.jsonl:1 is not valid JSON: a number of 5,000 digits."),
+        (b'{"prompt": NaN}\n', "a.jsonl:1 is not valid JSON: NaN is no number of JSON."),
+        (b'{"prompt": 5}\n', 'a.jsonl:1 has no text under "prompt".'),
+        (b'{"prompt": "%s"}\n' % (b"x" * (3 << 20)), "Prompt 0 has 3,145,728 letters, more than 2,097,152."),
+        (b'"a"\n' * (10**5 + 1), "There are 100,001 prompts, more than 100,000."),
+        (bytes(33 << 20), "a.jsonl: it has more than 33,554,432 bytes."),
+        (None, "a.jsonl: it is a pipe, a socket or a device, not a regular file."),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_prompt_file_that_cannot_be_used_is_one_line(content: bytes | None, fact: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    os.mkfifo(path) if content is None else path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        read_texts(PromptsConfig(name="file", path=str(path)))
+    assert fact in str(caught.value)
+    assert " HINT: " in str(caught.value)
+
+
+@pytest.mark.parametrize("texts", [[["a"]], [{"a": 1}], ["a", ["b"]]])
+def test_prompts_that_are_no_texts_are_refused(texts: Any) -> None:
+    with pytest.raises(ConfigError, match=r"Prompt \d is .*, not a text\. HINT: "):
+        read_texts(PromptsConfig(name="seed", texts=texts))
 
 
 def test_text_to_ids_and_back() -> None:

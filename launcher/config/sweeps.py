@@ -1,0 +1,69 @@
+"""The points of a sweep, counted before there is any of them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep
+
+from launcher.config.overrides import readable
+from launcher.config.presets import options
+from launcher.config.schema import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+MOST_POINTS = 10_000
+
+
+def expand_sweep(overrides: list[str], config_dirs: Sequence[str] = ()) -> list[list[str]]:
+    """The points of `-m a=1,2 b=x,y`: one list of overrides each, the last key fastest.
+
+    ConfigError for an axis without points or end, and for more than MOST_POINTS points.
+    """
+    overrides = readable(overrides)
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    counts = [_count(override, config_dirs) if override.is_sweep_override() else 1 for override in parsed]
+    if math.prod(counts) > MOST_POINTS:
+        raise ConfigError(
+            f"That is a sweep of {math.prod(counts):,} points, more than {MOST_POINTS:,}.", "fewer of them"
+        )
+    axes = []
+    for text, override in zip(overrides, parsed, strict=True):
+        if override.is_sweep_override():
+            key = override.get_key_element()
+            axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            axes.append([text])
+    return [list(point) for point in itertools.product(*axes)]
+
+
+def _count(override: Override, config_dirs: Sequence[str]) -> int:
+    """The number of points of one axis."""
+    key, values = override.get_key_element(), override.value()
+    text = f"{key}={override.get_value_string()}"
+    if isinstance(values, IntervalSweep):
+        raise ConfigError(f"{text} has no points: an interval is for a search.", f"{key}=range(0,10,2), or {key}=1,2")
+    if isinstance(values, Glob):
+        names = values.filter(options(key, config_dirs))
+        raise ConfigError(f"{text} is not read: a sweep names its points.", f"{key}={','.join(names) or 'a,b'}")
+    if isinstance(values, ChoiceSweep):
+        return len(values.list)
+    assert isinstance(values, RangeSweep), "there are four kinds of sweeps"
+    count = _range_count(values.start or 0, values.stop or 0, values.step)
+    if count < 1:
+        raise ConfigError(f"{text} has no points, or no end.", f"{key}=range(0,10,2), or {key}=1,2")
+    return count
+
+
+def _range_count(start: float, stop: float, step: float) -> int:
+    """How many numbers there are in a range; 0 where it never ends."""
+    if not all(map(math.isfinite, (start, stop, step))) or step == 0:
+        return 0
+    try:
+        return max(math.ceil((stop - start) / step), 0)
+    except OverflowError:
+        return 0
