@@ -37,7 +37,30 @@ find_python() {
             return
         fi
     done
-    fail "no Python 3.11 or newer that has venv and ensurepip" "apt-get install python3.11 python3.11-venv"
+    fail "no Python 3.11 or newer that has venv and ensurepip" "apt-get install python3.11 python3.11-venv python3.11-dev"
+}
+
+# The packages for CUDA are some gigabytes that an older driver does not run. Who asks for them by name gets them.
+check_driver() {
+    local cuda least driver
+    [[ $flavor == cuda ]] || return 0
+    cuda=$(sed -n 's/^nvidia-cuda-runtime==\([0-9]*\).*/\1/p' "$lock")
+    least=$(case $cuda in 12) echo 525 ;; 13) echo 580 ;; *) echo 0 ;; esac)
+    driver=$(timeout 30 nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1) || driver=
+    [[ ${driver%%.*} =~ ^[0-9]+$ && ${driver%%.*} -lt $least ]] || return 0
+    local fact="driver $driver is too old for CUDA $cuda, which needs $least or newer"
+    [[ -z ${LAUNCHER_FLAVOR:-} ]] || { say "$fact" && return; }
+    fail "$fact" "a newer driver (apt-get install nvidia-driver-$least-server), or LAUNCHER_FLAVOR=cpu bash scripts/setup.sh"
+}
+
+# Nothing here is compiled for CUDA; vLLM does that when it runs.
+check_compiler() {
+    local missing=() headers
+    [[ $flavor == cuda ]] || return 0
+    command -v gcc >/dev/null || command -v clang >/dev/null || missing+=(gcc)
+    headers=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+    [[ -f $headers/Python.h ]] || missing+=("${headers##*/}-dev")
+    [[ ${#missing[@]} == 0 ]] || say "backend=vllm compiles on CUDA, and will lack: apt-get install ${missing[*]}"
 }
 
 # A change of the first line needs a new environment, a change of the second an update.
@@ -95,14 +118,17 @@ install_all() {
     say "installing $(wc -l <"$lock") packages ($flavor) into .venv ..."
     remove_dropped
     run_pip install --no-compile --constraint "$lock" setuptools wheel hatchling torch
-    DS_BUILD_OPS=0 run_pip install --no-compile --no-deps --no-build-isolation --requirement "$lock"
+    # DeepSpeed's setup looks for nvcc where it sees a GPU, though it is told to build nothing.
+    DS_BUILD_OPS=0 DS_IGNORE_CUDA_DETECTION=1 run_pip install --no-compile --no-deps --no-build-isolation --requirement "$lock"
     run_pip install --no-deps --no-build-isolation --editable "$root"
     compile_all
 }
 
 set_up() {
+    check_driver
     clear_environment
     [[ -e $venv/bin/python ]] || make_environment
+    check_compiler
     : >"$unfinished"
     rm -f "$stamp"
     install_all

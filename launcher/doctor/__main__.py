@@ -10,12 +10,14 @@ import json
 import platform
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import launcher
 from launcher.config.schema import BACKENDS, ConfigError
 from launcher.doctor import host
+from launcher.doctor.cards import check_cards, check_compiler, check_cuda
+from launcher.doctor.checks import Check, State, size
 from launcher.doctor.trials import Engine, engine, nvml
 from launcher.system.terminal import Parser, run_command
 from shards.machine.interpreter import ROOT
@@ -32,20 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 AT_ONCE = 2  # imports of engines are heavy
-GIB = 1024**3
-
-State = Literal["ok", "note", "warning", "missing", "broken"]
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One line of the table: what was found, and the one command that mends it where something is to mend."""
-
-    section: str
-    name: str
-    state: State
-    found: str
-    mend: str = ""
 
 
 def check_engine(one: Engine, on_gpus: bool) -> Check:
@@ -70,36 +58,8 @@ def _mend_engine(one: Engine, on_gpus: bool) -> str:
 
 def check_devices(found: dict[str, Any] | None, reason: str, machine: host.Host) -> list[Check]:
     """The cards and what joins them, then the processor."""
-    checks = []
-    for gpu in (found or {}).get("gpus", []):
-        checks.append(Check("devices", f"GPU {gpu['index']}", "ok", _gpu(gpu, found or {})))
-    for link in (found or {}).get("links", []):
-        state: State = "ok" if link["peer_to_peer"] in ("yes", None) else "note"
-        checks.append(Check("devices", "GPUs {} and {}".format(*link["gpus"]), state, _link(link)))
-    if not checks:
-        why = "the driver shows none" if found is not None else f"none: {reason or 'NVML is silent'}"
-        checks.append(Check("devices", "GPUs", "note", why))
-    return [*checks, Check("devices", "processor", "ok", _processor(machine)), check_memory(machine)]
-
-
-def _gpu(gpu: dict[str, Any], found: dict[str, Any]) -> str:
-    cuda = found["cuda_driver"]
-    parts = [
-        gpu["name"] or "no name",
-        f"{size(gpu['memory_bytes'])} ({size(gpu['free_bytes'])} free)",
-        f"compute capability {gpu['compute_capability'] or '?'}",
-        f"PCIe {gpu['pcie_generation'] or '?'} x{gpu['pcie_width'] or '?'} now, at most "
-        f"{gpu['pcie_generation_max'] or '?'} x{gpu['pcie_width_max'] or '?'}",
-        f"{gpu['nvlinks']} NVLinks up" if gpu["nvlinks"] else "no NVLink",
-        *(["MIG is on"] if gpu["mig"] else []),
-        f"driver {found['driver'] or '?'}, CUDA {f'{cuda // 1000}.{cuda % 1000 // 10}' if cuda else '?'}",
-    ]
-    return "; ".join(parts)
-
-
-def _link(link: dict[str, Any]) -> str:
-    way = "NVLink" if link["nvlink"] else f"PCIe, {link['pcie_path'] or 'path not known'}"
-    return f"{way}; peer to peer {link['peer_to_peer'] or 'not known'}"
+    processor = Check("devices", "processor", "ok", _processor(machine))
+    return [*check_cards(found, reason), processor, check_memory(machine)]
 
 
 def _processor(machine: host.Host) -> str:
@@ -124,6 +84,7 @@ def check_system(machine: host.Host) -> list[Check]:
     bound = locked is not None and bool(machine.infiniband)
     return [
         Check("system", "python", "ok", f"{platform.python_version()}, {sys.executable}"),
+        *check_compiler(),
         _tool("g++", "builds DeepSpeed's CPU operation", "apt-get install g++"),
         _tool("ninja", "builds DeepSpeed's CPU operation", "pip install ninja"),
         Check(
@@ -158,13 +119,6 @@ def _slurm() -> Check:
     return Check("system", "SLURM client", "note", ", ".join(found) or what, "")
 
 
-def size(value: int | None) -> str:
-    """GiB for a reader, MiB where that would be nothing."""
-    if value is None:
-        return "?"
-    return f"{value / GIB:,.1f} GiB" if value >= GIB // 2 else f"{value / 1024**2:,.1f} MiB"
-
-
 def examine(timeout_s: float) -> dict[str, Any]:
     """Everything, as plain JSON values; takes as long as the engines take to import."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -177,6 +131,7 @@ def examine(timeout_s: float) -> dict[str, Any]:
         *(check_engine(one, on_gpus) for one in engines),
         *check_devices(cards, reason, machine),
         *check_system(machine),
+        *check_cuda(cards, [one.cuda for one in engines if one.cuda]),
     ]
     return {
         "launcher": launcher.__version__,

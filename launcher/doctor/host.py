@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import resource
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +61,22 @@ def describe() -> Host:
 def find_tool(name: str) -> str | None:
     """The path of a program: on PATH, or beside the interpreter, where an environment that is not activated has it."""
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+
+
+def process_name(pid: int) -> str:
+    """The name of a process; it may be hidden, or gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
+    return "not visible from here"
+
+
+def nvcc_version(path: str) -> str | None:
+    """The CUDA version of a compiler, as 13.0."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        out = subprocess.run([path, "-V"], capture_output=True, text=True, timeout=20, check=True).stdout
+        if found := re.search(r"release (\d+\.\d+)", out):
+            return found.group(1)
+    return None
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -12,12 +12,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from launcher.config.schema import BACKENDS
+from launcher.doctor.host import find_tool
 from shards.machine.interpreter import python_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 NVML_S = 20.0
+QUERY = (
+    "index", "name", "uuid", "driver_version", "memory.total", "memory.reserved", "memory.free", "compute_cap",
+    "pcie.link.gen.current", "pcie.link.gen.max", "pcie.link.width.current", "pcie.link.width.max", "mig.mode.current",
+    "ecc.mode.current", "ecc.errors.uncorrected.volatile.total", "persistence_mode", "compute_mode",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +114,56 @@ def _end(ended: Ended, timeout_s: float) -> str:
 
 
 def nvml() -> tuple[dict[str, Any] | None, str]:
-    """What NVML says, or None and why it says nothing."""
+    """What NVML says, or None and why it says nothing. Before pynvml is installed nvidia-smi says some of it."""
     ended = attempt("shards.machine.nvml", (), NVML_S)
     found = _objects(ended.out)
     if ended.code == 0 and found:
         return found[-1], ""
+    if "No module named 'pynvml'" in ended.last_words and (shown := nvidia_smi()) is not None:
+        return shown, ""
     return None, ended.last_words if ended.code == 1 else f"NVML {_end(ended, NVML_S)}"
+
+
+def nvidia_smi() -> dict[str, Any] | None:
+    """What nvidia-smi tells of the cards, as shards.machine.nvml does; None where it does not run."""
+    program = find_tool("nvidia-smi")
+    if program is None:
+        return None
+    command = [program, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, timeout=NVML_S, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    rows = [dict(zip(QUERY, map(str.strip, line.split(",")), strict=False)) for line in out.splitlines()]
+    gpus = [_gpu(row) for row in rows if row.get("index", "").isdigit()]
+    return {"driver": rows[0].get("driver_version") if rows else None, "cuda_driver": None, "gpus": gpus, "links": []}
+
+
+def _gpu(row: dict[str, str]) -> dict[str, Any]:
+    def number(key: str) -> int | None:
+        return int(row[key]) if row.get(key, "").isdigit() else None
+
+    def switch(key: str) -> bool | None:
+        return {"Enabled": True, "Disabled": False}.get(row.get(key, ""))
+
+    total, reserved, free = (number(f"memory.{name}") for name in ("total", "reserved", "free"))
+    return {
+        "index": number("index"),
+        "name": row.get("name"),
+        "uuid": row.get("uuid"),
+        "memory_bytes": None if total is None else (total - (reserved or 0)) << 20,
+        "reserved_bytes": None if reserved is None else reserved << 20,
+        "free_bytes": None if free is None else free << 20,
+        "compute_capability": row.get("compute_cap"),
+        "pcie_generation": number("pcie.link.gen.current"),
+        "pcie_generation_max": number("pcie.link.gen.max"),
+        "pcie_width": number("pcie.link.width.current"),
+        "pcie_width_max": number("pcie.link.width.max"),
+        "nvlinks": None,
+        "mig": switch("mig.mode.current"),
+        "ecc": switch("ecc.mode.current"),
+        "ecc_errors": number("ecc.errors.uncorrected.volatile.total"),
+        "persistence": switch("persistence_mode"),
+        "compute_mode": row.get("compute_mode", "").lower().replace("_", " ") or None,
+        "processes": [],
+    }

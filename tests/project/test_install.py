@@ -94,12 +94,34 @@ def set_up(checkout: Path, **variables: str) -> tuple[int, str, list[str]]:
     return done.returncode, done.stdout, done.stderr.splitlines()
 
 
-def path_with_gpu(folder: Path) -> str:
+SMI = """#!/bin/sh
+case "$1" in
+-L) echo 'GPU 0: NVIDIA RTX A6000 (UUID: GPU-0)' ;;
+--query-gpu=driver_version) echo '{driver}' ;;
+*) exit 2 ;;
+esac
+"""
+
+PYTHON = """#!/bin/sh
+case "$*" in
+"-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+"-m pip "*) echo "DS_IGNORE_CUDA_DETECTION=$DS_IGNORE_CUDA_DETECTION $*" >>"$LOG" ;;
+*get_path*) echo /nowhere/python3.12 ;;
+-V) echo Python 3.12.1 ;;
+esac
+"""
+"""An interpreter of which pip notes what it is asked for, so that an installation goes through to its end."""
+
+
+def program(folder: Path, name: str, text: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(text)
+    (folder / name).chmod(0o755)
+
+
+def path_with_gpu(folder: Path, driver: str = "580.65.06") -> str:
     """A PATH on which nvidia-smi lists one GPU."""
-    folder.mkdir()
-    program = folder / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA RTX A6000 (UUID: GPU-0)'\n")
-    program.chmod(0o755)
+    program(folder, "nvidia-smi", SMI.format(driver=driver))
     return f"{folder}:{os.environ['PATH']}"
 
 
@@ -113,6 +135,53 @@ def test_a_failed_installation_says_why_and_is_not_taken_for_a_finished_one(chec
         assert err[: len(before) + 1] == [*before, start]
         assert any(line.startswith("ERROR: ") for line in err)
         assert not (checkout / ".venv" / ".stamp").exists()
+
+
+def test_a_machine_with_a_gpu_and_without_compilers_is_set_up(checkout: Path) -> None:
+    path, log = path_with_gpu(checkout / "bin"), checkout / "log"
+    program(checkout / "bin", "python3.11", PYTHON)
+    for name in ("gcc", "clang"):
+        path = ":".join(part for part in path.split(":") if not (Path(part) / name).exists())
+    tools = (
+        "bash",
+        "cat",
+        "cp",
+        "cut",
+        "dirname",
+        "flock",
+        "head",
+        "mkdir",
+        "rm",
+        "sed",
+        "sha256sum",
+        "sh",
+        "tail",
+        "timeout",
+        "wc",
+    )
+    for name in tools:
+        (checkout / "bin" / name).symlink_to(shutil.which(name) or name)
+    status, out, err = set_up(checkout, LAUNCHER_FLAVOR="", PATH=path, LOG=str(log))
+    assert (status, out, err[-1].startswith("setup: ready after")) == (0, "", True), err
+    assert err[0] == "setup: backend=vllm compiles on CUDA, and will lack: apt-get install gcc python3.12-dev"
+    [requirements] = [line for line in log.read_text().splitlines() if "--requirement" in line]
+    assert requirements.startswith("DS_IGNORE_CUDA_DETECTION=1 -m pip ")  # without it DeepSpeed's setup asks for nvcc
+
+
+@pytest.mark.parametrize(("flavor", "status"), [("", 1), ("cuda", 0)])
+def test_a_driver_that_is_too_old_is_said_before_anything_is_installed(
+    flavor: str, status: int, checkout: Path
+) -> None:
+    path = path_with_gpu(checkout / "bin", "550.54.14")
+    program(checkout / "bin", "python3.11", PYTHON)
+    found = set_up(checkout, LAUNCHER_FLAVOR=flavor, PATH=path, LOG=str(checkout / "log"))
+    assert (found[0], found[1]) == (status, "")
+    assert found[2][0] == "setup: driver 550.54.14 is too old for CUDA 13, which needs 580 or newer"
+    assert (checkout / "log").exists() == (status == 0)
+    if status:
+        newer, other = "apt-get install nvidia-driver-580-server", "LAUNCHER_FLAVOR=cpu bash scripts/setup.sh"
+        assert found[2][1:] == [f"HINT: a newer driver ({newer}), or {other}"]
+        assert not (checkout / ".venv").exists()
 
 
 def test_an_environment_that_somebody_made_is_left_alone(checkout: Path) -> None:

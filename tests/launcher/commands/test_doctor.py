@@ -6,14 +6,19 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+import venv
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from running import ROOT
 
-from launcher.doctor.__main__ import Check, check_devices, check_engine, check_system
+from launcher.doctor import cards
+from launcher.doctor.__main__ import check_devices, check_engine, check_system
+from launcher.doctor.cards import check_cards, check_compiler, check_cuda, locked_cuda
+from launcher.doctor.checks import Check
 from launcher.doctor.host import Host, describe
 from launcher.doctor.trials import Ended, Engine, attempt, engine, nvml
 from shards.machine.hardware import cuda_devices
@@ -143,7 +148,7 @@ FAKE_NVML = """
 NVML_NVLINK_MAX_LINKS, nvmlMemory_v2 = 4, 2
 class NVMLError(Exception): pass
 class Memory: total, reserved, free = 49 * 1024**3, 1024**3, 47 * 1024**3
-class Process: pid, usedGpuMemory = 7, 1024**3
+class Process: pid, usedGpuMemory = 2**22 + 7, 1024**3
 def unknown(*a): raise NVMLError('Not Supported')
 def nvmlInit(): pass
 def nvmlShutdown(): pass
@@ -180,7 +185,7 @@ def test_cards_and_their_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "free_bytes": 47 * GIB,
         "compute_capability": "8.6", "pcie_generation": 1, "pcie_generation_max": 4, "pcie_width": 16,
         "pcie_width_max": 16, "nvlinks": 2, "mig": None, "ecc": True, "ecc_errors": 3, "persistence": True,
-        "compute_mode": "default", "processes": [[7, GIB]],
+        "compute_mode": "default", "processes": [[2**22 + 7, GIB]],
     }  # fmt: skip
     silent = card | dict.fromkeys(("ecc", "ecc_errors", "persistence", "compute_mode")) | {"processes": []}
     unread = dict.fromkeys(("memory_bytes", "reserved_bytes", "free_bytes", "nvlinks"))
@@ -200,10 +205,17 @@ def test_cards_and_their_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     }
     bus = "PCIe 1 x16 now, at most 4 x16"
     driver = "driver 580.1, CUDA 13.1"
+    wrong = f"3 uncorrected memory errors since boot; in use: process {2**22 + 7} (not visible from here, 1.0 GiB)"
     lines = check_devices(found, reason, HOST)
     full = f"NVIDIA RTX A6000; 48.0 GiB (47.0 GiB free); compute capability 8.6; {bus}; 2 NVLinks up; {driver}"
     assert lines[:-2] == [
-        Check("devices", "GPU 0", "ok", full),
+        Check(
+            "devices",
+            "GPU 0",
+            "warning",
+            f"{full}; {wrong}",
+            "nvidia-smi --gpu-reset -i 0",
+        ),
         Check("devices", "GPU 1", "ok", full),
         Check(
             "devices",
@@ -212,9 +224,121 @@ def test_cards_and_their_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             f"NVIDIA RTX A6000; ? (? free); compute capability 8.6; {bus}; no NVLink; {driver}",
         ),
         Check("devices", "GPUs 0 and 1", "ok", "NVLink; peer to peer yes"),
-        Check("devices", "GPUs 0 and 2", "note", "PCIe, between NUMA nodes; peer to peer no: chipset"),
+        Check(
+            "devices",
+            "GPUs 0 and 2",
+            "note",
+            "PCIe, between NUMA nodes; peer to peer no: chipset",
+            "switch ACS and the IOMMU off in the BIOS",
+        ),
         Check("devices", "GPUs 1 and 2", "ok", "PCIe, between NUMA nodes; peer to peer not known"),
     ]
+
+
+CARD: dict[str, Any] = {
+    "index": 1, "name": "NVIDIA H200", "uuid": "GPU-1", "memory_bytes": 139 * GIB, "reserved_bytes": GIB,
+    "free_bytes": 139 * GIB, "compute_capability": "9.0", "pcie_generation": 5, "pcie_generation_max": 5,
+    "pcie_width": 16, "pcie_width_max": 16, "nvlinks": 18, "mig": False, "ecc": True, "ecc_errors": 0,
+    "persistence": True, "compute_mode": "default", "processes": [],
+}  # fmt: skip
+IDLE = CARD | {"index": 0}
+
+
+@pytest.mark.parametrize(
+    ("card", "others", "state", "words", "mend"),
+    [
+        ({}, [], "ok", "driver 580.1, CUDA ?", ""),
+        ({"mig": True}, [], "warning", "MIG is on, and a run takes whole cards", "nvidia-smi -i 1 -mig 0"),
+        ({"compute_mode": "prohibited"}, [], "warning", "prohibited: not every", "nvidia-smi -i 1 -c DEFAULT"),
+        ({"ecc_errors": 2}, [], "warning", "2 uncorrected memory errors", "nvidia-smi --gpu-reset -i 1"),
+        ({"processes": [[2**22 + 1, GIB]]}, [], "warning", "in use: process 4194305 (not", "kill 4194305"),
+        ({"processes": [[2**22 + 1, None]]}, [IDLE], "warning", "here, ?)", "export CUDA_VISIBLE_DEVICES=0"),
+        ({"pcie_width": 8}, [], "note", "fewer PCIe lanes", ""),
+        ({"ecc": False}, [], "note", "ECC is off", ""),
+        ({"persistence": False}, [], "note", "persistence mode is off", "nvidia-smi -pm 1"),
+        ({"persistence": False, "mig": True}, [], "warning", "persistence", "nvidia-smi -i 1 -mig 0"),
+    ],
+)
+def test_what_is_wrong_with_a_card(
+    card: dict[str, Any], others: list[dict[str, Any]], state: str, words: str, mend: str
+) -> None:
+    found = {"driver": "580.1", "cuda_driver": None, "gpus": [*others, CARD | card], "links": []}
+    line = check_cards(found, "")[-1]
+    assert (line.name, line.state, line.mend) == ("GPU 1", state, mend)
+    assert words in line.found
+
+
+@pytest.mark.parametrize(
+    ("driver", "built_for", "state", "mend"),
+    [
+        ("580.65.06", ["13.0"], "ok", ""),
+        ("550.54.14", ["13.0"], "broken", "apt-get install nvidia-driver-580-server, and reboot"),
+        ("550.54.14", [], "broken", "apt-get install nvidia-driver-580-server, and reboot"),
+        ("550.54.14", ["12.8"], "ok", ""),
+        ("470.1", ["12.8"], "broken", "apt-get install nvidia-driver-525-server, and reboot"),
+        (None, ["13.0"], "note", ""),
+        ("580.1", ["11.8"], "note", ""),
+    ],
+)
+def test_a_driver_that_is_too_old_is_said(driver: str | None, built_for: list[str], state: str, mend: str) -> None:
+    line = check_cuda({"driver": driver, "gpus": [CARD]}, built_for)[0]
+    assert (line.name, line.state, line.mend) == ("driver", state, mend)
+    assert check_cuda({"driver": driver, "gpus": []}, built_for) == check_cuda(None, built_for) == []
+
+
+def test_the_lock_is_for_a_cuda_that_the_doctor_knows() -> None:
+    assert locked_cuda() in cards.LEAST_DRIVERS
+    known = "".join(f"{cuda}) echo {driver} ;; " for cuda, driver in cards.LEAST_DRIVERS.items())
+    assert known.strip() in (ROOT / "scripts" / "setup.sh").read_text()
+
+
+@pytest.mark.parametrize(("version", "state"), [("13.0", "ok"), ("12.4", "warning"), (None, "note")])
+def test_a_cuda_compiler_of_another_version(
+    version: str | None, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if version is not None:
+        (tmp_path / "nvcc").write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {version}, V{version}.88'\n")
+        (tmp_path / "nvcc").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin" if version else str(tmp_path))
+    line = check_cuda({"driver": "580.1", "gpus": [CARD]}, ["13.0"])[1]
+    assert (line.name, line.state, bool(line.mend)) == ("nvcc", state, state == "warning")
+
+
+def test_a_missing_compiler_and_missing_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(cards.sysconfig, "get_path", lambda name: str(tmp_path))
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert [(line.name, line.state, line.mend) for line in check_compiler()] == [
+        ("C compiler", "missing", "apt-get install gcc"),
+        ("Python.h", "missing", f"apt-get install python{version}-dev"),
+    ]
+    for name in ("clang", "Python.h"):
+        (tmp_path / name).touch(0o755)
+    assert [line.state for line in check_compiler()] == ["ok", "ok"]
+
+
+SMI = """#!/bin/sh
+echo "0, NVIDIA A100-SXM4-80GB, GPU-7, 550.54.14, 81920, 870, 80000, 8.0, 4, 4, 16, 16, Disabled, Enabled, 0, Enabled, \
+Exclusive_Process"
+echo "1, NVIDIA GB10, GPU-8, 550.54.14, [N/A], [N/A], [N/A], 12.1, 5, 5, 1, 1, [N/A], [N/A], [N/A], Disabled, Default"
+"""
+
+
+def test_before_anything_is_installed_it_needs_the_standard_library_only(tmp_path: Path) -> None:
+    (tmp_path / "nvidia-smi").write_text(SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    venv.create(tmp_path / "bare", with_pip=False)
+    command = [str(tmp_path / "bare" / "bin" / "python"), "-m", "launcher.doctor", "--json"]
+    environ = {"PATH": f"{tmp_path}:/bin"}
+    done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert lines["fsdp"]["state"] == "missing"
+    assert "NVIDIA A100-SXM4-80GB; 79.2 GiB (78.1 GiB free); compute capability 8.0" in lines["GPU 0"]["found"]
+    assert (lines["GPU 0"]["state"], lines["GPU 0"]["mend"]) == ("warning", "nvidia-smi -i 0 -c DEFAULT")
+    assert (lines["GPU 1"]["state"], lines["GPU 1"]["mend"]) == ("note", "nvidia-smi -pm 1")
+    assert lines["driver"]["state"] == "broken"
 
 
 HOST = Host(

@@ -1,0 +1,146 @@
+"""The cards of a machine, what joins them, and what engines on them need of the machine. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import sysconfig
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.doctor import host
+from launcher.doctor.checks import Check, State, size
+from shards.machine.interpreter import ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+LEAST_DRIVERS = {12: 525, 13: 580}
+"""The oldest driver that runs programs built for a major version of CUDA; scripts/setup.sh asks for the same."""
+
+LOCK = ROOT / "scripts" / "lock" / "cuda.txt"
+COMPILES = "vLLM on CUDA (Triton) and DeepSpeed compile with it"
+THROUGH_HOST = ("no: chipset", "no: I/O hub topology")
+
+
+def check_cards(found: dict[str, Any] | None, reason: str) -> list[Check]:
+    """The cards and what joins them; a note where there are none."""
+    if not (found or {}).get("gpus"):
+        why = "the driver shows none" if found is not None else f"none: {reason or 'NVML is silent'}"
+        return [Check("devices", "GPUs", "note", why)]
+    assert found is not None
+    checks = []
+    for gpu in found["gpus"]:
+        state, problems, mend = _problems(gpu, found["gpus"])
+        checks.append(Check("devices", f"GPU {gpu['index']}", state, "; ".join([*_facts(gpu, found), *problems]), mend))
+    return [*checks, *map(_check_link, found["links"])]
+
+
+def _facts(gpu: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    cuda = found["cuda_driver"]
+    bus = [gpu["pcie_generation"], gpu["pcie_width"], gpu["pcie_generation_max"], gpu["pcie_width_max"]]
+    now, width, most, widest = (value or "?" for value in bus)
+    return [
+        gpu["name"] or "no name",
+        f"{size(gpu['memory_bytes'])} ({size(gpu['free_bytes'])} free)",
+        f"compute capability {gpu['compute_capability'] or '?'}",
+        f"PCIe {now} x{width} now, at most {most} x{widest}",
+        f"{gpu['nvlinks']} NVLinks up" if gpu["nvlinks"] else "no NVLink",
+        f"driver {found['driver'] or '?'}, CUDA {f'{cuda // 1000}.{cuda % 1000 // 10}' if cuda else '?'}",
+    ]
+
+
+def _problems(gpu: dict[str, Any], gpus: Sequence[dict[str, Any]]) -> tuple[State, list[str], str]:
+    """What keeps a run off a card or distorts it, the gravest first, with what mends that one."""
+    index = gpu["index"]
+    found: list[tuple[State, str, str]] = []
+    if gpu["mig"]:
+        found.append(("warning", "MIG is on, and a run takes whole cards", f"nvidia-smi -i {index} -mig 0"))
+    if gpu["compute_mode"] not in (None, "default"):
+        mode = f"compute mode {gpu['compute_mode']}: not every process may use it"
+        found.append(("warning", mode, f"nvidia-smi -i {index} -c DEFAULT"))
+    if gpu["ecc_errors"]:
+        errors = f"{gpu['ecc_errors']} uncorrected memory errors since boot"
+        found.append(("warning", errors, f"nvidia-smi --gpu-reset -i {index}"))
+    if gpu["processes"]:
+        users = ", ".join(f"process {pid} ({host.process_name(pid)}, {size(held)})" for pid, held in gpu["processes"])
+        idle = ",".join(str(other["index"]) for other in gpus if not other["processes"])
+        mend = f"export CUDA_VISIBLE_DEVICES={idle}" if idle else f"kill {gpu['processes'][0][0]}"
+        found.append(("warning", f"in use: {users}", mend))
+    if gpu["pcie_width"] and gpu["pcie_width"] < (gpu["pcie_width_max"] or 0):
+        found.append(("note", "fewer PCIe lanes than the card has", ""))
+    if gpu["ecc"] is False:
+        found.append(("note", "ECC is off", ""))
+    if gpu["persistence"] is False:
+        found.append(("note", "persistence mode is off: the first use takes seconds", "nvidia-smi -pm 1"))
+    if not found:
+        return "ok", [], ""
+    return found[0][0], [words for _, words, _ in found], found[0][2]
+
+
+def _check_link(link: dict[str, Any]) -> Check:
+    way = "NVLink" if link["nvlink"] else f"PCIe, {link['pcie_path'] or 'path not known'}"
+    peers = link["peer_to_peer"]
+    state: State = "ok" if peers in ("yes", None) else "note"
+    mend = "switch ACS and the IOMMU off in the BIOS" if peers in THROUGH_HOST else ""
+    found = f"{way}; peer to peer {peers or 'not known'}"
+    return Check("devices", "GPUs {} and {}".format(*link["gpus"]), state, found, mend)
+
+
+def check_cuda(found: dict[str, Any] | None, built_for: Sequence[str]) -> list[Check]:
+    """What engines for CUDA need: a driver that runs them, a compiler with Python's headers, perhaps nvcc.
+
+    `built_for` are the CUDA versions of the torch builds that are installed; where there are none, that of the lock.
+    """
+    if not (found or {}).get("gpus"):
+        return []
+    assert found is not None
+    wanted = max((int(version.partition(".")[0]) for version in built_for), default=None) or locked_cuda()
+    return [_check_driver(found["driver"], wanted), _check_nvcc(wanted)]
+
+
+def _check_driver(driver: str | None, cuda: int | None) -> Check:
+    least = LEAST_DRIVERS.get(cuda or 0)
+    major = re.match(r"\d+", driver or "")
+    if least is None or major is None:
+        return Check("system", "driver", "note", f"{driver or 'not known'}; for CUDA {cuda or 'not known'}")
+    if int(major.group()) >= least:
+        return Check("system", "driver", "ok", f"{driver}; CUDA {cuda} needs {least}")
+    wrong = f"{driver}, and CUDA {cuda}, for which torch and vLLM are built, needs {least} or newer"
+    return Check("system", "driver", "broken", wrong, f"apt-get install nvidia-driver-{least}-server, and reboot")
+
+
+def locked_cuda() -> int | None:
+    """The major version of CUDA that the packages of the lock are built for; None outside a checkout."""
+    if not LOCK.is_file():
+        return None
+    found = re.search(r"^nvidia-cuda-runtime==(\d+)", LOCK.read_text(), re.MULTILINE)
+    return int(found.group(1)) if found else None
+
+
+def _check_nvcc(cuda: int | None) -> Check:
+    """No engine needs it; vLLM compiles FlashInfer's kernels with it where it is there, so it must be of that CUDA."""
+    path = host.find_tool("nvcc")
+    if path is None:
+        return Check("system", "nvcc", "note", "not found; vLLM does without FlashInfer's kernels")
+    version = host.nvcc_version(path)
+    if cuda is None or version is None or version.startswith(f"{cuda}."):
+        return Check("system", "nvcc", "ok", f"{path}, CUDA {version or '?'}")
+    wrong = f"{path} is of CUDA {version}, the engines are built for {cuda}; FlashInfer's kernels may not compile"
+    return Check("system", "nvcc", "warning", wrong, f"export PATH=/usr/local/cuda-{cuda}/bin:$PATH")
+
+
+def check_compiler() -> list[Check]:
+    """A C compiler and Python's headers: vLLM on CUDA compiles its kernels' launchers, DeepSpeed its CPU operation."""
+    named = os.environ.get("CC")
+    compiler = host.find_tool(named) if named else host.find_tool("gcc") or host.find_tool("clang")
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    if compiler:
+        checks = [Check("system", "C compiler", "ok", compiler)]
+    else:
+        checks = [Check("system", "C compiler", "missing", f"no {named or 'gcc'}; {COMPILES}", "apt-get install gcc")]
+    if headers.is_file():
+        return [*checks, Check("system", "Python.h", "ok", str(headers))]
+    mend = f"apt-get install python{sys.version_info.major}.{sys.version_info.minor}-dev"
+    return [*checks, Check("system", "Python.h", "missing", f"not in {headers.parent}; {COMPILES}", mend)]
