@@ -24,20 +24,23 @@ class Bounds:
     most: int | None = None
     is_open: bool = False
 
-    def wrong(self, value: float) -> str | None:
-        """What is wrong with a value, None if nothing is."""
-        if not math.isfinite(value):
-            return "not a finite number"
-        if value < self.least or (self.is_open and value == self.least):
-            return "not a positive number" if self.least or self.is_open else "negative"
-        return f"more than {self.most}" if self.most is not None and value > self.most else None
+    def has(self, value: float) -> bool:
+        """Whether a value is within them."""
+        is_enough = value > self.least if self.is_open else value >= self.least
+        return math.isfinite(value) and is_enough and (self.most is None or value <= self.most)
 
-    def hint(self, value: float) -> str:
-        """Values in the bounds, in place of one that is not."""
+    def nearest(self, value: float) -> int:
+        """A value within them, for one that is not."""
+        if self.most is not None and value > self.most:
+            return self.most
+        return self.least + 1 if self.is_open else self.least
+
+    def beside(self, value: float) -> str:
+        """The bounds in words, for a value that is not within them; one that is there for safety where it is passed."""
+        most = self.most if self.most is not None and (self.most < MOST_TIMES or value > self.most) else None
         if self.is_open:
-            return f" above {self.least}" + (f", at most {self.most}" if self.most == 1 else "")
-        is_far = self.most is None or (self.most >= MOST_TIMES and not value > self.most)
-        return f"{self.least} or more" if is_far else f"{self.least} to {self.most}"
+            return f"above {self.least}" + ("" if most is None else f" and at most {most}")
+        return f"of {self.least} or more" if most is None else f"from {self.least} to {most}"
 
 
 MOST = 2**31 - 1
@@ -100,10 +103,14 @@ def check(config: RunConfig) -> None:
             known = [choice for choice in choices if choice]
             raise ConfigError(f"backend.{name}={value} is not one of {', '.join(known)}.", f"backend.{name}={known[0]}")
     for key, value in numbers(config):
-        if wrong := BOUNDS[key].wrong(value):
-            raise ConfigError(f"{key}={value} is {wrong}.", f"{key}={BOUNDS[key].hint(value)}")
+        bounds = BOUNDS[key]
+        if not bounds.has(value):
+            raise ConfigError(
+                f"{key}={value} is not a number {bounds.beside(value)}.", f"{key}={bounds.nearest(value)}"
+            )
     if (size := config.devices * config.num_nodes) > MOST_DEVICES:
-        raise ConfigError(f"devices x num_nodes is {size}, more than {MOST_DEVICES}.", "fewer of either")
+        hint = f"devices={MOST_DEVICES // config.num_nodes}"
+        raise ConfigError(f"devices x num_nodes is {size}, more than {MOST_DEVICES}.", hint)
     if config.measure.find_batch_size and config.backend.continuous_batching:
         name = config.backend.name
         raise ConfigError(f"{name} makes its batches itself: there is none to find.", "measure.find_batch_size=false")

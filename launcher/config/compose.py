@@ -16,6 +16,7 @@ from launcher.config.messages import UNREADABLE, in_file, in_one_line
 from launcher.config.overrides import check_options, chosen_engine, in_quotes, readable
 from launcher.config.presets import conf_dir, folders
 from launcher.config.schema import BACKENDS, BackendConfig, RunConfig
+from launcher.config.unread import check_read
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,8 +37,10 @@ def compose_run(overrides: list[str], config_dirs: tuple[str, ...] = ()) -> RunC
         config = typed(composed, config_dirs)
     except UNREADABLE as error:
         raise in_one_line(error, chosen_engine(overrides), config_dirs) from None
-    _complete(config, {item.partition("=")[0].lstrip("+") for item in overrides})
+    given = {item.partition("=")[0].lstrip("+") for item in overrides}
+    _complete(config, given)
     check(config)
+    check_read(config, given)
     return config
 
 

@@ -51,9 +51,12 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             ["model=tiny_falkon"],
             f"model=tiny_falkon is not one of {', '.join(options('model'))}. HINT: model=tiny_falcon",
         ),
-        (["devices=0"], "devices=0 is not a positive number. HINT: devices=1 to 4096"),
-        (["devices=1000000000", "dry_run=true"], "devices=1000000000 is more than 4096. HINT: devices=1 to 4096"),
-        (["devices=64", "num_nodes=65"], "devices x num_nodes is 4160, more than 4096. HINT: fewer of either"),
+        (["devices=0"], "devices=0 is not a number from 1 to 4096. HINT: devices=1"),
+        (
+            ["devices=1000000000", "dry_run=true"],
+            "devices=1000000000 is not a number from 1 to 4096. HINT: devices=4096",
+        ),
+        (["devices=64", "num_nodes=65"], "devices x num_nodes is 4160, more than 4096. HINT: devices=63"),
         (
             ["batch_size=3"],
             "batch_size is not a key of the configuration. HINT: measure.batch_size=3",
@@ -76,8 +79,8 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             "Prompt 0 has 7 tokens; with 2000 new ones that is 2007, and the context of the model is 1024. "
             "HINT: sampling.max_new_tokens=1017 or a shorter prompt",
         ),
-        (["sampling.top_p=0"], "sampling.top_p=0.0 is not a positive number. HINT: sampling.top_p= above 0, at most 1"),
-        (["measure.repeats=0"], "measure.repeats=0 is not a positive number. HINT: measure.repeats=1 or more"),
+        (["sampling.top_p=0"], "sampling.top_p=0.0 is not a number above 0 and at most 1. HINT: sampling.top_p=1"),
+        (["measure.repeats=0"], "measure.repeats=0 is not a number of 1 or more. HINT: measure.repeats=1"),
         (
             ["output_dir=/etc/passwd/runs"],
             "Cannot write in output_dir=/etc/passwd/runs: Not a directory. HINT: output_dir= a folder of yours",

@@ -200,8 +200,8 @@ def test_what_a_new_user_writes(overrides: list[str], message: str) -> None:
 
 
 def test_a_plus_before_a_key_that_is_there_changes_it() -> None:
-    assert compose_run(["+sampling.top_k=3", "++seed=5", "+model=tiny_llama"]) == compose_run(
-        ["sampling.top_k=3", "seed=5", "model=tiny_llama"]
+    assert compose_run(["+measure.repeats=3", "++seed=5", "+model=tiny_llama"]) == compose_run(
+        ["measure.repeats=3", "seed=5", "model=tiny_llama"]
     )
 
 
@@ -210,8 +210,8 @@ def test_entries_that_are_the_users_to_name_need_no_plus(prefix: str) -> None:
     for override in ("backend.extra.block_size=32", "backend.extra={block_size: 32}"):
         assert compose_run(["backend=vllm", prefix + override]).backend.extra == {"block_size": 32}
     for override in ("cluster.environment.A=b", "cluster.environment={A: b}"):
-        assert compose_run([prefix + override]).cluster.environment == {"A": "b"}
-    assert compose_run([f"{prefix}cluster.extra=[--nice]"]).cluster.extra == ["--nice"]
+        assert compose_run(["launch=slurm", prefix + override]).cluster.environment == {"A": "b"}
+    assert compose_run(["launch=slurm", f"{prefix}cluster.extra=[--nice]"]).cluster.extra == ["--nice"]
 
 
 def test_what_vllm_does_not_take_is_named_before_a_process_starts() -> None:

@@ -1,0 +1,62 @@
+"""An option that a run would not read is refused, with what to write instead."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+
+from launcher.config.compose import compose_run
+from launcher.config.schema import ClusterConfig, ConfigError, LaunchConfig
+
+
+def test_what_is_compared_with_is_what_is_composed_by_default() -> None:
+    config = compose_run([])
+    assert (config.cluster, config.launch) == (ClusterConfig(), LaunchConfig())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["cluster=example"], "cluster=example is read with launch=slurm only. HINT: launch=slurm"),
+        (["cluster.partition=gpu"], "cluster.partition=gpu is read with launch=slurm only. HINT: launch=slurm"),
+        (["launch.wait=false"], "launch.wait=false is read with launch=slurm only. HINT: launch=slurm"),
+        (["launch.poll_s=3"], "launch.poll_s=3.0 is read with launch=slurm only. HINT: launch=slurm"),
+        (["launch.node_rank=1"], "launch.node_rank=1 is read with launch.rendezvous= only. HINT: launch.rendezvous="),
+        (
+            ["launch=slurm", "launch.rendezvous=a:1"],
+            "launch.rendezvous=a:1 is read with launch=local only: SLURM joins the nodes. HINT: launch.rendezvous=null",
+        ),
+        (["sampling.top_k=5"], "sampling.top_k=5 is not read at sampling.temperature=0. HINT: sampling.temperature=1"),
+        (["sampling.top_p=0.5"], "sampling.top_p=0.5 is not read at sampling.temperature=0. HINT: "),
+        (
+            ["prompts=synthetic", "sampling.max_new_tokens=8"],
+            "sampling.max_new_tokens=8 is not read with prompts.output_tokens=32, which fixes the number of new "
+            "tokens. HINT: prompts.output_tokens=8",
+        ),
+        (
+            ["prompts=synthetic", "sampling.ignore_eos=false"],
+            "sampling.ignore_eos=false is not read with prompts.output_tokens=32, which fixes the number of new "
+            "tokens. HINT: prompts.output_tokens=null",
+        ),
+    ],
+)
+def test_an_option_that_nothing_reads_is_refused_with_a_hint_that_helps(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose_run(overrides)
+    assert str(caught.value).startswith(message)
+    compose_run([*overrides, *shlex.split(caught.value.hint)])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["launch=slurm", "cluster=example", "launch.wait=false"],
+        ["sampling.temperature=0.7", "sampling.top_k=5"],
+        ["prompts=synthetic", "sampling.max_new_tokens=64", "prompts.output_tokens=64"],
+        ["prompts=synthetic", "prompts.output_tokens=null", "sampling.max_new_tokens=8"],
+        ["num_nodes=2", "launch.rendezvous=node1:29400", "launch.node_rank=1"],
+    ],
+)
+def test_what_is_read_is_taken(overrides: list[str]) -> None:
+    compose_run(overrides)
