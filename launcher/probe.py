@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import uuid
@@ -21,6 +22,7 @@ from launcher.system import processes
 from launcher.system.terminal import run_command
 from shards.errors import UserError, WorldError
 from shards.machine.hardware import cuda_devices
+from shards.machine.orphans import before_exec
 from shards.machine.rates import Measured, save
 
 if TYPE_CHECKING:
@@ -73,7 +75,15 @@ def measure(devices: int, accelerator: str) -> Measured:
     command, mark = worker_command(accelerator, devices, None, "shards.machine.probe"), uuid.uuid4().hex
     environ = rank_environment(os.environ, devices, accelerator == "cuda") | {processes.MARK: mark}
     try:
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        done = subprocess.run(
+            command,
+            env=environ,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+            preexec_fn=before_exec(signal.SIGTERM),
+        )
     except subprocess.TimeoutExpired:
         raise WorldError(f"The probe of {devices} devices took longer than {TIMEOUT_S} s.", "devices=1") from None
     finally:

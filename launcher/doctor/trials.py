@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.config.schema import BACKENDS
 from launcher.doctor.host import find_tool
 from shards.machine.interpreter import python_path
+from shards.machine.orphans import before_exec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,6 +58,7 @@ def attempt(module: str, arguments: Sequence[str], timeout_s: float) -> Ended:
         text=True,
         errors="replace",
         start_new_session=True,
+        preexec_fn=before_exec(signal.SIGTERM),  # noqa: PLW1509 - two system calls
     )
     code = None
     try:

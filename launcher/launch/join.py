@@ -16,6 +16,7 @@ from launcher.run_dir.finish import finish
 from launcher.run_dir.run_dir import RunDir
 from launcher.system.files import writing_in
 from shards.errors import UserError
+from shards.machine.orphans import starter_of
 from shards.machine.process_group import connect, device_of, disconnect, from_rank_0
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def join(config: RunConfig, command: tuple[str, ...], world: World, report: Call
 
     What keeps rank 0 from making it is raised on all ranks; each node answers for its own devices and packages.
     """
+    starter = starter_of(os.environ)
     on_cuda = check_node(config)
     enter_world(world)
     connect(world, device_of(world, "cuda" if on_cuda else "cpu"))
@@ -55,7 +57,7 @@ def join(config: RunConfig, command: tuple[str, ...], world: World, report: Call
         return 0
     os.environ[ATTEMPT] = str(attempt)
     with redirected_output(run_dir.rank_log(world.rank)):
-        status = run_rank(run_dir, world, parent=None)
+        status = run_rank(run_dir, world, parent=None, starter=starter)
     if world.rank == 0:
         _wait_for(run_dir, world.world_size)
         report(finish(run_dir))

@@ -19,6 +19,7 @@ from launcher.run_dir.finish import finish
 from launcher.system import processes
 from launcher.system.gpu_users import neighbours
 from shards.machine.interpreter import python_path
+from shards.machine.orphans import before_exec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -96,6 +97,8 @@ def _attempt(run_dir: RunDir, run: RunDescription, attempt: int, show: Show) -> 
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # One that is stopped goes on, and its guard sees to its end.
+                preexec_fn=before_exec(signal.SIGCONT),  # noqa: PLW1509 - two system calls
             )
             outcome = _watch(process, run_dir, run, Watchdog(config), memory, show)
             ending.begun = True

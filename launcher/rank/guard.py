@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 import psutil
 
 from launcher.results.verdict import Outcome
+from shards.machine.orphans import signal_when_orphaned
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,6 +59,7 @@ def start(watched_pid: int | None, watched: Watched, term_interrupts: bool = Fal
         signal.signal(number, _pass)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=_forget_guard)
+    signal_when_orphaned(signal.SIGCONT)  # a rank that was stopped goes on, and its guard looks
     guard = _Guard(read_end, watched, term_interrupts)
     threading.Thread(target=guard.run, args=(watched_pid,), daemon=True, name="guard").start()
 

@@ -60,11 +60,12 @@ def enter_world(world: World) -> None:
     count_as_nvml(os.environ)
 
 
-def run_rank(run_dir: RunDir, world: World, parent: int | None) -> str:
+def run_rank(run_dir: RunDir, world: World, parent: int | None, starter: int | None = None) -> str:
     """Be one rank from here to its end, watched over by a guard; gives the status of the rank.
 
     `parent` is the process that watches the run from this node and writes its record; without one, or once it is
-    gone, the rank that is told to end writes the record itself. SIGUSR2 puts all stacks on stderr.
+    gone, the rank that is told to end writes the record itself. So it does where a `starter` that does neither is gone.
+    SIGUSR2 puts all stacks on stderr.
     """
     attempt = int(os.environ.get(ATTEMPT) or run_dir.read_attempt())
     try:
@@ -90,7 +91,7 @@ def run_rank(run_dir: RunDir, world: World, parent: int | None) -> str:
         watched = replace(
             watched, look=lambda: watchdog.look(run_dir.read_progress(world.world_size)), look_s=watchdog.look_s
         )
-    guard.start(parent, watched, term_interrupts=os.environ.get(guard.ON_TERM) == "interrupt")
+    guard.start(parent or starter, watched, term_interrupts=os.environ.get(guard.ON_TERM) == "interrupt")
     return rank.run()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 
 from shards.errors import PlanError
 from shards.machine.interpreter import python_path
+from shards.machine.orphans import before_exec
 from shards.model.config_fields import ConfigFields
 from shards.model.shape import Cut, ModelShape, Parameter, layer_of
 
@@ -54,6 +56,7 @@ def ask_transformers(config: Mapping[str, Any], python: str, timeout_s: float = 
                 text=True,
                 timeout=timeout_s,
                 check=False,
+                preexec_fn=before_exec(signal.SIGKILL),
             )
     except subprocess.TimeoutExpired:
         raise PlanError(f"{python} did not find {what} in {timeout_s:.0f} s.", HINT) from None

@@ -56,6 +56,21 @@ def run(command: list[str], timeout: float = 120, cwd: Path = ROOT, **extra: str
     return Ended(process.returncode, out, err)
 
 
+def wait_until_ended(pids: list[int], seconds: float) -> None:
+    """Wait for processes of others; one that nobody has reaped has ended."""
+    deadline = time.monotonic() + seconds
+    while living := [pid for pid in pids if _lives(pid)]:
+        assert time.monotonic() < deadline, f"{living} live"
+        time.sleep(0.05)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def left_in_shared_memory(before: set[Path], seconds: float = 10) -> list[str]:
     """New files in /dev/shm that no process uses: those of tests that run beside this one are in use, or soon gone."""
     end = time.monotonic() + seconds

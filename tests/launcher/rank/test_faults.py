@@ -9,14 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from running import ROOT, environment, launcher, left_in_shared_memory, run
+from running import ROOT, environment, launcher, left_in_shared_memory, run, wait_until_ended
 
 from launcher.run_dir.progress import read_progress
 from launcher.system.processes import end_run, of_run, shared_memory_files
@@ -25,19 +25,26 @@ GONE_S = 30.0
 LONG = ("measure.repeats=200", "sampling.max_new_tokens=900", "sampling.ignore_eos=true")
 SLOW_DUMMY = ("backend=dummy", "backend.step_s=0.01", *LONG)
 FSDP = ("backend=fsdp", *LONG)
+PLAIN = (sys.executable, "-m", "launcher")
+TORCHRUN = (
+    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=0", "-m",
+    "launcher",
+)  # fmt: skip
 
 
 @contextmanager
-def running(out: Path, *overrides: str, **extra: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """A run that has reached its first repeat on both ranks; whatever the test leaves of it is ended."""
-    command = [sys.executable, "-m", "launcher", f"output_dir={out}", *overrides]
+def running(
+    out: Path, *overrides: str, ranks: int = 2, command: Sequence[str] = PLAIN, **extra: str
+) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A run that has reached its first repeat on all ranks; whatever the test leaves of it is ended."""
+    command = [*command, f"output_dir={out}", *overrides]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(**extra), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     run_dir = None
     try:
         deadline = time.monotonic() + 90
-        while run_dir is None or not all(_repeating(run_dir, rank) for rank in (0, 1)):
+        while run_dir is None or not all(_repeating(run_dir, rank) for rank in range(ranks)):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline, "the run did not reach its first repeat"
             run_dir = next(iter(out.glob("*")), None)
@@ -133,6 +140,28 @@ def test_the_launching_process_killed_takes_its_ranks_along(kernel: str, tmp_pat
     assert record["status"] == "failed"
     assert record["error"]["message"] == "the launching process is gone"
     assert record["error"]["stage"].startswith("repeat 1/200")
+
+
+def test_a_stopped_rank_ends_with_the_launching_process(tmp_path: Path) -> None:
+    with running(tmp_path, *SLOW_DUMMY, "devices=1", ranks=1) as (process, run_dir):
+        os.kill(_pid(run_dir, 0), signal.SIGSTOP)
+        os.kill(process.pid, signal.SIGKILL)
+        _wait_until_gone(run_dir)
+    assert _record(run_dir)["error"]["message"] == "the launching process is gone"
+
+
+@pytest.mark.parametrize("between", [(), ("--no-python", "/bin/sh", "-c", '"$@"; exit', "sh", *PLAIN)], ids=["", "sh"])
+def test_ranks_of_a_foreign_launcher_end_with_it(between: Sequence[str], tmp_path: Path) -> None:
+    """Also the one that is stopped, and where a shell is between them."""
+    command = (*TORCHRUN[:-2], *between) if between else TORCHRUN
+    with running(tmp_path, *SLOW_DUMMY, command=command) as (process, run_dir):
+        pids = [_pid(run_dir, rank) for rank in (0, 1)]
+        if not between:
+            os.kill(pids[1], signal.SIGSTOP)
+        os.kill(process.pid, signal.SIGKILL)
+        wait_until_ended(pids, GONE_S)
+    record = _record(run_dir)
+    assert (record["status"], record["error"]["message"]) == ("failed", "the launching process is gone")
 
 
 @pytest.mark.parametrize("ends", ["print(outcome.status, outcome.message, flush=True)", "1 / 0"])
