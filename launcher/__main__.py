@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from launcher.system.interrupts import end_quietly_when_interrupted
+
+if __name__ == "__main__":  # before what takes long to import
+    end_quietly_when_interrupted()
+
 import importlib
 import json
 import os

@@ -6,6 +6,11 @@ which texts only repeat themselves, the ratio of tokens/s with its spread, and t
 
 from __future__ import annotations
 
+from launcher.system.interrupts import end_quietly_when_interrupted
+
+if __name__ == "__main__":  # before what takes long to import
+    end_quietly_when_interrupted()
+
 import json
 import math
 import sys

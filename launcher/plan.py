@@ -18,6 +18,11 @@ in another process, which takes seconds.
 
 from __future__ import annotations
 
+from launcher.system.interrupts import end_quietly_when_interrupted
+
+if __name__ == "__main__":  # before what takes long to import
+    end_quietly_when_interrupted()
+
 import os
 import re
 import sys

@@ -6,6 +6,11 @@ the user and taken by every later plan of as many devices.
 
 from __future__ import annotations
 
+from launcher.system.interrupts import end_quietly_when_interrupted
+
+if __name__ == "__main__":  # before what takes long to import
+    end_quietly_when_interrupted()
+
 import json
 import os
 import re

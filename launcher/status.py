@@ -8,6 +8,11 @@ to mend first.
 
 from __future__ import annotations
 
+from launcher.system.interrupts import end_quietly_when_interrupted
+
+if __name__ == "__main__":  # before what takes long to import
+    end_quietly_when_interrupted()
+
 import sys
 import time
 from pathlib import Path

@@ -6,6 +6,11 @@ Needs nothing but the standard library; rich, where it can be imported, draws th
 
 from __future__ import annotations
 
+from launcher.system.interrupts import end_quietly_when_interrupted
+
+if __name__ == "__main__":  # before what takes long to import
+    end_quietly_when_interrupted()
+
 import json
 import platform
 import sys

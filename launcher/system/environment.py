@@ -85,7 +85,8 @@ def git_state(folder: Path) -> GitState | None:
     """The state of the checkout that `folder` is in; None outside of one."""
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
+        # Without locks: a rank that is killed meanwhile must not leave one in the checkout.
+        command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:

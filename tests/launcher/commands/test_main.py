@@ -380,10 +380,10 @@ def test_a_sweep_goes_on_past_a_point_that_is_refused(tmp_path: Path) -> None:
     assert [row["status"] for row in ended.last_json["records"]] == ["refused", "ok"]
     run_dirs = [Path(row["run_dir"]) for row in ended.last_json["records"]]
     refused, done = (load_record(run_dir) for run_dir in run_dirs)
+    assert (done.status, done.world_size) == ("ok", 1)
     assert (refused.world_size, refused.num_devices, refused.batch_size, refused.metrics) == (1, 1, 4, None)
     assert refused.error is not None
     assert refused.error.stage == "plan"
-    assert done.config | {"sampling": None} == refused.config | {"sampling": None}
 
 
 def test_another_interpreter_runs_the_engine(tmp_path: Path) -> None:
@@ -392,7 +392,8 @@ def test_another_interpreter_runs_the_engine(tmp_path: Path) -> None:
     [site_packages] = (tmp_path / "other" / "lib").glob("*/site-packages")
     bare = launcher("backend=dummy", "devices=1", f"backend.python={other}", f"output_dir={tmp_path / 'runs'}")
     assert bare.code == 2
-    assert bare.err.startswith(f"backend=dummy needs MISSING, which is not installed for {other}.")
+    missing = "msgspec, psutil, tokenizers, pynvml"
+    assert bare.err.startswith(f"backend=dummy needs {missing}, which is not installed for {other}.")
     (site_packages / "shared.pth").write_text(sysconfig.get_path("purelib"))
     ended = launcher("backend=dummy", "devices=1", f"backend.python={other}", f"output_dir={tmp_path / 'runs'}")
     assert ended.code == 0, ended.err

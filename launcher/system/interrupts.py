@@ -1,0 +1,23 @@
+"""Ctrl-C while a command is still importing: one line, as it is later (launcher.system.terminal)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+
+def end_quietly_when_interrupted() -> None:
+    """From now on an interrupt that nobody catches is one line and exit code 130."""
+    sys.excepthook = _without_traceback
+
+
+def _without_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    print("interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
