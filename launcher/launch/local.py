@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -157,6 +158,9 @@ class _Ending:
 def _signals(run_dir: RunDir, run: RunDescription) -> Iterator[_Ending]:
     """In here SIGUSR1 goes to the ranks; the first SIGINT or SIGTERM raises, unless the end has begun."""
     ending = _Ending()
+    if threading.current_thread() is not threading.main_thread():
+        yield ending  # only the main thread may set handlers: a caller in Python sees to its own signals
+        return
 
     def pass_on(number: int, _: object) -> None:
         for pid in living(run_dir.read_progress(run.world_size), run.mark).values():

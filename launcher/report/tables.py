@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher.results.metrics import COUNTERS
-from launcher.run_dir.run_dir import RANK_LOGS, RunDir
+from launcher.run_dir.run_dir import COMPLETIONS, RANK_LOGS, RunDir
 from launcher.system.typed import to_plain
 from shards.machine.hardware import GIB, MIB
 
@@ -152,7 +152,7 @@ def _completions(rows: Sequence[ReportedCompletion]) -> Table:
         prompt, text = (shown(part.strip().replace("\n", " ⏎ ")) for part in (row.prompt, row.text))
         table.add_row(escape(prompt), escape(text), str(row.new_tokens), row.finish_reason)
     if len(rows) > SHOWN_COMPLETIONS:
-        table.add_row("…", f"{len(rows) - SHOWN_COMPLETIONS} more in completions.jsonl", "", "")
+        table.add_row("…", f"{len(rows) - SHOWN_COMPLETIONS} more in {COMPLETIONS}", "", "")
     return table
 
 

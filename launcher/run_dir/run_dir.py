@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
     from launcher.backends.base import Prompt
 
-RUN, RECORD = "run.json", "record.json"
+RUN, RECORD, COMPLETIONS = "run.json", "record.json", "completions.jsonl"
 SLURM_SCRIPT, SLURM_LOG, SLURM_JOB = "submit.sbatch", "slurm.log", "slurm_job"
 OF_AN_ATTEMPT = ("rank_*", "stacks_rank_*", RECORD, "notes.json", "launch.log")
 RANK_LOGS = "rank_*.log"
@@ -146,10 +146,10 @@ class RunDir:
         return False
 
     def read_completions(self) -> list[ReportedCompletion]:
-        return list(read_typed_lines(self.path / "completions.jsonl", ReportedCompletion))
+        return list(read_typed_lines(self.path / COMPLETIONS, ReportedCompletion))
 
     def write_completions(self, completions: Sequence[ReportedCompletion]) -> None:
-        write_text(self.path / "completions.jsonl", lines_of(completions, ensure_ascii=False))
+        write_text(self.path / COMPLETIONS, lines_of(completions, ensure_ascii=False))
 
     # Attempts: which is the newest, and what those before it have left.
 

@@ -1,0 +1,30 @@
+"""The JSON schema of a record, made from its dataclasses: `python -m launcher.results.json_schema > FILE`.
+
+`docs/record.schema.json` is what it prints.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+
+from launcher.results.record import SCHEMA_VERSION, Record
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of a record as it is written now."""
+    [reference], definitions = msgspec.json.schema_components([Record], ref_template="#/$defs/{name}")
+    definitions["Record"]["properties"]["schema_version"] = {"const": SCHEMA_VERSION}
+    definitions["Record"]["required"].append("schema_version")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **reference, "$defs": definitions}
+
+
+def text() -> str:
+    """The schema as it is in the documentation."""
+    return json.dumps(schema(), indent=2, sort_keys=True) + "\n"
+
+
+if __name__ == "__main__":
+    print(text(), end="")
