@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from launcher.backends.base import Completion, DeviceMemory, Generation
+from launcher.backends.vllm.heartbeat import heartbeat
 from launcher.backends.vllm.monitor import Watch
 from launcher.backends.vllm.options import arguments, check_extra, environment, pool_bytes, refusal
 from launcher.config.schema import Accelerator, ConfigError
@@ -65,7 +66,7 @@ class VllmBackend:
         check_extra(Path(self.vllm.__path__[0]), self.options.extra)
         self.scratch = tempfile.TemporaryDirectory(prefix=f"launcher_{os.environ.get(MARK, '')[:12]}_")
         before = shared_memory_files()
-        with _temporary_files_in(self.scratch.name, self.on_cpu):
+        with _temporary_files_in(self.scratch.name, self.on_cpu), heartbeat(lambda: progress(0, 1)):
             folder = self._model_folder()
             pool = self._pool_bytes(plan, folder)
             self.llm = self._start(arguments(self.config, folder, self.external, self.on_cpu, pool))

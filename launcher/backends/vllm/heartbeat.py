@@ -1,0 +1,89 @@
+"""Signs of life while vLLM loads: it does so in one call, which says nothing until it is over."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+BEAT_S = 2.0
+READING = 1 << 20  # bytes between two beats
+COMPUTING = 0.2  # cores that are busy between two beats
+COMPUTING_S = 1800.0  # of computing alone: compiling and capturing graphs ends, and who waits for a card spins for ever
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What processes have done since they began: bytes read, by calls and by mapped pages, and seconds of computing."""
+
+    read_bytes: float = 0.0
+    cpu_s: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.read_bytes + other.read_bytes, self.cpu_s + other.cpu_s)
+
+
+class Activity:
+    """Whether processes work, judged by what they have done since the last look."""
+
+    def __init__(self, now: float, done: dict[int, Work]) -> None:
+        self.last_look = self.last_read = now
+        self.before = done
+
+    def look(self, now: float, done: dict[int, Work]) -> bool:
+        """Whether there is life, by the work of each process up to this moment."""
+        work = sum(done.values(), Work())
+        known = sum((self.before[pid] for pid in done if pid in self.before), Work())
+        elapsed, self.last_look, self.before = now - self.last_look, now, done
+        if work.read_bytes - known.read_bytes >= READING:
+            self.last_read = now
+            return True
+        return work.cpu_s - known.cpu_s >= COMPUTING * elapsed and now - self.last_read <= COMPUTING_S
+
+
+@contextlib.contextmanager
+def heartbeat(beat: Callable[[], object]) -> Iterator[None]:
+    """Calls `beat` in here, from another thread, again and again as long as this process or a child of it works."""
+    over = threading.Event()
+    thread = threading.Thread(target=_beat, args=(beat, over), daemon=True, name="heartbeat")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _beat(beat: Callable[[], object], over: threading.Event) -> None:
+    activity = Activity(time.monotonic(), work_of_tree())
+    while not over.wait(BEAT_S):
+        if activity.look(time.monotonic(), work_of_tree()):
+            beat()
+
+
+def work_of_tree() -> dict[int, Work]:
+    """What this process and its children have done, by process id; one that ends meanwhile is left out."""
+    own = psutil.Process()
+    found = {}
+    for process in (own, *own.children(recursive=True)):
+        with contextlib.suppress(psutil.Error, OSError):
+            times = process.cpu_times()
+            found[process.pid] = Work(_read_bytes(process), times.user + times.system)
+    return found
+
+
+def _read_bytes(process: psutil.Process) -> float:
+    """By calls, and by pages of mapped files that came from a disk; only the latter where the former are hidden."""
+    major_faults = int(Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[9])
+    with contextlib.suppress(psutil.AccessDenied):
+        return float(process.io_counters().read_chars + major_faults * mmap.PAGESIZE)
+    return float(major_faults * mmap.PAGESIZE)

@@ -1,0 +1,86 @@
+"""A load of vLLM that takes long is alive as long as it works, and hangs where it does not."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from launcher.backends.vllm import backend as module
+from launcher.backends.vllm import heartbeat
+from launcher.backends.vllm.heartbeat import COMPUTING_S, READING, Activity, Work
+from launcher.config.compose import compose_run
+from shards.machine.world import World
+
+LOOKS = {
+    "reads": ([Work(READING * at, 0.0) for at in range(1, 5)], [True] * 4),
+    "computes": ([Work(0, 0.5 * at) for at in range(1, 5)], [True] * 4),
+    "does nothing": ([Work(100.0 * at, 0.01 * at) for at in range(1, 5)], [False] * 4),
+    "stops": ([Work(READING, 1.0), Work(READING, 1.1), Work(READING, 1.2)], [True, False, False]),
+}
+
+
+@pytest.mark.parametrize(("done", "alive"), LOOKS.values(), ids=LOOKS)
+def test_life_is_work_that_is_done(done: list[Work], alive: list[bool]) -> None:
+    activity = Activity(0.0, {})
+    assert [activity.look(2.0 * at, {7: work}) for at, work in enumerate(done, 1)] == alive
+
+
+def test_computing_alone_is_life_for_a_while_only() -> None:
+    activity = Activity(0.0, {})
+    assert activity.look(COMPUTING_S, {7: Work(0, COMPUTING_S)})
+    assert not activity.look(COMPUTING_S + 1, {7: Work(0, COMPUTING_S + 1)})
+    assert activity.look(COMPUTING_S + 2, {7: Work(READING, COMPUTING_S + 1)})
+    assert activity.look(2 * COMPUTING_S, {7: Work(READING, 2 * COMPUTING_S)})
+
+
+def test_a_process_that_ends_takes_no_work_back() -> None:
+    activity = Activity(0.0, {})
+    assert activity.look(2.0, {7: Work(0, 100.0), 8: Work(0, 1.0)})
+    assert activity.look(4.0, {8: Work(0, 2.0)})
+
+
+class Loaded(Exception):
+    """The fake engine has loaded; what follows is not of interest here."""
+
+
+def reading(path: Path, beats: list[int]) -> None:
+    """As a slow load does: a piece at a time, until somebody has seen it."""
+    while len(beats) < 3:
+        path.read_bytes()
+        time.sleep(0.01)
+
+
+def waiting(path: Path, beats: list[int]) -> None:
+    threading.Event().wait(0.5)
+
+
+@pytest.mark.parametrize(("work", "is_alive"), [(reading, True), (waiting, False)])
+def test_a_slow_load_of_the_engine_beats_while_it_works(
+    work: Callable[[Path, list[int]], None], is_alive: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "weights").write_bytes(bytes(2 * READING))
+    beats: list[int] = []
+
+    def load(arguments: dict[str, object]) -> None:
+        work(tmp_path / "weights", beats)
+        raise Loaded
+
+    monkeypatch.setattr(heartbeat, "BEAT_S", 0.05)
+    monkeypatch.setattr(heartbeat, "COMPUTING", 1000.0)  # this process has threads of its own
+    engine = object.__new__(module.VllmBackend)
+    engine.config = compose_run(["backend=vllm", "devices=1", "accelerator=cpu"])
+    engine.options, engine.on_cpu, engine.external = engine.config.backend, True, False
+    engine.vllm = SimpleNamespace(__path__=[str(tmp_path)])
+    monkeypatch.setattr(engine, "_check_platform", lambda: None)
+    monkeypatch.setattr(module, "check_extra", lambda *_: None)
+    monkeypatch.setattr(engine, "_model_folder", lambda: tmp_path)
+    monkeypatch.setattr(engine, "_start", load)
+    with pytest.raises(Loaded):
+        engine.load(SimpleNamespace(kv_cache_memory_bytes=1), World(), lambda done, total: beats.append(done))
+    assert bool(beats) == is_alive
+    assert "heartbeat" not in [thread.name for thread in threading.enumerate()]
