@@ -6,25 +6,27 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
 
-has_slurm() {
+has_all() {
     local program
-    for program in slurmctld slurmd srun munged ip; do
+    for program in "$@"; do
         command -v "$program" >/dev/null || return 1
     done
 }
 
-# The tests of SLURM need its daemons. Where they cannot be had these tests skip and say so.
-add_slurm() {
-    has_slurm && return
-    [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null || return 0
-    echo "test: installing SLURM for its tests ..." >&2
+# Some tests need programs that pip does not bring: SLURM's daemons, and a browser for pages. Where they cannot be had
+# these tests skip and say so.
+add_packages() {
+    local packages=()
+    has_all slurmctld slurmd srun munged ip || packages+=(slurmctld slurmd slurm-client munge iproute2)
+    has_all chromium chromedriver || packages+=(chromium chromium-driver)
+    [[ ${#packages[@]} -gt 0 && $(id -u) == 0 ]] && command -v apt-get >/dev/null || return 0
+    echo "test: installing ${packages[*]} ..." >&2
     export DEBIAN_FRONTEND=noninteractive
-    local packages=(slurmctld slurmd slurm-client munge iproute2)
     {
         timeout 300 apt-get install -qq -y --no-install-recommends "${packages[@]}" ||
             { timeout 300 apt-get update -qq &&
                 timeout 300 apt-get install -qq -y --no-install-recommends "${packages[@]}"; }
-    } >/dev/null 2>&1 </dev/null || echo "test: SLURM could not be installed" >&2
+    } >/dev/null 2>&1 </dev/null || echo "test: ${packages[*]} could not be installed" >&2
 }
 
 failed=()
@@ -37,10 +39,10 @@ select=()
 if [[ ${1:-} == --fast ]]; then
     select=(-m "not slow and not slurm and not gpu")
 elif [[ $# -gt 0 ]]; then
-    add_slurm
+    add_packages
     exec python -m pytest "$@"
 else
-    add_slurm
+    add_packages
 fi
 part ruff check .
 part ruff format --check .

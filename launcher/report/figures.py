@@ -107,7 +107,7 @@ def line_figure(series: Sequence[Series], x_label: str, y_label: str, log_x: boo
 def bar_figure(groups: Mapping[str, Mapping[str, float]], y_label: str) -> Figure:
     """Bars side by side: by group, and within it by name, for example the quantiles of each run."""
     names = list(dict.fromkeys(name for values in groups.values() for name in values))
-    figure, axes = _figure(rows=len(groups))
+    figure, axes = _figure(rows=len(groups) * max(1, len(names) // 2))
     height = 0.8 / max(len(names), 1)
     for place, (name, colour) in enumerate(zip(names, _colours(len(names)), strict=True)):
         offsets = [row + (place - (len(names) - 1) / 2) * height for row in range(len(groups))]

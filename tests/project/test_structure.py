@@ -59,6 +59,8 @@ LAZY = {
         "launcher.backends.vllm.backend",
         "vllm",
     ): "vLLM reads the environment on import; the backend sets it first",
+    ("launcher.report.__main__", "launcher.report.sections"): "tables need no matplotlib",
+    ("launcher.report.__main__", "launcher.report.figures"): "tables need no matplotlib",
     ("launcher.doctor.importing", "*"): "to import, and to see what comes of it, is what it is for",
 }
 """What is imported inside functions (* by a name that is made there), and why."""

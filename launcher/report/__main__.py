@@ -1,0 +1,113 @@
+"""`python -m launcher.report RUN|FOLDER...`: runs as a page, as figures, or as a table for other programs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.report.page import page
+from launcher.report.rows import csv_text, markdown_text, rows_of
+from launcher.run_dir.run_dir import RunDir, run_dirs_in
+from launcher.system.files import write_text
+from launcher.system.terminal import Parser, run_command
+from launcher.version import __version__
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from collections.abc import Sequence
+
+    from launcher.results.record import Record
+
+FORMATS = ("svg", "png", "pdf")
+
+
+def parse(argv: Sequence[str] | None) -> Namespace:
+    """The command line; ConfigError for what is wrong with it."""
+    parser = Parser(prog="python -m launcher.report", description=(__doc__ or "").partition(": ")[2])
+    parser.add_argument("paths", type=Path, metavar="PATH", nargs="+", help="run directories, or folders of them")
+    parser.add_argument("--html", type=Path, metavar="PAGE", help="write one self-contained page")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="write each figure as files")
+    parser.add_argument("--format", default="svg", metavar="svg,png,pdf", help="formats of --figures (default: svg)")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--csv", action="store_true", help="print a row for each run as CSV")
+    kind.add_argument("--json", action="store_true", help="print the rows as JSON")
+    kind.add_argument("--markdown", action="store_true", help="print the rows as Markdown (the default)")
+    return parser.parse_args(argv)
+
+
+def read_records(paths: Sequence[Path]) -> list[Record]:
+    """The records of all runs below the paths, in order; UserError where there is none."""
+    records = []
+    for path in paths:
+        run_dir = RunDir(path)
+        if not path.is_dir():
+            raise UserError(f"{path} is not a folder.", "the folder of a run, or of several: runs")
+        for one in [run_dir] if run_dir.has_record() else run_dirs_in(path):
+            record = one.read_record()
+            if record is None:
+                print(f"note: {one} has no record yet, and is left out", file=sys.stderr)
+            else:
+                records.append(record)
+    if not records:
+        raise UserError(f"No run with a record is in {', '.join(map(str, paths))}.", "python -m launcher, then again")
+    return records
+
+
+def write_page(records: Sequence[Record], page_path: Path | None, folder: Path | None, formats: Sequence[str]) -> None:
+    """The page, the figures as files, or both; UserError where matplotlib is not installed."""
+    try:
+        sections = importlib.import_module("launcher.report.sections")
+    except ModuleNotFoundError as error:
+        raise UserError(f"Figures need {error.name}, which is not installed.", 'pip install -e ".[report]"') from None
+    figures = importlib.import_module("launcher.report.figures")
+    report = sections.Report(records)
+    parts = report.sections()
+    if page_path is not None:
+        summary = f"{len(records)} runs, {sum(record.status == 'ok' for record in records)} of them ok."
+        footer = f"launcher {__version__}, {time.strftime('%Y-%m-%d %H:%M')}"
+        write_text(page_path, page(f"Runs of {records[0].model}", summary, parts, footer))
+        print(f"wrote {page_path}", file=sys.stderr)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in report.figures:
+            for suffix in formats:
+                figures.save(figure, folder / f"{name}.{suffix}")
+        print(f"wrote {len(report.figures)} figures to {folder}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0, or 2 with one line on stderr for what the user can mend."""
+    try:
+        arguments = parse(argv)
+        formats = arguments.format.split(",")
+        if unknown := [name for name in formats if name not in FORMATS]:
+            raise UserError(f"--format={unknown[0]} is not known.", f"--format={','.join(FORMATS)}")
+        records = read_records(arguments.paths)
+        if arguments.html or arguments.figures:
+            write_page(records, arguments.html, arguments.figures, formats)
+    except OSError as error:
+        print(
+            UserError(f"Cannot write {error.filename}: {error.strerror}.", "a path that can be written"),
+            file=sys.stderr,
+        )
+        return 2
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    rows = rows_of(records)
+    if arguments.csv:
+        print(csv_text(rows), end="")
+    elif arguments.json:
+        print(json.dumps(rows, indent=1))
+    elif arguments.markdown or not (arguments.html or arguments.figures):
+        print(markdown_text(rows), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

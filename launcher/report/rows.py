@@ -1,0 +1,148 @@
+"""Runs as flat rows, one a run, every swept key a column: for CSV, JSON, Markdown and the page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from typing import TYPE_CHECKING, Any
+
+from launcher.system.files import write_text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from launcher.results.measured import Quantiles, Spread
+    from launcher.results.record import Record
+
+Row = dict[str, Any]
+
+NOT_SWEPT = {"run_dir", "output_dir", "resume", "model.config"}
+"""Keys of a configuration that differ between runs without being what a sweep is over."""
+
+CSV, JSON = "sweep.csv", "sweep.json"
+
+
+def rows_of(records: Sequence[Record]) -> list[Row]:
+    """A row for each record. A figure that was not measured is None; columns are the same in all rows."""
+    swept = swept_keys(records)
+    return [_row(record, swept) for record in records]
+
+
+def swept_keys(records: Sequence[Record]) -> tuple[str, ...]:
+    """The keys, dotted, whose values differ between the configurations of the runs."""
+    flat = [flat_values(record.config) for record in records]
+    keys = dict.fromkeys(key for values in flat for key in values)
+    differing = [key for key in keys if len({json.dumps(values.get(key)) for values in flat}) > 1]
+    names = {key.removesuffix(".name") for key in differing if key.endswith(".name")}
+    # What only follows from another choice of a group (backend=vllm has other options) is not swept by itself.
+    return tuple(key for key in differing if _group(key) not in names or key.endswith(".name"))
+
+
+def flat_values(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a nested configuration by dotted keys."""
+    values: dict[str, Any] = {}
+    for key, value in config.items():
+        name = prefix + key
+        if name in NOT_SWEPT:
+            continue
+        if isinstance(value, dict):
+            values |= flat_values(value, f"{name}.")
+        else:
+            values[name] = value
+    return values
+
+
+def label_of(record: Record, swept: Sequence[str]) -> str:
+    """A short name of a run among others: the values of the swept keys, else engine, model and devices."""
+    values = flat_values(record.config)
+    parts = [f"{key.removesuffix('.name').rpartition('.')[2]}={values.get(key)}" for key in swept]
+    return " ".join(parts) or f"{record.backend} {record.model} x{record.num_devices}"
+
+
+def csv_text(rows: Sequence[Row]) -> str:
+    """The rows as CSV with a heading; a figure that was not measured is empty."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def markdown_text(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table of the columns that have any value."""
+    columns = [key for key in (rows[0] if rows else {}) if any(row[key] is not None for row in rows)]
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    for row in rows:
+        cells = ["" if row[key] is None else _cell(row[key]) for key in columns]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_rows(folder: Path, rows: Sequence[Row]) -> None:
+    """`sweep.csv` and `sweep.json` in a folder."""
+    write_text(folder / CSV, csv_text(rows))
+    write_text(folder / JSON, json.dumps(rows, indent=1) + "\n")
+
+
+def _group(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _row(record: Record, swept: Sequence[str]) -> Row:
+    values = flat_values(record.config)
+    metrics, totals, ceiling, mbu = record.metrics, record.totals, record.ceiling, record.mbu
+    row: Row = {key: _plain(values.get(key)) for key in swept}
+    row |= {
+        "status": record.status,
+        "backend": record.backend,
+        "model": record.model,
+        "precision": record.precision,
+        "num_devices": record.num_devices,
+        "num_nodes": record.num_nodes,
+        "batch_size": record.batch_size,
+        "prompts": totals and totals.prompts,
+        "prompt_tokens": totals and totals.prompt_tokens,
+        "new_tokens": totals and totals.new_tokens,
+        "repeats": totals and totals.repeats,
+        **_spread("new_tokens_per_s", metrics.new_tokens_per_s if metrics else None),
+        "new_tokens_per_s_per_device": metrics and metrics.new_tokens_per_s_per_device.median,
+        "prefill_tokens_per_s": metrics and metrics.prefill_tokens_per_s.median,
+        "decode_tokens_per_s": metrics and metrics.decode_tokens_per_s.median,
+        **_quantiles("ttft_s", metrics.ttft_s if metrics else None),
+        **_quantiles("itl_s", metrics.itl_s if metrics else None),
+        "load_s": record.load_s,
+        "ceiling_tokens_per_s": ceiling and ceiling.tokens_per_s,
+        "ceiling_share": ceiling and ceiling.share,
+        "ceiling_bound": ceiling and ceiling.bound,
+        "mbu": mbu and mbu.share,
+    }
+    for name in ("parameter_bytes", "kv_cache_bytes", "kv_cache_reserved_bytes", "peak_allocated_bytes"):
+        known = [getattr(device, name) for device in record.devices if getattr(device, name) is not None]
+        row[f"{name}_most"] = max(known, default=None)
+    row["started_at"] = record.started_at
+    row["run_dir"] = record.run_dir
+    row["error"] = record.error.message if record.error else None
+    return row
+
+
+def _plain(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, list | dict) else value
+
+
+def _spread(name: str, spread: Spread | None) -> Row:
+    if spread is None:
+        return dict.fromkeys((name, f"{name}_min", f"{name}_max"))
+    return {name: spread.median, f"{name}_min": spread.min, f"{name}_max": spread.max}
+
+
+def _quantiles(name: str, quantiles: Quantiles | None) -> Row:
+    parts = ("p50", "p90", "p99")
+    return {f"{name}_{part}": getattr(quantiles, part) if quantiles else None for part in parts}
