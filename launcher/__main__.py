@@ -10,7 +10,9 @@ if __name__ == "__main__":  # before what takes long to import
 import importlib
 import json
 import os
+import shlex
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,10 +33,12 @@ from launcher.launch.sweep import points_of, run_points
 from launcher.prepare.prepare import check_node, prepare
 from launcher.report import tables as report
 from launcher.report.comparison_table import show as show_comparison
+from launcher.report.rows import CSV, rows_of, write_rows
 from launcher.results.comparison import alike
 from launcher.run_dir.finished import read_finished
 from launcher.run_dir.run import describe
 from launcher.run_dir.run_dir import RunDir
+from launcher.system.files import make_folder
 from launcher.system.terminal import run_command
 from shards.errors import UserError, WorldError
 from shards.machine.world import World
@@ -144,8 +148,20 @@ def _sweep(arguments: Arguments, world: World) -> int:
     varied = [[item for item in point.overrides if item not in common] or point.overrides for point in points]
     report.show_sweep(records, varied, report.console())
     _show_parity(records)
+    _keep_sweep(records, Path(points[0].config.output_dir))
     print(report.sweep_line(records), flush=True)
     return exit_code(records)
+
+
+def _keep_sweep(records: Sequence[Record], output_dir: Path) -> None:
+    """Write the rows of the sweep into a folder of its own, and name the command that makes a page of them."""
+    try:
+        folder = make_folder(output_dir, f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_sweep")
+        write_rows(folder, rows_of(records))
+    except (OSError, UserError) as error:
+        print(f"note: the rows of the sweep were not written: {error}", file=sys.stderr)
+        return
+    print(f"rows: {folder / CSV}   a page: python -m launcher.report {shlex.quote(str(folder))} --html page.html")
 
 
 def _show_parity(records: Sequence[Record]) -> None:

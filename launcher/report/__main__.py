@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.report.page import page
-from launcher.report.rows import csv_text, markdown_text, rows_of
+from launcher.report.rows import JSON, csv_text, markdown_text, rows_of
 from launcher.run_dir.run_dir import RunDir, run_dirs_in
-from launcher.system.files import write_text
+from launcher.system.files import read_json, write_text
 from launcher.system.terminal import Parser, run_command
 from launcher.version import __version__
 from shards.errors import UserError
@@ -29,7 +29,7 @@ FORMATS = ("svg", "png", "pdf")
 def parse(argv: Sequence[str] | None) -> Namespace:
     """The command line; ConfigError for what is wrong with it."""
     parser = Parser(prog="python -m launcher.report", description=(__doc__ or "").partition(": ")[2])
-    parser.add_argument("paths", type=Path, metavar="PATH", nargs="+", help="run directories, or folders of them")
+    parser.add_argument("paths", type=Path, metavar="PATH", nargs="+", help="runs, sweeps, or folders of runs")
     parser.add_argument("--html", type=Path, metavar="PAGE", help="write one self-contained page")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="write each figure as files")
     parser.add_argument("--format", default="svg", metavar="svg,png,pdf", help="formats of --figures (default: svg)")
@@ -44,10 +44,9 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
     """The records of all runs below the paths, in order; UserError where there is none."""
     records = []
     for path in paths:
-        run_dir = RunDir(path)
         if not path.is_dir():
-            raise UserError(f"{path} is not a folder.", "the folder of a run, or of several: runs")
-        for one in [run_dir] if run_dir.has_record() else run_dirs_in(path):
+            raise UserError(f"{path} is not a folder.", "the folder of a run, of a sweep, or of several runs: runs")
+        for one in runs_in(path):
             record = one.read_record()
             if record is None:
                 print(f"note: {one} has no record yet, and is left out", file=sys.stderr)
@@ -56,6 +55,16 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
     if not records:
         raise UserError(f"No run with a record is in {', '.join(map(str, paths))}.", "python -m launcher, then again")
     return records
+
+
+def runs_in(path: Path) -> list[RunDir]:
+    """The run in a folder, those of the sweep that it is of, or those of its folders."""
+    if RunDir(path).has_record():
+        return [RunDir(path)]
+    if (path / JSON).is_file():
+        rows = read_json(path / JSON)
+        return [RunDir(Path(row["run_dir"])) for row in rows if row["run_dir"] is not None]
+    return run_dirs_in(path)
 
 
 def write_page(records: Sequence[Record], page_path: Path | None, folder: Path | None, formats: Sequence[str]) -> None:

@@ -53,14 +53,18 @@ def test_rows_have_every_swept_key_and_the_same_figures_in_each_form(runs: Path)
     assert [float(row["new_tokens_per_s"]) for row in read] == [row["new_tokens_per_s"] for row in rows]
     code, out, _ = report(runs)
     assert (code, out) == (0, markdown_text(rows))
+    (sweep,) = runs.glob("*_sweep")
+    assert json.loads((sweep / "sweep.json").read_text()) == rows
+    assert list(csv.DictReader((sweep / "sweep.csv").open())) == read
+    code, out, _ = report(sweep, "--json")
+    assert (code, json.loads(out)) == (0, rows)
 
 
 def test_the_page_in_a_browser(runs: Path, tmp_path: Path) -> None:
     if reason := missing():
         pytest.skip(reason)
-    code, out, err = report(
-        runs, "--html", tmp_path / "page.html", "--figures", tmp_path / "figures", "--format=svg,png"
-    )
+    figures = tmp_path / "figures"
+    code, out, err = report(runs, "--html", tmp_path / "page.html", "--figures", figures, "--format=svg,png")
     assert (code, out) == (0, "")
     assert "wrote 6 figures" in err
     assert sorted(path.stem for path in figures.glob("*.png")) == [
