@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import queue
 import threading
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Buffer:
@@ -15,14 +19,16 @@ class Buffer:
         self.memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
         self._copied: torch.cuda.Event | None = None
 
-    def copy(self, block: torch.Tensor, out: torch.Tensor) -> None:
-        if out.device.type != "cuda":
-            out.copy_(block)
+    def copy(self, stored: torch.Tensor, cut: Callable[[torch.Tensor], torch.Tensor], out: torch.Tensor) -> None:
+        """Give `out` what `cut` takes of elements that lie in this buffer.
+
+        A card is sent all of them and cuts there: what is cut here is no longer one piece of pinned memory, and its
+        copy would go through a piece of pageable memory and hold up the thread that reads.
+        """
+        if out.device.type == "cpu":
+            out.copy_(cut(stored))
             return
-        if not block.is_contiguous():
-            out.copy_(block.contiguous())
-            return
-        out.copy_(block.to(out.device, non_blocking=True))
+        out.copy_(cut(send(stored, out.device)))
         self._copied = torch.cuda.Event()
         self._copied.record(torch.cuda.current_stream(out.device))
 
@@ -30,6 +36,11 @@ class Buffer:
         if self._copied is not None:
             self._copied.synchronize()
             self._copied = None
+
+
+def send(stored: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on a card; from pinned memory without waiting for it."""
+    return stored.to(device, non_blocking=True)
 
 
 class Ring:

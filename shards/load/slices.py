@@ -184,7 +184,7 @@ def _read_through(files: OpenFiles, ring: Ring, piece: _Piece) -> None:
     try:
         raw = buffer.memory[: piece.nbytes]
         files.fill(piece.entry, piece.offset, _bytes_of(raw))
-        buffer.copy(piece.cut(raw.view(TORCH_DTYPES[piece.entry.dtype]).view(piece.shape)), piece.out)
+        buffer.copy(raw.view(TORCH_DTYPES[piece.entry.dtype]).view(piece.shape), piece.cut, piece.out)
     finally:
         ring.give_back(buffer)
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.tensor.debug
 from running import ROOT
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -26,12 +27,12 @@ from launcher.backends.memory import host_anonymous_bytes
 from shards.checkpoint.checkpoint import Checkpoint
 from shards.checkpoint.open_files import OpenFiles
 from shards.errors import CheckpointError
-from shards.load import load, slices
+from shards.load import load, ring, slices
 from shards.load.blocks import local_block, local_bytes
 from shards.load.load import load_weights
 from shards.load.meta import build_meta
 from shards.load.random_weights import fill_random
-from shards.load.slices import Target, read_targets
+from shards.load.slices import PIECE_BYTES, Target, read_targets
 from shards.load.torch_files import read_torch_file
 from shards.parallel.fully_shard import decoder_layers, fully_shard_model
 
@@ -360,6 +361,37 @@ class Wide(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(4096, 2048), requires_grad=False)
+
+
+class Recorded:
+    """As torch.cuda.Event, on a machine without cards."""
+
+    def record(self, stream: object) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+def test_a_card_is_sent_whole_pieces_of_the_buffers_and_cuts_them_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = torch.ones(4000, 1024)
+    save_file({"wide": wide}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+    sent: list[torch.Tensor] = []
+
+    def send(stored: torch.Tensor, device: torch.device) -> torch.Tensor:
+        sent.append(stored)
+        return stored.to(device)
+
+    monkeypatch.setattr(ring, "send", send)
+    monkeypatch.setattr(torch.cuda, "Event", Recorded)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    out = torch.empty(4000, 512, device="meta")  # a device that is not the CPU, and that every machine has
+    with OpenFiles(checkpoint) as files:
+        assert read_targets(files, [Target(checkpoint.tensors["wide"], (0, 512), out)]) == wide.nbytes
+    assert sum(piece.nbytes for piece in sent) == wide.nbytes
+    for piece in sent:
+        assert piece.is_contiguous()
+        assert piece.untyped_storage().nbytes() == PIECE_BYTES  # it lies in the buffer itself, which would be pinned
 
 
 def saved_wide(path: Path, padding: int) -> torch.Tensor:
