@@ -221,10 +221,11 @@ def _join(config: RunConfig, world: World, command: tuple[str, ...]) -> int:
             f"and {world.launcher} started {world.world_size}.",
             f"leave devices and num_nodes out, or devices={world.local_world_size} num_nodes={world.num_nodes}",
         )
-    if config.backend.name == "transformers" and world.world_size > 1:
+    if not config.backend.joins_ranks and world.world_size > 1:
+        name = config.backend.name
         raise WorldError(
-            f"backend=transformers runs in one process, and {world.launcher} started {world.world_size}.",
-            "python -m launcher backend=transformers, or backend=fsdp",
+            f"backend={name} runs in one process, and {world.launcher} started {world.world_size}.",
+            f"python -m launcher backend={name}",
         )
     if config.measure.find_batch_size:
         raise ConfigError(f"measure.find_batch_size=true starts ranks itself, and {world.launcher} has.", "without it")

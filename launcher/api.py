@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.config.compose import compose_run
+from launcher.config.engines import NO_PLAN, planned_engines
 from launcher.launch.run import run
 from launcher.launch.sweep import points_of, run_points
 from launcher.prepare.prepare import prepare
 from launcher.run_dir.run_dir import RECORD, RunDir
-from shards.errors import UserError
+from shards.errors import PlanError, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,9 +37,12 @@ def compose(*overrides: str, config_dirs: Sequence[str] = ()) -> RunConfig:
 def make_plan(config: RunConfig) -> Plan:
     """The memory of each device and the ceiling of speed, before anything is started; needs neither weights nor GPUs.
 
-    PlanError, a UserError, where the model cannot be cut so or does not fit.
+    PlanError, a UserError, where the model cannot be cut so or does not fit, or the memory of the engine is not known.
     """
-    return prepare(replace(config, dry_run=True), ()).plan
+    plan = prepare(replace(config, dry_run=True), ()).plan
+    if plan is None:
+        raise PlanError(f"backend={config.backend.name} has {NO_PLAN}.", f"one of {', '.join(planned_engines())}")
+    return plan
 
 
 def sweep(*overrides: str, config_dirs: Sequence[str] = ()) -> list[Record]:

@@ -2,7 +2,7 @@
 
     model=NAME            of conf/model, or a folder with a config.json
     machines=NxDEVICE,..  or devices=1,2,4,8 with device=a6000
-    backend=..,..         fsdp deepspeed tensor_parallel vllm transformers; all of them if left out
+    backend=..,..         engines by name; if left out all that have weights
     link=NAME             between the devices; if left out, the usual one of the device, and none between nodes
                           With neither machines nor device: this machine, with what launcher.probe measured on it.
     quantization=..,..    none fp8 fp8_channel fp8_block int8 nf4 nf4_dq int4_g128, a row each; if left out, what the
@@ -33,14 +33,17 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from launcher.config.engines import NO_PLAN, engines, load_engine, names
 from launcher.config.presets import conf_dir, options
-from launcher.config.schema import BACKENDS, ConfigError, Precision
+from launcher.config.schema import ConfigError, Precision
 from launcher.models import EMBEDDED
+from launcher.prepare.planning import default_planners
 from launcher.prepare.shapes import built_of, config_of
 from launcher.report.plan_table import Row, as_json, markdown, show, show_modules
 from launcher.system.terminal import run_command
 from shards.errors import PlanError, UserError
-from shards.machine.hardware import Device, Link, cuda_devices, known_device, known_link, usual_link
+from shards.machine.cards import cuda_devices
+from shards.machine.hardware import Device, Link, known_device, known_link, usual_link
 from shards.machine.rates import this_machine
 from shards.model.quantization import known_quantization
 from shards.model.quantized_checkpoint import from_config
@@ -53,7 +56,6 @@ if TYPE_CHECKING:
     from shards.model.quantization import Quantization
     from shards.model.shape import ModelShape
 
-ENGINES = tuple(name for name in BACKENDS if name != "dummy")
 COUNTS = {"num_nodes": 1, "batch_size": 1, "prompt_tokens": 512, "max_new_tokens": 128}
 KEYS = ("model", "machines", "devices", "device", "backend", "link", "precision", "quantization", *COUNTS)
 FLAGS = ("--markdown", "--json", "--modules")
@@ -132,16 +134,19 @@ def quantizations(values: dict[str, str], config: dict[str, Any]) -> list[Quanti
 
 def plans(shape: ModelShape, values: dict[str, str], kinds: Sequence[Quantization | None]) -> list[Row]:
     """One row for every machine, engine and quantization."""
-    names = values.get("backend", ",".join(ENGINES)).split(",")
-    if unknown := set(names) - set(ENGINES):
-        raise ConfigError(f"backend={','.join(sorted(unknown))} cannot be planned.", f"backend={','.join(ENGINES)}")
+    known = {name: load_engine(name) for name in chosen(values)}
     width = _dtype_bytes(values)
     rows = []
     for machine, device, link, number in machines(values):
-        for name, quantization in product(names, kinds):
+        for (name, kind), quantization in product(known.items(), kinds):
+            shown = "" if kinds == [None] and "quantization" not in values else _name(quantization)
+            if kind.planner_class is None:
+                rows.append(Row(machine, name, "", shown, problem=NO_PLAN))
+                continue
             request = PlanRequest(
                 shape=shape,
-                engine=name,
+                engine=kind.planner_class(),
+                alternatives=default_planners(),
                 devices=number,
                 device=device,
                 link=link,
@@ -152,9 +157,18 @@ def plans(shape: ModelShape, values: dict[str, str], kinds: Sequence[Quantizatio
                 prompt_tokens=_asked(values, "prompt_tokens"),
                 max_new_tokens=_asked(values, "max_new_tokens"),
             )
-            shown = "" if kinds == [None] and "quantization" not in values else _name(quantization)
             rows.append(_row(machine, shown, request, "machines" in values))
     return rows
+
+
+def chosen(values: dict[str, str]) -> list[str]:
+    """The engines that were asked for; ConfigError for a name that is none."""
+    with_weights = [name for name, kind in engines().items() if kind.needs_weights]
+    asked = values["backend"].split(",") if "backend" in values else with_weights
+    if unknown := set(asked) - set(names()):
+        hint = f"backend={','.join(with_weights)}"
+        raise ConfigError(f"backend={','.join(sorted(unknown))} cannot be planned.", hint)
+    return asked
 
 
 def _name(quantization: Quantization | None) -> str:
@@ -171,8 +185,8 @@ def _row(machine: str, quantization: str, request: PlanRequest, is_named: bool) 
         problem = str(error).replace("measure.batch_size=", "batch_size=")
         if is_named:
             problem = re.sub(r"\bdevices=(\d+)", rf"machines=\1x{machine.partition('x')[2]}", problem)
-        return Row(machine, request.engine, link, quantization, problem=problem)
-    return Row(machine, request.engine, link, quantization, plan, full)
+        return Row(machine, request.engine.name, link, quantization, problem=problem)
+    return Row(machine, request.engine.name, link, quantization, plan, full)
 
 
 def machines(values: dict[str, str]) -> list[tuple[str, Device, Link | None, int]]:

@@ -26,7 +26,7 @@ from launcher.launch.local import rank_environment, worker_command
 from launcher.system import processes
 from launcher.system.terminal import run_command
 from shards.errors import UserError, WorldError
-from shards.machine.hardware import cuda_devices
+from shards.machine.cards import cuda_devices
 from shards.machine.orphans import before_exec
 from shards.machine.rates import Measured, save
 

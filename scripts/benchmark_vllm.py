@@ -28,7 +28,7 @@ from launcher.config.schema import SamplingConfig  # noqa: E402
 from launcher.models import EMBEDDED  # noqa: E402
 from launcher.prepare.planning import plan_of  # noqa: E402
 from launcher.prompts.prompts import synthetic_prompts  # noqa: E402
-from shards.machine.hardware import cuda_devices  # noqa: E402
+from shards.machine.cards import cuda_devices  # noqa: E402
 from shards.machine.world import World  # noqa: E402
 
 if TYPE_CHECKING:

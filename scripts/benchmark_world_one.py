@@ -11,8 +11,9 @@ import os
 import statistics
 import time
 
-from launcher.backends.base import Prompt, backend_class
+from launcher.backends.base import Prompt
 from launcher.config.compose import compose_run
+from launcher.config.engines import resolve
 from launcher.config.schema import SamplingConfig
 from launcher.models import EMBEDDED
 from launcher.prepare.planning import plan_of
@@ -50,7 +51,7 @@ def loaded(name: str, model: str, prompts: list[Prompt]):
     config.model.path = str(EMBEDDED / model)
     shape = json.loads((EMBEDDED / model / "config.json").read_text())
     plan = plan_of(config, shape, Checkpoint.open(EMBEDDED / model).tensors, prompts, on_cuda=False)
-    engine = backend_class(name)(config)
+    engine = resolve(config.backend.implementation)(config)
     engine.load(plan, World.from_env(os.environ), lambda done, total: None)
     return engine
 

@@ -1,1 +1,1 @@
-"""One engine a file. Nothing is imported here: `launcher.backends.base.REGISTRY` names them as strings."""
+"""One engine a folder or file, named in `launcher.config.engines`; what several of them share is beside them."""

@@ -1,8 +1,7 @@
-"""What a run asks of an engine, and which engines there are."""
+"""The protocol of an engine in its rank: prompts in, completions and memory out."""
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -12,15 +11,6 @@ if TYPE_CHECKING:
     from launcher.config.schema import RunConfig, SamplingConfig
     from shards.machine.world import World
     from shards.plan.plan import Plan
-
-REGISTRY: dict[str, str] = {
-    "dummy": "launcher.backends.dummy:DummyBackend",
-    "fsdp": "launcher.backends.fsdp:FsdpBackend",
-    "deepspeed": "launcher.backends.deepspeed.backend:DeepSpeedBackend",
-    "tensor_parallel": "launcher.backends.tensor_parallel:TensorParallelBackend",
-    "vllm": "launcher.backends.vllm.backend:VllmBackend",
-    "transformers": "launcher.backends.transformers:TransformersBackend",
-}
 
 FinishReason = Literal["stop", "length"]
 
@@ -85,13 +75,15 @@ class DeviceMemory:
 
 
 class Backend(Protocol):
-    """An engine, made in the process that will use it. How it runs (one process a device, data parallel, batches) its
-    dataclass in `launcher.config.schema` says."""
+    """An engine, made in the process that will use it. Its subclass of `launcher.config.schema.BackendConfig` says how
+    it runs (one process a device, data parallel, batches)."""
 
     def __init__(self, config: RunConfig) -> None: ...
 
-    def load(self, plan: Plan, world: World, progress: Callable[[int, int], None]) -> None:
-        """Put this rank's part of the model on its device; `progress(done_bytes, total_bytes)` as it comes."""
+    def load(self, plan: Plan | None, world: World, progress: Callable[[int, int], None]) -> None:
+        """Put this rank's part of the model on its device; `progress(done_bytes, total_bytes)` as it comes.
+
+        There is a plan where the engine has a planner."""
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: Callable[[int], None]
@@ -109,10 +101,3 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Give back what the process holds outside itself (workers, shared memory, process groups)."""
-
-
-def backend_class(name: str) -> type[Backend]:
-    """The class of a registered engine; imports the engine's packages, here and nowhere else."""
-    module, _, attribute = REGISTRY[name].partition(":")
-    loaded: type[Backend] = getattr(importlib.import_module(module), attribute)
-    return loaded

@@ -4,19 +4,41 @@ from __future__ import annotations
 
 import itertools
 import time
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from launcher.backends.base import Completion, DeviceMemory, Generation
+from launcher.config.options import NOT_NEGATIVE, SECONDS, choice, number
+from launcher.config.schema import BackendConfig
+from shards.engines.dummy import DummyPlanner
+from shards.plan.request import EnginePlanner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from launcher.backends.base import Prompt
-    from launcher.config.schema import DummyConfig, RunConfig, SamplingConfig
+    from launcher.config.schema import RunConfig, SamplingConfig
     from shards.machine.world import World
     from shards.plan.plan import Plan
 
 VOCAB_SIZE = 256  # ids stay within any real vocabulary
+
+
+@dataclass
+class DummyConfig(BackendConfig):
+    """For trying configurations, launchers and reports."""
+
+    implementation: ClassVar[str] = "launcher.backends.dummy:DummyBackend"
+    planner_class: ClassVar[type[EnginePlanner] | None] = DummyPlanner
+    data_parallel: ClassVar[bool] = True
+    needs_device: ClassVar[bool] = False
+    needs_weights: ClassVar[bool] = False
+
+    name: str = "dummy"
+    step_s: float = number(0.0, SECONDS)  # time that a decode step takes
+    fail_at: str = choice("", "load", "generate", "hang")  # hang: the last rank never returns from generate
+    fail_after: int = number(0, NOT_NEGATIVE)  # calls of generate that go well before
+    memory_batch: int | None = number(None, NOT_NEGATIVE)  # the largest batch for which its memory is enough
 
 
 class OutOfMemoryError(RuntimeError):
@@ -31,7 +53,7 @@ class DummyBackend:
         self.world: World | None = None
         self.calls = 0
 
-    def load(self, plan: Plan, world: World, progress: Callable[[int, int], None]) -> None:
+    def load(self, plan: Plan | None, world: World, progress: Callable[[int, int], None]) -> None:
         self.world = world
         progress(1, 1)
         self._maybe_fail("load")

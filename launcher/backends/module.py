@@ -48,15 +48,16 @@ class ModuleBackend(ABC):
         self.dtype = getattr(torch, config.precision.value)
 
     @abstractmethod
-    def place(self, plan: Plan, world: World, progress: Progress) -> torch.nn.Module:
+    def place(self, plan: Plan | None, world: World, progress: Progress) -> torch.nn.Module:
         """The model with this rank's part of its weights on `self.device`."""
 
-    def load(self, plan: Plan, world: World, progress: Progress) -> None:
+    def load(self, plan: Plan | None, world: World, progress: Progress) -> None:
         self.world = world
         self.device = device_of(world, self.config.accelerator.value)
         connect(world, self.device)
         self.model = self.place(plan, world, progress)
-        self._check_share(plan)
+        if plan is not None:
+            self._check_share(plan)
         votes = self.config.backend.data_parallel
         self.decoder = Decoder(
             self.model, eos_token_ids(self.model), self.device, self.config.seed, any_rank if votes else bool

@@ -1,59 +1,33 @@
-"""Which values a run can have: the bounds of every number of its configuration, and what does not go together."""
+"""The values that a run can have: bounds of every number of its configuration, and options that exclude each other."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from launcher.config.options import (
+    ANY,
+    BOUND,
+    CHOICES,
+    COUNT,
+    MOST_PROMPTS,
+    MOST_SECONDS,
+    MOST_TIMES,
+    MOST_TOKENS,
+    NOT_NEGATIVE,
+    SECONDS,
+    SHARE,
+    TOKENS,
+    Bounds,
+)
 from launcher.config.schema import ConfigError
 from shards.plan.request import MOST_DEVICES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from launcher.config.schema import PromptsConfig, RunConfig
+    from launcher.config.schema import BackendConfig, PromptsConfig, RunConfig
 
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """Of a finite number: from `least`, which `is_open` leaves out, to `most`."""
-
-    least: int
-    most: int | None = None
-    is_open: bool = False
-
-    def has(self, value: float) -> bool:
-        """Whether a value is within them."""
-        is_enough = value > self.least if self.is_open else value >= self.least
-        return math.isfinite(value) and is_enough and (self.most is None or value <= self.most)
-
-    def nearest(self, value: float) -> int:
-        """A value within them, for one that is not."""
-        if self.most is not None and value > self.most:
-            return self.most
-        return self.least + 1 if self.is_open else self.least
-
-    def beside(self, value: float) -> str:
-        """The bounds in words, for a value that is not within them; one that is there for safety where it is passed."""
-        most = self.most if self.most is not None and (self.most < MOST_TIMES or value > self.most) else None
-        if self.is_open:
-            return f"above {self.least}" + ("" if most is None else f" and at most {most}")
-        return f"of {self.least} or more" if most is None else f"from {self.least} to {most}"
-
-
-MOST = 2**31 - 1
-MOST_BYTES = 2**50
-MOST_SECONDS = 10**9
-MOST_TOKENS = 10**7
-"""Of the prompts of a set together: random ids are drawn in three seconds, and take 400 MB."""
-
-MOST_PROMPTS = 10**5
-MOST_TIMES = 10**5
-
-COUNT, NOT_NEGATIVE, SHARE = Bounds(1, MOST), Bounds(0, MOST), Bounds(0, 1, is_open=True)
-SECONDS, TOKENS = Bounds(0, MOST_SECONDS), Bounds(1, MOST_TOKENS)
 
 BOUNDS: dict[str, Bounds] = {
     "devices": Bounds(1, MOST_DEVICES),
@@ -77,36 +51,19 @@ BOUNDS: dict[str, Bounds] = {
     "cluster.signal_s": Bounds(0, 65535),  # as sbatch takes it
     "cluster.max_requeues": NOT_NEGATIVE,
     "cluster.array_limit": COUNT,
-    "backend.step_s": SECONDS,
-    "backend.fail_after": NOT_NEGATIVE,
-    "backend.memory_batch": NOT_NEGATIVE,
-    "backend.max_out_tokens": COUNT,
-    "backend.gpu_memory_utilization": SHARE,
-    "backend.kv_cache_memory_bytes": Bounds(1, MOST_BYTES),
-    "backend.max_num_seqs": COUNT,
-    "backend.max_model_len": COUNT,
 }
-"""The bounds of each number by its key, whichever engine has it; a key that may be null is checked where it is not."""
-
-
-CHOICES = {
-    "device_map": ("auto", "balanced", "balanced_low_0", "sequential"),
-    "fail_at": ("", "load", "generate", "hang"),
-}
-"""The texts that an option of an engine can be."""
+"""The bounds of each number by its key; those of an engine's options are said with the options. A key that may be null
+is checked where it is not."""
 
 
 def check(config: RunConfig) -> None:
     """Raise ConfigError for a value that no run can have."""
-    for name, choices in CHOICES.items():
-        if (value := getattr(config.backend, name, choices[0])) not in choices:
-            known = [choice for choice in choices if choice]
-            raise ConfigError(f"backend.{name}={value} is not one of {', '.join(known)}.", f"backend.{name}={known[0]}")
+    bounds = BOUNDS | _check_backend(config.backend)
     for key, value in numbers(config):
-        bounds = BOUNDS[key]
-        if not bounds.has(value):
+        limits = bounds.get(key, ANY)
+        if not limits.has(value):
             raise ConfigError(
-                f"{key}={value} is not a number {bounds.beside(value)}.", f"{key}={bounds.nearest(value)}"
+                f"{key}={value} is not a number {limits.beside(value)}.", f"{key}={limits.nearest(value)}"
             )
     if (size := config.devices * config.num_nodes) > MOST_DEVICES:
         hint = f"devices={MOST_DEVICES // config.num_nodes}"
@@ -117,6 +74,19 @@ def check(config: RunConfig) -> None:
     if config.measure.find_batch_size and config.launch.name != "local":
         raise ConfigError("measure.find_batch_size needs launch=local: each try waits for the last.", "launch=local")
     _check_prompts(config.prompts)
+
+
+def _check_backend(backend: BackendConfig) -> dict[str, Bounds]:
+    """The bounds of the engine's own numbers; ConfigError for a text that is none of its option's choices."""
+    bounds = {}
+    for item in dataclasses.fields(backend):
+        key, choices = f"backend.{item.name}", item.metadata.get(CHOICES)
+        if BOUND in item.metadata:
+            bounds[key] = item.metadata[BOUND]
+        if choices and (value := getattr(backend, item.name)) not in choices:
+            known = [choice for choice in choices if choice]
+            raise ConfigError(f"{key}={value} is not one of {', '.join(known)}.", f"{key}={known[0]}")
+    return bounds
 
 
 def _check_prompts(wanted: PromptsConfig) -> None:

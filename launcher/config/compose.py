@@ -11,11 +11,12 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from launcher.config.bounds import check
+from launcher.config.engines import brought, engines
 from launcher.config.keys import engine_of, strays, unknown_key
 from launcher.config.messages import UNREADABLE, in_file, in_one_line
 from launcher.config.overrides import check_options, chosen_engine, in_quotes, readable
 from launcher.config.presets import conf_dir, folders
-from launcher.config.schema import BACKENDS, BackendConfig, RunConfig
+from launcher.config.schema import BackendConfig, RunConfig
 from launcher.config.unread import check_read
 
 if TYPE_CHECKING:
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
 
 def compose_run(overrides: list[str], config_dirs: tuple[str, ...] = ()) -> RunConfig:
     """The typed, checked configuration of one run; ConfigError with one line for whatever is wrong with it."""
-    own = ",".join(in_quotes(f"file://{folder.absolute()}") for folder in folders(config_dirs)[1:])
+    own_folders = folders(config_dirs)[1:]
+    own = ",".join(in_quotes(f"file://{folder.absolute()}") for folder in own_folders)
     search = [f"hydra.searchpath=[{own}]"] if own else []
     overrides = readable(overrides)
     check_options(overrides, config_dirs)
-    _register_schemas()
+    _register_schemas(own_folders)
     try:
         with initialize_config_dir(str(conf_dir().absolute()), version_base="1.3"):
             composed = compose("config", overrides=overrides + search)
@@ -70,13 +72,15 @@ def command_of(overrides: Sequence[str], config_dirs: Sequence[str]) -> tuple[st
     return ("python", "-m", "launcher", *overrides, *(f"--config-dir={folder}" for folder in config_dirs))
 
 
-def _register_schemas() -> None:
+def _register_schemas(own_folders: Sequence[Path]) -> None:
     """Tell Hydra of the dataclasses, once each: it takes milliseconds for one."""
     store = ConfigStore.instance()
     known = store.repo.get("schema", {})
     if "run.yaml" not in known:
         store.store(group="schema", name="run", node=RunConfig, package="_global_")
-    for name, schema in BACKENDS.items():
+    for name, schema in engines().items():
         entry = known.get("backend", {}).get(f"{name}.yaml")
         if entry is None or OmegaConf.get_type(entry.node) is not schema:
             store.store(group="schema/backend", name=name, node=schema)
+        if name in brought() and not any((folder / f"backend/{name}.yaml").is_file() for folder in own_folders):
+            store.store(group="backend", name=name, node=schema)  # with its defaults, where it has no file

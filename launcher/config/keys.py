@@ -9,7 +9,8 @@ from enum import Enum
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast, get_args, get_origin, get_type_hints
 
-from launcher.config.schema import BACKENDS, ConfigError, RunConfig
+from launcher.config.engines import engines, load_engine
+from launcher.config.schema import ConfigError, RunConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -57,18 +58,18 @@ def key_types(kind: type, prefix: str = "") -> dict[str, Any]:
 @cache
 def run_keys(engine: str) -> dict[str, Any]:
     """The type of every key that a run with this engine has."""
-    return key_types(RunConfig) | key_types(BACKENDS[engine], "backend.")
+    return key_types(RunConfig) | key_types(load_engine(engine), "backend.")
 
 
 def known_keys(engine: str | None) -> dict[str, Any]:
     """The type of each key that a run can have: of all engines where it is not known with which."""
-    names = (engine,) if engine else tuple(BACKENDS)
+    names = (engine,) if engine else tuple(engines())
     return {path: hint for name in names for path, hint in run_keys(name).items()}
 
 
 def engine_of(kind: type[BackendConfig]) -> str | None:
     """The engine that a dataclass is of."""
-    return next((name for name, other in BACKENDS.items() if other is kind), None)
+    return next((name for name, other in engines().items() if other is kind), None)
 
 
 def without_none(hint: Any) -> Any:
@@ -108,7 +109,7 @@ def unknown_key(key: str, engine: str | None, value: str = "VALUE") -> ConfigErr
     fact = f"{key} is not {where}."
     if near := nearest(key, known):
         return ConfigError(fact, f"{near}={value}")
-    for other in BACKENDS if key.startswith("backend.") else ():
+    for other in engines() if key.startswith("backend.") else ():
         if near := nearest(key, [path for path in run_keys(other) if path.startswith("backend.")]):
             return ConfigError(fact, f"backend={other} {near}={value}")
     return ConfigError(fact, f"python -m launcher backend={engine} --cfg, {ALL}" if "option of" in fact else ALL_KEYS)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from launcher.config.engines import load_engine, names
 from launcher.config.keys import ALL_KEYS, has_key, is_open, known_keys, nearest, unknown_key, wrong_value
 from launcher.config.presets import default_options, groups, options
-from launcher.config.schema import BACKENDS, ConfigError
+from launcher.config.schema import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,10 +41,14 @@ def for_shell(override: str) -> str:
 
 
 def chosen_engine(overrides: Sequence[str]) -> str | None:
-    """The engine of a run; None where the option is a file of the user's, or several are a sweep."""
+    """The engine of a run; None where the option is a file of the user's, or several are a sweep. ConfigError for one
+    that a package brings and that is of no use."""
     chosen = [item.partition("=")[2] for item in overrides if item.lstrip("+").startswith("backend=")]
     name = chosen[-1] if chosen else default_options()["backend"]
-    return name if name in BACKENDS else None
+    if name not in names():
+        return None
+    load_engine(name)
+    return name
 
 
 def readable(overrides: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from launcher.config.engines import brought, conf_folders
 from launcher.config.schema import ConfigError
 
 if TYPE_CHECKING:
@@ -21,11 +22,12 @@ def conf_dir() -> Path:
 
 
 def folders(config_dirs: Sequence[str]) -> list[Path]:
-    """The built-in folder and those of the user; ConfigError for one of these that is none."""
+    """The built-in folder, those of the user, those of packages that bring engines; ConfigError for a user's that is
+    none."""
     for name in config_dirs:
         if not name or not Path(name).is_dir():
             raise ConfigError(f"--config-dir={name} is not a folder.", "--config-dir=FOLDER, which has model/mine.yaml")
-    return [conf_dir(), *map(Path, config_dirs)]
+    return [conf_dir(), *map(Path, config_dirs), *conf_folders()]
 
 
 @cache
@@ -35,8 +37,9 @@ def groups() -> list[str]:
 
 
 def options(group: str, config_dirs: Sequence[str] = ()) -> list[str]:
-    """What `group=` can be set to, with what the user's own folders have of it."""
-    return sorted({path.stem for folder in folders(config_dirs) for path in (folder / group).glob("*.yaml")})
+    """The values of `group=`, with those of the user's own folders and of packages that bring engines."""
+    files = {path.stem for folder in folders(config_dirs) for path in (folder / group).glob("*.yaml")}
+    return sorted(files.union(brought()) if group == "backend" else files)
 
 
 @cache

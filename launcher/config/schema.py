@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from shards.errors import UserError
+from shards.plan.request import EnginePlanner
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from shards.model.quantization import Quantization
 
 MISSING: Any = "???"  # how OmegaConf spells a mandatory value
 
@@ -45,89 +51,68 @@ class Weights(Enum):
 
 @dataclass
 class BackendConfig:
-    """What every engine has. The class variables say how it runs, for code that must not import the engine."""
+    """An engine as the launcher knows it without importing it, a subclass for each: its options are fields, class
+    variables say how it runs, and the methods are asked in their order while a run is prepared.
+    """
 
+    implementation: ClassVar[str] = ""  # "module:Class" of its `launcher.backends.base.Backend`; only ranks import it
+    planner_class: ClassVar[type[EnginePlanner] | None] = None  # None: its memory is not known, and it has no plan
+    packages: ClassVar[tuple[str, ...]] = ()  # modules that must import; module:name where parts come with first use
+    distributions: ClassVar[tuple[str, ...]] = ()  # installed packages of other names than their modules
+    pip_extra: ClassVar[str | None] = None  # of this project, which installs the packages
+    pip_finds_cpu_build: ClassVar[bool] = True  # False: for a machine without GPUs scripts/setup.sh has to find it
     one_process_per_device: ClassVar[bool] = True  # False: one process, and the engine spreads over the devices itself
+    joins_ranks: ClassVar[bool] = True  # False: it cannot be one of several ranks that torchrun or srun has started
     data_parallel: ClassVar[bool] = False  # True: every rank answers its own part of the prompts
     continuous_batching: ClassVar[bool] = False  # True: the engine is given the whole prompt set in one call
-    packages: ClassVar[tuple[str, ...]] = ()  # modules that must import; the extra of the same name installs them
+    needs_device: ClassVar[bool] = True  # False: nothing of it runs on the devices of this machine
+    needs_weights: ClassVar[bool] = True  # False: of a model only config and tokenizer are looked at
+    loads_by_name: ClassVar[bool] = False  # True: `shards.load` gives it every tensor by the name in the model
+    own_random_weights: ClassVar[bool] = False  # True: model.weights=random makes others than in other engines
+    stored_weights: ClassVar[str] = "loads plain weights only"  # said of a checkpoint that `reads` denies
 
     name: str = MISSING
     python: str | None = None  # interpreter of another environment to run this engine in
 
+    @classmethod
+    def modules(cls) -> tuple[str, ...]:
+        """The modules of `packages`."""
+        return tuple(package.partition(":")[0] for package in cls.packages)
 
-@dataclass
-class DummyConfig(BackendConfig):
-    """An engine without weights that counts upwards: for trying configurations, launchers and reports."""
+    @classmethod
+    def install_hint(cls, missing: Sequence[str] = ()) -> str:
+        """The command that installs the engine's packages, or only those that are `missing`."""
+        if cls.pip_extra is None:
+            return f"pip install {' '.join(missing or cls.modules())}"
+        return f'pip install -e ".[{cls.pip_extra}]"'
 
-    data_parallel: ClassVar[bool] = True
+    @classmethod
+    def reads(cls, quantization: Quantization) -> bool:
+        """The engine can read a checkpoint whose weights are stored so."""
+        return False
 
-    name: str = "dummy"
-    step_s: float = 0.0  # time that a decode step takes
-    fail_at: str = ""  # what the last rank does: "load", "generate" raise there, "hang" never returns from generate
-    fail_after: int = 0  # calls of generate that go well before
-    memory_batch: int | None = None  # the largest batch for which its memory is enough
+    def check_here(self) -> None:
+        """Raise ConfigError for an option that the engine's packages on this machine do not take; on every node."""
 
+    def settle(self, config: RunConfig, on_cuda: bool) -> tuple[RunConfig, list[str]]:
+        """The run as this engine can do it, and a note on each thing that was changed for it."""
+        return config, []
 
-@dataclass
-class TransformersConfig(BackendConfig):
-    one_process_per_device: ClassVar[bool] = False
-    packages: ClassVar[tuple[str, ...]] = ("torch", "transformers", "accelerate")
+    def refuse(self, config: RunConfig, model_config: Mapping[str, Any], on_cuda: bool, longest: int) -> None:
+        """Raise ConfigError for a run that the engine would get wrong; `longest` is the most tokens of a prompt and its
+        answer."""
 
-    name: str = "transformers"
-    device_map: str = "auto"  # accelerate's strategy for several GPUs
+    def notes(self, config: RunConfig, on_cuda: bool) -> list[str]:
+        """Lines that the user should read before the run."""
+        return []
 
+    def quantization(self, config: RunConfig, stored: Quantization | None, on_cuda: bool) -> Quantization | None:
+        """The way in which the run holds its weights: as they are stored, or quantized while they are loaded."""
+        return stored
 
-@dataclass
-class FsdpConfig(BackendConfig):
-    data_parallel: ClassVar[bool] = True
-    packages: ClassVar[tuple[str, ...]] = ("torch", "transformers", "lightning")
-
-    name: str = "fsdp"
-    reshard_after_forward: bool = True  # False keeps gathered weights: fast, and no memory saved
-
-
-@dataclass
-class DeepSpeedConfig(BackendConfig):
-    packages: ClassVar[tuple[str, ...]] = ("torch", "transformers", "deepspeed")
-
-    name: str = "deepspeed"
-    kernel_inject: bool = False  # refused where DeepSpeed's kernels do not apply
-    max_out_tokens: int | None = None  # None: as many as the model has positions
-
-
-@dataclass
-class TensorParallelConfig(BackendConfig):
-    packages: ClassVar[tuple[str, ...]] = ("torch", "transformers")
-
-    name: str = "tensor_parallel"
-
-
-@dataclass
-class VllmConfig(BackendConfig):
-    one_process_per_device: ClassVar[bool] = False
-    continuous_batching: ClassVar[bool] = True
-    packages: ClassVar[tuple[str, ...]] = ("torch", "vllm")
-
-    name: str = "vllm"
-    gpu_memory_utilization: float = 0.92
-    kv_cache_memory_bytes: int | None = None
-    max_num_seqs: int | None = None
-    max_model_len: int | None = None
-    enforce_eager: bool | None = None  # None: CUDA graphs on GPUs, eager on a CPU
-    load_format: str = "auto"
-    distributed_executor_backend: str | None = None
-    extra: dict[str, Any] = field(default_factory=dict)  # further arguments of vllm.LLM
-
-
-BACKENDS: dict[str, type[BackendConfig]] = {
-    "dummy": DummyConfig,
-    "fsdp": FsdpConfig,
-    "deepspeed": DeepSpeedConfig,
-    "tensor_parallel": TensorParallelConfig,
-    "vllm": VllmConfig,
-    "transformers": TransformersConfig,
-}
+    def planner(self, config: RunConfig, model_config: Mapping[str, Any], on_cuda: bool) -> EnginePlanner | None:
+        """The engine with these options, for the plan of a run; None where it has no plan."""
+        return self.planner_class() if self.planner_class else None
 
 
 @dataclass

@@ -7,8 +7,9 @@ import typing
 from enum import Enum
 from typing import Any
 
+from launcher.config.engines import load_engine
 from launcher.config.keys import strays, unknown_key, without_none
-from launcher.config.schema import BACKENDS, RunConfig
+from launcher.config.schema import RunConfig
 
 
 def to_dict(value: Any) -> Any:
@@ -31,10 +32,10 @@ def from_dict(raw: dict[str, Any]) -> RunConfig:
     """
     own = {**raw, "backend": None}
     engine = raw["backend"]["name"]
-    for key in (*strays(own, RunConfig), *strays(raw["backend"], BACKENDS[engine], "backend.")):
+    for key in (*strays(own, RunConfig), *strays(raw["backend"], load_engine(engine), "backend.")):
         raise unknown_key(key, engine)
     config = _build(RunConfig, own)
-    config.backend = _build(BACKENDS[engine], raw["backend"])
+    config.backend = _build(load_engine(engine), raw["backend"])
     return typing.cast("RunConfig", config)
 
 

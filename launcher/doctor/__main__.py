@@ -19,7 +19,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import launcher
-from launcher.config.schema import BACKENDS, ConfigError
+from launcher.config import engines as registry
+from launcher.config.schema import ConfigError
 from launcher.doctor import host
 from launcher.doctor.cards import check_cards, check_compiler, check_cuda
 from launcher.doctor.checks import Check, State, size
@@ -56,9 +57,14 @@ def check_engine(one: Engine, on_gpus: bool) -> Check:
 
 def _mend_engine(one: Engine, on_gpus: bool) -> str:
     """The lock is what is known to work together; the CPU build of vLLM cannot be had in another way."""
-    if (ROOT / "scripts" / "setup.sh").is_file() and (not one.missing or (one.name == "vllm" and not on_gpus)):
+    try:
+        kind = registry.load_engine(one.name)
+    except ConfigError as error:
+        return error.hint
+    by_lock = kind.pip_extra is not None and (ROOT / "scripts" / "setup.sh").is_file()
+    if by_lock and (not one.missing or not (kind.pip_finds_cpu_build or on_gpus)):
         return "bash scripts/setup.sh && .venv/bin/python -m launcher.doctor"
-    return f'pip install -e ".[{one.name}]"'
+    return kind.install_hint()
 
 
 def check_devices(found: dict[str, Any] | None, reason: str, machine: host.Host) -> list[Check]:
@@ -128,7 +134,7 @@ def examine(timeout_s: float) -> dict[str, Any]:
     """Everything, as plain JSON values; takes as long as the engines take to import."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         asked = pool.submit(nvml)
-        engines = list(pool.map(lambda name: engine(name, timeout_s), BACKENDS))
+        engines = list(pool.map(lambda name: engine(name, timeout_s), registry.names()))
         cards, reason = asked.result()
     machine = host.describe()
     on_gpus = bool(cards and cards["gpus"])

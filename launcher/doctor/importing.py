@@ -1,4 +1,4 @@
-"""`python -m launcher.doctor.importing MODULE ...`: import each, and say on stdout how it went, a JSON object a line.
+"""`python -m launcher.doctor.importing MODULE[:PART] ...`: import each, and say on stdout how it went, as JSON lines.
 
 For a process of its own: an import may raise, crash in native code or hang. What the modules print goes to stderr.
 """
@@ -13,24 +13,18 @@ import os
 import sys
 from typing import IO, Any
 
-FIRST_USE = {
-    "vllm": "LLM",
-    "transformers": "AutoModelForCausalLM",
-    "lightning": "Fabric",
-    "deepspeed": "init_inference",
-    "accelerate": "init_empty_weights",
-}
-"""What is asked of a module that imports its parts when they are first used."""
 
+def attempt(name: str, part: str = "") -> dict[str, Any]:
+    """The version of module `name` once it is imported, or `missing`, or why it cannot be, in one line.
 
-def attempt(name: str) -> dict[str, Any]:
-    """The version of module `name` once it is imported, or `missing`, or why it cannot be, in one line."""
+    `part` is asked of a module that imports its parts when they are first used.
+    """
     try:
         if importlib.util.find_spec(name) is None:
             return {"module": name, "missing": True}
         module = importlib.import_module(name)
-        if name in FIRST_USE:
-            getattr(module, FIRST_USE[name])
+        if part:
+            getattr(module, part)
     except BaseException as error:  # SystemExit too: whatever a module does when it is imported is its answer
         lines = str(error).strip().splitlines()
         return {"module": name, "error": f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__}
@@ -56,9 +50,10 @@ def main() -> None:
     """Import the modules on the command line in order, until one cannot be."""
     out: IO[str] = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    for name in sys.argv[1:]:
+    for package in sys.argv[1:]:
+        name, _, part = package.partition(":")
         print(json.dumps({"importing": name}), file=out, flush=True)
-        result = attempt(name)
+        result = attempt(name, part)
         print(json.dumps(result), file=out, flush=True)
         if "version" not in result:
             break

@@ -11,7 +11,8 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from launcher.config.schema import BACKENDS
+from launcher.config import engines
+from launcher.config.schema import ConfigError
 from launcher.doctor.host import find_tool
 from shards.machine.interpreter import python_path
 from shards.machine.orphans import before_exec
@@ -78,7 +79,10 @@ def _kill(process: subprocess.Popen[str]) -> None:
 
 def engine(name: str, timeout_s: float) -> Engine:
     """Import what the engine needs and see."""
-    packages = BACKENDS[name].packages
+    try:
+        packages = engines.load_engine(name).packages
+    except ConfigError as error:
+        return Engine(name, {}, error.fact)
     if not packages:
         return Engine(name, {})
     ended = attempt("launcher.doctor.importing", packages, timeout_s)

@@ -41,7 +41,7 @@ def run_with_largest_batch(run: Run, start: Start) -> Record:
     if begun is not None:
         return start(begun)
     tries = Tries(run, new_folder(config, "_tries"), start)
-    planned = run.plan.largest_batch
+    planned = run.plan.largest_batch if run.plan else None
     most = MOST if planned else tries.prompts_each
     try:
         batch = largest(tries.fits, min(planned or config.measure.batch_size, most), most)

@@ -9,9 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.backends.deepspeed.options import notes_deepspeed, refuse_deepspeed
-from launcher.backends.vllm.options import refuse_vllm
 from launcher.config.cluster import check_cluster
+from launcher.config.engines import NO_PLAN
 from launcher.config.schema import Accelerator, ConfigError, Weights
 from launcher.models import EMBEDDED
 from launcher.prepare.planning import over_memory, paces, plan_of
@@ -20,7 +19,7 @@ from launcher.prompts.prompts import check_context, guessed_prompts, load_prompt
 from launcher.run_dir.run import Run
 from shards.checkpoint.checkpoint import Checkpoint, is_derived
 from shards.checkpoint.hub import resolve
-from shards.machine.hardware import SEE_ALL_CARDS, cuda_devices
+from shards.machine.cards import SEE_ALL_CARDS, cuda_devices
 from shards.model.config_fields import ConfigFields, check_config
 from shards.model.quantized_checkpoint import from_config
 from shards.model.shape import KNOWN_FAMILIES, ModelShape
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from launcher.config.schema import RunConfig
     from shards.plan.plan import Plan
 
-MODULE_ENGINES = ("fsdp", "deepspeed", "tensor_parallel", "transformers")  # which take every tensor by its name
 HEAD = "lm_head.weight"
 WORKER_PACKAGES = ("msgspec", "psutil", "tokenizers", "pynvml")  # what a rank needs beside its engine
 
@@ -41,13 +39,13 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
     _check_launch(config)
     on_cuda = check_node(config)
     config = replace(config, accelerator=Accelerator.cuda if on_cuda else Accelerator.cpu)
-    config, notes = _settle(config, on_cuda)
+    config, notes = config.backend.settle(config, on_cuda)
     folder = model_folder(config)
     model_config = _model_config(config, folder)
     fields = ConfigFields(model_config)
     vocab_size = fields.size("vocab_size")
     tensors = None
-    if folder is not None and config.model.weights is Weights.auto:
+    if folder is not None and config.model.weights is Weights.auto and config.backend.needs_weights:
         checkpoint = Checkpoint.open(folder)
         if checkpoint.tensors:  # those of pytorch_model*.bin only a rank can tell, by torch
             _check_names(config, checkpoint, model_config)
@@ -61,16 +59,16 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
     positions = fields.count("max_position_embeddings") or fields.count("n_positions")
     check_context(prompts, sampling.max_new_tokens, positions)
     longest = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_new_tokens
-    refuse_deepspeed(config, model_config, on_cuda, longest)
+    config.backend.refuse(config, model_config, on_cuda, longest)
     notes += _notes_order(config, on_cuda)
-    notes += notes_deepspeed(config, on_cuda)
-    notes += built_of(model_config, tensors, config.backend.python).all_notes()
+    notes += config.backend.notes(config, on_cuda)
 
-    def plan_for(config: RunConfig) -> Plan:
+    def plan_for(config: RunConfig) -> Plan | None:
         return plan_of(config, model_config, tensors, prompts, on_cuda)
 
     plan, found = plan_for(config), paces(config, plan_for) if config.dry_run else {}
-    if not on_cuda and (tight := over_memory(config, plan, tensors, "available")):
+    notes += [NO_PLAN] if plan is None else built_of(model_config, tensors, config.backend.python).all_notes()
+    if plan is not None and not on_cuda and (tight := over_memory(config, plan, tensors, "available")):
         notes.append(tight)
     return Run(
         config=config,
@@ -90,14 +88,14 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
 def check_node(config: RunConfig) -> bool:
     """Whether the run is on CUDA; ConfigError for packages and devices that this machine lacks."""
     _check_packages(config)
-    refuse_vllm(config)
+    config.backend.check_here()
     return _check_devices(config)
 
 
 def _check_names(config: RunConfig, checkpoint: Checkpoint, model_config: Mapping[str, Any]) -> None:
     """The tensors are those of the model, as far as that is known before transformers has built it."""
     known = model_config.get("model_type") in KNOWN_FAMILIES and not config.model.trust_remote_code
-    if not known or config.backend.name not in MODULE_ENGINES or from_config(model_config):
+    if not known or not config.backend.loads_by_name or from_config(model_config):
         return
     shape = ModelShape.from_config(model_config)
     embedding = next(parameter.name for parameter in shape.parameters if parameter.cut == "embedding")
@@ -118,16 +116,16 @@ def _check_launch(config: RunConfig) -> None:
 
 def _check_packages(config: RunConfig) -> None:
     """The engine's packages must be there, in this environment or in that of `backend.python`, but for a container."""
-    name, python = config.backend.name, config.backend.python
+    backend, python = config.backend, config.backend.python
     if config.launch.name == "slurm":
         if config.cluster.container or config.dry_run:
             return
         python = python or config.cluster.python
-    if missing := _missing(config.backend.packages, python):
+    if missing := _missing(backend.modules(), python):
         where = "here" if python is None else f"for {python}"
         raise ConfigError(
-            f"backend={name} needs {', '.join(missing)}, which is not installed {where}.",
-            f'pip install -e ".[{name}]", or backend.python= the interpreter of an environment that has it',
+            f"backend={backend.name} needs {', '.join(missing)}, which is not installed {where}.",
+            f"{backend.install_hint(missing)}, or backend.python= the interpreter of an environment that has it",
         )
 
 
@@ -157,7 +155,9 @@ def _check_devices(config: RunConfig) -> bool:
 
     The machine that submits to SLURM says nothing of the nodes: there it is on CUDA where the job asks for GPUs.
     """
-    if config.accelerator is Accelerator.cpu:
+    if not config.backend.needs_device and config.accelerator is Accelerator.cuda:
+        raise ConfigError(f"accelerator=cuda, and backend={config.backend.name} uses no device.", "accelerator=auto")
+    if config.accelerator is Accelerator.cpu or not config.backend.needs_device:
         return False
     if config.launch.name == "slurm":
         return config.accelerator is Accelerator.cuda or config.cluster.gpus_flag != "none"
@@ -181,25 +181,6 @@ def _notes_order(config: RunConfig, on_cuda: bool) -> list[str]:
     return [] if alike else [f"CUDA_DEVICE_ORDER={order}: the plan takes the cards in the order of NVML (PCI_BUS_ID)"]
 
 
-def _settle(config: RunConfig, on_cuda: bool) -> tuple[RunConfig, list[str]]:
-    """Plain transformers is one process: it uses one node, and without GPUs one device, and a note says so.
-
-    So the reference has its row in every sweep.
-    """
-    notes: list[str] = []
-    if config.backend.name != "transformers":
-        return config, notes
-    if config.num_nodes > 1:
-        notes.append(f"num_nodes={config.num_nodes}, but plain transformers is one process on one node")
-        config = replace(config, num_nodes=1)
-    if not on_cuda and config.devices > 1:
-        notes.append(
-            f"devices={config.devices}, but plain transformers has one device without GPUs: the machine's memory"
-        )
-        config = replace(config, devices=1)
-    return config, notes
-
-
 def model_folder(config: RunConfig) -> Path | None:
     """The folder of the model on this machine; None where shapes are enough (random weights, dry run)."""
     path = config.model.path
@@ -211,7 +192,8 @@ def model_folder(config: RunConfig) -> Path | None:
     needs_folder = config.model.weights is Weights.auto and not config.dry_run
     if config.model.config and not needs_folder and not Path(path).is_dir():
         return None
-    return resolve(path, config.model.revision, weights=config.model.weights is Weights.auto)
+    weights = config.model.weights is Weights.auto and config.backend.needs_weights
+    return resolve(path, config.model.revision, weights=weights)
 
 
 def _model_config(config: RunConfig, folder: Path | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 
 from launcher.backends.base import Prompt
-from launcher.config.bounds import MOST_PROMPTS
+from launcher.config.options import MOST_PROMPTS
 from launcher.config.schema import ConfigError
 from shards.errors import CheckpointError
 from shards.untrusted_files import bounded, parse_json, read_bytes

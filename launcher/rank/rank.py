@@ -9,7 +9,7 @@ import time
 import traceback
 from typing import TYPE_CHECKING
 
-from launcher.backends.base import backend_class
+from launcher.config.engines import resolve
 from launcher.rank.failures import explain
 from launcher.rank.loop import Loop
 from launcher.results.completions import SavedCompletion
@@ -88,7 +88,6 @@ class Rank:
         self.progress.enter("load")
         start = time.perf_counter()
         plan = self.run_dir.read_plan()
-        assert plan is not None, "a run directory is made with its plan"
         backend.load(plan, self.world, self.progress.advance)
         self.load_s = time.perf_counter() - start
         return backend
@@ -189,10 +188,11 @@ class Rank:
 
 
 def _backend(config: RunConfig) -> Backend:
-    name = config.backend.name
     try:
-        return backend_class(name)(config)
+        backend: Backend = resolve(config.backend.implementation)(config)
     except ImportError as error:
         raise UserError(
-            f"backend={name} cannot be imported: {error}.", f'pip install -e ".[{name}]", or backend.python=INTERPRETER'
+            f"backend={config.backend.name} cannot be imported: {error}.",
+            f"{config.backend.install_hint()}, or backend.python=INTERPRETER",
         ) from error
+    return backend

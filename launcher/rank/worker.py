@@ -19,7 +19,7 @@ from launcher.rank.watchdog import Watchdog, waits
 from launcher.run_dir.attempts import ATTEMPT
 from launcher.run_dir.finish import finish
 from launcher.run_dir.run_dir import RunDir, SupersededError
-from shards.machine.hardware import count_as_nvml
+from shards.machine.cards import count_as_nvml
 from shards.machine.world import World
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
+from launcher.config.engines import NO_PLAN
 from launcher.report.tables import console, rate, size
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def cells(row: Row) -> list[str]:
     """The cells of a row, of its fullest device; dashes where there is no plan."""
     names = [row.machine, row.engine, *([row.quantization] if row.quantization else [])]
     if row.plan is None:
-        return [*names, *["-"] * (len(COLUMNS) - 3), "impossible"]
+        return [*names, *["-"] * (len(COLUMNS) - 3), "not known" if row.problem == NO_PLAN else "impossible"]
     device = max(row.plan.devices, key=lambda device: device.used_bytes)
     cache = max(device.kv_cache_bytes, device.kv_cache_reserved_bytes)
     other = device.activation_bytes + device.buffer_bytes + device.overhead_bytes

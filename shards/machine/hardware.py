@@ -1,17 +1,14 @@
-"""Cards and links as numbers with their sources, and the CUDA devices of this machine. No torch."""
+"""Cards and links as numbers, with their sources. No torch, no driver."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from shards.errors import PlanError
-from shards.machine import nvml
 
 GIB = 1024**3
 MIB = 1024**2
-SEE_ALL_CARDS = "srun --gpus-per-node=N, by which each rank sees all cards of its node, not --gpus-per-task"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,25 +89,6 @@ _USUAL_LINKS = {
     "rtx5090": "pcie5",
 }
 
-_BY_DRIVER_NAME = {
-    "Tesla T4": "t4",
-    "L4": "l4",
-    "A10": "a10",
-    "L40S": "l40s",
-    "GeForce RTX 3090": "rtx3090",
-    "GeForce RTX 4090": "rtx4090",
-    "GeForce RTX 5090": "rtx5090",
-    "RTX A5000": "a5000",
-    "RTX A6000": "a6000",
-    "A100-SXM4-40GB": "a100_40g",
-    "A100-PCIE-40GB": "a100_40g",
-    "A100-SXM4-80GB": "a100_80g",
-    "A100 80GB PCIe": "a100_80g",
-    "H100 80GB HBM3": "h100",
-    "H200": "h200",
-    "B200": "b200",
-}
-
 
 def known_device(name: str) -> Device:
     """A preset by its short name; PlanError names the others."""
@@ -129,63 +107,3 @@ def known_link(name: str) -> Link:
 def usual_link(device: str) -> Link:
     """What mostly joins the devices of this short name in one machine."""
     return LINKS[_USUAL_LINKS.get(device, "pcie4")]
-
-
-def count_as_nvml(environ: MutableMapping[str, str]) -> None:
-    """Let CUDA number the cards as NVML does, where the user has not chosen: its own order has the fastest first.
-
-    Only of use before this process first asks CUDA for anything.
-    """
-    environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-
-
-def cuda_devices(environ: Mapping[str, str]) -> tuple[Device, ...]:
-    """The CUDA devices that a process with `environ` sees, in the order of NVML; none where there is no driver.
-
-    Asks the driver through NVML, which makes no CUDA context. What a card can do is added from the presets; what NVML
-    does not tell is None. PlanError where a part of a card would be seen (MIG).
-    """
-    setting = environ.get("CUDA_VISIBLE_DEVICES")
-    found = nvml.cards()
-    cards = [_from_nvml(card) for card in found]
-    in_parts = [device for device, card in zip(cards, found, strict=True) if card.is_in_parts]
-    shown = visible(cards, setting)
-    cut = next((card.name for card in shown if _is_among(card, in_parts)), None)
-    if cut or (setting or "").strip().startswith("MIG-"):
-        which = f"{cut} is cut into parts" if cut else f"CUDA_VISIBLE_DEVICES={setting} is a part of a card"
-        raise PlanError(f"{which} (MIG), and a run takes whole cards.", "accelerator=cpu, or other cards")
-    return shown
-
-
-def visible(devices: list[Device], setting: str | None) -> tuple[Device, ...]:
-    """`devices` as CUDA_VISIBLE_DEVICES shows them: indices or UUID prefixes, cut off at the first that is neither."""
-    if setting is None:
-        return tuple(devices)
-    shown: list[Device] = []
-    for entry in (part.strip() for part in setting.split(",")):
-        device = _entry(devices, entry)
-        if device is None:
-            break
-        if _is_among(device, shown):
-            return ()
-        shown.append(device)
-    return tuple(shown)
-
-
-def _is_among(device: Device, devices: list[Device]) -> bool:
-    """Itself, not one that is equal to it: cards that do not tell their UUIDs are."""
-    return any(device is other for other in devices)
-
-
-def _entry(devices: list[Device], entry: str) -> Device | None:
-    if entry.isdigit():
-        return devices[int(entry)] if int(entry) < len(devices) else None
-    named = [device for device in devices if entry and (device.uuid or "").startswith(entry)]
-    return named[0] if len(named) == 1 else None
-
-
-def _from_nvml(card: nvml.Card) -> Device:
-    name = card.name or f"GPU {card.index}"
-    preset = DEVICES.get(_BY_DRIVER_NAME.get(name.removeprefix("NVIDIA "), ""), Device(name))
-    capacity = preset.capacity_bytes if card.memory_bytes is None else card.memory_bytes
-    return replace(preset, name=name, capacity_bytes=capacity, uuid=card.uuid)

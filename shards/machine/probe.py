@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from shards.machine.hardware import CPU, MIB, Device, Link, count_as_nvml, cuda_devices
+from shards.machine.cards import count_as_nvml, cuda_devices
+from shards.machine.hardware import CPU, MIB, Device, Link
 from shards.machine.process_group import barrier, connect, device_of, disconnect
 from shards.machine.rates import Measured
 from shards.machine.world import World

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from shards.errors import WorldError
-from shards.machine.hardware import SEE_ALL_CARDS
+from shards.machine.cards import SEE_ALL_CARDS
 
 if TYPE_CHECKING:
     from shards.machine.world import World

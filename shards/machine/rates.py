@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shards.machine.hardware import CPU, Device, Link, cuda_devices
+from shards.machine.cards import cuda_devices
+from shards.machine.hardware import CPU, Device, Link
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -27,7 +27,8 @@ class Quantization:
     an fp32 scale. Rows are padded to `word` bytes. `zero_points` are packed like values; `zeros_to_load`: the engine
     drops them once it has loaded. `part_bytes` are there for each matrix (three where queries, keys and values are
     fused), `layer_bytes` once for each layer of the engine.
-    `engines` have the layers for it; `unpacks`: they widen a matrix to multiply with it; `eight_bit_products`: they
+    `fused`: its layers join queries, keys and values, or gate and up, in one matrix (vLLM's kernels; those of
+    bitsandbytes do not). `unpacks`: they widen a matrix to multiply with it; `eight_bit_products`: they
     multiply in 8 bits, at up to twice the rate; `with_fp32`: activations may be fp32. `head`: the language model's head
     is quantized as well. Modules that one of the patterns `skipped` is found in are not; nor, if there are any, those
     that no pattern of `only` is in.
@@ -35,7 +36,7 @@ class Quantization:
 
     name: str
     bits: int
-    engines: tuple[str, ...]
+    fused: bool = False
     block: tuple[int, int] = (0, 0)
     flat: int = 0
     scale_bytes: int | None = 4
@@ -71,8 +72,8 @@ class Quantization:
         values = -(-columns * self.bits // (8 * self.word)) * self.word * rows
         if self.flat:
             values = -(-rows * columns * self.bits // 8)
-        parts = _PARTS_OF_FUSED if parameter.cut == "query_key_value" and "vllm" in self.engines else 1
-        once = 0 if "vllm" in self.engines and parameter.name.endswith(_JOINED) else self.layer_bytes
+        parts = _PARTS_OF_FUSED if self.fused and parameter.cut == "query_key_value" else 1
+        once = 0 if self.fused and parameter.name.endswith(_JOINED) else self.layer_bytes
         return values + self._scales_bytes(rows, columns, parts, dtype_bytes) + parts * self.part_bytes + once
 
     def _scales_bytes(self, rows: int, columns: int, parts: int, dtype_bytes: int) -> int:
@@ -127,17 +128,15 @@ def _is_chosen(skipped: tuple[str, ...], only: tuple[str, ...], module: str) -> 
     return not only or any(re.search(pattern, module) for pattern in only)
 
 
-_FP8 = Quantization(name="fp8", bits=8, engines=("vllm",), eight_bit_products=True)
-_NF4 = Quantization(name="nf4", bits=4, engines=("transformers",), flat=64, part_bytes=16 * 4, unpacks=True)
-_INT4 = Quantization(
-    name="int4_g128", bits=4, engines=("vllm",), block=(1, 128), scale_bytes=None, word=4, zero_points=True
-)
+_FP8 = Quantization(name="fp8", bits=8, fused=True, eight_bit_products=True)
+_NF4 = Quantization(name="nf4", bits=4, flat=64, part_bytes=16 * 4, unpacks=True)
+_INT4 = Quantization(name="int4_g128", bits=4, fused=True, block=(1, 128), scale_bytes=None, word=4, zero_points=True)
 
 QUANTIZATIONS: Mapping[str, Quantization] = {
     "fp8": _FP8,
     "fp8_channel": replace(_FP8, name="fp8_channel", block=(1, 0)),
     "fp8_block": replace(_FP8, name="fp8_block", block=(128, 128)),
-    "int8": Quantization(name="int8", bits=8, engines=("transformers",), block=(1, 0), eight_bit_products=True),
+    "int8": Quantization(name="int8", bits=8, block=(1, 0), eight_bit_products=True),
     "nf4": _NF4,
     "nf4_dq": replace(_NF4, name="nf4_dq", nested=256, part_bytes=16 * 4 + 4 + 256 * 4),
     "int4_g128": _INT4,

@@ -15,11 +15,11 @@ from torch import nn
 from torch.nn.functional import embedding as lookup
 from torch.nn.functional import linear, pad
 
+from shards.engines.tensor_parallel import uncuttable
 from shards.errors import PlanError
 from shards.load.blocks import Block, mark_block
 from shards.model.shape import ModelShape
 from shards.parallel.fully_shard import decoder_layers
-from shards.plan.cuts import uncuttable
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

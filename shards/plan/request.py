@@ -1,31 +1,65 @@
-"""What a plan is asked: a model, an engine, devices, a batch; and what vLLM decides itself where it is not told."""
+"""What a plan is asked: a model, an engine, devices, a batch; and the questions that the planner has for the engine."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import ceil
+from typing import ClassVar
 
-from shards.machine.hardware import CPU, GIB, Device, Link
+from shards.machine.hardware import CPU, Device, Link
 from shards.model.quantization import Quantization, Storage
 from shards.model.shape import ModelShape
+from shards.plan.roofline import Scheme
 
 MOST_DEVICES = 4096
 """More devices of all nodes together than these are not planned."""
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The part of a plan that does not depend on batch and lengths, by rank: bytes of parameters, and the decoder
+    layers from the first to before the end; `buffer_bytes` are the parameters that each gathers, widens or packs."""
+
+    parameter_bytes: tuple[int, ...]
+    layers: tuple[tuple[int, int], ...]
+    buffer_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The memory that an engine sets aside for keys and values; sequences that it cannot hold wait for their turn.
+
+    `nbytes` if the engine was told so many, else what is left of its `share` of a card; `sequences` are the most that
+    are answered at once.
+    """
+
+    sequences: int
+    share: float = 1.0
+    nbytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Work of the link in one pass through the model: all-reduces of hidden states, numbers of logits for each sequence
+    that come together at the end, bytes of weights that are gathered."""
+
+    all_reduces: int = 0
+    gathered_logits: int = 0
+    gathered_bytes: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest:
-    """What is to be put where. `devices` are those of each node; `batch_size` is that of each rank under fsdp.
+    """A model to be put on devices. `devices` are those of each node; `batch_size` is that of each rank where every
+    rank answers prompts of its own.
 
-    `kv_heads_only`: module engines keep keys and values of kv heads only, not as transformers' own Falcon expands them.
-    `kv_dtype_bytes`: the width of a key or value, None for that of the weights. `kv_block_tokens`: the tokens of a
-    sequence for which an engine takes up its cache at a time. `max_num_seqs` and `max_num_batched_tokens` are what vLLM
-    takes at once, None where it decides. `mean_batch_size` and `mean_prompt_tokens` are those of all calls of a run,
-    for its ceilings; None where all calls are alike.
+    `mean_batch_size` and `mean_prompt_tokens` are those of all calls of a run, for its ceilings; None where all calls
+    are alike. `alternatives` are the engines that a hint may name.
     """
 
     shape: ModelShape
-    engine: str
+    engine: EnginePlanner
     devices: int = 1
     num_nodes: int = 1
     dtype_bytes: int = 2
@@ -37,14 +71,7 @@ class PlanRequest:
     max_new_tokens: int = 128
     device: Device = CPU
     link: Link | None = None
-    kv_heads_only: bool = True
-    reshard_after_forward: bool = True
-    gpu_memory_utilization: float = 0.92
-    kv_cache_memory_bytes: int | None = None
-    kv_dtype_bytes: int | None = None
-    kv_block_tokens: int = 1
-    max_num_batched_tokens: int | None = None
-    max_num_seqs: int | None = None
+    alternatives: tuple[EnginePlanner, ...] = ()
 
     @property
     def storage(self) -> Storage:
@@ -52,13 +79,13 @@ class PlanRequest:
 
     @property
     def num_devices(self) -> int:
-        """Devices that hold parts of the model: transformers on a CPU is one process, and so one device."""
-        alone = self.engine == "transformers" and self.device.kind == "cpu"
-        return 1 if alone else self.devices * self.num_nodes
+        """Devices that hold parts of the model."""
+        return self.engine.num_devices(self)
 
     @property
     def tensor_parallel_size(self) -> int:
-        return self.num_devices if self.engine in ("deepspeed", "tensor_parallel", "vllm") else 1
+        """Devices that share every layer."""
+        return self.engine.tensor_parallel_size(self)
 
     @property
     def context(self) -> int:
@@ -69,7 +96,8 @@ class PlanRequest:
         does not begin where a block does."""
         if window is None:
             return self._in_blocks(self.context)
-        more = self.kv_block_tokens if self.kv_block_tokens > 1 else 0
+        block = self.engine.block_tokens
+        more = block if block > 1 else 0
         return min(self._in_blocks(self.context), self._in_blocks(window - 1) + more)
 
     def lost_tokens(self, window: int | None) -> int:
@@ -77,27 +105,101 @@ class PlanRequest:
         return max(0, self._in_blocks(self.prompt_tokens) - self.kept_tokens(window))
 
     def _in_blocks(self, tokens: int) -> int:
-        return ceil(tokens / self.kv_block_tokens) * self.kv_block_tokens
+        block = self.engine.block_tokens
+        return ceil(tokens / block) * block
+
+
+class EnginePlanner(ABC):
+    """An engine as the planner knows it: the questions that a plan asks of it, and as fields the options of its own.
+
+    One frozen dataclass for each engine, in `shards/engines`. Bytes are those of one device where nothing else is said.
+    """
+
+    __slots__ = ()
+
+    name: ClassVar[str]
+    plain_only: ClassVar[str] = ""  # why it runs no quantization, or not one that `runs` denies
+    one_process: ClassVar[bool] = False  # True: one process holds all devices, so there is no communicator
+    is_monotone: ClassVar[bool] = False  # True: from two on, more devices never need more memory each
 
     @property
-    def sequences(self) -> int:
-        """How many sequences vLLM takes at once."""
-        return self.max_num_seqs or min(_at_once(self)[0], self.batched_tokens)
+    def block_tokens(self) -> int:
+        """Tokens of a sequence for which the cache grows at a time."""
+        return 1
 
-    @property
-    def batched_tokens(self) -> int:
-        """How many tokens vLLM puts into one step."""
-        if self.max_num_batched_tokens:
-            return self.max_num_batched_tokens
-        sequences, tokens = _at_once(self)
-        longest = self.shape.max_position_embeddings or tokens
-        return min((self.max_num_seqs or sequences) * longest, tokens)
+    def runs(self, quantization: Quantization) -> bool:
+        """The engine has layers for weights that are stored so."""
+        return False
 
+    def is_offered(self, quantization: Quantization | None) -> bool:
+        """A hint may name this engine for weights that are stored so; None for plain ones."""
+        return quantization is not None and self.runs(quantization)
 
-def _at_once(request: PlanRequest) -> tuple[int, int]:
-    """Sequences and tokens of a step if vLLM is not told: get_batch_defaults in vllm/engine/arg_utils.py."""
-    device = request.device
-    if device.kind == "cpu":
-        return 256 * request.num_devices, 4096 * request.num_devices
-    is_large = (device.capacity_bytes or 0) >= 70 * GIB and "a100" not in device.name.lower()
-    return (1024, 16384) if is_large else (256, 8192)
+    @abstractmethod
+    def refusal(self, request: PlanRequest) -> str | None:
+        """The reason for which the engine cannot cut the model so, None if it can."""
+
+    def num_devices(self, request: PlanRequest) -> int:
+        """Devices that hold parts of the model."""
+        return request.devices * request.num_nodes
+
+    def tensor_parallel_size(self, request: PlanRequest) -> int:
+        """Devices that share every layer; 1 where each has layers or weights of its own."""
+        return 1
+
+    def most_devices(self, request: PlanRequest) -> int:
+        """The largest number of devices that is worth trying."""
+        return request.shape.num_attention_heads
+
+    @abstractmethod
+    def layout(self, request: PlanRequest, ends_only: bool) -> Layout:
+        """The cut of the model, bytes of parameters exact. `ends_only`: of the first and the last rank where the engine
+        cuts every layer, one of which is always the fullest."""
+
+    def kv_heads(self, request: PlanRequest) -> int:
+        """Heads of one layer whose keys and values a device keeps."""
+        return max(1, request.shape.num_key_value_heads // request.tensor_parallel_size)
+
+    def kv_value_bytes(self, request: PlanRequest) -> int:
+        """The width of a key or value."""
+        return request.dtype_bytes
+
+    def step_tokens(self, request: PlanRequest) -> int:
+        """Tokens of prompts that layers with a window hold beside it while one step reads them."""
+        return 0
+
+    def unsliced_bytes(self, request: PlanRequest, first: int, end: int) -> int:
+        """Keys and values outside the windows of the layers from `first` to before `end` that prompts leave behind."""
+        return 0
+
+    def pool(self, request: PlanRequest) -> Pool | None:
+        """The memory set aside for keys and values; None where it grows with the batch."""
+        return None
+
+    def smaller_pool(self, missing_bytes: int) -> tuple[EnginePlanner, str] | None:
+        """The engine with a pool of so many bytes less, and the option that asks for it; None where none was told."""
+        return None
+
+    @abstractmethod
+    def activation_bytes(self, request: PlanRequest) -> int:
+        """Estimate of the largest set of temporaries."""
+
+    @abstractmethod
+    def overhead_bytes(self, request: PlanRequest) -> int:
+        """Memory of driver and engine outside the engine's tensors."""
+
+    @abstractmethod
+    def load_host_bytes(self, request: PlanRequest) -> int | None:
+        """Anonymous memory of the host of one node at the worst moment of loading; None where it is not known."""
+
+    @abstractmethod
+    def scheme(self, request: PlanRequest) -> Scheme | None:
+        """The way in which the devices share a step; None for an engine that does no work."""
+
+    def traffic(self, request: PlanRequest) -> Traffic:
+        """Work of the link in one pass."""
+        return Traffic()
+
+    def unread_bytes(self, request: PlanRequest, table: int) -> int:
+        """Bytes of an embedding of `table` bytes that the device holds and a decode step does not read."""
+        return 0 if request.shape.tied else table // request.tensor_parallel_size

@@ -2,7 +2,7 @@
 
 The formulas count what must move or be multiplied whatever the code does, so a measured rate above them is an error
 of the measurement: a device reads the weights it uses and the cache once a step, and a link carries (N-1)/N of what is
-gathered, 2 (N-1)/N of what is reduced (ring algorithms). FSDP is counted with the copies that FSDP2 makes.
+gathered, 2 (N-1)/N of what is reduced (ring algorithms). Gathered weights are counted with the copies that FSDP2 makes.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any, Literal
 from shards.machine.hardware import Device, Link
 
 Bound = Literal["memory", "compute", "link"]
-Scheme = Literal["single", "tensor_parallel", "pipeline", "fsdp"]
-"""How N devices share a step: `tensor_parallel` each its part of each layer; `pipeline` one device after the other;
-`fsdp` each the whole model for prompts of its own, gathered layer by layer."""
+Scheme = Literal["single", "split", "pipeline", "gathered"]
+"""The way in which N devices share a step: `split` each its part of each layer; `pipeline` one device after the other;
+`gathered` each the whole model for prompts of its own, gathered layer by layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Limit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What a model asks of devices, in bytes and counts; `batch` and tokens are for each rank under `fsdp`.
+    """The work of a model for its devices, in bytes and counts; under `gathered` batch and tokens are of each rank.
 
     `step_bytes` are the weights that a decode step reads, `gathered_bytes` those of them that travel under FSDP.
     `all_reduces` are those of hidden states in one pass through the model, `gathered_logits` the numbers for each
@@ -89,11 +89,11 @@ def decode_step(work: Work, machine: Machine, scheme: Scheme, *, batch: float, c
     n = 1 if scheme in ("single", "pipeline") else machine.num_devices
     cache = batch * context * work.kv_bytes_per_token
     compute = 2 * work.step_parameters * batch / flops
-    if scheme == "fsdp":
+    if scheme == "gathered":
         memory = (work.step_bytes + _copied_bytes(work, n) + cache) / bandwidth
         return _overlapped(memory, compute, _gather_s(work, machine), n * batch)
     memory, compute = (work.step_bytes + cache) / (n * bandwidth), compute / n
-    talk = _collectives_s(work, machine, batch, batch) if scheme == "tensor_parallel" else 0.0
+    talk = _collectives_s(work, machine, batch, batch) if scheme == "split" else 0.0
     return _then_link(memory, compute, talk, batch)
 
 
@@ -106,10 +106,10 @@ def prefill(work: Work, machine: Machine, scheme: Scheme, *, batch: float, token
     n = 1 if scheme in ("single", "pipeline") else machine.num_devices
     per_prompt = 2 * work.layer_parameters * tokens + 2 * work.num_layers * tokens**2 * work.hidden_size
     memory, compute = work.step_bytes / bandwidth, batch * per_prompt / flops
-    if scheme == "fsdp":
+    if scheme == "gathered":
         memory += _copied_bytes(work, n) / bandwidth
         return _overlapped(memory, compute, _gather_s(work, machine), n * batch * tokens)
-    talk = _collectives_s(work, machine, batch * tokens, batch) if scheme == "tensor_parallel" else 0.0
+    talk = _collectives_s(work, machine, batch * tokens, batch) if scheme == "split" else 0.0
     return _then_link(memory / n, compute / n, talk, batch * tokens)
 
 

@@ -15,9 +15,10 @@ import psutil
 import pytest
 from running import ROOT, Ended, environment, launcher, run
 
-from launcher.backends.deepspeed.options import missing_compiler, missing_shared_memory, refuse_deepspeed
+from launcher.backends.deepspeed.engine import DeepSpeedConfig
+from launcher.backends.deepspeed.requirements import missing_compiler, missing_shared_memory
 from launcher.backends.module import check_share
-from launcher.config.schema import ConfigError, DeepSpeedConfig, RunConfig
+from launcher.config.schema import ConfigError, RunConfig
 from launcher.system.processes import SHARED_MEMORY, of_run
 from shards.errors import PlanError
 
@@ -153,16 +154,17 @@ def test_what_deepspeed_gets_wrong_is_refused(case: str) -> None:
     options, model_config, on_cuda, expected = REFUSALS[case]
     config = RunConfig(backend=DeepSpeedConfig(**options), devices=2)
     if expected is None:
-        refuse_deepspeed(config, model_config, on_cuda, longest=40)
+        config.backend.refuse(config, model_config, on_cuda, longest=40)
         return
     with pytest.raises(ConfigError) as caught:
-        refuse_deepspeed(config, model_config, on_cuda, longest=40)
+        config.backend.refuse(config, model_config, on_cuda, longest=40)
     assert (caught.value.fact, caught.value.hint) == expected
 
 
 @pytest.mark.parametrize("model_config", [{"model_type": "gpt2"}, {"model_type": "falcon", "alibi": True}])
 def test_one_device_cuts_nothing(model_config: dict[str, Any]) -> None:
-    refuse_deepspeed(RunConfig(backend=DeepSpeedConfig(), devices=1), model_config, False, longest=40)
+    config = RunConfig(backend=DeepSpeedConfig(), devices=1)
+    config.backend.refuse(config, model_config, False, longest=40)
 
 
 def test_a_refusal_is_one_line_and_exit_code_2() -> None:

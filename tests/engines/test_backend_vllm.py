@@ -14,12 +14,14 @@ import psutil
 import pytest
 from running import ROOT, launcher, left_in_shared_memory, run, torchrun
 
-from launcher.backends.vllm.options import arguments, environment, pool_bytes, refusal
+from launcher.backends.vllm.engine import VllmConfig
+from launcher.backends.vllm.options import arguments, environment, refusal
 from launcher.config.compose import compose_run
 from launcher.config.schema import RunConfig
 from launcher.models import EMBEDDED
 from launcher.prompts.prompts import encode
 from launcher.system.processes import of_run, shared_memory_files
+from shards.engines.vllm import VllmPlanner
 from shards.model.shape import ModelShape
 from shards.plan.memory import make_layout
 from shards.plan.request import PlanRequest
@@ -100,7 +102,7 @@ def test_each_token_has_its_moment_within_the_call(way: str) -> None:
 def test_memory_of_each_worker_is_its_share_exactly(way: str) -> None:
     size = SIZES[way]
     shape = ModelShape.from_config(FIELDS)
-    layout = make_layout(PlanRequest(shape=shape, engine="vllm", devices=size, dtype_bytes=4))
+    layout = make_layout(PlanRequest(shape=shape, engine=VllmPlanner(), devices=size, dtype_bytes=4))
     block = 32 * shape.kv_values_per_token() // size * 4
     blocks = sum(-(-(len(prompt.token_ids) + 40 - 1) // 32) for prompt in encode(PROMPTS, FOLDER))
     pool = PLANNED_POOL if size > 1 else 64 * 1024 * block // 32
@@ -181,6 +183,11 @@ def test_arguments_of_a_run() -> None:
 def test_options_reach_vllm(overrides: list[str], expected: dict[str, Any]) -> None:
     found = arguments(config(*overrides), FOLDER, external="num_nodes=2" in overrides, on_cpu=True, pool=None)
     assert {name: found.get(name) for name in expected} == expected
+
+
+def pool_bytes(config: RunConfig, fields: dict[str, Any], on_cpu: bool) -> int | None:
+    assert isinstance(config.backend, VllmConfig)
+    return config.backend.pool_bytes(config, fields, on_cpu)
 
 
 def test_on_gpus_vllm_decides_itself() -> None:

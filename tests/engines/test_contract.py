@@ -13,8 +13,7 @@ import pytest
 from running import ROOT, run, torchrun
 from safetensors import safe_open
 
-from launcher.backends.base import REGISTRY
-from launcher.config.schema import BACKENDS
+from launcher.config.engines import BUILT_IN, load_engine
 from launcher.models import EMBEDDED
 
 MODELS = ("tiny_falcon", "tiny_llama")
@@ -23,14 +22,14 @@ SIZES = {
     "dummy": (1, 2), "transformers": (1,), "fsdp": (1, 2, 3), "deepspeed": (2,), "tensor_parallel": (1, 2),
     "vllm": (1, 2),
 }  # fmt: skip
-WORLDS = [(name, size) for name in REGISTRY for size in SIZES[name]]
+WORLDS = [(name, size) for name in BUILT_IN for size in SIZES[name]]
 REAL = [(name, size) for name, size in WORLDS if name != "dummy"]
 
 
 @cache
 def ranks(name: str, size: int, model: str) -> list[dict[str, Any]]:
     """What the ranks of one engine saw."""
-    processes = size if BACKENDS[name].one_process_per_device else 1
+    processes = size if load_engine(name).one_process_per_device else 1
     with TemporaryDirectory() as out:
         command = [PROGRAM, name, model, out, str(size)]
         limit = 280  # the first run of DeepSpeed compiles an operation
@@ -43,7 +42,7 @@ def ranks(name: str, size: int, model: str) -> list[dict[str, Any]]:
 def completions(name: str, size: int, model: str, scenario: str) -> list[dict[str, Any]]:
     """The completions of all ranks in prompt order."""
     seen = ranks(name, size, model)
-    answering = seen if BACKENDS[name].data_parallel else seen[:1]
+    answering = seen if load_engine(name).data_parallel else seen[:1]
     made = [item for rank in answering for item in rank["completions"][scenario]]
     return sorted(made, key=lambda item: item["index"])
 

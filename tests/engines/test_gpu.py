@@ -18,7 +18,7 @@ from running import ROOT, launcher
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from launcher.config.schema import BACKENDS
+from launcher.config.engines import engines
 from launcher.models import EMBEDDED
 from launcher.rank.failures import explain
 from shards.checkpoint.checkpoint import Checkpoint
@@ -28,7 +28,8 @@ from shards.load.load import load_weights
 from shards.load.meta import build_meta
 from shards.load.random_weights import fill_random
 from shards.load.slices import Target, read_targets
-from shards.machine.hardware import MIB, Device, cuda_devices
+from shards.machine.cards import cuda_devices
+from shards.machine.hardware import MIB, Device
 from shards.parallel.families import attend
 
 
@@ -43,7 +44,7 @@ def cards() -> tuple[Device, ...]:
 CARDS = cards()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CARDS, reason="no CUDA device")]
 several = pytest.mark.skipif(len(CARDS) < 2, reason="fewer than two CUDA devices")
-ENGINES = [name for name in BACKENDS if name != "dummy"]
+ENGINES = [name for name, kind in engines().items() if kind.needs_weights]
 SHORT = ("measure.repeats=1", "measure.warmup=0", "sampling.max_new_tokens=24", "precision=fp32")
 PROMPTS = ("prompts=file", f"prompts.path={ROOT}/tests/ragged_prompts.txt")
 NEAR = 0.02  # logits this close may change places: kernels add up in different orders, some in TF32
@@ -66,7 +67,7 @@ def ran(engine: str, model: str, devices: int, accelerator: str, *more: str) -> 
 
 def has(engine: str) -> bool:
     """Whether the engine is installed; vLLM also has a build for CPUs, of another name."""
-    if any(importlib.util.find_spec(module) is None for module in BACKENDS[engine].packages):
+    if any(importlib.util.find_spec(module) is None for module in engines()[engine].modules()):
         return False
     return engine != "vllm" or any(item.name == "vllm" for item in importlib.metadata.distributions())
 

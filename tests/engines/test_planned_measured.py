@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from running import launcher
 
-from launcher.config.schema import BACKENDS
+from launcher.config.engines import load_engine
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]  # about 120 s on two idle cores
 
@@ -47,7 +47,7 @@ MISTRAL_1GB_BYTES = 2 * (2 * 32000 * 2048 + 8 * (2048 * (2 * 2048 + 2 * 512 + 3 
 
 def sweep(output_dir: Path, *overrides: str) -> None:
     """One run for each engine that is installed, and each model."""
-    found = [name for name in ENGINES if all(find_spec(package) for package in BACKENDS[name].packages)]
+    found = [name for name in ENGINES if all(find_spec(package) for package in load_engine(name).modules())]
     ended = launcher(
         "-m", f"backend={','.join(found)}", "devices=2", "accelerator=cpu", f"output_dir={output_dir}",
         "prompts=synthetic", f"prompts.count={PROMPTS}", f"prompts.input_tokens={PROMPT_TOKENS}",

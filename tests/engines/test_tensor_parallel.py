@@ -11,10 +11,10 @@ import torch
 from running import ROOT, torchrun
 from tensor_parallel_program import MODELS
 
+from shards.engines.tensor_parallel import CUT_FAMILIES
 from shards.errors import PlanError
 from shards.load.meta import build_meta
 from shards.parallel.tensor_parallel import ELSEWHERE, LAYER_PLANS, tensor_parallel_model
-from shards.plan.cuts import CUT_FAMILIES
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 512, "hidden_size": 96, "intermediate_size": 252, "num_hidden_layers": 2,

@@ -11,8 +11,9 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from launcher.backends.base import Backend, Completion, Prompt, backend_class
+from launcher.backends.base import Backend, Completion, Prompt
 from launcher.config.compose import compose_run
+from launcher.config.engines import resolve
 from launcher.config.schema import RunConfig, SamplingConfig
 from launcher.models import EMBEDDED
 from launcher.prepare.planning import plan_of
@@ -56,7 +57,7 @@ def loaded(config: RunConfig, world: World, prompts: list[Prompt]) -> tuple[Back
     tensors = Checkpoint.open(folder).tensors
     plan = plan_of(config, json.loads((folder / "config.json").read_text()), tensors, prompts, on_cuda=False)
     seen: list[tuple[int, int]] = []
-    backend = backend_class(config.backend.name)(config)
+    backend: Backend = resolve(config.backend.implementation)(config)
     backend.load(plan, world, lambda done, total: seen.append((done, total)))
     return backend, seen
 

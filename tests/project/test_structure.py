@@ -26,10 +26,10 @@ HEAVY = {"torch", "transformers", "accelerate", "lightning", "deepspeed", "vllm"
 TENSORS = {
     "launcher.backends.deepspeed.backend",
     "launcher.backends.deepspeed.all_reduce",
-    "launcher.backends.fsdp",
+    "launcher.backends.fsdp.backend",
     "launcher.backends.module",
-    "launcher.backends.tensor_parallel",
-    "launcher.backends.transformers",
+    "launcher.backends.tensor_parallel.backend",
+    "launcher.backends.transformers.backend",
     "launcher.backends.vllm.worker",
     "launcher.backends.decode",
     "launcher.launch.join",
@@ -53,7 +53,7 @@ TENSORS = {
 
 LAZY = {
     ("launcher", "launcher.api"): "the package is light to import, as every rank does",
-    ("launcher.backends.base", "*"): "an engine is imported when it is used",
+    ("launcher.config.engines", "*"): "an engine is imported when it is used",
     ("launcher.__main__", "launcher.launch.join"): "a rank may import torch, the process that launches may not",
     (
         "launcher.backends.vllm.backend",

@@ -20,6 +20,7 @@ from transformers.core_model_loading import Transpose, WeightConverter
 
 from launcher.prepare.shapes import built_of
 from shards.checkpoint.checkpoint import Checkpoint
+from shards.engines.transformers import TransformersPlanner
 from shards.errors import CheckpointError, PlanError
 from shards.load.blocks import Block, mark_block
 from shards.load.conversion import converted
@@ -134,7 +135,12 @@ def test_the_cache_with_sliding_windows_is_as_planned(name: str) -> None:
         assert ModelShape.from_config(config).windows == shape.windows
     assert list(shape.windows) == answer["sizes"].get("windows", [])
     asked = PlanRequest(
-        shape=shape, engine="transformers", dtype_bytes=4, batch_size=rows, prompt_tokens=prompt, max_new_tokens=new
+        shape=shape,
+        engine=TransformersPlanner(),
+        dtype_bytes=4,
+        batch_size=rows,
+        prompt_tokens=prompt,
+        max_new_tokens=new,
     )
     (planned,) = make_plan(asked).devices
     whole = make_plan(replace(asked, shape=replace(shape, windows=()))).devices[0]

@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 import yaml
 from driver import A6000, nvml
+from planners import PLANNERS
 from running import ROOT
 
+from shards.engines.vllm import VllmPlanner
 from shards.errors import PlanError
-from shards.machine.hardware import DEVICES, GIB, LINKS, MIB, Device, cuda_devices, visible
+from shards.machine.cards import cuda_devices, visible
+from shards.machine.hardware import DEVICES, GIB, LINKS, MIB, Device
 from shards.model.shape import ModelShape
 from shards.plan.cuts import cut_up, spread
 from shards.plan.memory import DevicePlan, device_plans, load_peaks, make_layout
@@ -36,9 +39,22 @@ FALCON_7B, FALCON_40B, FALCON_180B, LLAMA_30B, LLAMA2_70B = map(
 )
 
 
-def request(shape: ModelShape, engine: str, devices: int, device: str = "a6000", **other: Any) -> PlanRequest:
+def request(
+    shape: ModelShape,
+    engine: str,
+    devices: int,
+    device: str = "a6000",
+    options: dict[str, Any] | None = None,
+    **other: Any,
+) -> PlanRequest:
     return PlanRequest(
-        shape=shape, engine=engine, devices=devices, device=DEVICES[device], link=LINKS["pcie4"], **other
+        shape=shape,
+        engine=replace(PLANNERS[engine], **(options or {})),
+        devices=devices,
+        device=DEVICES[device],
+        link=LINKS["pcie4"],
+        alternatives=tuple(PLANNERS.values()),
+        **other,
     )
 
 
@@ -102,19 +118,20 @@ LLAMA2_LAYER = 2 * 8192**2 + 3 * 28672 * 8192
 def test_every_rank_holds(shape: ModelShape, engine: str, size: int, expected: int) -> None:
     """Norms are on every rank, DeepSpeed's embedding too, and its tied model has a head of its own; 8 kv heads on 16
     ranks are there twice."""
-    assert cut_up(shape, engine, size) == (expected,) * size
+    assert cut_up(shape, PLANNERS[engine].pieces, size) == (expected,) * size
 
 
 def test_vllm_pads_the_vocabulary_to_64_rows() -> None:
     config = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
     wide, padded = ({**config, "vocab_size": rows} for rows in (1024, 1001))
-    assert cut_up(ModelShape.from_config(padded), "vllm", 2) == cut_up(ModelShape.from_config(wide), "vllm", 2)
+    cut = PLANNERS["vllm"].pieces
+    assert cut_up(ModelShape.from_config(padded), cut, 2) == cut_up(ModelShape.from_config(wide), cut, 2)
 
 
 @pytest.mark.parametrize("size", [2, 3, 7, 60, 100_000])
 @pytest.mark.parametrize("shape", [FALCON_7B, LLAMA_30B], ids=["falcon_7b", "llama_30b"])
 def test_fsdp_ranks_hold_the_model_once(shape: ModelShape, size: int) -> None:
-    found = cut_up(shape, "fsdp", size)
+    found = cut_up(shape, PLANNERS["fsdp"].pieces, size)
     assert (len(found), sum(found)) == (size, shape.num_parameters)
 
 
@@ -144,18 +161,19 @@ def test_a_device_map_spreads_whole_layers(shape: ModelShape, size: int, layers:
         ("transformers", {"kv_heads_only": False}, 1_966_080),
         ("deepspeed", {}, 61_440),
         ("deepspeed", {"kv_heads_only": False}, 983_040),
-        ("vllm", {"kv_heads_only": False}, 61_440),
+        ("vllm", {}, 61_440),
+        ("vllm", {"kv_dtype_bytes": 1}, 30_720),
         ("dummy", {}, 0),
     ],
 )
 def test_cache_of_falcon_40b_on_each_of_two(engine: str, options: dict[str, Any], bytes_per_token: int) -> None:
-    assert make_plan(request(FALCON_40B, engine, 2, **options)).kv_bytes_per_token == bytes_per_token
+    assert make_plan(request(FALCON_40B, engine, 2, options=options)).kv_bytes_per_token == bytes_per_token
 
 
 def test_vllm_sets_aside_its_share_of_the_card_or_what_it_is_told() -> None:
     card = make_plan(request(FALCON_40B, "vllm", 2)).devices[0]
     assert card.used_bytes == int(0.92 * 49_140 * MIB)
-    told = make_plan(request(FALCON_40B, "vllm", 2, kv_cache_memory_bytes=GIB))
+    told = make_plan(request(FALCON_40B, "vllm", 2, options={"kv_cache_memory_bytes": GIB}))
     assert (told.devices[0].kv_cache_reserved_bytes, told.largest_batch) == (GIB, GIB // (640 * 61_440))
 
 
@@ -173,13 +191,14 @@ def test_layers_with_a_window_keep_what_lies_in_it(engine: str, block: int, prom
     """Two sequences with 4 new tokens and windows of 64; Qwen2 has them from one layer on."""
     config = {"model_type": "mistral", "num_hidden_layers": 2, "sliding_window": 64}
     shape = ModelShape.from_config(config)
-    asked = request(shape, engine, 1, batch_size=2, prompt_tokens=prompt, max_new_tokens=4, kv_block_tokens=block)
+    options = {"kv_block_tokens": block} if engine == "vllm" else {}
+    asked = request(shape, engine, 1, options=options, batch_size=2, prompt_tokens=prompt, max_new_tokens=4)
     assert make_plan(asked).devices[0].kv_cache_bytes == tokens * 2 * 2 * 8 * 128 * 2
     qwen = config | {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}
-    mixed = replace(asked, shape=ModelShape.from_config(qwen), engine="fsdp", kv_block_tokens=1, prompt_tokens=800)
+    mixed = replace(asked, shape=ModelShape.from_config(qwen), engine=PLANNERS["fsdp"], prompt_tokens=800)
     assert make_plan(mixed).devices[0].kv_cache_bytes == 2 * (804 + 63) * 2 * 32 * 128 * 2
     with pytest.raises(PlanError, match="vllm runs no Qwen of which only some layers have a sliding window"):
-        make_plan(replace(mixed, engine="vllm"))
+        make_plan(replace(mixed, engine=PLANNERS["vllm"]))
 
 
 def test_a_window_makes_steps_faster() -> None:
@@ -267,7 +286,7 @@ def test_a_cpu_has_no_capacity_and_no_known_rates() -> None:
             "A100 80 GB has 80.0 GiB, of which vllm may use 73.6. HINT: devices=2, or backend=fsdp.",
         ),
         (
-            request(FALCON_40B, "vllm", 1, "h200", kv_cache_memory_bytes=10**11),
+            request(FALCON_40B, "vllm", 1, "h200", {"kv_cache_memory_bytes": 10**11}),
             "41.3 billion parameters with vllm need 174.3 GiB on one device (weights 76.9, batch 1 of 640 tokens), "
             "H200 141 GB has 140.4 GiB. HINT: devices=2, or backend.kv_cache_memory_bytes=63584829440, or "
             "backend=fsdp.",
@@ -294,8 +313,12 @@ def test_what_cannot_be_is_refused_with_hints_that_hold(asked: PlanRequest, mess
 
 def changed(asked: PlanRequest, key: str, value: str) -> PlanRequest:
     """The request after the override of a hint."""
-    field = "engine" if key == "backend" else key.rpartition(".")[2]
-    return replace(asked, **{field: value if field == "engine" else int(value)})
+    if key == "backend":
+        return replace(asked, engine=PLANNERS[value])
+    part, _, field = key.rpartition(".")
+    if part == "backend":
+        return replace(asked, engine=replace(asked.engine, **{field: int(value)}))
+    return replace(asked, **{field: int(value)})
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "deepspeed", "transformers"])
@@ -356,8 +379,9 @@ def test_no_number_of_devices_is_passed_over(engine: str) -> None:
 )
 def test_vllm_takes_at_once(device: str, devices: int, told: dict[str, int], expected: tuple[int, int]) -> None:
     """As get_batch_defaults and what follows it in vllm/engine/arg_utils.py, for a model of 2,048 positions."""
-    asked = request(FALCON_40B, "vllm", devices, device, **told)
-    assert (asked.sequences, asked.batched_tokens) == expected
+    asked = request(FALCON_40B, "vllm", devices, device, told)
+    assert isinstance(asked.engine, VllmPlanner)
+    assert (asked.engine.sequences(asked), asked.engine.batched_tokens(asked)) == expected
 
 
 @pytest.mark.parametrize(

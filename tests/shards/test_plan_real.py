@@ -12,6 +12,9 @@ import pytest
 import yaml
 from running import ROOT
 
+from shards.engines.deepspeed import DeepSpeedPlanner
+from shards.engines.fsdp import FsdpPlanner
+from shards.engines.tensor_parallel import TensorParallelPlanner
 from shards.model.shape import ModelShape
 from shards.plan.cuts import cut_up
 from shards.plan.memory import make_layout
@@ -94,7 +97,9 @@ def test_parameters_are_those_of_transformers_by_name_shape_and_order(found: Any
 def test_fsdp_bytes_are_those_that_fsdp2_leaves_on_a_rank(found: Any, name: str) -> None:
     planned = {}
     for size, by_rank in found["fsdp"][name].items():
-        layout = make_layout(PlanRequest(shape=ModelShape.from_config(SHARDED[name]), engine="fsdp", devices=int(size)))
+        layout = make_layout(
+            PlanRequest(shape=ModelShape.from_config(SHARDED[name]), engine=FsdpPlanner(), devices=int(size))
+        )
         planned[size] = {rank: layout.parameter_bytes[int(rank)] for rank in by_rank}
     assert planned == found["fsdp"][name]
 
@@ -105,7 +110,9 @@ def test_rows_that_do_not_divide_leave_the_last_ranks_with_less_or_nothing(found
 
 
 def test_tensor_parallel_numbers_are_those_that_the_cut_leaves_on_a_rank(found: Any) -> None:
-    planned = [list(cut_up(ModelShape.from_config(config), "tensor_parallel", size)) for config, size in CUT]
+    planned = [
+        list(cut_up(ModelShape.from_config(config), TensorParallelPlanner().pieces, size)) for config, size in CUT
+    ]
     assert planned == found["tensor_parallel"]
 
 
@@ -117,5 +124,5 @@ def test_deepspeed_numbers_are_those_that_autotp_leaves_on_a_rank() -> None:
     qwen = {**llama, "model_type": "qwen3", "head_dim": 64, "tie_word_embeddings": True, "intermediate_size": 704}
     cases = [(falcon, 2), (llama, 4), (qwen, 2)]
     cases += [(preset("falcon_40b"), size) for size in (2, 4, 8)] + [(preset("llama_30b"), size) for size in (2, 4)]
-    planned = [list(cut_up(ModelShape.from_config(config), "deepspeed", size)) for config, size in cases]
+    planned = [list(cut_up(ModelShape.from_config(config), DeepSpeedPlanner().pieces, size)) for config, size in cases]
     assert planned == real("deepspeed", cases)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from planners import PLANNERS
 from running import ROOT, environment
 from test_plan import FALCON_7B, FALCON_40B, LLAMA2_70B, changed, preset, request
 
@@ -156,10 +157,11 @@ def test_tensor_parallel_ranks_hold_their_part_of_values_and_scales() -> None:
     storage = Storage(2, QUANTIZATIONS["int4_g128"])
     table, norms = 65_024 * 8192 * 2, 2 * (60 * 4 * 8192 + 2 * 8192)
     whole = whole_bytes(FALCON_40B, storage)
-    assert cut_up(FALCON_40B, "vllm", 1, storage) == (whole,)
-    assert cut_up(FALCON_40B, "vllm", 4, storage) == ((whole - table - norms) // 4 + table // 4 + norms,) * 4
+    cut = PLANNERS["vllm"].pieces
+    assert cut_up(FALCON_40B, cut, 1, storage) == (whole,)
+    assert cut_up(FALCON_40B, cut, 4, storage) == ((whole - table - norms) // 4 + table // 4 + norms,) * 4
     row_scales = 4 * (8192 + 8192) * 60  # every rank has the scale of every output where the inputs are cut
-    ranks = cut_up(FALCON_40B, "vllm", 2, Storage(2, QUANTIZATIONS["fp8_channel"]))
+    ranks = cut_up(FALCON_40B, cut, 2, Storage(2, QUANTIZATIONS["fp8_channel"]))
     assert 2 * ranks[0] - whole_bytes(FALCON_40B, Storage(2, QUANTIZATIONS["fp8_channel"])) == norms + row_scales
 
 

@@ -26,7 +26,7 @@ from shards.model.shape import Parameter
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_checkpoint_is_called_by_how_it_is_stored(name: str) -> None:
     found = quantization(CHECKPOINTS[name])
-    assert (found.name, found.engines) == (name.removesuffix(" static").removesuffix(" asymmetric"), ("vllm",))
+    assert (found.name, found.fused) == (name.removesuffix(" static").removesuffix(" asymmetric"), True)
 
 
 def chosen(fields: dict[str, Any], *names: str) -> list[str]:

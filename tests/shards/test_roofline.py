@@ -36,18 +36,18 @@ H200 = Machine(DEVICES["h200"])
 @pytest.mark.parametrize(
     ("work", "machine", "scheme", "expected"),
     [
-        (FALCON, A6000, "tensor_parallel", ("18.0", "142", "550")),
-        (FALCON, A6000, "fsdp", ("1.21", "9.7", "38.7")),
-        (FALCON, BRIDGE, "tensor_parallel", ("18.2", "144", "562")),
-        (FALCON, BRIDGE, "fsdp", ("2.42", "19.4", "77.5")),
-        (FALCON, A100, "tensor_parallel", ("47.9", "381", "1489")),
+        (FALCON, A6000, "split", ("18.0", "142", "550")),
+        (FALCON, A6000, "gathered", ("1.21", "9.7", "38.7")),
+        (FALCON, BRIDGE, "split", ("18.2", "144", "562")),
+        (FALCON, BRIDGE, "gathered", ("2.42", "19.4", "77.5")),
+        (FALCON, A100, "split", ("47.9", "381", "1489")),
         (FALCON, H200, "single", ("52.0", "414", "1626")),
-        (FALCON, H200, "fsdp", ("17.3", "139", "551")),
-        (LLAMA, A6000, "tensor_parallel", ("21.6", "159", "494")),
-        (LLAMA, A6000, "fsdp", ("1.55", "12.4", "49.5")),
-        (LLAMA, A100, "tensor_parallel", ("57.9", "428", "1351")),
+        (FALCON, H200, "gathered", ("17.3", "139", "551")),
+        (LLAMA, A6000, "split", ("21.6", "159", "494")),
+        (LLAMA, A6000, "gathered", ("1.55", "12.4", "49.5")),
+        (LLAMA, A100, "split", ("57.9", "428", "1351")),
         (LLAMA, H200, "single", ("65.7", "483", "1515")),
-        (LLAMA, H200, "fsdp", ("22.1", "172", "625")),
+        (LLAMA, H200, "gathered", ("22.1", "172", "625")),
     ],
 )
 def test_decode(work: Work, machine: Machine, scheme: Scheme, expected: tuple[str, ...]) -> None:
@@ -57,7 +57,7 @@ def test_decode(work: Work, machine: Machine, scheme: Scheme, expected: tuple[st
 @pytest.mark.parametrize(("work", "expected"), [(FALCON, ("9.9", "79.0", "316")), (LLAMA, ("12.6", "101", "404"))])
 def test_decode_of_fsdp_bound_by_its_copies(work: Work, expected: tuple[str, ...]) -> None:
     """Gathering over NVLink is faster than copying in and out; these figures leave the cache out."""
-    assert as_printed(work, A100, "fsdp", expected, context=0) == expected
+    assert as_printed(work, A100, "gathered", expected, context=0) == expected
 
 
 def as_printed(work: Work, machine: Machine, scheme: Scheme, like: tuple[str, ...], context: int) -> tuple[str, ...]:
@@ -69,7 +69,7 @@ def as_printed(work: Work, machine: Machine, scheme: Scheme, like: tuple[str, ..
 
 def test_falcon_40b_on_two_a6000_reaches_the_published_0_60_tokens_for_one_prompt() -> None:
     """Both ranks answer the same prompt: a token of it comes with each step."""
-    limit = decode_step(FALCON, A6000, "fsdp", batch=1, context=512)
+    limit = decode_step(FALCON, A6000, "gathered", batch=1, context=512)
     assert limit is not None
     assert f"{1 / limit.seconds:.2f}" == "0.61"
     assert limit.bound == "link"
@@ -78,11 +78,11 @@ def test_falcon_40b_on_two_a6000_reaches_the_published_0_60_tokens_for_one_promp
 @pytest.mark.parametrize(
     ("work", "machine", "scheme", "milliseconds"),
     [
-        (FALCON, A6000, "tensor_parallel", 136),
-        (FALCON, A100, "tensor_parallel", 67),
+        (FALCON, A6000, "split", 136),
+        (FALCON, A100, "split", 67),
         (FALCON, H200, "single", 53),
-        (LLAMA, A6000, "tensor_parallel", 107),
-        (LLAMA, A100, "tensor_parallel", 53),
+        (LLAMA, A6000, "split", 107),
+        (LLAMA, A100, "split", 53),
         (LLAMA, H200, "single", 42),
     ],
 )
@@ -115,7 +115,7 @@ def test_the_slowest_of_three_bounds_a_gathering_step(
         gathered_bytes=6_000_000_000,
     )
     device = Device("card", bandwidth=bandwidth, flops_16=flops)
-    found = decode_step(work, Machine(device, 2, Link("link", link, 0.0)), "fsdp", batch=1, context=1)
+    found = decode_step(work, Machine(device, 2, Link("link", link, 0.0)), "gathered", batch=1, context=1)
     assert found == expected
 
 
@@ -132,8 +132,8 @@ def test_every_collective_costs_its_latency_and_its_bytes() -> None:
         gathered_logits=100,
     )
     machine = Machine(Device("card", bandwidth=1e30, flops_16=1e30), 4, Link("link", 100.0, 1.0))
-    decode = decode_step(work, machine, "tensor_parallel", batch=2, context=1)
-    filled = prefill(work, machine, "tensor_parallel", batch=2, tokens=10)
+    decode = decode_step(work, machine, "split", batch=2, context=1)
+    filled = prefill(work, machine, "split", batch=2, tokens=10)
     assert decode is not None
     assert filled is not None
     assert decode.seconds == pytest.approx(3 * (1 + 0.48) + 1 + 3)
@@ -145,5 +145,5 @@ def test_every_collective_costs_its_latency_and_its_bytes() -> None:
     [Machine(DEVICES["cpu"]), Machine(DEVICES["a6000"], 2), Machine(Device("no rate of its own", bandwidth=1e12))],
 )
 def test_no_limit_is_given_where_a_rate_is_not_known(machine: Machine) -> None:
-    assert decode_step(FALCON, machine, "tensor_parallel", batch=1, context=1) is None
-    assert prefill(FALCON, machine, "tensor_parallel", batch=1, tokens=1) is None
+    assert decode_step(FALCON, machine, "split", batch=1, context=1) is None
+    assert prefill(FALCON, machine, "split", batch=1, tokens=1) is None

@@ -1,1 +1,1 @@
-"""DeepSpeed-Inference."""
+"""DeepSpeed-Inference: `engine` is what the launcher knows of it, `backend` runs in the ranks."""

@@ -17,7 +17,12 @@ from typing import TYPE_CHECKING
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 
-from launcher.backends.deepspeed.options import OPERATION, extensions_folder, missing_compiler, missing_shared_memory
+from launcher.backends.deepspeed.requirements import (
+    OPERATION,
+    extensions_folder,
+    missing_compiler,
+    missing_shared_memory,
+)
 from launcher.system.processes import SHARED_MEMORY
 from shards.machine.process_group import any_rank, barrier
 

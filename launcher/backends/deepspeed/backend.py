@@ -22,8 +22,9 @@ from shards.load.blocks import Block, mark_block
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from launcher.backends.deepspeed.engine import DeepSpeedConfig
     from launcher.backends.module import Progress
-    from launcher.config.schema import DeepSpeedConfig, RunConfig
+    from launcher.config.schema import RunConfig
     from shards.machine.world import World
     from shards.plan.plan import Plan
 
@@ -38,7 +39,7 @@ class DeepSpeedBackend(ModuleBackend):
         if on_one_node and get_accelerator().device_name() == "cpu":
             self.obstacle = deepspeed_reduce.compile_operation()
 
-    def place(self, plan: Plan, world: World, progress: Progress) -> torch.nn.Module:
+    def place(self, plan: Plan | None, world: World, progress: Progress) -> torch.nn.Module:
         _check_accelerator(self.device)
         model = self.meta_model()
         if world.world_size == 1:

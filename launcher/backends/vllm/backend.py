@@ -15,7 +15,7 @@ import psutil
 from launcher.backends.base import Completion, DeviceMemory, Generation
 from launcher.backends.vllm.heartbeat import heartbeat
 from launcher.backends.vllm.monitor import Watch
-from launcher.backends.vllm.options import arguments, check_extra, environment, pool_bytes, refusal
+from launcher.backends.vllm.options import arguments, environment, refusal
 from launcher.config.schema import Accelerator, ConfigError
 from launcher.system.files import read_json, write_json
 from launcher.system.processes import MARK, shared_memory_files, shared_memory_of
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from launcher.backends.base import FinishReason, Prompt
-    from launcher.config.schema import RunConfig, SamplingConfig, VllmConfig
+    from launcher.backends.vllm.engine import VllmConfig
+    from launcher.config.schema import RunConfig, SamplingConfig
     from shards.machine.world import World
     from shards.plan.plan import Plan
 
@@ -50,7 +51,7 @@ class VllmBackend:
         self.scratch: tempfile.TemporaryDirectory[str] | None = None  # for sockets and stores that vLLM does not remove
         self.shared_memory: set[Path] = set()
 
-    def load(self, plan: Plan, world: World, progress: Callable[[int, int], None]) -> None:
+    def load(self, plan: Plan | None, world: World, progress: Callable[[int, int], None]) -> None:
         self.external = world.world_size > 1
         devices = self.config.devices * self.config.num_nodes
         if self.external and world.world_size != devices:
@@ -63,7 +64,7 @@ class VllmBackend:
         elif self.on_cpu:
             _share_threads(self.config.devices)
         self._check_platform()
-        check_extra(Path(self.vllm.__path__[0]), self.options.extra)
+        self.options.check_extra(Path(self.vllm.__path__[0]))
         self.scratch = tempfile.TemporaryDirectory(prefix=f"launcher_{os.environ.get(MARK, '')[:12]}_")
         before = shared_memory_files()
         with _temporary_files_in(self.scratch.name, self.on_cpu), heartbeat(lambda: progress(0, 1)):
@@ -75,10 +76,11 @@ class VllmBackend:
         self.watch = Watch(self.llm.llm_engine)
         progress(1, 1)
 
-    def _pool_bytes(self, plan: Plan, folder: Path) -> int | None:
+    def _pool_bytes(self, plan: Plan | None, folder: Path) -> int | None:
         """The KV cache of a worker as planned; decided here for nodes whose memory the plan does not know."""
         fields = read_json(folder / "config.json") or {}
-        return plan.kv_cache_memory_bytes or pool_bytes(self.config, fields, self.on_cpu)
+        planned = plan.kv_cache_memory_bytes if plan else None
+        return planned or self.options.pool_bytes(self.config, fields, self.on_cpu)
 
     def _start(self, arguments: dict[str, Any]) -> Any:
         try:

@@ -21,7 +21,7 @@ from launcher.doctor.cards import check_cards, check_compiler, check_cuda, locke
 from launcher.doctor.checks import Check
 from launcher.doctor.host import Host, describe
 from launcher.doctor.trials import Ended, Engine, attempt, engine, nvml
-from shards.machine.hardware import cuda_devices
+from shards.machine.cards import cuda_devices
 
 GIB = 1024**3
 SETUP = "bash scripts/setup.sh && .venv/bin/python -m launcher.doctor"

@@ -24,8 +24,8 @@ from slurm_config import free_ports
 from launcher.__main__ import main
 from launcher.api import load_record
 from launcher.config.compose import compose_run
+from launcher.config.engines import BUILT_IN
 from launcher.config.presets import options
-from launcher.config.schema import BACKENDS
 from launcher.models import EMBEDDED
 from launcher.prepare.prepare import prepare
 from shards.machine.world import World
@@ -45,7 +45,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     [
         (
             ["backend=fspd"],
-            f"backend=fspd is not one of {', '.join(sorted(BACKENDS))}. HINT: backend=fsdp",
+            f"backend=fspd is not one of {', '.join(sorted(BUILT_IN))}. HINT: backend=fsdp",
         ),
         (
             ["model=tiny_falkon"],

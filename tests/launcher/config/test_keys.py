@@ -10,11 +10,12 @@ import yaml
 from running import launcher, torchrun
 
 from launcher.__main__ import main
-from launcher.backends.vllm.options import accepted_arguments, installed_package
+from launcher.backends.vllm.extra import accepted_arguments, installed_package
 from launcher.config.compose import compose_run
+from launcher.config.engines import BUILT_IN
 from launcher.config.keys import run_keys
 from launcher.config.presets import groups, options
-from launcher.config.schema import BACKENDS, ConfigError
+from launcher.config.schema import ConfigError
 from launcher.config.values import from_dict, to_dict
 from launcher.prepare.prepare import prepare
 
@@ -27,8 +28,8 @@ SHARE = 0.9
 
 def keys() -> list[tuple[str, str]]:
     """Every key of a run with the engine that has it, those of all engines once."""
-    common = set.intersection(*(set(run_keys(engine)) for engine in BACKENDS))
-    own = [(engine, key) for engine in sorted(BACKENDS) for key in sorted(set(run_keys(engine)) - common)]
+    common = set.intersection(*(set(run_keys(engine)) for engine in BUILT_IN))
+    own = [(engine, key) for engine in sorted(BUILT_IN) for key in sorted(set(run_keys(engine)) - common)]
     return [*(("fsdp", key) for key in sorted(common)), *own]
 
 
@@ -49,7 +50,7 @@ def misspelt(key: str, draw: random.Random) -> list[str]:
 def neighbours() -> list[tuple[str, str, str]]:
     """(engine, key, misspelling) that is a key of no engine."""
     draw = random.Random(7)
-    known = {key for engine in BACKENDS for key in run_keys(engine)}
+    known = {key for engine in BUILT_IN for key in run_keys(engine)}
     return [(engine, key, word) for engine, key in keys() for word in misspelt(key, draw) if word not in known]
 
 

@@ -101,7 +101,7 @@ def test_mbu(ranks: list[Repeat], planned: Plan, expected: float, cache: int) ->
         ([], plan(1, 1, 1.0), "no decode step was measured"),
         ([one_repeat((7, [0.0, 0.0, 1.0]), decode_s=None)], plan(1, 1, 1.0), "a step gave several tokens"),
         ([one_repeat((7, [1.0]), decode_s=1.0)], plan(0, 0, 1.0), "no weights are read"),
-        ([one_repeat((7, [1.0]), decode_s=1.0)], None, "no weights are read"),
+        ([one_repeat((7, [1.0]), decode_s=1.0)], None, "no plan: this engine's memory is not known here"),
         (
             [one_repeat((7, [1.0]), decode_s=1.0)],
             plan(1, 1, None),
@@ -177,7 +177,7 @@ def test_a_ceiling_of_several_ranks_is_that_of_all_of_them() -> None:
     """Two ranks with a prompt of their own each, and one of a batch on two devices."""
     ranks, seconds = ended([(7, 9)])
     machine = Machine(CARD, 2, LINKS["nvlink4"])
-    fsdp, tensor_parallel = Roofline(WORK, machine, "fsdp"), Roofline(WORK, machine, "tensor_parallel")
+    fsdp, tensor_parallel = Roofline(WORK, machine, "gathered"), Roofline(WORK, machine, "split")
     for roof, repeat, tokens in ((fsdp, ranks * 2, 18), (tensor_parallel, ranks, 9)):
         ceiling = against_ceiling(any_plan(roofline=roof), metrics_of([repeat], len(repeat)))
         at_best = seconds if roof is fsdp else seconds / 2

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class TensorParallelBackend(ModuleBackend):
     """Our own cut of transformers' Falcon, Llama, Mistral, Qwen2 and Qwen3; a world of one is the plain model."""
 
-    def place(self, plan: Plan, world: World, progress: Progress) -> torch.nn.Module:
+    def place(self, plan: Plan | None, world: World, progress: Progress) -> torch.nn.Module:
         model = tensor_parallel_model(self.meta_model(), world.rank, world.world_size)
         self.fill(model, progress)
         return model

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from launcher.backends.base import DeviceMemory, Generation, Prompt
+    from launcher.backends.fsdp.engine import FsdpConfig
     from launcher.backends.module import Progress
-    from launcher.config.schema import FsdpConfig, SamplingConfig
+    from launcher.config.schema import SamplingConfig
     from shards.machine.world import World
     from shards.plan.plan import Plan
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 class FsdpBackend(ModuleBackend):
     """FSDP2 on every decoder layer and the root."""
 
-    def place(self, plan: Plan, world: World, progress: Progress) -> torch.nn.Module:
+    def place(self, plan: Plan | None, world: World, progress: Progress) -> torch.nn.Module:
         options: FsdpConfig = self.config.backend  # type: ignore[assignment]
         model = self.meta_model()
         if world.world_size == 1:

@@ -16,7 +16,7 @@ from shards.parallel.fully_shard import decoder_layers
 if TYPE_CHECKING:
     from launcher.backends.base import DeviceMemory
     from launcher.backends.module import Progress
-    from launcher.config.schema import TransformersConfig
+    from launcher.backends.transformers.engine import TransformersConfig
     from shards.machine.world import World
     from shards.plan.plan import Plan
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class TransformersBackend(ModuleBackend):
     """`AutoModelForCausalLM`, whole or with its layers spread over the GPUs of this machine."""
 
-    def place(self, plan: Plan, world: World, progress: Progress) -> torch.nn.Module:
+    def place(self, plan: Plan | None, world: World, progress: Progress) -> torch.nn.Module:
         model = self.meta_model()
         self.devices = [self.device]
         if self.config.devices == 1 or self.device.type == "cpu":

@@ -1,0 +1,89 @@
+"""DeepSpeed-Inference as the launcher knows it: options, and limits that are told before anything starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from launcher.backends.deepspeed.requirements import slow_all_reduce
+from launcher.config.options import COUNT, number
+from launcher.config.schema import BackendConfig, ConfigError
+from shards.engines.deepspeed import DeepSpeedPlanner
+from shards.plan.request import EnginePlanner
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from launcher.config.schema import RunConfig
+
+KERNEL_FAMILIES = ("bloom", "gpt2", "gpt_neo", "gpt_neox", "gptj", "internlm", "llama", "opt")
+"""Decoder models that DeepSpeed has kernels for. Source: module_inject/replace_policy.py."""
+
+UNCUTTABLE = {
+    "gpt2": "DeepSpeed's own list excludes it",
+    "xlnet": "DeepSpeed's own list excludes it",
+    "xlm": "DeepSpeed's own list excludes it",
+    "codegen": "it interleaves the blocks of its fused projection",
+    "glm": "it cuts its fused projections in several blocks",
+    "gpt_bigcode": "it gives every rank all keys and values",
+    "mpt": "it cuts its fused projection in several blocks",
+    "olmo2": "it cuts the heads and not the norm over all of them",
+    "phi3": "it cuts its fused projections in several blocks",
+}
+"""Families that AutoTP does not cut, or cuts otherwise than by one block a rank, which is what our loader fills."""
+
+PLAIN = "backend.kernel_inject=false, which is tensor parallel with transformers' own layers"
+
+
+@dataclass
+class DeepSpeedConfig(BackendConfig):
+    """AutoTP cuts every layer over the ranks, which answer each prompt together."""
+
+    implementation: ClassVar[str] = "launcher.backends.deepspeed.backend:DeepSpeedBackend"
+    planner_class: ClassVar[type[EnginePlanner] | None] = DeepSpeedPlanner
+    packages: ClassVar[tuple[str, ...]] = ("torch", "transformers:AutoModelForCausalLM", "deepspeed:init_inference")
+    pip_extra: ClassVar[str | None] = "deepspeed"
+    loads_by_name: ClassVar[bool] = True
+
+    name: str = "deepspeed"
+    kernel_inject: bool = False  # refused where DeepSpeed's kernels do not apply
+    max_out_tokens: int | None = number(None, COUNT)  # None: as many as the model has positions
+
+    def refuse(self, config: RunConfig, model_config: Mapping[str, Any], on_cuda: bool, longest: int) -> None:
+        """Most of it DeepSpeed would get wrong in silence."""
+        family = str(model_config.get("model_type"))
+        if self.kernel_inject:
+            raise ConfigError(f"backend.kernel_inject=true: {_without_kernels(family, on_cuda)}.", PLAIN)
+        if config.devices * config.num_nodes > 1:
+            _refuse_cut(family, model_config)
+        if self.max_out_tokens is not None and self.max_out_tokens < longest:
+            raise ConfigError(
+                f"backend.max_out_tokens={self.max_out_tokens}, and the longest prompt with its answer has {longest}.",
+                f"backend.max_out_tokens={longest}, or null for as long as needed",
+            )
+
+    def notes(self, config: RunConfig, on_cuda: bool) -> list[str]:
+        return slow_all_reduce(config, on_cuda)
+
+
+def _without_kernels(family: str, on_cuda: bool) -> str:
+    """The reason for which kernel injection is of no use for a model."""
+    if family not in KERNEL_FAMILIES:
+        return f"DeepSpeed has no kernels for {family}; it would replace nothing, shard nothing and not say so"
+    if not on_cuda:
+        return f"DeepSpeed's kernels for {family} run on CUDA only"
+    return (
+        f"DeepSpeed's layers for {family} keep keys and values to themselves and return tuples, where transformers 5 "
+        "looks for them in its own cache and takes tensors"
+    )
+
+
+def _refuse_cut(family: str, model_config: Mapping[str, Any]) -> None:
+    """Refuse what AutoTP would cut wrongly over several devices."""
+    elsewhere = "backend=fsdp, or devices=1"
+    if reason := UNCUTTABLE.get(family):
+        raise ConfigError(f"DeepSpeed's AutoTP cannot be used for {family}: {reason}.", elsewhere)
+    if family == "falcon" and model_config.get("alibi"):
+        raise ConfigError(
+            "DeepSpeed's AutoTP cuts the heads of a Falcon and not its alibi, which has one slope a head.", elsewhere
+        )

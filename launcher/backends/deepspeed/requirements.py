@@ -1,0 +1,64 @@
+"""Requirements of DeepSpeed's shared-memory all-reduce: a compiler, once, and room in /dev/shm. No torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from launcher.config.schema import RunConfig
+
+OPERATION = "deepspeed_shm_comm"
+SEGMENT_BYTES = 69_206_024
+"""Allocated by each rank of the all-reduce. Source: allreduce_workspace in csrc/cpu/comm/shm.cpp."""
+
+
+def slow_all_reduce(config: RunConfig, on_cuda: bool) -> list[str]:
+    """A note where the ranks of one node cannot add up in shared memory."""
+    if on_cuda or config.devices == 1 or config.num_nodes > 1:
+        return []
+    elsewhere = config.backend.python is not None or _compiled_before()
+    reason = (None if elsewhere else missing_compiler()) or missing_shared_memory(config.devices)
+    return [f"DeepSpeed's ranks add up over gloo, two to three times slower: {reason}"] if reason else []
+
+
+def extensions_folder() -> Path:
+    """The folder in which the all-reduce is compiled: in this virtual environment, else in the user's cache.
+
+    By version, since what was compiled for one torch crashes under another, and apart from what other environments
+    compile: their ninja would start over, and their locks outlive them.
+    """
+    if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(given)
+    own = sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK)
+    root = Path(sys.prefix) if own else Path.home() / ".cache"
+    return root / "torch_extensions" / f"torch-{version('torch')}_deepspeed-{version('deepspeed')}"
+
+
+def _compiled_before() -> bool:
+    return (extensions_folder() / OPERATION / f"{OPERATION}.so").is_file()
+
+
+def missing_compiler() -> str | None:
+    """The thing that is missing to compile the all-reduce, None if nothing is."""
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler):
+        return None
+    return f"no {compiler} here to compile its shared-memory all-reduce with (apt install g++)"
+
+
+def missing_shared_memory(ranks: int) -> str | None:
+    """The room that /dev/shm lacks for the ranks of this node, None if it has enough."""
+    try:
+        room = os.statvfs("/dev/shm")
+    except OSError as error:
+        return f"/dev/shm: {error.strerror}"
+    free, needed = room.f_bavail * room.f_frsize, ranks * SEGMENT_BYTES
+    if free >= needed:
+        return None
+    mib = 1 << 20
+    return f"/dev/shm has {free // mib} MiB free, {ranks} ranks need {needed // mib + 1} (docker run --shm-size=1g)"

@@ -1,0 +1,1 @@
+"""The project's own tensor parallelism: `engine` is what the launcher knows of it, `backend` runs in the ranks."""

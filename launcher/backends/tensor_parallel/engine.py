@@ -1,0 +1,23 @@
+"""The project's own tensor parallelism as the launcher knows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from launcher.config.schema import BackendConfig
+from shards.engines.tensor_parallel import TensorParallelPlanner
+from shards.plan.request import EnginePlanner
+
+
+@dataclass
+class TensorParallelConfig(BackendConfig):
+    """Every layer cut over the ranks, which answer each prompt together."""
+
+    implementation: ClassVar[str] = "launcher.backends.tensor_parallel.backend:TensorParallelBackend"
+    planner_class: ClassVar[type[EnginePlanner] | None] = TensorParallelPlanner
+    packages: ClassVar[tuple[str, ...]] = ("torch", "transformers:AutoModelForCausalLM")
+    pip_extra: ClassVar[str | None] = "tensor_parallel"
+    loads_by_name: ClassVar[bool] = True
+
+    name: str = "tensor_parallel"

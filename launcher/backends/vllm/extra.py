@@ -1,0 +1,75 @@
+"""Check `backend.extra` against the arguments of the vLLM that is installed, read from its source."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.config.schema import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+OURS = {
+    "model": "model.path",
+    "tensor_parallel_size": "devices",
+    "dtype": "precision",
+    "seed": "seed",
+    "trust_remote_code": "model.trust_remote_code",
+    "worker_extension_cls": "",
+}
+
+
+def installed_package(python: str | None) -> Path | None:
+    """The folder of the vLLM that an interpreter would import, found without importing it."""
+    if python is None:
+        spec = importlib.util.find_spec("vllm")
+        return Path(spec.origin).parent if spec and spec.origin else None
+    program = "import importlib.util as i; print(i.find_spec('vllm').origin)"
+    try:
+        asked = subprocess.run([python, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return Path(asked.stdout.strip()).parent
+
+
+def accepted_arguments(package: Path) -> set[str]:
+    """The arguments of vllm.LLM and vllm.EngineArgs, read from their source: importing vLLM takes seconds."""
+    engine = _class_in(package / "engine" / "arg_utils.py", "EngineArgs")
+    fields = {
+        node.target.id for node in engine if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    [init] = (
+        node.args
+        for node in _class_in(package / "entrypoints" / "llm.py", "LLM")
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__"
+    )
+    return fields | {argument.arg for argument in (*init.args, *init.kwonlyargs)} - {"self"}
+
+
+def _class_in(path: Path, name: str) -> list[ast.stmt]:
+    """The statements of a class in a source file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    return next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+
+
+def check_extra(package: Path, extra: Mapping[str, Any], own: Collection[str]) -> None:
+    """ConfigError for a key of `backend.extra` that vllm.LLM does not have, or that the launcher itself sets.
+
+    `own` are the options of the engine that have keys beside `extra`.
+    """
+    known = accepted_arguments(package)
+    for name, value in extra.items():
+        if name in OURS:
+            hint = f"{OURS[name]}=" if OURS[name] else "leave it out"
+            raise ConfigError(f"backend.extra.{name} is set by the launcher.", hint)
+        if name not in known:
+            near = next(iter(difflib.get_close_matches(name, known, 1)), None)
+            hint = f"{'backend' if near in own else 'backend.extra'}.{near}={value}"
+            raise ConfigError(
+                f"vLLM has no argument {name!r} (backend.extra.{name}).", hint if near else f"leave {name} out"
+            )

@@ -1,0 +1,116 @@
+"""The engines by name: those of the launcher, a line each, and those that installed packages bring."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.config.schema import BackendConfig, ConfigError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+BUILT_IN = {
+    "dummy": "launcher.backends.dummy:DummyConfig",
+    "fsdp": "launcher.backends.fsdp.engine:FsdpConfig",
+    "deepspeed": "launcher.backends.deepspeed.engine:DeepSpeedConfig",
+    "tensor_parallel": "launcher.backends.tensor_parallel.engine:TensorParallelConfig",
+    "vllm": "launcher.backends.vllm.engine:VllmConfig",
+    "transformers": "launcher.backends.transformers.engine:TransformersConfig",
+}
+
+GROUP = "launcher.backends"
+"""The group of entry points under which a package names its engines: mine = "package.module:MineConfig"."""
+
+NO_PLAN = "no plan: this engine's memory is not known here"
+
+
+@cache
+def brought() -> dict[str, EntryPoint]:
+    """The engines of installed packages by name; ConfigError for a name that several have."""
+    entries: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=GROUP):
+        if entry.name in BUILT_IN or entry.name in entries:
+            owner = "the launcher itself" if entry.name in BUILT_IN else _package(entries[entry.name])
+            raise ConfigError(
+                f"{_package(entry)} brings an engine {entry.name!r}, and so does {owner}.",
+                f"pip uninstall {_package(entry)}",
+            )
+        entries[entry.name] = entry
+    return entries
+
+
+def names() -> tuple[str, ...]:
+    """The names of all engines."""
+    return (*BUILT_IN, *brought())
+
+
+@cache
+def load_engine(name: str) -> type[BackendConfig]:
+    """The engine of this name; ConfigError where there is none, or where that of a package is of no use."""
+    if name in BUILT_IN:
+        kind: Any = resolve(BUILT_IN[name])
+    elif name in brought():
+        kind = _loaded(brought()[name])
+    else:
+        raise ConfigError(f"There is no engine {name!r}.", f"one of {', '.join(names())}")
+    return kind  # type: ignore[no-any-return]
+
+
+def engines() -> dict[str, type[BackendConfig]]:
+    """All engines by name, without those of packages that are of no use."""
+    usable = {}
+    for name in names():
+        try:
+            usable[name] = load_engine(name)
+        except ConfigError:
+            continue
+    return usable
+
+
+def planned_engines() -> tuple[str, ...]:
+    """The engines whose memory is known here."""
+    return tuple(name for name, kind in engines().items() if kind.planner_class)
+
+
+def _loaded(entry: EntryPoint) -> Any:
+    source = f"{_package(entry)} brings backend={entry.name} as {entry.value}"
+    hint = f"ask its authors, or pip uninstall {_package(entry)}"
+    try:
+        kind = entry.load()
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise ConfigError(f"{source}, which cannot be imported: {type(error).__name__}: {lines[0]}.", hint) from error
+    if not (isinstance(kind, type) and issubclass(kind, BackendConfig)):
+        raise ConfigError(f"{source}, which is no subclass of {BackendConfig.__module__}.BackendConfig.", hint)
+    if getattr(kind, "name", None) != entry.name or ":" not in kind.implementation:
+        raise ConfigError(
+            f"{source}, which has name={getattr(kind, 'name', None)!r} and implementation={kind.implementation!r}.",
+            f'name: str = "{entry.name}" and implementation: ClassVar[str] = "module:Class"',
+        )
+    return kind
+
+
+def _package(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist else entry.module.partition(".")[0]
+
+
+def conf_folders() -> list[Path]:
+    """The `conf` folders of packages that bring engines, found without importing them."""
+    folders = []
+    for package in dict.fromkeys(entry.module.partition(".")[0] for entry in brought().values()):
+        spec = importlib.util.find_spec(package)
+        for location in (spec.submodule_search_locations if spec else None) or ():
+            if (Path(location) / "conf").is_dir():
+                folders.append(Path(location) / "conf")
+    return folders
+
+
+def resolve(reference: str) -> Any:
+    """The object that "module:name" stands for; imports the module."""
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)

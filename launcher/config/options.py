@@ -1,0 +1,59 @@
+"""Options of an engine with the values that they can have: `step_s: float = number(0.0, NOT_NEGATIVE)`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Of a finite number: from `least`, which `is_open` leaves out, to `most`."""
+
+    least: int
+    most: int | None = None
+    is_open: bool = False
+
+    def has(self, value: float) -> bool:
+        """Whether a value is within them."""
+        is_enough = value > self.least if self.is_open else value >= self.least
+        return math.isfinite(value) and is_enough and (self.most is None or value <= self.most)
+
+    def nearest(self, value: float) -> int:
+        """A value within them, for one that is not."""
+        if self.most is not None and value > self.most:
+            return self.most
+        return self.least + 1 if self.is_open else self.least
+
+    def beside(self, value: float) -> str:
+        """The bounds in words, for a value that is not within them; one that is there for safety where it is passed."""
+        most = self.most if self.most is not None and (self.most < MOST_TIMES or value > self.most) else None
+        if self.is_open:
+            return f"above {self.least}" + ("" if most is None else f" and at most {most}")
+        return f"of {self.least} or more" if most is None else f"from {self.least} to {most}"
+
+
+MOST = 2**31 - 1
+MOST_BYTES = 2**50
+MOST_SECONDS = 10**9
+MOST_TOKENS = 10**7
+"""Of the prompts of a set together: random ids are drawn in three seconds, and take 400 MB."""
+
+MOST_PROMPTS = 10**5
+MOST_TIMES = 10**5
+
+COUNT, NOT_NEGATIVE, SHARE = Bounds(1, MOST), Bounds(0, MOST), Bounds(0, 1, is_open=True)
+ANY, SECONDS, TOKENS = Bounds(-MOST_BYTES, MOST_BYTES), Bounds(0, MOST_SECONDS), Bounds(1, MOST_TOKENS)
+
+BOUND, CHOICES = "bounds", "choices"  # in the metadata of a field
+
+
+def number(default: float | None, bounds: Bounds) -> Any:
+    """A field of a dataclass that is a number within `bounds`; None, where the field may be that, is not checked."""
+    return field(default=default, metadata={BOUND: bounds})
+
+
+def choice(default: str, *others: str) -> Any:
+    """A field of a dataclass that is one of these texts."""
+    return field(default=default, metadata={CHOICES: (default, *others)})

@@ -1,0 +1,135 @@
+"""Formulas that several engines share, and the planner of an engine that runs the module of transformers."""
+
+from __future__ import annotations
+
+from abc import ABC
+from dataclasses import dataclass
+
+from shards.machine.hardware import MIB
+from shards.model.shape import ModelShape, Parameter
+from shards.plan.cuts import Cutter, Pieces, cut_up
+from shards.plan.memory import kv_bytes_per_token
+from shards.plan.request import EnginePlanner, Layout, PlanRequest, Traffic
+from shards.plan.roofline import Scheme
+
+LOAD_RING_BYTES = 64 * MIB
+"""Buffers through which a rank reads its shards."""
+
+CUDA_CONTEXT_BYTES = 512 * MIB
+NCCL_BYTES = 384 * MIB
+
+
+def cut_layout(request: PlanRequest, cut: Cutter, ends_only: bool, buffer_bytes: int) -> Layout:
+    """The layout of an engine of which every rank has a piece of every layer."""
+    n = request.num_devices
+    parameters = cut_up(request.shape, cut, n, request.storage, {0, n - 1} if ends_only else None)
+    return Layout(parameters, ((0, request.shape.num_layers),) * len(parameters), buffer_bytes)
+
+
+def driver_bytes(request: PlanRequest) -> int:
+    """Memory of a CUDA context, and of NCCL's buffers where several processes share the devices."""
+    if request.device.kind == "cpu":
+        return 0
+    several = request.num_devices > 1 and not request.engine.one_process
+    return CUDA_CONTEXT_BYTES + (NCCL_BYTES if several else 0)
+
+
+def layer_activation_bytes(request: PlanRequest, rows: int, cached_heads: int) -> int:
+    """Temporaries of one layer for `rows` tokens.
+
+    For each token its input, the norms and their sum (4 h); in attention the fused, the ordered and the rotated heads
+    and their output; in the MLP the inner activations (2 I, gated 3 I).
+    """
+    shape, n = request.shape, request.tensor_parallel_size
+    heads = shape.num_attention_heads + 2 * cached_heads
+    attention = (3 * heads + shape.num_attention_heads) * shape.head_dim
+    mlp = (3 if shape.gated_mlp else 2) * shape.intermediate_size
+    return rows * request.dtype_bytes * (4 * shape.hidden_size + max(attention, mlp) // n)
+
+
+def uneven_heads(request: PlanRequest) -> str | None:
+    """The reason for which heads cannot be cut evenly for tensor parallelism, None if they can."""
+    heads, n = request.shape.num_attention_heads, request.tensor_parallel_size
+    if heads % n == 0:
+        return None
+    name = request.engine.name
+    return f"{heads} attention heads cannot be divided by {n} devices, as tensor parallelism with {name} needs."
+
+
+def tensor_parallel_traffic(request: PlanRequest) -> Traffic:
+    """All-reduces behind the embedding and behind attention and MLP of each layer, which a parallel layer adds first;
+    every rank has its part of the logits."""
+    shape = request.shape
+    if request.tensor_parallel_size == 1:
+        return Traffic()
+    return Traffic(1 + shape.num_layers * (1 if shape.parallel_attention else 2), shape.vocab_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModulePlanner(EnginePlanner, ABC):
+    """An engine that runs the module of transformers, with weights read by `shards.load` and a static batch.
+
+    `kv_heads_only`: keys and values of kv heads only are kept, not as transformers' own Falcon expands them.
+    """
+
+    kv_heads_only: bool = True
+
+    def refusal(self, request: PlanRequest) -> str | None:
+        return None
+
+    def pieces(self, shape: ModelShape, n: int, rank: int, parameter: Parameter) -> Pieces:
+        """The pieces of a parameter on one of `n` ranks."""
+        return (parameter.shape,)
+
+    def layout(self, request: PlanRequest, ends_only: bool) -> Layout:
+        return cut_layout(request, self.pieces, ends_only, self.buffer_bytes(request))
+
+    def buffer_bytes(self, request: PlanRequest) -> int:
+        """Parameters that a device gathers or widens: of a quantization that widens its weights the largest matrix."""
+        quantization = request.quantization
+        if quantization is None or not quantization.unpacks:
+            return 0
+        widened = [p.numel for p in request.shape.parameters if quantization.applies(p)]
+        return request.dtype_bytes * max(widened, default=0)
+
+    def kv_heads(self, request: PlanRequest) -> int:
+        return max(1, request.shape.cached_heads(self.kv_heads_only) // request.tensor_parallel_size)
+
+    def unsliced_bytes(self, request: PlanRequest, first: int, end: int) -> int:
+        """Transformers cuts sliding layers to their window by views, which hold on to all keys and values of a prompt
+        until the next step."""
+        lost = sum(request.lost_tokens(window) for window in request.shape.windows[first:end])
+        return request.batch_size * lost * kv_bytes_per_token(request) // request.shape.num_layers
+
+    def activation_bytes(self, request: PlanRequest) -> int:
+        """The prefill of one layer with the mask, and one layer's keys and values once more, joined or expanded to the
+        query heads; or these and the logits of the last tokens, which are there in fp32 as well."""
+        shape, e, n = request.shape, request.dtype_bytes, request.tensor_parallel_size
+        rows = request.batch_size * request.prompt_tokens
+        layer = layer_activation_bytes(request, rows, shape.cached_heads(self.kv_heads_only))
+        logits = request.batch_size * shape.vocab_size * (e + 4)
+        mask = rows * request.context * (1 + e)
+        again = 2 * request.batch_size * request.context * shape.num_attention_heads * shape.head_dim * e // n
+        return max(layer + mask + again, again + logits)
+
+    def overhead_bytes(self, request: PlanRequest) -> int:
+        return driver_bytes(request)
+
+    def load_host_bytes(self, request: PlanRequest) -> int | None:
+        """Every process reads its own shards through small buffers into place: never more than the shards."""
+        processes = 1 if self.one_process else min(request.devices, request.num_devices)
+        return processes * LOAD_RING_BYTES
+
+    def scheme(self, request: PlanRequest) -> Scheme | None:
+        return "split" if request.tensor_parallel_size > 1 else "pipeline"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorParallelModulePlanner(ModulePlanner, ABC):
+    """A module of which every layer is cut over all devices."""
+
+    def tensor_parallel_size(self, request: PlanRequest) -> int:
+        return request.num_devices
+
+    def traffic(self, request: PlanRequest) -> Traffic:
+        return tensor_parallel_traffic(request)

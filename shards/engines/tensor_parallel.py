@@ -1,0 +1,54 @@
+"""The project's own tensor-parallel cut: heads, columns and rows evenly, the vocabulary in chunks of ceil(rows / N)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import ClassVar
+
+from shards.engines.base import TensorParallelModulePlanner
+from shards.model.shape import ModelShape, Parameter
+from shards.plan.cuts import Pieces, row_chunk
+from shards.plan.request import PlanRequest
+
+CUT_FAMILIES = ("falcon", "llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorParallelPlanner(TensorParallelModulePlanner):
+    """Tensor parallelism over all ranks, of the families that `shards.parallel.tensor_parallel` cuts."""
+
+    name: ClassVar[str] = "tensor_parallel"
+    plain_only: ClassVar[str] = "its layers multiply plain weights only"
+
+    def refusal(self, request: PlanRequest) -> str | None:
+        return uncuttable(request.shape, request.tensor_parallel_size)
+
+    def pieces(self, shape: ModelShape, n: int, rank: int, parameter: Parameter) -> Pieces:
+        sizes, cut = parameter.shape, parameter.cut
+        if cut == "whole":
+            return (sizes,)
+        if cut in ("embedding", "head"):
+            return row_chunk(parameter, n, rank)
+        return ((sizes[0], sizes[1] // n),) if cut == "row" else ((sizes[0] // n, *sizes[1:]),)
+
+
+def uncuttable(shape: ModelShape, n: int) -> str | None:
+    """The reason for which the cut cannot be made for `n` ranks, None if it can."""
+    if n == 1:
+        return None
+    if shape.family not in CUT_FAMILIES:
+        return f"tensor_parallel cuts {', '.join(CUT_FAMILIES)}, and no model_type {shape.family!r}."
+    if shape.family == "falcon" and (shape.alibi or not shape.expanded_cache):
+        return "tensor_parallel cuts no older Falcon (multi-query, or with ALiBi)."
+    counts = {
+        "attention heads": shape.num_attention_heads,
+        "key and value heads": shape.num_key_value_heads,
+        "inner MLP columns": shape.intermediate_size,
+    }
+    for unit, count in counts.items():
+        if count % n:
+            return f"{count} {unit} cannot be divided by {n} devices, as tensor_parallel needs."
+    if (n - 1) * ceil(shape.vocab_size / n) >= shape.vocab_size:
+        return f"{shape.vocab_size} rows of the vocabulary leave one of {n} devices without any."
+    return None

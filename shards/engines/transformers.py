@@ -1,0 +1,40 @@
+"""Plain transformers: one process with the whole model, whose layers accelerate spreads over the GPUs of a node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import ClassVar
+
+from shards.engines.base import ModulePlanner
+from shards.model.quantization import Quantization
+from shards.plan.cuts import spread
+from shards.plan.request import Layout, PlanRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransformersPlanner(ModulePlanner):
+    """A pipeline of whole layers in one process; on a CPU one device."""
+
+    name: ClassVar[str] = "transformers"
+    plain_only: ClassVar[str] = "of quantized weights, a transformers model is planned with those of bitsandbytes only"
+    one_process: ClassVar[bool] = True
+
+    def runs(self, quantization: Quantization) -> bool:
+        return not quantization.fused
+
+    def refusal(self, request: PlanRequest) -> str | None:
+        if request.num_nodes > 1:
+            return f"The transformers engine is one process and cannot reach over {request.num_nodes} nodes."
+        return None
+
+    def num_devices(self, request: PlanRequest) -> int:
+        return 1 if request.device.kind == "cpu" else request.devices * request.num_nodes
+
+    def most_devices(self, request: PlanRequest) -> int:
+        return request.shape.num_layers + 3
+
+    def layout(self, request: PlanRequest, ends_only: bool) -> Layout:
+        parameters, counts = spread(request.shape, request.num_devices, request.storage)
+        ends = tuple(accumulate(counts))
+        return Layout(parameters, tuple(zip((0, *ends), ends, strict=False)), self.buffer_bytes(request))

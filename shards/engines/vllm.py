@@ -1,0 +1,164 @@
+"""vLLM: tensor parallelism with an even cut, a paged pool of keys and values, and continuous batching."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import ClassVar
+
+from shards.engines.base import cut_layout, driver_bytes, layer_activation_bytes, tensor_parallel_traffic, uneven_heads
+from shards.machine.hardware import GIB, MIB
+from shards.model.quantization import Quantization
+from shards.model.shape import ModelShape, Parameter
+from shards.plan.cuts import Pieces, parameter_kinds
+from shards.plan.request import EnginePlanner, Layout, PlanRequest, Pool, Traffic
+from shards.plan.roofline import Scheme
+
+_VOCABULARY_PADDING = 64  # vllm/model_executor/layers/vocab_parallel_embedding.py
+_GRAPHS_BYTES = 768 * MIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VllmPlanner(EnginePlanner):
+    """Options as vLLM names them. `kv_dtype_bytes`: the width of a key or value, None for that of the weights;
+    `kv_block_tokens`: the tokens of a block of the cache; `max_num_seqs` and `max_num_batched_tokens`: the sequences
+    and tokens of a step, None where vLLM decides."""
+
+    name: ClassVar[str] = "vllm"
+    plain_only: ClassVar[str] = "vLLM no longer has bitsandbytes"  # release 0.32, layers/quantization/__init__.py
+
+    gpu_memory_utilization: float = 0.92
+    kv_cache_memory_bytes: int | None = None
+    kv_dtype_bytes: int | None = None
+    kv_block_tokens: int = 1
+    max_num_batched_tokens: int | None = None
+    max_num_seqs: int | None = None
+
+    @property
+    def block_tokens(self) -> int:
+        return self.kv_block_tokens
+
+    def runs(self, quantization: Quantization) -> bool:
+        return quantization.fused
+
+    def is_offered(self, quantization: Quantization | None) -> bool:
+        return quantization is None or self.runs(quantization)
+
+    def refusal(self, request: PlanRequest) -> str | None:
+        shape, n = request.shape, request.tensor_parallel_size
+        if uneven := uneven_heads(request):
+            return uneven
+        kv_heads = shape.num_key_value_heads
+        if kv_heads % n and n % kv_heads:
+            return f"{kv_heads} key and value heads cannot be divided by {n} devices, as vllm needs."
+        padded = padded_vocabulary(shape.vocab_size)
+        for unit, count in (("inner MLP columns", shape.intermediate_size), ("rows of the padded vocabulary", padded)):
+            if count % n:
+                return f"{count} {unit} cannot be divided by {n} devices, as vllm needs."
+        if shape.family in ("qwen2", "qwen3") and len(set(shape.windows)) > 1:
+            return "vllm runs no Qwen of which only some layers have a sliding window."
+        problem = self._quantized_misfit(request)
+        return f"{problem}, as vllm needs." if problem else None
+
+    def _quantized_misfit(self, request: PlanRequest) -> str | None:
+        """The reason for which quantized layers cannot be cut, None if they can."""
+        if request.quantization is None:
+            return None
+        for parameter, _ in parameter_kinds(request.shape, request.storage):
+            if not request.quantization.applies(parameter):
+                continue
+            for piece in self.pieces(request.shape, request.tensor_parallel_size, 0, parameter):
+                if problem := request.quantization.misfit(parameter, piece):
+                    return problem
+        return None
+
+    def tensor_parallel_size(self, request: PlanRequest) -> int:
+        return request.num_devices
+
+    def pieces(self, shape: ModelShape, n: int, rank: int, parameter: Parameter) -> Pieces:
+        """An even cut, with the vocabulary padded to 64 rows, and kv heads repeated where there are more ranks."""
+        sizes, kv_heads = parameter.shape, max(1, shape.num_key_value_heads // n)
+        if parameter.cut == "whole":
+            return (sizes,)
+        if parameter.cut == "row":
+            return ((*sizes[:-1], sizes[-1] // n),)
+        rows = {
+            "embedding": padded_vocabulary(shape.vocab_size) // n,
+            "head": padded_vocabulary(shape.vocab_size) // n,
+            "key_value": kv_heads * shape.head_dim,
+            "query_key_value": (shape.num_attention_heads // n + 2 * kv_heads) * shape.head_dim,
+            "column": sizes[0] // n,
+        }
+        return ((rows[parameter.cut], *sizes[1:]),)
+
+    def layout(self, request: PlanRequest, ends_only: bool) -> Layout:
+        return cut_layout(request, self.pieces, ends_only, self._packed_bytes(request))
+
+    def _packed_bytes(self, request: PlanRequest) -> int:
+        """On a CPU embedding and head are packed for its kernels, also tied ones, and both are kept
+        (vocab_parallel_embedding.py)."""
+        if request.device.kind != "cpu":
+            return 0
+        rows = padded_vocabulary(request.shape.vocab_size)
+        return 2 * rows // request.num_devices * request.shape.hidden_size * request.dtype_bytes
+
+    def kv_value_bytes(self, request: PlanRequest) -> int:
+        return self.kv_dtype_bytes or request.dtype_bytes
+
+    def step_tokens(self, request: PlanRequest) -> int:
+        return self.batched_tokens(request)
+
+    def pool(self, request: PlanRequest) -> Pool | None:
+        return Pool(self.sequences(request), self.gpu_memory_utilization, self.kv_cache_memory_bytes)
+
+    def smaller_pool(self, missing_bytes: int) -> tuple[EnginePlanner, str] | None:
+        if self.kv_cache_memory_bytes is None:
+            return None
+        nbytes = self.kv_cache_memory_bytes - missing_bytes
+        return replace(self, kv_cache_memory_bytes=nbytes), f"backend.kv_cache_memory_bytes={nbytes}"
+
+    def activation_bytes(self, request: PlanRequest) -> int:
+        """The tokens of a step through one layer, or the logits of its sequences, which are there in fp32 as well."""
+        shape = request.shape
+        layer = layer_activation_bytes(request, self.batched_tokens(request), shape.num_key_value_heads)
+        logits = self.sequences(request) * shape.vocab_size * (request.dtype_bytes + 4)
+        return max(layer, logits)
+
+    def overhead_bytes(self, request: PlanRequest) -> int:
+        return 0 if request.device.kind == "cpu" else driver_bytes(request) + _GRAPHS_BYTES
+
+    def load_host_bytes(self, request: PlanRequest) -> int | None:
+        """Its own loaders (backend.load_format) map or read files as they see fit."""
+        return None
+
+    def scheme(self, request: PlanRequest) -> Scheme | None:
+        return "split" if request.tensor_parallel_size > 1 else "pipeline"
+
+    def traffic(self, request: PlanRequest) -> Traffic:
+        return tensor_parallel_traffic(request)
+
+    def sequences(self, request: PlanRequest) -> int:
+        """The most sequences of a step."""
+        return self.max_num_seqs or min(_step_defaults(request)[0], self.batched_tokens(request))
+
+    def batched_tokens(self, request: PlanRequest) -> int:
+        """The most tokens of a step."""
+        if self.max_num_batched_tokens:
+            return self.max_num_batched_tokens
+        sequences, tokens = _step_defaults(request)
+        longest = request.shape.max_position_embeddings or tokens
+        return min((self.max_num_seqs or sequences) * longest, tokens)
+
+
+def padded_vocabulary(rows: int) -> int:
+    """The rows of a vocabulary as vLLM pads them."""
+    return ceil(rows / _VOCABULARY_PADDING) * _VOCABULARY_PADDING
+
+
+def _step_defaults(request: PlanRequest) -> tuple[int, int]:
+    """Sequences and tokens of a step where vLLM decides: get_batch_defaults in vllm/engine/arg_utils.py."""
+    device = request.device
+    if device.kind == "cpu":
+        return 256 * request.num_devices, 4096 * request.num_devices
+    is_large = (device.capacity_bytes or 0) >= 70 * GIB and "a100" not in device.name.lower()
+    return (1024, 16384) if is_large else (256, 8192)
