@@ -31,7 +31,6 @@ class DummyConfig(BackendConfig):
     implementation: ClassVar[str] = "launcher.backends.dummy:DummyBackend"
     planner_class: ClassVar[type[EnginePlanner] | None] = DummyPlanner
     data_parallel: ClassVar[bool] = True
-    needs_device: ClassVar[bool] = False
     needs_weights: ClassVar[bool] = False
 
     name: str = "dummy"
