@@ -18,6 +18,7 @@ from launcher.system.typed import decode
 from shards.plan.plan import Plan
 
 SCHEMA_VERSION = 2
+SCHEMES_OF_VERSION_1 = {"fsdp": "gathered", "tensor_parallel": "split"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +145,14 @@ def read_record(values: Any) -> Record:
 
 
 def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
-    """Version 1 counted devices as `world_size` and had the ceiling's tokens/s under the name of the measured ones."""
+    """Version 1 counted devices as `world_size`, had the ceiling's tokens/s under the name of the measured ones, and
+    called the schemes of the roofline after engines."""
     plan, ceiling = values["plan"], values["ceiling"]
     if plan is not None:
-        plan = plan | {"num_devices": plan["world_size"]}
+        roofline = plan["roofline"]
+        if roofline is not None:
+            roofline = roofline | {"scheme": SCHEMES_OF_VERSION_1.get(roofline["scheme"], roofline["scheme"])}
+        plan = plan | {"num_devices": plan["world_size"], "roofline": roofline}
     if ceiling is not None:
         ceiling = ceiling | {"tokens_per_s": ceiling["decode_tokens_per_s"]}
     return values | {

@@ -54,6 +54,7 @@ TENSORS = {
 LAZY = {
     ("launcher", "launcher.api"): "the package is light to import, as every rank does",
     ("launcher.config.engines", "*"): "an engine is imported when it is used",
+    ("launcher.backends.vllm.engine", "psutil"): "the doctor reads an engine's packages before any are installed",
     ("launcher.__main__", "launcher.launch.join"): "a rank may import torch, the process that launches may not",
     (
         "launcher.backends.vllm.backend",

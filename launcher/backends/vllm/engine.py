@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
-
-import psutil
 
 from launcher.backends.vllm.extra import check_extra, installed_package
 from launcher.config.options import COUNT, MOST_BYTES, SHARE, Bounds, number
@@ -126,7 +125,8 @@ class VllmConfig(BackendConfig):
         token_bytes = 2 * shape.num_layers * heads * shape.head_dim * config.precision.num_bytes
         context = self.given("max_model_len") or shape.max_position_embeddings or 2048
         wanted = (self.given("max_num_seqs") or 64) * context * token_bytes
-        return max(64 * MIB, min(wanted, psutil.virtual_memory().available // 4 // size))
+        free = importlib.import_module("psutil").virtual_memory().available
+        return max(64 * MIB, min(wanted, free // 4 // size))
 
     def given(self, name: str) -> Any:
         """An option as vLLM is given it: `extra` wins."""
