@@ -31,17 +31,17 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def missed(comparison: Comparison, min_match: float | None, min_speed_ratio: float | None) -> list[str]:
+def missed_thresholds(comparison: Comparison, min_match: float | None, min_speed_ratio: float | None) -> list[str]:
     """The thresholds that this pair does not reach, a sentence for each."""
-    what = f"{Path(comparison.other).name} against {Path(comparison.base).name}"
-    found = []
+    pair = f"{Path(comparison.other).name} against {Path(comparison.base).name}"
+    missed = []
     if min_match is not None and comparison.match < min_match:
-        found.append(
-            f"{what}: {comparison.matching} of {comparison.prompts} completions are the same, not {min_match:g}."
+        missed.append(
+            f"{pair}: {comparison.matching} of {comparison.prompts} completions are the same, not {min_match:g}."
         )
     if min_speed_ratio is not None and comparison.speed.median < min_speed_ratio:
-        found.append(f"{what}: {comparison.speed.median:.3f} of its tokens/s, not {min_speed_ratio:g}.")
-    return found
+        missed.append(f"{pair}: {comparison.speed.median:.3f} of its tokens/s, not {min_speed_ratio:g}.")
+    return missed
 
 
 def to_dict(runs: Sequence[FinishedRun], comparisons: Sequence[Comparison], misses: Sequence[str]) -> dict[str, Any]:
@@ -96,8 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    found = [missed(one, arguments.min_match, arguments.min_speed_ratio) for one in comparisons]
-    misses = [line for lines in found for line in lines]
+    misses: list[str] = []
+    for comparison in comparisons:
+        misses += missed_thresholds(comparison, arguments.min_match, arguments.min_speed_ratio)
     for line in misses:
         print(f"missed: {line}", file=sys.stderr)
     print(json.dumps(to_dict(runs, comparisons, misses)), flush=True)

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.config.values import to_dict
-from launcher.launch.resume import what_is_run
 from launcher.prepare.prepare import prepare
 from launcher.results.record import BatchSearch, BatchTry
-from launcher.run_dir.create import create_run_dir, new_folder
+from launcher.run_dir.create import create_run_dir, new_folder, what_is_run
 from launcher.run_dir.run_dir import run_dirs_in
 from shards.errors import PlanError, UserError
 
@@ -112,10 +111,10 @@ class Tries:
 def enlarged(prompts: tuple[Prompt, ...], batch: int, ranks: int) -> tuple[Prompt, ...]:
     """`batch` prompts for each of `ranks`, the longest first and again from the first where they do not suffice."""
     ordered = sorted(prompts, key=lambda prompt: -len(prompt.token_ids))
-    chosen = (
-        ordered[place // ranks % len(ordered)] for place in range(batch * ranks)
-    )  # rank r answers r, r + ranks, ...
-    return tuple(replace(prompt, index=place) for place, prompt in enumerate(chosen))
+    chosen = []
+    for index in range(batch * ranks):  # rank r answers r, r + ranks, ...
+        chosen.append(replace(ordered[index // ranks % len(ordered)], index=index))
+    return tuple(chosen)
 
 
 def _with_batch(run: Run, batch: int) -> Run:

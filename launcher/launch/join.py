@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.launch.resume import directory_of
 from launcher.prepare.prepare import check_node, prepare
 from launcher.rank.worker import EXIT_CODES, enter_world, redirected_output, run_rank
 from launcher.run_dir.attempts import ATTEMPT, begin
+from launcher.run_dir.create import directory_of
 from launcher.run_dir.finish import finish
 from launcher.run_dir.run_dir import RunDir
 from launcher.system.files import writing_in

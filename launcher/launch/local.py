@@ -57,11 +57,11 @@ def worker_command(
 
 
 def rank_environment(environ: Mapping[str, str], processes: int, on_cuda: bool) -> dict[str, str]:
-    """What the ranks of this node are started with: our packages on the path, the cores shared out between them."""
+    """The environment of the ranks of this node: our packages on the path, the cores shared out between them."""
     threads = max(len(os.sched_getaffinity(0)) // processes, 1)
-    own = {"PYTHONPATH": python_path(environ), "TOKENIZERS_PARALLELISM": "false"}
+    common = {"PYTHONPATH": python_path(environ), "TOKENIZERS_PARALLELISM": "false"}
     hidden = {} if on_cuda else {"CUDA_VISIBLE_DEVICES": ""}
-    return {"OMP_NUM_THREADS": str(threads), **environ, **own, **hidden}
+    return {"OMP_NUM_THREADS": str(threads), **environ, **common, **hidden}
 
 
 def run_local(run_dir: RunDir, show: Show) -> Record:
@@ -86,14 +86,14 @@ def _attempt(run_dir: RunDir, run: RunDescription, attempt: int, show: Show) -> 
     if run.script is not None:
         run_dir.write_script(run.script)
     memory = processes.SharedMemoryWatch()
-    own = {processes.MARK: run.mark, PARENT: str(os.getpid()), ATTEMPT: str(attempt)}
+    variables = {processes.MARK: run.mark, PARENT: str(os.getpid()), ATTEMPT: str(attempt)}
     outcome: Outcome | None = None
     process: subprocess.Popen[bytes] | None = None
     with run_dir.launch_log.open("wb") as log, _signals(run_dir, run) as ending:
         try:
             process = subprocess.Popen(
                 command,
-                env=rank_environment(os.environ, run.world_size, run.on_cuda) | own,
+                env=rank_environment(os.environ, run.world_size, run.on_cuda) | variables,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -143,8 +143,8 @@ def _watch(
 
 def living(ranks: Sequence[Progress | None], mark: str) -> dict[int, int]:
     """The process ids of the ranks that live, by rank; a number that another run's process has by now is not one."""
-    own = {process.pid for process in processes.of_run(mark)}
-    return {number: rank.pid for number, rank in enumerate(ranks) if rank and rank.pid in own}
+    pids = {process.pid for process in processes.of_run(mark)}
+    return {number: rank.pid for number, rank in enumerate(ranks) if rank and rank.pid in pids}
 
 
 @dataclass(slots=True)

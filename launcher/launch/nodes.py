@@ -52,13 +52,13 @@ def check_nodes(config: RunConfig) -> None:
 
 
 def node_command(config: RunConfig, command: Sequence[str]) -> tuple[str, ...]:
-    """What starts the ranks of this node; each of them is `command` again, and rank 0 makes the directory."""
-    found = ADDRESS.fullmatch(config.launch.rendezvous or "")
-    assert found is not None, "check_nodes comes first"
+    """The command that starts the ranks of this node, each of which is `command` again; rank 0 makes the directory."""
+    address = ADDRESS.fullmatch(config.launch.rendezvous or "")
+    assert address is not None, "check_nodes comes first"
     return (
         sys.executable, "-m", "torch.distributed.run", f"--nnodes={config.num_nodes}",
         f"--nproc-per-node={config.devices}", f"--node-rank={config.launch.node_rank}",
-        f"--master-addr={found['host'].strip('[]')}", f"--master-port={found['port']}", "--max-restarts=0",
+        f"--master-addr={address['host'].strip('[]')}", f"--master-port={address['port']}", "--max-restarts=0",
         *command[1:],
     )  # fmt: skip
 

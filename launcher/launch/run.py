@@ -1,6 +1,6 @@
 """One run from its configuration to its record: prepared here, started on this machine or by SLURM, watched to its end.
 
-Made is its directory in `run_dir.create`, the processes are started in `launch.local` or `launch.slurm`, and the record
+Its directory is made in `run_dir.create`, its processes are started in `launch.local` or `launch.slurm`, and its record
 is written in `run_dir.finish`.
 """
 
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from launcher.launch.batch_search import run_with_largest_batch
 from launcher.launch.local import run_local
 from launcher.launch.nodes import check_one_node
-from launcher.launch.resume import directory_of
 from launcher.launch.slurm.arrays import run_job
 from launcher.prepare.prepare import prepare
 from launcher.report.progress_bars import Bars
 from launcher.report.tables import console
+from launcher.run_dir.create import directory_of
 from launcher.system.files import writing_in
 
 if TYPE_CHECKING:

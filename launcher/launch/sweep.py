@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from launcher.config.compose import command_of, compose_run
 from launcher.config.sweeps import expand_sweep
-from launcher.launch.resume import refusal
 from launcher.launch.run import run
 from launcher.launch.slurm.arrays import run_points as run_slurm_points
 from launcher.report.tables import console, show_point
+from launcher.run_dir.create import refusal
 from launcher.run_dir.finish import never_begun
 from shards.errors import UserError
 

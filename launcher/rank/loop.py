@@ -36,18 +36,18 @@ def schedule(
     """
     size, calls = call_count(len(prompts), world, config)
     data_parallel = config.backend.data_parallel
-    own = list(batches(split(prompts, world, data_parallel), size, calls))
+    whole = list(batches(split(prompts, world, data_parallel), size, calls))
     answered = {completion.index for completion in saved.completions}
     parts = [split(prompts, replace(world, rank=rank), data_parallel) for rank in range(world.world_size)]
     left = [
-        any(prompt.index not in answered for part in parts for prompt in part[place * size : (place + 1) * size])
-        for place in range(calls)
+        any(prompt.index not in answered for part in parts for prompt in part[call * size : (call + 1) * size])
+        for call in range(calls)
     ]
-    missing = [[p for p in batch if p.index not in answered] for batch, some in zip(own, left, strict=True) if some]
+    missing = [[p for p in batch if p.index not in answered] for batch, some in zip(whole, left, strict=True) if some]
     numbers = [number for number in range(config.measure.repeats) if number not in saved.repeats]
     if not missing and (saved.repeats or len(numbers) > 1):
         numbers = [number for number in numbers if number > 0]
-    return [(number, missing if number == 0 and missing else own) for number in numbers]
+    return [(number, missing if number == 0 and missing else whole) for number in numbers]
 
 
 class Keeper(Protocol):
@@ -74,9 +74,9 @@ class Loop:
 
     def run(self, prompts: Sequence[Prompt], saved: Saved) -> None:
         """Warm up, then the repeats that `saved` leaves to be made."""
-        own = split(prompts, self.world, self.config.backend.data_parallel)
+        prompts_here = split(prompts, self.world, self.config.backend.data_parallel)
         size, _ = call_count(len(prompts), self.world, self.config)
-        self._warm_up(own[:size])
+        self._warm_up(prompts_here[:size])
         first = {completion.index: completion.token_ids for completion in saved.completions}
         for number, calls in schedule(prompts, self.world, self.config, saved):
             self.keeper.save_repeat(self._repeat(number, calls, first))
@@ -105,14 +105,14 @@ class Loop:
         name = f"repeat {number + 1}/{self.config.measure.repeats}"
         self.backend.barrier()
         start = perf_counter()
-        for place, batch in enumerate(calls):
+        for call, batch in enumerate(calls, 1):
             self.keeper.between_batches()
-            self.progress.enter(f"{name} batch {place + 1}/{len(calls)}", self.sampling.max_new_tokens)
+            self.progress.enter(f"{name} batch {call}/{len(calls)}", self.sampling.max_new_tokens)
             generation, steps = self._call(batch)
             generations.append(generation)
             decode_steps += max(steps - 1, 0)
-            new = [item for item in generations[-1].completions if item.index not in first]
-            same &= all(first.setdefault(c.index, c.token_ids) == c.token_ids for c in generations[-1].completions)
+            new = [item for item in generation.completions if item.index not in first]
+            same &= all(first.setdefault(c.index, c.token_ids) == c.token_ids for c in generation.completions)
             if number == 0 and new:
                 self.keeper.save(new)
         wall_s = perf_counter() - start
@@ -124,7 +124,7 @@ def _summary(
     number: int, wall_s: float, generations: list[Generation], decode_steps: int, asked: dict[int, int], same: bool
 ) -> Repeat:
     """`asked` has the tokens of each prompt by its index."""
-    made = [completion for generation in generations for completion in generation.completions]
+    completions = [completion for generation in generations for completion in generation.completions]
     prefill = [generation.prefill_s for generation in generations if generation.prefill_s is not None]
     decode = [generation.decode_s for generation in generations if generation.decode_s is not None]
     return Repeat(
@@ -132,13 +132,13 @@ def _summary(
         wall_s=wall_s,
         prefill_s=sum(prefill) if len(prefill) == len(generations) else None,
         decode_s=sum(decode) if len(decode) == len(generations) else None,
-        completions=len(made),
+        completions=len(completions),
         prompt_tokens=sum(asked.values()),
-        new_tokens=sum(len(completion.token_ids) for completion in made),
+        new_tokens=sum(len(completion.token_ids) for completion in completions),
         decode_steps=decode_steps,
-        lengths=tuple((asked[item.index], len(item.token_ids)) for item in made),
-        ttft_s=tuple(item.ttft_s for item in made if item.ttft_s is not None),
-        itl_s=tuple(gap for item in made for gap in item.itl_s),
+        lengths=tuple((asked[item.index], len(item.token_ids)) for item in completions),
+        ttft_s=tuple(item.ttft_s for item in completions if item.ttft_s is not None),
+        itl_s=tuple(gap for item in completions for gap in item.itl_s),
         same_tokens=same,
         counters=summed(generation.counters for generation in generations),
     )

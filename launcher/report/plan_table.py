@@ -100,8 +100,9 @@ def show(name: str, model: str, caption: str, rows: Sequence[Row]) -> None:
     out = console()
     table = Table(*headings(rows), title=f"{name}: {model}", caption=caption)
     marked = fastest(rows)
-    for place, row in enumerate(rows):
-        table.add_row(*map(escape, cells(row)), style="bold" if place in marked else "" if row.plan else "dim")
+    for number, row in enumerate(rows):
+        style = "" if row.plan else "dim"
+        table.add_row(*map(escape, cells(row)), style="bold" if number in marked else style)
     out.print(table)
     for line in problems(rows):
         out.print(escape(line), soft_wrap=True)
@@ -113,8 +114,8 @@ def markdown(name: str, model: str, caption: str, rows: Sequence[Row]) -> str:
     texts = columns.index("weights")
     rules = ["---"] * texts + ["---:"] * (len(columns) - texts - 1) + ["---"]
     lines = [f"**{name}**: {model}.", "", _pipes(columns), _pipes(rules)]
-    for place, row in enumerate(rows):
-        bold = (columns.index("backend"), columns.index("per prompt")) if place in marked else ()
+    for number, row in enumerate(rows):
+        bold = (columns.index("backend"), columns.index("per prompt")) if number in marked else ()
         lines.append(_pipes([f"**{cell}**" if at in bold else cell for at, cell in enumerate(cells(row))]))
     lines += ["", caption, ""]
     why = [f"- {line}" for line in problems(rows)]
@@ -140,7 +141,7 @@ def as_json(name: str, num_parameters: int, rows: Sequence[Row]) -> str:
 
 def show_modules(name: str, shape: ModelShape, dtype_bytes: int) -> None:
     """Print the parameters of a model by module, those of all layers in one row; `*` stands for their numbers."""
-    times = Counter((re.sub(r"\.\d+(?=\.)", ".*", one.name), one.shape) for one in shape.parameters)
+    times = Counter((re.sub(r"\.\d+(?=\.)", ".*", parameter.name), parameter.shape) for parameter in shape.parameters)
     table = Table(
         "parameter", "shape", "times", "numbers", "share", "bytes", title=f"{name}: {shape.num_parameters:,} parameters"
     )

@@ -103,10 +103,10 @@ def error_line(record: Record) -> str:
     error = record.error
     if error is None:
         return record.status
-    where = f"rank {error.rank} in {error.stage}" if error.rank is not None else "before any rank began"
+    origin = f"rank {error.rank} in {error.stage}" if error.rank is not None else "before any rank began"
     hint = f" HINT: {error.hint}" if error.hint else ""
     kind = "" if error.type in ("ProcessDied", "Ended", "Cancelled") else f"{error.type}: "
-    return shown(" ".join(f"{record.status}: {where}: {kind}{error.message}{hint}".split()))
+    return shown(" ".join(f"{record.status}: {origin}: {kind}{error.message}{hint}".split()))
 
 
 def show(record: Record) -> None:
@@ -221,8 +221,8 @@ def _bytes(name: str, device: DeviceMemory, planned: Mapping[int, DevicePlan]) -
 
 def show_point(point: Sequence[str], record: Record, out: Console) -> None:
     """Print one line as soon as a point of a sweep has ended."""
-    what = f"{rate(record.new_tokens_per_s)} new tokens/s" if record.status == "ok" else error_line(record)
-    out.print(escape(f"{' '.join(point)}: {record.status}, {what}"), soft_wrap=True)
+    result = f"{rate(record.new_tokens_per_s)} new tokens/s" if record.status == "ok" else error_line(record)
+    out.print(escape(f"{' '.join(point)}: {record.status}, {result}"), soft_wrap=True)
 
 
 def sweep_line(records: Sequence[Record], more: Sequence[str] = ()) -> str:
@@ -253,8 +253,8 @@ def _show_plan(plan: Plan, paces: Mapping[str, float], out: Console) -> None:
     table = Table("rank", "parameters", "KV cache", "activations", "buffers", "overhead", "capacity", "free")
     for device in plan.devices:
         cache = max(device.kv_cache_bytes, device.kv_cache_reserved_bytes)
-        held = (device.parameter_bytes, cache, device.activation_bytes, device.buffer_bytes, device.overhead_bytes)
-        table.add_row(str(device.rank), *map(size, held), size(device.capacity_bytes), size(device.free_bytes))
+        parts = (device.parameter_bytes, cache, device.activation_bytes, device.buffer_bytes, device.overhead_bytes)
+        table.add_row(str(device.rank), *map(size, parts), size(device.capacity_bytes), size(device.free_bytes))
     out.print(table)
     on_host = "not known" if plan.load_host_bytes is None else size(plan.load_host_bytes)
     facts: dict[str, Any] = {

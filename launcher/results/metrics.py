@@ -91,15 +91,15 @@ def figures(
     totals = [total(ranks) for ranks in counted]
     ranks = [rank for repeat in counted for rank in repeat]
     metrics = Metrics(
-        new_tokens_per_s=spread(one.new_tokens_per_s for one in totals),
-        new_tokens_per_s_per_device=spread(one.new_tokens_per_s / num_devices for one in totals),
-        prefill_tokens_per_s=spread(one.prefill_tokens_per_s for one in totals),
-        decode_tokens_per_s=spread(one.decode_tokens_per_s for one in totals),
-        wall_s=spread(one.wall_s for one in totals),
+        new_tokens_per_s=spread(repeat.new_tokens_per_s for repeat in totals),
+        new_tokens_per_s_per_device=spread(repeat.new_tokens_per_s / num_devices for repeat in totals),
+        prefill_tokens_per_s=spread(repeat.prefill_tokens_per_s for repeat in totals),
+        decode_tokens_per_s=spread(repeat.decode_tokens_per_s for repeat in totals),
+        wall_s=spread(repeat.wall_s for repeat in totals),
         ttft_s=quantiles(value for rank in ranks for value in rank.ttft_s),
         itl_s=quantiles(value for rank in ranks for value in rank.itl_s),
         decode=decoding(counted, windows),
-        counters={name: spread(one.counters.get(name) for one in totals) for name in totals[0].counters},
+        counters={name: spread(repeat.counters.get(name) for repeat in totals) for name in totals[0].counters},
     )
     return Figures(
         new_tokens_per_s=metrics.new_tokens_per_s.median,

@@ -127,9 +127,11 @@ def _attempt(number: int, folder: RunDir, world_size: int, repeats: Mapping[int,
     """One attempt, and the repeats that it finished."""
     record = folder.read_record()
     summaries = []
-    for place, ranks in repeats.items():
-        one = total(ranks)
-        summaries.append(RepeatSummary(place + 1, one.completions, one.new_tokens, one.wall_s, one.new_tokens_per_s))
+    for index, ranks in repeats.items():
+        sums = total(ranks)
+        summaries.append(
+            RepeatSummary(index + 1, sums.completions, sums.new_tokens, sums.wall_s, sums.new_tokens_per_s)
+        )
     hosts = {rank.host for rank in folder.read_ranks(world_size) if rank is not None}
     return Attempt(
         attempt=number,

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.launch.resume import directory_of, refusal
 from launcher.launch.slurm import jobs
 from launcher.launch.slurm.script import job_of, name_of, sbatch_text
 from launcher.prepare.prepare import prepare
 from launcher.report.progress_bars import Bars
 from launcher.report.tables import console, show_point
 from launcher.results.record import Record, read_record
+from launcher.run_dir.create import directory_of, refusal
 from launcher.run_dir.finish import refused, unfinished
 from launcher.run_dir.run_dir import SLURM_SCRIPT, RunDir
 from launcher.run_dir.typed_files import read_typed, write_typed

@@ -75,19 +75,23 @@ def submit(folder: Path, script: str = SLURM_SCRIPT) -> str:
 
 
 def environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """What the programs of SLURM are given: nothing of a job that this process itself may be part of."""
+    """The environment of SLURM's programs: nothing of a job that this process itself may be part of."""
     return {key: value for key, value in environ.items() if not key.startswith("SLURM_") or key in KEPT}
 
 
 def look(jobs: Sequence[str]) -> dict[str, State] | None:
     """The state of each job, FORGOTTEN where SLURM no longer knows it; None while SLURM does not answer."""
     form = "JobArrayID:|,State:|,Reason:|,RestartCnt:|"
-    said = _squeue("--array", "-t", "all", f"--jobs={','.join(jobs)}", "-O", form)
-    if said is None:
+    answer = _squeue("--array", "-t", "all", f"--jobs={','.join(jobs)}", "-O", form)
+    if answer is None:
         return None
-    rows = [line.split("|") for line in said.splitlines() if line.count("|") >= 4]
-    found = {row[0].strip(): State(row[1].strip(), row[2].strip(), int(row[3].strip() or 0)) for row in rows}
-    return {job: found.get(job, State("FORGOTTEN")) for job in jobs}
+    states = dict.fromkeys(jobs, State("FORGOTTEN"))
+    for line in answer.splitlines():
+        if line.count("|") >= 4:
+            job, name, reason, restarts, *_ = (cell.strip() for cell in line.split("|"))
+            if job in states:
+                states[job] = State(name, reason, int(restarts or 0))
+    return states
 
 
 def settled(jobs: Sequence[str], sure: Collection[str] = ()) -> dict[str, State] | None:

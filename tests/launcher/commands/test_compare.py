@@ -194,7 +194,7 @@ def test_groups_of_runs_that_can_be_compared() -> None:
 )
 def test_thresholds(match: float | None, ratio: float | None, lines: list[str]) -> None:
     found = compare(run("a", [1], [3]), run("b", [2], [3], speed=(6.0,)))
-    assert command.missed(found, match, ratio) == lines
+    assert command.missed_thresholds(found, match, ratio) == lines
 
 
 @pytest.fixture(scope="module")
