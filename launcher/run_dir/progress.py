@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
 from launcher.system.typed import decode
@@ -27,6 +27,9 @@ class Progress:
     tokens: int = 0
     ticks: int = 0
     time: float = 0.0
+
+
+NAMES = {field.name for field in fields(Progress)}
 
 
 class ProgressWriter:
@@ -58,6 +61,12 @@ class ProgressWriter:
 def read_progress(path: Path) -> Progress | None:
     """The last state, or None where the rank has not begun, or what it wrote cannot be read now."""
     try:
-        return decode(json.loads(path.read_bytes()), Progress)
-    except (OSError, ValueError, RecursionError):  # not there; a stale handle of NFS; half of it; of another version
+        values = json.loads(path.read_bytes())
+        return decode(values, Progress) if values.keys() == NAMES else None
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+    ):  # not there; a stale handle of NFS; half of it; of another version
         return None

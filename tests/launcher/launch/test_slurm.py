@@ -302,7 +302,7 @@ def test_run_of_a_node_that_is_cut_off_goes_on_elsewhere(tmp_path: Path) -> None
         seen = cluster.status("--follow", str(run_dir), timeout=150)
         slurm.mend("n2")
         wait_until(lambda: slurm.node_states()["n2"] == "idle", 40, "return of n2", slurm.node_states)
-        assert lost == ({"attempt": 1}, "n1")
+        assert (lost[0]["attempt"], lost[1]) == (1, "n1")
         assert (seen.code, seen.last_json["points"]) == (0, {"ok": 1}), log(run_dir)
         record = read_json(run_dir / "record.json")
         assert [rank["host"] for rank in record["ranks"]] == ["n1", "n3"]
