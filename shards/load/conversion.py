@@ -115,7 +115,7 @@ def _layout(name: str, operations: Sequence[Any]) -> tuple[bool, int]:
             return False, axis
     raise CheckpointError(
         f"{name} is stored in a layout from which transformers makes it by {', '.join(kind for kind, _ in kinds)}.",
-        "backend=vllm, or load it with transformers 5 and save its state_dict() under the names of its modules",
+        "an engine with loaders of its own, or load it with transformers 5 and save its state_dict() by module",
     )
 
 

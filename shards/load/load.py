@@ -96,7 +96,7 @@ def _check_dtype(entry: TensorEntry, dtype: torch.dtype) -> None:
     if stored != dtype and not (plain and dtype.is_floating_point):
         raise CheckpointError(
             f"{entry.file} holds {entry.name} as {entry.dtype}, the model has {dtype}: a quantized checkpoint?",
-            "use the unquantized checkpoint, or an engine that reads this quantization (backend=vllm)",
+            "use the unquantized checkpoint, or an engine that reads this quantization",
         )
 
 

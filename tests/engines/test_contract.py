@@ -13,17 +13,16 @@ import pytest
 from running import ROOT, run, torchrun
 from safetensors import safe_open
 
-from launcher.config.engines import BUILT_IN, load_engine
+from launcher.config.engines import load_engine, names
 from launcher.models import EMBEDDED
 
 MODELS = ("tiny_falcon", "tiny_llama")
 PROGRAM = str(ROOT / "tests" / "programs" / "rank_program.py")
-SIZES = {
-    "dummy": (1, 2), "transformers": (1,), "fsdp": (1, 2, 3), "deepspeed": (2,), "tensor_parallel": (1, 2),
-    "vllm": (1, 2),
-}  # fmt: skip
-WORLDS = [(name, size) for name in BUILT_IN for size in SIZES[name]]
-REAL = [(name, size) for name, size in WORLDS if name != "dummy"]
+SIZES = {"transformers": (1,), "fsdp": (1, 2, 3), "deepspeed": (2,)}
+"""Numbers of devices of engines that are not tried on one and on two."""
+
+WORLDS = [(name, size) for name in names() for size in SIZES.get(name, (1, 2))]
+REAL = [(name, size) for name, size in WORLDS if load_engine(name).needs_weights]
 
 
 @cache

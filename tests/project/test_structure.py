@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 from running import ROOT
 
+from launcher.config.engines import BUILT_IN
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -209,3 +211,23 @@ def test_functions_are_short() -> None:
         and (count := (node.end_lineno or node.lineno) - node.lineno + 1) > MOST_LINES_OF_A_FUNCTION
     }
     assert long == {}
+
+
+ENGINE_ROOMS = ("launcher.backends.", "shards.engines.", "launcher.config.engines")
+SAME_NAMES = {
+    ("shards.machine.world", "deepspeed"): "the launcher of that name, which starts ranks of any engine",
+    ("launcher.results.record", "fsdp"): "a scheme in records of version 1",
+    ("launcher.results.record", "tensor_parallel"): "a scheme in records of version 1",
+}
+"""Texts that are an engine's name and mean something else."""
+
+
+def test_engines_are_named_in_their_own_rooms_and_the_registry_only() -> None:
+    found = {
+        (name, node.value)
+        for name, path in modules().items()
+        if not name.startswith(ENGINE_ROOMS)
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Constant) and node.value in BUILT_IN
+    }
+    assert found == SAME_NAMES.keys()
