@@ -19,6 +19,7 @@ from launcher.config.schema import ConfigError
 from launcher.config.sweeps import expand_sweep
 from launcher.doctor.__main__ import parse as parse_doctor
 from launcher.launch.nodes import check_nodes
+from launcher.report.__main__ import parse as parse_report
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"(?:python|torchrun[^\n#`]*?) -m launcher\b[^\n#`]*")
@@ -49,7 +50,7 @@ def follow(words: list[str]) -> None:
 
 PARSERS: dict[str, Callable[[list[str]], object]] = {
     "launcher": compose, "launcher.plan": show_plan, "launcher.probe": probe.parse, "launcher.compare": compare.parse,
-    "launcher.doctor": parse_doctor, "launcher.status": follow,
+    "launcher.doctor": parse_doctor, "launcher.report": parse_report, "launcher.status": follow,
 }  # fmt: skip
 
 
