@@ -15,6 +15,10 @@ EXAMPLES = (
     ("the plan of a large model, without starting anything", "model=falcon_40b devices=4 precision=bf16 dry_run=true"),
     ("your own prompts and model", "model.path=/models/my-llama prompts=file prompts.path=questions.txt"),
     ("a job on two nodes of a SLURM cluster", "launch=slurm num_nodes=2 cluster=example"),
+    (
+        "a published benchmark, made again; `python -m launcher.experiments` lists them",
+        "experiment=falcon_40b_fsdp_2xa6000",
+    ),
     ("a sweep, each point in a fresh process, one table at the end", "-m backend=fsdp,transformers devices=1,2"),
 )
 
@@ -55,5 +59,5 @@ Exit code: 0 every run is ok, 1 a run failed, 2 something to mend first (one lin
 def _defaults() -> str:
     """The commented defaults of `conf/config.yaml`, without its list of groups."""
     lines = (conf_dir() / "config.yaml").read_text(encoding="utf-8").splitlines()
-    start = lines.index("  - _self_") + 1
+    start = lines.index("  - experiment: null") + 1
     return "\n".join(f"  {line}".rstrip() for line in lines[start:] if line)

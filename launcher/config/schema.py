@@ -194,6 +194,30 @@ class ClusterConfig:
 
 
 @dataclass
+class FigureConfig:
+    """One published figure: tokens/s, the time of the whole generation, memory of a device, or another time."""
+
+    name: str = MISSING  # new_tokens_per_s | generation_s | load_s | user_s | system_s | peak_memory_gb
+    value: float = MISSING
+    unit: str = MISSING
+
+
+@dataclass
+class ExperimentConfig:
+    """A published measurement that a preset of conf/experiment makes again; nothing of it changes the run."""
+
+    name: str | None = None
+    about: str | None = None
+    hardware: str | None = None  # as `python -m launcher.plan machines=` names it; None: the source does not say
+    source: str | None = None
+    location: str | None = None
+    unknown: list[str] = field(default_factory=list)  # what the source leaves out
+    needs: list[str] = field(default_factory=list)  # options that this launcher does not have yet
+    notes: list[str] = field(default_factory=list)
+    figures: list[FigureConfig] = field(default_factory=list)
+
+
+@dataclass
 class RunConfig:
     backend: BackendConfig = MISSING
     model: ModelConfig = MISSING
@@ -207,6 +231,7 @@ class RunConfig:
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
     output_dir: str = "runs"
     resume: bool = False
     run_dir: str | None = None
@@ -226,5 +251,15 @@ class RunConfig:
         return self.num_devices if is_rank_per_device else self.num_nodes
 
 
-HOW_IT_IS_RUN = ("output_dir", "resume", "run_dir", "hang_timeout_s", "timeout_s", "dry_run", "launch", "cluster")
+HOW_IT_IS_RUN = (
+    "output_dir",
+    "resume",
+    "run_dir",
+    "hang_timeout_s",
+    "timeout_s",
+    "dry_run",
+    "launch",
+    "cluster",
+    "experiment",
+)
 """The keys that do not say what is run: two configurations that differ in nothing else are one point."""

@@ -52,4 +52,7 @@ def _convert(hint: Any, value: Any) -> Any:
         return _build(typing.cast("type", hint), value)
     if isinstance(hint, type) and issubclass(hint, Enum):
         return hint[value]
+    if typing.get_origin(hint) is list:
+        (item,) = typing.get_args(hint)
+        return [_convert(item, part) for part in value]
     return value

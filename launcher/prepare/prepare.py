@@ -13,6 +13,7 @@ from launcher.config.cluster import check_cluster
 from launcher.config.engines import NO_PLAN
 from launcher.config.schema import Accelerator, ConfigError, Weights
 from launcher.models import EMBEDDED
+from launcher.prepare.experiments import check_experiment
 from launcher.prepare.planning import over_memory, paces, plan_of
 from launcher.prepare.shapes import built_of, config_of
 from launcher.prompts.prompts import check_context, guessed_prompts, load_prompts, sampling_of
@@ -37,6 +38,7 @@ WORKER_PACKAGES = ("msgspec", "psutil", "tokenizers", "pynvml")  # what a rank n
 def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
     """Resolve, check and plan a run; nothing is written. Raises UserError."""
     _check_launch(config)
+    check_experiment(config)
     on_cuda = check_node(config)
     config = replace(config, accelerator=Accelerator.cuda if on_cuda else Accelerator.cpu)
     config, notes = config.backend.settle(config, on_cuda)

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher.config.engines import NO_PLAN
+from launcher.report.published_table import published_table
 from launcher.results.metrics import COUNTERS
 from launcher.run_dir.run_dir import COMPLETIONS, RANK_LOGS, RunDir
 from launcher.system.typed import to_plain
@@ -136,6 +137,8 @@ def show_record(record: Record, out: Console) -> None:
             out.print(batch_line(record.batch_search))
         if record.metrics:
             out.print(_speed(record))
+        if published := published_table(record):
+            out.print(published)
         out.print(_devices(record))
     out.print(f"run directory: {escape(record.run_dir)}", soft_wrap=True)
 

@@ -84,8 +84,13 @@ def _entry(devices: list[Device], entry: str) -> Device | None:
     return named[0] if len(named) == 1 else None
 
 
+def short_name(name: str) -> str:
+    """The short name of a card, as plans have it, by the name that the driver gives it; that itself where unknown."""
+    return _BY_DRIVER_NAME.get(name.removeprefix("NVIDIA "), name)
+
+
 def _from_nvml(card: nvml.Card) -> Device:
     name = card.name or f"GPU {card.index}"
-    preset = DEVICES.get(_BY_DRIVER_NAME.get(name.removeprefix("NVIDIA "), ""), Device(name))
+    preset = DEVICES.get(short_name(name), Device(name))
     capacity = preset.capacity_bytes if card.memory_bytes is None else card.memory_bytes
     return replace(preset, name=name, capacity_bytes=capacity, uuid=card.uuid)

@@ -18,6 +18,7 @@ from launcher.config.help import EXAMPLES
 from launcher.config.schema import ConfigError
 from launcher.config.sweeps import expand_sweep
 from launcher.doctor.__main__ import parse as parse_doctor
+from launcher.experiments import parse as parse_experiments
 from launcher.launch.nodes import check_nodes
 from launcher.report.__main__ import parse as parse_report
 
@@ -50,7 +51,8 @@ def follow(words: list[str]) -> None:
 
 PARSERS: dict[str, Callable[[list[str]], object]] = {
     "launcher": compose, "launcher.plan": show_plan, "launcher.probe": probe.parse, "launcher.compare": compare.parse,
-    "launcher.doctor": parse_doctor, "launcher.report": parse_report, "launcher.status": follow,
+    "launcher.doctor": parse_doctor, "launcher.report": parse_report,
+    "launcher.experiments": parse_experiments, "launcher.status": follow,
 }  # fmt: skip
 
 

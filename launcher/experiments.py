@@ -1,0 +1,123 @@
+"""`python -m launcher.experiments`: published benchmarks that can be made again, beside what their hardware allows."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+
+from launcher.config.compose import compose_run
+from launcher.config.presets import options
+from launcher.prepare.experiments import machine_of, published_figures
+from launcher.report.published_table import LABELS, figure_text
+from launcher.report.tables import console
+from launcher.system.terminal import Parser, run_command
+from shards.errors import UserError
+from shards.machine.cards import cuda_devices, short_name
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from collections.abc import Sequence
+
+    from launcher.config.schema import RunConfig
+
+INTRODUCTION = """\
+# Published benchmarks, made again
+
+Made by `python -m launcher.experiments --markdown`. Each preset of `conf/experiment/` is a whole configuration:
+
+    python -m launcher experiment=falcon_40b_fsdp_2xa6000                       # on the hardware that it names
+    python -m launcher experiment=falcon_40b_fsdp_2xa6000 model=tiny_falcon     # rehearsed anywhere
+    python -m launcher experiment=falcon_40b_fsdp_2xa6000 model.weights=random  # without the download
+
+The limit is of the published hardware: for speed what memory bandwidth, arithmetic and links allow, for time the least,
+for memory what the plan says (without context and libraries). Two machines compare by their shares of the limit. Where
+a source does not name its card there is no share, and a figure is only held against the fastest card of its time.
+"""
+
+
+def parse(argv: Sequence[str] | None) -> Namespace:
+    """The command line; ConfigError for what is wrong with it."""
+    parser = Parser(prog="python -m launcher.experiments", description=(__doc__ or "").partition(": ")[2])
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--markdown", action="store_true", help="print docs/reproduce.md")
+    kind.add_argument("--json", action="store_true", help="print everything as one JSON object")
+    return parser.parse_args(argv)
+
+
+def runs_here(config: RunConfig, cards: Sequence[str]) -> str:
+    """Whether this machine can make the experiment as it was, in a word or two."""
+    experiment = config.experiment
+    if experiment.needs:
+        return f"needs {', '.join(experiment.needs)}"
+    if len(cards) < config.devices:
+        return "rehearse"
+    if experiment.hardware is None:
+        return "yes"
+    _, published_card = machine_of(experiment.hardware)
+    is_same = set(cards[: config.devices]) == {published_card}
+    return "yes" if is_same else "on other cards"
+
+
+def markdown(configs: Sequence[RunConfig]) -> str:
+    """docs/reproduce.md."""
+    parts = [INTRODUCTION]
+    for config in configs:
+        experiment = config.experiment
+        hardware = experiment.hardware or "not named by the source"
+        parts.append(f"## {experiment.name}\n\n{experiment.about}. Hardware: {hardware}.\n")
+        parts.append("| figure | published | limit there | share |\n|---|--:|--:|--:|")
+        figures = published_figures(config)
+        for figure in figures:
+            value, limit, share = figure_text(figure)
+            parts.append(f"| {LABELS[figure.name]} | {value} | {limit} | {share} |")
+        lines = [f"Source: {experiment.source}; {experiment.location}."]
+        lines += [f"Above the limit: {figure.objection}." for figure in figures if figure.objection]
+        lines += [f"Not known: {', '.join(experiment.unknown)}."] if experiment.unknown else []
+        lines += [f"Not there yet: {', '.join(experiment.needs)}."] if experiment.needs else []
+        parts.append("\n" + "\n".join(f"- {line}" for line in [*lines, *experiment.notes]) + "\n")
+    return "\n".join(parts)
+
+
+def show(configs: Sequence[RunConfig], cards: Sequence[str]) -> None:
+    """Print a row for each published figure."""
+    table = Table("experiment", "figure", "published", "limit there", "share", "here")
+    for config in configs:
+        here = runs_here(config, cards)
+        for number, figure in enumerate(published_figures(config)):
+            name, last = (config.experiment.name, escape(here)) if number == 0 else ("", "")
+            table.add_row(name, LABELS[figure.name], *figure_text(figure), last)
+    console().print(table)
+    console().print("python -m launcher experiment=NAME; rehearse one anywhere with model=tiny_falcon", soft_wrap=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0, or 2 with one line on stderr for what the user can mend."""
+    try:
+        arguments = parse(argv)
+        configs = [compose_run([f"experiment={name}"]) for name in options("experiment")]
+        cards = [short_name(device.name) for device in cuda_devices(os.environ)]
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if arguments.markdown:
+        print(markdown(configs), end="")
+    elif arguments.json:
+        rows = [
+            {**asdict(config.experiment), "here": runs_here(config, cards), "figures": list(map(asdict, figures))}
+            for config in configs
+            for figures in [published_figures(config)]
+        ]
+        print(json.dumps({"experiments": rows}))
+    else:
+        show(configs, cards)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,139 @@
+"""Published measurements against the ceilings of the hardware that they were made on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from launcher.config.schema import ConfigError
+from launcher.prepare.shapes import built_of
+from shards.errors import PlanError
+from shards.machine.hardware import known_device, usual_link
+from shards.plan.plan import Plan, make_plan
+from shards.plan.request import PlanRequest
+
+if TYPE_CHECKING:
+    from launcher.config.schema import FigureConfig, RunConfig
+    from launcher.results.record import Record
+
+FASTEST_OF_THE_TIME = "h100"
+"""The card with the most bandwidth when the articles were written: a bound where they do not name theirs."""
+
+BYTES_OF_A_LETTER_TOKEN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedFigure:
+    """A published figure, the best that its hardware allows, and the share of that which was reached.
+
+    `limit` is in the unit of the figure: the most tokens/s, the least seconds, the planned memory. None where it is not
+    known. `objection` is the arithmetic by which the figure cannot be true.
+    """
+
+    name: str
+    value: float
+    unit: str
+    limit: float | None = None
+    share: float | None = None
+    objection: str | None = None
+
+
+def check_experiment(config: RunConfig) -> None:
+    """Raise ConfigError for an experiment that needs what this launcher does not have yet."""
+    experiment = config.experiment
+    if experiment.name is not None and experiment.needs:
+        raise ConfigError(
+            f"experiment={experiment.name} needs {' and '.join(experiment.needs)}, which is not there yet.",
+            "python -m launcher.experiments shows those that can be made",
+        )
+
+
+def machine_of(experiment_hardware: str) -> tuple[int, str]:
+    """The number of cards and the short name of the card in `2xa6000`."""
+    number, _, card = experiment_hardware.partition("x")
+    return int(number), card
+
+
+def published_plan(config: RunConfig, hardware: str) -> Plan | None:
+    """The plan of an experiment on `hardware`.
+
+    None for an engine without a plan, and where it does not fit there.
+    """
+    assert config.model.config is not None, "presets of experiments have models whose shapes are known"
+    number, card = machine_of(hardware)
+    planner = config.backend.planner(config, config.model.config, on_cuda=True)
+    if planner is None:
+        return None
+    texts = config.prompts.texts or []
+    request = PlanRequest(
+        shape=built_of(config.model.config).shape,
+        engine=planner,
+        devices=number,
+        dtype_bytes=config.precision.num_bytes,
+        batch_size=len(texts),
+        prompt_tokens=max(len(text) // BYTES_OF_A_LETTER_TOKEN + 1 for text in texts),
+        max_new_tokens=config.sampling.max_new_tokens,
+        device=known_device(card),
+        link=usual_link(card),
+    )
+    try:
+        return make_plan(request)
+    except PlanError:
+        return None
+
+
+def published_figures(config: RunConfig) -> list[PublishedFigure]:
+    """The figures of an experiment beside the limits of its hardware, or of the fastest of its time."""
+    experiment = config.experiment
+    is_named = experiment.hardware is not None
+    hardware = experiment.hardware or f"{config.devices}x{FASTEST_OF_THE_TIME}"
+    plan = None if experiment.needs else published_plan(config, hardware)
+    return [_against(figure, config, plan, hardware, is_named) for figure in experiment.figures]
+
+
+def _against(
+    figure: FigureConfig, config: RunConfig, plan: Plan | None, hardware: str, is_named: bool
+) -> PublishedFigure:
+    published = PublishedFigure(figure.name, figure.value, figure.unit)
+    if plan is None or plan.limit is None or plan.prefill_limit is None:
+        return published
+    sequences, tokens = len(config.prompts.texts or []), config.sampling.max_new_tokens
+    step_s = plan.limit.seconds
+    if figure.name == "new_tokens_per_s":
+        most = sequences / step_s
+        if figure.value > most:
+            objection = f"{hardware} makes {most:.3g} tokens/s at most, bound by {plan.limit.bound}"
+            if plan.limit.bound == "link":
+                objection += f": its cards must be joined by more than {usual_link(machine_of(hardware)[1]).name}"
+            return replace(published, limit=most, objection=objection)
+        return replace(published, limit=most, share=figure.value / most) if is_named else published
+    if figure.name == "generation_s":
+        least = plan.prefill_limit.seconds + (tokens - 1) * step_s
+        if figure.value < least:
+            steps = int(figure.value / step_s)
+            objection = (
+                f"{tokens} tokens take {least:.2g} s at least on {hardware}, {1000 * step_s:.3g} ms a step: "
+                f"{figure.value:g} s are {steps} steps"
+            )
+            return replace(published, limit=least, objection=objection)
+        return replace(published, limit=least, share=least / figure.value) if is_named else published
+    if figure.name == "peak_memory_gb":
+        device = plan.devices[0]
+        planned = (device.used_bytes - device.overhead_bytes) / 1e9
+        return replace(published, limit=planned, share=figure.value / planned)
+    return published
+
+
+def measured_figure(name: str, record: Record) -> float | None:
+    """What a run has measured of a published figure, in the figure's unit; None where it was not measured."""
+    metrics = record.metrics
+    if name == "new_tokens_per_s":
+        return record.new_tokens_per_s
+    if name == "generation_s" and metrics is not None:
+        return metrics.wall_s.median
+    if name == "load_s":
+        return record.load_s
+    peaks = [device.peak_allocated_bytes for device in record.devices if device.peak_allocated_bytes is not None]
+    if name == "peak_memory_gb" and peaks:
+        return max(peaks) / 1e9
+    return None

@@ -1,0 +1,53 @@
+"""A run of an experiment beside the published figures and the limits of both machines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from launcher.config.compose import compose_run
+from launcher.config.values import from_dict
+from launcher.prepare.experiments import PublishedFigure, measured_figure, published_figures
+
+if TYPE_CHECKING:
+    from launcher.results.record import Record
+
+LABELS = {
+    "new_tokens_per_s": "new tokens/s",
+    "generation_s": "time of the generation",
+    "load_s": "load",
+    "user_s": "user time",
+    "system_s": "system time",
+    "peak_memory_gb": "peak memory",
+}
+
+
+def published_table(record: Record) -> Table | None:
+    """Published, measured, and the limits there and here; None for a run of no experiment."""
+    experiment = record.config.get("experiment") or {}
+    if experiment.get("name") is None:
+        return None
+    config = from_dict(record.config)
+    hardware = config.experiment.hardware or "hardware not named"
+    table = Table("figure", f"published ({hardware})", "limit there", "share", "measured here", "limit here", "share")
+    is_rehearsal = config.model.config is None
+    preset = compose_run([f"experiment={config.experiment.name}"]) if is_rehearsal else config
+    for figure in published_figures(preset):
+        measured = measured_figure(figure.name, record)
+        shown = "-" if measured is None else f"{measured:,.4g} {figure.unit}"
+        limit, share = "-", "-"
+        if figure.name == "new_tokens_per_s" and record.ceiling is not None and record.ceiling.share is not None:
+            limit, share = f"{record.ceiling.tokens_per_s:,.3g} {figure.unit}", f"{record.ceiling.share:.0%}"
+        table.add_row(LABELS[figure.name], *figure_text(figure), shown, limit, share)
+    table.caption = f"{config.experiment.source}; {config.experiment.location}"
+    if is_rehearsal:
+        table.caption += "\nA rehearsal: another model than the published one."
+    return table
+
+
+def figure_text(figure: PublishedFigure) -> tuple[str, str, str]:
+    """The figure, its limit and its share of it, for a reader."""
+    limit = "-" if figure.limit is None else f"{figure.limit:.3g} {figure.unit}"
+    share = "-" if figure.share is None else f"{figure.share:.0%}"
+    return f"{figure.value:g} {figure.unit}", limit, "above the limit" if figure.objection else share

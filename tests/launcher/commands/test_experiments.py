@@ -1,0 +1,73 @@
+"""Published benchmarks: every preset composes, is planned on its hardware, and can be rehearsed with a tiny model."""
+
+from __future__ import annotations
+
+import pytest
+from running import ROOT, launcher
+
+from launcher.config.compose import compose_run
+from launcher.config.presets import options
+from launcher.config.schema import ConfigError
+from launcher.config.values import from_dict, to_dict
+from launcher.experiments import main
+from launcher.prepare.experiments import machine_of, published_figures
+from launcher.prepare.prepare import prepare
+from launcher.report.published_table import LABELS
+from shards.machine.hardware import known_device
+
+NAMES = options("experiment")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_composes_names_its_source_and_can_be_rehearsed(name: str) -> None:
+    config = compose_run([f"experiment={name}"])
+    experiment = config.experiment
+    assert experiment.name == name
+    assert from_dict(to_dict(config)) == config
+    assert experiment.source
+    assert experiment.location
+    assert {figure.name for figure in experiment.figures} <= LABELS.keys()
+    if experiment.hardware is None:
+        assert any(what.startswith("the card") for what in experiment.unknown)
+    else:
+        number, card = machine_of(experiment.hardware)
+        assert number == config.devices
+        assert known_device(card).bandwidth
+        assert name.endswith(experiment.hardware)
+    if experiment.needs:
+        with pytest.raises(ConfigError, match=f"experiment={name} needs .* not there yet"):
+            prepare(config, ())
+    elif config.backend.name in ("transformers", "fsdp", "tensor_parallel"):
+        words = [f"experiment={name}", "model=tiny_llama", "devices=2", "dry_run=true", "accelerator=cpu"]
+        assert prepare(compose_run(words), ()).config.sampling == config.sampling
+
+
+def test_the_published_pace_of_fsdp_is_that_of_the_link() -> None:
+    speed, memory, wall = published_figures(compose_run(["experiment=falcon_40b_fsdp_2xa6000"]))
+    assert (speed.name, speed.value) == ("new_tokens_per_s", 0.6)
+    assert speed.limit == pytest.approx(0.613, abs=0.001)
+    assert speed.share == pytest.approx(0.98, abs=0.01)
+    assert memory.limit == pytest.approx(45.1, abs=0.1)
+    assert wall.limit is not None
+    assert wall.limit < 83.4
+
+
+def test_a_figure_that_cannot_be_true_is_called_so() -> None:
+    (wall,) = published_figures(compose_run(["experiment=llama_30b_vllm_2gpu"]))
+    assert wall.share is None
+    assert wall.objection is not None
+    assert "16 tokens take 0.17 s at least on 2xh100" in wall.objection
+
+
+def test_docs_are_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--markdown"]) == 0
+    assert capsys.readouterr().out == (ROOT / "docs" / "reproduce.md").read_text()
+
+
+def test_a_run_is_shown_beside_the_published_figures(tmp_path: object) -> None:
+    words = ("experiment=falcon_40b_fsdp_2xa6000", "model=tiny_falcon", "backend=dummy", f"output_dir={tmp_path}")
+    ended = launcher(*words)
+    assert ended.code == 0, ended.err
+    (row,) = [line for line in ended.out.splitlines() if "new tokens/s" in line and "0.613" in line]
+    assert "98%" in row
+    assert f"{ended.last_json['new_tokens_per_s']:,.4g} tokens/s" in row
