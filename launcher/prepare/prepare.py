@@ -38,7 +38,6 @@ WORKER_PACKAGES = ("msgspec", "psutil", "tokenizers", "pynvml")  # what a rank n
 def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
     """Resolve, check and plan a run; nothing is written. Raises UserError."""
     _check_launch(config)
-    check_experiment(config)
     on_cuda = check_node(config)
     config = replace(config, accelerator=Accelerator.cuda if on_cuda else Accelerator.cpu)
     config, notes = config.backend.settle(config, on_cuda)
@@ -110,6 +109,7 @@ def _check_names(config: RunConfig, checkpoint: Checkpoint, model_config: Mappin
 
 
 def _check_launch(config: RunConfig) -> None:
+    check_experiment(config)
     if config.launch.name not in ("local", "slurm"):
         raise ConfigError(f"launch.name={config.launch.name} is not known.", "launch=local or launch=slurm")
     if config.launch.name == "slurm":

@@ -135,11 +135,9 @@ def show_record(record: Record, out: Console) -> None:
             out.print(f"[yellow]note:[/] {measured}: the run was split between attempts")
         if record.batch_search:
             out.print(batch_line(record.batch_search))
-        if record.metrics:
-            out.print(_speed(record))
-        if published := published_table(record):
-            out.print(published)
-        out.print(_devices(record))
+        for table in (_speed(record) if record.metrics else None, published_table(record), _devices(record)):
+            if table is not None:
+                out.print(table)
     out.print(f"run directory: {escape(record.run_dir)}", soft_wrap=True)
 
 
