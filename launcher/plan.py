@@ -252,8 +252,8 @@ def caption(values: dict[str, str], rows: Sequence[Row]) -> str:
     return (
         f"Of the fullest device, for {tokens} in batches of {batch}, {precision}. Other: activations, gathered layers, "
         "what engine and driver keep. Batch: the largest that fits (of each rank where ranks answer apart). "
-        "Ceilings in tokens/s: per prompt in the batch asked for, and of all devices together in the largest; in bold the "
-        f"highest per prompt, to 1 %.{f' Links: {links}.' if links else ''}{between}{sources}"
+        "Ceilings in tokens/s: per prompt in the batch asked for, and of all devices together in the largest; in bold "
+        f"the highest per prompt, to 1 %.{f' Links: {links}.' if links else ''}{between}{sources}"
     )
 
 
