@@ -25,6 +25,7 @@ from launcher.config.schema import ConfigError
 from launcher.launch.slurm import arrays, jobs
 from launcher.launch.slurm.arrays import Point
 from launcher.report import tables as report
+from launcher.report.units import rate
 from launcher.results.record import Record, RunError
 from launcher.results.verdict import STATUSES
 from launcher.run_dir.finish import unfinished
@@ -129,7 +130,7 @@ def history(names: Sequence[str], records: Sequence[Record]) -> Table:
     for name, record in zip(names, records, strict=True):
         moment = record.started_at
         started = time.strftime("%Y-%m-%d %H:%M", time.localtime(moment)) if moment else "-"
-        devices, speed = str(record.num_devices or "-"), report.rate(record.new_tokens_per_s)
+        devices, speed = str(record.num_devices or "-"), rate(record.new_tokens_per_s)
         table.add_row(escape(name), started, escape(record.model), record.backend, devices, record.status, speed)
     return table
 

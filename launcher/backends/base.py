@@ -56,8 +56,22 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True)
+class PhaseMemory:
+    """The most that CUDA's allocator held on a device in one phase of a run."""
+
+    phase: Literal["load", "prefill", "decode"]
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """Bytes that one device (one rank) holds. A value that could not be read is None, `reasons` says why by field."""
+    """Bytes that one device (one rank) holds. A value that could not be read is None, `reasons` says why by field.
+
+    `phases` are empty where the allocator was not watched by phase. `fragmented_bytes` are the most that were free in
+    blocks of which another part was in use, `step_growth_bytes` the most by which a decode step made the allocator
+    reserve more.
+    """
 
     rank: int
     device: str
@@ -69,6 +83,9 @@ class DeviceMemory:
     tensor_bytes: int | None = None
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None
+    phases: tuple[PhaseMemory, ...] = ()
+    fragmented_bytes: int | None = None
+    step_growth_bytes: int | None = None
     nvml_used_bytes: int | None = None
     host_anonymous_bytes: int | None = None
     reasons: dict[str, str] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from launcher.backends.base import Completion, Generation
-from launcher.backends.memory import Clock
+from launcher.backends.memory import Clock, PhasePeaks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,6 +38,7 @@ class Decoder:
     device: torch.device
     seed: int
     any_unfinished: Callable[[bool], bool] = bool
+    peaks: PhasePeaks = field(default_factory=lambda: PhasePeaks(()))
     kv_cache_bytes: dict[torch.device, int] = field(default_factory=dict)
 
     @torch.inference_mode()
@@ -61,6 +62,7 @@ class Decoder:
             gaps.append(gap)
             more = sampling.ignore_eos or self.any_unfinished(bool(unfinished.any()))
             clock.mark()
+            self.peaks.end("decode" if step else "prefill")
             on_step(len(prompts))
             if not more:
                 break

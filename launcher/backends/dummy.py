@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
 from launcher.backends.base import Completion, DeviceMemory, Generation
@@ -83,10 +83,11 @@ class DummyBackend:
 
     def memory(self) -> list[DeviceMemory]:
         assert self.world is not None
-        names = ("kv_cache_bytes", "kv_cache_reserved_bytes", "tensor_bytes", "peak_allocated_bytes")
-        reasons = dict.fromkeys(
-            (*names, "peak_reserved_bytes", "nvml_used_bytes", "host_anonymous_bytes"), "the dummy engine holds nothing"
-        )
+        names = [
+            field.name for field in fields(DeviceMemory) if field.name.endswith("_bytes") or field.name == "phases"
+        ]
+        reasons = dict.fromkeys(names, "the dummy engine holds nothing")
+        del reasons["parameter_bytes"]
         return [DeviceMemory(self.world.rank, "none", parameter_bytes=0, reasons=reasons)]
 
     def close(self) -> None:

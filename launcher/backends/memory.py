@@ -6,16 +6,19 @@ import gc
 import os
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from launcher.backends.base import DeviceMemory
+from launcher.backends.base import DeviceMemory, PhaseMemory
 from shards.load.blocks import local_tensor
 from shards.machine.nvml import NvmlError, processes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+
+BY_PHASE = ("phases", "fragmented_bytes", "step_growth_bytes")
 
 
 class Clock:
@@ -65,8 +68,49 @@ def parameter_bytes(model: torch.nn.Module, device: torch.device) -> int:
     return sum(shard.nbytes for shard in shards if shard.device == device)
 
 
+class PhasePeaks:
+    """What CUDA's allocator held in each phase of a run, on the CUDA devices among some; nothing for others.
+
+    The allocator keeps its books when memory is asked for, not when the device comes to use it: so no phase has to wait
+    for the device.
+    """
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self.devices = tuple(device for device in devices if device.type == "cuda")
+        self.phases: dict[torch.device, dict[str, PhaseMemory]] = {device: {} for device in self.devices}
+        self.fragmented_bytes = dict.fromkeys(self.devices, 0)
+        self.step_growth_bytes: dict[torch.device, int | None] = dict.fromkeys(self.devices)
+        self._reserved_bytes: dict[torch.device, int] = {}  # after the last step
+        for device in self.devices:
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def end(self, phase: Literal["load", "prefill", "decode"]) -> None:
+        """All that was asked for since the last end was for this phase, in it for one step."""
+        for device in self.devices:
+            stats = torch.cuda.memory_stats_as_nested_dict(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            allocated, reserved, split = (
+                stats[name]["all"] for name in ("allocated_bytes", "reserved_bytes", "inactive_split_bytes")
+            )
+            so_far = self.phases[device].get(phase, PhaseMemory(phase, 0, 0))
+            self.phases[device][phase] = PhaseMemory(
+                phase,
+                max(so_far.peak_allocated_bytes, allocated["peak"]),
+                max(so_far.peak_reserved_bytes, reserved["peak"]),
+            )
+            self.fragmented_bytes[device] = max(self.fragmented_bytes[device], split["peak"])
+            if phase == "decode":
+                growth = reserved["current"] - self._reserved_bytes[device]
+                self.step_growth_bytes[device] = max(self.step_growth_bytes[device] or 0, growth)
+            self._reserved_bytes[device] = reserved["current"]
+
+
 def module_memory(
-    model: torch.nn.Module, device: torch.device, rank: int, kv_cache_bytes: dict[torch.device, int]
+    model: torch.nn.Module,
+    device: torch.device,
+    rank: int,
+    kv_cache_bytes: dict[torch.device, int],
+    peaks: PhasePeaks | None = None,
 ) -> DeviceMemory:
     """The memory of one device of this process, which holds `model` or a part of it."""
     values: dict[str, Any] = {
@@ -76,26 +120,38 @@ def module_memory(
     }
     reasons: dict[str, str] = {}
     if device.type == "cuda":
-        values |= _cuda_memory(device, reasons)
+        values |= _cuda_memory(device, peaks, reasons)
     else:
         values["tensor_bytes"] = _live_tensor_bytes()
-        for name in ("peak_allocated_bytes", "peak_reserved_bytes", "nvml_used_bytes"):
+        for name in ("peak_allocated_bytes", "peak_reserved_bytes", *BY_PHASE, "nvml_used_bytes"):
             reasons[name] = "no CUDA device"
     reasons["kv_cache_reserved_bytes"] = "the cache grows with the sequence; nothing is reserved"
     return DeviceMemory(rank=rank, device=str(device), reasons=reasons, **values)
 
 
-def _cuda_memory(device: torch.device, reasons: dict[str, str]) -> dict[str, Any]:
+def _cuda_memory(device: torch.device, peaks: PhasePeaks | None, reasons: dict[str, str]) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device)
     uuid = f"GPU-{properties.uuid}"
     reasons["tensor_bytes"] = "the allocator's own count is peak_allocated_bytes"
-    return {
+    values: dict[str, Any] = {
         "device_name": properties.name,
         "device_uuid": uuid,
-        "peak_allocated_bytes": torch.cuda.max_memory_allocated(device),
-        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
         "nvml_used_bytes": nvml_used(uuid, reasons),
     }
+    phases: tuple[PhaseMemory, ...] = ()
+    if peaks is None:
+        reasons |= dict.fromkeys(BY_PHASE, "the engine mixes the phases in its steps")
+    else:
+        phases = tuple(peaks.phases[device].values())
+        values["fragmented_bytes"] = peaks.fragmented_bytes[device]
+        values["step_growth_bytes"] = peaks.step_growth_bytes[device]
+        if values["step_growth_bytes"] is None:
+            reasons["step_growth_bytes"] = "no decode step was made"
+    allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    values["phases"] = phases
+    values["peak_allocated_bytes"] = max(allocated, *(phase.peak_allocated_bytes for phase in phases), 0)
+    values["peak_reserved_bytes"] = max(reserved, *(phase.peak_reserved_bytes for phase in phases), 0)
+    return values
 
 
 def nvml_used(uuid: str, reasons: dict[str, str]) -> int | None:

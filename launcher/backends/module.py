@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.backends.decode import Decoder, eos_token_ids
-from launcher.backends.memory import module_memory
+from launcher.backends.memory import PhasePeaks, module_memory
 from launcher.config.schema import Weights
 from shards.checkpoint.checkpoint import Checkpoint
 from shards.errors import PlanError
@@ -55,13 +55,19 @@ class ModuleBackend(ABC):
         self.world = world
         self.device = device_of(world, self.config.accelerator.value)
         connect(world, self.device)
+        self.peaks = PhasePeaks(self.devices)
         self.model = self.place(plan, world, progress)
+        self.peaks.end("load")
         if plan is not None:
             self._check_share(plan)
         votes = self.config.backend.data_parallel
-        self.decoder = Decoder(
-            self.model, eos_token_ids(self.model), self.device, self.config.seed, any_rank if votes else bool
-        )
+        eos, any_unfinished = eos_token_ids(self.model), any_rank if votes else bool
+        self.decoder = Decoder(self.model, eos, self.device, self.config.seed, any_unfinished, self.peaks)
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """The devices that hold parts of the model in this process."""
+        return [self.device]
 
     def _check_share(self, plan: Plan) -> None:
         """The tensors of this process are the share that the plan gave it; an engine that did not shard ends here."""
@@ -105,7 +111,8 @@ class ModuleBackend(ABC):
         barrier()
 
     def memory(self) -> list[DeviceMemory]:
-        return [module_memory(self.model, self.device, self.world.rank, self.decoder.kv_cache_bytes)]
+        caches = self.decoder.kv_cache_bytes
+        return [module_memory(self.model, self.device, self.world.rank, caches, self.peaks)]
 
     def close(self) -> None:
         disconnect()

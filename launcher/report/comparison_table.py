@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.report.tables import MEMORY, rate, size
+from launcher.report.memory_table import MEMORY, phase_table
+from launcher.report.units import rate, size
 from launcher.results.comparison import Comparison, Divergence, FinishedRun, compare
 
 if TYPE_CHECKING:
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 COMPARED_MEMORY = (
-    "parameter_bytes", "kv_cache_bytes", "kv_cache_reserved_bytes", "peak_allocated_bytes", "host_anonymous_bytes",
+    "parameter_bytes", "kv_cache_bytes", "kv_cache_reserved_bytes", "peak_allocated_bytes", "peak_reserved_bytes",
+    "fragmented_bytes", "step_growth_bytes", "nvml_used_bytes", "host_anonymous_bytes",
 )  # fmt: skip
 
 
@@ -29,6 +31,8 @@ def show(runs: Sequence[FinishedRun], out: Console) -> list[Comparison]:
             line = f"[yellow]note:[/] {run.label} against {runs[0].label}: {escape(difference)}"
             out.print(line, soft_wrap=True)
     out.print(devices(runs))
+    if (phases := phase_table([run.record for run in runs])) is not None:
+        out.print(phases)
     return comparisons
 
 

@@ -13,7 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher.config.engines import NO_PLAN
-from launcher.report.tables import console, rate, size
+from launcher.report.tables import console
+from launcher.report.units import rate, size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

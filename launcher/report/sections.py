@@ -21,7 +21,7 @@ from launcher.report.figures import (
 )
 from launcher.report.page import DataTable, Section
 from launcher.report.rows import label_of, swept_keys
-from launcher.report.tables import rate, seconds, size
+from launcher.report.units import rate, seconds, size
 from shards.machine.hardware import GIB, MIB
 
 if TYPE_CHECKING:

@@ -14,22 +14,20 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.config.engines import NO_PLAN
+from launcher.report.memory_table import device_table, phase_table
 from launcher.report.published_table import published_table
+from launcher.report.units import count, rate, seconds, size
 from launcher.results.metrics import COUNTERS
 from launcher.run_dir.run_dir import COMPLETIONS, RANK_LOGS, RunDir
 from launcher.system.typed import to_plain
-from shards.machine.hardware import GIB, MIB
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from launcher.backends.base import DeviceMemory
     from launcher.results.completions import ReportedCompletion
     from launcher.results.measured import BandwidthUse, CeilingShare, Quantiles, Spread
     from launcher.results.record import BatchSearch, Record
     from launcher.run_dir.run import Run
-    from shards.plan.memory import DevicePlan
     from shards.plan.plan import Plan
     from shards.plan.roofline import Limit
 
@@ -40,44 +38,11 @@ LINE_FIELDS = (
 )  # fmt: skip
 """The fields of a record in its JSON line."""
 
-MEMORY = {
-    "parameter_bytes": "parameters",
-    "kv_cache_bytes": "KV cache",
-    "kv_cache_reserved_bytes": "KV reserved",
-    "tensor_bytes": "tensors",
-    "peak_allocated_bytes": "peak allocated",
-    "peak_reserved_bytes": "peak reserved",
-    "nvml_used_bytes": "NVML used",
-    "host_anonymous_bytes": "host anonymous",
-}
-"""The label of each figure of a device's memory."""
-
 
 def console(stderr: bool = False) -> Console:
     """A console that does not break its tables at 80 columns where there is no terminal."""
     usual = Console(stderr=stderr, highlight=False)
     return usual if usual.is_terminal else Console(stderr=stderr, highlight=False, width=140)
-
-
-def size(value: int | None) -> str:
-    """Bytes for a reader, in MiB or GiB; a dash for what is not known."""
-    if value is None:
-        return "-"
-    return f"{value / GIB:,.2f} GiB" if value >= GIB else f"{value / MIB:,.2f} MiB"
-
-
-def seconds(value: float | None) -> str:
-    """Seconds for a reader, in ms below one."""
-    if value is None:
-        return "-"
-    return f"{value:,.2f} s" if value >= 1 else f"{value * 1000:,.2f} ms"
-
-
-def rate(value: float | None) -> str:
-    """Tokens per second for a reader."""
-    if value is None:
-        return "-"
-    return f"{value:,.1f}" if value >= 10 else f"{value:,.3f}"
 
 
 def rounded(value: Any) -> Any:
@@ -135,7 +100,8 @@ def show_record(record: Record, out: Console) -> None:
             out.print(f"[yellow]note:[/] {measured}: the run was split between attempts")
         if record.batch_search:
             out.print(batch_line(record.batch_search))
-        for table in (_speed(record) if record.metrics else None, published_table(record), _devices(record)):
+        speed = _speed(record) if record.metrics else None
+        for table in (speed, published_table(record), device_table(record), phase_table([record])):
             if table is not None:
                 out.print(table)
     out.print(f"run directory: {escape(record.run_dir)}", soft_wrap=True)
@@ -193,31 +159,10 @@ def _speed(record: Record) -> Table:
     return table
 
 
-def count(value: float | None) -> str:
-    """A number of things for a reader."""
-    return "-" if value is None else f"{value:,.10g}"
-
-
 def _share(measured: CeilingShare | BandwidthUse) -> str:
     if measured.share is None:
         return "-"
     return f"[red]{measured.share:.1%}, impossible[/]" if measured.impossible else f"{measured.share:.1%}"
-
-
-def _devices(record: Record) -> Table:
-    named = [name for name in MEMORY if any(getattr(device, name) is not None for device in record.devices)]
-    planned = {device.rank: device for device in record.plan.devices} if record.plan else {}
-    caption = "in brackets: as planned" if record.plan else NO_PLAN
-    table = Table("rank", "device", *(MEMORY[name] for name in named), caption=caption)
-    for device in record.devices:
-        label = f"{device.device} {device.device_name}".strip()
-        table.add_row(str(device.rank), label, *(_bytes(name, device, planned) for name in named))
-    return table
-
-
-def _bytes(name: str, device: DeviceMemory, planned: Mapping[int, DevicePlan]) -> str:
-    expected = getattr(planned.get(device.rank), name, None)
-    return size(getattr(device, name)) + (f" [dim]({size(expected)})[/]" if expected is not None else "")
 
 
 def show_point(point: Sequence[str], record: Record, out: Console) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from shards.plan.request import Layout, PlanRequest
 
@@ -28,6 +29,20 @@ class DevicePlan:
     def used_bytes(self) -> int:
         cache = max(self.kv_cache_bytes, self.kv_cache_reserved_bytes)
         return self.parameter_bytes + cache + self.activation_bytes + self.buffer_bytes + self.overhead_bytes
+
+    @property
+    def nvml_used_bytes(self) -> int:
+        """As the driver would show it."""
+        return self.used_bytes
+
+    @property
+    def peak_allocated_bytes(self) -> int:
+        """What the engine's tensors take at most."""
+        return self.used_bytes - self.overhead_bytes
+
+    def peak_bytes(self, phase: Literal["load", "prefill", "decode"]) -> int:
+        """What tensors take at most in a phase of a run."""
+        return self.parameter_bytes if phase == "load" else self.peak_allocated_bytes
 
     @property
     def free_bytes(self) -> int | None:

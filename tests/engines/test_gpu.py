@@ -81,6 +81,18 @@ def same_tokens(found: list[Any], expected: list[Any]) -> None:
     assert sum(len(item["token_ids"]) for item in found) > 100
 
 
+def check_phases(engine: str, device: dict[str, Any]) -> None:
+    phases = {phase["phase"]: phase for phase in device["phases"]}
+    if engine == "vllm":
+        assert (phases, device["reasons"]["phases"]) == ({}, "the engine mixes the phases in its steps")
+        return
+    assert list(phases) == ["load", "prefill", "decode"]
+    assert phases["load"]["peak_allocated_bytes"] >= device["parameter_bytes"]
+    assert device["peak_allocated_bytes"] == max(phase["peak_allocated_bytes"] for phase in phases.values())
+    assert 0 <= device["step_growth_bytes"] <= device["peak_reserved_bytes"]
+    assert 0 <= device["fragmented_bytes"] <= device["peak_reserved_bytes"]
+
+
 def check(engine: str, model: str, devices: int) -> None:
     if not has(engine):
         pytest.skip(f"backend={engine} is not installed for CUDA")
@@ -95,6 +107,7 @@ def check(engine: str, model: str, devices: int) -> None:
         assert [device["parameter_bytes"] for device in record["devices"]] == planned
     for device in record["devices"]:
         assert device["parameter_bytes"] <= device["peak_allocated_bytes"] <= device["peak_reserved_bytes"]
+        check_phases(engine, device)
         if device["nvml_used_bytes"] is None:  # a container whose process ids the driver does not know
             assert device["reasons"]["nvml_used_bytes"].startswith("NVML ")
         else:

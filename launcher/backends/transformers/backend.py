@@ -26,11 +26,17 @@ class TransformersBackend(ModuleBackend):
 
     def place(self, plan: Plan | None, world: World, progress: Progress) -> torch.nn.Module:
         model = self.meta_model()
-        self.devices = [self.device]
-        if self.config.devices == 1 or self.device.type == "cpu":
+        if len(self.devices) == 1:
             self.fill(model, progress)
             return model
         return self._spread(model, progress)
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """All cards of the run; without GPUs the one processor."""
+        if self.device.type == "cpu":
+            return [self.device]
+        return [torch.device("cuda", card) for card in range(self.config.devices)]
 
     def _spread(self, model: torch.nn.Module, progress: Progress) -> torch.nn.Module:
         """Each decoder layer whole on one GPU, in order; the layers of a batch run one GPU after the other."""
@@ -49,12 +55,13 @@ class TransformersBackend(ModuleBackend):
             allocate_parameters(model.get_submodule(name), torch.device("cuda", card))
         model.tie_weights()
         self.fill(model, progress)
-        self.devices = [torch.device("cuda", card) for card in cards]
         return dispatch_model(model, placed, force_hooks=True)  # they bring the inputs, even where one card has it all
 
     def memory(self) -> list[DeviceMemory]:
         caches = self.decoder.kv_cache_bytes
-        return [module_memory(self.model, device, place, caches) for place, device in enumerate(self.devices)]
+        return [
+            module_memory(self.model, device, place, caches, self.peaks) for place, device in enumerate(self.devices)
+        ]
 
 
 def allocate_parameters(module: torch.nn.Module, device: torch.device) -> None:

@@ -1,0 +1,31 @@
+"""Figures with their units, for a reader."""
+
+from __future__ import annotations
+
+from shards.machine.hardware import GIB, MIB
+
+
+def size(value: int | None) -> str:
+    """Bytes for a reader, in MiB or GiB; a dash for what is not known."""
+    if value is None:
+        return "-"
+    return f"{value / GIB:,.2f} GiB" if value >= GIB else f"{value / MIB:,.2f} MiB"
+
+
+def seconds(value: float | None) -> str:
+    """Seconds for a reader, in ms below one."""
+    if value is None:
+        return "-"
+    return f"{value:,.2f} s" if value >= 1 else f"{value * 1000:,.2f} ms"
+
+
+def rate(value: float | None) -> str:
+    """Tokens per second for a reader."""
+    if value is None:
+        return "-"
+    return f"{value:,.1f}" if value >= 10 else f"{value:,.3f}"
+
+
+def count(value: float | None) -> str:
+    """A number of things for a reader."""
+    return "-" if value is None else f"{value:,.10g}"

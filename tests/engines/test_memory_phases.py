@@ -1,0 +1,139 @@
+"""CUDA's allocator by phases: one that is none, so that every machine can see who is asked when."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from io import StringIO
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from running import ROOT
+
+from launcher.backends import memory
+from launcher.backends.base import DeviceMemory, PhaseMemory, Prompt
+from launcher.backends.decode import Decoder, eos_token_ids
+from launcher.backends.memory import PhasePeaks, module_memory
+from launcher.config.schema import SamplingConfig
+from launcher.models import EMBEDDED
+from launcher.report.memory_table import device_table, phase_table
+from launcher.results.record import Record, read_record
+from shards.checkpoint.checkpoint import Checkpoint
+from shards.load.load import load_weights
+from shards.load.meta import build_meta
+from shards.plan.memory import DevicePlan
+
+CARD, OTHER = torch.device("cuda", 0), torch.device("cuda", 1)
+
+
+class Allocator:
+    """As torch's own: what is asked for, and the peaks since they were last reset, by device."""
+
+    def __init__(self) -> None:
+        self.current = {CARD: (0, 0), OTHER: (0, 0)}
+        self.peak = dict(self.current)
+        self.split = 0
+
+    def use(self, device: torch.device, allocated: int, reserved: int, peak: int | None = None) -> None:
+        self.current[device] = (allocated, reserved)
+        most = max(self.peak[device][0], peak or allocated), max(self.peak[device][1], reserved)
+        self.peak[device] = most
+
+    def stats(self, device: torch.device) -> dict[str, Any]:
+        names = ("allocated_bytes", "reserved_bytes")
+        figures = zip(names, self.current[device], self.peak[device], strict=True)
+        found = {name: {"all": {"current": current, "peak": peak}} for name, current, peak in figures}
+        return found | {"inactive_split_bytes": {"all": {"current": 0, "peak": self.split}}}
+
+    def reset(self, device: torch.device) -> None:
+        self.peak[device] = self.current[device]
+
+
+@pytest.fixture
+def allocator(monkeypatch: pytest.MonkeyPatch) -> Allocator:
+    one = Allocator()
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", one.stats)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", one.reset)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: one.peak[device][0])
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: one.peak[device][1])
+    properties = SimpleNamespace(uuid="1", name="NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(memory, "nvml_used", lambda uuid, reasons: 999)
+    return one
+
+
+def test_each_phase_has_the_peaks_of_its_own_steps(allocator: Allocator) -> None:
+    allocator.use(CARD, 0, 0, peak=5000)  # before: of nobody
+    peaks = PhasePeaks([torch.device("cpu"), CARD, OTHER])
+    allocator.use(CARD, 100, 120, peak=110)
+    peaks.end("load")
+    for _ in range(2):
+        allocator.use(CARD, 110, 200, peak=190)
+        peaks.end("prefill")
+        for reserved in (200, 230, 280, 280):
+            allocator.use(CARD, 115, reserved, peak=130)
+            allocator.split = 40
+            peaks.end("decode")
+        allocator.use(CARD, 105, 150)
+    held = module_memory(torch.nn.Module(), CARD, 0, {}, peaks)
+    phases = [("load", 110, 120), ("prefill", 190, 280), ("decode", 130, 280)]
+    assert held.phases == tuple(PhaseMemory(*phase) for phase in phases)  # type: ignore[arg-type]
+    assert (held.peak_allocated_bytes, held.peak_reserved_bytes) == (190, 280)
+    assert (held.fragmented_bytes, held.step_growth_bytes, held.nvml_used_bytes) == (40, 50, 999)
+    idle = module_memory(torch.nn.Module(), OTHER, 1, {}, peaks)
+    assert [(phase.peak_allocated_bytes, phase.peak_reserved_bytes) for phase in idle.phases] == [(0, 0)] * 3
+
+
+def test_what_is_not_watched_is_null_with_a_reason(allocator: Allocator) -> None:
+    peaks = PhasePeaks([CARD])
+    peaks.end("load")
+    loaded = module_memory(torch.nn.Module(), CARD, 0, {}, peaks)
+    assert (loaded.step_growth_bytes, loaded.reasons["step_growth_bytes"]) == (None, "no decode step was made")
+    mixed = module_memory(torch.nn.Module(), CARD, 0, {})
+    on_cpu = module_memory(torch.nn.Module(), torch.device("cpu"), 0, {}, PhasePeaks([torch.device("cpu")]))
+    for device, reason in ((mixed, "the engine mixes the phases in its steps"), (on_cpu, "no CUDA device")):
+        assert (device.phases, device.fragmented_bytes, device.step_growth_bytes) == ((), None, None)
+        assert {device.reasons[name] for name in memory.BY_PHASE} == {reason}
+
+
+def test_the_decode_loop_ends_a_phase_with_each_step() -> None:
+    model = build_meta(EMBEDDED / "tiny_llama", torch.float32)
+    load_weights(model, Checkpoint.open(EMBEDDED / "tiny_llama"), "cpu")
+    seen: list[str] = []
+    peaks = SimpleNamespace(end=seen.append)
+    decoder = Decoder(model, eos_token_ids(model), torch.device("cpu"), 0, peaks=peaks)  # type: ignore[arg-type]
+    for _ in range(2):
+        decoder.generate([Prompt(0, "", (5, 6, 7))], SamplingConfig(max_new_tokens=3, ignore_eos=True), lambda _: None)
+    assert seen == ["prefill", "decode", "decode"] * 2
+
+
+def text_of(table: object) -> list[list[str]]:
+    """The cells of the rows of a table as it is printed."""
+    out = StringIO()
+    Console(width=200, file=out).print(table)
+    rows = [line.split("│")[1:-1] for line in out.getvalue().splitlines() if "│" in line]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def test_the_report_sets_the_plan_beside_what_was_measured() -> None:
+    record = read_record(json.loads((ROOT / "tests" / "records" / "version_1.json").read_text()))
+    mib = 2**20
+    plan = DevicePlan(0, 80 * mib, 1 * mib, 1 * mib, 8 * mib, 2 * mib, 500 * mib, None)
+    phases = (PhaseMemory("load", 81 * mib, 90 * mib), PhaseMemory("decode", 85 * mib, 96 * mib))
+    device = DeviceMemory(
+        0, "cuda:0", "NVIDIA H200", phases=phases, peak_allocated_bytes=85 * mib, nvml_used_bytes=600 * mib,
+        fragmented_bytes=3 * mib, step_growth_bytes=2 * mib,
+    )  # fmt: skip
+    assert record.plan is not None
+    run: Record = replace(record, devices=(device,), plan=replace(record.plan, devices=(plan,)))
+    assert phase_table([replace(record)]) is None
+    assert text_of(phase_table([run])) == [
+        ["0", "load", "81.00 MiB (80.00 MiB)", "90.00 MiB"],
+        ["0", "decode", "85.00 MiB (91.00 MiB)", "96.00 MiB"],
+    ]
+    assert text_of(phase_table([run, run]))[0][0] == f"{run.backend} x{run.num_devices}"
+    expected = ["85.00 MiB (91.00 MiB)", "3.00 MiB", "2.00 MiB", "600.00 MiB (591.00 MiB)"]
+    assert text_of(device_table(run)) == [["0", "cuda:0 NVIDIA H200", *expected]]
