@@ -38,7 +38,7 @@ from launcher.results.comparison import alike
 from launcher.run_dir.finished import read_finished
 from launcher.run_dir.run import describe
 from launcher.run_dir.run_dir import RunDir
-from launcher.system.files import make_folder
+from launcher.system.files import absolute, make_folder
 from launcher.system.terminal import run_command
 from shards.errors import UserError, WorldError
 from shards.machine.world import World
@@ -178,7 +178,7 @@ def _continue(config: RunConfig, arguments: Arguments, world: World) -> int:
     if others or not config.resume or world.launcher != "alone":
         hint = "python -m launcher resume=true run_dir=PATH"
         raise ConfigError("run_dir= goes on with a run as it was configured, and takes nothing but resume=true.", hint)
-    return _report(start(RunDir(Path(config.run_dir).resolve())))
+    return _report(start(RunDir(absolute(config.run_dir))))
 
 
 def _report(record: Record) -> int:

@@ -13,6 +13,7 @@ from launcher.system.interrupts import end_quietly_when_interrupted
 if __name__ == "__main__":  # before what takes long to import
     end_quietly_when_interrupted()
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -30,6 +31,7 @@ from launcher.results.record import Record, RunError
 from launcher.results.verdict import STATUSES
 from launcher.run_dir.finish import unfinished
 from launcher.run_dir.run_dir import RunDir, run_dirs_in
+from launcher.system.files import absolute
 from launcher.system.terminal import run_command
 from shards.errors import UserError
 
@@ -80,7 +82,7 @@ def points_in(path: Path) -> list[Point]:
 
     ConfigError where there is none of them.
     """
-    folder = path.resolve()
+    folder = absolute(path)
     if points := arrays.read_points(folder):
         return points
     alone = RunDir(folder)
@@ -91,8 +93,12 @@ def points_in(path: Path) -> list[Point]:
 
 
 def _jobs(points: Sequence[Point]) -> dict[str, RunDir]:
-    runs = [point.run_dir for point in points if point.run_dir is not None]
-    return {job: run for run in runs if (job := run.read_job()) is not None}
+    found = {}
+    for point in points:
+        with contextlib.suppress(UserError):  # `_record` says it
+            if point.run_dir is not None and (job := point.run_dir.read_job()) is not None:
+                found[job] = point.run_dir
+    return found
 
 
 def _show(points: Sequence[Point], only_json: bool) -> int:
@@ -129,7 +135,9 @@ def history(names: Sequence[str], records: Sequence[Record]) -> Table:
     table = Table(Column("run", overflow="fold"), "started", "model", "backend", "devices", "status", "new tokens/s")
     for name, record in zip(names, records, strict=True):
         moment = record.started_at
-        started = time.strftime("%Y-%m-%d %H:%M", time.localtime(moment)) if moment else "-"
+        started = "-"
+        with contextlib.suppress(OverflowError, OSError):  # of no year that there is
+            started = time.strftime("%Y-%m-%d %H:%M", time.localtime(moment)) if moment else "-"
         devices, speed = str(record.num_devices or "-"), rate(record.new_tokens_per_s)
         table.add_row(escape(name), started, escape(record.model), record.backend, devices, record.status, speed)
     return table
@@ -166,6 +174,7 @@ def _record(point: Point, states: Mapping[RunDir, jobs.State]) -> Record:
     if point.run_dir is None:
         assert point.record is not None
         return point.record
+    point.run_dir.read_job()  # one that is no number is an error of this run
     state = states.get(point.run_dir)
     if state is not None:
         return jobs.close(point.run_dir, state) if state.is_end else unfinished(point.run_dir, str(state))

@@ -7,19 +7,23 @@ import errno
 import json
 import math
 import os
+import re
 import stat
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from shards.errors import UserError
 
 MAX_BYTES = 32 << 20  # the index of a trillion parameters in 384 experts has 23 MiB
 MAX_DEPTH = 50
-MAX_DIGITS = 40
-"""Of a whole number: more than any count has, and few enough to be a float."""
+MAX_DIGITS = 18
+"""Of a whole number: those of 64 bits."""
+
+_UNUSUAL = re.compile(rf"\d{{{MAX_DIGITS + 1}}}|[eE]\+?\d{{3}}|NaN|Infinity")
+"""What a number out of bounds has in it; most texts have it nowhere, and are read without looking at each number."""
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -55,15 +59,15 @@ def bounded(stream: BinaryIO, name: str, most: int = MAX_BYTES) -> bytes:
     return content
 
 
-def read_json(path: Path, error: type[UserError], hint: str, unique: bool = False) -> Any:
+def read_json(path: Path, error: type[UserError], hint: str, most: int = MAX_BYTES) -> Any:
     """The JSON value in a file; FileNotFoundError where there is none, `error` for whatever else is wrong with it."""
     try:
-        content = read_bytes(path)
+        content = read_bytes(path, most)
     except FileNotFoundError:
         raise
     except OSError as problem:
         raise error(f"{path} cannot be read: {problem.strerror}.", hint) from None
-    return parse_json(content, str(path), error, hint, unique)
+    return parse_json(content, str(path), error, hint)
 
 
 def parse_json(text: bytes | str, name: str, error: type[UserError], hint: str, unique: bool = False) -> Any:
@@ -72,19 +76,37 @@ def parse_json(text: bytes | str, name: str, error: type[UserError], hint: str, 
     With `unique` no key may occur twice in an object.
     """
     try:
-        value = json.loads(
-            text.decode() if isinstance(text, bytes) else text,
-            parse_constant=_refuse_constant,
-            parse_float=_finite,
-            parse_int=_whole,
-            object_pairs_hook=_unique if unique else None,
-        )
-        _check_depth(value)
+        decoded = text.decode() if isinstance(text, bytes) else text
+        hooks: dict[str, Any] = {"object_pairs_hook": _unique} if unique else {}
+        if _UNUSUAL.search(decoded):
+            hooks |= {"parse_constant": _refuse_constant, "parse_float": _finite, "parse_int": _whole}
+        value = json.loads(decoded, **hooks)
+        if decoded.count("[") + decoded.count("{") > MAX_DEPTH:
+            _check_depth(value)
     except RecursionError:
         raise error(f"{name} is not valid JSON: more than {MAX_DEPTH} levels deep.", hint) from None
     except ValueError as problem:
         raise error(f"{name} is not valid JSON: {problem}.", hint) from None
     return value
+
+
+def read_json_lines(path: Path, error: type[UserError], hint: str, most: int = MAX_BYTES) -> Iterator[Any]:
+    """The JSON values of a file, up to its last whole line; FileNotFoundError where there is none.
+
+    `error` for a line of more than `most` bytes, or whatever else is wrong.
+    """
+    try:
+        with open_regular(path) as stream:
+            number = 0
+            while (line := stream.readline(most)).endswith(b"\n"):
+                number += 1
+                yield parse_json(line, f"{path}:{number}", error, hint)
+    except FileNotFoundError:
+        raise
+    except OSError as problem:
+        raise error(f"{path} cannot be read: {problem.strerror}.", hint) from None
+    if len(line) == most:
+        raise error(f"{path}:{number + 1} has more than {most:,} bytes.", hint)
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:

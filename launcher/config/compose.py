@@ -64,7 +64,7 @@ def _complete(config: RunConfig, given: set[str]) -> None:
             setattr(part, key, os.path.expanduser(path))
     path = config.model.path
     if "model.path" in given and "model.name" not in given:
-        config.model.name = path.removeprefix("embedded:") if ":" in path else Path(path).resolve().name or path
+        config.model.name = path.removeprefix("embedded:") if ":" in path else Path(os.path.realpath(path)).name or path
 
 
 def command_of(overrides: Sequence[str], config_dirs: Sequence[str]) -> tuple[str, ...]:

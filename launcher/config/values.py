@@ -10,6 +10,7 @@ from typing import Any
 from launcher.config.engines import load_engine
 from launcher.config.keys import strays, unknown_key, without_none
 from launcher.config.schema import RunConfig
+from launcher.system import typed
 
 
 def to_dict(value: Any) -> Any:
@@ -54,5 +55,5 @@ def _convert(hint: Any, value: Any) -> Any:
         return hint[value]
     if typing.get_origin(hint) is list:
         (item,) = typing.get_args(hint)
-        return [_convert(item, part) for part in value]
-    return value
+        return [_convert(item, part) for part in typed.decode(value, list)]
+    return typed.decode(value, hint)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from launcher.rank.watchdog import Watchdog, blame, write_stacks
@@ -72,7 +72,7 @@ def run_local(run_dir: RunDir, show: Show) -> Record:
     UserError where another process has the run in hand.
     """
     with run_dir.lock():
-        run = run_dir.read_run()
+        run = replace(run_dir.read_run(), mark=run_dir.mark)
         processes.end_run(run.mark)  # what is left of an attempt whose launching process was killed
         return _attempt(run_dir, run, begin(run_dir), show)
 

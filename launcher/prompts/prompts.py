@@ -14,8 +14,9 @@ from tokenizers import Tokenizer
 from launcher.backends.base import Prompt
 from launcher.config.options import MOST_PROMPTS
 from launcher.config.schema import ConfigError
+from launcher.system import typed
 from shards.errors import CheckpointError
-from shards.untrusted_files import bounded, parse_json, read_bytes
+from shards.untrusted_files import bounded, parse_json, read_bytes, read_json_lines
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -165,5 +166,4 @@ def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
 
 def read_prompts(path: Path) -> list[Prompt]:
     """The inverse of `write_prompts`."""
-    rows = map(json.loads, path.read_text(encoding="utf-8").split("\n")[:-1])
-    return [Prompt(row["index"], row["text"], tuple(row["token_ids"])) for row in rows]
+    return [typed.decode(row, Prompt) for row in read_json_lines(path, ConfigError, "run it again")]

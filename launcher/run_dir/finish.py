@@ -16,6 +16,8 @@ from launcher.results.completions import ReportedCompletion, SavedCompletion
 from launcher.results.metrics import against_ceiling, bandwidth_used, figures, total
 from launcher.results.record import Attempt, Record, RepeatSummary, RunError
 from launcher.results.verdict import LastStep, verdict
+from launcher.run_dir.typed_files import AGAIN
+from shards.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from launcher.results.verdict import Outcome
     from launcher.run_dir.run import RunDescription
     from launcher.run_dir.run_dir import RunDir
-    from shards.errors import UserError
 
 
 def finish(run_dir: RunDir, outcome: Outcome | None = None) -> Record:
@@ -150,6 +151,8 @@ def _write_completions(run_dir: RunDir, run: RunDescription, prompts: Sequence[P
     if not saved:
         return
     asked = {prompt.index: prompt for prompt in prompts}
+    if strange := saved.keys() - asked.keys():
+        raise UserError(f"{run_dir} has a completion of prompt {min(strange)}, which is none of its prompts.", AGAIN)
     items = [saved[index] for index in sorted(saved)]
     texts = decode([item.token_ids for item in items], Path(run.model_folder) if run.model_folder else None)
     lines = [_reported(asked[item.index], item, text) for item, text in zip(items, texts, strict=True)]

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
 from launcher.system.typed import decode
+from shards.errors import UserError
+from shards.untrusted_files import parse_json, read_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,12 +63,8 @@ class ProgressWriter:
 def read_progress(path: Path) -> Progress | None:
     """The last state, or None where the rank has not begun, or what it wrote cannot be read now."""
     try:
-        values = json.loads(path.read_bytes())
+        values = parse_json(read_bytes(path, SIZE), str(path), UserError, "")
         return decode(values, Progress) if values.keys() == NAMES else None
-    except (
-        OSError,
-        ValueError,
-        AttributeError,
-        RecursionError,
-    ):  # not there; a stale handle of NFS; half of it; of another version
+    except (OSError, ValueError, AttributeError, UserError):
+        # not there; a stale handle of NFS; half of it; of another version
         return None

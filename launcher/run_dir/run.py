@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from launcher.config.bounds import check
 from launcher.config.engines import load_engine
 from launcher.config.values import from_dict, to_dict
 from launcher.results.record import BatchSearch
 from shards.machine.interpreter import ROOT
+from shards.plan.request import MOST_DEVICES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,7 +52,8 @@ class Run:
 class RunDescription:
     """The contents of `run.json`: all that is to be known of a run beside its plan and its prompts.
 
-    `mark` is in the environment of every process of the run, `folder` is where its command was given.
+    `mark` is, with the place of the run's directory, in the environment of every process of the run; `folder` is where
+    its command was given.
     """
 
     config: dict[str, Any]
@@ -64,6 +68,14 @@ class RunDescription:
     started_at: float = 0.0
     mark: str = NO_MARK
     batch_search: BatchSearch | None = None
+
+    def check(self) -> None:
+        """Raise ValueError, TypeError, KeyError or UserError for what no run is described by."""
+        if not re.fullmatch("[0-9a-f]{32}", self.mark):
+            raise ValueError(f"mark={self.mark!r} is not one of 32 hexadecimal digits")
+        if not 1 <= self.world_size <= MOST_DEVICES:
+            raise ValueError(f"world_size={self.world_size} is not from 1 to {MOST_DEVICES}")
+        check(self.run_config)
 
     @property
     def run_config(self) -> RunConfig:

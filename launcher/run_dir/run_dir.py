@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +32,8 @@ from launcher.results.record import Record, read_record
 from launcher.run_dir.progress import Progress, ProgressWriter, read_progress
 from launcher.run_dir.run import RunDescription
 from launcher.run_dir.typed_files import (
-    UNREADABLE,
+    AGAIN,
+    MALFORMED,
     lines_of,
     read_typed,
     read_typed_lines,
@@ -38,9 +41,10 @@ from launcher.run_dir.typed_files import (
     unreadable,
     write_typed,
 )
-from launcher.system.files import read_end, write_json, write_text
+from launcher.system.files import absolute, read_end, write_json, write_text
 from shards.errors import UserError
 from shards.plan.plan import Plan
+from shards.untrusted_files import read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -93,9 +97,16 @@ class RunDir:
 
     def read_run(self) -> RunDescription:
         """The checked description of the run; UserError where none was begun here."""
-        run = read_typed(self.path / RUN, RunDescription)
+        path = self.path / RUN
+        run = read_typed(path, RunDescription)
         if run is None:
             raise UserError(f"{self.path} has no {RUN}: no run was begun there.", "run_dir= a folder in output_dir")
+        try:
+            run.check()
+        except UserError as error:
+            raise UserError(f"{path}: {error.fact}", AGAIN) from None
+        except MALFORMED as error:
+            raise unreadable(path, error) from None
         return run
 
     def write_run(self, run: RunDescription) -> None:
@@ -117,7 +128,9 @@ class RunDir:
         path = self.path / "prompts.jsonl"
         try:
             return read_prompts(path)
-        except UNREADABLE as error:
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}.", AGAIN) from None
+        except MALFORMED as error:
             raise unreadable(path, error) from None
 
     def write_prompts(self, prompts: Sequence[Prompt]) -> None:
@@ -198,19 +211,27 @@ class RunDir:
     def write_notes(self, notes: Sequence[str]) -> None:
         write_json(self.path / "notes.json", list(notes))
 
+    @property
+    def mark(self) -> str:
+        """What every process of the run has in its environment, and those of a copy of this directory do not."""
+        status = self.path.stat()
+        return f"{self.read_run().mark}-{status.st_dev:x}-{status.st_ino:x}"
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Only one process at a time launches the run; UserError where another does. Ends with the process."""
-        with (self.path / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"{self.path} is running: another process has launched it.", "wait for its end"
-                ) from None
-            except OSError:
-                pass  # a file system without locks
+        descriptor = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UserError(f"{self.path} is running: another process has launched it.", "wait for its end") from None
+        except OSError:
+            pass  # a file system without locks
+        try:
             yield
+        finally:
+            os.close(descriptor)
 
     @property
     def launch_log(self) -> Path:
@@ -284,7 +305,15 @@ class RunDir:
     def read_job(self) -> str | None:
         """The number of the job that runs, or ran, this directory; None for a run that no SLURM has seen."""
         path = self.path / SLURM_JOB
-        return path.read_text(encoding="utf-8").strip() if path.exists() else None
+        try:
+            job = read_bytes(path, 100).decode(errors="replace").strip()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}.", AGAIN) from None
+        if not re.fullmatch(r"\d+(_\d+)?", job):
+            raise UserError(f"{path} has {job!r}, which is no number of a job.", AGAIN)
+        return job
 
     def write_job(self, job: str) -> None:
         write_text(self.path / SLURM_JOB, job + "\n")
@@ -295,5 +324,5 @@ class RunDir:
 
 def run_dirs_in(folder: Path) -> list[RunDir]:
     """The run directories in a folder, those of refused points too, by name."""
-    paths = {path.parent.resolve() for name in (RUN, RECORD) for path in folder.glob(f"*/{name}")}
+    paths = {absolute(path.parent) for name in (RUN, RECORD) for path in folder.glob(f"*/{name}")}
     return [RunDir(path) for path in sorted(paths)]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from launcher.system.files import write_json
 from launcher.system.typed import decode, to_plain
 from shards.errors import UserError
+from shards.untrusted_files import read_json, read_json_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -15,17 +16,19 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
-"""What reading a file of another origin can raise, whatever is in it."""
+MAX_RUN_BYTES = 256 << 20  # a record has the time of every token
+AGAIN = "run it again"
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
+"""What values of another origin can raise where they are looked at."""
 
 
 def read_value(path: Path, check: Callable[[Any], Value]) -> Value | None:
     """The checked value in a JSON file, None where there is no such file; UserError where it cannot be read."""
     try:
-        return check(json.loads(path.read_text(encoding="utf-8")))
+        return check(read_json(path, UserError, AGAIN, MAX_RUN_BYTES))
     except FileNotFoundError:
         return None
-    except UNREADABLE as error:
+    except MALFORMED as error:
         raise unreadable(path, error) from None
 
 
@@ -42,12 +45,11 @@ def write_typed(path: Path, value: Any) -> None:
 def read_typed_lines(path: Path, kind: type[Value]) -> Iterator[Value]:
     """The values of a JSON-lines file, up to its last whole line; none where there is no such file."""
     try:
-        text = path.read_text(encoding="utf-8")
-        for line in text.split("\n")[:-1]:  # splitlines() also splits at U+2028 in a text
-            yield decode(json.loads(line), kind)
+        for values in read_json_lines(path, UserError, AGAIN, MAX_RUN_BYTES):
+            yield decode(values, kind)
     except FileNotFoundError:
         return
-    except UNREADABLE as error:
+    except MALFORMED as error:
         raise unreadable(path, error) from None
 
 
@@ -58,4 +60,5 @@ def lines_of(values: Sequence[Any], ensure_ascii: bool = True) -> str:
 
 def unreadable(path: Path, error: Exception) -> UserError:
     """The refusal of a file that is not what a run writes."""
-    return UserError(f"{path} cannot be read: {type(error).__name__}: {error}.", "run it again")
+    reason = f"it has no {error}" if isinstance(error, KeyError) else error
+    return UserError(f"{path} is not what a run writes: {reason}.", AGAIN)

@@ -8,29 +8,37 @@ import itertools
 import json
 import os
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextlib.contextmanager
 def writing_in(folder: Path) -> Iterator[None]:
-    """UserError where the file system of `folder` takes no more of what is written in here."""
+    """UserError where the file system of `folder` takes no more of what is written in here, or has lost it."""
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno in FULL:
+            raise UserError(f"Cannot write in {folder}: {error.strerror}.", "free some, then resume=true") from None
+        if error.filename is None:
             raise
-        raise UserError(f"Cannot write in {folder}: {error.strerror}.", "free some, then resume=true") from None
+        fact = f"{error.filename} cannot be used: {error.strerror}."
+        raise UserError(fact, f"leave {folder} as it is while it is in use") from None
 
 
 LOG_END_BYTES = 256 << 10
+
+
+def absolute(path: Path | str) -> Path:
+    """The path without links; one that is a loop of links as it is, which whoever opens it will say."""
+    return Path(os.path.realpath(path))
 
 
 def make_folder(parent: Path, name: str) -> Path:
@@ -41,7 +49,7 @@ def make_folder(parent: Path, name: str) -> Path:
             folder = parent / (name if number == 1 else f"{name}-{number}")
             with contextlib.suppress(FileExistsError):
                 folder.mkdir()
-                return folder.resolve()
+                return absolute(folder)
     except OSError as error:
         fact = f"Cannot write in output_dir={parent}: {error.strerror}."
         raise UserError(fact, "output_dir= a folder of yours") from None

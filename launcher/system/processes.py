@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -12,16 +14,20 @@ from pathlib import Path
 import psutil
 
 MARK = "LAUNCHER_RUN"  # environment variable that every process of a run inherits
+MARK_FORM = re.compile(r"[0-9a-f]{32}(-[0-9a-f]+-[0-9a-f]+)?")
 SHARED_MEMORY = Path("/dev/shm")
 GRACE_S = 3.0
 
 
 def of_run(mark: str) -> list[psutil.Process]:
-    """The living processes of a run, this one excepted."""
-    found = []
+    """The living processes of a run of this user, this one excepted; ValueError for what is no mark."""
+    if not isinstance(mark, str) or not MARK_FORM.fullmatch(mark):
+        raise ValueError(f"{mark!r} is no mark of a run")
+    user, found = os.getuid(), []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and process.environ().get(MARK) == mark and _alive(process):
+            is_own = process.pid != os.getpid() and process.uids().real == user
+            if is_own and process.environ().get(MARK) == mark and _alive(process):
                 found.append(process)
     return found
 
@@ -81,9 +87,14 @@ def _open(pid: int) -> set[int]:
     return found
 
 
+def scratch_prefix(mark: str) -> str:
+    """How the scratch folders of a run in the temporary directory begin."""
+    return f"launcher_{hashlib.sha256(mark.encode()).hexdigest()[:12]}_"
+
+
 def remove_scratch(mark: str) -> None:
     """Remove the scratch folders that engines of a run have named after it in the temporary directory."""
-    for folder in Path(tempfile.gettempdir()).glob(f"launcher_{mark[:12]}_*"):
+    for folder in Path(tempfile.gettempdir()).glob(f"{scratch_prefix(mark)}*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 

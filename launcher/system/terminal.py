@@ -47,7 +47,8 @@ def run_command(main: Callable[[], int]) -> int:
         return _ended("", PIPE_BROKEN)
     except OSError as error:
         if error.filename is not None:
-            raise
+            hint = "see that it is there, and yours to read and write"
+            return _ended(f"{error.filename} cannot be used: {error.strerror}. HINT: {hint}", 2)
         return _ended(f"Cannot write: {error.strerror}. HINT: make room, or let the output go elsewhere", 2)
     return code
 

@@ -19,6 +19,7 @@ from launcher.backends.deepspeed.engine import DeepSpeedConfig
 from launcher.backends.deepspeed.requirements import missing_compiler, missing_shared_memory
 from launcher.backends.module import check_share
 from launcher.config.schema import ConfigError, RunConfig
+from launcher.run_dir.run_dir import RunDir
 from launcher.system.processes import SHARED_MEMORY, of_run
 from shards.errors import PlanError
 
@@ -110,7 +111,7 @@ def test_a_killed_rank_ends_the_run_and_leaves_nothing(tmp_path: Path, long_run:
     [path] = tmp_path.glob("*/record.json")
     record = json.loads(path.read_text())
     assert (record["status"], record["error"]["rank"]) == ("failed", 1)
-    mark = json.loads((path.parent / "run.json").read_text())["mark"]
+    mark = RunDir(path.parent).mark
     assert of_run(mark) == []
     assert segments() <= before
 

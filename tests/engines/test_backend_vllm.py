@@ -20,6 +20,7 @@ from launcher.config.compose import compose_run
 from launcher.config.schema import RunConfig
 from launcher.models import EMBEDDED
 from launcher.prompts.prompts import encode
+from launcher.run_dir.run_dir import RunDir
 from launcher.system.processes import of_run, shared_memory_files
 from shards.engines.vllm import VllmPlanner
 from shards.model.shape import ModelShape
@@ -243,7 +244,7 @@ def test_an_engine_core_that_is_forked_as_on_cuda_ends_without_its_rank(tmp_path
     [run_dir] = out.iterdir()
     assert "asked for spawn" in (run_dir / "rank_0.log").read_text()
     assert (ended.code, ended.last_json["status"]) == (0, "ok"), ended.err
-    assert of_run(json.loads((run_dir / "run.json").read_text())["mark"]) == []
+    assert of_run(RunDir(run_dir).mark) == []
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from launcher.backends.vllm.monitor import Watch
 from launcher.backends.vllm.options import arguments, environment, refusal
 from launcher.config.schema import Accelerator, ConfigError
 from launcher.system.files import read_json, write_json
-from launcher.system.processes import MARK, shared_memory_files, shared_memory_of
+from launcher.system.processes import MARK, scratch_prefix, shared_memory_files, shared_memory_of
 from shards.errors import PlanError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class VllmBackend:
             _share_threads(self.config.devices)
         self._check_platform()
         self.options.check_extra(Path(self.vllm.__path__[0]))
-        self.scratch = tempfile.TemporaryDirectory(prefix=f"launcher_{os.environ.get(MARK, '')[:12]}_")
+        self.scratch = tempfile.TemporaryDirectory(prefix=scratch_prefix(os.environ.get(MARK, "")))
         before = shared_memory_files()
         with _temporary_files_in(self.scratch.name, self.on_cpu), heartbeat(lambda: progress(0, 1)):
             folder = self._model_folder()

@@ -20,6 +20,7 @@ from running import ROOT, environment, launcher
 
 from launcher.prompts.prompts import read_prompts
 from launcher.run_dir.progress import read_progress
+from launcher.run_dir.run_dir import RunDir
 from launcher.system.files import read_lines
 from launcher.system.processes import end_run, of_run
 
@@ -40,7 +41,7 @@ def run_dir_of(out: Path) -> Path | None:
 
 
 def mark_of(run_dir: Path) -> str:
-    return str(json.loads((run_dir / "run.json").read_text())["mark"])
+    return RunDir(run_dir).mark
 
 
 def kill_parent(process: subprocess.Popen[bytes], out: Path) -> None:

@@ -139,7 +139,7 @@ def begun(out: Path, *overrides: str, **extra: str) -> Iterator[tuple[subprocess
         process.kill()
         process.communicate()
         for path in out.glob("*/run.json"):
-            end_run(json.loads(path.read_text())["mark"])
+            end_run(RunDir(path.parent).mark)
 
 
 def record_of(run_dir: Path) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def test_an_interrupted_run_goes_on(overrides: tuple[str, ...], repeats: int, tm
     assert "HINT: resume=true goes on with it" in err
     before = len(answers(run_dir))
     assert 0 < before < 20
-    assert of_run(json.loads((run_dir / "run.json").read_text())["mark"]) == []
+    assert of_run(RunDir(run_dir).mark) == []
 
     assert finished(tmp_path / "stopped", *overrides, "resume=true") == run_dir
     undisturbed = finished(tmp_path / "undisturbed", *overrides)

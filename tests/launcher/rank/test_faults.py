@@ -19,6 +19,7 @@ import pytest
 from running import ROOT, environment, launcher, left_in_shared_memory, run, wait_until_ended
 
 from launcher.run_dir.progress import read_progress
+from launcher.run_dir.run_dir import RunDir
 from launcher.system.processes import end_run, of_run, shared_memory_files
 
 GONE_S = 30.0
@@ -63,7 +64,7 @@ def _repeating(run_dir: Path, rank: int) -> bool:
 
 
 def _mark(run_dir: Path) -> str:
-    return str(json.loads((run_dir / "run.json").read_text())["mark"])
+    return RunDir(run_dir).mark
 
 
 def _wait_until_gone(run_dir: Path) -> None:

@@ -159,7 +159,7 @@ def check_hang(folder: Path, timeout_s: int) -> None:
     assert "_maybe_hang" in (run_dir / "stacks_rank_1.txt").read_text()
     saved = [json.loads(line)["index"] for line in (run_dir / "completions.jsonl").read_text().splitlines()]
     assert saved == [0, 1, 2]
-    assert of_run(json.loads((run_dir / "run.json").read_text())["mark"]) == []
+    assert of_run(RunDir(run_dir).mark) == []
 
 
 def test_a_hang_is_ended_and_its_stacks_are_kept(tmp_path: Path) -> None:

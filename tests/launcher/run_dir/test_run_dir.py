@@ -101,13 +101,14 @@ def test_what_is_no_file_of_a_run_is_refused_in_one_line(name: str, damage: str,
     with pytest.raises(UserError) as caught:
         READERS[name](RunDir(tmp_path))
     [line] = str(caught.value).splitlines()
-    assert line.startswith(f"{tmp_path / name} cannot be read: ")
+    assert line.startswith(f"{tmp_path / name}")
+    assert re.search(r"(is not valid JSON: |is not what a run writes: ).* HINT: ", line)
 
 
 def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
     for name, read in READERS.items():
         (tmp_path / name).mkdir()
-        with pytest.raises(UserError, match="cannot be read: IsADirectoryError"):
+        with pytest.raises(UserError, match="cannot be read: it is a folder"):
             read(RunDir(tmp_path))
 
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import uuid
 from multiprocessing import shared_memory
 
 import pytest
@@ -45,14 +46,13 @@ def test_what_was_there_before_is_never_removed() -> None:
     "program", ["import time; time.sleep(60)", "import signal,time; signal.signal(15, 1); time.sleep(60)"]
 )
 def test_the_processes_of_a_run_end_even_if_they_ignore_sigterm(program: str) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], env=environment(**{MARK: "of-a-test"}), start_new_session=True
-    )
+    mark = uuid.uuid4().hex
+    process = subprocess.Popen([sys.executable, "-c", program], env=environment(**{MARK: mark}), start_new_session=True)
     other = subprocess.Popen([sys.executable, "-c", "input()"], env=environment(), stdin=subprocess.PIPE)
     try:
-        assert [item.pid for item in of_run("of-a-test")] == [process.pid]
-        assert end_run("of-a-test") == 1
-        assert of_run("of-a-test") == []
+        assert [item.pid for item in of_run(mark)] == [process.pid]
+        assert end_run(mark) == 1
+        assert of_run(mark) == []
         assert other.poll() is None
     finally:
         other.kill()
