@@ -13,6 +13,7 @@ from launcher.config.bounds import check
 from launcher.config.engines import load_engine
 from launcher.config.values import from_dict, to_dict
 from launcher.results.record import BatchSearch
+from launcher.system import typed
 from shards.machine.interpreter import ROOT
 from shards.plan.request import MOST_DEVICES
 
@@ -69,13 +70,16 @@ class RunDescription:
     mark: str = NO_MARK
     batch_search: BatchSearch | None = None
 
-    def check(self) -> None:
-        """Raise ValueError, TypeError, KeyError or UserError for what no run is described by."""
-        if not re.fullmatch("[0-9a-f]{32}", self.mark):
-            raise ValueError(f"mark={self.mark!r} is not one of 32 hexadecimal digits")
-        if not 1 <= self.world_size <= MOST_DEVICES:
-            raise ValueError(f"world_size={self.world_size} is not from 1 to {MOST_DEVICES}")
-        check(self.run_config)
+    @classmethod
+    def from_plain(cls, values: Any) -> RunDescription:
+        """The inverse of `typed.to_plain`; ValueError and its like for what no run is described by."""
+        run = typed.decode(values, cls)
+        if not re.fullmatch("[0-9a-f]{32}", run.mark):
+            raise ValueError(f"mark={run.mark!r} is not one of 32 hexadecimal digits")
+        if not 1 <= run.world_size <= MOST_DEVICES:
+            raise ValueError(f"world_size={run.world_size} is not from 1 to {MOST_DEVICES}")
+        check(run.run_config)
+        return run
 
     @property
     def run_config(self) -> RunConfig:

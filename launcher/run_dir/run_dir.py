@@ -17,8 +17,6 @@ submit.sbatch, slurm.log, slurm_job                       of a job of SLURM
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +27,7 @@ from launcher.results.completions import ReportedCompletion, SavedCompletion
 from launcher.results.measured import Repeat
 from launcher.results.rank_result import RankResult
 from launcher.results.record import Record, read_record
+from launcher.run_dir.lock import locked
 from launcher.run_dir.progress import Progress, ProgressWriter, read_progress
 from launcher.run_dir.run import RunDescription
 from launcher.run_dir.typed_files import (
@@ -38,16 +37,17 @@ from launcher.run_dir.typed_files import (
     read_typed,
     read_typed_lines,
     read_value,
+    read_word,
     unreadable,
     write_typed,
 )
 from launcher.system.files import absolute, read_end, write_json, write_text
 from shards.errors import UserError
 from shards.plan.plan import Plan
-from shards.untrusted_files import read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from launcher.backends.base import Prompt
 
@@ -97,16 +97,9 @@ class RunDir:
 
     def read_run(self) -> RunDescription:
         """The checked description of the run; UserError where none was begun here."""
-        path = self.path / RUN
-        run = read_typed(path, RunDescription)
+        run = read_value(self.path / RUN, RunDescription.from_plain)
         if run is None:
             raise UserError(f"{self.path} has no {RUN}: no run was begun there.", "run_dir= a folder in output_dir")
-        try:
-            run.check()
-        except UserError as error:
-            raise UserError(f"{path}: {error.fact}", AGAIN) from None
-        except MALFORMED as error:
-            raise unreadable(path, error) from None
         return run
 
     def write_run(self, run: RunDescription) -> None:
@@ -183,10 +176,9 @@ class RunDir:
 
     def earlier_attempts(self) -> list[tuple[int, RunDir]]:
         """Number and folder of each attempt before the newest, in order."""
-        folders = [path for path in self.path.glob("attempt_*") if path.is_dir()]
-        return sorted(
-            ((int(path.name.removeprefix("attempt_")), RunDir(path)) for path in folders), key=lambda item: item[0]
-        )
+        folders = [path for path in self.path.glob("attempt_*") if re.fullmatch(r"attempt_\d{1,9}", path.name)]
+        numbered = [(int(path.name.removeprefix("attempt_")), RunDir(path)) for path in folders if path.is_dir()]
+        return sorted(numbered, key=lambda item: item[0])
 
     def set_aside(self, attempt: int) -> None:
         """Move the files of an attempt that is over into its folder, and remove half-written ones."""
@@ -217,21 +209,9 @@ class RunDir:
         status = self.path.stat()
         return f"{self.read_run().mark}-{status.st_dev:x}-{status.st_ino:x}"
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Only one process at a time launches the run; UserError where another does. Ends with the process."""
-        descriptor = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise UserError(f"{self.path} is running: another process has launched it.", "wait for its end") from None
-        except OSError:
-            pass  # a file system without locks
-        try:
-            yield
-        finally:
-            os.close(descriptor)
+        return locked(self.path)
 
     @property
     def launch_log(self) -> Path:
@@ -304,16 +284,7 @@ class RunDir:
 
     def read_job(self) -> str | None:
         """The number of the job that runs, or ran, this directory; None for a run that no SLURM has seen."""
-        path = self.path / SLURM_JOB
-        try:
-            job = read_bytes(path, 100).decode(errors="replace").strip()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}.", AGAIN) from None
-        if not re.fullmatch(r"\d+(_\d+)?", job):
-            raise UserError(f"{path} has {job!r}, which is no number of a job.", AGAIN)
-        return job
+        return read_word(self.path / SLURM_JOB, r"\d+(_\d+)?")
 
     def write_job(self, job: str) -> None:
         write_text(self.path / SLURM_JOB, job + "\n")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from launcher.system.files import write_json
 from launcher.system.typed import decode, to_plain
 from shards.errors import UserError
-from shards.untrusted_files import read_json, read_json_lines
+from shards.untrusted_files import read_bytes, read_json, read_json_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +26,13 @@ MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, Ov
 def read_value(path: Path, check: Callable[[Any], Value]) -> Value | None:
     """The checked value in a JSON file, None where there is no such file; UserError where it cannot be read."""
     try:
-        return check(read_json(path, UserError, AGAIN, MAX_RUN_BYTES))
+        values = read_json(path, UserError, AGAIN, MAX_RUN_BYTES)
     except FileNotFoundError:
         return None
+    try:
+        return check(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error.fact}", AGAIN) from None
     except MALFORMED as error:
         raise unreadable(path, error) from None
 
@@ -35,6 +40,19 @@ def read_value(path: Path, check: Callable[[Any], Value]) -> Value | None:
 def read_typed(path: Path, kind: type[Value]) -> Value | None:
     """`read_value` of a dataclass or a builtin type such as `list[str]`."""
     return read_value(path, lambda values: decode(values, kind))
+
+
+def read_word(path: Path, form: str) -> str | None:
+    """The one word in a file, None where there is no such file; UserError where it has not the form."""
+    try:
+        word = read_bytes(path, 100).decode(errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.", AGAIN) from None
+    if not re.fullmatch(form, word):
+        raise UserError(f"{path} is not what a run writes: {word!r}.", AGAIN)
+    return word
 
 
 def write_typed(path: Path, value: Any) -> None:
