@@ -84,7 +84,7 @@ def test_every_way_gives_the_same_tokens_in_the_order_asked_for(way: str) -> Non
         assert [item["index"] for item in forwards] == list(range(len(PROMPTS)))
         assert {item["index"]: item["token_ids"] for item in backwards} == expected
         assert {item["index"]: item["token_ids"] for item in forwards} == expected
-        assert rank["empty"] == {"completions": [], "prefill_s": None, "decode_s": None}
+        assert rank["empty"] == {"completions": [], "prefill_s": None, "decode_s": None, "counters": {}}
         assert rank["progress"] == [1, 1]
 
 
