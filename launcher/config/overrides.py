@@ -90,8 +90,11 @@ NAMED_BY_THE_USER = ("backend.extra", "cluster.environment")
 
 
 def parse(item: str) -> Override:
-    """An override by Hydra's grammar."""
-    return OverridesParser.create().parse_override(item)
+    """An override by Hydra's grammar; HydraException for what is none, also for very many digits or levels."""
+    try:
+        return OverridesParser.create().parse_override(item)
+    except (ValueError, RecursionError, OverflowError) as error:
+        raise HydraException(str(error)) from None
 
 
 def check_options(overrides: Sequence[str], config_dirs: Sequence[str]) -> None:

@@ -62,7 +62,9 @@ def read_safetensors(path: Path) -> list[TensorEntry]:
         length = _header_length(path, stream.read(64), size)
         stream.seek(8)
         header = json_object(stream.read(length), f"The header of {path}")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
+        raise CheckpointError(f"The header of {path} has __metadata__ that are no texts by name.", AGAIN)
     entries = [_safetensors_entry(path, name, fields, 8 + length) for name, fields in header.items()]
     _check_layout(path, sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)), 8 + length, size)
     return entries

@@ -1,0 +1,282 @@
+"""Mutated inputs, from a seed: each ends with exit code 0, 1 or 2 and one line, soon, and in little memory."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import huggingface_hub.constants
+import pytest
+from hypothesis import HealthCheck, Phase, event, given, seed, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
+
+import launcher.__main__
+import launcher.compare
+import launcher.plan
+import launcher.status
+from launcher.config.bounds import BOUNDS
+from launcher.config.compose import compose_run
+from launcher.config.schema import PromptsConfig
+from launcher.models import EMBEDDED
+from launcher.prepare import shapes
+from launcher.prepare.prepare import prepare
+from launcher.prompts.prompts import read_texts
+from launcher.run_dir.create import create_run_dir
+from launcher.run_dir.finish import finish
+from launcher.run_dir.run_dir import RunDir
+from shards.checkpoint.checkpoint import Checkpoint
+from shards.errors import PlanError, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+SECONDS = 5
+MEMORY_KIB = 1 << 20
+NASTY: list[Any] = [
+    None, True, False, -1, 0, 1, 3, 10**6, 10**9, 10**17, 10**30, -(10**30), 0.5, -1e300, 1e308, "", "x", "1", "\ud800",
+    "\x1b[2J\n", "x" * 2000, "../x", "/dev/zero", "null", [], [[]], [None], {}, {"a": 1}, {"": []}, [1] * 300, ["x", 1],
+]  # fmt: skip
+SPLICES = [b"NaN", b"1e999", b"-Infinity", b"9" * 5000, b"[" * 3000, b"\xff", b"\0", b"{", b"}", b'"', b",", b"\n", b""]
+
+
+def fuzz(number: int, examples: int) -> Callable[[Any], Any]:
+    """The same cases each time; the numbers of all of them are 2,000."""
+    chosen = settings(
+        max_examples=examples, deadline=None, database=None, phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    return lambda test: seed(number)(chosen(test))
+
+
+@contextlib.contextmanager
+def bounded() -> Iterator[None]:
+    """Within SECONDS, and without taking very much memory."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def expire(*_: object) -> None:
+        raise AssertionError(f"over {SECONDS} s")
+
+    signal.signal(signal.SIGALRM, expire)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert after <= max(before, MEMORY_KIB), f"{after >> 10} MiB"
+
+
+def command(main: Callable[[list[str]], int], words: list[str]) -> None:
+    """A command ends with 0, 1 or 2; what it refuses is one line."""
+    out, err = io.StringIO(), io.StringIO()
+    with bounded(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(words)
+    event(f"exit code {code}")
+    assert code in (0, 1, 2)
+    assert "Traceback" not in out.getvalue() + err.getvalue()
+    if code == 2:
+        lines = [line for line in err.getvalue().splitlines() if "asking transformers" not in line]
+        assert len(lines) == 1, err.getvalue()
+
+
+def refused_or_right(call: Callable[[], Any]) -> Any:
+    """What a call gives, None where it refuses in one line."""
+    with bounded():
+        try:
+            return call()
+        except UserError as error:
+            line = str(error)
+    assert "\n" not in line
+    return None
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Every container in a JSON value, with each of its keys."""
+    keys = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
+    return [(value, key) for key in keys] + [place for key in keys for place in places(value[key])]
+
+
+def spliced(draw: st.DrawFn, content: bytes) -> bytes:
+    """Some bytes replaced by others, or by none, or all behind them lost."""
+    begin = draw(st.integers(0, len(content)))
+    end = draw(st.sampled_from([begin, begin + 1, begin + 20, len(content)]))
+    return content[:begin] + draw(st.sampled_from(SPLICES)) + content[end:]
+
+
+@st.composite
+def mutated(draw: st.DrawFn, given_value: Any) -> bytes:
+    """A JSON value with one to three of its parts replaced or removed; sometimes its text is broken instead."""
+    value = copy.deepcopy(given_value)
+    for _ in range(draw(st.integers(1, 3))):
+        if not (found := places(value)):
+            break
+        container, key = draw(st.sampled_from(found))
+        if draw(st.integers(0, 4)) == 0:
+            del container[key]
+        else:
+            container[key] = copy.deepcopy(draw(st.sampled_from(NASTY)))
+    content = json.dumps(value).encode()
+    return spliced(draw, content) if draw(st.integers(0, 5)) == 0 else content
+
+
+GIVEN = json.loads((EMBEDDED / "tiny_llama" / "config.json").read_text())
+QUANTIZED = (
+    {"quant_method": "gptq", "bits": 4, "group_size": 8, "dynamic": {"-:x": {}}, "modules_in_block_to_quantize": ["x"]},
+    {"quant_method": "awq", "bits": 4, "group_size": 128, "modules_to_not_convert": ["x"]},
+    {"quant_method": "fp8", "weight_block_size": [128, 128], "ignored_layers": ["x"], "activation_scheme": "static"},
+    {"load_in_4bit": True, "llm_int8_skip_modules": ["x"], "bnb_4bit_use_double_quant": True},
+    {
+        "quant_method": "compressed-tensors", "ignore": ["re:x.*"],
+        "config_groups": {"group_0": {
+            "targets": ["Linear"], "input_activations": {"dynamic": True, "symmetric": True},
+            "weights": {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True},
+        }},
+    },
+)  # fmt: skip
+FAMILIES = ("falcon", "llama", "mistral", "qwen2", "qwen3", "gpt2")
+WINDOWS = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1, "layer_types": ["x"] * 4}
+CONFIGS = st.tuples(st.sampled_from(FAMILIES), st.sampled_from((None, *QUANTIZED)), st.booleans()).flatmap(
+    lambda chosen: mutated(
+        {**GIVEN, "model_type": chosen[0], **(WINDOWS if chosen[2] else {})}
+        | ({"quantization_config": chosen[1]} if chosen[1] else {})
+    )
+)
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """No process and no network is asked; an empty folder to be in."""
+
+    def unknown(*_: object) -> Any:
+        raise PlanError("transformers is not asked here.", "a family that is known")
+
+    monkeypatch.setattr(shapes, "ask_transformers", unknown)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@fuzz(1, 350)
+@given(content=CONFIGS, engine=st.sampled_from(["fsdp", "vllm", "transformers", "deepspeed"]))
+def test_configs(offline: Path, content: bytes, engine: str) -> None:
+    (offline / "config.json").write_bytes(content)
+    command(launcher.plan.main, [f"model={offline}", "machines=2xa6000", f"backend={engine}"])
+
+
+HEADER = {
+    "__metadata__": {"format": "pt"},
+    "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+    "b": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]},
+    "c": {"dtype": "I8", "shape": [], "data_offsets": [32, 33]},
+}
+
+
+@fuzz(2, 500)
+@given(
+    content=mutated(HEADER),
+    wrong=st.sampled_from([0, 0, 0, 0, 1, -1, 1 << 40]),
+    tail=st.sampled_from([33, 33, 33, 32, 40]),
+)
+def test_headers_are_read_as_the_safetensors_library_reads_them(
+    offline: Path, content: bytes, wrong: int, tail: int
+) -> None:
+    """Whatever this reader takes that one takes, with the same shapes."""
+    path = offline / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", max(len(content) + wrong, 0)) + content + bytes(tail))
+    checkpoint = refused_or_right(lambda: Checkpoint.open(offline))
+    if checkpoint is not None:
+        with safe_open(path, framework="np") as theirs:
+            assert {name: tuple(theirs.get_slice(name).get_shape()) for name in theirs.offset_keys()} == {
+                name: entry.shape for name, entry in checkpoint.tensors.items()
+            }
+    else:
+        with contextlib.suppress(SafetensorError), safe_open(path, framework="np"):
+            pass
+
+
+@fuzz(3, 250)
+@given(content=mutated({"metadata": {"total_size": 9}, "weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}))
+def test_indexes(offline: Path, content: bytes) -> None:
+    (offline / "model.safetensors.index.json").write_bytes(content)
+    refused_or_right(lambda: Checkpoint.open(offline))
+
+
+@fuzz(4, 300)
+@given(rows=st.lists(mutated({"prompt": "a", "id": 1}), max_size=3), name=st.sampled_from(["a.jsonl", "a.txt"]))
+def test_prompt_files(offline: Path, rows: list[bytes], name: str) -> None:
+    (offline / name).write_bytes(b"\n".join(rows))
+    texts = refused_or_right(lambda: read_texts(PromptsConfig(name="file", path=str(offline / name))))
+    assert texts is None or all(isinstance(text, str) and text for text in texts)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a dummy run that has ended well."""
+    folder = tmp_path_factory.mktemp("finished")
+    asked = ["backend=dummy", "devices=1", "prompts.texts=[a,b]", f"output_dir={folder}", "sampling.max_new_tokens=3"]
+    run_dir = create_run_dir(prepare(compose_run(asked), ("python", "-m", "launcher", *asked)))
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        assert launcher.__main__.main(["resume=true", f"run_dir={run_dir}"]) == 0
+    return run_dir.path
+
+
+FILES = (
+    "run.json", "record.json", "plan.json", "attempt.json", "saved.json", "rank_0.json", "prompts.jsonl",
+    "completions.jsonl", "rank_0.repeats.jsonl", "rank_0.completions.jsonl", "rank_0.progress",
+)  # fmt: skip
+
+
+@fuzz(5, 350)
+@given(data=st.data(), name=st.sampled_from(FILES), how=st.sampled_from(["status", "compare", "finish", "resume"]))
+def test_run_directories(offline: Path, finished: Path, data: st.DataObject, name: str, how: str) -> None:
+    run_dir = offline / "run"
+    shutil.rmtree(run_dir, ignore_errors=True)
+    shutil.copytree(finished, run_dir)
+    lines = (run_dir / name).read_text().splitlines() if name.endswith("jsonl") else [(run_dir / name).read_text()]
+    place = data.draw(st.integers(0, len(lines) - 1))
+    rows = [line.encode() for line in lines]
+    rows[place] = data.draw(mutated(json.loads(rows[place])))
+    (run_dir / name).write_bytes(b"\n".join(rows) + b"\n")
+    if how == "status":
+        command(launcher.status.main, [str(run_dir)])
+    elif how == "compare":
+        command(launcher.compare.main, [str(finished), str(run_dir)])
+    elif how == "finish":
+        refused_or_right(lambda: finish(RunDir(run_dir)))
+    elif RunDir(run_dir).is_done():
+        command(launcher.__main__.main, ["resume=true", f"run_dir={run_dir}"])
+
+
+KEYS = (
+    *BOUNDS, "backend", "model", "prompts", "cluster", "precision", "prompts.texts", "prompts.path", "model.config",
+    "model.weights", "cluster.time", "cluster.extra", "cluster.environment", "output_dir", "resume", "backend.extra",
+    "launch", "launch.rendezvous", "accelerator", "nothing", "model.config.vocab_size", "hydra.run.dir", "",
+)  # fmt: skip
+VALUES = (
+    "1", "0", "-1", "1e999", "nan", "inf", "9" * 30, "9" * 5000, "", "null", "true", "a", "a,b", "[]", "[[a]]",
+    "[{a:1}]", "{}", "{a:{b:[]}}", "[" * 100, "${x}", "${oc.env:HOME}", "'", '"', "\\", "range(0,inf)", "range(1,10,0)",
+    "interval(0,1)", "glob(*)", "choice(1,2)", "range(0,3000000)", "shuffle(a,b)", "\ud800", "\x1b[2J", "a\nb",
+    "01:00:00", "dummy", "fsdp", "synthetic", "tiny_llama", "slurm", "/dev/zero", "???", "a=b", "$(id)", "x" * 3000,
+)  # fmt: skip
+WORDS = st.one_of(
+    st.builds("{}{}={}".format, st.sampled_from(["", "", "+", "~"]), st.sampled_from(KEYS), st.sampled_from(VALUES)),
+    st.sampled_from(["-m", "--cfg", "--help", "--version", "--nothing", "-x", "=", "a", "", "--config-dir=", "--x=."]),
+)  # fmt: skip
+
+
+@fuzz(6, 250)
+@given(words=st.lists(WORDS, min_size=1, max_size=4))
+def test_command_lines(offline: Path, words: list[str]) -> None:
+    command(launcher.__main__.main, [*words, "dry_run=true"])
+    assert list(offline.iterdir()) == []
+    assert os.getcwd() == str(offline)
