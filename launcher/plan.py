@@ -195,23 +195,23 @@ def machines(values: dict[str, str]) -> list[tuple[str, Device, Link | None, int
     What joins the devices of a node does not join nodes: of several the link is the one that was asked for, or none.
     """
     nodes, given = _asked(values, "num_nodes"), known_link(values["link"]) if "link" in values else None
-    found: list[tuple[str, Device, Link | None, int]]
+    chosen: list[tuple[str, Device, Link | None, int]]
     if "machines" in values:
         named = [_machine(item) for item in values["machines"].split(",")]
-        found = [(name, known_device(name), usual_link(name), n) for n, name in named]
+        chosen = [(name, known_device(name), usual_link(name), n) for n, name in named]
     else:
         numbers = [_count("devices", n) for n in values.get("devices", "1").split(",")]
         if name := values.get("device"):
-            found = [(name, known_device(name), usual_link(name), n) for n in numbers]
+            chosen = [(name, known_device(name), usual_link(name), n) for n in numbers]
         else:
             on_cuda = bool(cuda_devices(os.environ))
             here = [(*this_machine(os.environ, n, on_cuda), n) for n in numbers]
-            found = [(device.name, device, link, n) for device, link, n in here]
-    if (most := nodes * max(n for *_, n in found)) > MOST_DEVICES:
+            chosen = [(device.name, device, link, n) for device, link, n in here]
+    if (most := nodes * max(n for *_, n in chosen)) > MOST_DEVICES:
         raise ConfigError(f"{most} devices are more than {MOST_DEVICES}.", "fewer devices, or fewer num_nodes")
     before = f"{nodes} x " if nodes > 1 else ""
     return [
-        (f"{before}{n}x{name}", device, given or (link if nodes == 1 else None), n) for name, device, link, n in found
+        (f"{before}{n}x{name}", device, given or (link if nodes == 1 else None), n) for name, device, link, n in chosen
     ]
 
 
@@ -242,7 +242,7 @@ def _count(key: str, text: str) -> int:
 
 
 def caption(values: dict[str, str], rows: Sequence[Row]) -> str:
-    """What the columns are, which links were taken, and where quantized weights come from."""
+    """A line on the columns, the links that were taken, and the source of quantized weights."""
     tokens = f"{_asked(values, 'prompt_tokens')} + {_asked(values, 'max_new_tokens')} tokens"
     batch, precision = _asked(values, "batch_size"), values.get("precision", "bf16")
     links = ", ".join(dict.fromkeys(f"{row.machine} {row.link}" for row in rows if row.link))

@@ -26,7 +26,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What an engine produced for one prompt.
+    """The answer of an engine to one prompt.
 
     `token_ids` are the new tokens only, up to and including the EOS token that ended them.
     `ttft_s` is the time from the start of the call to the first token; `itl_s` the gaps between the tokens after it.

@@ -82,16 +82,18 @@ def over_memory(
     is_read = config.model.weights is Weights.auto and config.backend.loads_by_name
     dtypes = {entry.dtype for entry in (tensors or {}).values()} or {FILE_DTYPES[config.precision]}
     are_mapped = is_read and FILE_DTYPES[config.precision] in dtypes
-    held = sum(
+    needed = sum(
         (0 if are_mapped else device.parameter_bytes)
         + max(device.kv_cache_bytes, device.kv_cache_reserved_bytes)
         + device.buffer_bytes
         for device in plan.devices[: config.devices]
     )
     memory: int = getattr(psutil.virtual_memory(), which)
-    if held <= memory:
+    if needed <= memory:
         return None
-    return f"The ranks here need {held / GIB:.1f} GiB of their own, and this machine has {memory / GIB:.1f} GiB {which}"
+    return (
+        f"The ranks here need {needed / GIB:.1f} GiB of their own, and this machine has {memory / GIB:.1f} GiB {which}"
+    )
 
 
 def default_planners() -> tuple[EnginePlanner, ...]:
@@ -152,10 +154,10 @@ def _batches(config: RunConfig, prompts: Sequence[Prompt], request: PlanRequest)
     data_parallel, world = config.backend.data_parallel, World(world_size=config.devices * config.num_nodes)
     size, calls = call_count(len(prompts), world, config)
     ranks = [replace(world, rank=rank) for rank in range(world.world_size if data_parallel else 1)]
-    made = [call for rank in ranks for call in batches(split(prompts, rank, data_parallel), size, calls) if call]
-    padded = sum(len(call) * max(len(prompt.token_ids) for prompt in call) for call in made)
+    all_calls = [call for rank in ranks for call in batches(split(prompts, rank, data_parallel), size, calls) if call]
+    padded = sum(len(call) * max(len(prompt.token_ids) for prompt in call) for call in all_calls)
     return {
-        "batch_size": max(map(len, made)),
+        "batch_size": max(map(len, all_calls)),
         "mean_batch_size": len(prompts) / (calls * len(ranks)),
         "mean_prompt_tokens": padded / len(prompts),
     }

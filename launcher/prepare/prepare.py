@@ -67,7 +67,8 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
     def plan_for(config: RunConfig) -> Plan | None:
         return plan_of(config, model_config, tensors, prompts, on_cuda)
 
-    plan, found = plan_for(config), paces(config, plan_for) if config.dry_run else {}
+    plan = plan_for(config)
+    ceilings = paces(config, plan_for) if config.dry_run else {}
     notes += [NO_PLAN] if plan is None else built_of(model_config, tensors, config.backend.python).all_notes()
     if plan is not None and not on_cuda and (tight := over_memory(config, plan, tensors, "available")):
         notes.append(tight)
@@ -82,12 +83,12 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
         num_devices=config.num_devices,
         on_cuda=on_cuda,
         notes=tuple(notes),
-        paces=found,
+        paces=ceilings,
     )
 
 
 def check_node(config: RunConfig) -> bool:
-    """Whether the run is on CUDA; ConfigError for packages and devices that this machine lacks."""
+    """True for a run on CUDA; ConfigError for packages and devices that this machine lacks."""
     _check_packages(config)
     config.backend.check_here()
     return _check_devices(config)
@@ -132,7 +133,7 @@ def _check_packages(config: RunConfig) -> None:
 
 
 def _missing(packages: tuple[str, ...], python: str | None) -> list[str]:
-    """Which modules an interpreter does not find; asked without importing them."""
+    """The modules that an interpreter does not find; asked without importing them."""
     if python is None:
         return [name for name in packages if importlib.util.find_spec(name) is None]
     program = "import importlib.util as i, sys; print(*(n for n in sys.argv[1:] if i.find_spec(n) is None))"
@@ -143,17 +144,17 @@ def _missing(packages: tuple[str, ...], python: str | None) -> list[str]:
     except (OSError, subprocess.SubprocessError) as error:
         match error:
             case subprocess.CalledProcessError():
-                said = f"exit code {error.returncode}, {error.stderr.strip().rpartition(chr(10))[2] or 'no message'}"
+                reason = f"exit code {error.returncode}, {error.stderr.strip().rpartition(chr(10))[2] or 'no message'}"
             case subprocess.TimeoutExpired():
-                said = f"no answer in {error.timeout:g} s"
+                reason = f"no answer in {error.timeout:g} s"
             case _:
-                said = str(error)
-        raise ConfigError(f"backend.python={python} does not run: {said}.", "/path/to/bin/python") from None
+                reason = str(error)
+        raise ConfigError(f"backend.python={python} does not run: {reason}.", "/path/to/bin/python") from None
     return asked.stdout.split()
 
 
 def _check_devices(config: RunConfig) -> bool:
-    """Whether the run is on CUDA, here for good; ConfigError where a node has fewer devices than are asked for.
+    """True for a run on CUDA, here for good; ConfigError where a node has fewer devices than are asked for.
 
     The machine that submits to SLURM says nothing of the nodes: there it is on CUDA where the job asks for GPUs.
     """
@@ -163,19 +164,19 @@ def _check_devices(config: RunConfig) -> bool:
         return False
     if config.launch.name == "slurm":
         return config.accelerator is Accelerator.cuda or config.cluster.gpus_flag != "none"
-    found = cuda_devices(os.environ)
-    if not found and config.accelerator is Accelerator.cuda:
+    cards = cuda_devices(os.environ)
+    if not cards and config.accelerator is Accelerator.cuda:
         raise ConfigError("accelerator=cuda, and no CUDA device can be seen.", "accelerator=cpu")
-    if found and config.devices > len(found):
+    if cards and config.devices > len(cards):
         raise ConfigError(
-            f"devices={config.devices}, and this machine shows {len(found)} CUDA devices.",
-            f"devices={len(found)}, or accelerator=cpu; under SLURM {SEE_ALL_CARDS}",
+            f"devices={config.devices}, and this machine shows {len(cards)} CUDA devices.",
+            f"devices={len(cards)}, or accelerator=cpu; under SLURM {SEE_ALL_CARDS}",
         )
-    return bool(found)
+    return bool(cards)
 
 
 def _notes_order(config: RunConfig, on_cuda: bool) -> list[str]:
-    """Where CUDA numbers unlike cards otherwise than NVML does, a plan is not of those that the run gets."""
+    """A warning if CUDA orders mixed GPUs otherwise than NVML: the plan may describe other cards than the run gets."""
     order = os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     if order == "PCI_BUS_ID" or not on_cuda or config.launch.name == "slurm":
         return []

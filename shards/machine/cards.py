@@ -46,10 +46,10 @@ def cuda_devices(environ: Mapping[str, str]) -> tuple[Device, ...]:
     does not tell is None. PlanError where a part of a card would be seen (MIG).
     """
     setting = environ.get("CUDA_VISIBLE_DEVICES")
-    found = nvml.cards()
-    cards = [_from_nvml(card) for card in found]
-    in_parts = [device for device, card in zip(cards, found, strict=True) if card.is_in_parts]
-    shown = visible(cards, setting)
+    cards = nvml.cards()
+    devices = [_from_nvml(card) for card in cards]
+    in_parts = [device for device, card in zip(devices, cards, strict=True) if card.is_in_parts]
+    shown = visible(devices, setting)
     cut = next((card.name for card in shown if _is_among(card, in_parts)), None)
     if cut or (setting or "").strip().startswith("MIG-"):
         which = f"{cut} is cut into parts" if cut else f"CUDA_VISIBLE_DEVICES={setting} is a part of a card"

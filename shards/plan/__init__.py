@@ -1,1 +1,1 @@
-"""What each device will hold and the speed that its machine allows, before anything starts."""
+"""The plan: memory of each device and the speed that the machine allows, before anything starts."""

@@ -37,11 +37,11 @@ class DevicePlan:
 
     @property
     def peak_allocated_bytes(self) -> int:
-        """What the engine's tensors take at most."""
+        """The most that the engine's tensors take."""
         return self.used_bytes - self.overhead_bytes
 
     def peak_bytes(self, phase: Literal["load", "prefill", "decode"]) -> int:
-        """What tensors take at most in a phase of a run."""
+        """The most that tensors take in a phase of a run."""
         return self.parameter_bytes if phase == "load" else self.peak_allocated_bytes
 
     @property
@@ -95,7 +95,9 @@ def cache_bytes(request: PlanRequest, batch: int, first: int = 0, end: int | Non
     """
     shape, step = request.shape, request.engine.step_tokens(request)
     windows = (shape.windows or (None,) * shape.num_layers)[first:end]
-    tokens = sum(batch * request.kept_tokens(one) + min(batch * request.lost_tokens(one), step) for one in windows)
+    tokens = 0
+    for window in windows:
+        tokens += batch * request.kept_tokens(window) + min(batch * request.lost_tokens(window), step)
     return kv_bytes_per_token(request) // shape.num_layers * tokens
 
 

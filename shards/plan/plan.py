@@ -63,11 +63,10 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as plan.json keeps them."""
-        found = asdict(self)
-        for values, device in zip(found["devices"], self.devices, strict=True):
-            values["free_bytes"] = device.free_bytes
-        found |= {name: list(found[name]) for name in ("devices", "windows")}
-        return found
+        values = asdict(self)
+        for fields, device in zip(values["devices"], self.devices, strict=True):
+            fields["free_bytes"] = device.free_bytes
+        return values | {name: list(values[name]) for name in ("devices", "windows")}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Plan:

@@ -1,4 +1,4 @@
-"""What a plan is asked: a model, an engine, devices, a batch; and the questions that the planner has for the engine."""
+"""A request for a plan (model, engine, devices, batch), and the questions that the planner has for an engine."""
 
 from __future__ import annotations
 

@@ -71,8 +71,8 @@ class Roofline:
         """The inverse of `dataclasses.asdict`."""
         machine = values["machine"]
         link = machine["link"] and Link(**machine["link"])
-        made = Machine(Device(**machine["device"]), machine["num_devices"], link)
-        return cls(Work(**values["work"]), made, values["scheme"])
+        together = Machine(Device(**machine["device"]), machine["num_devices"], link)
+        return cls(Work(**values["work"]), together, values["scheme"])
 
 
 def decode_step(work: Work, machine: Machine, scheme: Scheme, *, batch: float, context: float) -> Limit | None:
@@ -121,7 +121,7 @@ def _rates(work: Work, machine: Machine) -> tuple[float, float] | None:
 
 
 def _copied_bytes(work: Work, n: int) -> float:
-    """What FSDP2 moves through memory beside reading the weights: copy-in of the shard (read and write), gather
+    """Bytes that FSDP2 moves through memory beside reading the weights: copy-in of the shard (read and write), gather
     (write), copy-out (read and write); one rank alone only copies.
 
     Source: torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py.

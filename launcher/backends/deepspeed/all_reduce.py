@@ -62,7 +62,7 @@ def _one_by_one(folder: Path) -> Iterator[None]:
 
 
 def _abandoned(lock: Path) -> bool:
-    """Whether the process that made a lock file is gone: it keeps the file open while it builds."""
+    """True if the process that made a lock file is gone: it keeps the file open while it builds."""
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
             if os.path.samefile(link, lock):

@@ -60,7 +60,7 @@ class DeepSpeedBackend(ModuleBackend):
         return model
 
     def _injected(self, model: torch.nn.Module, size: int) -> torch.nn.Module:
-        """What `init_inference` makes of a model; one on meta comes back cut, on its device, without values."""
+        """The model that `init_inference` returns; one on meta comes back cut, on its device, without values."""
         options: DeepSpeedConfig = self.config.backend  # type: ignore[assignment]
         # The engine's own generate() asks for this limit, a forward pass does not: it has none.
         limit = options.max_out_tokens or getattr(model.config, "max_position_embeddings", None)
@@ -105,8 +105,8 @@ def _block(name: str, parameter: torch.Tensor, notes: Mapping[str, Any] | None, 
         return Block(name, tuple(parameter.shape), (0,) * parameter.dim())
     groups = [notes["partition_sizes"]] if notes["partition_sizes"] else notes["sub_param_shard_widths"] or []
     shape = tuple(notes["logical_shape"])
-    held = (*shape[:dim], groups[0][rank], *shape[dim + 1 :]) if len(groups) == 1 else ()
-    if held != tuple(parameter.shape):
+    piece = (*shape[:dim], groups[0][rank], *shape[dim + 1 :]) if len(groups) == 1 else ()
+    if piece != tuple(parameter.shape):
         raise PlanError(
             f"DeepSpeed cuts {name} {list(shape)} to {list(parameter.shape)} otherwise than by one block a rank.",
             "backend=fsdp, or devices=1",

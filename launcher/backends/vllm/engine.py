@@ -60,7 +60,7 @@ class VllmConfig(BackendConfig):
     extra: dict[str, Any] = field(default_factory=dict)  # further arguments of vllm.LLM
 
     def check_here(self) -> None:
-        """Where vLLM's package cannot be read from here (in a container, on a node) the rank finds it."""
+        """A check of `extra`, which the rank makes where vLLM's package cannot be read from here (in a container)."""
         package = installed_package(self.python) if self.extra else None
         if package is not None:
             self.check_extra(package)

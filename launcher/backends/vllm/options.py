@@ -15,19 +15,19 @@ WORKER = "launcher.backends.vllm.worker.WorkerMemory"
 
 def environment(config: RunConfig, on_cpu: bool) -> dict[str, str]:
     """Variables with which vLLM starts and runs well, for those that the user has not set."""
-    found = {
+    variables = {
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "SPT_NOENV": "1",  # workers rename themselves; their environment, by which a run is found, must stay readable
     }
     if on_cpu or config.devices * config.num_nodes == 1:
-        found["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # starts seconds sooner
+        variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # starts seconds sooner
     if on_cpu:
-        found["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # "auto" wants a NUMA node for each worker
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # "auto" wants a NUMA node for each worker
     if on_cpu and config.backend.enforce_eager is not False:  # type: ignore[attr-defined]
-        found["TORCH_COMPILE_DISABLE"] = "1"  # eager mode compiles a function of the vocabulary all the same
-    return found
+        variables["TORCH_COMPILE_DISABLE"] = "1"  # eager mode compiles a function of the vocabulary all the same
+    return variables
 
 
 def arguments(config: RunConfig, folder: Path, external: bool, on_cpu: bool, pool: int | None) -> dict[str, Any]:
