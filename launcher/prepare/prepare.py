@@ -68,7 +68,6 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
         return plan_of(config, model_config, tensors, prompts, on_cuda)
 
     plan = plan_for(config)
-    ceilings = paces(config, plan_for) if config.dry_run else {}
     notes += [NO_PLAN] if plan is None else built_of(model_config, tensors, config.backend.python).all_notes()
     if plan is not None and not on_cuda and (tight := over_memory(config, plan, tensors, "available")):
         notes.append(tight)
@@ -83,7 +82,7 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
         num_devices=config.num_devices,
         on_cuda=on_cuda,
         notes=tuple(notes),
-        paces=ceilings,
+        paces=paces(config, plan_for) if config.dry_run else {},
     )
 
 
