@@ -232,7 +232,8 @@ def _join(config: RunConfig, world: World, command: tuple[str, ...]) -> int:
     # It imports torch, which a rank may and the launching process may not.
     external = importlib.import_module("launcher.launch.join")
     code: int = external.join(config, command, world, report.show)
-    sys.stdout.flush()
+    if sys.stdout is not None:  # as it is where it was closed
+        sys.stdout.flush()
     os._exit(code)  # engines leave threads behind that can hang the interpreter's own exit
 
 

@@ -66,5 +66,6 @@ def node_command(config: RunConfig, command: Sequence[str]) -> tuple[str, ...]:
 def become_node(config: RunConfig, command: Sequence[str], on_cuda: bool) -> NoReturn:
     """This process becomes the one that starts the ranks of this node: signals and exit code are its own."""
     words = node_command(config, command)
-    sys.stdout.flush()
+    if sys.stdout is not None:
+        sys.stdout.flush()
     os.execve(words[0], words, rank_environment(os.environ, config.devices, on_cuda))

@@ -48,8 +48,9 @@ def redirected_output(path: Path) -> Iterator[None]:
 
 
 def _point_output(out: int, err: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # as it is where it was closed
+            stream.flush()
     os.dup2(out, 1)
     os.dup2(err, 2)
 

@@ -27,10 +27,19 @@ class Parser(ArgumentParser):
 
 
 def run_command(main: Callable[[], int]) -> int:
+    """The exit code of `main`, in one line whatever happens; PYTHONINSPECT, which is for scripts, is passed over."""
+    code = _run(main)
+    if os.environ.get("PYTHONINSPECT"):
+        os._exit(code)  # or the interpreter shows a traceback of its own exit, and waits for input
+    return code
+
+
+def _run(main: Callable[[], int]) -> int:
     """The exit code of `main`, of which neither Ctrl-C nor what becomes of its output makes a traceback.
 
     Letters that an output has not are replaced. 2 and a line on stderr where it cannot be written to.
     """
+    _open_standard_files()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -51,6 +60,15 @@ def run_command(main: Callable[[], int]) -> int:
             return _ended(f"{error.filename} cannot be used: {error.strerror}. HINT: {hint}", 2)
         return _ended(f"Cannot write: {error.strerror}. HINT: make room, or let the output go elsewhere", 2)
     return code
+
+
+def _open_standard_files() -> None:
+    """Put nothing in the place of a closed input or output: another file would get its number."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
 
 
 def _ended(line: str, code: int) -> int:

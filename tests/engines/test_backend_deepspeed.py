@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,6 +174,14 @@ def test_a_refusal_is_one_line_and_exit_code_2() -> None:
     ended = launcher("backend=deepspeed", "backend.kernel_inject=true")
     assert ended.code == 2
     assert ended.err.strip() == f"{REFUSALS['kernels for falcon'][3][0]} HINT: {PLAIN}"  # type: ignore[index]
+
+
+def test_shared_memory_that_may_not_be_used_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    assert missing_shared_memory(0) == "/dev/shm: Read-only file system"
 
 
 def test_what_shared_memory_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +56,8 @@ def missing_shared_memory(ranks: int) -> str | None:
     """The room that /dev/shm lacks for the ranks of this node, None if it has enough."""
     try:
         room = os.statvfs("/dev/shm")
+        with tempfile.TemporaryFile(dir="/dev/shm"):  # one that may not be written to has room as well
+            pass
     except OSError as error:
         return f"/dev/shm: {error.strerror}"
     free, needed = room.f_bavail * room.f_frsize, ranks * SEGMENT_BYTES

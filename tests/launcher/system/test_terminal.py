@@ -176,3 +176,14 @@ def test_a_sweep_goes_on_past_a_full_disk(tmp_path: Path) -> None:
     rows = ended.last_json["records"]
     assert [row["status"] for row in rows] == ["refused", "ok"], ended.err
     assert "No space left on device." in rows[0]["error"]["message"]
+
+
+def test_a_closed_output_under_torchrun_and_an_inspecting_interpreter_change_nothing(tmp_path: Path) -> None:
+    start = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node=1 -m launcher"
+    asked = f"backend=dummy prompts.texts=[a] output_dir={tmp_path}"
+    ended = run(["/bin/sh", "-c", f"exec {start} {asked} >&-"])
+    assert (ended.code, "Traceback" in ended.err) == (0, False), ended.err
+    [record] = tmp_path.glob("*/record.json")
+    assert json.loads(record.read_text())["status"] == "ok"
+    ended = launcher("--version", PYTHONINSPECT="1")
+    assert (ended.code, ended.err) == (0, "")
