@@ -18,6 +18,7 @@ from launcher.config.compose import compose_run
 from launcher.config.engines import NO_PLAN
 from launcher.config.presets import options
 from launcher.config.schema import ConfigError
+from launcher.doctor import trials
 from launcher.plan import main as plan_main
 from launcher.run_dir.run_dir import RunDir
 
@@ -154,3 +155,4 @@ def test_an_engine_that_is_of_no_use_is_one_line(
     assert err.startswith(f"broken brings backend=broken as broken.echo:EchoConfig, which {why}")
     assert err.count("\n") == 1
     assert main(["backend=dummy", "dry_run=true"]) == 0
+    assert trials.engine("broken", 5.0).error == err.partition(" HINT: ")[0]
