@@ -95,7 +95,7 @@ def measure(backend: VllmBackend, prompts: list[Prompt], new_tokens: int, ours_f
 def through_backend(backend: VllmBackend, prompts: list[Prompt], new_tokens: int) -> tuple[float, list[list[int]]]:
     sampling = SamplingConfig(max_new_tokens=new_tokens, ignore_eos=True)
     start = time.perf_counter()
-    made = backend.generate(prompts, sampling, lambda tokens: None)
+    made = backend.generate(prompts, sampling, lambda tokens, finished=(): None)
     return time.perf_counter() - start, [list(item.token_ids) for item in made.completions]
 
 

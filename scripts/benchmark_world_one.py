@@ -59,7 +59,7 @@ def loaded(name: str, model: str, prompts: list[Prompt]):
 def timed(engine, prompts: list[Prompt], sampling: SamplingConfig) -> float:
     """Seconds of one call."""
     start = time.perf_counter()
-    engine.generate(prompts, sampling, lambda tokens: None)
+    engine.generate(prompts, sampling, lambda tokens, finished=(): None)
     return time.perf_counter() - start
 
 

@@ -43,15 +43,16 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One call of `Backend.generate`: completions in the order of the prompts, and the two phases of the call.
+    """One call of `Backend.generate`: completions in the order of the prompts, and the time of its two kinds of steps.
 
-    An engine that interleaves prefill and decode (continuous batching) has no such phases and gives None.
+    An engine that does not tell prefill from decode (vLLM) gives None, and so one that does not count its decode steps.
     `counters` are numbers of the engine's own, by names of `launcher.results.metrics.COUNTERS`.
     """
 
     completions: tuple[Completion, ...]
     prefill_s: float | None = None
     decode_s: float | None = None
+    decode_steps: int | None = None
     counters: dict[str, float] = field(default_factory=dict)
 
 
@@ -91,6 +92,16 @@ class DeviceMemory:
     reasons: dict[str, str] = field(default_factory=dict)
 
 
+class OnStep(Protocol):
+    """Called after each step of an engine."""
+
+    def __call__(self, new_tokens: int, finished: Sequence[Completion] = ()) -> None:
+        """So many tokens are new, and these answers are whole, where an engine says so before its call returns.
+
+        It may raise, to end the call.
+        """
+
+
 class Backend(Protocol):
     """An engine, made in the process that will use it. Its subclass of `launcher.config.schema.BackendConfig` says how
     it runs (one process a device, data parallel, batches)."""
@@ -102,12 +113,11 @@ class Backend(Protocol):
 
         There is a plan where the engine has a planner."""
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: Callable[[int], None]
-    ) -> Generation:
-        """Answer `prompts` as one batch; `on_step(new_tokens)` after each decode step.
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Generation:
+        """Answer `prompts` as one batch; with continuous batching the whole set.
 
-        Data-parallel ranks call it equally often, with no prompts if they have none left.
+        Data-parallel ranks call it equally often: each with prompts of its own, none if it has none left; with
+        continuous batching all with the same, of which each answers some.
         """
 
     def barrier(self) -> None:

@@ -1,4 +1,4 @@
-"""Prefill and decode for engines that are a transformers module: one static batch, left padded."""
+"""Static batching for engines that are a transformers module: one batch, left padded, until its longest answer ends."""
 
 from __future__ import annotations
 
@@ -7,21 +7,17 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    DynamicCache,
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import DynamicCache
 
 from launcher.backends.base import Completion, Generation
 from launcher.backends.memory import Clock, PhasePeaks
+from launcher.backends.sampling import Sampler
+from launcher.results.metrics import ROWS, SLOTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from launcher.backends.base import Prompt
+    from launcher.backends.base import OnStep, Prompt
     from launcher.config.schema import SamplingConfig
 
 
@@ -42,12 +38,11 @@ class Decoder:
     kv_cache_bytes: dict[torch.device, int] = field(default_factory=dict)
 
     @torch.inference_mode()
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: Callable[[int], None]
-    ) -> Generation:
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Generation:
         """New tokens for each prompt, greedy or sampled; an empty batch takes part in the steps of the others."""
         batch = _Batch.of(prompts, sampling.max_new_tokens, self.device)
-        pick = _Picker(sampling, self.seed, prompts, self.device)
+        sampler = Sampler(sampling, self.seed, self.device)
+        generators = [sampler.generator(prompt) for prompt in prompts]
         eos = torch.tensor(() if sampling.ignore_eos else self.eos_token_ids, device=self.device, dtype=torch.long)
         unfinished = torch.full((batch.rows,), bool(prompts), device=self.device)
         cache = DynamicCache(config=self.model.config)
@@ -56,7 +51,7 @@ class Decoder:
         inputs = batch.input_ids
         for step in range(sampling.max_new_tokens):
             logits = self._forward(inputs, batch, step, cache)
-            chosen, gap = pick(logits)
+            chosen, gap = sampler.choose(logits, generators)
             unfinished = unfinished & ~torch.isin(chosen, eos)
             tokens.append(chosen)
             gaps.append(gap)
@@ -69,7 +64,8 @@ class Decoder:
             inputs = chosen[:, None]
         for place, held in cache_bytes(cache).items():
             self.kv_cache_bytes[place] = max(self.kv_cache_bytes.get(place, 0), held)
-        return _generation(prompts, torch.stack(tokens, 1), torch.stack(gaps, 1), clock.marks(), set(eos.tolist()))
+        made = torch.stack(tokens, 1), torch.stack(gaps, 1)
+        return _generation(prompts, *made, clock.marks(), set(eos.tolist()))
 
     def _forward(self, inputs: torch.Tensor, batch: _Batch, step: int, cache: DynamicCache) -> torch.Tensor:
         """Logits [rows, vocabulary] of the last position, float32."""
@@ -106,42 +102,6 @@ class _Batch:
         return cls(len(rows), width, input_ids.to(device), mask.to(device), place.clamp(min=0).to(device))
 
 
-class _Picker:
-    """The next token of each row from its logits, and the gap between the two largest of them.
-
-    Sampling draws each prompt from a generator of its own, so that a prompt's sample depends on the seed and on its
-    index only: not on the batch, the rank or the number of ranks.
-    """
-
-    def __init__(self, sampling: SamplingConfig, seed: int, prompts: Sequence[Prompt], device: torch.device) -> None:
-        self.processors = _processors(sampling)
-        self.generators = [
-            torch.Generator(device).manual_seed((seed << 32) + prompt.index)
-            for prompt in prompts
-            if sampling.temperature > 0
-        ]
-
-    def __call__(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        top = logits.topk(2, dim=-1).values
-        gap = top[:, 0] - top[:, 1]
-        if not self.generators:
-            return logits.argmax(-1), gap
-        weights = self.processors(None, logits).softmax(-1)
-        rows = zip(weights, self.generators, strict=True)
-        return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows]), gap
-
-
-def _processors(sampling: SamplingConfig) -> LogitsProcessorList:
-    processors = LogitsProcessorList()
-    if sampling.temperature > 0 and sampling.temperature != 1:
-        processors.append(TemperatureLogitsWarper(sampling.temperature))
-    if sampling.top_k:
-        processors.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        processors.append(TopPLogitsWarper(sampling.top_p))
-    return processors
-
-
 def _generation(
     prompts: Sequence[Prompt], tokens: torch.Tensor, gaps: torch.Tensor, marks: list[float], eos: set[int]
 ) -> Generation:
@@ -160,14 +120,21 @@ def _generation(
                 top2_gaps=tuple(row_gaps[:length]),
             )
         )
-    return Generation(tuple(completions), prefill_s=marks[0], decode_s=marks[-1] - marks[0])
+    rows = len(steps) * len(prompts)
+    return Generation(
+        tuple(completions),
+        prefill_s=marks[0],
+        decode_s=marks[-1] - marks[0],
+        decode_steps=len(steps) if prompts else 0,
+        counters={SLOTS: rows, ROWS: rows},
+    )
 
 
 def cache_bytes(cache: DynamicCache) -> dict[torch.device, int]:
     """Bytes of the keys and values that a cache holds, by device."""
     held: dict[torch.device, int] = {}
     for layer in cache.layers:
-        for tensor in (layer.keys, layer.values):
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
             if tensor is not None:
                 held[tensor.device] = held.get(tensor.device, 0) + tensor.nbytes
     return held

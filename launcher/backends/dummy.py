@@ -16,7 +16,7 @@ from shards.plan.request import EnginePlanner
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from launcher.backends.base import Prompt
+    from launcher.backends.base import OnStep, Prompt
     from launcher.config.schema import RunConfig, SamplingConfig
     from shards.machine.world import World
     from shards.plan.plan import Plan
@@ -57,9 +57,7 @@ class DummyBackend:
         progress(1, 1)
         self._maybe_fail("load")
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: Callable[[int], None]
-    ) -> Generation:
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Generation:
         self._take_memory(len(prompts))
         if self.calls >= self.options.fail_after:
             self._maybe_fail("generate")

@@ -111,8 +111,10 @@ def module_memory(
     rank: int,
     kv_cache_bytes: dict[torch.device, int],
     peaks: PhasePeaks | None = None,
+    is_reserved: bool = False,
 ) -> DeviceMemory:
-    """The memory of one device of this process, which holds `model` or a part of it."""
+    """The memory of one device of this process, which holds `model` or a part of it, and its cache from the first if
+    that is reserved."""
     values: dict[str, Any] = {
         "parameter_bytes": parameter_bytes(model, device),
         "kv_cache_bytes": kv_cache_bytes.get(device, 0),
@@ -125,7 +127,10 @@ def module_memory(
         values["tensor_bytes"] = _live_tensor_bytes()
         for name in ("peak_allocated_bytes", "peak_reserved_bytes", *BY_PHASE, "nvml_used_bytes"):
             reasons[name] = "no CUDA device"
-    reasons["kv_cache_reserved_bytes"] = "the cache grows with the sequence; nothing is reserved"
+    if is_reserved:
+        values["kv_cache_reserved_bytes"] = values["kv_cache_bytes"]
+    else:
+        reasons["kv_cache_reserved_bytes"] = "the cache grows with the sequence; nothing is reserved"
     return DeviceMemory(rank=rank, device=str(device), reasons=reasons, **values)
 
 

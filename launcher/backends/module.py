@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from launcher.backends.decode import Decoder, eos_token_ids
 from launcher.backends.memory import PhasePeaks, module_memory
-from launcher.config.schema import Weights
+from launcher.backends.slots.decoder import SlotDecoder
+from launcher.config.schema import DEFAULT_PREFILL_TOKENS, Weights
 from shards.checkpoint.checkpoint import Checkpoint
 from shards.errors import PlanError
 from shards.load.blocks import local_tensor
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from launcher.backends.base import DeviceMemory, Generation, Prompt
+    from launcher.backends.base import DeviceMemory, Generation, OnStep, Prompt
     from launcher.config.schema import RunConfig, SamplingConfig
     from shards.machine.world import World
     from shards.plan.plan import Plan
@@ -60,9 +61,20 @@ class ModuleBackend(ABC):
         self.peaks.end("load")
         if plan is not None:
             self._check_share(plan)
-        votes = self.config.backend.data_parallel
-        eos, any_unfinished = eos_token_ids(self.model), any_rank if votes else bool
-        self.decoder = Decoder(self.model, eos, self.device, self.config.seed, any_unfinished, self.peaks)
+        self.decoder = self._decoder(plan)
+
+    def _decoder(self, plan: Plan | None) -> Decoder | SlotDecoder:
+        apart, eos, seed = self.config.backend.data_parallel, eos_token_ids(self.model), self.config.seed
+        if not self.config.is_continuous:
+            return Decoder(self.model, eos, self.device, seed, any_rank if apart else bool, self.peaks)
+        measure = self.config.measure
+        return SlotDecoder(
+            self.model, eos, self.device, self.world, seed, self.peaks,
+            num_slots=plan.slots if plan and plan.slots else measure.batch_size,
+            length=plan.slot_tokens if plan and plan.slot_tokens else 0,
+            prefill_tokens=measure.prefill_tokens or DEFAULT_PREFILL_TOKENS,
+            splits_prompts=apart,
+        )  # fmt: skip
 
     @property
     def devices(self) -> list[torch.device]:
@@ -97,9 +109,7 @@ class ModuleBackend(ABC):
             self.checkpoint = Checkpoint.open(self.config.model.path)
             self.mapped_files = load_weights(model, self.checkpoint, self.device, progress).mapped_files
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: Callable[[int], None]
-    ) -> Generation:
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Generation:
         generation = self.decoder.generate(prompts, sampling, on_step)
         if self.mapped_files:
             self.checkpoint.check_mapped(self.mapped_files)
@@ -111,8 +121,12 @@ class ModuleBackend(ABC):
         barrier()
 
     def memory(self) -> list[DeviceMemory]:
-        caches = self.decoder.kv_cache_bytes
-        return [module_memory(self.model, self.device, self.world.rank, caches, self.peaks)]
+        is_reserved = isinstance(self.decoder, SlotDecoder)
+        first = self.world.rank
+        return [
+            module_memory(self.model, device, rank, self.decoder.kv_cache_bytes, self.peaks, is_reserved)
+            for rank, device in enumerate(self.devices, first)
+        ]
 
     def close(self) -> None:
         disconnect()

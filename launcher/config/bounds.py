@@ -20,7 +20,7 @@ from launcher.config.options import (
     TOKENS,
     Bounds,
 )
-from launcher.config.schema import ConfigError
+from launcher.config.schema import ConfigError, Scheduling
 from shards.plan.request import MOST_DEVICES
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ BOUNDS: dict[str, Bounds] = {
     "sampling.top_p": SHARE,
     "sampling.top_k": NOT_NEGATIVE,
     "measure.batch_size": COUNT,
+    "measure.prefill_tokens": TOKENS,
     "measure.warmup": Bounds(0, MOST_TIMES),
     "measure.repeats": Bounds(1, MOST_TIMES),
     "launch.poll_s": Bounds(0, MOST_SECONDS, is_open=True),
@@ -73,7 +74,19 @@ def check(config: RunConfig) -> None:
         raise ConfigError(f"{name} makes its batches itself: there is none to find.", "measure.find_batch_size=false")
     if config.measure.find_batch_size and config.launch.name != "local":
         raise ConfigError("measure.find_batch_size needs launch=local: each try waits for the last.", "launch=local")
+    _check_scheduling(config)
     _check_prompts(config.prompts)
+
+
+def _check_scheduling(config: RunConfig) -> None:
+    """What the engine or the scheduling does not read is refused."""
+    name, measure = config.backend.name, config.measure
+    if config.backend.continuous_batching and measure.scheduling is Scheduling.static:
+        raise ConfigError(f"{name} has a scheduler of its own, which is continuous.", "measure.scheduling=continuous")
+    if measure.prefill_tokens is not None and not (config.backend.has_slots and config.is_continuous):
+        reader = "measure.scheduling=static" if config.backend.has_slots else f"backend={name}"
+        fact = f"measure.prefill_tokens={measure.prefill_tokens}: {reader} does not read it."
+        raise ConfigError(fact, "measure.prefill_tokens=null")
 
 
 def _check_backend(backend: BackendConfig) -> dict[str, Bounds]:

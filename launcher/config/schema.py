@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from shards.model.quantization import Quantization
 
+DEFAULT_PREFILL_TOKENS = 2048  # that a module engine with slots reads in a forward
 MISSING: Any = "???"  # how OmegaConf spells a mandatory value
 
 
@@ -49,6 +50,13 @@ class Weights(Enum):
     random = "random"
 
 
+class Scheduling(Enum):
+    """When a prompt begins: as soon as a slot is free, or with a batch that waits for its longest answer."""
+
+    continuous = "continuous"
+    static = "static"
+
+
 @dataclass
 class BackendConfig:
     """An engine as the launcher knows it without importing it, a subclass for each: its options are fields, class
@@ -65,6 +73,7 @@ class BackendConfig:
     joins_ranks: ClassVar[bool] = True  # False: it cannot be one of several ranks that torchrun or srun has started
     data_parallel: ClassVar[bool] = False  # True: every rank answers its own part of the prompts
     continuous_batching: ClassVar[bool] = False  # True: the engine is given the whole prompt set in one call
+    has_slots: ClassVar[bool] = False  # True: it is given all or a batch, as measure.scheduling says
     needs_device: ClassVar[bool] = True  # False: nothing of it runs on the devices of this machine
     needs_weights: ClassVar[bool] = True  # False: of a model only config and tokenizer are looked at
     loads_by_name: ClassVar[bool] = False  # True: `shards.load` gives it every tensor by the name in the model
@@ -146,7 +155,9 @@ class SamplingConfig:
 
 @dataclass
 class MeasureConfig:
-    batch_size: int = 4  # prompts a call; for a data-parallel engine on each rank
+    scheduling: Scheduling = Scheduling.continuous  # of module engines; others batch in their own way
+    batch_size: int = 4  # prompts at a time; for a data-parallel engine on each rank
+    prefill_tokens: int | None = None  # the most prompt tokens of a forward of a module engine with slots; None: 2048
     warmup: int = 1  # batches that are run and not counted
     repeats: int = 3  # times that the whole prompt set is answered
     find_batch_size: bool = False  # first try which batch is the largest that fits
@@ -249,6 +260,17 @@ class RunConfig:
         """Ranks (processes): one for each device, or one that spreads over the devices of a single node by itself."""
         is_rank_per_device = self.backend.one_process_per_device or self.num_nodes > 1
         return self.num_devices if is_rank_per_device else self.num_nodes
+
+    @property
+    def is_continuous(self) -> bool:
+        """Whether the engine is given the whole prompt set in one call."""
+        backend = self.backend
+        return backend.continuous_batching or (backend.has_slots and self.measure.scheduling is Scheduling.continuous)
+
+    @property
+    def splits_prompts(self) -> bool:
+        """Whether each rank has prompts of its own from the first, and no rank is given another's."""
+        return self.backend.data_parallel and not self.is_continuous
 
 
 HOW_IT_IS_RUN = (

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import replace
+from math import ceil
 from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 
 from launcher.config.engines import engines
-from launcher.config.schema import Precision, Weights
+from launcher.config.schema import DEFAULT_PREFILL_TOKENS, Precision, Weights
 from launcher.prepare.shapes import built_of
 from launcher.prompts.batches import batches, call_count, split
 from launcher.prompts.prompts import sampling_of
+from shards.engines.base import ModulePlanner
 from shards.errors import PlanError
 from shards.machine.hardware import CPU, GIB, Device, Link, known_device, usual_link
 from shards.machine.rates import this_machine
@@ -49,6 +51,8 @@ def plan_of(
     planner = config.backend.planner(config, model_config, on_cuda)
     if planner is None:
         return None
+    if isinstance(planner, ModulePlanner) and config.is_continuous:
+        planner = replace(planner, prefill_tokens=config.measure.prefill_tokens or DEFAULT_PREFILL_TOKENS)
     device, link = _devices(config, on_cuda)
     request = PlanRequest(
         shape=built_of(model_config, tensors, config.backend.python).shape,
@@ -145,16 +149,23 @@ def _devices(config: RunConfig, on_cuda: bool) -> tuple[Device, Link | None]:
 
 def _batches(config: RunConfig, prompts: Sequence[Prompt], request: PlanRequest) -> dict[str, Any]:
     """The prompts that one rank answers at once, at most and in the mean over its calls, and their mean length: with
-    continuous batching all that the engine takes, else those of a call, padded to the longest of it."""
+    continuous batching all that the engine takes, in slots as many as these, else those of a call, padded to the
+    longest of it."""
+    mean_tokens = sum(len(prompt.token_ids) for prompt in prompts) / len(prompts)
     if config.backend.continuous_batching:
-        tokens = sum(len(prompt.token_ids) for prompt in prompts)
         pool = request.engine.pool(request)
         at_once = len(prompts) if pool is None else min(len(prompts), pool.sequences)
-        return {"batch_size": at_once, "mean_prompt_tokens": tokens / len(prompts)}
+        return {"batch_size": at_once, "mean_prompt_tokens": mean_tokens}
+    if config.is_continuous:
+        parts = config.num_devices if config.backend.data_parallel else 1
+        share = ceil(len(prompts) / parts)
+        slots = min(config.measure.batch_size, share)
+        mean = len(prompts) / (parts * ceil(share / slots))  # of answers of full length, which end together
+        return {"batch_size": slots, "mean_batch_size": mean, "mean_prompt_tokens": mean_tokens}
     data_parallel, world = config.backend.data_parallel, World(world_size=config.devices * config.num_nodes)
     size, calls = call_count(len(prompts), world, config)
     ranks = [replace(world, rank=rank) for rank in range(world.world_size if data_parallel else 1)]
-    all_calls = [call for rank in ranks for call in batches(split(prompts, rank, data_parallel), size, calls) if call]
+    all_calls = [call for rank in ranks for call in batches(split(prompts, rank, config), size, calls) if call]
     padded = sum(len(call) * max(len(prompt.token_ids) for prompt in call) for call in all_calls)
     return {
         "batch_size": max(map(len, all_calls)),

@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.backends.slots.families import why_static
 from launcher.config.cluster import check_cluster
 from launcher.config.engines import NO_PLAN
-from launcher.config.schema import Accelerator, ConfigError, Weights
+from launcher.config.schema import Accelerator, ConfigError, Scheduling, Weights
 from launcher.models import EMBEDDED
 from launcher.prepare.experiments import check_experiment
 from launcher.prepare.planning import over_memory, paces, plan_of
@@ -43,6 +44,7 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
     config, notes = config.backend.settle(config, on_cuda)
     folder = model_folder(config)
     model_config = _model_config(config, folder)
+    config = _settle_scheduling(config, model_config, notes)
     fields = ConfigFields(model_config)
     vocab_size = fields.size("vocab_size")
     tensors = None
@@ -181,6 +183,16 @@ def _notes_order(config: RunConfig, on_cuda: bool) -> list[str]:
         return []
     alike = len({card.name for card in cuda_devices(os.environ)}) == 1
     return [] if alike else [f"CUDA_DEVICE_ORDER={order}: the plan takes the cards in the order of NVML (PCI_BUS_ID)"]
+
+
+def _settle_scheduling(config: RunConfig, model_config: Mapping[str, Any], notes: list[str]) -> RunConfig:
+    """A model that cannot have slots is decoded in static batches, and a note says why."""
+    asked = config.backend.has_slots and config.is_continuous
+    why = why_static(model_config, config.model.trust_remote_code) if asked else None
+    if why is None:
+        return config
+    notes.append(f"measure.scheduling=static: {why}")
+    return replace(config, measure=replace(config.measure, scheduling=Scheduling.static))
 
 
 def model_folder(config: RunConfig) -> Path | None:

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from shards.machine.world import World
 
 
-def split(prompts: Sequence[Prompt], world: World, data_parallel: bool) -> list[Prompt]:
-    """This rank's prompts: every world_size-th where ranks answer apart, all of them where they answer together.
+def split(prompts: Sequence[Prompt], world: World, config: RunConfig) -> list[Prompt]:
+    """What this rank is given: every world_size-th prompt where ranks have prompts of their own, else all of them.
 
     The longest come first: prompts of like lengths share a batch, which then has the least padding, ranks have like
     batches at the same time, and where memory does not suffice, that is seen at once.
     """
     ordered = sorted(prompts, key=lambda prompt: -len(prompt.token_ids))
-    return ordered[world.rank :: world.world_size] if data_parallel else ordered
+    return ordered[world.rank :: world.world_size] if config.splits_prompts else ordered
 
 
 def batches(prompts: Sequence[Prompt], size: int, calls: int) -> Iterator[list[Prompt]]:
@@ -27,9 +27,18 @@ def batches(prompts: Sequence[Prompt], size: int, calls: int) -> Iterator[list[P
     return (list(prompts[call * size : (call + 1) * size]) for call in range(calls))
 
 
+def warm_up_batch(prompts: Sequence[Prompt], world: World, config: RunConfig) -> list[Prompt]:
+    """What is answered before the clocks start: a batch, of slots as many as there are, of vLLM all."""
+    own = split(prompts, world, config)
+    if config.backend.continuous_batching:
+        return own
+    ranks = world.world_size if config.backend.data_parallel and not config.splits_prompts else 1
+    return own[: config.measure.batch_size * ranks]
+
+
 def call_count(total: int, world: World, config: RunConfig) -> tuple[int, int]:
     """(batch size, number of generate calls), the same on every rank."""
-    if config.backend.continuous_batching:
+    if config.is_continuous:
         return max(total, 1), 1
     share = -(-total // world.world_size) if config.backend.data_parallel else total
     return config.measure.batch_size, -(-share // config.measure.batch_size)

@@ -1,4 +1,4 @@
-"""The common loop: warm up, then answer the whole prompt set `repeats` times, batch by batch.
+"""The common loop: warm up, then answer the whole prompt set `repeats` times, in one call or batch by batch.
 
 A run that goes on where an earlier attempt stopped answers in its first repeat what is not yet saved, in the batches
 that an undisturbed run would have made, and makes in whole the repeats that no attempt has finished.
@@ -10,13 +10,13 @@ from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
-from launcher.prompts.batches import batches, call_count, split
+from launcher.prompts.batches import batches, call_count, split, warm_up_batch
 from launcher.prompts.prompts import sampling_of
 from launcher.results.measured import Repeat
 from launcher.results.metrics import summed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from launcher.backends.base import Backend, Completion, Generation, Prompt
     from launcher.config.schema import RunConfig
@@ -35,10 +35,9 @@ def schedule(
     measure.
     """
     size, calls = call_count(len(prompts), world, config)
-    data_parallel = config.backend.data_parallel
-    whole = list(batches(split(prompts, world, data_parallel), size, calls))
+    whole = list(batches(split(prompts, world, config), size, calls))
     answered = {completion.index for completion in saved.completions}
-    parts = [split(prompts, replace(world, rank=rank), data_parallel) for rank in range(world.world_size)]
+    parts = [split(prompts, replace(world, rank=rank), config) for rank in range(world.world_size)]
     left = [
         any(prompt.index not in answered for part in parts for prompt in part[call * size : (call + 1) * size])
         for call in range(calls)
@@ -54,7 +53,7 @@ class Keeper(Protocol):
     """What becomes of the loop's results; any of these may raise, and ends the loop by it."""
 
     def save(self, completions: Sequence[Completion]) -> None:
-        """Keep the completions of a batch, none of which was saved before."""
+        """Keep completions, none of which was saved before."""
 
     def save_repeat(self, repeat: Repeat) -> None:
         """Keep the measures of a repeat."""
@@ -74,27 +73,33 @@ class Loop:
 
     def run(self, prompts: Sequence[Prompt], saved: Saved) -> None:
         """Warm up, then the repeats that `saved` leaves to be made."""
-        prompts_here = split(prompts, self.world, self.config.backend.data_parallel)
-        size, _ = call_count(len(prompts), self.world, self.config)
-        self._warm_up(prompts_here[:size])
+        self._warm_up(warm_up_batch(prompts, self.world, self.config))
         first = {completion.index: completion.token_ids for completion in saved.completions}
         for number, calls in schedule(prompts, self.world, self.config, saved):
             self.keeper.save_repeat(self._repeat(number, calls, first))
 
     def _warm_up(self, batch: list[Prompt]) -> None:
         for number in range(self.config.measure.warmup):
-            self.progress.enter(f"warmup {number + 1}/{self.config.measure.warmup}", self.sampling.max_new_tokens)
-            self._call(batch)
+            self._call(f"warmup {number + 1}/{self.config.measure.warmup}", batch, lambda finished: None)
 
-    def _call(self, batch: list[Prompt]) -> tuple[Generation, int]:
-        """What the engine made of a batch, and the number of its steps that gave a token."""
-        steps = fruitful = 0
+    def _call(
+        self, stage: str, batch: list[Prompt], keep: Callable[[Sequence[Completion]], None]
+    ) -> tuple[Generation, int]:
+        """What the engine made of a batch, and the number of its steps that gave a token; `keep` is given what the
+        engine has finished after each step. A call for the whole set can be ended between two steps."""
+        is_continuous = self.config.is_continuous
+        self.progress.enter(stage, len(batch) if is_continuous else self.sampling.max_new_tokens)
+        steps = fruitful = done = 0
 
-        def on_step(tokens: int) -> None:
-            nonlocal steps, fruitful
+        def on_step(new_tokens: int, finished: Sequence[Completion] = ()) -> None:
+            nonlocal steps, fruitful, done
             steps += 1
-            fruitful += tokens > 0
-            self.progress.advance(steps, tokens=tokens)
+            fruitful += new_tokens > 0
+            done += len(finished)
+            self.progress.advance(done if is_continuous else steps, tokens=new_tokens)
+            keep(finished)
+            if is_continuous:
+                self.keeper.between_batches()
 
         return self.backend.generate(batch, self.sampling, on_step), fruitful
 
@@ -102,19 +107,23 @@ class Loop:
         """Make one repeat; `first` has the tokens that each prompt was first answered with, and gains what is new."""
         generations, decode_steps = [], 0
         same = True
+
+        def keep(completions: Sequence[Completion]) -> None:
+            nonlocal same
+            new = [item for item in completions if item.index not in first]
+            same &= all(first.setdefault(item.index, item.token_ids) == item.token_ids for item in completions)
+            if number == 0 and new:
+                self.keeper.save(new)
+
         name = f"repeat {number + 1}/{self.config.measure.repeats}"
         self.backend.barrier()
         start = perf_counter()
         for call, batch in enumerate(calls, 1):
             self.keeper.between_batches()
-            self.progress.enter(f"{name} batch {call}/{len(calls)}", self.sampling.max_new_tokens)
-            generation, steps = self._call(batch)
+            generation, steps = self._call(f"{name} batch {call}/{len(calls)}", batch, keep)
+            keep(generation.completions)
             generations.append(generation)
-            decode_steps += max(steps - 1, 0)
-            new = [item for item in generation.completions if item.index not in first]
-            same &= all(first.setdefault(c.index, c.token_ids) == c.token_ids for c in generation.completions)
-            if number == 0 and new:
-                self.keeper.save(new)
+            decode_steps += max(steps - 1, 0) if generation.decode_steps is None else generation.decode_steps
         wall_s = perf_counter() - start
         asked = {prompt.index: len(prompt.token_ids) for batch in calls for prompt in batch}
         return _summary(number, wall_s, generations, decode_steps, asked, same)
@@ -133,7 +142,7 @@ def _summary(
         prefill_s=sum(prefill) if len(prefill) == len(generations) else None,
         decode_s=sum(decode) if len(decode) == len(generations) else None,
         completions=len(completions),
-        prompt_tokens=sum(asked.values()),
+        prompt_tokens=sum(asked[completion.index] for completion in completions),
         new_tokens=sum(len(completion.token_ids) for completion in completions),
         decode_steps=decode_steps,
         lengths=tuple((asked[item.index], len(item.token_ids)) for item in completions),

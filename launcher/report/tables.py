@@ -17,7 +17,7 @@ from rich.table import Table
 from launcher.report.memory_table import device_table, phase_table
 from launcher.report.published_table import published_table
 from launcher.report.units import count, rate, seconds, size
-from launcher.results.metrics import COUNTERS
+from launcher.results.metrics import COUNTERS, ROWS, SLOTS
 from launcher.run_dir.run_dir import COMPLETIONS, RANK_LOGS, RunDir
 from launcher.system.typed import to_plain
 
@@ -140,8 +140,13 @@ def _speed(record: Record) -> Table:
     for label, spread in rates.items():
         table.add_row(label, rate(spread.median), rate(spread.min), rate(spread.max), repeats)
     for name, spread in metrics.counters.items():
+        if name in (SLOTS, ROWS):
+            continue  # told as shares
         label = COUNTERS.get(name, name)
         table.add_row(label, count(spread.median), count(spread.min), count(spread.max), repeats)
+    for label, share in (("slots in use", metrics.slots_in_use), ("computed rows in use", metrics.rows_in_use)):
+        if share is not None:
+            table.add_row(label, percent(share.median), percent(share.min), percent(share.max), repeats)
     table.add_section()
     table.add_row("[dim]latency[/]", "[dim]p50[/]", "[dim]p90[/]", "[dim]p99[/]", "")
     latencies: dict[str, Quantiles] = {"time to first token": metrics.ttft_s, "inter-token latency": metrics.itl_s}
@@ -157,6 +162,11 @@ def _speed(record: Record) -> Table:
         of = used.reason if used.bandwidth is None else f"of {used.bandwidth / 1e9:,.1f} GB/s a device"
         table.add_row("memory bandwidth used (MBU)", _share(used), "", "", of)
     return table
+
+
+def percent(value: float | None) -> str:
+    """A share for a reader."""
+    return "-" if value is None else f"{value:.1%}"
 
 
 def _share(measured: CeilingShare | BandwidthUse) -> str:

@@ -11,9 +11,9 @@ class Repeat:
 
     `wall_s` runs from a barrier of all ranks to this rank's last token.
 
-    `prefill_s` and `decode_s` are sums over the batches, None for an engine that interleaves the two. `decode_steps`
+    `prefill_s` and `decode_s` are sums over the calls, None for an engine that does not tell them apart. `decode_steps`
     are those that gave a token, but for the first of each batch; `lengths` the tokens of each prompt and its answer.
-    `counters` are the engine's own, summed over the batches.
+    `counters` are the engine's own, summed over the calls.
     """
 
     number: int
@@ -72,7 +72,11 @@ class Decoding:
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """The figures of a run over its whole repeats; rates are of all ranks together, in tokens/s."""
+    """The figures of a run over its whole repeats; rates are of all ranks together, in tokens/s.
+
+    `slots_in_use` is the part of the slots of a decode step that gave a token of an answer, `rows_in_use` that of the
+    rows which were computed; None where the engine counts neither.
+    """
 
     new_tokens_per_s: Spread
     new_tokens_per_s_per_device: Spread
@@ -82,6 +86,8 @@ class Metrics:
     ttft_s: Quantiles
     itl_s: Quantiles
     decode: Decoding | None
+    slots_in_use: Spread | None = None
+    rows_in_use: Spread | None = None
     counters: dict[str, Spread] = field(default_factory=dict)
 
 

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from launcher.results.measured import Repeat
     from shards.plan.plan import Plan
 
-COUNTERS: dict[str, str] = {}
+SLOTS, ROWS = "slots_in_decode_steps", "rows_in_decode_steps"
+COUNTERS: dict[str, str] = {SLOTS: "slots, of all decode steps", ROWS: "rows computed in decode steps"}
 """The label in the report of each number that an engine may count: calls and ranks add up."""
 
 INTERLEAVED = "continuous batching interleaves prefill and decode, or nothing was decoded"
@@ -99,6 +100,8 @@ def figures(
         ttft_s=quantiles(value for rank in ranks for value in rank.ttft_s),
         itl_s=quantiles(value for rank in ranks for value in rank.itl_s),
         decode=decoding(counted, windows),
+        slots_in_use=in_use(totals, SLOTS),
+        rows_in_use=in_use(totals, ROWS),
         counters={name: spread(repeat.counters.get(name) for repeat in totals) for name in totals[0].counters},
     )
     return Figures(
@@ -149,6 +152,13 @@ def summed(counters: Iterable[Mapping[str, float]]) -> dict[str, float]:
                 raise ValueError(f"{name} is not a counter of launcher.results.metrics.COUNTERS")
             sums[name] = sums.get(name, 0) + value
     return sums
+
+
+def in_use(totals: Sequence[RepeatTotal], name: str) -> Spread | None:
+    """The part of what a counter counts in decode steps that gave a token of an answer."""
+    if not all(one.counters.get(name) for one in totals):
+        return None
+    return spread((one.new_tokens - one.completions) / one.counters[name] for one in totals)
 
 
 def decoding(repeats: Sequence[Sequence[Repeat]], windows: Sequence[int | None]) -> Decoding | None:

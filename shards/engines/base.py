@@ -67,12 +67,23 @@ def tensor_parallel_traffic(request: PlanRequest) -> Traffic:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModulePlanner(EnginePlanner, ABC):
-    """An engine that runs the module of transformers, with weights read by `shards.load` and a static batch.
+    """An engine that runs the module of transformers, with weights read by `shards.load`.
 
     `kv_heads_only`: keys and values of kv heads only are kept, not as transformers' own Falcon expands them.
+    `prefill_tokens` of prompts are the most that are read at once into slots; None for a static batch, whose cache
+    grows with each token.
     """
 
     kv_heads_only: bool = True
+    prefill_tokens: int | None = None
+
+    @property
+    def has_slots(self) -> bool:
+        return self.prefill_tokens is not None
+
+    def window_tokens(self, window: int) -> int:
+        """In a slot the newest token takes the place of the one that no later token will see."""
+        return window if self.has_slots else window - 1
 
     def refusal(self, request: PlanRequest) -> str | None:
         return None
@@ -98,6 +109,8 @@ class ModulePlanner(EnginePlanner, ABC):
     def unsliced_bytes(self, request: PlanRequest, first: int, end: int) -> int:
         """Transformers cuts sliding layers to their window by views, which hold on to all keys and values of a prompt
         until the next step."""
+        if self.has_slots:
+            return 0
         lost = sum(request.lost_tokens(window) for window in request.shape.windows[first:end])
         return request.batch_size * lost * kv_bytes_per_token(request) // request.shape.num_layers
 
@@ -106,6 +119,8 @@ class ModulePlanner(EnginePlanner, ABC):
         query heads; or these and the logits of the last tokens, which are there in fp32 as well."""
         shape, e, n = request.shape, request.dtype_bytes, request.tensor_parallel_size
         rows = request.batch_size * request.prompt_tokens
+        if self.prefill_tokens is not None:
+            rows = min(rows, self.prefill_tokens)
         layer = layer_activation_bytes(request, rows, shape.cached_heads(self.kv_heads_only))
         logits = request.batch_size * shape.vocab_size * (e + 4)
         mask = rows * request.context * (1 + e)

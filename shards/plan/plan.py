@@ -38,7 +38,7 @@ class Plan:
     known. `roofline` and the `windows` of the layers are what the limit of any other step follows from.
     `load_host_bytes` are of all ranks of a node, None where not known, `step_bytes` the weights that a device reads for
     a decode step and `bandwidth` the bytes/s at which it can; `kv_cache_memory_bytes` is the pool that the engine is
-    told to reserve.
+    told to reserve. `slots` of `slot_tokens` tokens each are what a module engine keeps its cache in.
     """
 
     engine: str
@@ -60,6 +60,8 @@ class Plan:
     roofline: Roofline | None
     windows: tuple[int | None, ...]
     quantization: str | None = None
+    slots: int | None = None
+    slot_tokens: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as plan.json keeps them."""
@@ -112,6 +114,8 @@ def make_plan(request: PlanRequest) -> Plan:
         roofline=roofline(request, layout),
         windows=request.shape.windows,
         quantization=request.quantization.name if request.quantization else None,
+        slots=request.batch_size if request.engine.has_slots else None,
+        slot_tokens=request.context if request.engine.has_slots else None,
     )
 
 

@@ -92,13 +92,12 @@ class PlanRequest:
         return self.prompt_tokens + self.max_new_tokens
 
     def kept_tokens(self, window: int | None) -> int:
-        """Tokens of a sequence for which a layer has cache at its end. A window's last token is not read again, and it
-        does not begin where a block does."""
+        """Tokens of a sequence for which a layer has cache at its end. A window does not begin where a block does."""
         if window is None:
             return self._in_blocks(self.context)
         block = self.engine.block_tokens
         more = block if block > 1 else 0
-        return min(self._in_blocks(self.context), self._in_blocks(window - 1) + more)
+        return min(self._in_blocks(self.context), self._in_blocks(self.engine.window_tokens(window)) + more)
 
     def lost_tokens(self, window: int | None) -> int:
         """Tokens of a prompt for which a layer has no cache any more once it was read."""
@@ -126,6 +125,15 @@ class EnginePlanner(ABC):
     def block_tokens(self) -> int:
         """Tokens of a sequence for which the cache grows at a time."""
         return 1
+
+    @property
+    def has_slots(self) -> bool:
+        """The cache has room for all sequences of a batch at full length from the first."""
+        return False
+
+    def window_tokens(self, window: int) -> int:
+        """Tokens that are kept for a window: its last is not read again."""
+        return window - 1
 
     def runs(self, quantization: Quantization) -> bool:
         """The engine has layers for weights that are stored so."""

@@ -26,7 +26,7 @@ def main() -> None:
     backend, _ = loaded(configured("fsdp", "tiny_draft", int(ranks)), world, [prompt])
     held = []
     for _ in range(10):
-        backend.generate([prompt], STEPS, lambda tokens: None)
+        backend.generate([prompt], STEPS, lambda tokens, finished=(): None)
         assert bookkeeping_entries(backend.model) == 0
         ctypes.CDLL(None).malloc_trim(0)  # what is free in the heap goes back: what is held is left
         held.append(host_anonymous_bytes())

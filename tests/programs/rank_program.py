@@ -37,9 +37,9 @@ def answer(
     backend: Backend, config: RunConfig, world: World, prompts: list[Prompt], sampling: SamplingConfig
 ) -> list[Completion]:
     """This rank's completions of a prompt set, in the batches of the real loop."""
-    own = split(prompts, world, config.backend.data_parallel)
+    own = split(prompts, world, config)
     size, calls = call_count(len(prompts), world, config)
-    made = [backend.generate(batch, sampling, lambda tokens: None) for batch in batches(own, size, calls)]
+    made = [backend.generate(batch, sampling, lambda tokens, finished=(): None) for batch in batches(own, size, calls)]
     return [completion for generation in made for completion in generation.completions]
 
 

@@ -65,7 +65,7 @@ def timed(backend: VllmBackend, prompts: list[Prompt]) -> dict[str, Any]:
 
 def too_long(backend: VllmBackend) -> str:
     try:
-        backend.generate([Prompt(0, "", (5,) * 1000)], FULL, lambda tokens: None)
+        backend.generate([Prompt(0, "", (5,) * 1000)], FULL, lambda tokens, finished=(): None)
     except ConfigError as error:
         return str(error)
     return ""
@@ -88,7 +88,7 @@ def killed(backend: VllmBackend, prompts: list[Prompt]) -> dict[str, Any]:
     threading.Timer(0.5, kill).start()
     try:
         for _ in range(1000):
-            backend.generate(prompts, long, lambda tokens: None)
+            backend.generate(prompts, long, lambda tokens, finished=(): None)
     except RuntimeError as error:
         return {"message": str(error), "after_s": time.perf_counter() - at}
     return {}
@@ -108,7 +108,7 @@ def main() -> None:
     result["threads"] = [int(worker.environ()["OMP_NUM_THREADS"]) for worker in workers()]
     backend.barrier()
     result["calls"] = [timed(backend, prompts[::-1]), timed(backend, prompts)]
-    result["empty"] = asdict(backend.generate([], FULL, lambda tokens: None))
+    result["empty"] = asdict(backend.generate([], FULL, lambda tokens, finished=(): None))
     result["too_long"] = too_long(backend)
     result["memory"] = [asdict(device) for device in backend.memory()]
     if "kill" in sys.argv:

@@ -43,6 +43,7 @@ class DeepSpeedConfig(BackendConfig):
     planner_class: ClassVar[type[EnginePlanner] | None] = DeepSpeedPlanner
     packages: ClassVar[tuple[str, ...]] = ("torch", "transformers:AutoModelForCausalLM", "deepspeed:init_inference")
     pip_extra: ClassVar[str | None] = "deepspeed"
+    has_slots: ClassVar[bool] = True
     loads_by_name: ClassVar[bool] = True
 
     name: str = "deepspeed"

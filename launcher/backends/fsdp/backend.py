@@ -16,17 +16,20 @@ from launcher.backends.module import ModuleBackend
 from shards.parallel.fully_shard import fully_shard_model, reset_bookkeeping, reshard
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     import torch
     from torch.distributed.device_mesh import DeviceMesh
 
-    from launcher.backends.base import DeviceMemory, Generation, Prompt
+    from launcher.backends.base import Completion, DeviceMemory, Generation, OnStep, Prompt
     from launcher.backends.fsdp.engine import FsdpConfig
     from launcher.backends.module import Progress
     from launcher.config.schema import SamplingConfig
     from shards.machine.world import World
     from shards.plan.plan import Plan
+
+
+RESET_STEPS = 500  # between two resets of what FSDP2 notes of each forward: some 3 kB
 
 
 class FsdpBackend(ModuleBackend):
@@ -56,10 +59,17 @@ class FsdpBackend(ModuleBackend):
         fabric.setup(model, move_to_device=False)
         return model
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: Callable[[int], None]
-    ) -> Generation:
-        generation = super().generate(prompts, sampling, on_step)
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Generation:
+        steps = 0
+
+        def count(new_tokens: int, finished: Sequence[Completion] = ()) -> None:
+            nonlocal steps
+            steps += 1
+            if steps % RESET_STEPS == 0:
+                reset_bookkeeping(self.model)
+            on_step(new_tokens, finished)
+
+        generation = super().generate(prompts, sampling, count)
         reset_bookkeeping(self.model)
         return generation
 

@@ -24,6 +24,7 @@ class FsdpConfig(BackendConfig):
     packages: ClassVar[tuple[str, ...]] = ("torch", "transformers:AutoModelForCausalLM", "lightning:Fabric")
     pip_extra: ClassVar[str | None] = "fsdp"
     data_parallel: ClassVar[bool] = True
+    has_slots: ClassVar[bool] = True
     loads_by_name: ClassVar[bool] = True
 
     name: str = "fsdp"

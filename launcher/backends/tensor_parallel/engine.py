@@ -18,6 +18,7 @@ class TensorParallelConfig(BackendConfig):
     planner_class: ClassVar[type[EnginePlanner] | None] = TensorParallelPlanner
     packages: ClassVar[tuple[str, ...]] = ("torch", "transformers:AutoModelForCausalLM")
     pip_extra: ClassVar[str | None] = "tensor_parallel"
+    has_slots: ClassVar[bool] = True
     loads_by_name: ClassVar[bool] = True
 
     name: str = "tensor_parallel"

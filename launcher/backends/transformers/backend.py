@@ -8,13 +8,11 @@ import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import get_balanced_memory
 
-from launcher.backends.memory import module_memory
 from launcher.backends.module import ModuleBackend
 from shards.errors import PlanError
 from shards.parallel.fully_shard import decoder_layers
 
 if TYPE_CHECKING:
-    from launcher.backends.base import DeviceMemory
     from launcher.backends.module import Progress
     from launcher.backends.transformers.engine import TransformersConfig
     from shards.machine.world import World
@@ -56,12 +54,6 @@ class TransformersBackend(ModuleBackend):
         model.tie_weights()
         self.fill(model, progress)
         return dispatch_model(model, placed, force_hooks=True)  # they bring the inputs, even where one card has it all
-
-    def memory(self) -> list[DeviceMemory]:
-        caches = self.decoder.kv_cache_bytes
-        return [
-            module_memory(self.model, device, place, caches, self.peaks) for place, device in enumerate(self.devices)
-        ]
 
 
 def allocate_parameters(module: torch.nn.Module, device: torch.device) -> None:

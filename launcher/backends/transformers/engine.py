@@ -28,6 +28,7 @@ class TransformersConfig(BackendConfig):
     pip_extra: ClassVar[str | None] = "transformers"
     one_process_per_device: ClassVar[bool] = False
     joins_ranks: ClassVar[bool] = False
+    has_slots: ClassVar[bool] = True
     loads_by_name: ClassVar[bool] = True
 
     name: str = "transformers"

@@ -24,7 +24,7 @@ from shards.errors import PlanError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from launcher.backends.base import FinishReason, Prompt
+    from launcher.backends.base import FinishReason, OnStep, Prompt
     from launcher.backends.vllm.engine import VllmConfig
     from launcher.config.schema import RunConfig, SamplingConfig
     from shards.machine.world import World
@@ -109,9 +109,7 @@ class VllmBackend:
         write_json(Path(self.scratch.name) / "config.json", model.config)
         return Path(self.scratch.name)
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: Callable[[int], None]
-    ) -> Generation:
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Generation:
         self._check_lengths(prompts, sampling.max_new_tokens)
         assert self.watch is not None
         engine = self.llm.llm_engine

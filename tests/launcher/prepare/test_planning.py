@@ -98,14 +98,15 @@ def decode_ceiling(plan: Plan, steps: int, tokens: int, cached: int) -> float:
 def test_ceilings_are_those_of_the_prompts_as_they_are() -> None:
     """One long prompt and 255 short ones, which get 20 tokens each."""
     lengths = [7] * 255 + [900]
-    for engine, steps, padded in (
-        ("vllm", 20, 900 + 255 * 7),
-        ("transformers", 20 * 64, 4 * 900 + 252 * 7),
-        ("fsdp", 20 * 64, 4 * 900 + 252 * 7),
+    for engine, scheduling, steps, cached in (
+        ("vllm", "continuous", 20, 900 + 255 * 7),
+        ("transformers", "continuous", 20 * 64, 900 + 255 * 7),
+        ("transformers", "static", 20 * 64, 4 * 900 + 252 * 7),
+        ("fsdp", "static", 20 * 64, 4 * 900 + 252 * 7),
     ):
-        plan = planned(lengths, True, *CARD, f"backend={engine}")
+        plan = planned(lengths, True, *CARD, f"backend={engine}", f"measure.scheduling={scheduling}")
         assert plan.limit is not None
-        expected = decode_ceiling(plan, steps, 20 * 256, 20 * (padded + 256 * 10))
+        expected = decode_ceiling(plan, steps, 20 * 256, 20 * (cached + 256 * 10))
         assert plan.limit.tokens_per_s == pytest.approx(expected), engine
 
 

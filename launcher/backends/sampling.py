@@ -1,0 +1,58 @@
+"""The next token from logits: the best, or one drawn from a generator of each prompt's own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from launcher.backends.base import Prompt
+    from launcher.config.schema import SamplingConfig
+
+
+class Sampler:
+    """Chooses the next tokens of some rows, greedily or by chance.
+
+    Each prompt is drawn for from a generator of its own, so that its sample depends on the seed and on its index only:
+    not on the batch, the rank or the number of ranks. No draw waits for the device.
+    """
+
+    def __init__(self, sampling: SamplingConfig, seed: int, device: torch.device) -> None:
+        self.is_greedy = sampling.temperature == 0
+        self.processors = _processors(sampling)
+        self.seed, self.device = seed, device
+
+    def generator(self, prompt: Prompt) -> torch.Generator | None:
+        """What the tokens of a prompt are drawn with, from its first; None where nothing is left to chance."""
+        if self.is_greedy:
+            return None
+        return torch.Generator(self.device).manual_seed((self.seed << 32) + prompt.index)
+
+    def choose(
+        self, logits: torch.Tensor, generators: Sequence[torch.Generator | None]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The chosen token of each row of `logits` [rows, vocabulary], and the gap between the two largest of them."""
+        best = logits.argmax(-1, keepdim=True)
+        gaps = logits.gather(1, best)[:, 0] - logits.scatter(1, best, -torch.inf).amax(-1)
+        if self.is_greedy:
+            return best[:, 0], gaps
+        weights = self.processors(None, logits).softmax(-1)
+        noise = torch.ones_like(weights)
+        for row, generator in zip(noise, generators, strict=False):
+            row.exponential_(generator=generator)
+        return (weights / noise).argmax(-1), gaps
+
+
+def _processors(sampling: SamplingConfig) -> LogitsProcessorList:
+    processors = LogitsProcessorList()
+    if sampling.temperature > 0 and sampling.temperature != 1:
+        processors.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        processors.append(TopPLogitsWarper(sampling.top_p))
+    return processors

@@ -1,0 +1,51 @@
+"""The attention of slots: keys and values are read where they lie, those of kv heads once for all their queries."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+if TYPE_CHECKING:
+    from torch import nn
+
+NAME = "slots"
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers' own functions compute for `query` [rows, heads, tokens, dim], as [rows, tokens, heads, dim].
+
+    transformers copies keys and values to all query heads wherever there is a mask, which in slots is at every step.
+    """
+    rows, heads, tokens, dim = query.shape
+    group = heads // key.shape[1]
+    if tokens == 1:  # the queries of a group see the same keys, as those of a sequence do
+        if group > 1:
+            query = query.reshape(rows, heads // group, group, dim)
+        found = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+        return found.reshape(rows, 1, heads, value.shape[3]), None
+    if group > 1 and (mask is not None or not query.is_cuda):
+        key, value, group = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), 1
+    found = scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scaling, is_causal=mask is None, enable_gqa=group > 1
+    )
+    return found.transpose(1, 2), None
+
+
+def use_slots(model: nn.Module) -> None:
+    """Have a model attend so, if its family leaves it to others how; its own attention does as well."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    if getattr(model, "_supports_attention_backend", False) and model.config._attn_implementation == "sdpa":
+        model.config._attn_implementation = NAME

@@ -1,0 +1,205 @@
+"""Keys and values of the sequences in the slots of a process: allocated once, each row at a length of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicSlidingWindowLayer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A forward that reads prompts into the slots `rows` [n]: their tokens from `start` on, none lies at `ends` [n].
+
+    Rows are padded on their right. Where a `start` is given there is one row, `first_row`, and no padding.
+    """
+
+    rows: torch.Tensor
+    ends: torch.Tensor
+    first_row: int
+    start: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stepping:
+    """A forward that decodes the first `rows` slots, tokens at `positions` [rows, tokens]; none lies at `reach`."""
+
+    rows: int
+    positions: torch.Tensor
+    reach: int
+
+
+class SlotLayer(CacheLayerMixin):
+    """One layer: keys and values [slots, kv heads, size, head_dim], zeros until they are written.
+
+    A layer with a window has as many places as the window, used in turn: token n lies at place n modulo the size, so
+    that a row holds the last `size` tokens, all of which the newest may see.
+    """
+
+    def __init__(self, slots: int, length: int, window: int | None) -> None:
+        super().__init__()
+        self.slots, self.window = slots, window
+        self.size = length if window is None else min(length, window)
+        self.is_sliding = window is not None
+        self.doing: Reading | Stepping | None = None
+        self.views: tuple[int, int, Pair] | None = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate, for heads as these states have them."""
+        self.keys, self.values = (
+            torch.zeros(
+                self.slots, states.shape[1], self.size, states.shape[3], dtype=states.dtype, device=states.device
+            )
+            for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Pair:
+        """Write the states of prompts; the keys and values that their attention is to see."""
+        assert isinstance(self.doing, Reading)
+        if self.doing.start:
+            return self._read_on(self.doing, key_states, value_states)
+        for cache, states in ((self.keys, key_states), (self.values, value_states)):
+            kept = states if states.shape[2] <= self.size else self._last(states, self.doing.ends)
+            cache[:, :, : kept.shape[2]].index_copy_(0, self.doing.rows.to(cache.device), kept)
+        return key_states, value_states
+
+    def _last(self, states: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """The last `size` tokens of prompts [rows, heads, width, dim], each in its place."""
+        last = ends.to(states.device)[:, None] - 1
+        tokens = last - (last - torch.arange(self.size, device=states.device)) % self.size
+        tokens = tokens.clamp_(min=0)[:, None, :, None]
+        return states.gather(2, tokens.expand(-1, states.shape[1], -1, states.shape[3]))
+
+    def _read_on(self, reading: Reading, key_states: torch.Tensor, value_states: torch.Tensor) -> Pair:
+        """The next tokens of one prompt, behind those before them that they may see, in order."""
+        start, row, end = reading.start, reading.first_row, reading.start + key_states.shape[2]
+        if self.window is None:
+            self.keys[row, :, start:end] = key_states[0]
+            self.values[row, :, start:end] = value_states[0]
+            return self.keys[row : row + 1, :, :end], self.values[row : row + 1, :, :end]
+        device = key_states.device
+        before = torch.arange(start - self._num_before(start), start, device=device) % self.size
+        keys = torch.cat((self.keys[row : row + 1, :, before], key_states), 2)
+        values = torch.cat((self.values[row : row + 1, :, before], value_states), 2)
+        kept = min(end - start, self.size)
+        places = torch.arange(end - kept, end, device=device) % self.size
+        self.keys[row].index_copy_(1, places, key_states[0, :, -kept:])
+        self.values[row].index_copy_(1, places, value_states[0, :, -kept:])
+        return keys, values
+
+    def step(self, key_states: torch.Tensor, value_states: torch.Tensor, index: torch.Tensor) -> Pair:
+        """Write tokens to `index` of the heads' places in a row; views of what the rows hold."""
+        assert isinstance(self.doing, Stepping)
+        rows, reach = self.doing.rows, self.doing.reach
+        for cache, states in ((self.keys, key_states), (self.values, value_states)):
+            cache.view(-1, cache.shape[3]).index_copy_(0, index, states.reshape(-1, cache.shape[3]))
+        if self.views is None or self.views[0] != rows or self.views[1] != reach:
+            self.views = rows, reach, (self.keys[:rows, :, :reach], self.values[:rows, :, :reach])
+        return self.views[2]
+
+    def _num_before(self, start: int) -> int:
+        """How many of `start` tokens the next one may see."""
+        return start if self.window is None else min(start, self.window - 1)
+
+    def get_seq_length(self) -> int:
+        """Tokens before those of this forward, as the model is to believe."""
+        match self.doing:
+            case Reading(start=start):
+                return start
+            case Stepping(reach=reach):
+                return reach - 1
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(number of keys that attention is given, position of the first of them)."""
+        match self.doing:
+            case Reading(start=start):
+                before = self._num_before(start)
+                return before + query_length, start - before
+            case Stepping(reach=reach):
+                return min(reach, self.size), 0
+        return query_length, 0
+
+    def get_max_length(self) -> int:
+        """Tokens of a sequence that a slot has places for."""
+        return self.size
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The two, once they are there."""
+        return (self.keys, self.values) if self.is_initialized else ()
+
+
+class SlotCache(Cache):
+    """The cache of `slots` sequences of at most `length` tokens. `do` says what the next forward is for."""
+
+    def __init__(self, config: PretrainedConfig, slots: int, length: int) -> None:
+        self.slots, self.length = slots, length
+        windows = [
+            layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
+            for layer in DynamicCache(config=config).layers
+        ]
+        super().__init__(layers=[SlotLayer(slots, length, window) for window in windows])
+        self.doing: Reading | Stepping | None = None
+        self._index: dict[tuple[torch.device, int, int], torch.Tensor] = {}
+        self._bases: dict[tuple[torch.device, int, int], torch.Tensor] = {}
+
+    def do(self, what: Reading | Stepping) -> None:
+        self.doing = what
+        self._index.clear()
+        for layer in self.layers:
+            layer.doing = what
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Pair:
+        """Write what a layer made of the tokens of this forward; the keys and values that they are to see."""
+        layer: SlotLayer = self.layers[layer_idx]
+        if not layer.is_initialized:
+            layer.lazy_initialization(key_states, value_states)
+        if isinstance(self.doing, Reading):
+            return layer.update(key_states, value_states)
+        return layer.step(key_states, value_states, self._index_of(layer))
+
+    def _index_of(self, layer: SlotLayer) -> torch.Tensor:
+        """Where in [slots, heads, size], laid flat, the tokens of this step go; layers that are alike share it."""
+        assert isinstance(self.doing, Stepping)
+        kind = layer.keys.device, layer.keys.shape[1], layer.size
+        if kind not in self._index:
+            device, heads, size = kind
+            if kind not in self._bases:
+                self._bases[kind] = torch.arange(self.slots * heads, device=device).view(-1, heads, 1) * size
+            places = self.doing.positions.to(device)[:, None]
+            places = places % size if layer.is_sliding else places
+            self._index[kind] = (self._bases[kind][: self.doing.rows] + places).view(-1)
+        return self._index[kind]
+
+    def move(self, source: int, target: int) -> None:
+        """Copy what one slot holds to another."""
+        for tensor in self.tensors():
+            tensor[target].copy_(tensor[source])
+
+    def clear(self, row: int) -> None:
+        """Overwrite what a slot holds."""
+        for tensor in self.tensors():
+            tensor[row].zero_()
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Keys and values of all layers that have run."""
+        return [tensor for layer in self.layers for tensor in layer.tensors]
+
+    def num_bytes(self) -> dict[torch.device, int]:
+        """Bytes on each device."""
+        held: dict[torch.device, int] = {}
+        for tensor in self.tensors():
+            held[tensor.device] = held.get(tensor.device, 0) + tensor.nbytes
+        return held

@@ -1,0 +1,238 @@
+"""Continuous batching: each prompt takes a slot as soon as one is free, while the others go on decoding."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from launcher.backends.base import Completion, Generation
+from launcher.backends.memory import Clock, PhasePeaks
+from launcher.backends.sampling import Sampler
+from launcher.backends.slots.device import Slots
+from launcher.backends.slots.schedule import NEAR, Read, Schedule, Step
+from launcher.results.metrics import ROWS, SLOTS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as SequenceOf
+
+    from launcher.backends.base import OnStep, Prompt
+    from launcher.backends.slots.schedule import Sequence
+    from launcher.config.schema import SamplingConfig
+    from shards.machine.world import World
+
+LATE = {"cpu": 0, "cuda": 4}
+"""So many forwards later it is read which tokens one has made: before, the host would have to wait for the device."""
+
+
+class Queue:
+    """The prompts of a call, and which rank is given each: the one that has most free slots, the first of several.
+
+    Alone, or where ranks answer together, there is one schedule. Ranks that answer apart keep in step: where it is
+    known when answers end each follows the schedules of all, else they tell each other how many slots are free.
+    """
+
+    def __init__(self, prompts: SequenceOf[Prompt], schedules: SequenceOf[Schedule], rank: int, votes: bool) -> None:
+        self.prompts = deque(prompts)
+        self.schedules, self.own, self.votes = schedules, schedules[rank], votes
+
+    def fill(self) -> bool:
+        """Give prompts to free slots; whether any rank has something to do."""
+        free = [schedule.free for schedule in self.schedules]
+        if self.votes:
+            told = [torch.zeros(1, dtype=torch.long) for _ in free]
+            dist.all_gather(told, torch.tensor([self.own.free]))
+            free = [int(one) for one in told]
+        while self.prompts and (most := max(free)):
+            rank = free.index(most)
+            free[rank] -= 1
+            prompt = self.prompts.popleft()
+            if not self.votes or self.schedules[rank] is self.own:
+                self.schedules[rank].add(prompt)
+        return any(number < len(schedule.seats) for number, schedule in zip(free, self.schedules, strict=True))
+
+    def follow(self) -> None:
+        """Note what the other ranks do beside this one's forward, where that is known."""
+        for schedule in self.schedules if not self.votes else ():
+            if schedule is not self.own and (forward := schedule.next()):
+                schedule.begin(forward)
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What one forward has chosen, on its way to the host."""
+
+    forward: Read | Step
+    number: int
+    tokens: torch.Tensor
+    gaps: torch.Tensor
+    copied: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, forward: Read | Step, number: int, tokens: torch.Tensor, gaps: torch.Tensor) -> Made:
+        if tokens.device.type != "cuda":
+            return cls(forward, number, tokens, gaps, None)
+        tokens, gaps = tokens.to("cpu", non_blocking=True), gaps.to("cpu", non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        return cls(forward, number, tokens, gaps, copied)
+
+    def values(self) -> tuple[list[int], list[float]]:
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.tokens.tolist(), self.gaps.tolist()
+
+
+@dataclass(slots=True)
+class SlotDecoder:
+    """The generation loop of a model over `num_slots` sequences of at most `length` tokens at a time."""
+
+    model: object
+    eos_token_ids: tuple[int, ...]
+    device: torch.device
+    world: World
+    seed: int
+    peaks: PhasePeaks
+    num_slots: int
+    length: int
+    prefill_tokens: int
+    splits_prompts: bool
+    slots: Slots | None = None
+    must_clear: bool = False
+    made: deque[Made] = field(default_factory=deque)
+
+    @property
+    def kv_cache_bytes(self) -> dict[torch.device, int]:
+        """Bytes of the cache on each device."""
+        return self.slots.cache.num_bytes() if self.slots else {}
+
+    @torch.inference_mode()
+    def generate(self, prompts: SequenceOf[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Generation:
+        """New tokens for each prompt that this rank answers, in the order of the prompts."""
+        call = _Call(self, prompts, sampling, on_step)
+        self.made.clear()
+        while call.queue.fill():
+            call.forward()
+            while len(self.made) > LATE[self.device.type]:
+                call.take(self.made.popleft())
+            call.report()
+        while self.made:
+            call.take(self.made.popleft())
+            call.report()
+        return call.generation()
+
+    def ready(self, longest: int) -> Slots:
+        """The slots, made anew if a call needs longer ones than all before."""
+        if self.slots is None or longest > self.slots.cache.length:
+            self.length = max(longest, self.length)
+            self.slots = None
+            self.slots = Slots(self.model, self.num_slots, self.length, self.device)
+        return self.slots
+
+
+class _Call:
+    """One call of `SlotDecoder.generate`."""
+
+    def __init__(
+        self, decoder: SlotDecoder, prompts: SequenceOf[Prompt], sampling: SamplingConfig, on_step: OnStep
+    ) -> None:
+        self.decoder, self.sampling, self.on_step = decoder, sampling, on_step
+        most = sampling.max_new_tokens
+        self.slots = decoder.ready(max((len(prompt.token_ids) for prompt in prompts), default=1) + most)
+        ranks, rank = (decoder.world.world_size, decoder.world.rank) if decoder.splits_prompts else (1, 0)
+        near = NEAR[decoder.device.type]
+        schedules = [Schedule(decoder.num_slots, most, decoder.prefill_tokens, near) for _ in range(ranks)]
+        self.schedule = schedules[rank]
+        self.queue = Queue(prompts, schedules, rank, votes=ranks > 1 and not sampling.ignore_eos)
+        self.sampler = Sampler(sampling, decoder.seed, decoder.device)
+        self.eos = frozenset(() if sampling.ignore_eos else decoder.eos_token_ids)
+        self.order = {prompt.index: place for place, prompt in enumerate(prompts)}
+        self.generators: dict[int, torch.Generator | None] = {}
+        self.kinds: list[type[Read | Step] | None] = []  # of each forward
+        self.rows = 0
+        self.ended: list[Sequence] = []
+        self.new_tokens, self.reported = 0, 0
+        self.clock = Clock(decoder.device)
+
+    def forward(self) -> None:
+        """Start the next forward of this rank, an idle one if it has nothing to do."""
+        forward = self.schedule.next()
+        self.queue.follow()
+        self.kinds.append(None if forward is None else type(forward))
+        if forward is None:
+            self.slots.idle()
+            self.clock.mark()
+            return
+        if isinstance(forward, Read):
+            if self.decoder.must_clear and not forward.start:
+                self.slots.clear(forward.sequences)
+            logits = self.slots.read(forward)
+        else:
+            self.rows += len(forward.sequences)
+            logits = self.slots.step(forward)
+        if isinstance(forward, Step) or forward.is_last:
+            tokens, gaps = self.sampler.choose(logits, [self._generator(one) for one in forward.sequences])
+            self.slots.keep(forward, tokens)
+            self.decoder.made.append(Made.of(forward, len(self.kinds) - 1, tokens, gaps))
+        self.schedule.begin(forward)
+        self.clock.mark()
+        self.decoder.peaks.end("prefill" if isinstance(forward, Read) else "decode")
+
+    def _generator(self, sequence: Sequence) -> torch.Generator | None:
+        if sequence.begun == 0:
+            self.generators[sequence.prompt.index] = self.sampler.generator(sequence.prompt)
+        return self.generators[sequence.prompt.index]
+
+    def take(self, made: Made) -> None:
+        """Read what a forward has chosen. What a sequence was given after its end is left out."""
+        for sequence, token, gap in zip(made.forward.sequences, *made.values(), strict=True):
+            if sequence.is_ended:
+                continue
+            sequence.token_ids.append(token)
+            sequence.gaps.append(gap)
+            sequence.forwards.append(made.number)
+            self.decoder.must_clear |= not math.isfinite(gap)
+            self.new_tokens += 1
+            if token in self.eos or len(sequence.token_ids) == self.sampling.max_new_tokens:
+                sequence.is_ended = True
+                self.schedule.end(sequence)
+                self.ended.append(sequence)
+
+    def report(self) -> None:
+        """Say what is new since the last time."""
+        new = [self._completion(sequence) for sequence in self.ended[self.reported :]]
+        self.reported = len(self.ended)
+        self.on_step(self.new_tokens, new)
+        self.new_tokens = 0
+
+    def _completion(self, sequence: Sequence, marks: SequenceOf[float] | None = None) -> Completion:
+        times = [marks[number] for number in sequence.forwards] if marks else []
+        return Completion(
+            index=sequence.prompt.index,
+            token_ids=tuple(sequence.token_ids),
+            finish_reason="stop" if sequence.token_ids[-1] in self.eos else "length",
+            ttft_s=times[0] if times else None,
+            itl_s=tuple(later - earlier for earlier, later in pairwise(times)),
+            top2_gaps=tuple(sequence.gaps),
+        )
+
+    def generation(self) -> Generation:
+        """All completions, with their times."""
+        marks = self.clock.marks()
+        spent: dict[type[Read | Step] | None, float] = {Read: 0.0, Step: 0.0, None: 0.0}
+        for kind, before, after in zip(self.kinds, (0.0, *marks), marks, strict=False):
+            spent[kind] += after - before
+        steps = self.kinds.count(Step)
+        ordered = sorted(self.ended, key=lambda sequence: self.order[sequence.prompt.index])
+        return Generation(
+            tuple(self._completion(sequence, marks) for sequence in ordered),
+            prefill_s=spent[Read],
+            decode_s=spent[Step],
+            decode_steps=steps,
+            counters={SLOTS: steps * self.decoder.num_slots, ROWS: self.rows},
+        )

@@ -1,0 +1,145 @@
+"""Who is in which slot, and what the next forward of a process is for. Plain bookkeeping: no tensor, no device."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from launcher.backends.base import Prompt
+
+NEAR = {"cpu": 16, "cuda": 256}
+"""Prompts that differ by no more tokens are read together, the shorter padded: about what one more forward costs."""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A prompt in a slot. `row` is the slot, `read` counts its tokens in the cache, `begun` the new tokens for which
+    forwards were started; what is known of these is in the lists, with the number of the forward that gave each."""
+
+    prompt: Prompt
+    row: int = -1
+    read: int = 0
+    begun: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+    forwards: list[int] = field(default_factory=list)
+    is_ended: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache once all that is begun is done."""
+        return self.read + max(self.begun - 1, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A forward that reads prompts, once moves (from, to) are made: a chunk of one, or all tokens of several."""
+
+    sequences: tuple[Sequence, ...]
+    start: int
+    width: int
+    moves: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the prompts are then read to their ends, and each has its first new token."""
+        return self.start + self.width >= len(self.sequences[0].prompt.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A forward that decodes the sequences in the first slots, once moves (from, to) are made."""
+
+    sequences: tuple[Sequence, ...]
+    moves: tuple[tuple[int, int], ...]
+
+
+class Schedule:
+    """The slots of one process.
+
+    `next` says what to do, `begin` takes note that it was begun, `end` that a sequence has met its end. Between two
+    steps of the others no more than `prefill_tokens` tokens of prompts are read. A prompt takes the first free slot,
+    one that is read in several forwards the last; for a step those that decode close ranks.
+    """
+
+    def __init__(self, slots: int, max_new_tokens: int, prefill_tokens: int, near: int) -> None:
+        self.max_new_tokens, self.prefill_tokens, self.near = max_new_tokens, prefill_tokens, near
+        self.seats: list[Sequence | None] = [None] * slots
+        self.waiting: deque[Sequence] = deque()
+        self.decoding = 0
+        self.budget = prefill_tokens
+
+    @property
+    def free(self) -> int:
+        """Slots that no prompt was given to."""
+        return len(self.seats) - self.decoding - len(self.waiting)
+
+    def add(self, prompt: Prompt) -> None:
+        """Give a prompt one of the free slots."""
+        assert self.free > 0
+        self.waiting.append(Sequence(prompt))
+
+    def next(self) -> Read | Step | None:
+        """What the next forward is for; None where there is nothing to do."""
+        if self.waiting and (self.budget > 0 or not self.decoding):
+            return self._read()
+        if not self.decoding:
+            return None
+        moves = tuple(self._close_ranks())
+        return Step(tuple(one for one in self.seats[: self.decoding] if one), moves)
+
+    def _read(self) -> Read:
+        first = self.waiting[0]
+        left = len(first.prompt.token_ids) - first.read
+        if first.read or left > self.prefill_tokens:
+            first.row = len(self.seats) - 1
+            return Read((first,), first.read, min(left, self.prefill_tokens), tuple(self._close_ranks()))
+        most = max(min(self.budget, self.prefill_tokens) // left, 1)
+        rows = [row for row, one in enumerate(self.seats) if one is None]
+        group = []
+        for one, row in zip(list(self.waiting)[:most], rows, strict=False):
+            if not left - self.near <= len(one.prompt.token_ids) <= left:
+                break
+            one.row = row
+            group.append(one)
+        return Read(tuple(group), 0, left)
+
+    def _close_ranks(self) -> Iterator[tuple[int, int]]:
+        """Move sequences that decode from the last slots to free ones among the first."""
+        for target in range(self.decoding):
+            if self.seats[target] is None:
+                source = max(row for row, one in enumerate(self.seats) if one)
+                moved = self.seats[source]
+                assert moved is not None
+                self.seats[target], self.seats[source] = moved, None
+                moved.row = target
+                yield source, target
+
+    def begin(self, forward: Read | Step) -> None:
+        """Note that a forward was begun. Those that need no further one leave their slots."""
+        if isinstance(forward, Step):
+            self.budget = self.prefill_tokens
+            for one in forward.sequences:
+                one.begun += 1
+        else:
+            self.budget -= forward.width * len(forward.sequences)
+            for one in forward.sequences:
+                one.read = min(forward.start + forward.width, len(one.prompt.token_ids))
+                if forward.is_last:
+                    self.waiting.popleft()
+                    self.seats[one.row] = one
+                    self.decoding += 1
+                    one.begun = 1
+        for one in forward.sequences:
+            if one.begun >= self.max_new_tokens:
+                self.end(one)
+
+    def end(self, sequence: Sequence) -> None:
+        """The slot of a sequence is free, if it was not yet."""
+        if self.seats[sequence.row] is sequence:
+            self.seats[sequence.row] = None
+            self.decoding -= 1
