@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.backends.base import Completion, Generation, Prompt
+from launcher.backends.memory import PhasePeaks
 from launcher.backends.sampling import Sampler
 from launcher.backends.slots.decoder import Queue, SlotDecoder
 from launcher.backends.slots.families import FAMILIES, why_static
@@ -87,7 +88,7 @@ def prompts_of(lengths: tuple[int, ...]) -> list[Prompt]:
 
 def decoder(model: Any, slots: int, length: int, prefill_tokens: int, eos: tuple[int, ...] = ()) -> SlotDecoder:
     cpu = torch.device("cpu")
-    return SlotDecoder(model, eos, cpu, World(), 0, slots, length, prefill_tokens, splits_prompts=False)
+    return SlotDecoder(model, eos, cpu, World(), 0, PhasePeaks(()), slots, length, prefill_tokens, splits_prompts=False)
 
 
 def answered(engine: SlotDecoder, prompts: list[Prompt], sampling: SamplingConfig) -> Generation:
