@@ -27,8 +27,9 @@ from shards.model.quantized_checkpoint import from_config
 from shards.model.shape import KNOWN_FAMILIES, ModelShape
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from launcher.backends.base import Prompt
     from launcher.config.schema import RunConfig
     from shards.plan.plan import Plan
 
@@ -58,10 +59,7 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
         prompts = guessed_prompts(config, vocab_size)
     else:
         prompts = load_prompts(config, folder, vocab_size)
-    sampling = sampling_of(config)
-    positions = fields.count("max_position_embeddings") or fields.count("n_positions")
-    check_context(prompts, sampling.max_new_tokens, positions)
-    longest = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_new_tokens
+    longest = _longest(config, fields, prompts)
     config.backend.refuse(config, model_config, on_cuda, longest)
     notes += _notes_order(config, on_cuda)
     notes += config.backend.notes(config, on_cuda)
@@ -86,6 +84,14 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
         notes=tuple(notes),
         paces=paces(config, plan_for) if config.dry_run else {},
     )
+
+
+def _longest(config: RunConfig, fields: ConfigFields, prompts: Sequence[Prompt]) -> int:
+    """The most tokens of a prompt and its answer; ConfigError where the context of the model is shorter."""
+    new_tokens = sampling_of(config).max_new_tokens
+    context = fields.count("max_position_embeddings") or fields.count("n_positions")
+    check_context(prompts, new_tokens, context)
+    return max(len(prompt.token_ids) for prompt in prompts) + new_tokens
 
 
 def check_node(config: RunConfig) -> bool:
