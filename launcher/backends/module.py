@@ -20,7 +20,7 @@ from shards.load.load import load_weights
 from shards.load.meta import build_meta
 from shards.load.random_weights import fill_random
 from shards.machine.hardware import MIB
-from shards.machine.process_group import any_rank, barrier, connect, device_of, disconnect
+from shards.machine.process_group import any_rank, barrier, connect, connect_cards, device_of, disconnect
 from shards.model.shape import KNOWN_FAMILIES
 from shards.parallel.families import keep_kv_heads_only
 
@@ -55,7 +55,8 @@ class ModuleBackend(ABC):
     def load(self, plan: Plan | None, world: World, progress: Progress) -> None:
         self.world = world
         self.device = device_of(world, self.config.accelerator.value)
-        connect(world, self.device)
+        connect(world, self.device, self.config.join_s)
+        connect_cards(world, self.device, self.config.join_s)
         self.peaks = PhasePeaks(self.devices)
         self.model = self.place(plan, world, progress)
         self.peaks.end("load")

@@ -172,6 +172,7 @@ class LaunchConfig:
     poll_s: float = 2.0  # slurm: time between two looks at the queue
     rendezvous: str | None = None  # local, several nodes: host:port of the first node, the same on all of them
     node_rank: int | None = None  # local, several nodes: the number of this node, from 0
+    nccl_debug: bool = False  # NCCL tells in the ranks' logs how it connects them
 
 
 @dataclass
@@ -254,6 +255,11 @@ class RunConfig:
     def num_devices(self) -> int:
         """Devices of all nodes together."""
         return self.devices * self.num_nodes
+
+    @property
+    def join_s(self) -> float:
+        """Seconds in which all ranks must have met: who is missing is said before the run counts as hung."""
+        return 0.9 * self.hang_timeout_s or 1800.0
 
     @property
     def world_size(self) -> int:

@@ -45,7 +45,7 @@ def join(config: RunConfig, command: tuple[str, ...], world: World, report: Call
     starter = starter_of(os.environ)
     on_cuda = check_node(config)
     enter_world(world)
-    connect(world, device_of(world, "cuda" if on_cuda else "cpu"))
+    connect(world, device_of(world, "cuda" if on_cuda else "cpu"), config.join_s)
     begun = from_rank_0(_begin(config, command, world) if world.rank == 0 else None)
     if isinstance(begun, Exception):
         disconnect()

@@ -6,19 +6,26 @@ report. A dynamic one would give the ranks in the order of arrival, and nobody j
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import socket
 import sys
+import time
 from typing import TYPE_CHECKING, NoReturn
 
 from launcher.config.schema import ConfigError
 from launcher.launch.local import rank_environment
+from shards.errors import WorldError
+from shards.machine.network import Network, network_of
+from shards.machine.world import World
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from launcher.config.schema import RunConfig
 
+ELSEWHERE = "start all nodes with the same command and their own launch.node_rank=, and let them reach each other"
 ADDRESS = re.compile(r"(?P<host>[^\s:/]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})")
 
 
@@ -64,8 +71,78 @@ def node_command(config: RunConfig, command: Sequence[str]) -> tuple[str, ...]:
 
 
 def become_node(config: RunConfig, command: Sequence[str], on_cuda: bool) -> NoReturn:
-    """This process becomes the one that starts the ranks of this node: signals and exit code are its own."""
+    """This process becomes the one that starts the ranks of this node: signals and exit code are its own.
+
+    WorldError where the nodes have not come together in time.
+    """
+    meet(config)
     words = node_command(config, command)
     if sys.stdout is not None:
         sys.stdout.flush()
     os.execve(words[0], words, rank_environment(os.environ, config.devices, on_cuda))
+
+
+def meet(config: RunConfig) -> None:
+    """Return once all nodes have come to the rendezvous. torchrun would say of one that is missing neither which it is
+    nor where it was waited for."""
+    address = ADDRESS.fullmatch(config.launch.rendezvous or "")
+    assert address is not None, "check_nodes comes first"
+    host, port = address["host"].strip("[]"), int(address["port"])
+    deadline = time.monotonic() + config.join_s
+    if config.launch.node_rank == 0:
+        _receive(host, port, config.num_nodes, deadline, config.join_s)
+    else:
+        _come(host, port, config, deadline)
+
+
+def _receive(host: str, port: int, num_nodes: int, deadline: float, limit_s: float) -> None:
+    """Wait for every other node, then let all of them go on."""
+    came: dict[int, socket.socket] = {}
+    try:
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        with contextlib.ExitStack() as stack:
+            server = stack.enter_context(socket.create_server(("", port), family=family, dualstack_ipv6=both))
+            while len(came) < num_nodes - 1:
+                server.settimeout(max(deadline - time.monotonic(), 0.001))
+                node = stack.enter_context(server.accept()[0])
+                node.settimeout(max(deadline - time.monotonic(), 0.001))
+                told = node.recv(16).decode(errors="replace")
+                if told.isdecimal() and 0 < int(told) < num_nodes:
+                    came[int(told)] = node
+            for node in came.values():
+                node.sendall(b"go")
+    except TimeoutError:
+        missing = ", ".join(str(number) for number in range(1, num_nodes) if number not in came)
+        fact = f"Nodes {missing} of {num_nodes} have not come to {host}:{port} within {limit_s:g} s"
+        raise WorldError(f"{fact}; node 0 listens there on {here(host, port)}.", ELSEWHERE) from None
+    except OSError as error:
+        raise WorldError(
+            f"Node 0 cannot listen on port {port}: {error.strerror}.", "another port, on all nodes"
+        ) from None
+
+
+def _come(host: str, port: int, config: RunConfig, deadline: float) -> None:
+    """Tell node 0 that this one is there, as soon as it listens, and wait for all others to be."""
+    reason: OSError | None = None
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            with socket.create_connection((host, port), timeout=min(left, 5.0)) as connection:
+                connection.sendall(str(config.launch.node_rank).encode())
+                connection.settimeout(left)
+                if connection.recv(2) == b"go":
+                    return
+        except OSError as error:
+            reason = error
+        time.sleep(0.2)
+    why = f": {reason}" if reason else ""
+    raise WorldError(
+        f"Node {config.launch.node_rank} did not reach all nodes through {host}:{port} from {here(host, port)} within "
+        f"{config.join_s:g} s{why}.",
+        ELSEWHERE,
+    )
+
+
+def here(host: str, port: int) -> Network:
+    """The interface of this node towards an address."""
+    return network_of(World(master_addr=host, master_port=port), {}, "cpu")

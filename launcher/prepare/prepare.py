@@ -41,6 +41,8 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
     """Resolve, check and plan a run; nothing is written. Raises UserError."""
     _check_launch(config)
     on_cuda = check_node(config)
+    if config.launch.nccl_debug and not on_cuda:
+        raise ConfigError("launch.nccl_debug=true, and without GPUs no rank uses NCCL.", "leave launch.nccl_debug out")
     config = replace(config, accelerator=Accelerator.cuda if on_cuda else Accelerator.cpu)
     config, notes = config.backend.settle(config, on_cuda)
     folder = model_folder(config)

@@ -18,6 +18,7 @@ from launcher.results.record import RunError
 from launcher.run_dir.run_dir import SupersededError
 from launcher.system.environment import describe
 from shards.errors import UserError
+from shards.machine.network import network_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from launcher.results.verdict import Outcome
     from launcher.run_dir.run_dir import RunDir
     from launcher.system.environment import Environment
+    from shards.machine.network import Network
     from shards.machine.world import World
 
 WORTH_WAITING = ("repeat", "memory", "close", "end")  # stages in which something is about to be saved
@@ -58,6 +60,7 @@ class Rank:
         self.devices: tuple[DeviceMemory, ...] = ()
         self.environment: Environment | None = None
         self.waits = False  # for other ranks, where this one hangs
+        self.network: Network | None = None  # to other nodes
         self._result: RankResult | None = None
         self._writing = threading.Lock()
         self._is_ending = False
@@ -84,6 +87,10 @@ class Rank:
 
     def _load(self) -> Backend:
         self.progress.enter("import")
+        if self.world.num_nodes > 1:
+            self.network = network_of(self.world, os.environ, self.config.accelerator.value)
+        if self.config.launch.nccl_debug:
+            os.environ["NCCL_DEBUG"] = "INFO"
         backend = _backend(self.config)
         self.progress.enter("load")
         start = time.perf_counter()
@@ -177,6 +184,7 @@ class Rank:
                     devices=self.devices,
                     environment=self.environment,
                     waits=self.waits,
+                    network=self.network,
                 )
                 self.run_dir.write_rank(result)
                 self._result = result

@@ -20,6 +20,7 @@ from launcher.run_dir.attempts import ATTEMPT
 from launcher.run_dir.finish import finish
 from launcher.run_dir.run_dir import RunDir, SupersededError
 from shards.machine.cards import count_as_nvml
+from shards.machine.network import choose_interface
 from shards.machine.world import World
 
 if TYPE_CHECKING:
@@ -56,9 +57,12 @@ def _point_output(out: int, err: int) -> None:
 
 
 def enter_world(world: World) -> None:
-    """Set this process's environment, once: the variables of its world, and CUDA's numbers of cards like NVML's."""
+    """Set this process's environment, once: the variables of its world, CUDA's numbers of cards like NVML's, and the
+    interface to other nodes."""
     os.environ.update(world.environ())
     count_as_nvml(os.environ)
+    if world.num_nodes > 1:
+        choose_interface(world, os.environ)
 
 
 def run_rank(run_dir: RunDir, world: World, parent: int | None, starter: int | None = None) -> str:

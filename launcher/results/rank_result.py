@@ -8,6 +8,7 @@ from launcher.backends.base import DeviceMemory
 from launcher.results.measured import Repeat
 from launcher.results.record import RankRecord, RunError
 from launcher.system.environment import Environment
+from shards.machine.network import Network
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +32,11 @@ class RankResult:
     devices: tuple[DeviceMemory, ...] = ()
     environment: Environment | None = None
     waits: bool = False
+    network: Network | None = None
 
     @property
     def record(self) -> RankRecord:
         """The part that the record of the run keeps of each rank."""
-        return RankRecord(self.rank, self.status, self.host, self.pid, self.error, self.load_s, self.repeats)
+        return RankRecord(
+            self.rank, self.status, self.host, self.pid, self.error, self.load_s, self.repeats, self.network
+        )

@@ -15,6 +15,7 @@ from launcher.backends.base import DeviceMemory
 from launcher.results.measured import BandwidthUse, CeilingShare, Metrics, Partial, Repeat, Totals
 from launcher.system.environment import Environment
 from launcher.system.typed import decode
+from shards.machine.network import Network
 from shards.plan.plan import Plan
 
 SCHEMA_VERSION = 2
@@ -41,7 +42,7 @@ class RunError:
 
 @dataclass(frozen=True, slots=True)
 class RankRecord:
-    """One rank in the record: how it ended, and its own measurements."""
+    """One rank in the record: how it ended, its own measurements, and of several nodes its way to the others."""
 
     rank: int
     status: str
@@ -50,6 +51,7 @@ class RankRecord:
     error: RunError | None = None
     load_s: float | None = None
     repeats: tuple[Repeat, ...] = ()
+    network: Network | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,7 +96,7 @@ def main(accelerator: str) -> None:
     world = World.from_env(os.environ)
     count_as_nvml(os.environ)
     device = device_of(world, accelerator)
-    connect(world, device, timeout_s=120)
+    connect(world, device, join_s=120, timeout_s=120)
     try:
         measured = probe(world, device)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,16 @@ import torch.distributed as dist
 
 from shards.errors import WorldError
 from shards.machine.cards import SEE_ALL_CARDS
+from shards.machine.network import network_of
+
+GROUP_S = 1800.0
+GLOO_TRIES = 5  # to connect to all others, each as long as the time that it is given
+UNREACHABLE = (
+    "let the nodes reach each other on all ports, or GLOO_SOCKET_IFNAME= and NCCL_SOCKET_IFNAME= another interface"
+)
 
 if TYPE_CHECKING:
+    from shards.machine.network import Network
     from shards.machine.world import World
 
 
@@ -36,16 +45,77 @@ def device_of(world: World, accelerator: str) -> torch.device:
     return device
 
 
-def connect(world: World, device: torch.device, timeout_s: float = 1800) -> None:
+def connect(world: World, device: torch.device, join_s: float = GROUP_S, timeout_s: float = GROUP_S) -> None:
     """Join the group of all ranks, if there is more than one and this process has not joined yet.
 
-    The variables of `world.environ()` are in the environment.
+    WorldError, with the address and the interface, where the ranks have not come together within `join_s`; `timeout_s`
+    is the most that they wait for each other later. The variables of `world.environ()` are in the environment.
     """
-    if world.world_size > 1 and not dist.is_initialized():
+    if world.world_size == 1 or dist.is_initialized():
+        return
+    network = network_of(world, os.environ, device.type)
+    place = f"rank 0 at {world.master_addr}:{world.master_port} from {network} within {join_s:g} s"
+    limit = timedelta(seconds=join_s)
+    try:
+        store = _store(world, limit)
+    except dist.DistError as error:
+        raise WorldError(f"Rank {world.rank} did not reach {place}: {_first_line(error)}", UNREACHABLE) from error
+    if missing := _missing(store, world, limit):
+        names = ", ".join(map(str, missing))
+        raise WorldError(f"Rank {world.rank} reached {place}, and ranks {names} did not.", UNREACHABLE)
+    try:
         kind = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
-            kind, rank=world.rank, world_size=world.world_size, timeout=timedelta(seconds=timeout_s)
+            kind, store=store, rank=world.rank, world_size=world.world_size, timeout=limit / GLOO_TRIES
         )
+    except RuntimeError as error:
+        raise _unconnected(world, network, error) from error
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s))
+
+
+def connect_cards(world: World, device: torch.device, join_s: float) -> None:
+    """Have NCCL connect the cards of several nodes, which it otherwise does when it is first used. WorldError where
+    that has not come about within `join_s`; on one node there is nothing in the way."""
+    if device.type == "cuda" and world.num_nodes > 1:
+        try:
+            dist.all_reduce(torch.zeros(1, device=device), async_op=True).wait(timedelta(seconds=join_s))
+        except RuntimeError as error:
+            raise _unconnected(world, network_of(world, os.environ, device.type), error) from error
+
+
+def _unconnected(world: World, network: Network, error: RuntimeError) -> WorldError:
+    fact = f"Rank {world.rank} over {network} could not connect to all others: {_first_line(error)}"
+    return WorldError(fact, UNREACHABLE)
+
+
+def _store(world: World, limit: timedelta) -> dist.Store:
+    """The store by which the ranks find each other: torchrun's, where it has started them, else one of rank 0."""
+    is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    made = dist.TCPStore(
+        world.master_addr,
+        world.master_port,
+        world.world_size,
+        is_master=world.rank == 0 and not is_torchruns,
+        timeout=limit,
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    return dist.PrefixStore("launcher", made)
+
+
+def _missing(store: dist.Store, world: World, limit: timedelta) -> list[int]:
+    """The ranks that have not come to the store within the limit."""
+    store.set(f"rank_{world.rank}", "here")
+    keys = [f"rank_{rank}" for rank in range(world.world_size)]
+    try:
+        store.wait(keys, limit)
+    except dist.DistError:
+        return [rank for rank, key in enumerate(keys) if not store.check([key])]
+    return []
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def barrier() -> None:

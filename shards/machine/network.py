@@ -1,0 +1,96 @@
+"""The network interface by which the ranks of several nodes reach each other."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, MutableMapping
+
+    from shards.machine.world import World
+
+VARIABLES = {"cuda": "NCCL_SOCKET_IFNAME", "cpu": "GLOO_SOCKET_IFNAME"}
+INFINIBAND = Path("/sys/class/infiniband")
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """The interface that a rank uses to the other nodes, and its address there; None is not known.
+
+    `infiniband` are the adapters of the node over which NCCL sends data, none where it may not; the interface then only
+    serves to find each other.
+    """
+
+    interface: str | None
+    address: str | None
+    infiniband: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.interface or 'an unknown interface'} ({self.address or 'no address'})"
+
+
+def network_of(world: World, environ: Mapping[str, str], kind: str) -> Network:
+    """The network of this rank on a device of `kind`: as the environment names it, else the one towards rank 0."""
+    addresses = _addresses()
+    if named := environ.get(VARIABLES[kind]):
+        interface = named_by(named if kind == "cuda" else f"={named}", list(addresses))
+        address = next(iter(addresses.get(interface or "", ())), None)
+    else:
+        interface, address = _towards(world, addresses)
+    may_use = kind == "cuda" and environ.get("NCCL_IB_DISABLE", "0") == "0"
+    adapters = tuple(sorted(path.name for path in INFINIBAND.iterdir())) if may_use and INFINIBAND.is_dir() else ()
+    return Network(interface, address, adapters)
+
+
+def choose_interface(world: World, environ: MutableMapping[str, str]) -> None:
+    """Let gloo and NCCL take the interface towards rank 0 where the user has named none.
+
+    gloo would take that of the host's own name, which is often the loopback, and NCCL the first that is up.
+    """
+    interface, _ = _towards(world, _addresses())
+    if interface is not None:
+        environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+
+
+def _addresses() -> dict[str, list[str]]:
+    """The addresses of each interface of this machine."""
+    families = (socket.AF_INET, socket.AF_INET6)
+    return {
+        name: [entry.address for entry in entries if entry.family in families]
+        for name, entries in psutil.net_if_addrs().items()
+    }
+
+
+def _towards(world: World, addresses: Mapping[str, list[str]]) -> tuple[str | None, str | None]:
+    """The interface towards rank 0, and the address there."""
+    address = address_towards(world.master_addr, world.master_port)
+    return next((name for name, known in addresses.items() if address in known), None), address
+
+
+def address_towards(host: str, port: int) -> str | None:
+    """The address from which this machine sends to a host; None where there is no way. Nothing is sent."""
+    try:
+        for family, kind, protocol, _, target in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.connect(target)
+                return str(probe.getsockname()[0])
+    except OSError:
+        pass
+    return None
+
+
+def named_by(setting: str, interfaces: list[str]) -> str | None:
+    """The first interface that NCCL's setting names: prefixes, whole names behind `=`, all but these behind `^`."""
+    words = setting.lstrip("^=").split(",")
+    is_exact, is_not = "=" in setting[:2], setting.startswith("^")
+    for name in interfaces:
+        is_named = any(name == word if is_exact else name.startswith(word) for word in words)
+        if is_named != is_not:
+            return name
+    return None
