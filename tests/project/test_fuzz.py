@@ -162,6 +162,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
     monkeypatch.setattr(shapes, "ask_transformers", unknown)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # what a disk takes is no part of this
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
