@@ -47,6 +47,8 @@ class ModuleBackend(ABC):
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.dtype = getattr(torch, config.precision.value)
+        # cuDNN's attention makes a plan for each new length of the cache, which takes longer than a step.
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
     @abstractmethod
     def place(self, plan: Plan | None, world: World, progress: Progress) -> torch.nn.Module:
