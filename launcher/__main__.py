@@ -27,6 +27,7 @@ from launcher.config.values import to_dict
 from launcher.launch.local import worker_command
 from launcher.launch.nodes import become_node, check_nodes
 from launcher.launch.run import start
+from launcher.launch.slurm import arrays
 from launcher.launch.slurm.arrays import DETACHED, Detached
 from launcher.launch.slurm.script import job_of, name_of, sbatch_text
 from launcher.launch.sweep import points_of, run_points
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from launcher.config.schema import RunConfig
+    from launcher.launch.sweep import Point
     from launcher.results.record import Record
 
 FLAGS = {
@@ -148,15 +150,21 @@ def _sweep(arguments: Arguments, world: World) -> int:
     varied = [[item for item in point.overrides if item not in common] or point.overrides for point in points]
     report.show_sweep(records, varied, report.console())
     _show_parity(records)
-    _keep_sweep(records, Path(points[0].config.output_dir))
+    _keep_sweep(points, records)
     print(report.sweep_line(records), flush=True)
     return exit_code(records)
 
 
-def _keep_sweep(records: Sequence[Record], output_dir: Path) -> None:
-    """Write the rows of the sweep into a folder of its own, and name the command that makes a page of them."""
+def _keep_sweep(points: Sequence[Point], records: Sequence[Record]) -> None:
+    """Write points and rows of the sweep into a folder of its own, and name the command that makes a page of them."""
     try:
-        folder = make_folder(output_dir, f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_sweep")
+        folder = make_folder(Path(points[0].config.output_dir), f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_sweep")
+        ended = []
+        for point, record in zip(points, records, strict=True):
+            run_dir = RunDir(Path(record.run_dir)) if record.run_dir else None
+            is_beside = run_dir is not None and run_dir.path.parent == folder.parent
+            ended.append(arrays.Point(point.overrides, run_dir if is_beside else None, None if is_beside else record))
+        arrays.write_points(folder, ended)
         write_rows(folder, rows_of(records))
     except (OSError, UserError) as error:
         print(f"note: the rows of the sweep were not written: {error}", file=sys.stderr)

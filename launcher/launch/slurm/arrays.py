@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from launcher.config.schema import RunConfig
 
-SWEEP = "sweep.json"
+POINTS = "points.json"
 DETACHED = 130  # exit code of a command that Ctrl-C has ended, and whose jobs go on
 
 
@@ -101,18 +101,18 @@ def submit_points(folder: Path, points: Sequence[Point]) -> tuple[dict[str, RunD
 
 
 def write_points(folder: Path, points: Sequence[Point]) -> None:
-    """Keep the points of a sweep in the folder that it was submitted from."""
+    """Keep the points of a sweep in its folder, which is beside the run directories."""
     rows = []
     for point in points:
         name = point.run_dir.path.name if point.run_dir else None
         rows.append(_PointOnDisk(point.overrides, name, to_plain(point.record) if point.record else None))
-    write_typed(folder / SWEEP, rows)
+    write_typed(folder / POINTS, rows)
 
 
 def read_points(folder: Path) -> list[Point]:
-    """The points of the sweep that was submitted from `folder`, none where it is no such folder."""
+    """The points of the sweep of a folder, none where it is no such folder."""
     points = []
-    for row in read_typed(folder / SWEEP, list[_PointOnDisk]) or []:
+    for row in read_typed(folder / POINTS, list[_PointOnDisk]) or []:
         run_dir = RunDir(folder.parent / row.run_dir) if row.run_dir else None
         points.append(Point(row.overrides, run_dir, read_record(row.record) if row.record else None))
     return points
