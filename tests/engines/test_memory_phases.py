@@ -17,6 +17,8 @@ from launcher.backends import memory
 from launcher.backends.base import DeviceMemory, PhaseMemory, Prompt
 from launcher.backends.decode import Decoder, eos_token_ids
 from launcher.backends.memory import PhasePeaks, module_memory
+from launcher.backends.tensor_parallel import TensorParallelBackend
+from launcher.config.compose import compose_run
 from launcher.config.schema import SamplingConfig
 from launcher.models import EMBEDDED
 from launcher.report.memory_table import device_table, phase_table
@@ -137,3 +139,9 @@ def test_the_report_sets_the_plan_beside_what_was_measured() -> None:
     assert text_of(phase_table([run, run]))[0][0] == f"{run.backend} x{run.num_devices}"
     expected = ["85.00 MiB (91.00 MiB)", "3.00 MiB", "2.00 MiB", "600.00 MiB (591.00 MiB)"]
     assert text_of(device_table(run)) == [["0", "cuda:0 NVIDIA H200", *expected]]
+
+
+def test_no_engine_of_ours_uses_the_attention_that_is_planned_anew_at_each_length() -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    TensorParallelBackend(compose_run(["backend=tensor_parallel", "devices=1"]))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
