@@ -17,7 +17,7 @@ from launcher.backends import memory
 from launcher.backends.base import DeviceMemory, PhaseMemory, Prompt
 from launcher.backends.decode import Decoder, eos_token_ids
 from launcher.backends.memory import PhasePeaks, module_memory
-from launcher.backends.tensor_parallel import TensorParallelBackend
+from launcher.backends.tensor_parallel.backend import TensorParallelBackend
 from launcher.config.compose import compose_run
 from launcher.config.schema import SamplingConfig
 from launcher.models import EMBEDDED
