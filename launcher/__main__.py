@@ -8,7 +8,6 @@ if __name__ == "__main__":  # before what takes long to import
     end_quietly_when_interrupted()
 
 import importlib
-import json
 import os
 import shlex
 import sys
@@ -22,6 +21,7 @@ import yaml
 from launcher.api import compose, run
 from launcher.config import help as usage
 from launcher.config.compose import command_of
+from launcher.config.overrides import option_like
 from launcher.config.schema import ConfigError
 from launcher.config.values import to_dict
 from launcher.launch.local import worker_command
@@ -32,9 +32,11 @@ from launcher.launch.slurm.arrays import DETACHED, Detached
 from launcher.launch.slurm.script import job_of, name_of, sbatch_text
 from launcher.launch.sweep import points_of, run_points
 from launcher.prepare.prepare import check_node, prepare
-from launcher.report import tables as report
 from launcher.report.comparison_table import show as show_comparison
+from launcher.report.layout import console, print_json
 from launcher.report.rows import CSV, rows_of, write_rows
+from launcher.report.sweep_table import show_sweep, sweep_line, varied
+from launcher.report.tables import json_line, show, show_plan
 from launcher.results.comparison import alike
 from launcher.run_dir.finished import read_finished
 from launcher.run_dir.run import describe
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 
 FLAGS = {
     "-m": "multirun", "--multirun": "multirun", "-h": "help", "--help": "help", "--cfg": "cfg", "--version": "version",
+    "--json": "json",
 }  # fmt: skip
 
 
@@ -66,6 +69,7 @@ class Arguments:
     help: bool = False
     version: bool = False
     cfg: bool = False
+    json: bool = False
 
     @classmethod
     def parse(cls, argv: Sequence[str]) -> Arguments:
@@ -82,7 +86,7 @@ class Arguments:
             elif not item.startswith("-"):
                 overrides.append(item)
             elif not item.startswith("--local_rank"):
-                raise ConfigError(f"{item} is not an option.", "python -m launcher --help")
+                raise ConfigError(f"{item} is not an option.", option_like(item))
         return cls(tuple(overrides), tuple(dirs), **dict.fromkeys(flags, True))
 
 
@@ -107,20 +111,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(arguments: Arguments, world: World) -> int:
     if arguments.multirun:
         return _sweep(arguments, world)
+    began = time.time()
     config = compose(*_adopt(arguments.overrides, world), config_dirs=arguments.config_dirs)
     if arguments.cfg:
         return _show_config([config]) if world.rank == 0 else 0
     if config.run_dir is not None:
-        return _continue(config, arguments, world)
+        return _continue(config, arguments, world, began)
     command = command_of(arguments.overrides, arguments.config_dirs)
     if config.dry_run:
         return _dry_run(config, command) if world.rank == 0 else 0
     if world.launcher != "alone":
-        return _join(config, world, command)
+        return _join(config, world, command, arguments.json)
     if config.launch.rendezvous is not None:
         check_nodes(config)
         become_node(config, command, check_node(config))
-    return _report(run(config, command))
+    return _report(run(config, command), began, arguments.json)
 
 
 def _show_config(configs: Sequence[RunConfig]) -> int:
@@ -146,12 +151,12 @@ def _sweep(arguments: Arguments, world: World) -> int:
             _dry_run(point.config, point.command)
         return 0
     records = run_points(points)
-    common = set.intersection(*(set(point.overrides) for point in points))
-    varied = [[item for item in point.overrides if item not in common] or point.overrides for point in points]
-    report.show_sweep(records, varied, report.console())
-    _show_parity(records)
+    swept = varied([point.overrides for point in points])
+    if not arguments.json:
+        show_sweep(records, swept, console())
+        _show_parity(records)
     _keep_sweep(points, records)
-    print(report.sweep_line(records), flush=True)
+    print_json(sweep_line(records, swept), arguments.json)
     return exit_code(records)
 
 
@@ -176,25 +181,26 @@ def _show_parity(records: Sequence[Record]) -> None:
     """Print the points that answered the same prompts with the same model against the first of them."""
     paths = [Path(record.run_dir) for record in records if record.status == "ok" and record.run_dir]
     for group in alike([read_finished(path) for path in paths]):
-        show_comparison(group, report.console())
+        show_comparison(group, console())
 
 
-def _continue(config: RunConfig, arguments: Arguments, world: World) -> int:
+def _continue(config: RunConfig, arguments: Arguments, world: World, began: float) -> int:
     """Finish the run in `run_dir` as it was configured."""
     assert config.run_dir is not None
     others = [item for item in arguments.overrides if item.partition("=")[0] not in ("resume", "run_dir")]
     if others or not config.resume or world.launcher != "alone":
         hint = "python -m launcher resume=true run_dir=PATH"
         raise ConfigError("run_dir= goes on with a run as it was configured, and takes nothing but resume=true.", hint)
-    return _report(start(RunDir(absolute(config.run_dir))))
+    return _report(start(RunDir(absolute(config.run_dir))), began, arguments.json)
 
 
-def _report(record: Record) -> int:
+def _report(record: Record, began: float, only_json: bool) -> int:
+    """Print a run that began after `began`, or one that was finished before."""
     if record.status == "submitted":
         job = RunDir(Path(record.run_dir)).read_job() if record.run_dir else None
-        print(json.dumps(report.json_line(record) | {"job": job}), flush=True)
+        print_json(json_line(record) | {"job": job}, only_json)
     else:
-        report.show(record)
+        show(record, began, only_json)
     return exit_code([record])
 
 
@@ -213,7 +219,7 @@ def _adopt(overrides: Sequence[str], world: World) -> list[str]:
     return [f"devices={world.local_world_size}", f"num_nodes={world.num_nodes}", *overrides]
 
 
-def _join(config: RunConfig, world: World, command: tuple[str, ...]) -> int:
+def _join(config: RunConfig, world: World, command: tuple[str, ...], only_json: bool) -> int:
     """Somebody else started the ranks: be one of them."""
     if config.launch.name == "slurm":
         raise WorldError(f"launch=slurm submits a job, and {world.launcher} has started the ranks.", "without launch=")
@@ -239,7 +245,8 @@ def _join(config: RunConfig, world: World, command: tuple[str, ...]) -> int:
         raise ConfigError(f"measure.find_batch_size=true starts ranks itself, and {world.launcher} has.", "without it")
     # It imports torch, which a rank may and the launching process may not.
     external = importlib.import_module("launcher.launch.join")
-    code: int = external.join(config, command, world, report.show)
+    began = time.time()
+    code: int = external.join(config, command, world, lambda record: show(record, began, only_json))
     if sys.stdout is not None:  # as it is where it was closed
         sys.stdout.flush()
     os._exit(code)  # engines leave threads behind that can hang the interpreter's own exit
@@ -248,8 +255,8 @@ def _join(config: RunConfig, world: World, command: tuple[str, ...]) -> int:
 def _dry_run(config: RunConfig, command: tuple[str, ...]) -> int:
     """Print the plan and the command; nothing is started and nothing is written."""
     prepared = prepare(config, command)
-    out = report.console()
-    report.show_plan(prepared, out)
+    out = console()
+    show_plan(prepared, out)
     if config.launch.name == "slurm":
         description = describe(prepared)
         print(sbatch_text(job_of(description), name_of(description)))

@@ -1,4 +1,4 @@
-"""`python -m launcher.compare RUN_A RUN_B ...`: the first run is the base of every pair.
+"""`python -m launcher.compare RUN_A RUN_B ...`: the first run is the base of every pair. `runs/*` are as many.
 
 Prints what share of the completions is the same, where they first part and how near the two best tokens were there,
 which texts only repeat themselves, the ratio of tokens/s with its spread, and the memory of each device.
@@ -11,7 +11,6 @@ from launcher.system.interrupts import end_quietly_when_interrupted
 if __name__ == "__main__":  # before what takes long to import
     end_quietly_when_interrupted()
 
-import json
 import math
 import sys
 from argparse import ArgumentTypeError
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.report.comparison_table import COMPARED_MEMORY, show
-from launcher.report.tables import console
+from launcher.report.layout import console, print_json
 from launcher.results.comparison import Comparison, FinishedRun, compare
 from launcher.run_dir.finished import read_finished
 from launcher.system.terminal import Parser, run_command
@@ -70,6 +69,27 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     return parser.parse_args(argv)
 
 
+def readable(base: Path, others: Sequence[Path], is_strict: bool) -> list[FinishedRun]:
+    """The runs that can be compared, the base first; a line on stderr for each that cannot.
+
+    UserError where that leaves nothing to compare; with a threshold, or of two runs, for the first that cannot.
+    """
+    runs: list[FinishedRun] = []
+    for path in (base, *others):
+        try:
+            run = read_finished(path)
+            if runs:
+                compare(runs[0], run)
+            runs.append(run)
+        except UserError as error:
+            if is_strict or len(others) == 1:
+                raise
+            print(f"note: left out: {error.fact}", file=sys.stderr)
+    if len(runs) < 2:
+        raise UserError(f"{len(runs)} of {1 + len(others)} can be compared.", "name two runs of one prompt set")
+    return runs
+
+
 def share(text: str) -> float:
     """An argument from 0 to 1."""
     if not 0 <= (value := float(text)) <= 1:
@@ -88,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0, 1 where a threshold is missed, 2 where there is nothing to compare (one line on stderr says why)."""
     try:
         arguments = parse(argv)
-        runs = [read_finished(path) for path in (arguments.base, *arguments.others)]
+        is_strict = arguments.min_match is not None or arguments.min_speed_ratio is not None
+        runs = readable(arguments.base, arguments.others, is_strict)
         if arguments.json:
             comparisons = [compare(runs[0], other) for other in runs[1:]]
         else:
@@ -101,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         misses += missed_thresholds(comparison, arguments.min_match, arguments.min_speed_ratio)
     for line in misses:
         print(f"missed: {line}", file=sys.stderr)
-    print(json.dumps(to_dict(runs, comparisons, misses)), flush=True)
+    print_json(to_dict(runs, comparisons, misses), arguments.json)
     return 1 if misses else 0
 
 

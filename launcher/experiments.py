@@ -14,8 +14,8 @@ from rich.table import Table
 from launcher.config.compose import compose_run
 from launcher.config.presets import options
 from launcher.prepare.experiments import machine_of, published_figures
+from launcher.report.layout import console
 from launcher.report.published_table import LABELS, figure_text
-from launcher.report.tables import console
 from launcher.system.terminal import Parser, run_command
 from shards.errors import UserError
 from shards.machine.cards import cuda_devices, short_name

@@ -1,9 +1,9 @@
 """State of runs: `python -m launcher.status [--follow] [--json] DIR...`.
 
 DIR is a run directory, the folder of a sweep, or one with many of them, as `runs` is: its history. One row a run: its
-state in SLURM's words while its job exists and is not over, else the status of its record. The last line of stdout is
-one JSON object, and with --json it is the only one. Exit code: 0 all are ok or under way, 1 some are not, 2 something
-to mend first.
+state in SLURM's words while its job exists and is not over, else the status of its record. Where stdout is no terminal
+its last line is one JSON object, and with --json it is the only one. Exit code: 0 all are ok or under way, 1 some are
+not, 2 something to mend first.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before what takes long to import
     end_quietly_when_interrupted()
 
 import contextlib
+import fcntl
 import sys
 import time
 from pathlib import Path
@@ -25,7 +26,9 @@ from rich.table import Column, Table
 from launcher.config.schema import ConfigError
 from launcher.launch.slurm import arrays, jobs
 from launcher.launch.slurm.arrays import Point
-from launcher.report import tables as report
+from launcher.report import layout
+from launcher.report.sweep_table import show_sweep, sweep_line, varied
+from launcher.report.tables import error_line
 from launcher.report.units import rate
 from launcher.results.record import Record, RunError
 from launcher.results.verdict import STATUSES
@@ -108,8 +111,8 @@ def _show(points: Sequence[Point], only_json: bool) -> int:
     by_run = {run: states[job] for job, run in runs.items() if job in states}
     records = [_record_or_why(point, by_run) for point in points]
     if not only_json:
-        _show_tables(points, records, report.console())
-    print(report.sweep_line(records, more=("started_at",)), flush=True)
+        _show_tables(points, records, layout.console())
+    layout.print_json(sweep_line(records, more=("started_at",)), only_json)
     bad = {UNREADABLE_RUN, *STATUSES} - {"ok"}
     return 1 if any(record.status in bad for record in records) else 0
 
@@ -121,10 +124,10 @@ def _show_tables(points: Sequence[Point], records: Sequence[Record], out: Consol
     if len(points) > 1 and not is_of_a_sweep:
         out.print(history(names, records))
     else:
-        report.show_sweep(records, [point.overrides for point in points], out)
+        show_sweep(records, varied([point.overrides for point in points]), out)
     for name, record in zip(names, records, strict=True):
         if record.error:
-            why = record.error.message if record.status == UNREADABLE_RUN else report.error_line(record)
+            why = record.error.message if record.status == UNREADABLE_RUN else error_line(record)
             out.print(f"{name}: {why}", markup=False, soft_wrap=True)
             if record.run_dir and (log := RunDir(Path(record.run_dir)).slurm_log).exists():
                 out.print(f"  the output of its job is in {log}", markup=False, soft_wrap=True)
@@ -178,7 +181,17 @@ def _record(point: Point, states: Mapping[RunDir, jobs.State]) -> Record:
     state = states.get(point.run_dir)
     if state is not None:
         return jobs.close(point.run_dir, state) if state.is_end else unfinished(point.run_dir, str(state))
-    return point.run_dir.read_record() or unfinished(point.run_dir, "no record, and no job of SLURM")
+    return point.run_dir.read_record() or unfinished(point.run_dir, _without_record(point.run_dir))
+
+
+def _without_record(run_dir: RunDir) -> str:
+    """The state of a run that has left no record, and that no job of SLURM has."""
+    with contextlib.suppress(OSError), (run_dir.path / "lock").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return "running"
+    return "not finished" if run_dir.read_attempt() else "never started"
 
 
 if __name__ == "__main__":

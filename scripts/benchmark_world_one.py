@@ -18,7 +18,7 @@ from launcher.config.schema import SamplingConfig
 from launcher.models import EMBEDDED
 from launcher.prepare.planning import plan_of
 from launcher.prompts.prompts import synthetic_prompts
-from launcher.report.tables import console
+from launcher.report.layout import console
 from shards.checkpoint.checkpoint import Checkpoint
 from shards.machine.world import World
 

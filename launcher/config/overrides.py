@@ -120,6 +120,15 @@ def no_option(group: str, given: str, known: Sequence[str]) -> ConfigError:
     return ConfigError(fact, f"{group}={default_options().get(group, known[0])}")
 
 
+def option_like(word: str) -> str:
+    """The hint for a flag that there is not: keys are written without dashes."""
+    key, _, value = word.lstrip("-").partition("=")
+    near = nearest(key, known_keys(None))
+    if near is None:
+        return "python -m launcher --help"
+    return f"{near}={value or ('true' if known_keys(None)[near] is bool else 'VALUE')}"
+
+
 def _no_value(word: str, known: Mapping[str, Any]) -> ConfigError:
     """A word that is no override: most likely a command, a key or an option."""
     fact = f"{word} has no value."

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import typing
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.config.engines import load_engine
 from launcher.config.keys import strays, unknown_key, without_none
 from launcher.config.schema import RunConfig
 from launcher.system import typed
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 def to_dict(value: Any) -> Any:
@@ -24,6 +27,14 @@ def to_dict(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [to_dict(item) for item in value]
     return value
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested plain values by their dotted keys."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 def from_dict(raw: dict[str, Any]) -> RunConfig:

@@ -14,8 +14,8 @@ from launcher.launch.local import run_local
 from launcher.launch.nodes import check_one_node
 from launcher.launch.slurm.arrays import run_job
 from launcher.prepare.prepare import prepare
-from launcher.report.progress_bars import Bars
-from launcher.report.tables import console
+from launcher.report.layout import console
+from launcher.report.progress_bars import Bars, Turn
 from launcher.run_dir.create import directory_of
 from launcher.system.files import writing_in
 
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
     from launcher.run_dir.run_dir import RunDir
 
 
-def run(config: RunConfig, command: tuple[str, ...] = ()) -> Record:
+def run(config: RunConfig, command: tuple[str, ...] = (), turn: Turn | None = None) -> Record:
     """Prepare, start and watch one run; its record, which may be there already with `resume=true`.
 
-    `command` is what composes the same configuration, for the script that makes the run once more. UserError for
-    whatever keeps the run from starting.
+    `command` is what composes the same configuration, for the script that makes the run once more; `turn` says which
+    point of a sweep it is. UserError for whatever keeps the run from starting.
     """
     prepared = prepare(config, command)
     check_one_node(prepared.config)
     with writing_in(Path(config.output_dir)):
         if config.measure.find_batch_size:
             return run_with_largest_batch(prepared, start)
-        return start(directory_of(prepared))
+        return start(directory_of(prepared), turn)
 
 
-def start(run_dir: RunDir) -> Record:
+def start(run_dir: RunDir, turn: Turn | None = None) -> Record:
     """Start the run in a directory, or go on with it, and watch it to its end; its record. A run that is done stays."""
     if run_dir.is_done() and (record := run_dir.read_record()):
         return record
@@ -48,5 +48,6 @@ def start(run_dir: RunDir) -> Record:
     if config.launch.name == "slurm":
         return run_job(run_dir)
     check_one_node(config)
-    with writing_in(run_dir.path), Bars(description.label, console(stderr=True)) as bars:
+    bars = Bars(description.label, console(stderr=True), turn, description.answering_ranks)
+    with writing_in(run_dir.path), bars:
         return run_local(run_dir, bars.show)

@@ -11,13 +11,15 @@ from launcher.config.compose import command_of, compose_run
 from launcher.config.sweeps import expand_sweep
 from launcher.launch.run import run
 from launcher.launch.slurm.arrays import run_points as run_slurm_points
-from launcher.report.tables import console, show_point
+from launcher.report.layout import console
+from launcher.report.progress_bars import Turn
+from launcher.report.sweep_table import show_point, varied
 from launcher.run_dir.create import refusal
 from launcher.run_dir.finish import never_begun
 from shards.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from launcher.config.schema import RunConfig
     from launcher.results.record import Record
@@ -52,9 +54,10 @@ def run_points(points: Sequence[Point]) -> list[Record]:
     local = [number for number, point in enumerate(points) if point.config.launch.name != "slurm"]
     queued = [number for number in range(len(points)) if number not in local]
     records: dict[int, Record] = {}
+    swept, began = varied([point.overrides for point in points]), time.monotonic()
     with contextlib.suppress(KeyboardInterrupt):  # between two points, or before the ranks of one have begun
-        for number in local:
-            records[number] = _run_here(points[number])
+        for turn, number in enumerate(local, 1):
+            records[number] = _run_here(points[number], swept[number], Turn(turn, len(local), began))
             if records[number].status == "cancelled":
                 break
     is_cancelled = any(number not in records or records[number].status == "cancelled" for number in local)
@@ -67,11 +70,11 @@ def run_points(points: Sequence[Point]) -> list[Record]:
     ]
 
 
-def _run_here(point: Point) -> Record:
+def _run_here(point: Point, swept: Mapping[str, str], turn: Turn) -> Record:
     """The record of one point of a sweep, whatever becomes of it."""
     try:
-        record = run(point.config, point.command)
+        record = run(point.config, point.command, turn)
     except UserError as error:
         record = refusal(point.config, error)
-    show_point(point.overrides, record, console(stderr=True))
+    show_point(swept, record, console(stderr=True))
     return record

@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
-from rich.table import Table
 
-from launcher.report.memory_table import MEMORY, phase_table
+from launcher.report.layout import fitted
+from launcher.report.memory_table import LEAST_WANTED, MEMORY, phase_table
 from launcher.report.units import rate, size
-from launcher.results.comparison import Comparison, Divergence, FinishedRun, compare
+from launcher.results.comparison import Comparison, Divergence, FinishedRun, compare, labels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.console import Console
+    from rich.table import Table
 
 COMPARED_MEMORY = (
     "parameter_bytes", "kv_cache_bytes", "kv_cache_reserved_bytes", "peak_allocated_bytes", "peak_reserved_bytes",
@@ -25,38 +26,44 @@ COMPARED_MEMORY = (
 def show(runs: Sequence[FinishedRun], out: Console) -> list[Comparison]:
     """Print the first run against each other one, and the memory of all their devices; the comparisons."""
     comparisons = [compare(runs[0], other) for other in runs[1:]]
-    out.print(table(comparisons, runs))
-    for comparison, run in zip(comparisons, runs[1:], strict=True):
-        for difference in comparison.differences:
-            line = f"[yellow]note:[/] {run.label} against {runs[0].label}: {escape(difference)}"
-            out.print(line, soft_wrap=True)
-    out.print(devices(runs))
-    if (phases := phase_table([run.record for run in runs])) is not None:
+    base, *others = names = labels(runs)
+    out.print(table(comparisons, runs, names, out))
+    for comparison, other in zip(comparisons, others, strict=True):
+        for found in comparison.differences:
+            line = f"{other} has {found.key}={found.other}, {base} has {found.key}={found.base}"
+            out.print(f"[yellow]note:[/] {escape(line)}", soft_wrap=True)
+        for note in comparison.notes:
+            out.print(f"[yellow]note:[/] {escape(f'{other} and {base}: {note}')}", soft_wrap=True)
+    out.print(devices(runs, names, out))
+    if (phases := phase_table([run.record for run in runs], out, names)) is not None:
         out.print(phases)
     return comparisons
 
 
-def table(comparisons: Sequence[Comparison], runs: Sequence[FinishedRun]) -> Table:
+def table(comparisons: Sequence[Comparison], runs: Sequence[FinishedRun], names: Sequence[str], out: Console) -> Table:
     """The base, and a row for each other run against it."""
-    table = Table(
-        "run", "same tokens", "first divergence", "top-2 gap", "repeats itself", "new tokens/s", "of base", "min … max"
-    )
     base = runs[0]
-    degenerate = _repeats(comparisons[0].base_degenerate, len(base.prompts))
-    table.add_row(f"{base.label} (base)", "", "", "", degenerate, rate(base.record.new_tokens_per_s), "", "")
-    for comparison, run in zip(comparisons, runs[1:], strict=True):
+    degenerate = _degenerate(comparisons[0].base_degenerate, len(base.prompts))
+    rows = [[f"{escape(names[0])} (base)", "", "", "", degenerate, rate(base.record.new_tokens_per_s), "", ""]]
+    for comparison, run, name in zip(comparisons, runs[1:], names[1:], strict=True):
         first = comparison.divergences[0] if comparison.divergences else None
-        table.add_row(
-            run.label,
-            f"{comparison.matching}/{comparison.prompts} ({comparison.match:.0%})",
-            f"prompt {first.prompt}, token {first.position}" if first else "none",
-            _gap(first),
-            _repeats(comparison.other_degenerate, comparison.prompts),
-            rate(run.record.new_tokens_per_s),
-            f"{comparison.speed.median:,.3f}",
-            f"{comparison.speed.min:,.3f} … {comparison.speed.max:,.3f}",
+        rows.append(
+            [
+                escape(name),
+                f"{comparison.matching}/{comparison.prompts} ({comparison.match:.0%})",
+                f"prompt {first.prompt}, token {first.position}" if first else "none",
+                _gap(first),
+                _degenerate(comparison.other_degenerate, comparison.prompts),
+                rate(run.record.new_tokens_per_s),
+                f"{comparison.speed.median:,.3f}",
+                f"{comparison.speed.min:,.3f} … {comparison.speed.max:,.3f}",
+            ]
         )
-    return table
+    columns = (
+        "run", "same tokens", "first divergence", "logit gap there", "degenerate (loops)", "new tokens/s",
+        "speed vs base", "min … max",
+    )  # fmt: skip
+    return fitted(out, columns, rows, texts=("run",), optional=("min … max", "logit gap there", "first divergence"))
 
 
 def _gap(divergence: Divergence | None) -> str:
@@ -66,16 +73,18 @@ def _gap(divergence: Divergence | None) -> str:
     return "not known" if divergence.gap is None else f"{divergence.gap:.3g}"
 
 
-def _repeats(degenerate: Sequence[int], prompts: int) -> str:
-    return f"[red]{len(degenerate)} of {prompts}[/]" if degenerate else "no"
+def _degenerate(indices: Sequence[int], prompts: int) -> str:
+    return f"[red]{len(indices)} of {prompts}[/]" if indices else "no"
 
 
-def devices(runs: Sequence[FinishedRun]) -> Table:
+def devices(runs: Sequence[FinishedRun], names: Sequence[str], out: Console) -> Table:
     """The memory of each device of each run; "-" is not known, and the record says why."""
-    rows = [(run, device) for run in runs for device in run.record.devices]
-    named = [name for name in COMPARED_MEMORY if any(getattr(device, name) is not None for _, device in rows)]
-    table = Table("run", "rank", "device", *(MEMORY[name] for name in named))
-    for run, device in rows:
+    rows = [(name, device) for run, name in zip(runs, names, strict=True) for device in run.record.devices]
+    figures = [figure for figure in COMPARED_MEMORY if any(getattr(device, figure) is not None for _, device in rows)]
+    cells = []
+    for name, device in rows:
         label = f"{device.device} {device.device_name}".strip()
-        table.add_row(run.label, str(device.rank), label, *(size(getattr(device, name)) for name in named))
-    return table
+        sizes = (size(getattr(device, figure)) for figure in figures)
+        cells.append([escape(name), str(device.rank), label, *sizes])
+    columns = ["run", "rank", "device", *(MEMORY[figure] for figure in figures)]
+    return fitted(out, columns, cells, texts=("run", "device"), optional=LEAST_WANTED)

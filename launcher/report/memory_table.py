@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
-from rich.table import Table
 
 from launcher.config.engines import NO_PLAN
+from launcher.report.layout import fitted
 from launcher.report.units import size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from rich.console import Console
+    from rich.table import Table
 
     from launcher.backends.base import DeviceMemory
     from launcher.results.record import Record
@@ -32,35 +35,42 @@ MEMORY = {
 """The label of each figure of a device's memory."""
 
 
-def device_table(record: Record) -> Table:
+LEAST_WANTED = (
+    "host anonymous", "tensors", "growth of a step", "fragmented", "KV reserved", "peak reserved", "NVML used",
+)  # fmt: skip
+"""What a narrow terminal does without, the first of them first."""
+
+
+def device_table(record: Record, out: Console) -> Table:
     """What each device of a run held, as measured and as planned."""
     named = [name for name in MEMORY if any(getattr(device, name) is not None for device in record.devices)]
     planned = {device.rank: device for device in record.plan.devices} if record.plan else {}
-    caption = "in brackets: as planned" if record.plan else NO_PLAN
-    table = Table("rank", "device", *(MEMORY[name] for name in named), caption=caption)
+    rows = []
     for device in record.devices:
         label = f"{device.device} {device.device_name}".strip()
-        table.add_row(str(device.rank), label, *(_bytes(name, device, planned) for name in named))
-    return table
+        rows.append([str(device.rank), label, *(_bytes(name, device, planned) for name in named)])
+    caption = "in brackets: as planned" if record.plan else NO_PLAN
+    columns = ["rank", "device", *(MEMORY[name] for name in named)]
+    return fitted(out, columns, rows, texts=("device",), optional=LEAST_WANTED, caption=caption)
 
 
-def phase_table(records: Sequence[Record]) -> Table | None:
-    """The peaks of CUDA's allocator in each phase on each device of some runs; None where no device was watched so."""
-    several = len(records) > 1
-    table = Table(
-        *(["run"] if several else []), "rank", "phase", "peak allocated", "peak reserved",
-        caption="in brackets: as planned",
-    )  # fmt: skip
-    for record in records:
-        run = [escape(f"{record.backend} x{record.num_devices}")] if several else []
+def phase_table(records: Sequence[Record], out: Console, names: Sequence[str] = ()) -> Table | None:
+    """The peaks of CUDA's allocator in each phase on each device of some runs; None where no device was watched so.
+
+    `names` are those of several runs.
+    """
+    rows = []
+    for number, record in enumerate(records):
+        run = [escape(names[number])] if names else []
         planned = {device.rank: device for device in record.plan.devices} if record.plan else {}
         for device in record.devices:
             for phase in device.phases:
                 plan = planned.get(device.rank)
                 expected = f" [dim]({size(plan.peak_bytes(phase.phase))})[/]" if plan else ""
                 peaks = size(phase.peak_allocated_bytes) + expected, size(phase.peak_reserved_bytes)
-                table.add_row(*run, str(device.rank), phase.phase, *peaks)
-    return table if table.row_count else None
+                rows.append([*run, str(device.rank), phase.phase, *peaks])
+    columns = [*(["run"] if names else []), "rank", "phase", "peak allocated", "peak reserved"]
+    return fitted(out, columns, rows, texts=("run",), caption="in brackets: as planned") if rows else None
 
 
 def _bytes(name: str, device: DeviceMemory, planned: Mapping[int, DevicePlan]) -> str:

@@ -10,10 +10,9 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
-from rich.table import Table
 
 from launcher.config.engines import NO_PLAN
-from launcher.report.tables import console
+from launcher.report.layout import console, fitted
 from launcher.report.units import rate, size
 
 if TYPE_CHECKING:
@@ -30,8 +29,8 @@ COLUMNS = (
     "other",
     "free",
     "batch",
-    "per prompt",
-    "full batch",
+    "tokens/s, one prompt",
+    "tokens/s, largest batch",
     "bound by",
 )
 
@@ -99,12 +98,11 @@ def problems(rows: Sequence[Row]) -> list[str]:
 def show(name: str, model: str, caption: str, rows: Sequence[Row]) -> None:
     """Print the table, the fastest of each machine in bold, and why some choices have no plan."""
     out = console()
-    table = Table(*headings(rows), title=f"{name}: {model}", caption=caption)
     marked = fastest(rows)
-    for number, row in enumerate(rows):
-        style = "" if row.plan else "dim"
-        table.add_row(*map(escape, cells(row)), style="bold" if number in marked else style)
-    out.print(table)
+    styles = ["bold" if number in marked else "" if row.plan else "dim" for number, row in enumerate(rows)]
+    texts = [[escape(cell) for cell in cells(row)] for row in rows]
+    optional = ("other", "KV cache", "free", "bound by")
+    out.print(fitted(out, headings(rows), texts, (), optional, f"{name}: {model}", caption, styles))
     for line in problems(rows):
         out.print(escape(line), soft_wrap=True)
 
@@ -116,7 +114,7 @@ def markdown(name: str, model: str, caption: str, rows: Sequence[Row]) -> str:
     rules = ["---"] * texts + ["---:"] * (len(columns) - texts - 1) + ["---"]
     lines = [f"**{name}**: {model}.", "", _pipes(columns), _pipes(rules)]
     for number, row in enumerate(rows):
-        bold = (columns.index("backend"), columns.index("per prompt")) if number in marked else ()
+        bold = (columns.index("backend"), columns.index("tokens/s, one prompt")) if number in marked else ()
         lines.append(_pipes([f"**{cell}**" if at in bold else cell for at, cell in enumerate(cells(row))]))
     lines += ["", caption, ""]
     why = [f"- {line}" for line in problems(rows)]
@@ -143,16 +141,16 @@ def as_json(name: str, num_parameters: int, rows: Sequence[Row]) -> str:
 def show_modules(name: str, shape: ModelShape, dtype_bytes: int) -> None:
     """Print the parameters of a model by module, those of all layers in one row; `*` stands for their numbers."""
     times = Counter((re.sub(r"\.\d+(?=\.)", ".*", parameter.name), parameter.shape) for parameter in shape.parameters)
-    table = Table(
-        "parameter", "shape", "times", "numbers", "share", "bytes", title=f"{name}: {shape.num_parameters:,} parameters"
-    )
+    rows = []
     for (module, sizes), count in times.items():
         numbers = count * prod(sizes)
         share = f"{numbers / shape.num_parameters:.2%}"
-        table.add_row(
-            module, " x ".join(map(str, sizes)), str(count), f"{numbers:,}", share, size(dtype_bytes * numbers)
-        )
-    console().print(table)
+        dimensions = " x ".join(map(str, sizes))
+        rows.append([module, dimensions, str(count), f"{numbers:,}", share, size(dtype_bytes * numbers)])
+    columns = ("parameter", "shape", "times", "numbers", "share", "bytes")
+    title = f"{name}: {shape.num_parameters:,} parameters"
+    out = console()
+    out.print(fitted(out, columns, rows, ("parameter",), ("share", "numbers"), title))
 
 
 def _pipes(texts: Sequence[Any]) -> str:

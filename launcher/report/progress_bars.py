@@ -1,10 +1,17 @@
-"""Progress bars on a terminal, drawn by the watching process from what the ranks write; silent anywhere else."""
+"""The progress of a run for people: a bar on a terminal, a line every half minute anywhere else.
+
+Both are drawn by the watching process from what the ranks write. Of a sweep it is one bar over all points.
+"""
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from launcher.report.units import rate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,21 +21,57 @@ if TYPE_CHECKING:
 
     from launcher.run_dir.progress import Progress as RankProgress
 
+LINE_S = 30.0
+RATE_S = 2.0
+"""The live tokens/s are those of about so long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Which point of a sweep a run is, from 1; and when the sweep began."""
+
+    number: int = 1
+    total: int = 1
+    began: float = field(default_factory=time.monotonic)
+
+
+@dataclass(slots=True)
+class _Rate:
+    """Tokens/s of the last seconds."""
+
+    tokens: int = 0
+    since: float = field(default_factory=time.monotonic)
+    value: float | None = None
+
+    def look(self, tokens: int, now: float) -> None:
+        if now - self.since >= RATE_S:
+            self.value = max(tokens - self.tokens, 0) / (now - self.since)
+            self.tokens, self.since = tokens, now
+
 
 class Bars:
-    """One bar: the stage of the first rank that has begun, and how far it is in it."""
+    """One bar for all there is to do: point, stage, share, tokens/s and the time that is left."""
 
-    def __init__(self, title: str, console: Console) -> None:
+    def __init__(
+        self, title: str, console: Console, turn: Turn | None = None, answering: Sequence[int] | None = None
+    ) -> None:
+        """`answering` are the ranks whose tokens count: of ranks that answer together, one; None for all of them."""
         columns = (
             TextColumn("[bold]{task.fields[title]}[/]"),
             TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[tokens]}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[speed]}"),
             TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
         )
-        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._bar.add_task("start", total=None, title=title, tokens="")
+        self.turn, self.answering = turn or Turn(), answering
+        self.title = title if self.turn.total == 1 else f"point {self.turn.number}/{self.turn.total} · {title}"
+        self._console = console
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal, expand=True)
+        self._task = self._bar.add_task("start", total=1.0, title=self.title, speed="", left="")
+        self._rate = _Rate()
+        self._began = self._said = time.monotonic()
+        self._measuring: float | None = None
 
     def __enter__(self) -> Bars:
         self._bar.start()
@@ -42,8 +85,35 @@ class Bars:
     def show(self, ranks: Sequence[RankProgress | None]) -> None:
         """Draw the present state."""
         begun = next((rank for rank in ranks if rank is not None), None)
-        if begun is not None:
-            tokens = f"{begun.tokens:,} tokens" if begun.tokens else ""
-            self._bar.update(
-                self._task, description=begun.stage, completed=begun.done, total=begun.total or None, tokens=tokens
-            )
+        if begun is None:
+            return
+        now = time.monotonic()
+        counted = ranks if self.answering is None else [ranks[rank] for rank in self.answering]
+        self._rate.look(sum(rank.tokens for rank in counted if rank is not None), now)
+        share = begun.measured
+        if share and self._measuring is None:
+            self._measuring = now
+        speed = f"{rate(self._rate.value)} tokens/s" if self._rate.value else ""
+        left = _left(seconds) if (seconds := self.seconds_left(share, now)) is not None else ""
+        overall = (self.turn.number - 1 + share) / self.turn.total
+        self._bar.update(self._task, description=begun.stage, completed=overall, speed=speed, left=left)
+        if self._bar.disable and now - self._said >= LINE_S:
+            self._said = now
+            parts = (self.title, begun.stage, f"{overall:.0%}", speed, left)
+            self._console.print(" · ".join(filter(None, parts)), markup=False, soft_wrap=True)
+
+    def seconds_left(self, share: float, now: float) -> float | None:
+        """An estimate from the pace so far, of this point and of those that have ended; None before there is one."""
+        if not share or self._measuring is None or now == self._measuring:
+            return None
+        here = (now - self._measuring) * (1 - share) / share
+        done = self.turn.number - 1
+        each = (self._began - self.turn.began) / done if done else now - self._began + here
+        return here + each * (self.turn.total - self.turn.number)
+
+
+def _left(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s left"
+    minutes = round(seconds / 60)
+    return f"{minutes} min left" if minutes < 120 else f"{minutes / 60:.1f} h left"

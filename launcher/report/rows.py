@@ -7,6 +7,7 @@ import io
 import json
 from typing import TYPE_CHECKING, Any
 
+from launcher.config.values import flat
 from launcher.system.files import write_text
 
 if TYPE_CHECKING:
@@ -40,18 +41,10 @@ def swept_keys(records: Sequence[Record]) -> tuple[str, ...]:
     return tuple(key for key in differing if _group(key) not in names or key.endswith(".name"))
 
 
-def flat_values(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of a nested configuration by dotted keys."""
-    values: dict[str, Any] = {}
-    for key, value in config.items():
-        name = prefix + key
-        if name in NOT_SWEPT:
-            continue
-        if isinstance(value, dict):
-            values |= flat_values(value, f"{name}.")
-        else:
-            values[name] = value
-    return values
+def flat_values(config: dict[str, Any]) -> dict[str, Any]:
+    """The values of a nested configuration by dotted keys, but for those that no sweep is over."""
+    own = {name: value for name, value in flat(config).items() if name not in NOT_SWEPT}
+    return {name: value for name, value in own.items() if not name.startswith("model.config.")}
 
 
 def label_of(record: Record, swept: Sequence[str]) -> str:

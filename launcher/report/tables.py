@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import math
 import sys
-import unicodedata
-from collections import Counter
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from launcher.config.engines import engines
+from launcher.report.layout import console, counted, fitted, print_json, rounded, shown
 from launcher.report.memory_table import device_table, phase_table
 from launcher.report.published_table import published_table
 from launcher.report.units import count, rate, seconds, size
@@ -24,6 +21,9 @@ from launcher.system.typed import to_plain
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from rich.console import Console
+    from rich.table import Table
+
     from launcher.results.completions import ReportedCompletion
     from launcher.results.measured import BandwidthUse, CeilingShare, Quantiles, Spread
     from launcher.results.record import BatchSearch, Record
@@ -32,27 +32,20 @@ if TYPE_CHECKING:
     from shards.plan.roofline import Limit
 
 SHOWN_COMPLETIONS = 8
+STEADY = 1.2
+"""Repeats of which the fastest is faster than the slowest by more than this factor are no steady measurement."""
+
+WORDS_OF_OURS = ("ProcessDied", "Ended", "Cancelled")
+"""Types of errors that are no exception's name."""
+
+GOES_ON = ("cancelled", "timeout")
+"""How runs end that are finished by resume=true."""
+
 LINE_FIELDS = (
     "status", "backend", "model", "precision", "world_size", "num_devices", "batch_size", "new_tokens_per_s", "ttft_s",
     "itl_s", "load_s", "run_dir",
 )  # fmt: skip
 """The fields of a record in its JSON line."""
-
-
-def console(stderr: bool = False) -> Console:
-    """A console that does not break its tables at 80 columns where there is no terminal."""
-    usual = Console(stderr=stderr, highlight=False)
-    return usual if usual.is_terminal else Console(stderr=stderr, highlight=False, width=140)
-
-
-def rounded(value: Any) -> Any:
-    """A figure to the fourth digit behind the point, a smaller one to four digits that are not leading zeros."""
-    return round(value, max(4, 3 - math.floor(math.log10(abs(value))))) if isinstance(value, float) and value else value
-
-
-def shown(text: str) -> str:
-    """A text of a prompt or an engine for the terminal: what would move its cursor or set its colours is replaced."""
-    return "".join("\ufffd" if unicodedata.category(letter) == "Cc" else letter for letter in text.replace("\t", " "))
 
 
 def json_line(record: Record, more: Sequence[str] = ()) -> dict[str, Any]:
@@ -69,42 +62,70 @@ def error_line(record: Record) -> str:
     error = record.error
     if error is None:
         return record.status
-    origin = f"rank {error.rank} in {error.stage}" if error.rank is not None else "before any rank began"
     hint = f" HINT: {error.hint}" if error.hint else ""
-    kind = "" if error.type in ("ProcessDied", "Ended", "Cancelled") else f"{error.type}: "
-    return shown(" ".join(f"{record.status}: {origin}: {kind}{error.message}{hint}".split()))
+    kind = "" if error.type in WORDS_OF_OURS or record.status == "refused" else f"{error.type}: "
+    where = "" if error.rank is None else f" rank {error.rank} in {error.stage}:"
+    return shown(" ".join(f"{record.status}:{where} {kind}{error.message}{hint}".split()))
 
 
-def show(record: Record) -> None:
-    """Print one run: its tables, an error in one line on stderr, and its JSON line as the last of stdout."""
-    show_record(record, console())
+def show(record: Record, began: float = 0.0, only_json: bool = False) -> None:
+    """Print one run: its tables, an error in one line on stderr, and its JSON line as the last of stdout.
+
+    One that had ended before `began` was not made now, and a note says so.
+    """
+    if not only_json:
+        show_record(record, console(), began)
     if record.status != "ok":
         print(error_line(record), file=sys.stderr)
-        print(f"The ranks' own words are in {record.run_dir}/{RANK_LOGS}", file=sys.stderr)
-    print(json.dumps(json_line(record)), flush=True)
+        print(f"Logs: {record.run_dir}/{RANK_LOGS}", file=sys.stderr)
+    if record.status in GOES_ON:
+        print(f"Go on: python -m launcher resume=true run_dir={record.run_dir}", file=sys.stderr)
+    print_json(json_line(record), only_json)
 
 
-def show_record(record: Record, out: Console) -> None:
+def show_record(record: Record, out: Console, began: float = 0.0) -> None:
     """Print the tables of one run, which has a run directory."""
     assert record.run_dir is not None
-    devices = f"{record.num_devices} device{'s' if record.num_devices > 1 else ''}"
-    out.print(f"\n[bold]{record.backend} · {escape(record.model)} · {record.precision} · {devices}[/]")
-    for note in record.notes:
+    parts = [record.backend, escape(record.model), record.precision, counted(record.num_devices, "device")]
+    out.print(f"\n[bold]{' · '.join([*parts, _batching(record)])}[/]")
+    for note in [*record.notes, *_remarks(record, began)]:
         out.print(f"[yellow]note:[/] {escape(note)}")
     completions = RunDir(Path(record.run_dir)).read_completions()
     if any(completion.prompt or completion.text for completion in completions):
-        out.print(_completions(completions))
+        out.print(_completions(completions, out))
     if record.status == "ok":
-        if partial := record.partial:
-            measured = f"measured over {partial.prompts} of {partial.of} prompts"
-            out.print(f"[yellow]note:[/] {measured}: the run was split between attempts")
         if record.batch_search:
             out.print(batch_line(record.batch_search))
-        speed = _speed(record) if record.metrics else None
-        for table in (speed, published_table(record), device_table(record), phase_table([record])):
+        speed = _speed(record, out) if record.metrics else None
+        for table in (speed, published_table(record), device_table(record, out), phase_table([record], out)):
             if table is not None:
                 out.print(table)
     out.print(f"run directory: {escape(record.run_dir)}", soft_wrap=True)
+
+
+def _batching(record: Record) -> str:
+    """The prompts that are answered at once."""
+    engine = engines().get(record.backend)
+    is_continuous = engine is not None and engine.continuous_batching
+    return "continuous batching" if is_continuous else f"batch of {record.batch_size}"
+
+
+def _remarks(record: Record, began: float) -> list[str]:
+    """What a reader should know of the figures before they are read."""
+    remarks = []
+    if record.ended_at is not None and record.ended_at < began:
+        ended = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.ended_at))
+        remarks.append(f"this run ended on {ended} and was not made again: resume=true shows what it measured")
+    if partial := record.partial:
+        measured = f"measured over {partial.prompts} of {counted(partial.of, 'prompt')}"
+        remarks.append(f"{measured}: the run was split between attempts")
+    speed = record.metrics.new_tokens_per_s if record.metrics else None
+    if speed and speed.min and speed.max and speed.max / speed.min > STEADY:
+        factor = f"a factor of {speed.max / speed.min:.3g} between repeats"
+        remarks.append(
+            f"new tokens/s differ by {factor}: the median says little; more measure.repeats or measure.warmup"
+        )
+    return remarks
 
 
 def batch_line(search: BatchSearch) -> str:
@@ -112,25 +133,34 @@ def batch_line(search: BatchSearch) -> str:
     largest, planned = search.largest_batch, search.planned
     more = "" if search.limited_by == "memory" else ", and the prompts suffice for no larger one"
     plan = f"; the plan allowed {planned}, {planned / largest - 1:+.0%}" if planned else "; the plan knew no limit"
-    return f"largest batch: {largest} by {len(search.tries)} tries{more}{plan}"
+    return f"largest batch: {largest} by {counted(len(search.tries), 'try', 'tries')}{more}{plan}"
 
 
-def _completions(rows: Sequence[ReportedCompletion]) -> Table:
-    table = Table("prompt", "completion", "new tokens", "end", title=None, show_lines=False)
-    for row in rows[:SHOWN_COMPLETIONS]:
+def _completions(completions: Sequence[ReportedCompletion], out: Console) -> Table:
+    rows = []
+    for row in completions[:SHOWN_COMPLETIONS]:
         prompt, text = (shown(part.strip().replace("\n", " ⏎ ")) for part in (row.prompt, row.text))
-        table.add_row(escape(prompt), escape(text), str(row.new_tokens), row.finish_reason)
-    if len(rows) > SHOWN_COMPLETIONS:
-        table.add_row("…", f"{len(rows) - SHOWN_COMPLETIONS} more in {COMPLETIONS}", "", "")
-    return table
+        rows.append([escape(prompt), escape(text), str(row.new_tokens), row.finish_reason])
+    if len(completions) > SHOWN_COMPLETIONS:
+        rows.append(["…", f"{len(completions) - SHOWN_COMPLETIONS} more in {COMPLETIONS}", "", ""])
+    columns = ("prompt", "completion", "new tokens", "end")
+    return fitted(out, columns, rows, texts=("prompt", "completion"), optional=("end", "new tokens"))
 
 
-def _speed(record: Record) -> Table:
+def range_of(spread: Spread | None) -> str:
+    """The slowest and the fastest repeat, marked where they are far apart."""
+    if spread is None or not spread.min or not spread.max:
+        return "-"
+    text = f"{rate(spread.min)} … {rate(spread.max)}"
+    return f"[yellow]{text}[/]" if spread.max / spread.min > STEADY else text
+
+
+def _speed(record: Record, out: Console) -> Table:
     metrics, totals = record.metrics, record.totals
     assert metrics is not None
     assert totals is not None
-    table = Table("measure", "median", "min", "max", "of")
-    repeats = f"{totals.repeats} repeats"
+    rows: list[list[str] | None] = []
+    repeats = counted(totals.repeats, "repeat")
     rates: dict[str, Spread] = {
         "new tokens/s": metrics.new_tokens_per_s,
         "new tokens/s per device": metrics.new_tokens_per_s_per_device,
@@ -138,30 +168,28 @@ def _speed(record: Record) -> Table:
         "decode tokens/s": metrics.decode_tokens_per_s,
     }
     for label, spread in rates.items():
-        table.add_row(label, rate(spread.median), rate(spread.min), rate(spread.max), repeats)
+        rows.append([label, rate(spread.median), rate(spread.min), rate(spread.max), repeats])
     for name, spread in metrics.counters.items():
         if name in (SLOTS, ROWS):
             continue  # told as shares
-        label = COUNTERS.get(name, name)
-        table.add_row(label, count(spread.median), count(spread.min), count(spread.max), repeats)
+        rows.append([COUNTERS.get(name, name), count(spread.median), count(spread.min), count(spread.max), repeats])
     for label, share in (("slots in use", metrics.slots_in_use), ("computed rows in use", metrics.rows_in_use)):
         if share is not None:
-            table.add_row(label, percent(share.median), percent(share.min), percent(share.max), repeats)
-    table.add_section()
-    table.add_row("[dim]latency[/]", "[dim]p50[/]", "[dim]p90[/]", "[dim]p99[/]", "")
+            rows.append([label, percent(share.median), percent(share.min), percent(share.max), repeats])
+    rows += [None, ["[dim]latency[/]", "[dim]p50[/]", "[dim]p90[/]", "[dim]p99[/]", ""]]
     latencies: dict[str, Quantiles] = {"time to first token": metrics.ttft_s, "inter-token latency": metrics.itl_s}
     for label, times in latencies.items():
-        table.add_row(label, seconds(times.p50), seconds(times.p90), seconds(times.p99), f"{times.count} values")
-    table.add_section()
-    tokens = f"{totals.prompts} prompts, {totals.prompt_tokens} prompt tokens, {totals.new_tokens} new tokens"
-    table.add_row("load", seconds(record.load_s), "", "", tokens)
+        p50, p90, p99 = map(seconds, (times.p50, times.p90, times.p99))
+        rows.append([label, p50, p90, p99, counted(times.count, "value")])
+    sums = (counted(totals.prompts, "prompt"), f"{totals.prompt_tokens:,} prompt tokens", f"{totals.new_tokens:,} new")
+    rows += [None, ["load", seconds(record.load_s), "", "", ", ".join(sums)]]
     if (ceiling := record.ceiling) and ceiling.share is not None:
         limit = f"of {rate(ceiling.tokens_per_s)} tokens/s, bound by {ceiling.bound}"
-        table.add_row("share of the ceiling", _share(ceiling), "", "", limit)
+        rows.append(["share of the ceiling", _share(ceiling), "", "", limit])
     if used := record.mbu:
         of = used.reason if used.bandwidth is None else f"of {used.bandwidth / 1e9:,.1f} GB/s a device"
-        table.add_row("memory bandwidth used (MBU)", _share(used), "", "", of)
-    return table
+        rows.append(["memory bandwidth used (MBU)", _share(used), "", "", of or ""])
+    return fitted(out, ("measure", "median", "min", "max", "of"), rows, texts=("measure", "of"))
 
 
 def percent(value: float | None) -> str:
@@ -173,18 +201,6 @@ def _share(measured: CeilingShare | BandwidthUse) -> str:
     if measured.share is None:
         return "-"
     return f"[red]{measured.share:.1%}, impossible[/]" if measured.impossible else f"{measured.share:.1%}"
-
-
-def show_point(point: Sequence[str], record: Record, out: Console) -> None:
-    """Print one line as soon as a point of a sweep has ended."""
-    result = f"{rate(record.new_tokens_per_s)} new tokens/s" if record.status == "ok" else error_line(record)
-    out.print(escape(f"{' '.join(point)}: {record.status}, {result}"), soft_wrap=True)
-
-
-def sweep_line(records: Sequence[Record], more: Sequence[str] = ()) -> str:
-    """The last line of a sweep: how many points ended how, and the JSON line of each, with `more` of its record."""
-    counts = Counter(record.status for record in records)
-    return json.dumps({"points": counts, "records": [json_line(record, more) for record in records]})
 
 
 def show_plan(run: Run, out: Console) -> None:
@@ -206,12 +222,13 @@ def _by_engine(paces: Mapping[str, float]) -> str:
 
 
 def _show_plan(plan: Plan, paces: Mapping[str, float], out: Console) -> None:
-    table = Table("rank", "parameters", "KV cache", "activations", "buffers", "overhead", "capacity", "free")
+    rows = []
     for device in plan.devices:
         cache = max(device.kv_cache_bytes, device.kv_cache_reserved_bytes)
         parts = (device.parameter_bytes, cache, device.activation_bytes, device.buffer_bytes, device.overhead_bytes)
-        table.add_row(str(device.rank), *map(size, parts), size(device.capacity_bytes), size(device.free_bytes))
-    out.print(table)
+        rows.append([str(device.rank), *map(size, parts), size(device.capacity_bytes), size(device.free_bytes)])
+    columns = ("rank", "parameters", "KV cache", "activations", "buffers", "overhead", "capacity", "free")
+    out.print(fitted(out, columns, rows, optional=("buffers", "activations", "overhead")))
     on_host = "not known" if plan.load_host_bytes is None else size(plan.load_host_bytes)
     facts: dict[str, Any] = {
         "device": plan.device_name,
@@ -233,22 +250,3 @@ def _limit(limit: Limit | None, more: str = "") -> str:
     if limit is None:
         return "no rates are known of the device or its link: python -m launcher.probe measures those of this machine"
     return f"{rate(limit.tokens_per_s)} tokens/s, {seconds(limit.seconds)} a step, bound by {limit.bound}{more}"
-
-
-def show_sweep(records: Sequence[Record], points: Sequence[Sequence[str]], out: Console) -> None:
-    """Print one row a point of a sweep, whatever became of it."""
-    table = Table("point", "status", "new tokens/s", "min … max", "ttft p50", "itl p50", "load", "parameters/device")
-    for record, point in zip(records, points, strict=True):
-        speed = record.metrics.new_tokens_per_s if record.metrics else None
-        parameters = [device.parameter_bytes for device in record.devices if device.parameter_bytes is not None]
-        table.add_row(
-            escape(" ".join(point)),
-            record.status,
-            rate(record.new_tokens_per_s),
-            f"{rate(speed.min)} … {rate(speed.max)}" if speed else "-",
-            seconds(record.ttft_s),
-            seconds(record.itl_s),
-            seconds(record.load_s),
-            size(max(parameters)) if parameters else "-",
-        )
-    out.print(table)

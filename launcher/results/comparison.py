@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.config.engines import engines
 from launcher.config.schema import HOW_IT_IS_RUN
+from launcher.config.values import flat
 from shards.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from launcher.results.completions import ReportedCompletion
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 REPEATED_TOKENS = 8
 """So many tokens at the end of a text that only repeat the one or two before them make it degenerate."""
+
+MOST_DISTINCTIONS = 3
+"""So many settings at most are in the name of a run."""
 
 WHERE_IT_RAN = ("backend", "devices", "num_nodes", "accelerator", *HOW_IT_IS_RUN)
 
@@ -34,7 +38,7 @@ class FinishedRun:
 
     @property
     def label(self) -> str:
-        """Engine and number of devices."""
+        """Engine and number of devices; `labels` tells runs apart that have the same."""
         return f"{self.record.backend} x{self.record.num_devices}"
 
 
@@ -62,8 +66,17 @@ class Ratio:
 
 
 @dataclass(frozen=True, slots=True)
+class Difference:
+    """A setting that is not the same in the base and the other run."""
+
+    key: str
+    base: Any
+    other: Any
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
-    """One run against the base. Prompts are named by index; `differences` are settings that are not the same."""
+    """One run against the base. Prompts are named by index; `notes` say what else keeps the two from being compared."""
 
     base: str
     other: str
@@ -73,7 +86,8 @@ class Comparison:
     base_degenerate: tuple[int, ...]
     other_degenerate: tuple[int, ...]
     speed: Ratio
-    differences: tuple[str, ...]
+    differences: tuple[Difference, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def match(self) -> float:
@@ -101,7 +115,8 @@ def compare(base: FinishedRun, other: FinishedRun) -> Comparison:
         base_degenerate=_degenerate(base),
         other_degenerate=_degenerate(other),
         speed=_speed(base, other),
-        differences=(*_differences(_settings(base), _settings(other)), *_other_weights(base, other)),
+        differences=tuple(_differences(_settings(base), _settings(other))),
+        notes=tuple(_other_weights(base, other)),
     )
 
 
@@ -155,13 +170,38 @@ def _settings(run: FinishedRun) -> dict[str, Any]:
     return {name: value for name, value in run.record.config.items() if name not in WHERE_IT_RAN}
 
 
-def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
+def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> Iterator[Difference]:
     for name in sorted(ours.keys() | theirs.keys()):
         a, b = ours.get(name), theirs.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
             yield from _differences(a, b, f"{prefix}{name}.")
         elif a != b:
-            yield f"{prefix}{name}={a} against {b}"
+            yield Difference(f"{prefix}{name}", a, b)
+
+
+def labels(runs: Sequence[FinishedRun]) -> list[str]:
+    """A name for each run that no other has: engine and devices, then the settings that differ, then the directory."""
+    names = [run.label for run in runs]
+    for told_apart_by in (_distinctions, _directories):
+        groups: dict[str, list[int]] = {}
+        for index, name in enumerate(names):
+            groups.setdefault(name, []).append(index)
+        for group in groups.values():
+            if len(group) > 1:
+                for index, more in zip(group, told_apart_by([runs[index] for index in group]), strict=True):
+                    names[index] = f"{names[index]} {more}".rstrip()
+    return names
+
+
+def _distinctions(runs: Sequence[FinishedRun]) -> list[str]:
+    """Of runs with one label the settings that are not the same in all of them."""
+    settings = [flat({k: v for k, v in run.record.config.items() if k not in HOW_IT_IS_RUN}) for run in runs]
+    keys = [key for key in settings[0] if any(other.get(key) != settings[0][key] for other in settings)]
+    return [" ".join(f"{key}={values.get(key)}" for key in keys[:MOST_DISTINCTIONS]) for values in settings]
+
+
+def _directories(runs: Sequence[FinishedRun]) -> list[str]:
+    return [run.run_dir.name for run in runs]
 
 
 def alike(runs: Sequence[FinishedRun]) -> list[list[FinishedRun]]:

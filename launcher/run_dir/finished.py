@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 def read_finished(path: Path) -> FinishedRun:
     """The run in a directory; UserError where there is none, it cannot be read, or it did not end well."""
+    if not path.is_dir():
+        what = "a file, not the directory of a run" if path.exists() else "not there"
+        raise UserError(f"{path} is {what}.", f"{path.parent}" if path.exists() else "python -m launcher.status runs")
     run_dir = RunDir(path)
     record = run_dir.read_record()
     if record is None:

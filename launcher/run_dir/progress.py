@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
@@ -29,6 +30,16 @@ class Progress:
     tokens: int = 0
     ticks: int = 0
     time: float = 0.0
+
+    @property
+    def measured(self) -> float:
+        """The share of the repeats that is done, 0 to 1: by the numbers in `repeat 2/3 batch 1/4` and the steps."""
+        if not self.stage.startswith("repeat"):
+            return 0.0
+        share = min(self.done / self.total, 1.0) if self.total else 0.0
+        for number, of in reversed(re.findall(r"(\d+)/(\d+)", self.stage)):
+            share = (int(number) - 1 + share) / max(int(of), 1)
+        return share
 
 
 NAMES = {field.name for field in fields(Progress)}

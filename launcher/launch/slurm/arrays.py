@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from launcher.launch.slurm import jobs
 from launcher.launch.slurm.script import job_of, name_of, sbatch_text
 from launcher.prepare.prepare import prepare
+from launcher.report.layout import console
 from launcher.report.progress_bars import Bars
-from launcher.report.tables import console, show_point
+from launcher.report.sweep_table import show_point, varied
 from launcher.results.record import Record, read_record
 from launcher.run_dir.create import directory_of, refusal
 from launcher.run_dir.finish import refused, unfinished
@@ -182,7 +183,8 @@ def run_points(asked: Sequence[tuple[RunConfig, tuple[str, ...]]]) -> list[Recor
     folder = make_folder(output_dir, f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_sweep_of_{len(points)}")
     with writing_in(output_dir):
         runs, points = submit_points(folder, points)
-    names = {point.run_dir: point.overrides for point in points}
+    swept = varied([point.overrides for point in points])
+    names = {point.run_dir: values for point, values in zip(points, swept, strict=True)}
     records: dict[RunDir, Record] = {}
     if runs and config.launch.wait:
         out = console(stderr=True)

@@ -15,6 +15,7 @@ from running import ROOT
 from launcher import compare as command
 from launcher.results.comparison import (
     Comparison,
+    Difference,
     Divergence,
     FinishedRun,
     Ratio,
@@ -92,7 +93,7 @@ def run(
 def test_other_random_weights_are_told(engines: tuple[str, str], weights: str, told: int) -> None:
     model = {"name": "tiny", "path": "/tiny", "weights": weights}
     found = compare(*(run(name, [1], [2], model=model) for name in engines))
-    assert len(found.differences) == told
+    assert len(found.notes) == told
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def test_whole_comparison() -> None:
         base_degenerate=(0,),
         other_degenerate=(),
         speed=Ratio(median=pytest.approx(0.6), min=pytest.approx(5 / 12), max=pytest.approx(2.5)),
-        differences=("precision=fp32 against bf16", "sampling.max_new_tokens=8 against 2"),
+        differences=(Difference("precision", "fp32", "bf16"), Difference("sampling.max_new_tokens", 8, 2)),
     )
     assert compare(base, other).match == 0.5
 

@@ -65,7 +65,7 @@ def test_letters_of_no_locale_are_kept_in_a_path(tmp_path: Path) -> None:
 def test_letters_that_an_output_has_not_are_replaced(run_dir: Path) -> None:
     ended = run([sys.executable, "-m", *RUN, f"output_dir={run_dir.parent}"], PYTHONIOENCODING="ascii")
     assert (ended.code, ended.err) == (0, "")
-    assert "\ndummy ? tiny_falcon ? fp32 ? 1 device\n" in ended.out
+    assert "\ndummy ? tiny_falcon ? fp32 ? 1 device ? batch of 4\n" in ended.out
     ended = run([sys.executable, "-m", "launcher.compare", str(run_dir), str(run_dir)], PYTHONIOENCODING="ascii")
     assert (ended.code, ended.err) == (0, "")
 

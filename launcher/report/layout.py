@@ -1,0 +1,114 @@
+"""Tables that fit the width they are printed at, and what goes to the terminal or to a program."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import textwrap
+import unicodedata
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+WIDTH_WITHOUT_TERMINAL = 140
+LEAST_TEXT = 14
+"""A column of text is folded to no fewer letters."""
+
+
+def console(stderr: bool = False) -> Console:
+    """A console that does not break its tables at 80 columns where there is no terminal."""
+    usual = Console(stderr=stderr, highlight=False)
+    return usual if usual.is_terminal else Console(stderr=stderr, highlight=False, width=WIDTH_WITHOUT_TERMINAL)
+
+
+def print_json(values: Any, always: bool) -> None:
+    """Print an object as the last line of stdout for the program that reads it; for a person only if asked to."""
+    if always or not sys.stdout.isatty():
+        print(json.dumps(values), flush=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """A column and the width of its widest cell."""
+
+    index: int
+    name: str
+    is_text: bool
+    cells: int
+
+    @property
+    def least(self) -> int:
+        """The width that it needs with its heading, and the words of a text, folded."""
+        needed = max(self.cells, *map(len, self.name.split()), 1)
+        return min(needed, LEAST_TEXT) if self.is_text else needed
+
+    @property
+    def whole(self) -> int:
+        """The width that it needs with its heading in one line."""
+        return max(self.least, len(self.name))
+
+    def column(self, folded: bool) -> Column:
+        heading = textwrap.fill(self.name, self.least) if folded and not self.is_text else self.name
+        return Column(heading, overflow="fold", no_wrap=not self.is_text)
+
+
+def fitted(
+    out: Console,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str] | None],
+    texts: Collection[str] = (),
+    optional: Sequence[str] = (),
+    title: str | None = None,
+    caption: str = "",
+    styles: Sequence[str] = (),
+) -> Table:
+    """A table that fits the console with every figure whole. None among the rows is a line between sections.
+
+    Where it is too wide, the columns of `texts` and headings are folded, then those of `optional` are left out, the
+    first of them first, which the caption says. `styles` are those of the rows.
+    """
+    kept = [_measured(index, name, name in texts, rows) for index, name in enumerate(columns)]
+    candidates = [name for name in optional if any(column.name == name for column in kept)]
+    left_out: list[str] = []
+    while sum(column.least + 3 for column in kept) + 1 > out.width and candidates:
+        left_out.append(candidates.pop(0))
+        kept = [column for column in kept if column.name not in left_out]
+    folded = sum(column.whole + 3 for column in kept) + 1 > out.width
+    note = f"left out at this width: {', '.join(left_out)}" if left_out else ""
+    table = Table(
+        *(column.column(folded) for column in kept), title=title, caption="\n".join(filter(None, (caption, note)))
+    )
+    for number, row in enumerate(rows):
+        if row is None:
+            table.add_section()
+        else:
+            table.add_row(*(row[column.index] for column in kept), style=styles[number] if styles else None)
+    return table
+
+
+def _measured(index: int, name: str, is_text: bool, rows: Sequence[Sequence[str] | None]) -> _Measured:
+    widths = (cell_len(Text.from_markup(row[index]).plain) for row in rows if row is not None)
+    return _Measured(index, name, is_text, max(widths, default=0))
+
+
+def counted(number: int, thing: str, several: str | None = None) -> str:
+    """`1 repeat`, `2 repeats`."""
+    return f"{number:,} {thing if number == 1 else several or f'{thing}s'}"
+
+
+def rounded(value: Any) -> Any:
+    """A figure to the fourth digit behind the point, a smaller one to four digits that are not leading zeros."""
+    return round(value, max(4, 3 - math.floor(math.log10(abs(value))))) if isinstance(value, float) and value else value
+
+
+def shown(text: str) -> str:
+    """A text of a prompt or an engine for the terminal: what would move its cursor or set its colours is replaced."""
+    return "".join("\ufffd" if unicodedata.category(letter) == "Cc" else letter for letter in text.replace("\t", " "))

@@ -1,0 +1,86 @@
+"""The points of a sweep: a line as each ends, one table at the end, and the JSON line for a program."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+
+from launcher.report.layout import fitted
+from launcher.report.tables import error_line, json_line, range_of
+from launcher.report.units import rate, seconds, size
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from rich.console import Console
+
+    from launcher.results.record import Record
+
+FIGURES = ("new tokens/s", "min … max", "ttft p50", "itl p50", "load", "parameters/device")
+
+
+def varied(points: Sequence[Sequence[str]]) -> list[dict[str, str]]:
+    """What was swept: of each point the overrides that not all points have, by their keys."""
+    common = set.intersection(*map(set, points)) if len(points) > 1 else set()
+    swept = []
+    for point in points:
+        pairs = (item.partition("=") for item in point if item not in common)
+        swept.append({key.lstrip("+"): value for key, _, value in pairs})
+    return swept
+
+
+def named(point: Mapping[str, str]) -> str:
+    """A point by what was swept."""
+    return " ".join(f"{key}={value}" for key, value in point.items())
+
+
+def show_point(point: Mapping[str, str], record: Record, out: Console) -> None:
+    """Print one line as soon as a point of a sweep has ended."""
+    what = f"ok, {rate(record.new_tokens_per_s)} new tokens/s" if record.status == "ok" else error_line(record)
+    out.print(escape(f"{named(point)}: {what}" if point else what), soft_wrap=True)
+
+
+def show_sweep(records: Sequence[Record], points: Sequence[Mapping[str, str]], out: Console) -> None:
+    """Print one row a point of a sweep, whatever became of it, with a column for each key that was swept."""
+    keys = list(dict.fromkeys(key for point in points for key in point))
+    rows = []
+    for record, point in zip(records, points, strict=True):
+        speed = record.metrics.new_tokens_per_s if record.metrics else None
+        parameters = [device.parameter_bytes for device in record.devices if device.parameter_bytes is not None]
+        rows.append(
+            [
+                *(escape(point.get(key, "-")) for key in keys),
+                record.status,
+                rate(record.new_tokens_per_s),
+                range_of(speed),
+                seconds(record.ttft_s),
+                seconds(record.itl_s),
+                seconds(record.load_s),
+                size(max(parameters)) if parameters else "-",
+            ]
+        )
+    columns = [*keys, "status", *FIGURES]
+    out.print(fitted(out, columns, rows, texts=keys, optional=FIGURES[:0:-1]))
+
+
+def sweep_line(
+    records: Sequence[Record], points: Sequence[Mapping[str, str]] = (), more: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The last line of a sweep as an object: how many points ended how, and of each its JSON line with the values of
+    every key that was swept, and `more` of its record."""
+    lines = [json_line(record, more) for record in records]
+    for line, record, point in zip(lines, records, points, strict=False):
+        line["swept"] = {key: _value(record.config, key, value) for key, value in point.items()}
+    return {"points": Counter(record.status for record in records), "records": lines}
+
+
+def _value(config: Mapping[str, Any], key: str, given: str) -> Any:
+    """The value of a key in a composed configuration; of a group the option that was chosen."""
+    value: Any = config
+    for name in key.split("."):
+        if not isinstance(value, dict) or name not in value:
+            return given
+        value = value[name]
+    return given if isinstance(value, dict) else value
