@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if unknown := [word for word in arguments if word.startswith("-") and word not in FLAGS]:
             raise ConfigError(f"{unknown[0]} is not an option.", "python -m launcher.status --help")
         folders = [Path(name) for name in arguments if name not in FLAGS]
-        points = [point for folder in folders for point in _points_or_why(folder, alone=len(folders) == 1)]
+        shown = [point for folder in folders for point in _points_or_why(folder, alone=len(folders) == 1)]
+        points = list({point.run_dir or number: point for number, point in enumerate(shown)}.values())
         if "--follow" in arguments and folders:
             runs = _jobs(points)
             arrays.follow(runs, folders[0], f"{len(runs)} jobs", POLL_S)
