@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from launcher.config.engines import engines
+from launcher.config.schema import Scheduling
 from launcher.report.layout import console, counted, fitted, print_json, rounded, shown
 from launcher.report.memory_table import device_table, phase_table
 from launcher.report.published_table import published_table
@@ -106,8 +107,12 @@ def show_record(record: Record, out: Console, began: float = 0.0) -> None:
 def _batching(record: Record) -> str:
     """The prompts that are answered at once."""
     engine = engines().get(record.backend)
-    is_continuous = engine is not None and engine.continuous_batching
-    return "continuous batching" if is_continuous else f"batch of {record.batch_size}"
+    if engine is not None and engine.continuous_batching:
+        return "continuous batching"
+    has_slots = engine is not None and engine.has_slots
+    if has_slots and record.config.get("measure", {}).get("scheduling") == Scheduling.continuous.name:
+        return counted(record.batch_size, "slot")
+    return f"batch of {record.batch_size}"
 
 
 def _remarks(record: Record, began: float) -> list[str]:

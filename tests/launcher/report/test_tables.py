@@ -33,7 +33,7 @@ def test_a_counter_of_an_engine_has_its_row(tmp_path: Path, monkeypatch: pytest.
     record = replace(RECORD, run_dir=str(tmp_path), metrics=replace(RECORD.metrics, counters=counters))
     [row] = [line for line in printed(record).splitlines() if "accepted draft tokens" in line]
     assert [cell.strip() for cell in row.split("│")[1:-1]] == [
-        "accepted draft tokens", "1,234", "8", "99,999", "1 repeats",
+        "accepted draft tokens", "1,234", "8", "99,999", "1 repeat",
     ]  # fmt: skip
 
 
