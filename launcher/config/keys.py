@@ -85,10 +85,15 @@ def is_open(hint: Any) -> bool:
 
 
 def has_key(key: str, known: Mapping[str, Any]) -> bool:
-    """Whether a dotted key is one of `known`, or lies below one whose entries are the user's."""
+    """Whether a dotted key is one of `known`, an entry of one whose entries are the user's to name, or of a list."""
+    if key in known:
+        return True
     parts = key.split(".")
-    parents = (".".join(parts[:count]) for count in range(1, len(parts)))
-    return key in known or any(parent in known and is_open(known[parent]) for parent in parents)
+    for count in range(1, len(parts)):
+        parent = ".".join(parts[:count])
+        if parent in known and is_open(known[parent]):
+            return get_origin(known[parent]) is dict or parts[count].isdigit()
+    return False
 
 
 def strays(tree: Mapping[str, Any], kind: type, prefix: str = "") -> Iterator[str]:
