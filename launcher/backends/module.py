@@ -23,6 +23,7 @@ from shards.machine.hardware import MIB
 from shards.machine.process_group import any_rank, barrier, connect, connect_cards, device_of, disconnect
 from shards.model.shape import KNOWN_FAMILIES
 from shards.parallel.families import keep_kv_heads_only
+from shards.parallel.products import pack_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -64,6 +65,8 @@ class ModuleBackend(ABC):
         self.peaks.end("load")
         if plan is not None:
             self._check_share(plan)
+        if self.device.type == "cpu":
+            pack_weights(self.model)
         self.decoder = self._decoder(plan)
 
     def _decoder(self, plan: Plan | None) -> Decoder | SlotDecoder:

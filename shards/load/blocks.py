@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from torch import nn
 
@@ -27,6 +27,18 @@ class Block:
 def mark_block(tensor: torch.Tensor, block: Block) -> None:
     """Note on a plain tensor in memory which part of the model it is, for engines that cut a model their own way."""
     tensor.block = block
+
+
+def mark_parts(tensor: torch.Tensor, parts: Sequence[tuple[Block, int]]) -> None:
+    """Note on a plain tensor that it is several blocks of the model, one below the other, and the rows of each."""
+    tensor.parts = tuple(parts)
+
+
+def copy_marks(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Put the notes of one tensor on another."""
+    for name in ("block", "parts"):
+        if hasattr(source, name):
+            setattr(target, name, getattr(source, name))
 
 
 def block_of(tensor: torch.Tensor) -> Block | None:
@@ -65,8 +77,16 @@ def local_bytes(model: nn.Module) -> int:
 
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers by name, each once."""
-    yield from model.named_parameters()
+    """Parameters and persistent buffers by name, each once; of one that is several blocks, these."""
+    for name, parameter in model.named_parameters():
+        first = 0
+        for block, rows in getattr(parameter, "parts", ()):
+            part = parameter.detach().narrow(0, first, rows)
+            mark_block(part, block)
+            yield block.name, part
+            first += rows
+        if not first:
+            yield name, parameter
     for prefix, module in model.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:

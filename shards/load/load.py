@@ -73,7 +73,7 @@ def _match(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[TensorEn
     first = {id(tensor): name for name, tensor in tensors.items()}
     tied: dict[str, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        for source in {first[id(parameter)], whole(name, parameter)[0]} - {name}:
+        for source in {first.get(id(parameter), name), whole(name, parameter)[0]} - {name}:
             tied.setdefault(source, []).append(name)
             tied.setdefault(name, []).append(source)
     shapes = {name: whole(name, tensor)[1] for name, tensor in tensors.items()}
@@ -106,7 +106,8 @@ def _targets(files: OpenFiles, entry: TensorEntry, tensor: torch.Tensor) -> list
     if isinstance(entry, MergedEntry):
         return list(part_targets(entry, start, local))
     target = Target(entry, start, local)
-    mapped = map_target(files, target)
+    is_part = not isinstance(tensor, DTensor) and local.untyped_storage().nbytes() > local.nbytes
+    mapped = None if is_part else map_target(files, target)
     if mapped is None:
         return [target]
     if isinstance(tensor, DTensor):

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from shards.errors import CheckpointError
-from shards.load.blocks import block_of, mark_block
+from shards.load.blocks import copy_marks
 from shards.load.conversion import note_conversions
 
 if TYPE_CHECKING:
@@ -65,8 +65,7 @@ def materialize(model: nn.Module, device: torch.device | str) -> None:
 
 def _with_memory(old: nn.Parameter, device: torch.device | str) -> nn.Parameter:
     new = nn.Parameter(torch.empty_like(old, device=device), requires_grad=False)
-    if block := block_of(old):
-        mark_block(new, block)
+    copy_marks(old, new)
     return new
 
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 
 from shards.errors import PlanError
+from shards.plan.cuts import spread_evenly
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+
+    from shards.parallel.collectives import Collectives
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -28,25 +37,69 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def fully_shard_model(model: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool = True) -> nn.Module:
-    """Shard `model` in place over the one-dimensional `mesh`, each layer gathered only while it runs.
+def fully_shard_model(
+    model: nn.Module, mesh: DeviceMesh, resident_layers: int = 0, collectives: Collectives | None = None
+) -> nn.Module:
+    """Shard `model` in place over the last dimension of `mesh`, each layer gathered only while it runs.
 
-    What is outside the layers (embeddings, last norm, head; tied weights once) is the group of the root. It is needed
-    first and last in every step, so it is gathered once and stays, until `reshard`. A mesh of one rank leaves the model
-    as it is. Works on meta, so that loading never holds more than the shard.
+    A first dimension of the mesh is one of replicas (HSDP). `resident_layers` of the layers, spread evenly, stay whole
+    on each rank, and with them what is outside the layers (embeddings, last norm, head; tied weights once). Without any
+    that is the group of the root: needed first and last in every step, it is gathered once and stays, until `reshard`.
+    With `collectives` the layers are gathered through them. A mesh without ranks to shard over leaves the model as it
+    is. Works on meta, so that loading never holds more than the shard.
     """
-    if mesh.size() == 1:
+    layers = decoder_layers(model)
+    resident = spread_evenly(resident_layers, len(layers))
+    sharded = [layer for number, layer in enumerate(layers) if number not in resident]
+    if mesh.size(-1) == 1 or not sharded:
         return model
-    for layer in decoder_layers(model):
-        fully_shard(layer, mesh=mesh, reshard_after_forward=reshard_after_forward)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    for layer in sharded:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    elsewhere = {parameter for layer in sharded for parameter in layer.parameters()}
+    kept = set(model.parameters()) - elsewhere if resident else set()
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=kept)
+    if collectives is not None and collectives.is_immediate:
+        for module in (model, *sharded):
+            if _groups(module):
+                module.set_custom_all_gather(_Gather(collectives))
+    else:
+        _prefetch(model, sharded, layers[-1])
     return model
+
+
+def _prefetch(model: nn.Module, sharded: Sequence[nn.Module], last: nn.Module) -> None:
+    """Gather each layer while the one before it runs, and the first while the head does, for the next step.
+
+    The gathers are asynchronous, with which FSDP2 frees what it gathered into as soon as it is copied out: two layers
+    are there at a time.
+    """
+    model._set_unshard_async_op(True)
+    for layer, following in pairwise(sharded):
+        layer.set_modules_to_forward_prefetch([following])
+    last.register_forward_hook(lambda *_: sharded[0].unshard(async_op=True) and None)
+
+
+class _Gather(AllGather):
+    """FSDP2's all-gather by other collectives than those of the process group."""
+
+    def __init__(self, collectives: Collectives) -> None:
+        self.collectives = collectives
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: ProcessGroup, async_op: bool = False
+    ) -> None:
+        self.collectives.gather(output_tensor, input_tensor)
 
 
 def reshard(model: nn.Module) -> None:
     """Free what is gathered: afterwards a rank holds its shards only, until the next forward."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
+            if any(group._all_gather_result for group in _groups(module)):
+                module.unshard()  # of one that is still being gathered
             module.reshard()
 
 

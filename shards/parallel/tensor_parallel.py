@@ -10,19 +10,21 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import embedding as lookup
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 
 from shards.engines.tensor_parallel import uncuttable
 from shards.errors import PlanError
 from shards.load.blocks import Block, mark_block
 from shards.model.shape import ModelShape
 from shards.parallel.fully_shard import decoder_layers
+from shards.parallel.products import ProductLinear, product
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+    from shards.parallel.collectives import Collectives
 
 _LLAMA = {
     "self_attn.q_proj": "column", "self_attn.k_proj": "column", "self_attn.v_proj": "column",
@@ -37,20 +39,21 @@ HEAD_COUNTS = ("num_heads", "num_kv_heads")  # attributes by which a Falcon's at
 ELSEWHERE = "backend=fsdp, which shards every model"
 
 
-class RowLinear(nn.Linear):
+class RowLinear(ProductLinear):
     """A linear layer whose inputs lie on several ranks: what each makes of its own is added up, with what was held."""
 
     held: list[torch.Tensor]
+    collectives: Collectives
 
     def forward(self, part: torch.Tensor) -> torch.Tensor:
-        total = linear(part, self.weight)
+        total = product(part, self.weight)
         while self.held:
             total += self.held.pop()
-        dist.all_reduce(total)
+        self.collectives.add_up(total)
         return total if self.bias is None else total + self.bias
 
 
-class HeldRowLinear(nn.Linear):
+class HeldRowLinear(ProductLinear):
     """One whose output only counts as a summand of another's, with which it is added up over the ranks at once.
 
     Returns what is then left to be added: its bias, or zero.
@@ -59,7 +62,7 @@ class HeldRowLinear(nn.Linear):
     held: list[torch.Tensor]
 
     def forward(self, part: torch.Tensor) -> torch.Tensor:
-        self.held[:] = [linear(part, self.weight)]
+        self.held[:] = [product(part, self.weight)]
         return part.new_zeros(()) if self.bias is None else self.bias
 
 
@@ -67,36 +70,39 @@ class VocabularyEmbedding(nn.Embedding):
     """An embedding whose rows lie on several ranks: each looks up its own, and the others add zeros."""
 
     first: int
+    collectives: Collectives
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         own = ids - self.first
         elsewhere = (own < 0) | (own >= self.weight.shape[0])
         found = lookup(own.masked_fill_(elsewhere, 0), self.weight).masked_fill_(elsewhere[..., None], 0)
-        dist.all_reduce(found)
+        self.collectives.add_up(found)
         return found
 
 
-class VocabularyHead(nn.Linear):
+class VocabularyHead(ProductLinear):
     """A head whose rows lie on several ranks, equally many on all but the last; every rank gets all logits."""
 
+    size: int
+    collectives: Collectives
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        size = dist.get_world_size()
-        part = linear(hidden, self.weight)
-        part = pad(part, (0, ceil(self.out_features / size) - part.shape[-1]))
-        parts = [torch.empty_like(part) for _ in range(size)]
-        dist.all_gather(parts, part)
-        return torch.cat(parts, -1)[..., : self.out_features]
+        part = product(hidden, self.weight)
+        part = pad(part, (0, ceil(self.out_features / self.size) - part.shape[-1]))
+        parts = part.new_empty(self.size, *part.shape)
+        self.collectives.gather(parts, part)
+        return parts.movedim(0, -2).flatten(-2)[..., : self.out_features]
 
 
 CLASSES = {"row": RowLinear, "held row": HeldRowLinear, "embedding": VocabularyEmbedding, "head": VocabularyHead}
 
 
-def tensor_parallel_model(model: nn.Module, rank: int, size: int) -> nn.Module:
+def tensor_parallel_model(model: nn.Module, rank: int, size: int, collectives: Collectives) -> nn.Module:
     """Leave in `model`, in place, what rank `rank` of `size` has of it; all ranks together give the model's logits.
 
     The model is on meta and stays there, for `shards.load.load` to fill. Norms and the biases of sums stay whole; tied
-    weights stay tied. The ranks are those of the default process group: they add up a layer twice (a Falcon's once) and
-    the embedding once, and gather the logits of the positions that are asked for.
+    weights stay tied. With `collectives` the ranks add up a layer twice (a Falcon's once) and the embedding once, and
+    gather the logits of the positions that are asked for.
     Raises PlanError for what cannot be cut so. A size of one leaves the model as it is.
     """
     if size == 1:
@@ -110,7 +116,8 @@ def tensor_parallel_model(model: nn.Module, rank: int, size: int) -> nn.Module:
         if kind is not None:
             _keep_part(name, module, int("row" in kind), rank, size)
             module.__class__ = CLASSES.get(kind, type(module))
-    embedding.first = rank * ceil(embedding.num_embeddings / size)
+            module.collectives = collectives
+    embedding.first, head.size = rank * ceil(embedding.num_embeddings / size), size
     for layer in decoder_layers(model):
         _join(layer, size)
     if is_tied:

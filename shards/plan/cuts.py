@@ -72,6 +72,11 @@ def spread(shape: ModelShape, n: int, storage: Storage = NUMBERS) -> tuple[tuple
     return tuple(filled), tuple(layers)
 
 
+def spread_evenly(count: int, total: int) -> frozenset[int]:
+    """The numbers of `count` of `total` layers, equally far apart, the last of them among these."""
+    return frozenset(number for number in range(total) if (number + 1) * count // total > number * count // total)
+
+
 def _in_order(shape: ModelShape) -> list[tuple[Parameter, ...]]:
     """The units that a device map does not divide: single parameters outside the layers, and whole layers."""
     units = groupby(shape.parameters, lambda parameter: parameter.name if parameter.layer is None else parameter.layer)

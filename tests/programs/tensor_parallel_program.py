@@ -19,13 +19,16 @@ from launcher.backends.decode import Decoder
 from launcher.config.schema import SamplingConfig
 from launcher.models import EMBEDDED
 from shards.checkpoint.checkpoint import Checkpoint
-from shards.load.blocks import local_block
+from shards.load.blocks import local_block, stored_tensors
 from shards.load.load import load_weights
 from shards.load.meta import build_meta
 from shards.load.random_weights import fill_random
 from shards.machine.process_group import connect, disconnect
 from shards.machine.world import World
+from shards.parallel import products
+from shards.parallel.collectives import Collectives, collectives
 from shards.parallel.families import keep_kv_heads_only
+from shards.parallel.products import fuse_projections, pack_weights
 from shards.parallel.tensor_parallel import tensor_parallel_model
 
 PROMPTS = [Prompt(index, "", tuple(range(5, 9 + 3 * index))) for index in range(4)]
@@ -50,7 +53,7 @@ def filled(source: Path | dict[str, Any], model: nn.Module) -> nn.Module:
         load_weights(model, Checkpoint.open(source), "cpu")
         return model
     fill_random(model, 0, "cpu")
-    for name, parameter in model.named_parameters():
+    for name, parameter in stored_tensors(model):
         (start, *_), local = local_block(parameter)
         if parameter.dim() > 1:
             parameter.mul_(5)
@@ -59,11 +62,15 @@ def filled(source: Path | dict[str, Any], model: nn.Module) -> nn.Module:
     return model
 
 
-def answered(source: Path | dict[str, Any], rank: int, size: int) -> dict[str, Any]:
+def answered(source: Path | dict[str, Any], rank: int, size: int, ways: Collectives) -> dict[str, Any]:
     model = build_meta(source, torch.float32)
     keep_kv_heads_only(model)
-    tensor_parallel_model(model, rank, size)
+    tensor_parallel_model(model, rank, size, ways)
+    if size > 1:
+        fuse_projections(model)
     filled(source, model)
+    if size > 1:
+        assert pack_weights(model) > 0
     decoder = Decoder(model, (), torch.device("cpu"), seed=0)
     made = decoder.generate(PROMPTS, SamplingConfig(max_new_tokens=12, ignore_eos=True), lambda _: None)
     return {
@@ -77,10 +84,13 @@ def answered(source: Path | dict[str, Any], rank: int, size: int) -> dict[str, A
 
 
 def main() -> None:
+    products.LEAST_VALUES[torch.float32] = 1  # the matrices here are too small for it to pay
     world = World.from_env(os.environ)
     connect(world, torch.device("cpu"))
+    ways = collectives(world, torch.device("cpu"))
+    print(ways.way)
     found = {
-        name: {"whole": answered(source, 0, 1), "cut": answered(source, world.rank, world.world_size)}
+        name: {"whole": answered(source, 0, 1, ways), "cut": answered(source, world.rank, world.world_size, ways)}
         for name, source in MODELS.items()
     }
     (Path(sys.argv[1]) / f"rank_{world.rank}.json").write_text(json.dumps(found))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from launcher.backends.module import ModuleBackend
+from shards.parallel.collectives import collectives
+from shards.parallel.products import fuse_projections
 from shards.parallel.tensor_parallel import tensor_parallel_model
 
 if TYPE_CHECKING:
@@ -19,6 +21,11 @@ class TensorParallelBackend(ModuleBackend):
     """Our own cut of transformers' Falcon, Llama, Mistral, Qwen2 and Qwen3; a world of one is the plain model."""
 
     def place(self, plan: Plan | None, world: World, progress: Progress) -> torch.nn.Module:
-        model = tensor_parallel_model(self.meta_model(), world.rank, world.world_size)
+        model = self.meta_model()
+        if world.world_size > 1:
+            ways = collectives(world, self.device)
+            print(f"all-reduce: {ways.way}", flush=True)
+            tensor_parallel_model(model, world.rank, world.world_size, ways)
+        fuse_projections(model)
         self.fill(model, progress)
         return model

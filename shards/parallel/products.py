@@ -1,0 +1,128 @@
+"""Products of linear layers: weights packed for the kernels of this CPU, and layers of one input as one product."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import linear
+from transformers.models.falcon.modeling_falcon import FalconLinear
+
+from shards.load.blocks import Block, block_of, mark_parts
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+BATCH_HINT = 4  # of the layouts that oneDNN offers for 1, 4 and 32 rows, this one is the best at 3 rows and more
+LEAST_VALUES = {torch.float32: 1 << 18, torch.bfloat16: 1 << 14}
+"""Matrices from this size on are faster packed: each call of oneDNN takes 12 us more than one of MKL."""
+
+FUSED = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj")))
+"""The layers of one input in a Llama and its relatives, in the order in which they are called."""
+
+
+def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`rows` times the transposed `weight`, which may be packed, and the bias."""
+    if weight.layout is torch.strided:
+        return linear(rows, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise.default(rows, weight, bias, "none", [], "")
+
+
+class ProductLinear(nn.Linear):
+    """A linear layer whose weight may be packed."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return product(rows, self.weight, self.bias)
+
+
+class FusedLinear(ProductLinear):
+    """The first of several linear layers of one input: makes the outputs of all, and leaves the others' to them."""
+
+    sizes: list[int]
+    left: list[torch.Tensor]
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        own, *others = super().forward(rows).split(self.sizes, -1)
+        self.left[:] = others[::-1]
+        return own
+
+
+class TakenLinear(nn.Module):
+    """One of the others: gives what the first has left for it."""
+
+    left: list[torch.Tensor]
+
+    def forward(self, _: torch.Tensor) -> torch.Tensor:
+        return self.left.pop()
+
+
+def fuse_projections(model: nn.Module) -> int:
+    """Join queries, keys and values, and gate and up, each into one linear layer, in place; how many there are then.
+
+    The model is on meta, whole or cut for tensor parallelism, and `shards.load.load` fills the joined weights from the
+    tensors that the checkpoint has. Layers of other kinds, and those that have a bias only in part, stay as they are.
+    """
+    fused = 0
+    for name, module in list(model.named_modules()):
+        for kind, names in FUSED:
+            layers = [getattr(module, each, None) for each in names] if name.endswith(kind) else [None]
+            if all(type(layer) is nn.Linear for layer in layers) and len({layer.bias is None for layer in layers}) == 1:
+                _fuse(module, name, names, layers)
+                fused += 1
+    return fused
+
+
+def _fuse(module: nn.Module, name: str, names: Sequence[str], layers: Sequence[nn.Linear]) -> None:
+    first, left = layers[0], []
+    first.sizes = [layer.weight.shape[0] for layer in layers]
+    for leaf in ("weight", "bias"):
+        parts = [getattr(layer, leaf) for layer in layers]
+        if parts[0] is None:
+            continue
+        blocks = [
+            block_of(part) or Block(f"{name}.{each}.{leaf}", tuple(part.shape), (0,) * part.dim())
+            for each, part in zip(names, parts, strict=True)
+        ]
+        joined = nn.Parameter(torch.cat(parts), requires_grad=False)
+        mark_parts(joined, list(zip(blocks, first.sizes, strict=True)))
+        setattr(first, leaf, joined)
+    first.__class__ = FusedLinear
+    first.left = left
+    for each in names[1:]:
+        taken = TakenLinear()
+        taken.left = left
+        setattr(module, each, taken)
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this CPU has oneDNN's kernels for packed weights of this type."""
+    if not torch.backends.mkldnn.is_available() or dtype not in LEAST_VALUES:
+        return False
+    return dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@torch.no_grad()
+def pack_weights(model: nn.Module) -> int:
+    """Give the large matrices of linear layers on a CPU the layout of its kernels, in place; how many bytes there are.
+
+    A packed weight takes as many bytes as it did, has its shape, and can be multiplied with and nothing else. A head
+    that is tied to the embedding stays as it is, since an embedding is looked up in.
+    """
+    tied = model.get_input_embeddings().weight
+    packed = 0
+    for module in model.modules():
+        is_plain = type(module) in (nn.Linear, FalconLinear)
+        if not (is_plain or isinstance(module, ProductLinear)) or module.weight is tied:
+            continue
+        weight = module.weight
+        if isinstance(weight, DTensor) or not can_pack(weight.dtype) or weight.numel() < LEAST_VALUES[weight.dtype]:
+            continue
+        if is_plain:
+            module.__class__ = ProductLinear
+        module.weight = nn.Parameter(
+            torch.ops.mkldnn._reorder_linear_weight(weight.detach(), BATCH_HINT), requires_grad=False
+        )
+        packed += module.weight.nbytes
+    return packed
