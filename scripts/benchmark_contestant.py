@@ -1,0 +1,213 @@
+"""One process of a contestant of benchmark_engines.py: it loads a model and answers the prompts whenever it is told to.
+
+The engines of this project are driven as a run drives them, the others as their documentation does it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import time
+from multiprocessing.connection import Client
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from launcher.backends.base import Prompt, backend_class  # noqa: E402
+from launcher.config.compose import compose_run  # noqa: E402
+from launcher.prepare.planning import plan_of  # noqa: E402
+from launcher.system.files import read_json  # noqa: E402
+from shards.checkpoint.checkpoint import Checkpoint  # noqa: E402
+from shards.machine.orphans import signal_when_orphaned  # noqa: E402
+from shards.machine.process_group import barrier  # noqa: E402
+from shards.machine.world import World  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Answers = dict[int, list[int]]
+    Answer = Callable[[], Answers]
+    """Answers every prompt that falls to this process: new tokens by the number of the prompt."""
+
+
+def main() -> None:
+    """`benchmark_contestant.py ADDRESS KEY`; what is to be done comes over the connection."""
+    signal_when_orphaned(signal.SIGKILL)
+    with Client(sys.argv[1], authkey=bytes.fromhex(sys.argv[2])) as driver:
+        job = driver.recv()
+        began = time.perf_counter()
+        answer, meet = CONTESTANTS[job["kind"]](job, World.from_env(os.environ))
+        driver.send({"load_s": time.perf_counter() - began})
+        while driver.recv() == "go":
+            meet()
+            began = time.perf_counter()
+            answers = answer()
+            driver.send({"seconds": time.perf_counter() - began, "answers": answers})
+    sys.stdout.flush()
+    os._exit(0)  # engines leave threads that can hang the interpreter's own exit
+
+
+def prompts_of(job: dict[str, Any]) -> list[Prompt]:
+    return [Prompt(index, "", tuple(ids)) for index, ids in enumerate(job["prompts"])]
+
+
+def ours(job: dict[str, Any], world: World) -> tuple[Answer, Callable[[], None]]:
+    """An engine of this project, through the interface that a run uses."""
+    config = compose_run([
+        *job["overrides"], "accelerator=cpu", f"devices={job['devices']}", f"precision={job['precision']}",
+        f"measure.batch_size={len(job['prompts'])}", f"sampling.max_new_tokens={job['new_tokens']}",
+        f"sampling.ignore_eos={job['ignore_eos']}",
+    ])  # fmt: skip
+    config.model.path = job["folder"]
+    prompts = prompts_of(job)
+    backend = backend_class(config.backend.name)(config)
+    fields = read_json(Path(job["folder"]) / "config.json")
+    plan = plan_of(config, fields, Checkpoint.open(Path(job["folder"])).tensors, prompts, False)
+    backend.load(plan, world, lambda done, total: None)
+
+    def answer() -> Answers:
+        made = backend.generate(prompts, config.sampling, lambda *_: None)
+        return {item.index: list(item.token_ids) for item in made.completions}
+
+    return answer, backend.barrier
+
+
+def dtype_of(job: dict[str, Any]) -> torch.dtype:
+    return torch.float32 if job["precision"] == "fp32" else torch.bfloat16
+
+
+def plain_model(job: dict[str, Any]) -> Any:
+    transformers = importlib.import_module("transformers")
+    return transformers.AutoModelForCausalLM.from_pretrained(job["folder"], dtype=dtype_of(job)).eval()
+
+
+def generated(model: Any, job: dict[str, Any]) -> Answers:
+    """`model.generate` of one left-padded batch, cut behind each EOS."""
+    rows = job["prompts"]
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    eos = None if job["ignore_eos"] else job["eos"]
+    with torch.inference_mode():
+        made = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=job["new_tokens"], do_sample=False, eos_token_id=eos,
+            pad_token_id=0, use_cache=True,
+        )  # fmt: skip
+    return {index: until_eos(row, eos) for index, row in enumerate(made[:, width:].tolist())}
+
+
+def until_eos(row: list[int], eos: int | None) -> list[int]:
+    return row[: row.index(eos) + 1] if eos in row else row
+
+
+def model_generate(job: dict[str, Any], world: World) -> tuple[Answer, Callable[[], None]]:
+    model = plain_model(job)
+    return lambda: generated(model, job), lambda: None
+
+
+def fabric_fsdp(job: dict[str, Any], world: World) -> tuple[Answer, Callable[[], None]]:
+    """Fabric's ModelParallelStrategy with FSDP2 on each layer and the model; every rank answers the same prompts."""
+    fabric_module = importlib.import_module("lightning.fabric")
+    strategies = importlib.import_module("lightning.fabric.strategies")
+    environments = importlib.import_module("lightning.fabric.plugins.environments")
+    fully_shard = importlib.import_module("torch.distributed.fsdp").fully_shard
+
+    def parallelize(model: Any, mesh: Any) -> Any:
+        for layer in getattr(model, "transformer", model).h if hasattr(model, "transformer") else model.model.layers:
+            fully_shard(layer, mesh=mesh["data_parallel"])
+        return fully_shard(model, mesh=mesh["data_parallel"])
+
+    size = world.world_size
+    strategy = strategies.ModelParallelStrategy(parallelize, data_parallel_size=size, tensor_parallel_size=1)
+    environment = environments.TorchElasticEnvironment()
+    fabric = fabric_module.Fabric(accelerator="cpu", devices=size, strategy=strategy, plugins=[environment])
+    fabric.launch()
+    model = fabric.setup(plain_model(job))
+    model.mark_forward_method("generate")
+    return lambda: generated(model, job), barrier
+
+
+def init_inference(job: dict[str, Any], world: World) -> tuple[Answer, Callable[[], None]]:
+    """DeepSpeed's own way: the model whole on every rank, then cut."""
+    os.environ["LOCAL_SIZE"] = str(world.world_size)  # without it DeepSpeed's all-reduce dies
+    deepspeed = importlib.import_module("deepspeed")
+    engine = deepspeed.init_inference(
+        plain_model(job), tensor_parallel={"tp_size": world.world_size}, dtype=dtype_of(job), max_out_tokens=4096,
+        replace_with_kernel_inject=False,
+    )  # fmt: skip
+    return lambda: generated(engine.module, job), barrier
+
+
+def bare_vllm(job: dict[str, Any], world: World) -> tuple[Answer, Callable[[], None]]:
+    """`vllm.LLM` with what it needs to start on a CPU, and its own defaults."""
+    os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="WARNING")
+    os.environ.update(job["environment"])
+    vllm = importlib.import_module("vllm")
+    dtype = str(dtype_of(job)).removeprefix("torch.")
+    llm = vllm.LLM(
+        job["folder"], tensor_parallel_size=job["devices"], dtype=dtype, skip_tokenizer_init=True, **job["arguments"]
+    )
+    stop = [] if job["ignore_eos"] else [job["eos"]]
+    sampling = vllm.SamplingParams(
+        temperature=0, max_tokens=job["new_tokens"], ignore_eos=job["ignore_eos"], stop_token_ids=stop, detokenize=False
+    )
+    requests = [{"prompt_token_ids": row} for row in job["prompts"]]
+
+    def answer() -> Answers:
+        made = llm.generate(requests, sampling, use_tqdm=False)
+        return {index: list(item.outputs[0].token_ids) for index, item in enumerate(made)}
+
+    return answer, llm.reset_prefix_cache
+
+
+def litgpt(job: dict[str, Any], world: World) -> tuple[Answer, Callable[[], None]]:
+    """litgpt's `generate/base.py`: one prompt after the other."""
+    base, model = importlib.import_module("litgpt.generate.base"), importlib.import_module("litgpt.model")
+    convert = importlib.import_module("litgpt.scripts.convert_hf_checkpoint")
+    fields = read_json(Path(job["folder"]) / "config.json")
+    config = model.Config(
+        name="benchmark", block_size=fields["max_position_embeddings"], vocab_size=fields["vocab_size"],
+        padded_vocab_size=fields["vocab_size"], n_layer=fields["num_hidden_layers"],
+        n_head=fields["num_attention_heads"], n_query_groups=fields["num_key_value_heads"],
+        n_embd=fields["hidden_size"], head_size=fields.get("head_dim"), intermediate_size=fields["intermediate_size"], rotary_percentage=1.0,
+        parallel_residual=False, bias=False, norm_class_name="RMSNorm", mlp_class_name="LLaMAMLP",
+        norm_eps=fields["rms_norm_eps"],
+    )  # fmt: skip
+    weights: dict[str, torch.Tensor] = {}
+    convert.copy_weights_hf_llama(config, {}, weights, plain_model(job).state_dict())
+    gpt = model.GPT(config).to(dtype_of(job)).eval()
+    gpt.load_state_dict(weights)
+    eos = None if job["ignore_eos"] else job["eos"]
+
+    def answer() -> Answers:
+        made = {}
+        for index, row in enumerate(job["prompts"]):
+            most = len(row) + job["new_tokens"]
+            with torch.inference_mode():
+                gpt.max_seq_length = most
+                gpt.set_kv_cache(batch_size=1, dtype=dtype_of(job))
+                ids = base.generate(gpt, torch.tensor(row), most, temperature=0.0, eos_id=eos, include_prompt=False)
+                gpt.clear_kv_cache()
+            made[index] = ids.tolist()
+        return made
+
+    return answer, lambda: None
+
+
+CONTESTANTS = {
+    "ours": ours,
+    "model.generate": model_generate,
+    "fabric": fabric_fsdp,
+    "deepspeed": init_inference,
+    "vllm": bare_vllm,
+    "litgpt": litgpt,
+}
+
+if __name__ == "__main__":
+    main()

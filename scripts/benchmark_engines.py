@@ -1,0 +1,299 @@
+"""All engines beside what one would write without this project, in one run, in turns.
+
+    python scripts/benchmark_engines.py [--models tiny_llama,random_1gb] [--engines fsdp,fabric] [--precisions fp32]
+                                        [--repeats 5] [--new-tokens 32] [--ranks 2] [--output benchmarks/NAME]
+
+For each model and precision every contestant is started once and answers the same prompts, all at once, with the same
+number of slots. They take turns, each in a new order every round, and those that are not at their turn are stopped, so
+that what disturbs one disturbs all; the first round is not counted. The embedded models answer tests/ragged_prompts.txt
+to their EOS, the random Llamas prompts of 8 to 80 tokens with as many new ones each.
+Ratios are medians of the ratios of each round. With --output, NAME.json has every figure and NAME.md the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import random
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmark_turns import LIMIT_S, Group  # noqa: E402
+
+from launcher.backends.base import Prompt  # noqa: E402
+from launcher.config.compose import compose_run  # noqa: E402
+from launcher.models import EMBEDDED  # noqa: E402
+from launcher.prepare.planning import plan_of  # noqa: E402
+from launcher.prompts.prompts import encode  # noqa: E402
+from launcher.system.environment import describe  # noqa: E402
+from launcher.system.typed import to_plain  # noqa: E402
+from shards.machine.rates import this_machine  # noqa: E402
+
+FIRST, LONGEST = 8, 80  # tokens of the shortest and of the longest prompt of a random model
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 2048}
+RANDOM = {
+    "random_100mb": {
+        **LLAMA, "vocab_size": 6144, "hidden_size": 512, "num_hidden_layers": 6, "intermediate_size": 1376,
+        "num_attention_heads": 8, "num_key_value_heads": 8, "eos_token_id": 2,
+    },
+    "random_1gb": {
+        **LLAMA, "vocab_size": 16000, "hidden_size": 1536, "num_hidden_layers": 8, "intermediate_size": 4096,
+        "num_attention_heads": 24, "num_key_value_heads": 8, "eos_token_id": 2,
+    },
+}  # fmt: skip
+"""Named by their bytes in fp32."""
+
+BASE = "model.generate"
+HEADER = "| contestant | tokens/s (min … max) | of model.generate | of its reference | of the ceiling | same | load |"
+RULE = "|---|---|---|---|---|---|---|"
+MODELS = ("tiny_falcon", "tiny_llama", *RANDOM)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """`kind` is one of benchmark_contestant.py; `reference` is the contestant that it is to be compared with;
+    `like` are the overrides of the run whose plan has its ceiling, which for an engine of ours is the run itself."""
+
+    name: str
+    kind: str
+    reference: str
+    like: tuple[str, ...]
+    ranks: bool = False  # a process for each device
+    devices: int | None = None  # None: as many as --ranks
+    needs: str = ""
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+def ours(name: str, reference: str, *overrides: str, **more: Any) -> Contestant:
+    return Contestant(name, "ours", reference, overrides, **more)
+
+
+CONTESTANTS = (
+    Contestant("model.generate", "model.generate", "model.generate", ("backend=transformers",), devices=1),
+    ours("transformers", "model.generate", "backend=transformers", devices=1),
+    ours("fsdp x1", "transformers", "backend=fsdp", devices=1),
+    Contestant("Fabric FSDP2 + generate", "fabric", "model.generate", ("backend=fsdp",), ranks=True),
+    ours("fsdp", "Fabric FSDP2 + generate", "backend=fsdp", ranks=True),
+    ours("fsdp, all resident", "Fabric FSDP2 + generate", "backend=fsdp", "backend.resident_layers=all", ranks=True),
+    Contestant("deepspeed.init_inference", "deepspeed", "model.generate", ("backend=deepspeed",), ranks=True),
+    ours("deepspeed", "deepspeed.init_inference", "backend=deepspeed", ranks=True),
+    Contestant("vllm.LLM", "vllm", "model.generate", ("backend=vllm",), needs="vllm",
+               more={"arguments": {}, "environment": {}}),
+    ours("vllm", "vllm.LLM", "backend=vllm", needs="vllm"),
+    ours("tensor_parallel", "vllm", "backend=tensor_parallel", ranks=True),
+    Contestant("litgpt", "litgpt", "model.generate", ("backend=transformers",), devices=1, needs="litgpt"),
+)  # fmt: skip
+
+
+def write_random(folder: Path, fields: dict[str, Any], precision: str) -> None:
+    """A checkpoint of random weights, made in a process of its own: the driver stays without torch."""
+    program = (
+        "import json, sys, torch; from safetensors.torch import save_file; from shards.load.meta import build_meta;"
+        "from shards.load.random_weights import fill_random; dtype = getattr(torch, sys.argv[3]);"
+        "model = build_meta(json.loads(sys.argv[2]), dtype); fill_random(model, 0, 'cpu');"
+        "save_file(dict(model.named_parameters()), sys.argv[1] + '/model.safetensors', {'format': 'pt'});"
+        "model.config.save_pretrained(sys.argv[1])"
+    )
+    dtype = "float32" if precision == "fp32" else "bfloat16"
+    command = [sys.executable, "-c", program, str(folder), json.dumps(fields), dtype]
+    subprocess.run(command, check=True, timeout=LIMIT_S, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def job_of(model: str, folder: Path, precision: str, count: int, new_tokens: int) -> dict[str, Any]:
+    """What every contestant is given."""
+    fields = json.loads((folder / "config.json").read_text())
+    is_random = model in RANDOM
+    if is_random:
+        chance = random.Random(0)
+        lengths = [FIRST + (LONGEST - FIRST) * place // max(1, count - 1) for place in range(count)]
+        prompts = [[chance.randrange(5, fields["vocab_size"]) for _ in range(length)] for length in lengths]
+    else:
+        texts = (ROOT / "tests" / "ragged_prompts.txt").read_text().splitlines()
+        prompts = [list(prompt.token_ids) for prompt in encode(texts, folder)]
+    return {
+        "folder": str(folder), "precision": precision, "prompts": prompts, "new_tokens": new_tokens,
+        "ignore_eos": is_random, "eos": fields["eos_token_id"],
+    }  # fmt: skip
+
+
+def ceiling(like: tuple[str, ...], job: dict[str, Any]) -> float | None:
+    """Decode tokens/s that the measured rates of this machine allow by the plan of a run."""
+    config = compose_run([
+        *like, "accelerator=cpu", f"devices={job['devices']}", f"precision={job['precision']}",
+        f"measure.batch_size={len(job['prompts'])}", f"sampling.max_new_tokens={job['new_tokens']}",
+    ])  # fmt: skip
+    config.model.path = job["folder"]
+    fields = json.loads((Path(job["folder"]) / "config.json").read_text())
+    prompts = [Prompt(index, "", tuple(row)) for index, row in enumerate(job["prompts"])]
+    plan = plan_of(config, fields, None, prompts, False)
+    return None if plan is None or plan.limit is None else plan.limit.tokens_per_s
+
+
+def measure(groups: list[Group], repeats: int, tick: Callable[[], None]) -> list[dict[str, Any]]:
+    """One entry a round: seconds and answers of each contestant by its name."""
+    rounds, chance = [], random.Random(0)
+    for number in range(repeats + 1):
+        row = {"load_average": os.getloadavg()[0]}
+        for group in chance.sample(groups, len(groups)):
+            found = None if group.failure else group.turn()
+            if found:
+                answers = {int(index): ids for one in found for index, ids in one["answers"].items()}
+                row[group.name] = (max(one["seconds"] for one in found), answers)
+            tick()
+        rounds += [row] if number else []
+    return rounds
+
+
+def rows_of(groups: list[Group], rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The figures of one model and precision, a row for each contestant."""
+    rows = []
+    for group in groups:
+        contestant = next(one for one in CONTESTANTS if one.name == group.name)
+        turns = [row[group.name] for row in rounds if group.name in row]
+        if not turns:
+            rows.append({"name": group.name, "failure": group.failure or "no round was completed"})
+            continue
+        speeds = list(map(speed_of, turns))
+        base, limit = rounds[0].get(BASE), ceiling(contestant.like, group.job)
+        rows.append({
+            "name": group.name, "load_s": group.load_s, "tokens_per_s": statistics.median(speeds), "rounds": speeds,
+            "of_base": ratio(rounds, group.name, BASE), "reference": contestant.reference,
+            "of_reference": ratio(rounds, group.name, contestant.reference), "ceiling": limit,
+            "share_of_ceiling": limit and statistics.median(speeds) / limit, "answers": len(turns[0][1]),
+            "same_answers": base and sum(base[1].get(index) == ids for index, ids in turns[0][1].items()),
+        })  # fmt: skip
+    return rows
+
+
+def speed_of(turn: tuple[float, dict[int, list[int]]]) -> float:
+    """New tokens/s of one contestant in one round."""
+    seconds, answers = turn
+    return sum(map(len, answers.values())) / seconds
+
+
+def ratio(rounds: list[dict[str, Any]], name: str, other: str) -> float | None:
+    """The median of the ratios of the speeds of two contestants in each round."""
+    ratios = [speed_of(row[name]) / speed_of(row[other]) for row in rounds if name in row and other in row]
+    return statistics.median(ratios) if ratios else None
+
+
+def markdown(points: list[dict[str, Any]]) -> str:
+    """A table for each model and precision."""
+    lines = []
+    for point in points:
+        lines += ["", f"{point['model']}, {point['precision']}, {point['prompts']} prompts", "", HEADER, RULE]
+        for row in point["rows"]:
+            if "failure" in row:
+                lines.append(f"| {row['name']} | {row['failure']} | | | | | |")
+                continue
+            of_reference = f"{row['of_reference']:.2f} of {row['reference']}" if row["of_reference"] else ""
+            same = "" if row["same_answers"] is None else f"{row['same_answers']}/{row['answers']}"
+            speed = f"{row['tokens_per_s']:,.1f} ({min(row['rounds']):,.1f} … {max(row['rounds']):,.1f})"
+            of_base = f"{row['of_base']:.2f}" if row["of_base"] else ""
+            share = f"{row['share_of_ceiling']:.1%}" if row["share_of_ceiling"] else ""
+            cells = (row["name"], speed, of_base, of_reference, share, same, f"{row['load_s']:.1f} s")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines).strip() + "\n"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--precisions", default="fp32,bf16")
+    parser.add_argument("--engines", default=",".join(one.name for one in CONTESTANTS), help="contestants by name")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--prompts", type=int, default=16, help="of the random models")
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    for text, known in ((options.models, MODELS), (options.engines, [one.name for one in CONTESTANTS])):
+        if unknown := set(text.split(",")) - set(known):
+            parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join(known)}")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    chosen = [
+        one
+        for one in CONTESTANTS
+        if one.name in options.engines.split(",") and (not one.needs or importlib.util.find_spec(one.needs))
+    ]
+    points = [(model, kind) for model in options.models.split(",") for kind in options.precisions.split(",")]
+    out, results = Console(stderr=True), []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=out) as progress:
+        task = progress.add_task("", total=len(points) * len(chosen) * (options.repeats + 2))
+        for model, precision in points:
+            progress.update(task, description=f"{model} {precision}")
+            results.append(run_point(model, precision, chosen, options, lambda: progress.advance(task)))
+            print(markdown(results[-1:]), flush=True)
+    if options.output:
+        write(options.output, results)
+
+
+def run_point(
+    model: str, precision: str, chosen: list[Contestant], options: argparse.Namespace, tick: Callable[[], None]
+) -> dict[str, Any]:
+    """Start all contestants, let them take turns, and end them."""
+    groups: list[Group] = []
+    with tempfile.TemporaryDirectory(prefix="benchmark_engines_") as scratch:
+        folder = EMBEDDED / model
+        if model in RANDOM:
+            folder = Path(scratch) / model
+            folder.mkdir()
+            write_random(folder, RANDOM[model], precision)
+        job = job_of(model, folder, precision, options.prompts, options.new_tokens)
+        try:
+            for number, one in enumerate(chosen):
+                own = {"kind": one.kind, "devices": one.devices or options.ranks, "overrides": one.like, **one.more}
+                processes = options.ranks if one.ranks else 1
+                groups.append(Group(one.name, {**job, **own}, processes, Path(scratch) / f"{number}.log"))
+                groups[-1].start()
+                tick()
+            rounds = measure(groups, options.repeats, tick)
+            rows = rows_of(groups, rounds)
+        finally:
+            for group in groups:
+                group.end()
+    loads = [row["load_average"] for row in rounds]
+    return {"model": model, "precision": precision, "prompts": len(job["prompts"]), "load_average": loads, "rows": rows}
+
+
+def write(output: Path, results: list[dict[str, Any]]) -> None:
+    """NAME.json and NAME.md."""
+    device, link = this_machine(os.environ, 2, False)
+    environment = to_plain(describe())
+    del environment["host"], environment["executable"]
+    head = {
+        "command": f"python scripts/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}", "date": f"{date.today()}",
+        "environment": environment, "device": to_plain(device), "link": to_plain(link),
+    }  # fmt: skip
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps({**head, "points": results}, indent=1) + "\n")
+    packages = ", ".join(f"{name} {number}" for name, number in environment["packages"].items())
+    text = (
+        f"{environment['cpu']}, {environment['cpu_count']} cores; {packages}; {head['date']}\n\n    {head['command']}\n"
+    )
+    output.with_suffix(".md").write_text(f"{text}\n{markdown(results)}")
+
+
+if __name__ == "__main__":
+    main()

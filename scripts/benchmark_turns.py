@@ -1,0 +1,125 @@
+"""The processes of one contestant of benchmark_engines.py, which take turns with those of the others."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from launcher.system.processes import SharedMemoryWatch
+
+PROGRAM = Path(__file__).with_name("benchmark_contestant.py")
+LIMIT_S = 900
+
+
+class Group:
+    """The processes of one contestant, stopped whenever they are not at their turn."""
+
+    def __init__(self, name: str, job: dict[str, Any], processes: int, log: Path) -> None:
+        self.name, self.job, self.processes, self.log = name, job, processes, log
+        self.connections: list[Connection] = []
+        self.children: list[subprocess.Popen[bytes]] = []
+        self.failure: str | None = None
+        self.load_s: float | None = None
+        self.shared_memory = SharedMemoryWatch()
+
+    def start(self) -> None:
+        """Start the processes, let them load, and stop them."""
+        key, address = secrets.token_bytes(16), str(self.log.with_suffix(".socket"))
+        cores = len(os.sched_getaffinity(0))
+        port = free_port()
+        with Listener(address, authkey=key) as listener, self.log.open("wb") as log:
+            for rank in range(self.processes):
+                place = {
+                    "RANK": rank,
+                    "LOCAL_RANK": rank,
+                    "WORLD_SIZE": self.processes,
+                    "LOCAL_WORLD_SIZE": self.processes,
+                }
+                world = {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if self.processes > 1 else {}
+                child = subprocess.Popen(
+                    [sys.executable, str(PROGRAM), address, key.hex()], stdin=subprocess.DEVNULL, stdout=log,
+                    stderr=log, start_new_session=True, env={
+                        **os.environ, **{name: str(value) for name, value in world.items()},
+                        "OMP_NUM_THREADS": str(max(1, cores // self.processes)), "TOKENIZERS_PARALLELISM": "false",
+                    },
+                )  # fmt: skip
+                self.children.append(child)
+            for _ in self.children:
+                self.connections.append(listener.accept())
+                self.connections[-1].send(self.job)
+        loaded = self._answers()
+        self._look_at_shared_memory()
+        self._signal(signal.SIGSTOP)
+        if loaded:
+            self.load_s = max(one["load_s"] for one in loaded)
+
+    def turn(self) -> list[dict[str, Any]] | None:
+        """Answer all prompts once; None, and the reason kept, where that fails."""
+        self._signal(signal.SIGCONT)
+        try:
+            for connection in self.connections:
+                connection.send("go")
+            return self._answers()
+        except OSError as error:
+            self.failure = f"ended: {error}"
+            return None
+        finally:
+            self._signal(signal.SIGSTOP)
+
+    def _answers(self) -> list[dict[str, Any]] | None:
+        end, answers = time.monotonic() + LIMIT_S, []
+        try:
+            for connection in self.connections:
+                if not connection.poll(max(0, end - time.monotonic())):
+                    self.failure = f"no answer within {LIMIT_S} s"
+                    return None
+                answers.append(connection.recv())
+        except EOFError:
+            lines = self.log.read_text(errors="replace").strip().splitlines() or ["without a word"]
+            self.failure = lines[-1][:200]
+            return None
+        return answers
+
+    def _signal(self, number: int) -> None:
+        for child in self.children:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, number)
+
+    def _look_at_shared_memory(self) -> None:
+        """Engines that are killed, and some that end, leave files behind."""
+        pids = [child.pid for child in self.children]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            pids += [one.pid for pid in pids for one in psutil.Process(pid).children(recursive=True)]
+        self.shared_memory.look(pids)
+
+    def end(self) -> None:
+        """End the processes, with what they have left in shared memory."""
+        self._signal(signal.SIGCONT)
+        for connection in self.connections:
+            with contextlib.suppress(OSError):
+                connection.send("end")
+        for child in self.children:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(20)
+        self._signal(signal.SIGKILL)
+        for child in self.children:
+            child.wait()
+        self.shared_memory.remove()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
