@@ -175,7 +175,8 @@ def litgpt(job: dict[str, Any], world: World) -> tuple[Answer, Callable[[], None
         name="benchmark", block_size=fields["max_position_embeddings"], vocab_size=fields["vocab_size"],
         padded_vocab_size=fields["vocab_size"], n_layer=fields["num_hidden_layers"],
         n_head=fields["num_attention_heads"], n_query_groups=fields["num_key_value_heads"],
-        n_embd=fields["hidden_size"], head_size=fields.get("head_dim"), intermediate_size=fields["intermediate_size"], rotary_percentage=1.0,
+        n_embd=fields["hidden_size"],
+        head_size=fields.get("head_dim"), intermediate_size=fields["intermediate_size"], rotary_percentage=1.0,
         parallel_residual=False, bias=False, norm_class_name="RMSNorm", mlp_class_name="LLaMAMLP",
         norm_eps=fields["rms_norm_eps"],
     )  # fmt: skip
