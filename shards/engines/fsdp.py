@@ -2,53 +2,121 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import ClassVar
 
 from shards.engines.base import ModulePlanner
 from shards.model.quantization import Quantization
 from shards.model.shape import ModelShape, Parameter
-from shards.plan.cuts import Pieces, row_chunk
-from shards.plan.request import PlanRequest, Traffic
+from shards.plan.cuts import Pieces, cut_up, row_chunk, spread_evenly, whole_bytes
+from shards.plan.memory import fits, largest
+from shards.plan.request import Layout, PlanRequest, Traffic
 from shards.plan.roofline import Scheme
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FsdpPlanner(ModulePlanner):
-    """`reshard_after_forward`: gathered layers are given back after their use."""
+    """`resident_layers` stay whole on each device, and with them what is outside the layers; None: as many as fit.
+
+    `within_node`: parameters are sharded over the devices of a node, and each node has all of them (HSDP); None: where
+    that fits. `host_bytes` is what a device may take of its host where it has no memory of its own.
+    """
 
     name: ClassVar[str] = "fsdp"
     plain_only: ClassVar[str] = "FSDP2 cuts plain weights by rows, which packed ones do not have"
     is_monotone: ClassVar[bool] = True
 
-    reshard_after_forward: bool = True
+    resident_layers: int | None = 0
+    within_node: bool | None = False
+    host_bytes: int | None = None
 
     def is_offered(self, quantization: Quantization | None) -> bool:
         return quantization is None
 
+    def settled(self, request: PlanRequest) -> FsdpPlanner:
+        """First the nodes are made independent of each other, then layers are kept as long as all fits."""
+        if request.device.capacity_bytes is None:
+            request = replace(request, device=replace(request.device, capacity_bytes=self.host_bytes))
+        if request.device.capacity_bytes is None or self.refusal(request):
+            return self
+        planner = replace(self, resident_layers=self.resident_layers or 0, within_node=bool(self.within_node))
+        if self.within_node is None and request.num_nodes > 1:
+            apart = replace(planner, within_node=True)
+            planner = apart if fits(replace(request, engine=apart)) else planner
+        if self.resident_layers is None:
+            most = largest(
+                lambda count: fits(replace(request, engine=replace(planner, resident_layers=count))),
+                request.shape.num_layers,
+            )
+            planner = replace(planner, resident_layers=most)
+        return planner
+
+    def settings(self) -> dict[str, int]:
+        return {"resident_layers": self.resident_layers or 0, "within_node": int(self.within_node or False)}
+
+    def advice(self, request: PlanRequest) -> str | None:
+        """Layers that could stay whole, where none was asked for."""
+        if self.resident_layers != 0 or self.shards_over(request) == 1:
+            return None
+        most = replace(self, resident_layers=None).settled(request).resident_layers
+        if not most:
+            return None
+        return f"backend.resident_layers=auto: {most} of {request.shape.num_layers} layers fit whole on each device"
+
+    def refusal(self, request: PlanRequest) -> str | None:
+        if (self.resident_layers or 0) > request.shape.num_layers:
+            return (
+                f"The model has {request.shape.num_layers} layers, of which not {self.resident_layers} can stay whole."
+            )
+        known = request.device.capacity_bytes or self.host_bytes
+        if known is None and (self.resident_layers is None or self.within_node is None):
+            return "What fits a device cannot be known here, where the memory of the devices is not known."
+        return None
+
+    def shards_over(self, request: PlanRequest) -> int:
+        """The devices that have parts of each parameter."""
+        return request.devices if self.within_node else request.num_devices
+
     def pieces(self, shape: ModelShape, n: int, rank: int, parameter: Parameter) -> Pieces:
         return row_chunk(parameter, n, rank)
 
+    def layout(self, request: PlanRequest, ends_only: bool) -> Layout:
+        n, shape = self.shards_over(request), request.shape
+        sharded = self._sharded(shape)
+        kept = whole_bytes(shape, request.storage) - whole_bytes(sharded, request.storage)
+        ranks = {0, n - 1} if ends_only else range(n)
+        parts = [kept + size for size in cut_up(sharded, self.pieces, n, request.storage, ranks)]
+        parts *= 1 if ends_only else request.num_devices // n
+        return Layout(tuple(parts), ((0, shape.num_layers),) * len(parts), self.buffer_bytes(request))
+
+    def _sharded(self, shape: ModelShape) -> ModelShape:
+        """The model without what stays whole on each device."""
+        if not self.resident_layers:
+            return shape
+        resident = {None, *spread_evenly(self.resident_layers, shape.num_layers)}
+        return replace(shape, parameters=tuple(p for p in shape.parameters if p.layer not in resident))
+
     def buffer_bytes(self, request: PlanRequest) -> int:
-        """Gathered parameters: the root group for good, beside it two layers (the next is gathered ahead), or the
-        root's own copy while it is gathered."""
-        n = request.num_devices
+        """Gathered parameters: two layers (the next is gathered ahead, or there twice while it is copied out), and
+        beside them the root group for good where it is sharded, or the root's own copy while it is gathered."""
+        n = self.shards_over(request)
         if n == 1:
             return 0
-        groups = request.shape.groups()
+        groups = self._sharded(request.shape).groups()
         sizes = {layer: sum(_gathered_numel(p.shape, n) for p in members) for layer, members in groups.items()}
         root = sizes.pop(None, 0)
-        layers = 2 * max(sizes.values(), default=0) if self.reshard_after_forward else sum(sizes.values())
-        return request.dtype_bytes * (root + max(root, layers))
+        return request.dtype_bytes * (root + max(root, 2 * max(sizes.values(), default=0)))
 
     def scheme(self, request: PlanRequest) -> Scheme | None:
         return "gathered" if request.num_devices > 1 else "pipeline"
 
     def traffic(self, request: PlanRequest) -> Traffic:
-        if request.num_devices == 1 or not self.reshard_after_forward:
+        n = self.shards_over(request)
+        if n == 1:
             return Traffic()
-        return Traffic(gathered_bytes=request.shape.layer_parameters * request.dtype_bytes)
+        layers = [p.numel for p in self._sharded(request.shape).parameters if p.layer is not None]
+        return Traffic(gathered_bytes=sum(layers) * request.dtype_bytes, gathered_over=n)
 
 
 def _gathered_numel(shape: tuple[int, ...], n: int) -> int:

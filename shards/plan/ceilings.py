@@ -57,6 +57,7 @@ def _work(request: PlanRequest, layout: Layout) -> Work:
         hidden_size=shape.hidden_size,
         dtype_bytes=request.dtype_bytes,
         gathered_bytes=traffic.gathered_bytes,
+        gathered_over=traffic.gathered_over,
         all_reduces=traffic.all_reduces,
         gathered_logits=traffic.gathered_logits,
     )

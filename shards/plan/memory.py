@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -139,3 +140,12 @@ def _reserved_bytes(request: PlanRequest, others: int) -> int | None:
     if request.device.capacity_bytes is None:
         return None
     return max(0, int(pool.share * request.device.capacity_bytes) - others)
+
+
+def largest(holds: Callable[[int], bool], most: int) -> int:
+    """The largest number from 1 to `most` for which `holds`, which is true up to some number and then false; else 0."""
+    low, high = 0, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low

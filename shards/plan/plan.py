@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from shards.errors import PlanError
@@ -15,6 +15,7 @@ from shards.plan.memory import (
     device_plans,
     fits,
     kv_bytes_per_token,
+    largest,
     load_peaks,
     make_layout,
     missing_bytes,
@@ -38,7 +39,9 @@ class Plan:
     known. `roofline` and the `windows` of the layers are what the limit of any other step follows from.
     `load_host_bytes` are of all ranks of a node, None where not known, `step_bytes` the weights that a device reads for
     a decode step and `bandwidth` the bytes/s at which it can; `kv_cache_memory_bytes` is the pool that the engine is
-    told to reserve. `slots` of `slot_tokens` tokens each are what a module engine keeps its cache in.
+    told to reserve. `slots` of `slot_tokens` tokens each are what a module engine keeps its cache in. `settings` are
+    the options of the engine that the plan has decided or been told, by name; `advice` is a line on what would be faster
+    and fits.
     """
 
     engine: str
@@ -62,6 +65,8 @@ class Plan:
     quantization: str | None = None
     slots: int | None = None
     slot_tokens: int | None = None
+    settings: dict[str, int] = field(default_factory=dict)
+    advice: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as plan.json keeps them."""
@@ -87,6 +92,7 @@ class Plan:
 
 def make_plan(request: PlanRequest) -> Plan:
     """The plan for `request`; PlanError for what the engine cannot do or what does not fit, with hints that hold."""
+    asked, request = request, replace(request, engine=request.engine.settled(request))
     problem = _illegal(request) or _too_large(request)
     if problem is not None:
         raise PlanError(problem, _hint(request))
@@ -108,7 +114,7 @@ def make_plan(request: PlanRequest) -> Plan:
         load_device_bytes=device,
         largest_batch=_largest_batch(request, ends),
         longest_context=_longest_context(request, ends),
-        smallest_devices=_smallest_devices(request),
+        smallest_devices=_smallest_devices(asked),
         limit=decode,
         prefill_limit=prefill,
         roofline=roofline(request, layout),
@@ -116,6 +122,8 @@ def make_plan(request: PlanRequest) -> Plan:
         quantization=request.quantization.name if request.quantization else None,
         slots=request.batch_size if request.engine.has_slots else None,
         slot_tokens=request.context if request.engine.has_slots else None,
+        settings=request.engine.settings(),
+        advice=request.engine.advice(request),
     )
 
 
@@ -197,7 +205,7 @@ def _counts(request: PlanRequest) -> Iterable[int]:
     """Numbers of devices a node among which are all that `_possible_devices` gives."""
     most = MOST_DEVICES // request.num_nodes
     if request.engine.is_monotone:
-        too_few = _last(lambda count: count < 2 or not _possible(replace(request, devices=count)), most - 1)
+        too_few = largest(lambda count: count < 2 or not _possible(replace(request, devices=count)), most - 1)
         return (1, too_few + 1)
     return range(1, min(request.engine.most_devices(request), most) + 1)
 
@@ -213,10 +221,10 @@ def _largest_batch(request: PlanRequest, layout: Layout) -> int | None:
         if capacity is None and pool.nbytes is None:
             return None
         reserved = min(device.kv_cache_reserved_bytes for device in device_plans(request, layout))
-        return _last(lambda batch: cache_bytes(request, batch) <= reserved, pool.sequences)
+        return largest(lambda batch: cache_bytes(request, batch) <= reserved, pool.sequences)
     if capacity is None or request.engine.scheme(request) is None:
         return None
-    return _last(lambda batch: fits(replace(request, batch_size=batch), layout), _LARGEST)
+    return largest(lambda batch: fits(replace(request, batch_size=batch), layout), _LARGEST)
 
 
 def _longest_context(request: PlanRequest, layout: Layout) -> int | None:
@@ -225,14 +233,5 @@ def _longest_context(request: PlanRequest, layout: Layout) -> int | None:
     if request.device.capacity_bytes is None:
         return most
     new = request.max_new_tokens
-    prompt = _last(lambda tokens: fits(replace(request, prompt_tokens=tokens), layout), (most or _LARGEST) - new)
+    prompt = largest(lambda tokens: fits(replace(request, prompt_tokens=tokens), layout), (most or _LARGEST) - new)
     return prompt + new if prompt else None
-
-
-def _last(holds: Callable[[int], bool], most: int) -> int:
-    """The largest number from 1 to `most` for which `holds`, which is true up to some number and then false; else 0."""
-    low, high = 0, most + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low

@@ -42,11 +42,12 @@ class Pool:
 @dataclass(frozen=True, slots=True)
 class Traffic:
     """Work of the link in one pass through the model: all-reduces of hidden states, numbers of logits for each sequence
-    that come together at the end, bytes of weights that are gathered."""
+    that come together at the end, bytes of weights that are gathered, and over how many devices."""
 
     all_reduces: int = 0
     gathered_logits: int = 0
     gathered_bytes: int = 0
+    gathered_over: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +143,18 @@ class EnginePlanner(ABC):
     def is_offered(self, quantization: Quantization | None) -> bool:
         """A hint may name this engine for weights that are stored so; None for plain ones."""
         return quantization is not None and self.runs(quantization)
+
+    def settled(self, request: PlanRequest) -> EnginePlanner:
+        """The engine with what its options leave to the plan decided, as far as that can be."""
+        return self
+
+    def settings(self) -> dict[str, int]:
+        """The decided options that a rank has to know."""
+        return {}
+
+    def advice(self, request: PlanRequest) -> str | None:
+        """An option with which the request would be faster, and fits."""
+        return None
 
     @abstractmethod
     def refusal(self, request: PlanRequest) -> str | None:

@@ -32,7 +32,8 @@ class Limit:
 class Work:
     """The work of a model for its devices, in bytes and counts; under `gathered` batch and tokens are of each rank.
 
-    `step_bytes` are the weights that a decode step reads, `gathered_bytes` those of them that travel under FSDP.
+    `step_bytes` are the weights that a decode step reads, `gathered_bytes` those of them that travel under FSDP,
+    over so many devices as `gathered_over` says (0: all).
     `all_reduces` are those of hidden states in one pass through the model, `gathered_logits` the numbers for each
     sequence that come together at its end.
     """
@@ -45,6 +46,7 @@ class Work:
     hidden_size: int
     dtype_bytes: int = 2
     gathered_bytes: int = 0
+    gathered_over: int = 0
     all_reduces: int = 0
     gathered_logits: int = 0
 
@@ -90,7 +92,7 @@ def decode_step(work: Work, machine: Machine, scheme: Scheme, *, batch: float, c
     cache = batch * context * work.kv_bytes_per_token
     compute = 2 * work.step_parameters * batch / flops
     if scheme == "gathered":
-        memory = (work.step_bytes + _copied_bytes(work, n) + cache) / bandwidth
+        memory = (work.step_bytes + _copied_bytes(work, machine) + cache) / bandwidth
         return _overlapped(memory, compute, _gather_s(work, machine), n * batch)
     memory, compute = (work.step_bytes + cache) / (n * bandwidth), compute / n
     talk = _collectives_s(work, machine, batch, batch) if scheme == "split" else 0.0
@@ -107,7 +109,7 @@ def prefill(work: Work, machine: Machine, scheme: Scheme, *, batch: float, token
     per_prompt = 2 * work.layer_parameters * tokens + 2 * work.num_layers * tokens**2 * work.hidden_size
     memory, compute = work.step_bytes / bandwidth, batch * per_prompt / flops
     if scheme == "gathered":
-        memory += _copied_bytes(work, n) / bandwidth
+        memory += _copied_bytes(work, machine) / bandwidth
         return _overlapped(memory, compute, _gather_s(work, machine), n * batch * tokens)
     talk = _collectives_s(work, machine, batch * tokens, batch) if scheme == "split" else 0.0
     return _then_link(memory / n, compute / n, talk, batch * tokens)
@@ -120,19 +122,25 @@ def _rates(work: Work, machine: Machine) -> tuple[float, float] | None:
     return bandwidth, flops
 
 
-def _copied_bytes(work: Work, n: int) -> float:
+def _gathered_over(work: Work, machine: Machine) -> int:
+    return work.gathered_over or machine.num_devices
+
+
+def _copied_bytes(work: Work, machine: Machine) -> float:
     """Bytes that FSDP2 moves through memory beside reading the weights: copy-in of the shard (read and write), gather
     (write), copy-out (read and write); one rank alone only copies.
 
     Source: torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py.
     """
-    return (3 + 2 / n if n > 1 else 2) * work.gathered_bytes
+    over = _gathered_over(work, machine)
+    return (3 + 2 / over if over > 1 else 2) * work.gathered_bytes
 
 
 def _gather_s(work: Work, machine: Machine) -> float:
     if machine.link is None or machine.num_devices == 1:
         return 0.0
-    return (machine.num_devices - 1) / machine.num_devices * work.gathered_bytes / machine.link.bandwidth
+    over = _gathered_over(work, machine)
+    return (over - 1) / over * work.gathered_bytes / machine.link.bandwidth
 
 
 def _collectives_s(work: Work, machine: Machine, rows: float, sequences: float) -> float:

@@ -1,7 +1,8 @@
 """Fully sharded data parallel: Lightning Fabric's ModelParallelStrategy with FSDP2, prompts split over the ranks.
 
-Every rank holds 1/N of each parameter, gathers one layer at a time and answers its own prompts. All ranks take the same
-number of steps, since each forward pass is a collective. A world of one is the plain model.
+Every rank holds 1/N of each parameter but of those of the layers that it keeps whole, gathers one layer at a time and
+answers its own prompts. All ranks take the same number of steps, since each forward pass is a collective. A world of
+one is the plain model.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from typing import TYPE_CHECKING
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.fabric.strategies import ModelParallelStrategy
+from torch.distributed.device_mesh import init_device_mesh
 
 from launcher.backends.module import ModuleBackend
+from shards.parallel.collectives import collectives
 from shards.parallel.fully_shard import fully_shard_model, reset_bookkeeping, reshard
 
 if TYPE_CHECKING:
@@ -22,7 +25,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from launcher.backends.base import Completion, DeviceMemory, Generation, OnStep, Prompt
-    from launcher.backends.fsdp.engine import FsdpConfig
     from launcher.backends.module import Progress
     from launcher.config.schema import SamplingConfig
     from shards.machine.world import World
@@ -36,14 +38,22 @@ class FsdpBackend(ModuleBackend):
     """FSDP2 on every decoder layer and the root."""
 
     def place(self, plan: Plan | None, world: World, progress: Progress) -> torch.nn.Module:
-        options: FsdpConfig = self.config.backend  # type: ignore[assignment]
+        assert plan is not None, "the plan says which layers stay whole"
+        resident, is_hybrid = plan.settings["resident_layers"], bool(plan.settings["within_node"])
         model = self.meta_model()
         if world.world_size == 1:
             self.fill(model, progress)
             return model
 
+        ways = collectives(world, self.device, within_node=is_hybrid)
+        print(f"all-gather: {ways.way}", flush=True)
+
         def shard(module: torch.nn.Module, mesh: DeviceMesh) -> torch.nn.Module:
-            fully_shard_model(module, mesh["data_parallel"], options.reshard_after_forward)
+            over = mesh["data_parallel"]
+            if is_hybrid:
+                shape = (world.num_nodes, world.local_world_size)
+                over = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
+            fully_shard_model(module, over, resident, ways)
             self.fill(module, progress)  # in here, so that Fabric finds nothing on meta that it would initialise
             return module
 

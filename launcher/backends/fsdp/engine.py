@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from launcher.config.schema import BackendConfig
+import psutil
+
+from launcher.config.options import choice
+from launcher.config.schema import BackendConfig, ConfigError
 from shards.engines.fsdp import FsdpPlanner
 from shards.plan.request import EnginePlanner
 
@@ -28,7 +31,18 @@ class FsdpConfig(BackendConfig):
     loads_by_name: ClassVar[bool] = True
 
     name: str = "fsdp"
-    reshard_after_forward: bool = True  # False keeps gathered weights: fast, and no memory saved
+    resident_layers: str = "0"  # layers that stay whole on each device: a number, or auto for as many as fit
+    shard_over: str = choice("world", "node", "auto")  # node: each node has the whole model
 
     def planner(self, config: RunConfig, model_config: Mapping[str, Any], on_cuda: bool) -> EnginePlanner | None:
-        return FsdpPlanner(reshard_after_forward=self.reshard_after_forward)
+        if self.resident_layers != "auto" and not self.resident_layers.isdecimal():
+            raise ConfigError(
+                f"backend.resident_layers={self.resident_layers} is neither a number of layers nor auto.",
+                "backend.resident_layers=auto",
+            )
+        is_here = not on_cuda and config.launch.name != "slurm"
+        return FsdpPlanner(
+            resident_layers=None if self.resident_layers == "auto" else int(self.resident_layers),
+            within_node={"world": False, "node": True, "auto": None}[self.shard_over],
+            host_bytes=psutil.virtual_memory().available // config.devices if is_here else None,
+        )
