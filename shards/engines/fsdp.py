@@ -44,13 +44,14 @@ class FsdpPlanner(ModulePlanner):
         if self.within_node is None and request.num_nodes > 1:
             apart = replace(planner, within_node=True)
             planner = apart if fits(replace(request, engine=apart)) else planner
-        if self.resident_layers is None:
-            most = largest(
-                lambda count: fits(replace(request, engine=replace(planner, resident_layers=count))),
-                request.shape.num_layers,
-            )
-            planner = replace(planner, resident_layers=most)
-        return planner
+        if self.resident_layers is not None:
+            return planner
+
+        def has_room(count: int) -> bool:
+            return fits(replace(request, engine=replace(planner, resident_layers=count)))
+
+        layers = request.shape.num_layers  # all of them need no buffers, and so less than all but one
+        return replace(planner, resident_layers=layers if has_room(layers) else largest(has_room, layers - 1))
 
     def settings(self) -> dict[str, int]:
         return {"resident_layers": self.resident_layers or 0, "within_node": int(self.within_node or False)}
@@ -65,10 +66,9 @@ class FsdpPlanner(ModulePlanner):
         return f"backend.resident_layers=auto: {most} of {request.shape.num_layers} layers fit whole on each device"
 
     def refusal(self, request: PlanRequest) -> str | None:
-        if (self.resident_layers or 0) > request.shape.num_layers:
-            return (
-                f"The model has {request.shape.num_layers} layers, of which not {self.resident_layers} can stay whole."
-            )
+        layers = request.shape.num_layers
+        if (self.resident_layers or 0) > layers:
+            return f"The model has {layers} layers, of which not {self.resident_layers} can stay whole."
         known = request.device.capacity_bytes or self.host_bytes
         if known is None and (self.resident_layers is None or self.within_node is None):
             return "What fits a device cannot be known here, where the memory of the devices is not known."

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed import Work
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 
@@ -90,10 +91,19 @@ class _Gather(AllGather):
 
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: ProcessGroup, async_op: bool = False
-    ) -> None:
+    ) -> Work:
         self.collectives.gather(output_tensor, input_tensor)
+        return _Done()
 
 
+class _Done(Work):
+    """What has been gathered at once, as FSDP2 sees one that it waits for: then it frees the buffer after the copy."""
+
+    def wait(self, timeout: object = None) -> bool:
+        return True
+
+
+@torch.inference_mode()
 def reshard(model: nn.Module) -> None:
     """Free what is gathered: afterwards a rank holds its shards only, until the next forward."""
     for module in model.modules():

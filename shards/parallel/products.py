@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -67,7 +67,7 @@ def fuse_projections(model: nn.Module) -> int:
     fused = 0
     for name, module in list(model.named_modules()):
         for kind, names in FUSED:
-            layers = [getattr(module, each, None) for each in names] if name.endswith(kind) else [None]
+            layers: list[Any] = [getattr(module, each, None) for each in names] if name.endswith(kind) else [None]
             if all(type(layer) is nn.Linear for layer in layers) and len({layer.bias is None for layer in layers}) == 1:
                 _fuse(module, name, names, layers)
                 fused += 1
@@ -75,7 +75,8 @@ def fuse_projections(model: nn.Module) -> int:
 
 
 def _fuse(module: nn.Module, name: str, names: Sequence[str], layers: Sequence[nn.Linear]) -> None:
-    first, left = layers[0], []
+    first = layers[0]
+    left: list[torch.Tensor] = []
     first.sizes = [layer.weight.shape[0] for layer in layers]
     for leaf in ("weight", "bias"):
         parts = [getattr(layer, leaf) for layer in layers]

@@ -14,12 +14,14 @@ from tensor_parallel_program import MODELS
 from shards.engines.tensor_parallel import CUT_FAMILIES
 from shards.errors import PlanError
 from shards.load.meta import build_meta
+from shards.parallel.collectives import Collectives
 from shards.parallel.tensor_parallel import ELSEWHERE, LAYER_PLANS, tensor_parallel_model
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 512, "hidden_size": 96, "intermediate_size": 252, "num_hidden_layers": 2,
     "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
+NONE = Collectives("none", print, print)
 FALCON = {"model_type": "falcon", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -74,14 +76,14 @@ def test_each_rank_holds_half_of_every_matrix_and_of_the_cache(ranks: list[dict[
 )  # fmt: skip
 def test_what_cannot_be_cut_is_refused(config: dict[str, Any], size: int, fact: str) -> None:
     with pytest.raises(PlanError) as caught:
-        tensor_parallel_model(build_meta(config, torch.float32), 0, size)
+        tensor_parallel_model(build_meta(config, torch.float32), 0, size, NONE)
     assert (caught.value.fact, caught.value.hint) == (fact, ELSEWHERE)
 
 
 def test_one_rank_has_the_plain_model() -> None:
     model = build_meta(LLAMA, torch.float32)
     kinds = [type(module) for module in model.modules()]
-    assert tensor_parallel_model(model, 0, 1) is model
+    assert tensor_parallel_model(model, 0, 1, NONE) is model
     assert [type(module) for module in model.modules()] == kinds
 
 

@@ -1,10 +1,14 @@
-"""One rank of a Fabric run over a folder of checkpoints: what it held and what it answered, as rank_R.json in it."""
+"""One rank of a Fabric run over a folder of checkpoints: what it held and what it answered, as rank_R.json in it.
+
+Four ranks are two nodes of two, each of which has the whole model.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +17,23 @@ import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shards.checkpoint.checkpoint import Checkpoint
+from shards.engines.fsdp import FsdpPlanner
+from shards.load.blocks import local_bytes
 from shards.load.load import load_weights
 from shards.load.meta import build_meta
+from shards.machine.world import World
+from shards.model.shape import ModelShape
+from shards.parallel import products
+from shards.parallel.collectives import collectives
 from shards.parallel.fully_shard import bookkeeping_entries, fully_shard_model, reset_bookkeeping, reshard
+from shards.parallel.products import pack_weights
+from shards.plan.memory import make_layout
+from shards.plan.request import PlanRequest
 
 
 class LargestHostTensor(TorchDispatchMode):
@@ -58,6 +72,29 @@ def greedy(model: nn.Module) -> list[int]:
     return tokens
 
 
+def resident(folder: Path, world: World, layers: int) -> dict[str, Any]:
+    """With layers that stay whole, as the engine does it: tokens, and bytes beside those of the plan."""
+    is_hybrid = world.num_nodes > 1
+    ways = collectives(world, torch.device("cpu"), within_node=is_hybrid)
+    names = ("replicate", "shard") if is_hybrid else ("shard",)
+    sizes = (world.num_nodes, world.local_world_size) if is_hybrid else (world.world_size,)
+    model = build_meta(folder, torch.float32)
+    fully_shard_model(model, init_device_mesh("cpu", sizes, mesh_dim_names=names), layers, ways)
+    load_weights(model, Checkpoint.open(folder), "cpu")
+    held = local_bytes(model)
+    shape = ModelShape.from_config(json.loads((folder / "config.json").read_text()))
+    request = PlanRequest(
+        shape=shape, engine=FsdpPlanner(resident_layers=layers, within_node=is_hybrid), dtype_bytes=4,
+        devices=world.local_world_size, num_nodes=world.num_nodes,
+    )  # fmt: skip
+    pack_weights(model)
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    return {
+        "way": ways.way, "tokens": greedy(model), "held": held - buffers,
+        "planned": make_layout(request).parameter_bytes[world.rank],
+    }  # fmt: skip
+
+
 def answer(folder: Path, world_size: int) -> dict[str, Any]:
     checkpoint = Checkpoint.open(folder)
     largest = max(entry.nbytes for entry in checkpoint.tensors.values())
@@ -94,8 +131,17 @@ def answer(folder: Path, world_size: int) -> dict[str, Any]:
 
 def main() -> None:
     root = Path(sys.argv[1])
-    world_size = int(os.environ["WORLD_SIZE"])
-    report = {folder.name: answer(folder, world_size) for folder in sorted(root.iterdir()) if folder.is_dir()}
+    world = World.from_env(os.environ)
+    folders = [folder for folder in sorted(root.iterdir()) if folder.is_dir()]
+    if world.world_size == 4:
+        world = replace(world, local_rank=world.rank % 2, local_world_size=2, node_rank=world.rank // 2, num_nodes=2)
+        dist.init_process_group("gloo")
+        report: dict[str, Any] = {folder.name: {} for folder in folders}
+    else:
+        report = {folder.name: answer(folder, world.world_size) for folder in folders}
+    products.LEAST_VALUES[torch.float32] = 1  # the matrices here are too small for it to pay
+    for folder in folders:
+        report[folder.name]["resident"] = [resident(folder, world, count) for count in range(4)]
     (root / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(report))
     dist.destroy_process_group()
 

@@ -15,6 +15,7 @@ from lightning.fabric.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
 
 from launcher.backends.module import ModuleBackend
+from shards.machine.heap import keep_freed_pages
 from shards.parallel.collectives import collectives
 from shards.parallel.fully_shard import fully_shard_model, reset_bookkeeping, reshard
 
@@ -45,6 +46,8 @@ class FsdpBackend(ModuleBackend):
             self.fill(model, progress)
             return model
 
+        if self.device.type == "cpu":
+            keep_freed_pages()
         ways = collectives(world, self.device, within_node=is_hybrid)
         print(f"all-gather: {ways.way}", flush=True)
 
