@@ -175,7 +175,9 @@ def nvml_used(uuid: str, reasons: dict[str, str]) -> int | None:
 
 def _live_tensor_bytes() -> int:
     found = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
-    return storage_bytes(tensor for tensor in found if tensor.device.type == "cpu" and tensor.layout == torch.strided)
+    on_cpu = [tensor for tensor in found if tensor.device.type == "cpu"]
+    packed = sum(tensor.nbytes for tensor in on_cpu if tensor.layout is torch._mkldnn)
+    return packed + storage_bytes(tensor for tensor in on_cpu if tensor.layout is torch.strided)
 
 
 def host_anonymous_bytes() -> int:

@@ -6,6 +6,7 @@ import zlib
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -15,7 +16,7 @@ from launcher.backends.slots.decoder import SlotDecoder
 from launcher.config.schema import DEFAULT_PREFILL_TOKENS, Weights
 from shards.checkpoint.checkpoint import Checkpoint
 from shards.errors import PlanError
-from shards.load.blocks import local_tensor
+from shards.load.blocks import local_bytes, local_tensor
 from shards.load.load import load_weights
 from shards.load.meta import build_meta
 from shards.load.random_weights import fill_random
@@ -65,7 +66,7 @@ class ModuleBackend(ABC):
         self.peaks.end("load")
         if plan is not None:
             self._check_share(plan)
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and self.packs(self.model):
             pack_weights(self.model)
         self.decoder = self._decoder(plan)
 
@@ -106,6 +107,11 @@ class ModuleBackend(ABC):
     def source(self) -> Path | str | dict[str, Any]:
         model = self.config.model
         return model.config if model.weights is Weights.random and model.config else model.path
+
+    def packs(self, model: torch.nn.Module) -> bool:
+        """The ranks of this node have memory for their weights: packed ones are no longer those of the mapped files."""
+        nbytes = local_bytes(model) * self.world.local_world_size
+        return bool(nbytes < psutil.virtual_memory().available) and model.config.model_type in KNOWN_FAMILIES
 
     def fill(self, model: torch.nn.Module, progress: Progress) -> None:
         """Give every local shard its values: this rank's bytes of the checkpoint, or random ones."""

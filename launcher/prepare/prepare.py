@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from launcher.backends.base import Prompt
     from launcher.config.schema import RunConfig
+    from shards.checkpoint.tensor_files import TensorEntry
     from shards.plan.plan import Plan
 
 HEAD = "lm_head.weight"
@@ -63,16 +64,14 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
         prompts = load_prompts(config, folder, vocab_size)
     longest = _longest(config, fields, prompts)
     config.backend.refuse(config, model_config, on_cuda, longest)
-    notes += _notes_order(config, on_cuda)
-    notes += config.backend.notes(config, on_cuda)
+    notes += [*_notes_order(config, on_cuda), *config.backend.notes(config, on_cuda)]
 
     def plan_for(config: RunConfig) -> Plan | None:
         return plan_of(config, model_config, tensors, prompts, on_cuda)
 
     plan = plan_for(config)
     notes += [NO_PLAN] if plan is None else built_of(model_config, tensors, config.backend.python).all_notes()
-    if plan is not None and not on_cuda and (tight := over_memory(config, plan, tensors, "available")):
-        notes.append(tight)
+    notes += _notes_plan(config, plan, tensors, on_cuda)
     return Run(
         config=config,
         command=command,
@@ -182,6 +181,14 @@ def _check_devices(config: RunConfig) -> bool:
             f"devices={len(cards)}, or accelerator=cpu; under SLURM {SEE_ALL_CARDS}",
         )
     return bool(cards)
+
+
+def _notes_plan(config: RunConfig, plan: Plan, tensors: Mapping[str, TensorEntry] | None, on_cuda: bool) -> list[str]:
+    """What the plan advises, and memory that is short."""
+    if plan is None:
+        return []
+    tight = None if on_cuda else over_memory(config, plan, tensors, "available")
+    return [line for line in (plan.advice, tight) if line]
 
 
 def _notes_order(config: RunConfig, on_cuda: bool) -> list[str]:

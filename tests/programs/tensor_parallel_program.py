@@ -67,7 +67,7 @@ def answered(source: Path | dict[str, Any], rank: int, size: int, ways: Collecti
     keep_kv_heads_only(model)
     tensor_parallel_model(model, rank, size, ways)
     if size > 1:
-        fuse_projections(model)
+        fuse_projections(model, 0)
     filled(source, model)
     if size > 1:
         assert pack_weights(model) > 0

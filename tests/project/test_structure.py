@@ -222,6 +222,7 @@ def test_functions_are_short() -> None:
 
 ENGINE_ROOMS = ("launcher.backends.", "shards.engines.", "launcher.config.engines")
 SAME_NAMES = {
+    ("shards.machine.shared_memory", "vllm"): "the package, whose operators serve other engines",
     ("shards.machine.world", "deepspeed"): "the launcher of that name, which starts ranks of any engine",
     ("launcher.results.record", "fsdp"): "a scheme in records of version 1",
     ("launcher.results.record", "tensor_parallel"): "a scheme in records of version 1",

@@ -23,8 +23,8 @@ from launcher.backends.deepspeed.requirements import (
     missing_compiler,
     missing_shared_memory,
 )
-from launcher.system.processes import SHARED_MEMORY
-from shards.machine.process_group import any_rank, barrier
+from shards.machine.process_group import any_rank
+from shards.parallel.collectives import unlink_segment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -88,8 +88,6 @@ def choose(world: World, obstacle: str | None) -> str | None:
     return None
 
 
-def unlink_segment(world: World) -> None:
-    """Remove the name of this rank's shared memory once every rank has it mapped; it ends with the last of them."""
-    barrier()
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{world.master_addr}_{world.master_port}_{world.rank}"
-    (SHARED_MEMORY / name).unlink(missing_ok=True)
+def forget_segment(world: World) -> None:
+    """Remove the name of this rank's shared memory once every rank has it mapped."""
+    unlink_segment(f"deepspeed_allreduce_buffer_{os.getuid()}_{world.master_addr}_{world.master_port}_{world.rank}")

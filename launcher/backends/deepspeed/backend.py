@@ -53,7 +53,7 @@ class DeepSpeedBackend(ModuleBackend):
         first_names = _first_names(model)
         model = self._injected(model, world.world_size)
         if is_through_memory:
-            deepspeed_reduce.unlink_segment(world)
+            deepspeed_reduce.forget_segment(world)
         mark_blocks(model, first_names, world.rank)
         _forget_computed_buffers(model)
         self.fill(model, progress)

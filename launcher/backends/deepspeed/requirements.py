@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from shards.machine.shared_memory import missing_room
 
 if TYPE_CHECKING:
     from launcher.config.schema import RunConfig
@@ -54,14 +55,4 @@ def missing_compiler() -> str | None:
 
 def missing_shared_memory(ranks: int) -> str | None:
     """The room that /dev/shm lacks for the ranks of this node, None if it has enough."""
-    try:
-        room = os.statvfs("/dev/shm")
-        with tempfile.TemporaryFile(dir="/dev/shm"):  # one that may not be written to has room as well
-            pass
-    except OSError as error:
-        return f"/dev/shm: {error.strerror}"
-    free, needed = room.f_bavail * room.f_frsize, ranks * SEGMENT_BYTES
-    if free >= needed:
-        return None
-    mib = 1 << 20
-    return f"/dev/shm has {free // mib} MiB free, {ranks} ranks need {needed // mib + 1} (docker run --shm-size=1g)"
+    return missing_room(ranks, SEGMENT_BYTES)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import psutil
 
+from launcher.backends.collectives import slow_collectives
 from launcher.config.options import choice
 from launcher.config.schema import BackendConfig, ConfigError
 from shards.engines.fsdp import FsdpPlanner
@@ -46,3 +47,6 @@ class FsdpConfig(BackendConfig):
             within_node={"world": False, "node": True, "auto": None}[self.shard_over],
             host_bytes=psutil.virtual_memory().available // config.devices if is_here else None,
         )
+
+    def notes(self, config: RunConfig, on_cuda: bool) -> list[str]:
+        return slow_collectives(config, on_cuda, "gather")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from launcher.backends.module import ModuleBackend
 from shards.parallel.collectives import collectives
-from shards.parallel.products import fuse_projections
+from shards.parallel.products import fuse_projections, least_packed
 from shards.parallel.tensor_parallel import tensor_parallel_model
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ class TensorParallelBackend(ModuleBackend):
             ways = collectives(world, self.device)
             print(f"all-reduce: {ways.way}", flush=True)
             tensor_parallel_model(model, world.rank, world.world_size, ways)
-        fuse_projections(model)
+        least = 0 if self.device.type == "cuda" else least_packed(self.dtype)
+        if least is not None and self.packs(model):
+            fuse_projections(model, least)
         self.fill(model, progress)
         return model

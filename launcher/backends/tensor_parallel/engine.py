@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
+from launcher.backends.collectives import slow_collectives
 from launcher.config.schema import BackendConfig
 from shards.engines.tensor_parallel import TensorParallelPlanner
 from shards.plan.request import EnginePlanner
+
+if TYPE_CHECKING:
+    from launcher.config.schema import RunConfig
 
 
 @dataclass
@@ -22,3 +26,6 @@ class TensorParallelConfig(BackendConfig):
     loads_by_name: ClassVar[bool] = True
 
     name: str = "tensor_parallel"
+
+    def notes(self, config: RunConfig, on_cuda: bool) -> list[str]:
+        return slow_collectives(config, on_cuda, "add up")
