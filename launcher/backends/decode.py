@@ -41,7 +41,7 @@ class Decoder:
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Generation:
         """New tokens for each prompt, greedy or sampled; an empty batch takes part in the steps of the others."""
         batch = _Batch.of(prompts, sampling.max_new_tokens, self.device)
-        sampler = Sampler(sampling, self.seed, self.device)
+        sampler = Sampler(sampling, self.seed, self.device, self.model.get_output_embeddings())
         generators = [sampler.generator(prompt) for prompt in prompts]
         eos = torch.tensor(() if sampling.ignore_eos else self.eos_token_ids, device=self.device, dtype=torch.long)
         unfinished = torch.full((batch.rows,), bool(prompts), device=self.device)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from shards.parallel.tensor_parallel import VocabularyHead, best_of
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -15,14 +17,18 @@ if TYPE_CHECKING:
 
 
 class Sampler:
-    """Chooses the next tokens of some rows, greedily or by chance.
+    """Chooses the next tokens of some rows, greedily or by chance, from what the `head` of a model has made of them.
 
     Each prompt is drawn for from a generator of its own, so that its sample depends on the seed and on its index only:
     not on the batch, the rank or the number of ranks. No draw waits for the device.
     """
 
-    def __init__(self, sampling: SamplingConfig, seed: int, device: torch.device) -> None:
+    def __init__(self, sampling: SamplingConfig, seed: int, device: torch.device, head: object = None) -> None:
         self.is_greedy = sampling.temperature == 0
+        self.best = best_of
+        if isinstance(head, VocabularyHead):
+            head.gathering = not self.is_greedy
+            self.best = head.best if self.is_greedy else best_of
         self.processors = _processors(sampling)
         self.seed, self.device = seed, device
 
@@ -36,10 +42,9 @@ class Sampler:
         self, logits: torch.Tensor, generators: Sequence[torch.Generator | None]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The chosen token of each row of `logits` [rows, vocabulary], and the gap between the two largest of them."""
-        best = logits.argmax(-1, keepdim=True)
-        gaps = logits.gather(1, best)[:, 0] - logits.scatter(1, best, -torch.inf).amax(-1)
+        best, gaps = self.best(logits)
         if self.is_greedy:
-            return best[:, 0], gaps
+            return best, gaps
         weights = self.processors(None, logits).softmax(-1)
         noise = torch.ones_like(weights)
         for row, generator in zip(noise, generators, strict=False):

@@ -183,7 +183,9 @@ def _check_devices(config: RunConfig) -> bool:
     return bool(cards)
 
 
-def _notes_plan(config: RunConfig, plan: Plan, tensors: Mapping[str, TensorEntry] | None, on_cuda: bool) -> list[str]:
+def _notes_plan(
+    config: RunConfig, plan: Plan | None, tensors: Mapping[str, TensorEntry] | None, on_cuda: bool
+) -> list[str]:
     """What the plan advises, and memory that is short."""
     if plan is None:
         return []

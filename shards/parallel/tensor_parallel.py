@@ -81,17 +81,42 @@ class VocabularyEmbedding(nn.Embedding):
 
 
 class VocabularyHead(ProductLinear):
-    """A head whose rows lie on several ranks, equally many on all but the last; every rank gets all logits."""
+    """A head whose rows lie on several ranks, equally many on all but the last; every rank gets all logits, or, while
+    it is not `gathering`, those of its own rows, of which `best` then finds the best of all."""
 
     size: int
+    first: int
     collectives: Collectives
+    gathering: bool = True
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         part = product(hidden, self.weight)
+        if not self.gathering:
+            return part
         part = pad(part, (0, ceil(self.out_features / self.size) - part.shape[-1]))
         parts = part.new_empty(self.size, *part.shape)
         self.collectives.gather(parts, part)
         return parts.movedim(0, -2).flatten(-2)[..., : self.out_features]
+
+    def best(self, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The token with the largest logit of each row of all ranks' parts [rows, own part], and its lead over the
+        second: only these travel, as float32, in which the numbers of tokens are exact."""
+        token, lead = best_of(part)
+        mine = torch.stack((part.gather(1, token[:, None])[:, 0], lead, token + self.first), 1)
+        told = mine.new_empty(self.size, *mine.shape)
+        self.collectives.gather(told, mine)
+        value, leads, tokens = told.unbind(-1)
+        rank = value.argmax(0, keepdim=True)
+        others = value.scatter(0, rank, -torch.inf).amax(0)
+        gap = torch.minimum(leads.gather(0, rank)[0], value.amax(0) - others)
+        return tokens.gather(0, rank)[0].long(), gap
+
+
+def best_of(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The token with the largest of the logits [rows, vocabulary] of each row, and its lead over the second."""
+    best = logits.argmax(-1, keepdim=True)
+    lead = logits.gather(1, best)[:, 0] - logits.scatter(1, best, -torch.inf).amax(-1)
+    return best[:, 0], lead
 
 
 CLASSES = {"row": RowLinear, "held row": HeldRowLinear, "embedding": VocabularyEmbedding, "head": VocabularyHead}
@@ -117,7 +142,8 @@ def tensor_parallel_model(model: nn.Module, rank: int, size: int, collectives: C
             _keep_part(name, module, int("row" in kind), rank, size)
             module.__class__ = CLASSES.get(kind, type(module))
             module.collectives = collectives
-    embedding.first, head.size = rank * ceil(embedding.num_embeddings / size), size
+    embedding.first = head.first = rank * ceil(embedding.num_embeddings / size)
+    head.size = size
     for layer in decoder_layers(model):
         _join(layer, size)
     if is_tied:

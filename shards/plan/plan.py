@@ -40,8 +40,8 @@ class Plan:
     `load_host_bytes` are of all ranks of a node, None where not known, `step_bytes` the weights that a device reads for
     a decode step and `bandwidth` the bytes/s at which it can; `kv_cache_memory_bytes` is the pool that the engine is
     told to reserve. `slots` of `slot_tokens` tokens each are what a module engine keeps its cache in. `settings` are
-    the options of the engine that the plan has decided or been told, by name; `advice` is a line on what would be faster
-    and fits.
+    the options of the engine that the plan has decided or been told, by name; `advice` is a line on what would be
+    faster and fits.
     """
 
     engine: str

@@ -149,7 +149,7 @@ class _Call:
         schedules = [Schedule(decoder.num_slots, most, decoder.prefill_tokens, near) for _ in range(ranks)]
         self.schedule = schedules[rank]
         self.queue = Queue(prompts, schedules, rank, votes=ranks > 1 and not sampling.ignore_eos)
-        self.sampler = Sampler(sampling, decoder.seed, decoder.device)
+        self.sampler = Sampler(sampling, decoder.seed, decoder.device, decoder.model.get_output_embeddings())
         self.eos = frozenset(() if sampling.ignore_eos else decoder.eos_token_ids)
         self.order = {prompt.index: place for place, prompt in enumerate(prompts)}
         self.generators: dict[int, torch.Generator | None] = {}
