@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from launcher.config.schema import RunConfig, SamplingConfig
+    from launcher.results.measured import RequestFailure, ServerRepeat
     from shards.machine.world import World
     from shards.plan.plan import Plan
 
@@ -17,11 +18,14 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt of the set. `index` is its place in the set, `token_ids` what every engine is given."""
+    """One prompt of the set. `index` is its place in the set, `token_ids` what every engine is given.
+
+    `arrival_s` is when it comes, in seconds from the first, where the set says that."""
 
     index: int
     text: str
     token_ids: tuple[int, ...]
+    arrival_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,7 @@ class Completion:
     `token_ids` are the new tokens only, up to and including the EOS token that ended them.
     `ttft_s` is the time from the start of the call to the first token; `itl_s` the gaps between the tokens after it.
     `top2_gaps` is the difference of the two largest logits at each token, empty where the engine does not show logits.
+    An engine that gives a text and no ids says how many tokens there are, in `num_tokens`.
     """
 
     index: int
@@ -39,6 +44,23 @@ class Completion:
     ttft_s: float | None = None
     itl_s: tuple[float, ...] = ()
     top2_gaps: tuple[float, ...] = ()
+    text: str | None = None
+    num_tokens: int | None = None
+
+    @property
+    def new_tokens(self) -> int:
+        """The number of new tokens."""
+        return len(self.token_ids) if self.num_tokens is None else self.num_tokens
+
+    @property
+    def answer(self) -> tuple[int, ...] | str:
+        """What is compared: the tokens, or the text where there are none."""
+        return self.token_ids if self.text is None else self.text
+
+    @property
+    def e2el_s(self) -> float | None:
+        """The time to the last token."""
+        return None if self.ttft_s is None else self.ttft_s + sum(self.itl_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +68,8 @@ class Generation:
     """One call of `Backend.generate`: completions in the order of the prompts, and the time of its two kinds of steps.
 
     An engine that does not tell prefill from decode (vLLM) gives None, and so one that does not count its decode steps.
-    `counters` are numbers of the engine's own, by names of `launcher.results.metrics.COUNTERS`.
+    `counters` are numbers of the engine's own, by names of `launcher.results.metrics.COUNTERS`. `failures` are the
+    prompts that a server did not answer, `server` is what was seen of it.
     """
 
     completions: tuple[Completion, ...]
@@ -54,6 +77,8 @@ class Generation:
     decode_s: float | None = None
     decode_steps: int | None = None
     counters: dict[str, float] = field(default_factory=dict)
+    failures: tuple[RequestFailure, ...] = ()
+    server: ServerRepeat | None = None
 
 
 @dataclass(frozen=True, slots=True)

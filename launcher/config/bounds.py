@@ -11,10 +11,10 @@ from launcher.config.options import (
     CHOICES,
     COUNT,
     MOST_PROMPTS,
-    MOST_SECONDS,
     MOST_TIMES,
     MOST_TOKENS,
     NOT_NEGATIVE,
+    POSITIVE_SECONDS,
     SECONDS,
     SHARE,
     TOKENS,
@@ -46,7 +46,13 @@ BOUNDS: dict[str, Bounds] = {
     "measure.prefill_tokens": TOKENS,
     "measure.warmup": Bounds(0, MOST_TIMES),
     "measure.repeats": Bounds(1, MOST_TIMES),
-    "launch.poll_s": Bounds(0, MOST_SECONDS, is_open=True),
+    "load.concurrency": COUNT,
+    "load.request_rate": Bounds(0, MOST_TIMES, is_open=True),
+    "slo.ttft": POSITIVE_SECONDS,
+    "slo.tpot": POSITIVE_SECONDS,
+    "slo.e2el": POSITIVE_SECONDS,
+    "server.ready_timeout_s": POSITIVE_SECONDS,
+    "launch.poll_s": POSITIVE_SECONDS,
     "launch.node_rank": NOT_NEGATIVE,
     "cluster.cpus_per_task": COUNT,
     "cluster.signal_s": Bounds(0, 65535),  # as sbatch takes it
@@ -75,6 +81,7 @@ def check(config: RunConfig) -> None:
     if config.measure.find_batch_size and config.launch.name != "local":
         raise ConfigError("measure.find_batch_size needs launch=local: each try waits for the last.", "launch=local")
     _check_scheduling(config)
+    _check_load(config)
     _check_prompts(config.prompts)
 
 
@@ -87,6 +94,21 @@ def _check_scheduling(config: RunConfig) -> None:
         reader = "measure.scheduling=static" if config.backend.has_slots else f"backend={name}"
         fact = f"measure.prefill_tokens={measure.prefill_tokens}: {reader} does not read it."
         raise ConfigError(fact, "measure.prefill_tokens=null")
+
+
+def _check_load(config: RunConfig) -> None:
+    """Prompts come in one way, to an engine that takes them at any time; a server is started for one that asks it."""
+    load, backend = config.load, config.backend
+    keys = {"concurrency": load.concurrency, "request_rate": load.request_rate, "arrivals": load.arrivals or None}
+    given = [f"load.{name}" for name, value in keys.items() if value is not None]
+    if given and not backend.takes_load:
+        raise ConfigError(f"backend={backend.name} is given batches, and does not read {given[0]}.", f"{given[0]}=null")
+    if len(given) > 1:
+        raise ConfigError(f"{given[0]} and {given[1]} are different ways in which prompts come.", f"{given[1]}=null")
+    if config.server.name != "none" and not backend.starts_servers:
+        raise ConfigError(
+            f"backend={backend.name} asks no server, and server={config.server.name} starts one.", "server=none"
+        )
 
 
 def _check_backend(backend: BackendConfig) -> dict[str, Bounds]:

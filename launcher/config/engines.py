@@ -21,6 +21,7 @@ BUILT_IN = {
     "tensor_parallel": "launcher.backends.tensor_parallel.engine:TensorParallelConfig",
     "vllm": "launcher.backends.vllm.engine:VllmConfig",
     "transformers": "launcher.backends.transformers.engine:TransformersConfig",
+    "endpoint": "launcher.backends.endpoint.engine:EndpointConfig",
 }
 
 GROUP = "launcher.backends"

@@ -45,6 +45,7 @@ MOST_TIMES = 10**5
 
 COUNT, NOT_NEGATIVE, SHARE = Bounds(1, MOST), Bounds(0, MOST), Bounds(0, 1, is_open=True)
 ANY, SECONDS, TOKENS = Bounds(-MOST_BYTES, MOST_BYTES), Bounds(0, MOST_SECONDS), Bounds(1, MOST_TOKENS)
+POSITIVE_SECONDS = Bounds(0, MOST_SECONDS, is_open=True)
 
 BOUND, CHOICES = "bounds", "choices"  # in the metadata of a field
 

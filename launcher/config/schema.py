@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from launcher.config.experiment import MISSING, ExperimentConfig
+from launcher.config.serving import LoadConfig, ServerConfig, SloConfig
 from shards.errors import UserError
 from shards.plan.request import EnginePlanner
 
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
     from shards.model.quantization import Quantization
 
 DEFAULT_PREFILL_TOKENS = 2048  # that a module engine with slots reads in a forward
-MISSING: Any = "???"  # how OmegaConf spells a mandatory value
 
 
 class ConfigError(UserError):
@@ -74,6 +75,8 @@ class BackendConfig:
     data_parallel: ClassVar[bool] = False  # True: every rank answers its own part of the prompts
     continuous_batching: ClassVar[bool] = False  # True: the engine is given the whole prompt set in one call
     has_slots: ClassVar[bool] = False  # True: it is given all or a batch, as measure.scheduling says
+    takes_load: ClassVar[bool] = False  # True: prompts may come to it one by one, as `load` says
+    starts_servers: ClassVar[bool] = False  # True: it asks the server that `server` starts
     needs_device: ClassVar[bool] = True  # False: nothing of it runs on the devices of this machine
     needs_weights: ClassVar[bool] = True  # False: of a model only config and tokenizer are looked at
     loads_by_name: ClassVar[bool] = False  # True: `shards.load` gives it every tensor by the name in the model
@@ -82,6 +85,16 @@ class BackendConfig:
 
     name: str = MISSING
     python: str | None = None  # interpreter of another environment to run this engine in
+
+    @property
+    def uses_devices(self) -> bool:
+        """Whether with these options something of it runs on the devices of this machine."""
+        return self.needs_device
+
+    @property
+    def uses_weights(self) -> bool:
+        """Whether with these options it needs the weights of the model here."""
+        return self.needs_weights
 
     @classmethod
     def modules(cls) -> tuple[str, ...]:
@@ -206,30 +219,6 @@ class ClusterConfig:
 
 
 @dataclass
-class FigureConfig:
-    """One published figure: tokens/s, the time of the whole generation, memory of a device, or another time."""
-
-    name: str = MISSING  # new_tokens_per_s | generation_s | load_s | user_s | system_s | peak_memory_gb
-    value: float = MISSING
-    unit: str = MISSING
-
-
-@dataclass
-class ExperimentConfig:
-    """A published measurement that a preset of conf/experiment makes again; nothing of it changes the run."""
-
-    name: str | None = None
-    about: str | None = None
-    hardware: str | None = None  # as `python -m launcher.plan machines=` names it; None: the source does not say
-    source: str | None = None
-    location: str | None = None
-    unknown: list[str] = field(default_factory=list)  # what the source leaves out
-    needs: list[str] = field(default_factory=list)  # options that this launcher does not have yet
-    notes: list[str] = field(default_factory=list)
-    figures: list[FigureConfig] = field(default_factory=list)
-
-
-@dataclass
 class RunConfig:
     backend: BackendConfig = MISSING
     model: ModelConfig = MISSING
@@ -241,9 +230,12 @@ class RunConfig:
     seed: int = 0
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    load: LoadConfig = field(default_factory=LoadConfig)
+    slo: SloConfig = field(default_factory=SloConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
     output_dir: str = "runs"
     resume: bool = False
     run_dir: str | None = None

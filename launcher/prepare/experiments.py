@@ -13,7 +13,8 @@ from shards.plan.plan import Plan, make_plan
 from shards.plan.request import PlanRequest
 
 if TYPE_CHECKING:
-    from launcher.config.schema import FigureConfig, RunConfig
+    from launcher.config.experiment import FigureConfig
+    from launcher.config.schema import RunConfig
     from launcher.results.record import Record
 
 FASTEST_OF_THE_TIME = "h100"

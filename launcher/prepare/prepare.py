@@ -52,7 +52,7 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
     fields = ConfigFields(model_config)
     vocab_size = fields.size("vocab_size")
     tensors = None
-    if folder is not None and config.model.weights is Weights.auto and config.backend.needs_weights:
+    if folder is not None and config.model.weights is Weights.auto and config.backend.uses_weights:
         checkpoint = Checkpoint.open(folder)
         if checkpoint.tensors:  # those of pytorch_model*.bin only a rank can tell, by torch
             _check_names(config, checkpoint, model_config)
@@ -166,9 +166,9 @@ def _check_devices(config: RunConfig) -> bool:
 
     The machine that submits to SLURM says nothing of the nodes: there it is on CUDA where the job asks for GPUs.
     """
-    if not config.backend.needs_device and config.accelerator is Accelerator.cuda:
+    if not config.backend.uses_devices and config.accelerator is Accelerator.cuda:
         raise ConfigError(f"accelerator=cuda, and backend={config.backend.name} uses no device.", "accelerator=auto")
-    if config.accelerator is Accelerator.cpu or not config.backend.needs_device:
+    if config.accelerator is Accelerator.cpu or not config.backend.uses_devices:
         return False
     if config.launch.name == "slurm":
         return config.accelerator is Accelerator.cuda or config.cluster.gpus_flag != "none"
@@ -223,7 +223,7 @@ def model_folder(config: RunConfig) -> Path | None:
     needs_folder = config.model.weights is Weights.auto and not config.dry_run
     if config.model.config and not needs_folder and not Path(path).is_dir():
         return None
-    weights = config.model.weights is Weights.auto and config.backend.needs_weights
+    weights = config.model.weights is Weights.auto and config.backend.uses_weights
     return resolve(path, config.model.revision, weights=weights)
 
 

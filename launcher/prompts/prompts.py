@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 
 from launcher.backends.base import Prompt
-from launcher.config.options import MOST_PROMPTS
+from launcher.config.options import MOST_PROMPTS, MOST_SECONDS
 from launcher.config.schema import ConfigError
 from launcher.system import typed
 from shards.errors import CheckpointError
@@ -39,7 +39,10 @@ def load_prompts(config: RunConfig, folder: Path | None, vocab_size: int) -> lis
             f"{config.model.path} has no tokenizer.json.",
             "prompts=synthetic needs no tokenizer; AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one",
         )
-    return encode(texts, folder)
+    prompts = encode(texts, folder)
+    if not config.load.arrivals:
+        return prompts
+    return [replace(prompt, arrival_s=moment) for prompt, moment in zip(prompts, read_arrivals(wanted), strict=True)]
 
 
 def guessed_prompts(config: RunConfig, vocab_size: int) -> list[Prompt]:
@@ -75,16 +78,40 @@ def read_texts(wanted: PromptsConfig) -> list[str]:
 
 
 def _read_file(path: Path) -> list[str]:
+    lines = _lines(path)
+    if path.suffix == ".jsonl":
+        return [_prompt_of(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    return [line for line in lines if line.strip()]
+
+
+def _lines(path: Path) -> list[str]:
     try:
         content = _stdin() if path == Path("-") else read_bytes(path)
         text = content.decode(ENCODING)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"Cannot read the prompts in {path}: {reason}.", "prompts.path= a UTF-8 file") from None
-    lines = text.split("\n")  # splitlines() also splits at U+2028 in a prompt
-    if path.suffix == ".jsonl":
-        return [_prompt_of(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-    return [line for line in lines if line.strip()]
+    return text.split("\n")  # splitlines() also splits at U+2028 in a prompt
+
+
+def read_arrivals(wanted: PromptsConfig) -> list[float]:
+    """The moments at which the prompts of a .jsonl come, in seconds; ConfigError for a set that does not have them."""
+    path = Path(wanted.path or "")
+    if path.suffix != ".jsonl":
+        fact = f"load.arrivals=true, and prompts={wanted.name} says of no prompt when it comes."
+        raise ConfigError(fact, 'prompts.path= a .jsonl with {"prompt": "...", "arrival_s": 0.5} a line')
+    moments: list[float] = []
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        value = parse_json(line, f"{path}:{number}", ConfigError, "one object a line")
+        moment = value.get("arrival_s") if isinstance(value, dict) else None
+        earliest = moments[-1] if moments else 0
+        if isinstance(moment, bool) or not isinstance(moment, int | float) or not earliest <= moment <= MOST_SECONDS:
+            fact = f'{path}:{number} has no "arrival_s" of {earliest:g} or more.'
+            raise ConfigError(fact, 'seconds from the start, in order: {"prompt": "...", "arrival_s": 0.5}')
+        moments.append(moment)
+    return moments
 
 
 @cache
@@ -159,8 +186,10 @@ def check_context(prompts: Sequence[Prompt], max_new_tokens: int, context: int |
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
-    """One JSON object a line: index, text, token_ids."""
-    rows = ({"index": p.index, "text": p.text, "token_ids": list(p.token_ids)} for p in prompts)
+    """One JSON object a line: index, text, token_ids, arrival_s."""
+    rows = (
+        {"index": p.index, "text": p.text, "token_ids": list(p.token_ids), "arrival_s": p.arrival_s} for p in prompts
+    )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from launcher.backends.base import Backend, Completion, Generation, Prompt
     from launcher.config.schema import RunConfig
+    from launcher.results.measured import RequestFailure
     from launcher.run_dir.progress import ProgressWriter
     from launcher.run_dir.run_dir import Saved
     from shards.machine.world import World
@@ -52,8 +53,8 @@ def schedule(
 class Keeper(Protocol):
     """What becomes of the loop's results; any of these may raise, and ends the loop by it."""
 
-    def save(self, completions: Sequence[Completion]) -> None:
-        """Keep completions, none of which was saved before."""
+    def save(self, completions: Sequence[Completion], failures: Sequence[RequestFailure] = ()) -> None:
+        """Keep completions, none of which was saved before, and the prompts that were not answered."""
 
     def save_repeat(self, repeat: Repeat) -> None:
         """Keep the measures of a repeat."""
@@ -74,7 +75,7 @@ class Loop:
     def run(self, prompts: Sequence[Prompt], saved: Saved) -> None:
         """Warm up, then the repeats that `saved` leaves to be made."""
         self._warm_up(warm_up_batch(prompts, self.world, self.config))
-        first = {completion.index: completion.token_ids for completion in saved.completions}
+        first = {completion.index: completion.answer for completion in saved.completions if completion.failure is None}
         for number, calls in schedule(prompts, self.world, self.config, saved):
             self.keeper.save_repeat(self._repeat(number, calls, first))
 
@@ -103,17 +104,17 @@ class Loop:
 
         return self.backend.generate(batch, self.sampling, on_step), fruitful
 
-    def _repeat(self, number: int, calls: list[list[Prompt]], first: dict[int, tuple[int, ...]]) -> Repeat:
-        """Make one repeat; `first` has the tokens that each prompt was first answered with, and gains what is new."""
+    def _repeat(self, number: int, calls: list[list[Prompt]], first: dict[int, tuple[int, ...] | str]) -> Repeat:
+        """Make one repeat; `first` has the answer that each prompt was first given, and gains what is new."""
         generations, decode_steps = [], 0
         same = True
 
-        def keep(completions: Sequence[Completion]) -> None:
+        def keep(completions: Sequence[Completion], failures: Sequence[RequestFailure] = ()) -> None:
             nonlocal same
             new = [item for item in completions if item.index not in first]
-            same &= all(first.setdefault(item.index, item.token_ids) == item.token_ids for item in completions)
-            if number == 0 and new:
-                self.keeper.save(new)
+            same &= all(first.setdefault(item.index, item.answer) == item.answer for item in completions)
+            if number == 0 and (new or failures):
+                self.keeper.save(new, failures)
 
         name = f"repeat {number + 1}/{self.config.measure.repeats}"
         self.backend.barrier()
@@ -121,7 +122,7 @@ class Loop:
         for call, batch in enumerate(calls, 1):
             self.keeper.between_batches()
             generation, steps = self._call(f"{name} batch {call}/{len(calls)}", batch, keep)
-            keep(generation.completions)
+            keep(generation.completions, generation.failures)
             generations.append(generation)
             decode_steps += max(steps - 1, 0) if generation.decode_steps is None else generation.decode_steps
         wall_s = perf_counter() - start
@@ -143,11 +144,14 @@ def _summary(
         decode_s=sum(decode) if len(decode) == len(generations) else None,
         completions=len(completions),
         prompt_tokens=sum(asked[completion.index] for completion in completions),
-        new_tokens=sum(len(completion.token_ids) for completion in completions),
+        new_tokens=sum(completion.new_tokens for completion in completions),
         decode_steps=decode_steps,
-        lengths=tuple((asked[item.index], len(item.token_ids)) for item in completions),
+        lengths=tuple((asked[item.index], item.new_tokens) for item in completions),
         ttft_s=tuple(item.ttft_s for item in completions if item.ttft_s is not None),
         itl_s=tuple(gap for item in completions for gap in item.itl_s),
         same_tokens=same,
         counters=summed(generation.counters for generation in generations),
+        e2el_s=tuple(item.e2el_s for item in completions if item.e2el_s is not None),
+        failures=tuple(failure for generation in generations for failure in generation.failures),
+        server=next((generation.server for generation in generations if generation.server is not None), None),
     )

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from launcher.backends.base import Backend, Completion, DeviceMemory
     from launcher.config.schema import RunConfig
-    from launcher.results.measured import Repeat
+    from launcher.results.measured import Repeat, RequestFailure
     from launcher.results.verdict import Outcome
     from launcher.run_dir.run_dir import RunDir
     from launcher.system.environment import Environment
@@ -53,6 +53,7 @@ class Rank:
         run = run_dir.read_run()
         self.config: RunConfig = run.run_config
         self.config.model.path = run.model_folder or self.config.model.path
+        self.config.run_dir = str(run_dir)
         self.answers = world.rank in run.answering_ranks
         self.interruption: str | None = None
         self.repeats: list[Repeat] = []
@@ -106,9 +107,13 @@ class Rank:
         self.devices = tuple(backend.memory())
         self.environment = describe()
 
-    def save(self, completions: Sequence[Completion]) -> None:
+    def save(self, completions: Sequence[Completion], failures: Sequence[RequestFailure] = ()) -> None:
         """Append to this rank's completions."""
-        saved = [SavedCompletion(c.index, c.token_ids, c.finish_reason, c.top2_gaps) for c in completions]
+        saved = [
+            SavedCompletion(c.index, c.token_ids, c.finish_reason, c.top2_gaps, c.text, c.num_tokens)
+            for c in completions
+        ]
+        saved += [SavedCompletion(f.index, (), "failed", failure=f"{f.kind}: {f.message}") for f in failures]
         with self._writing:
             if self._may_save():
                 self.run_dir.append_completions(self.world.rank, saved)

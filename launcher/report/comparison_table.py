@@ -34,6 +34,9 @@ def show(runs: Sequence[FinishedRun], out: Console) -> list[Comparison]:
             out.print(f"[yellow]note:[/] {escape(line)}", soft_wrap=True)
         for note in comparison.notes:
             out.print(f"[yellow]note:[/] {escape(f'{other} and {base}: {note}')}", soft_wrap=True)
+        if (cost := comparison.serving_cost) is not None:
+            line = f"serving (HTTP, the server's scheduler, the client) takes {cost:.1%} of the engine's tokens/s"
+            out.print(escape(f"{other} against {base}: {line}"), soft_wrap=True)
     out.print(devices(runs, names, out))
     if (phases := phase_table([run.record for run in runs], out, names)) is not None:
         out.print(phases)
@@ -51,7 +54,7 @@ def table(comparisons: Sequence[Comparison], runs: Sequence[FinishedRun], names:
             [
                 escape(name),
                 f"{comparison.matching}/{comparison.prompts} ({comparison.match:.0%})",
-                f"prompt {first.prompt}, token {first.position}" if first else "none",
+                _place(first),
                 _gap(first),
                 _degenerate(comparison.other_degenerate, comparison.prompts),
                 rate(run.record.new_tokens_per_s),
@@ -64,6 +67,13 @@ def table(comparisons: Sequence[Comparison], runs: Sequence[FinishedRun], names:
         "speed vs base", "min … max",
     )  # fmt: skip
     return fitted(out, columns, rows, texts=("run",), optional=("min … max", "logit gap there", "first divergence"))
+
+
+def _place(divergence: Divergence | None) -> str:
+    """Where the answers part."""
+    if divergence is None:
+        return "none"
+    return f"prompt {divergence.prompt}, {'letter' if divergence.is_of_texts else 'token'} {divergence.position}"
 
 
 def _gap(divergence: Divergence | None) -> str:

@@ -14,6 +14,7 @@ from launcher.config.schema import Scheduling
 from launcher.report.layout import console, counted, fitted, print_json, rounded, shown
 from launcher.report.memory_table import device_table, phase_table
 from launcher.report.published_table import published_table
+from launcher.report.request_rows import rate_rows, serving_rows, time_rows
 from launcher.report.units import count, rate, seconds, size
 from launcher.results.metrics import COUNTERS, ROWS, SLOTS
 from launcher.run_dir.run_dir import COMPLETIONS, RANK_LOGS, RunDir
@@ -98,7 +99,8 @@ def show_record(record: Record, out: Console, began: float = 0.0) -> None:
         if record.batch_search:
             out.print(batch_line(record.batch_search))
         speed = _speed(record, out) if record.metrics else None
-        for table in (speed, published_table(record), device_table(record, out), phase_table([record], out)):
+        memory = device_table(record, out) if record.devices else None
+        for table in (speed, published_table(record), memory, phase_table([record], out)):
             if table is not None:
                 out.print(table)
     out.print(f"run directory: {escape(record.run_dir)}", soft_wrap=True)
@@ -174,6 +176,8 @@ def _speed(record: Record, out: Console) -> Table:
     }
     for label, spread in rates.items():
         rows.append([label, rate(spread.median), rate(spread.min), rate(spread.max), repeats])
+    shows_requests = any((metrics.serving, metrics.request_goodput, *record.config.get("load", {}).values()))
+    rows += rate_rows(metrics, repeats) if shows_requests else []
     for name, spread in metrics.counters.items():
         if name in (SLOTS, ROWS):
             continue  # told as shares
@@ -186,6 +190,8 @@ def _speed(record: Record, out: Console) -> Table:
     for label, times in latencies.items():
         p50, p90, p99 = map(seconds, (times.p50, times.p90, times.p99))
         rows.append([label, p50, p90, p99, counted(times.count, "value")])
+    rows += time_rows(metrics) if shows_requests else []
+    rows += [None, *serving_rows(metrics.serving)] if metrics.serving else []
     sums = (counted(totals.prompts, "prompt"), f"{totals.prompt_tokens:,} prompt tokens", f"{totals.new_tokens:,} new")
     rows += [None, ["load", seconds(record.load_s), "", "", ", ".join(sums)]]
     if (ceiling := record.ceiling) and ceiling.share is not None:
@@ -214,7 +220,7 @@ def show_plan(run: Run, out: Console) -> None:
     parameters = "" if plan is None else f" · {plan.num_parameters:,} parameters"
     out.print(f"[bold]plan: {names}{parameters}[/]")
     for note in run.notes:
-        out.print(f"[yellow]note:[/] {escape(note)}")
+        out.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
     if plan is not None:
         _show_plan(plan, run.paces, out)
     elif run.paces:

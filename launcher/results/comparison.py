@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from launcher.results.completions import ReportedCompletion
+    from launcher.results.measured import Serving
     from launcher.results.record import Record
 
 REPEATED_TOKENS = 8
@@ -24,7 +25,7 @@ REPEATED_TOKENS = 8
 MOST_DISTINCTIONS = 3
 """So many settings at most are in the name of a run."""
 
-WHERE_IT_RAN = ("backend", "devices", "num_nodes", "accelerator", *HOW_IT_IS_RUN)
+WHERE_IT_RAN = ("backend", "devices", "num_nodes", "accelerator", "server", "slo", *HOW_IT_IS_RUN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +39,23 @@ class FinishedRun:
 
     @property
     def label(self) -> str:
-        """Engine and number of devices; `labels` tells runs apart that have the same."""
+        """Engine and number of devices; of an endpoint the server that answered."""
+        if (serving := self.serving) is not None:
+            return f"{self.record.backend} ({serving.software or serving.dialect})"
         return f"{self.record.backend} x{self.record.num_devices}"
+
+    @property
+    def serving(self) -> Serving | None:
+        """What was seen of a server, where one answered."""
+        return self.record.metrics.serving if self.record.metrics else None
 
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
     """Where the completions of a prompt part: from here a token is another one, or (None) not there.
 
-    `gap` is the difference of the two largest logits there, by the base if it shows logits, else by the other run.
+    Where a server gave no ids, the texts part at the letter `position`. `gap` is the difference of the two largest
+    logits there, by the base if it shows logits, else by the other run.
     """
 
     prompt: int
@@ -54,6 +63,7 @@ class Divergence:
     base_token: int | None
     other_token: int | None
     gap: float | None
+    is_of_texts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +86,11 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One run against the base. Prompts are named by index; `notes` say what else keeps the two from being compared."""
+    """One run against the base. Prompts are named by index; `notes` say what else keeps the two from being compared.
+
+    `serving_cost` is the share of the engine's tokens/s that is lost where a server has the engine (HTTP, its
+    scheduler, the client), None where not one of the two is an endpoint.
+    """
 
     base: str
     other: str
@@ -88,6 +102,7 @@ class Comparison:
     speed: Ratio
     differences: tuple[Difference, ...]
     notes: tuple[str, ...] = ()
+    serving_cost: float | None = None
 
     @property
     def match(self) -> float:
@@ -104,6 +119,10 @@ def compare(base: FinishedRun, other: FinishedRun) -> Comparison:
             f"and {same} of them are the same token ids.",
             "compare runs of one model and one prompt set",
         )
+    speed = _speed(base, other)
+    cost = None
+    if (base.serving is None) != (other.serving is None):
+        cost = 1 - (speed.median if base.serving is None else 1 / speed.median)
     parted = (_divergence(index, row, other.completions[index]) for index, row in sorted(base.completions.items()))
     divergences = tuple(divergence for divergence in parted if divergence is not None)
     return Comparison(
@@ -114,9 +133,10 @@ def compare(base: FinishedRun, other: FinishedRun) -> Comparison:
         divergences=divergences,
         base_degenerate=_degenerate(base),
         other_degenerate=_degenerate(other),
-        speed=_speed(base, other),
+        speed=speed,
         differences=tuple(_differences(_settings(base), _settings(other))),
         notes=tuple(_other_weights(base, other)),
+        serving_cost=cost,
     )
 
 
@@ -133,14 +153,23 @@ def _other_weights(base: FinishedRun, other: FinishedRun) -> list[str]:
 
 
 def _divergence(index: int, base: ReportedCompletion, other: ReportedCompletion) -> Divergence | None:
+    if base.is_text_only or other.is_text_only:
+        position = _parting(base.text, other.text)
+        return None if position is None else Divergence(index, position, None, None, None, is_of_texts=True)
     ours, theirs = base.token_ids, other.token_ids
-    if ours == theirs:
+    if (position := _parting(ours, theirs)) is None:
         return None
-    shorter = min(len(ours), len(theirs))
-    position = next((at for at in range(shorter) if ours[at] != theirs[at]), shorter)
     gaps = [row.top2_gaps[position] for row in (base, other) if position < len(row.top2_gaps)]
     tokens = [ids[position] if position < len(ids) else None for ids in (ours, theirs)]
     return Divergence(index, position, tokens[0], tokens[1], gaps[0] if gaps else None)
+
+
+def _parting(ours: Sequence[Any], theirs: Sequence[Any]) -> int | None:
+    """The first place at which two sequences differ, None where they do not."""
+    if ours == theirs:
+        return None
+    shorter = min(len(ours), len(theirs))
+    return next((at for at in range(shorter) if ours[at] != theirs[at]), shorter)
 
 
 def is_degenerate(token_ids: Sequence[int], finish_reason: str) -> bool:

@@ -7,17 +7,31 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class SavedCompletion:
-    """The completion of one prompt as a rank saves it: new token ids, and the gaps of the two largest logits."""
+    """The completion of one prompt as a rank saves it: new token ids, and the gaps of the two largest logits.
+
+    From a server that gives no ids its `text`, of `num_tokens`. Of a request that failed `failure` is why.
+    """
 
     index: int
     token_ids: tuple[int, ...]
     finish_reason: str
     top2_gaps: tuple[float, ...] = ()
+    text: str | None = None
+    num_tokens: int | None = None
+    failure: str | None = None
+
+    @property
+    def answer(self) -> tuple[int, ...] | str:
+        """What is compared: the tokens, or the text where there are none."""
+        return self.token_ids if self.text is None else self.text
 
 
 @dataclass(frozen=True, slots=True)
 class ReportedCompletion:
-    """The completion of one prompt with its texts and lengths: a line of the run's completions, in prompt order."""
+    """The completion of one prompt with its texts and lengths: a line of the run's completions, in prompt order.
+
+    A server may have given a text without token ids. Of a request that failed `failure` is why.
+    """
 
     index: int
     prompt: str
@@ -27,3 +41,9 @@ class ReportedCompletion:
     new_tokens: int
     finish_reason: str
     top2_gaps: tuple[float, ...] = ()
+    failure: str | None = None
+
+    @property
+    def is_text_only(self) -> bool:
+        """Whether there are tokens whose ids are not known."""
+        return self.new_tokens > len(self.token_ids)

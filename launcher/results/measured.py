@@ -6,6 +6,37 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
+class RequestFailure:
+    """A request without an answer: the index of its prompt, the kind of the failure and one line about it."""
+
+    index: int
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ServerRepeat:
+    """One repeat as the client of a server saw it.
+
+    `tokens_checked` says what of an answer can be compared: ids, or text. `read_otherwise` counts the prompts of which
+    the server read another number of tokens than we count, None where it does not tell. `cpu_share` is of one core;
+    the lags are quantiles (p50, p99) of how late the client came to its connections, and of how late it sent requests
+    that were due. `own_metrics` are the server's.
+    """
+
+    software: str | None
+    dialect: str
+    tokens_checked: str
+    retries: int
+    read_otherwise: int | None
+    tokens_per_event: float | None
+    cpu_share: float
+    loop_lag_s: tuple[float, float]
+    send_lag_s: tuple[float, float] | None
+    own_metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Repeat:
     """Measurements of this rank in one repeat, numbered from 0, of its prompts, or of what was left of them.
 
@@ -13,7 +44,8 @@ class Repeat:
 
     `prefill_s` and `decode_s` are sums over the calls, None for an engine that does not tell them apart. `decode_steps`
     are those that gave a token, but for the first of each batch; `lengths` the tokens of each prompt and its answer.
-    `counters` are the engine's own, summed over the calls.
+    `counters` are the engine's own, summed over the calls. `e2el_s` is the time of each prompt to its last token, in
+    the order of `lengths`, and so is `ttft_s`. Prompts of `failures` are in none of these.
     """
 
     number: int
@@ -29,6 +61,9 @@ class Repeat:
     itl_s: tuple[float, ...]
     same_tokens: bool  # as the first repeat gave
     counters: dict[str, float] = field(default_factory=dict)
+    e2el_s: tuple[float, ...] = ()
+    failures: tuple[RequestFailure, ...] = ()
+    server: ServerRepeat | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +106,40 @@ class Decoding:
 
 
 @dataclass(frozen=True, slots=True)
+class Serving:
+    """The figures of a run that asked a server, over its whole repeats.
+
+    `failures` counts requests without an answer by their kind, of `requests` in all repeats; `examples` has one of
+    each. `client_bound` says that, and why, the client was what was measured; None where it was not. `own_metrics` are
+    the server's, in the median.
+    """
+
+    software: str | None
+    dialect: str
+    tokens_checked: str
+    requests: int
+    failures: dict[str, int]
+    examples: tuple[RequestFailure, ...]
+    retries: int
+    read_otherwise: int | None
+    tokens_per_event: float | None
+    cpu_share: float
+    loop_lag_s: tuple[float, float]
+    send_lag_s: tuple[float, float] | None
+    client_bound: str | None
+    own_metrics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Metrics:
     """The figures of a run over its whole repeats; rates are of all ranks together, in tokens/s.
 
     `slots_in_use` is the part of the slots of a decode step that gave a token of an answer, `rows_in_use` that of the
     rows which were computed; None where the engine counts neither.
+
+    Times of requests are by vLLM's definitions: `tpot_s` is the time after a prompt's first token over the number of
+    tokens after it, `e2el_s` the time to its last. `request_goodput` are the requests a second that met every limit of
+    `slo`, `slo_attainment` their share of all; one that failed has met none.
     """
 
     new_tokens_per_s: Spread
@@ -89,6 +153,12 @@ class Metrics:
     slots_in_use: Spread | None = None
     rows_in_use: Spread | None = None
     counters: dict[str, Spread] = field(default_factory=dict)
+    tpot_s: Quantiles | None = None
+    e2el_s: Quantiles | None = None
+    request_throughput: Spread | None = None
+    request_goodput: Spread | None = None
+    slo_attainment: Spread | None = None
+    serving: Serving | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ follow from that.
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,23 +17,23 @@ from launcher.results.measured import (
     Decoding,
     Metrics,
     Partial,
-    Quantiles,
     Spread,
     Totals,
 )
+from launcher.results.serving import request_metrics
+from launcher.results.summaries import quantiles, spread
 from shards.plan.roofline import decode_step
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from launcher.config.serving import SloConfig
     from launcher.results.measured import Repeat
     from shards.plan.plan import Plan
 
 SLOTS, ROWS = "slots_in_decode_steps", "rows_in_decode_steps"
 COUNTERS: dict[str, str] = {SLOTS: "slots, of all decode steps", ROWS: "rows computed in decode steps"}
 """The label in the report of each number that an engine may count: calls and ranks add up."""
-
-INTERLEAVED = "continuous batching interleaves prefill and decode, or nothing was decoded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +76,20 @@ class RepeatTotal:
 
 
 def figures(
-    repeats: Sequence[Sequence[Repeat]], prompts: int, num_devices: int, windows: Sequence[int | None] = ()
+    repeats: Sequence[Sequence[Repeat]],
+    prompts: int,
+    num_devices: int,
+    windows: Sequence[int | None] = (),
+    slo: SloConfig | None = None,
 ) -> Figures | None:
     """The figures of a run from each repeat's measurements by rank; None where nothing was measured.
 
     Only repeats of all `prompts` count. Where there is none, because the one repeat was split between attempts, its
-    last part does, and `partial` says how many prompts that was. `windows` are those of the model's layers.
+    last part does, and `partial` says how many prompts that was. `windows` are those of the model's layers. A prompt
+    whose request failed counts as asked.
     """
     answered = [ranks for ranks in repeats if any(rank.completions for rank in ranks)]
-    whole = [ranks for ranks in answered if sum(rank.completions for rank in ranks) == prompts]
+    whole = [ranks for ranks in answered if sum(rank.completions + len(rank.failures) for rank in ranks) == prompts]
     counted = whole or answered[-1:]
     if not counted:
         return None
@@ -103,6 +107,7 @@ def figures(
         slots_in_use=in_use(totals, SLOTS),
         rows_in_use=in_use(totals, ROWS),
         counters={name: spread(repeat.counters.get(name) for repeat in totals) for name in totals[0].counters},
+        **request_metrics(counted, slo),
     )
     return Figures(
         new_tokens_per_s=metrics.new_tokens_per_s.median,
@@ -253,23 +258,3 @@ def against_ceiling(plan: Plan | None, metrics: Metrics | None) -> CeilingShare:
 
 def _not_measured(decode: Decoding | None) -> str:
     return "no decode step was measured" if decode is None else "a step gave several tokens"
-
-
-def spread(values: Iterable[float | None]) -> Spread:
-    """Median, extremes and the raw values over the repeats; a value that does not exist makes all of them None."""
-    raw = tuple(values)
-    known = [value for value in raw if value is not None]
-    if not known or len(known) < len(raw):
-        return Spread(None, None, None, raw, INTERLEAVED)
-    return Spread(statistics.median(known), min(known), max(known), raw)
-
-
-def quantiles(values: Iterable[float]) -> Quantiles:
-    """p50, p90 and p99 by linear interpolation, with the count; None where there are no values."""
-    known = list(values)
-    if not known:
-        return Quantiles(None, None, None, 0, "no such value was measured")
-    if len(known) == 1:
-        return Quantiles(known[0], known[0], known[0], 1)
-    cuts = statistics.quantiles(known, n=100, method="inclusive")
-    return Quantiles(cuts[49], cuts[89], cuts[98], len(known))

@@ -42,7 +42,8 @@ def finish(run_dir: RunDir, outcome: Outcome | None = None) -> Record:
     attempts = [*run_dir.earlier_attempts(), (run_dir.read_attempt(), run_dir)]
     repeats = {number: folder.read_repeats(run.answering_ranks) for number, folder in attempts}
     counted = [ranks for numbered in repeats.values() for ranks in numbered.values()] if status == "ok" else []
-    measured = figures(counted, len(prompts), run.num_devices, plan.windows if plan else ())
+    windows = plan.windows if plan else ()
+    measured = figures(counted, len(prompts), run.num_devices, windows, run.run_config.slo)
     metrics = measured.metrics if measured else None
     record = replace(
         unfinished(run_dir, status),
@@ -163,10 +164,11 @@ def _reported(prompt: Prompt, saved: SavedCompletion, text: str) -> ReportedComp
     return ReportedCompletion(
         index=prompt.index,
         prompt=prompt.text,
-        text=text,
+        text=text if saved.text is None else saved.text,
         token_ids=saved.token_ids,
         prompt_tokens=len(prompt.token_ids),
-        new_tokens=len(saved.token_ids),
+        new_tokens=len(saved.token_ids) if saved.num_tokens is None else saved.num_tokens,
         finish_reason=saved.finish_reason,
         top2_gaps=saved.top2_gaps,
+        failure=saved.failure,
     )

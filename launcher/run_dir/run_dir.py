@@ -8,7 +8,7 @@ attempt.json           the number of the newest attempt, and the command that st
 notes.json             what was to be noted of the devices before the ranks of the newest attempt began
 saved.json             what the attempts before the newest have finished
 attempt_N/             the files of attempt N, once a later one has begun: a directory of the same form
-rank_N.json            the last word of a rank            rank_N.log     its output
+rank_N.json            the last word of a rank            rank_N.log     its output, rank_0.server.log of its server
 rank_N.progress        its present stage and step         stacks_rank_N.txt
 rank_N.completions.jsonl, rank_N.repeats.jsonl            what a rank has saved so far
 submit.sbatch, slurm.log, slurm_job                       of a job of SLURM
@@ -219,8 +219,8 @@ class RunDir:
 
     # The ranks: what each saves as it comes, and its last word.
 
-    def rank_log(self, rank: int) -> Path:
-        return self.path / f"rank_{rank}.log"
+    def rank_log(self, rank: int, of: str = "") -> Path:
+        return self.path / f"rank_{rank}{of}.log"
 
     def log_end(self, rank: int) -> str:
         return read_end(self.rank_log(rank))

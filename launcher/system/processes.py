@@ -19,15 +19,18 @@ SHARED_MEMORY = Path("/dev/shm")
 GRACE_S = 3.0
 
 
-def of_run(mark: str) -> list[psutil.Process]:
-    """The living processes of a run of this user, this one excepted; ValueError for what is no mark."""
+def of_run(mark: str, variable: str = MARK) -> list[psutil.Process]:
+    """The living processes of a run of this user, this one excepted; ValueError for what is no mark.
+
+    Another `variable` marks something else in the same way.
+    """
     if not isinstance(mark, str) or not MARK_FORM.fullmatch(mark):
         raise ValueError(f"{mark!r} is no mark of a run")
     user, found = os.getuid(), []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             is_own = process.pid != os.getpid() and process.uids().real == user
-            if is_own and process.environ().get(MARK) == mark and _alive(process):
+            if is_own and process.environ().get(variable) == mark and _alive(process):
                 found.append(process)
     return found
 
@@ -36,11 +39,11 @@ def _alive(process: psutil.Process) -> bool:
     return bool(process.status() != psutil.STATUS_ZOMBIE)
 
 
-def end_run(mark: str) -> int:
+def end_run(mark: str, variable: str = MARK, grace_s: float = GRACE_S) -> int:
     """End every process of a run: SIGTERM, after a grace SIGKILL, until none is left. Returns how many there were."""
     ended = set()
-    deadline = time.monotonic() + GRACE_S
-    while living := of_run(mark):
+    deadline = time.monotonic() + grace_s
+    while living := of_run(mark, variable):
         for process in living:
             with contextlib.suppress(psutil.Error):
                 if time.monotonic() > deadline:

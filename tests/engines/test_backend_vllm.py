@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +15,7 @@ import psutil
 import pytest
 from running import ROOT, launcher, left_in_shared_memory, run, torchrun
 
+from launcher.backends.base import Generation
 from launcher.backends.vllm.engine import VllmConfig
 from launcher.backends.vllm.options import arguments, environment, refusal
 from launcher.config.compose import compose_run
@@ -84,7 +86,7 @@ def test_every_way_gives_the_same_tokens_in_the_order_asked_for(way: str) -> Non
         assert [item["index"] for item in forwards] == list(range(len(PROMPTS)))
         assert {item["index"]: item["token_ids"] for item in backwards} == expected
         assert {item["index"]: item["token_ids"] for item in forwards} == expected
-        assert rank["empty"] == {"completions": [], "prefill_s": None, "decode_s": None, "counters": {}}
+        assert rank["empty"] == json.loads(json.dumps(asdict(Generation(()))))
         assert rank["progress"] == [1, 1]
 
 

@@ -18,8 +18,8 @@ from launcher.models import EMBEDDED
 
 MODELS = ("tiny_falcon", "tiny_llama")
 PROGRAM = str(ROOT / "tests" / "programs" / "rank_program.py")
-SIZES = {"transformers": (1,), "fsdp": (1, 2, 3), "deepspeed": (2,)}
-"""Numbers of devices of engines that are not tried on one and on two."""
+SIZES = {"transformers": (1,), "fsdp": (1, 2, 3), "deepspeed": (2,), "endpoint": ()}
+"""Numbers of devices of engines that are not tried on one and on two; an endpoint needs a server: test_endpoint.py."""
 
 WORLDS = [(name, size) for name in names() for size in SIZES.get(name, (1, 2))]
 REAL = [(name, size) for name, size in WORLDS if load_engine(name).needs_weights]

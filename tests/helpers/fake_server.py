@@ -1,6 +1,6 @@
 """A server that speaks the protocols of endpoints, and lies as it is told: the first part of the path says how.
 
-    http://127.0.0.1:PORT/drop_token/v1/completions
+    http://127.0.0.1:PORT/drop_token/v1/completions         without that part it does not lie
 
 Its answer counts upwards from the last token of the prompt, as the dummy engine's. `python fake_server.py PORT STEP_S`
 serves until it is ended; `FakeServer()` does so in a thread.
@@ -137,7 +137,9 @@ class FakeServer:
 
     async def respond(self, request: Seen, out: Responder) -> bool:
         """Answer one request; whether the connection stays."""
-        _, behaviour, path = request.path.split("/", 2)
+        behaviour, _, path = request.path.strip("/").partition("/")
+        if behaviour in ("v1", "generate_stream", "metrics", "info", "version"):  # none is told
+            behaviour, path = "ok", request.path.strip("/")
         if path == "v1/models":
             out.whole("200 OK", {"object": "list", "data": [{"id": "fake", "owned_by": "vllm"}]})
             return True
@@ -264,6 +266,12 @@ class FakeServer:
     async def busy(self, request: Seen, out: Responder) -> None:
         out.whole("429 Too Many Requests", {"error": {"message": f"not you, {request.headers.get('authorization')}"}})
 
+    async def some_busy(self, request: Seen, out: Responder) -> None:
+        if request.body["prompt"][-1] % 3 == 0:
+            await self.busy(request, out)
+        else:
+            await self.ok(request, out)
+
     async def busy_once(self, request: Seen, out: Responder) -> None:
         if sum(one.body == request.body for one in self.seen) == 1:
             await self.busy(request, out)
@@ -272,6 +280,10 @@ class FakeServer:
 
     async def breaks(self, request: Seen, out: Responder) -> None:
         out.whole("500 Internal Server Error", {"detail": "a" * 10_000})
+
+    async def breaks_later(self, request: Seen, out: Responder) -> None:
+        """As a server that can do no more than to answer whether it is there."""
+        await (self.ok if request.body["max_tokens"] == 1 else self.breaks)(request, out)
 
     async def redirects(self, request: Seen, out: Responder) -> None:
         out.whole("307 Temporary Redirect", {})
@@ -311,7 +323,8 @@ def prompt_length(request: Seen) -> int:
 
 
 def answer(request: Seen) -> list[int]:
-    last = request.body["prompt"][-1]
+    prompt = request.body["prompt"]
+    last = len(prompt) if isinstance(prompt, str) else prompt[-1]
     return [(last + step) % VOCAB_SIZE for step in range(1, request.body["max_tokens"] + 1)]
 
 

@@ -22,8 +22,8 @@ class Answer:
 
     `pieces_s` are the moments at which the parts of the answer came, in seconds from the sending of the request.
     `new_tokens` are counted by their ids, else by the server's own word, else by the parts that came.
-    `prompt_tokens` is how many the server says that it read. With a `failure` the rest is what came before it. Where
-    there were several `attempts`, the request was sent with the first.
+    `prompt_tokens` and `prompt_ids` are what the server says that it read. With a `failure` the rest is what came
+    before it. Where there were several `attempts`, the request was sent with the first.
     """
 
     text: str = ""
@@ -32,6 +32,7 @@ class Answer:
     pieces_s: tuple[float, ...] = ()
     new_tokens: int = 0
     prompt_tokens: int | None = None
+    prompt_ids: tuple[int, ...] | None = None
     failure: Failure | None = None
     attempts: int = 1
 
@@ -91,6 +92,7 @@ class Reading:
             pieces_s=pieces,
             new_tokens=len(ids) if ids is not None else counted[-1] if counted else len(pieces),
             prompt_tokens=asked[-1] if asked else None,
+            prompt_ids=next((delta.prompt_ids for delta in deltas if delta.prompt_ids is not None), None),
             failure=self.failure,
         )
         if self.failure is not None:

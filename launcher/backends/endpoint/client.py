@@ -47,6 +47,10 @@ class Client:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections that are kept."""
         while self._idle:
             self._idle.pop().close()
 

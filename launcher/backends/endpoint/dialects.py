@@ -35,6 +35,7 @@ class Delta:
     finish_reason: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    prompt_ids: tuple[int, ...] | None = None
     is_piece: bool = False  # of the answer; others only say how it ended, or count
 
 
@@ -94,7 +95,7 @@ class Completions(Dialect):
         ids = _ids(choice, "token_ids") if self.gives_ids else None
         text, reason = _of(choice, "text", str, ""), _of(choice, "finish_reason", str, None)
         is_piece = bool(ids or text or (ids is None and reason is None))
-        return Delta(text, ids, reason, prompt, completion, is_piece)
+        return Delta(text, ids, reason, prompt, completion, _ids(choice, "prompt_token_ids") or None, is_piece)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,7 @@ class TokenCompletions(Completions):
 
     def body(self, model: str, prompt: Prompt, sampling: SamplingConfig, seed: int, salt: str) -> dict[str, Any]:
         return Completions.body(self, model, prompt, sampling, seed, salt) | {
-            "prompt": list(prompt.token_ids),
+            "prompt": list(prompt.token_ids) if self.takes_ids else prompt.text,
             "top_k": sampling.top_k or self.no_top_k,
             "min_p": 0.0,  # a server may have values of its own from the model's generation_config.json
             "repetition_penalty": 1.0,
@@ -126,18 +127,16 @@ class TransformersCompletions(Completions):
     ends_with_done: bool = False
 
     def body(self, model: str, prompt: Prompt, sampling: SamplingConfig, seed: int, salt: str) -> dict[str, Any]:
+        asked: dict[str, Any] = {"model": model, "prompt": prompt.text, "max_tokens": sampling.max_new_tokens}
+        asked |= {"temperature": sampling.temperature, "stream": True}
         wanted: dict[str, Any] = {"max_new_tokens": sampling.max_new_tokens, "do_sample": sampling.temperature > 0}
         if sampling.temperature > 0:
-            wanted |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+            wanted |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
         if sampling.ignore_eos:
             wanted["eos_token_id"] = -1
-        return {
-            "model": model,
-            "prompt": prompt.text,
-            "max_tokens": sampling.max_new_tokens,
-            "stream": True,
-            "generation_config": json.dumps(wanted),
-        }
+        # One that is given takes the place of the model's own, with its EOS.
+        needs_own = sampling.temperature > 0 or sampling.ignore_eos
+        return asked | ({"generation_config": json.dumps(wanted)} if needs_own else {})
 
 
 @dataclass(frozen=True, slots=True)

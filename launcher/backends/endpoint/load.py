@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from dataclasses import dataclass, field
 from time import perf_counter, thread_time
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -14,16 +13,6 @@ if TYPE_CHECKING:
 TICK_S = 0.01
 
 Work = TypeVar("Work")
-
-
-def poisson_arrivals(count: int, rate: float, seed: int) -> tuple[float, ...]:
-    """`count` moments in seconds from the start, `rate` a second on average, the same for a seed everywhere."""
-    draw = random.Random(seed)
-    moment, moments = 0.0, []
-    for _ in range(count):
-        moment += draw.expovariate(rate)
-        moments.append(moment)
-    return tuple(moments)
 
 
 @dataclass(slots=True)

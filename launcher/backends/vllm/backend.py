@@ -6,8 +6,10 @@ import contextlib
 import importlib
 import os
 import tempfile
+import time
 from itertools import pairwise
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -17,6 +19,7 @@ from launcher.backends.vllm.heartbeat import heartbeat
 from launcher.backends.vllm.monitor import Watch
 from launcher.backends.vllm.options import arguments, environment, refusal
 from launcher.config.schema import Accelerator, ConfigError
+from launcher.prompts.arrivals import Pacing
 from launcher.system.files import read_json, write_json
 from launcher.system.processes import MARK, scratch_prefix, shared_memory_files, shared_memory_of
 from shards.errors import PlanError
@@ -114,22 +117,34 @@ class VllmBackend:
         assert self.watch is not None
         engine = self.llm.llm_engine
         engine.reset_prefix_cache()  # a repeat must not find the prompts of the last one already computed
+        if self.external and self.config.load.is_open:
+            raise ConfigError("Ranks that others started cannot take prompts by the clock.", "load.concurrency=")
+        if self.config.load.is_set:
+            prompts = sorted(prompts, key=lambda prompt: prompt.index)
+        pacing = Pacing.of(self.config, prompts)
         ids = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts]
+        wanted = self.requests(prompts, sampling)
+        requests: list[str] = []
+        starts: list[float] = []
+        completions: dict[int, Completion] = {}
         start = self.watch.restart()
-        requests = self.llm.enqueue(ids, self.requests(prompts, sampling), use_tqdm=False) if ids else []
-        outputs = {}
-        while engine.has_unfinished_requests():
+        while len(completions) < len(prompts):
+            now = perf_counter()
+            if due := pacing.due(now - start, len(requests) - len(completions)):
+                requests += self.llm.enqueue(ids[due.start : due.stop], wanted[due.start : due.stop], use_tqdm=False)
+                starts += [_beginning(pacing, place, start, now) for place in due]
+            if not engine.has_unfinished_requests():
+                time.sleep(pacing.wait_s(now - start))
+                continue
+            finished = []
             for output in self._step(engine):
-                outputs[output.request_id] = output.outputs[0]
-            on_step(self.watch.take_new())
-        # A request keeps the number it was given; the engine adds a random suffix to it for its own use.
-        answers = sorted(outputs.items(), key=lambda item: int(item[0]))
-        return Generation(
-            tuple(
-                _completion(prompt.index, answer, self.watch.arrivals[request], start)
-                for prompt, request, (_, answer) in zip(prompts, requests, answers, strict=True)
-            )
-        )
+                # A request keeps its number; the engine adds a random suffix to it for its own use.
+                place = int(output.request_id) - int(requests[0].partition("-")[0])
+                moments = self.watch.arrivals[requests[place]]
+                completions[place] = _completion(prompts[place].index, output.outputs[0], moments, starts[place])
+                finished.append(completions[place])
+            on_step(self.watch.take_new(), finished)
+        return Generation(tuple(completions[place] for place in range(len(prompts))))
 
     def _step(self, engine: Any) -> list[Any]:
         try:
@@ -223,6 +238,13 @@ def _share_threads(workers: int) -> None:
     """Workers inherit the number of threads: no more of them together than there are cores."""
     share = max(len(os.sched_getaffinity(0)) // workers, 1)
     os.environ["OMP_NUM_THREADS"] = str(min(share, int(os.environ.get("OMP_NUM_THREADS", share))))
+
+
+def _beginning(pacing: Pacing, place: int, start: float, now: float) -> float:
+    """The moment from which the times of a prompt count: that of its coming, or of the call if all come at once."""
+    if pacing.arrivals is not None:
+        return start + pacing.arrivals[place]
+    return start if pacing.concurrency is None else now
 
 
 def _completion(index: int, answer: Any, moments: list[float], start: float) -> Completion:

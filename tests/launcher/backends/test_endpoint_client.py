@@ -20,9 +20,10 @@ from launcher.backends.endpoint.client import Client
 from launcher.backends.endpoint.connection import Limits
 from launcher.backends.endpoint.dialects import DIALECTS
 from launcher.backends.endpoint.events import events
-from launcher.backends.endpoint.load import Load, poisson_arrivals
+from launcher.backends.endpoint.load import Load
 from launcher.backends.endpoint.questions import Questions, ServerGoneError
 from launcher.config.schema import SamplingConfig
+from launcher.prompts.arrivals import poisson_arrivals
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from launcher.backends.endpoint.answers import Answer
 
 KEY = "sk-very-secret"
-LIMITS = Limits(timeout_s=2.0, stall_s=1.0)
+LIMITS = Limits(timeout_s=60.0, stall_s=60.0)
 PROMPTS = [Prompt(index, f"text {index}", (5, index)) for index in range(200)]
 
 
@@ -41,16 +42,16 @@ def server() -> Iterator[FakeServer]:
         yield running
 
 
-def ask(url: str, count: int = 1, new_tokens: int = 8, **options: object) -> list[Answer]:
+def ask(url: str, count: int = 1, new_tokens: int = 8, limits: Limits = LIMITS, **options: object) -> list[Answer]:
     """The answers to the first prompts, all asked at once."""
 
     async def go() -> list[Answer]:
-        async with Client(url, LIMITS, KEY) as client:
+        async with Client(url, limits, KEY) as client:
             questions = Questions(client, DIALECTS["vllm"], "fake", SamplingConfig(max_new_tokens=new_tokens))
             questions = replace(questions, **options)
             return await asyncio.gather(*(questions.ask(prompt, "salt") for prompt in PROMPTS[:count]))
 
-    return asyncio.run(asyncio.wait_for(go(), 30))
+    return asyncio.run(asyncio.wait_for(go(), 100))
 
 
 def test_an_answer(server: FakeServer) -> None:
@@ -99,7 +100,8 @@ def test_what_the_server_read_is_kept(server: FakeServer) -> None:
     ],
 )
 def test_a_lie_has_its_name(server: FakeServer, behaviour: str, kind: str, tokens: int | None) -> None:
-    for answer in ask(server.url(behaviour), count=2):
+    limits = {"stalled": Limits(60.0, 0.3), "timeout": Limits(0.3, 60.0)}.get(kind, LIMITS)
+    for answer in ask(server.url(behaviour), count=2, limits=limits):
         assert answer.failure is not None
         assert answer.failure.kind == kind, answer.failure
         assert tokens is None or answer.new_tokens == tokens
@@ -167,7 +169,7 @@ def drive(server: FakeServer, behaviour: str, **how: object) -> tuple[list[int],
     done: list[int] = []
 
     async def go() -> Load[Prompt]:
-        async with Client(server.url(behaviour), Limits(20.0, 20.0)) as client:
+        async with Client(server.url(behaviour), LIMITS) as client:
             questions = Questions(client, DIALECTS["vllm"], "fake", SamplingConfig(max_new_tokens=4))
 
             async def send(prompt: Prompt) -> None:
@@ -179,7 +181,7 @@ def drive(server: FakeServer, behaviour: str, **how: object) -> tuple[list[int],
             await load.run(PROMPTS)
             return load
 
-    return done, asyncio.run(asyncio.wait_for(go(), 60))
+    return done, asyncio.run(asyncio.wait_for(go(), 100))
 
 
 @pytest.mark.parametrize("concurrency", [1, 8, None])

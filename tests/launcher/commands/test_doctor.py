@@ -34,6 +34,7 @@ MODULES = {
     "deepspeed": "import os\nprint('noise')\nos.abort()",
     "vllm": "print('noise')\nraise RuntimeError('''\nlibcuda.so.1: cannot open\nsecond line''')",
     "pynvml": "import os\nos.abort()",
+    "httptools": "__version__ = '6.6'",
 }
 BOTH: dict[str, str | None] = {"torch": "9.9", "transformers": "8.8"}
 ENGINES = [
@@ -43,6 +44,7 @@ ENGINES = [
     Engine("tensor_parallel", BOTH),
     Engine("vllm", {"torch": "9.9"}, "vllm: RuntimeError: libcuda.so.1: cannot open"),
     Engine("transformers", BOTH, "accelerate: SystemExit: 3"),
+    Engine("endpoint", {"httptools": "6.6"}),
 ]
 
 

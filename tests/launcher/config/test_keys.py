@@ -80,7 +80,9 @@ def test_a_misspelt_key_is_refused_with_the_one_that_was_meant(prefix: str) -> N
 def test_an_unknown_key_is_refused_beside_every_key(prefix: str) -> None:
     for engine, key in keys():
         for word in (f"{key}.zqxj", f"{key.rpartition('.')[0]}.zqxj".lstrip(".")):
-            if not key.endswith(("extra", "environment", "config", "setup", "srun", "modules", "container", "texts")):
+            if not key.endswith(
+                ("extra", "environment", "arguments", "config", "setup", "srun", "modules", "container", "texts")
+            ):
                 assert refusal(f"backend={engine}", f"{prefix}{word}=1").startswith(f"{word} is not ")
 
 

@@ -1,0 +1,230 @@
+"""The engine that asks a server: the client's event loop in a thread of its own, and the answers as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from concurrent.futures import wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from launcher.backends.base import DeviceMemory, Generation
+from launcher.backends.endpoint.client import Client
+from launcher.backends.endpoint.connection import Limits
+from launcher.backends.endpoint.dialects import DIALECTS
+from launcher.backends.endpoint.load import Load
+from launcher.backends.endpoint.questions import Questions, ServerGoneError
+from launcher.backends.endpoint.recognise import Server, check_tokenizer, recognise
+from launcher.backends.endpoint.results import completions_of, failures_of, server_repeat
+from launcher.backends.endpoint.server_metrics import between, samples
+from launcher.backends.endpoint.started import StartedServer, free_port
+from launcher.config.schema import Accelerator, ConfigError
+from launcher.prompts.arrivals import arrivals_of
+from launcher.run_dir.run_dir import RunDir
+from shards.machine import nvml
+from shards.machine.cards import cuda_devices
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Sequence
+    from concurrent.futures import Future
+
+    from launcher.backends.base import OnStep, Prompt
+    from launcher.backends.endpoint.answers import Answer
+    from launcher.backends.endpoint.engine import EndpointConfig
+    from launcher.backends.endpoint.load import ClientCost
+    from launcher.config.schema import RunConfig, SamplingConfig
+    from shards.machine.world import World
+    from shards.plan.plan import Plan
+
+Result = TypeVar("Result")
+
+LOOK_S = 0.2  # between two looks at the answers that have come
+READY_S = 0.5  # between two questions to a server that starts
+OF_AN_ENGINE = ("parameter_bytes", "kv_cache_bytes", "kv_cache_reserved_bytes", "tensor_bytes", "peak_allocated_bytes")
+UNKNOWN = "a server does not tell"
+SWITCH_S = 0.0005  # the client's thread waits so long for the other one at most, in place of 5 ms
+
+
+class EndpointBackend:
+    """The server of `backend.url`, or one that is started in this process's name and ended with it."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.options: EndpointConfig = config.backend  # type: ignore[assignment]
+        self.started: StartedServer | None = None
+        self.client = Client("http://127.0.0.1", Limits())
+        self.has_checked_tokenizer = False
+        sys.setswitchinterval(SWITCH_S)
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True, name="client").start()
+
+    def load(self, plan: Plan | None, world: World, progress: Callable[[int, int], None]) -> None:
+        url = self.options.url or self._start()
+        limits = Limits(self.options.request_timeout_s, self.options.stall_timeout_s)
+        variable = self.options.key_variable
+        self.client = Client(url, limits, os.environ[variable] if variable else None, self.options.ca_file)
+        try:
+            self.server = self._wait_until_ready(progress)
+        except BaseException:
+            self.close()
+            raise
+        progress(1, 1)
+
+    def _start(self) -> str:
+        """Start the server of the configuration; its address."""
+        port, mark = free_port(), f"launcher_{uuid.uuid4().hex[:12]}"
+        on_cuda = self.config.accelerator is Accelerator.cuda
+        command = self.options.command(self.config, str(port), mark, on_cuda)
+        folder = Path(self.config.run_dir or tempfile.mkdtemp(prefix="launcher_server_"))
+        self.started = StartedServer(command, RunDir(folder).rank_log(0, ".server"))
+        self.started.start()
+        return f"http://127.0.0.1:{port}"
+
+    def _wait_until_ready(self, progress: Callable[[int, int], None]) -> Server:
+        """The server, once it has completed a prompt; ConfigError where it does not."""
+        served = self.options.served_model
+        asked = self.options.dialect_of(self.config), served, self.config.model.path
+        deadline = time.monotonic() + self.config.server.ready_timeout_s
+        while True:
+            try:
+                return self._run(recognise(self.client, *asked))
+            except ServerGoneError as error:
+                if self.started is None:
+                    raise ConfigError(f"Nobody answers at {self.client.url}: {error}.", "start the server") from None
+            except ConfigError as error:
+                if self.started is None:
+                    raise
+                if time.monotonic() > deadline:
+                    fact = f"The server was not ready in {self.config.server.ready_timeout_s:g} s: {error.fact}"
+                    raise ConfigError(fact, "server.ready_timeout_s=") from None
+            self.started.check()
+            progress(0, 1)
+            time.sleep(READY_S)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Generation:
+        """Ask for all prompts, in the order of the set and as `load` says. An error ends a server that was started."""
+        try:
+            return self._ask(prompts, sampling, on_step)
+        except BaseException:
+            self.close()
+            raise
+
+    def _ask(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Generation:
+        ordered = sorted(prompts, key=lambda prompt: prompt.index)
+        dialect, options = DIALECTS[self.server.dialect], self.options
+        questions = Questions(
+            self.client, dialect, self.server.model, sampling, self.config.seed, options.retries, options.extra
+        )
+        self._check_prompts(questions, ordered)
+        salt = uuid.uuid4().hex  # a repeat must not find the prompts of the last one in the server's cache
+        new: queue.SimpleQueue[tuple[Prompt, Answer]] = queue.SimpleQueue()
+
+        async def send(prompt: Prompt) -> None:
+            new.put((prompt, await questions.ask(prompt, salt)))
+
+        load = Load(send, self.config.load.concurrency, arrivals_of(self.config, ordered))
+        before = self._samples()
+        answered = self._follow(asyncio.run_coroutine_threadsafe(load.run(ordered), self.loop), new, on_step)
+        own_metrics = between(before, self._samples())
+        failures = failures_of(answered)
+        if ordered and len(failures) == len(ordered):
+            first = failures[0]
+            raise RuntimeError(f"all {len(failures)} requests failed, the first by {first.kind}: {first.message}")
+        return Generation(
+            completions_of(answered, dialect.gives_ids),
+            decode_steps=0,  # nobody sees those of a server
+            failures=failures,
+            server=server_repeat(answered, self.server, dialect.gives_ids, load.cost, own_metrics),
+        )
+
+    def _check_prompts(self, questions: Questions, prompts: Sequence[Prompt]) -> None:
+        """ConfigError where the server cannot take the prompts, or makes other tokens of them."""
+        textless = next((prompt for prompt in prompts if not prompt.text), None)
+        if textless is not None and not questions.dialect.takes_ids:
+            fact = (
+                f"Prompt {textless.index} is token ids only, and the server takes text (dialect={self.server.dialect})."
+            )
+            raise ConfigError(fact, "prompts=file prompts.path=questions.txt")
+        if not self.has_checked_tokenizer and questions.dialect.takes_ids and prompts and textless is None:
+            self._run(check_tokenizer(questions, prompts[0]))
+        self.has_checked_tokenizer = True
+
+    def _follow(
+        self, running: Future[ClientCost], new: queue.SimpleQueue[tuple[Prompt, Answer]], on_step: OnStep
+    ) -> list[tuple[Prompt, Answer]]:
+        """All answers of a load, handed on as they come; what came before an error too."""
+        gives_ids = DIALECTS[self.server.dialect].gives_ids
+        answered: list[tuple[Prompt, Answer]] = []
+        try:
+            while not running.done():
+                wait([running], LOOK_S)
+                came = [new.get() for _ in range(new.qsize())]
+                answered += came
+                on_step(sum(answer.new_tokens for _, answer in came), completions_of(came, gives_ids))
+                if self.started is not None:
+                    self.started.check()
+            running.result()
+        except ServerGoneError as error:
+            if self.started is not None:
+                self.started.check()
+            raise RuntimeError(str(error)) from error
+        finally:
+            running.cancel()
+        answered += [new.get() for _ in range(new.qsize())]
+        return answered
+
+    def _samples(self) -> dict[str, float]:
+        """What the server has counted so far, where it says that."""
+        exchange = self._run(self.client.get("/metrics"))
+        return samples(exchange.body) if exchange.failure is None else {}
+
+    def _run(self, do: Coroutine[Any, Any, Result]) -> Result:
+        """Do something in the client's loop."""
+        return asyncio.run_coroutine_threadsafe(do, self.loop).result()
+
+    def barrier(self) -> None:
+        """A client is alone."""
+
+    def memory(self) -> list[DeviceMemory]:
+        """Of a server that was started: what its processes hold on each device; of another one nothing is known."""
+        if self.started is None:
+            return []
+        anonymous = self.started.anonymous_bytes()
+        if self.config.accelerator is not Accelerator.cuda:
+            return [
+                DeviceMemory(0, "cpu", host_anonymous_bytes=anonymous, reasons=dict.fromkeys(OF_AN_ENGINE, UNKNOWN))
+            ]
+        own = set(self.started.pids())
+        held = []
+        for place, card in enumerate(cuda_devices(os.environ)[: self.config.devices]):
+            assert card.uuid is not None
+            on_card = [process.memory_bytes for process in nvml.processes(card.uuid) if process.pid in own]
+            known = [size for size in on_card if size is not None]
+            reasons = dict.fromkeys(OF_AN_ENGINE, UNKNOWN)
+            if not known:
+                reasons["nvml_used_bytes"] = "NVML does not show the server's processes (another PID namespace?)"
+            held.append(
+                DeviceMemory(
+                    rank=place,
+                    device=f"cuda:{place}",
+                    device_name=card.name,
+                    device_uuid=card.uuid,
+                    nvml_used_bytes=sum(known) if known else None,
+                    host_anonymous_bytes=anonymous if place == 0 else None,
+                    reasons=reasons,
+                )
+            )
+        return held
+
+    def close(self) -> None:
+        """Close the connections, and end the server if this started it."""
+        self._run(self.client.close())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        if self.started is not None:
+            self.started.close()

@@ -1,0 +1,56 @@
+"""The command of a server as words, out of the text that a configuration has of it."""
+
+from __future__ import annotations
+
+import shlex
+import string
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from launcher.config.schema import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from launcher.config.serving import ServerConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ServerCommand:
+    """How a server is started, with what in its environment, and what is run when it has ended."""
+
+    words: tuple[str, ...]
+    environment: dict[str, str]
+    after: tuple[str, ...]
+
+    def __str__(self) -> str:
+        settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*settings, shlex.join(self.words)])
+
+
+def server_command(server: ServerConfig, values: Mapping[str, str], on_cuda: bool) -> ServerCommand:
+    """The command of `server=` with `values` in place of the words in braces; ConfigError for braces of no value."""
+    if not server.command:
+        raise ConfigError(
+            f"server={server.name} has no command of its own.", "server.command='python app.py --port {port}'"
+        )
+    text = f"{server.command} {'' if on_cuda else server.cpu_arguments}"
+    environment = server.environment | ({} if on_cuda else server.cpu_environment)
+    return ServerCommand(
+        (*_filled(text, values, "command"), *server.arguments),
+        {name: " ".join(_filled(value, values, f"environment.{name}")) for name, value in environment.items()},
+        _filled(server.after, values, "after"),
+    )
+
+
+def _filled(text: str, values: Mapping[str, str], key: str) -> tuple[str, ...]:
+    """The words of a command line; a value is one word, whatever is in it."""
+    try:
+        words = shlex.split(text)
+        names = {name for word in words for _, name, _, _ in string.Formatter().parse(word) if name is not None}
+    except ValueError as error:
+        raise ConfigError(f"server.{key} cannot be read: {error}.", "words as a shell has them") from None
+    if unknown := sorted(names - values.keys()):
+        known = ", ".join(f"{{{name}}}" for name in values)
+        raise ConfigError(f"server.{key} has {{{unknown[0]}}}, which is not known.", f"one of {known}")
+    return tuple(word.format(**values) for word in words)

@@ -1,0 +1,87 @@
+"""What a server is: its dialect, the name of its model, and whether it makes the same tokens of a text as we do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from launcher.backends.base import Prompt
+from launcher.backends.endpoint.dialects import DIALECTS
+from launcher.backends.endpoint.questions import Questions
+from launcher.config.schema import ConfigError, SamplingConfig
+
+if TYPE_CHECKING:
+    from launcher.backends.endpoint.answers import Answer
+    from launcher.backends.endpoint.client import Client
+
+TRIED = ("vllm", "openai", "transformers")  # the one that asks for most comes first, the most lenient last
+TRIAL, ONE_TOKEN = Prompt(0, "The", (1,)), SamplingConfig(max_new_tokens=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server as it was recognised. `software` is what it says of itself, with its version where it says one."""
+
+    dialect: str
+    model: str
+    software: str | None
+
+
+async def recognise(client: Client, dialect: str, model: str | None, path: str) -> Server:
+    """Ask a server what it is, and for one token; ConfigError where it does not answer as it should.
+
+    `dialect` may be "auto". `model` is the name by which the server knows its model, None for the one that it lists;
+    `path` stands for that where it lists none or several.
+    """
+    listed = (await _ask_for(client, "/v1/models")).get("data")
+    models = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+    owner = str(models[0].get("owned_by")) if models else ""
+    about = await _ask_for(client, "/info")
+    served = model or str(models[0].get("id") if len(models) == 1 else about.get("model_id", path))
+    names = [dialect]
+    if dialect == "auto":
+        names = ["sglang"] if owner == "sglang" else ["tgi"] if "docker_label" in about else list(TRIED)
+    for name in names:
+        answer = await Questions(client, DIALECTS[name], served, ONE_TOKEN).ask(TRIAL, "trial")
+        if answer.failure is None:
+            return Server(name, served, await _software(client, name, owner, about))
+    assert answer.failure is not None
+    hint = "backend.dialect= and backend.served_model= as the server has them"
+    if models and served not in (listed_names := [str(one.get("id")) for one in models]):
+        hint = f"backend.served_model={listed_names[0]}"
+    fact = f"{client.url} does not answer as {' or '.join(names)}: {answer.failure.kind}, {answer.failure.message}."
+    raise ConfigError(fact, hint)
+
+
+async def _software(client: Client, dialect: str, owner: str, about: dict[str, Any]) -> str | None:
+    name = owner if owner in ("vllm", "sglang") else dialect if dialect in ("tgi", "transformers") else None
+    version = about.get("version") or (await _ask_for(client, "/version")).get("version")
+    return f"{name} {version}" if name and version else name
+
+
+async def _ask_for(client: Client, path: str) -> dict[str, Any]:
+    """The JSON object that a server has under a path; empty where it has none."""
+    exchange = await client.get(path)
+    if exchange.failure is not None:
+        return {}
+    try:
+        found = json.loads(exchange.body)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+async def check_tokenizer(questions: Questions, prompt: Prompt) -> None:
+    """ConfigError where a server makes other tokens of the text of a prompt than we do, as far as it tells."""
+    as_text = replace(questions.dialect, takes_ids=False)
+    answer: Answer = await replace(questions, dialect=as_text, sampling=ONE_TOKEN).ask(prompt, "trial")
+    ours, theirs = len(prompt.token_ids), answer.prompt_tokens
+    if answer.failure is not None or theirs is None:
+        return
+    if theirs != ours or (answer.prompt_ids is not None and answer.prompt_ids != prompt.token_ids):
+        raise ConfigError(
+            f"The server makes {theirs} tokens of prompt {prompt.index}, and the tokenizer here makes "
+            f"{'other ones' if theirs == ours else ours}.",
+            "model= the one that the server has",
+        )

@@ -1,0 +1,75 @@
+"""The answers of a server as a run keeps them."""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING
+
+from launcher.backends.base import Completion
+from launcher.results.measured import RequestFailure, ServerRepeat
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from launcher.backends.base import Prompt
+    from launcher.backends.endpoint.answers import Answer
+    from launcher.backends.endpoint.load import ClientCost
+    from launcher.backends.endpoint.recognise import Server
+
+    Answered = Sequence[tuple[Prompt, Answer]]
+
+
+def completions_of(answered: Answered, gives_ids: bool) -> tuple[Completion, ...]:
+    """The answers that came whole, by the index of their prompts."""
+    completions = []
+    for prompt, answer in answered:
+        if answer.failure is not None:
+            continue
+        assert answer.finish_reason is not None, "an answer without the reason of its end has a failure"
+        completions.append(
+            Completion(
+                index=prompt.index,
+                token_ids=answer.token_ids or (),
+                finish_reason=answer.finish_reason,
+                ttft_s=answer.ttft_s,
+                itl_s=answer.itl_s,
+                text=None if gives_ids else answer.text,
+                num_tokens=answer.new_tokens,
+            )
+        )
+    return tuple(sorted(completions, key=lambda item: item.index))
+
+
+def failures_of(answered: Answered) -> tuple[RequestFailure, ...]:
+    """The requests that have no answer, by the index of their prompts."""
+    failed = [(prompt.index, answer.failure) for prompt, answer in answered if answer.failure is not None]
+    return tuple(RequestFailure(index, failure.kind, failure.message) for index, failure in sorted(failed))
+
+
+def server_repeat(
+    answered: Answered, server: Server, gives_ids: bool, cost: ClientCost, own_metrics: Mapping[str, float]
+) -> ServerRepeat:
+    """One repeat as the client saw the server."""
+    whole = [(prompt, answer) for prompt, answer in answered if answer.failure is None]
+    counted = [(len(prompt.token_ids), answer.prompt_tokens) for prompt, answer in whole if answer.prompt_tokens]
+    read_otherwise = sum(ours != theirs for ours, theirs in counted) if counted else None
+    events = sum(len(answer.pieces_s) for _, answer in whole)
+    return ServerRepeat(
+        software=server.software,
+        dialect=server.dialect,
+        tokens_checked="ids" if gives_ids else "none" if read_otherwise else "text",
+        retries=sum(answer.attempts - 1 for _, answer in answered),
+        read_otherwise=read_otherwise,
+        tokens_per_event=sum(answer.new_tokens for _, answer in whole) / events if events else None,
+        cpu_share=cost.cpu_s / cost.wall_s,
+        loop_lag_s=_p50_and_p99(cost.loop_lag_s) or (0.0, 0.0),
+        send_lag_s=_p50_and_p99(cost.send_lag_s),
+        own_metrics=dict(own_metrics),
+    )
+
+
+def _p50_and_p99(values: Sequence[float]) -> tuple[float, float] | None:
+    if len(values) < 2:
+        return (values[0], values[0]) if values else None
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return cuts[49], cuts[98]

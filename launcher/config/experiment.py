@@ -1,0 +1,32 @@
+"""A published measurement, as a configuration that makes it again has it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+MISSING: Any = "???"  # how OmegaConf spells a mandatory value
+
+
+@dataclass
+class FigureConfig:
+    """One published figure: tokens/s, the time of the whole generation, memory of a device, or another time."""
+
+    name: str = MISSING  # new_tokens_per_s | generation_s | load_s | user_s | system_s | peak_memory_gb
+    value: float = MISSING
+    unit: str = MISSING
+
+
+@dataclass
+class ExperimentConfig:
+    """A published measurement that a preset of conf/experiment makes again; nothing of it changes the run."""
+
+    name: str | None = None
+    about: str | None = None
+    hardware: str | None = None  # as `python -m launcher.plan machines=` names it; None: the source does not say
+    source: str | None = None
+    location: str | None = None
+    unknown: list[str] = field(default_factory=list)  # what the source leaves out
+    needs: list[str] = field(default_factory=list)  # options that this launcher does not have yet
+    notes: list[str] = field(default_factory=list)
+    figures: list[FigureConfig] = field(default_factory=list)

@@ -1,0 +1,59 @@
+"""How requests come, what makes one a good one, and a server that is started for them: parts of a configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class LoadConfig:
+    """When prompts are sent to an engine that schedules them itself; all at once where nothing is set.
+
+    Closed loop: `concurrency` prompts are being answered at any time. Open loop: they come at `request_rate`, or at the
+    times of the prompt set, whatever becomes of those before them.
+    """
+
+    concurrency: int | None = None
+    request_rate: float | None = None  # prompts a second, Poisson by the seed
+    arrivals: bool = False  # prompts.path= a .jsonl that has "arrival_s" beside "prompt"
+
+    @property
+    def is_set(self) -> bool:
+        return self.is_open or self.concurrency is not None
+
+    @property
+    def is_open(self) -> bool:
+        return self.arrivals or self.request_rate is not None
+
+
+@dataclass
+class SloConfig:
+    """The limits that make a request a good one, in seconds; None is no limit."""
+
+    ttft: float | None = None  # to the first token
+    tpot: float | None = None  # for each token after it
+    e2el: float | None = None  # to the last token
+
+    @property
+    def is_set(self) -> bool:
+        return self.ttft is not None or self.tpot is not None or self.e2el is not None
+
+
+@dataclass
+class ServerConfig:
+    """A server that is started for the run and ended with it.
+
+    `command` is a line as for a shell, with the words of `launcher.backends.endpoint` in braces; `arguments` follow it
+    as they are. What begins with `cpu_` is added where the run is not on CUDA. `after` runs when the server has ended.
+    """
+
+    name: str = "none"
+    command: str = ""
+    arguments: list[str] = field(default_factory=list)
+    cpu_arguments: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+    cpu_environment: dict[str, str] = field(default_factory=dict)
+    python: str | None = None  # interpreter that the server is started with
+    dialect: str = "auto"
+    after: str = ""
+    ready_timeout_s: float = 900.0

@@ -1,0 +1,80 @@
+"""When the prompts of a set come to an engine that takes them at any time."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from launcher.config.schema import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from launcher.backends.base import Prompt
+    from launcher.config.schema import RunConfig
+
+
+def arrivals_of(config: RunConfig, prompts: Sequence[Prompt]) -> tuple[float, ...] | None:
+    """The moments in seconds from the start at which prompts come, in their order; None where answers decide that.
+
+    ConfigError for a prompt that has none.
+    """
+    if config.load.request_rate is not None:
+        return poisson_arrivals(len(prompts), config.load.request_rate, config.seed)
+    if not config.load.arrivals:
+        return None
+    moments = []
+    for prompt in prompts:
+        if prompt.arrival_s is None:
+            fact = f"load.arrivals=true, and prompt {prompt.index} has no arrival_s."
+            raise ConfigError(fact, 'prompts.path= a .jsonl with {"prompt": "...", "arrival_s": 0.5} a line')
+        moments.append(prompt.arrival_s)
+    return tuple(moments)
+
+
+def poisson_arrivals(count: int, rate: float, seed: int) -> tuple[float, ...]:
+    """`count` moments, `rate` a second on average, the same for a seed everywhere."""
+    draw = random.Random(seed)
+    moment, moments = 0.0, []
+    for _ in range(count):
+        moment += draw.expovariate(rate)
+        moments.append(moment)
+    return tuple(moments)
+
+
+@dataclass(slots=True)
+class Pacing:
+    """Which prompts of a call may begin by now, for an engine that runs in this process.
+
+    `begun` of `count` have; moments are seconds from the start of the call.
+    """
+
+    count: int
+    concurrency: int | None = None
+    arrivals: tuple[float, ...] | None = None
+    begun: int = 0
+
+    @classmethod
+    def of(cls, config: RunConfig, prompts: Sequence[Prompt]) -> Self:
+        """The pacing of a call with these prompts, in their order."""
+        return cls(len(prompts), config.load.concurrency, arrivals_of(config, prompts))
+
+    def due(self, moment: float, open_now: int) -> range:
+        """The places of the prompts that begin now, while `open_now` are being answered; they count as begun."""
+        end = self.count
+        if self.concurrency is not None:
+            end = min(end, self.begun + max(self.concurrency - open_now, 0))
+        if self.arrivals is not None:
+            end = self.begun
+            while end < self.count and self.arrivals[end] <= moment:
+                end += 1
+        places = range(self.begun, end)
+        self.begun = end
+        return places
+
+    def wait_s(self, moment: float) -> float:
+        """How long it is until the next prompt comes."""
+        if self.arrivals is None or self.begun == self.count:
+            return 0.0
+        return max(self.arrivals[self.begun] - moment, 0.0)

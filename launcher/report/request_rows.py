@@ -1,0 +1,58 @@
+"""The rows of a report that are about requests: their rates and times, the server that answered, and its client."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from launcher.report.units import rate, seconds
+
+if TYPE_CHECKING:
+    from launcher.results.measured import Metrics, Quantiles, Serving, Spread
+
+    Row = list[str] | None
+
+
+def rate_rows(metrics: Metrics, repeats: str) -> list[Row]:
+    """Requests a second, and those that met the limits."""
+    rates: dict[str, Spread | None] = {
+        "requests/s": metrics.request_throughput,
+        "good requests/s": metrics.request_goodput,
+    }
+    rows: list[Row] = []
+    for label, spread in rates.items():
+        if spread is not None:
+            rows.append([label, rate(spread.median), rate(spread.min), rate(spread.max), repeats])
+    if (share := metrics.slo_attainment) is not None:
+        median, least, most = (f"{value:.1%}" for value in (share.median, share.min, share.max) if value is not None)
+        rows.append(["within the limits", median, least, most, repeats])
+    return rows
+
+
+def time_rows(metrics: Metrics) -> list[Row]:
+    """The time of a token after the first, and of a request to its last."""
+    times: dict[str, Quantiles | None] = {"time per output token": metrics.tpot_s, "request latency": metrics.e2el_s}
+    rows: list[Row] = []
+    for label, one in times.items():
+        if one is not None:
+            rows.append([label, seconds(one.p50), seconds(one.p90), seconds(one.p99), f"{one.count} values"])
+    return rows
+
+
+def serving_rows(serving: Serving) -> list[Row]:
+    """The server, what of its answers was checked, what failed, and what the client took."""
+    name = serving.software or serving.dialect
+    otherwise = f", {serving.read_otherwise} prompts read otherwise" if serving.read_otherwise else ""
+    rows: list[Row] = [["server", name, "", "", f"checked: {serving.tokens_checked}{otherwise}"]]
+    if serving.failures:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(serving.failures.items()))
+        rows.append(
+            ["[red]failed requests[/]", str(sum(serving.failures.values())), "", "", f"of {serving.requests}: {kinds}"]
+        )
+    lag = f"late by {seconds(serving.loop_lag_s[0])} p50, {seconds(serving.loop_lag_s[1])} p99"
+    client = f"[red]{serving.client_bound}[/]" if serving.client_bound else lag
+    rows.append(["client", f"{serving.cpu_share:.1%} of a core", "", "", client])
+    if own := serving.own_metrics:
+        known = {"ttft_s": "ttft", "itl_s": "itl", "e2el_s": "latency", "queue_s": "queue"}
+        means = ", ".join(f"{label} {seconds(own[name])}" for name, label in known.items() if name in own)
+        rows.append(["means by the server", "", "", "", means])
+    return rows

@@ -1,0 +1,218 @@
+"""Runs that ask a server which lies or dies: the record, what is kept, and what is left behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic, sleep
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+from fake_server import FakeServer
+from running import ROOT, Ended, launcher
+
+from launcher.config.compose import compose_run
+from launcher.prepare.prepare import prepare
+from launcher.run_dir.run_dir import RunDir
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+FAKE = str(ROOT / "tests" / "helpers" / "fake_server.py")
+SET = ("backend=endpoint", "prompts=synthetic", "prompts.input_tokens=4", "prompts.output_tokens=8")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[FakeServer]:
+    with FakeServer() as running:
+        yield running
+
+
+def run(tmp_path: Path, *overrides: str, **environment: str) -> tuple[Ended, RunDir]:
+    ended = launcher(*SET, *overrides, f"output_dir={tmp_path}", "measure.repeats=2", **environment)
+    assert "Traceback" not in ended.err
+    return ended, RunDir(Path(ended.last_json["run_dir"]))
+
+
+def test_failed_requests_are_counted_named_and_kept(server: FakeServer, tmp_path: Path) -> None:
+    ended, run_dir = run(tmp_path, f"backend.url={server.url('some_busy')}", "prompts.count=40", "load.concurrency=4")
+    assert ended.code == 0, ended.err
+    record = run_dir.read_record()
+    assert record is not None
+    assert record.metrics is not None
+    serving = record.metrics.serving
+    assert serving is not None
+    completions = run_dir.read_completions()
+    failed = [item for item in completions if item.failure is not None]
+    assert len(completions) == 40
+    assert 0 < len(failed) < 40
+    assert {item.finish_reason for item in failed} == {"failed"}
+    assert all(item.failure == "http_429: " + BUSY for item in failed)
+    assert serving.failures == {"http_429": 2 * len(failed)}
+    assert (serving.requests, serving.retries, serving.tokens_checked) == (80, 0, "ids")
+    assert record.totals is not None
+    assert (record.totals.prompts, record.totals.new_tokens) == (40 - len(failed), 8 * (40 - len(failed)))
+    assert record.partial is None
+    assert f"{2 * len(failed)} " in ended.out
+    assert "of 80" in ended.out
+
+
+BUSY = '{"error": {"message": "not you, None"}}'
+
+
+def test_a_run_of_failures_is_a_failure(server: FakeServer, tmp_path: Path) -> None:
+    ended, run_dir = run(tmp_path, f"backend.url={server.url('breaks_later')}", "prompts.count=3")
+    assert ended.code == 1
+    record = run_dir.read_record()
+    assert record is not None
+    assert record.error is not None
+    assert record.status == "failed"
+    assert record.error.message.startswith("all 3 requests failed, the first by http_500: ")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([], "backend=endpoint needs a server. HINT: backend.url=http://127.0.0.1:8000, or server=vllm"),
+        (["backend.url=127.0.0.1:80"], "backend.url=127.0.0.1:80 is no address. HINT: "),
+        (["backend.url=http://a:port"], "backend.url=http://a:port is no address. HINT: "),
+        (["backend.url=http://me:secret@127.0.0.1:80"], "backend.url has more than an address"),
+        (["backend.url='http://127.0.0.1:80/?key=secret'"], "backend.url has more than an address"),
+        (["backend.url=http://a", "backend.key_variable=NO_SUCH"], "There is no $NO_SUCH in the environment. HINT: "),
+        (["backend.url=http://a", "server=vllm"], "server=vllm starts a server, and backend.url=http://a has one. "),
+        (["backend.url=http://a", "backend.dialect=openai"], "prompts=synthetic are token ids, and dialect=openai "),
+        (
+            ["backend.url=http://a", "backend.dialect=tgi", "prompts=seed", "sampling.ignore_eos=true"],
+            "dialect=tgi cannot",
+        ),
+        (["backend.url=http://a", "load.concurrency=9999999"], "load.concurrency=9999999, and a process may open "),
+        (
+            ["backend.url=http://a", "load.concurrency=4", "load.request_rate=1"],
+            "load.concurrency and load.request_rate ",
+        ),
+        (
+            ["backend.url=http://a", "load.arrivals=true", "prompts=seed"],
+            "load.arrivals=true, and prompts=seed says of no",
+        ),
+        (
+            ["backend=dummy", "load.concurrency=4"],
+            "backend=dummy is given batches, and does not read load.concurrency. ",
+        ),
+        (
+            ["backend=dummy", "server=vllm"],
+            "backend=dummy asks no server, and server=vllm starts one. HINT: server=none",
+        ),
+        (["server=litserve", "prompts=seed"], "server=litserve has no command of its own. HINT: server.command="),
+        (["server=vllm", "server.command='a {what}'"], "server.command has {what}, which is not known. HINT: one of "),
+        (["server=vllm", 'server.command="a \'b"'], "server.command cannot be read: No closing quotation. HINT: "),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_a_process_starts(overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        prepare(compose_run(["backend=endpoint", "prompts=synthetic", "devices=1", *overrides]), ())
+    assert str(caught.value).startswith(words)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["backend.url=http://127.0.0.1:1"], "Nobody answers at http://127.0.0.1:1: "),
+        (["backend.url={breaks}"], "does not answer as vllm or openai or transformers: http_500, "),
+        (
+            ["backend.url={ok}", "prompts=seed"],
+            "The server makes 23 tokens of prompt 0, and the tokenizer here makes ",
+        ),
+        (["server=vllm", "server.command='/no/such/program {port}'"], "Cannot start /no/such/program: No such file"),
+        (["server=vllm", "server.command=/bin/true"], "the server ended with exit code 0; its last lines: nothing"),
+    ],
+)
+def test_a_server_that_is_of_no_use_is_one_line(
+    server: FakeServer, tmp_path: Path, overrides: list[str], words: str
+) -> None:
+    filled = [item.replace("{ok}", server.url("ok")).replace("{breaks}", server.url("breaks")) for item in overrides]
+    ended = launcher("backend=endpoint", "prompts=synthetic", *filled, f"output_dir={tmp_path}", "devices=1")
+    assert ended.code in (1, 2)
+    assert words in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_a_key_is_written_nowhere(server: FakeServer, tmp_path: Path) -> None:
+    key = "sk-1234567890"
+    overrides = (f"backend.url={server.url('some_busy')}", "prompts.count=20", "backend.key_variable=MY_KEY")
+    ended, run_dir = run(tmp_path, *overrides, MY_KEY=key)
+    assert ended.code == 0, ended.err
+    assert server.seen[-1].headers["authorization"] == f"Bearer {key}"
+    assert any(item.failure and "not you, Bearer ***" in item.failure for item in run_dir.read_completions())
+    texts = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(texts) > 5
+    assert not any(key.encode() in text for text in texts)
+    assert key not in ended.out + ended.err
+
+
+@contextmanager
+def fake_process(port: int = 0, step_s: float = 0.05) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A fake server in a process of its own, and its port."""
+    process = subprocess.Popen([sys.executable, FAKE, str(port), str(step_s)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        yield process, int(process.stdout.readline())
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_server_that_is_killed_fails_the_run_which_goes_on_later(tmp_path: Path) -> None:
+    more = ("prompts.count=60", "load.concurrency=4", "measure.warmup=0", "resume=true")
+    with fake_process() as (process, port):
+        url = f"backend.url=http://127.0.0.1:{port}/ok"
+        ended, run_dir = run_while(tmp_path, process.kill, url, *more)
+    assert ended.code == 1
+    record = run_dir.read_record()
+    assert record is not None
+    assert record.error is not None
+    assert (record.status, record.error.stage) == ("failed", "repeat 1/2 batch 1/1")
+    assert f"http://127.0.0.1:{port}/ok has ended" in record.error.message
+    kept = run_dir.read_completions()
+    assert 0 < len(kept) < 60
+    assert not any(item.failure for item in kept)
+    with fake_process(port):
+        ended, same = run(tmp_path, url, *more)
+    assert ended.code == 0, ended.err
+    assert same == run_dir
+    completions = run_dir.read_completions()
+    assert [item.index for item in completions] == list(range(60))
+    assert [item for item in completions if item.index in {row.index for row in kept}] == kept
+    assert all(item.new_tokens == 8 for item in completions)
+
+
+def run_while(tmp_path: Path, act: Callable[[], None], *overrides: str) -> tuple[Ended, RunDir]:
+    """Start a run, and do something once it has saved its first answers."""
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run, tmp_path, *overrides)
+        end = monotonic() + 100
+        while not any(path.stat().st_size for path in tmp_path.glob("*/rank_0.completions.jsonl")):
+            assert not running.done(), running.result()
+            assert monotonic() < end
+            sleep(0.05)
+        act()
+        return running.result()
+
+
+def test_a_server_is_started_for_the_run_and_ended_with_it(tmp_path: Path) -> None:
+    own_mark = f"--marked={tmp_path}"
+    own = f"server.command='{sys.executable} {FAKE} {{port}} 0.001 {own_mark}'"
+    ended, run_dir = run(tmp_path, "server=vllm", own, "server.cpu_arguments=", "prompts.count=4", "devices=1")
+    assert ended.code == 0, ended.err
+    record = run_dir.read_record()
+    assert record is not None
+    assert record.devices[0].host_anonymous_bytes is not None
+    assert record.devices[0].host_anonymous_bytes > 2**20
+    assert any(note.startswith("server: SPT_NOENV=1 ") for note in record.notes)
+    assert run_dir.rank_log(0, ".server").read_text().strip().isdecimal(), "what it printed"
+    assert not [one for one in psutil.process_iter(["cmdline"]) if own_mark in (one.info["cmdline"] or [])]
