@@ -10,7 +10,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from shards.parallel.tensor_parallel import VocabularyHead, best_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from launcher.backends.base import Prompt
     from launcher.config.schema import SamplingConfig
@@ -25,10 +25,11 @@ class Sampler:
 
     def __init__(self, sampling: SamplingConfig, seed: int, device: torch.device, head: object = None) -> None:
         self.is_greedy = sampling.temperature == 0
-        self.best = best_of
+        self.best: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = best_of
         if isinstance(head, VocabularyHead):
             head.gathering = not self.is_greedy
-            self.best = head.best if self.is_greedy else best_of
+            if self.is_greedy:
+                self.best = head.best
         self.processors = _processors(sampling)
         self.seed, self.device = seed, device
 

@@ -92,7 +92,7 @@ class Made:
 class SlotDecoder:
     """The generation loop of a model over `num_slots` sequences of at most `length` tokens at a time."""
 
-    model: object
+    model: torch.nn.Module
     eos_token_ids: tuple[int, ...]
     device: torch.device
     world: World
