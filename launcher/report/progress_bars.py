@@ -6,7 +6,7 @@ Both are drawn by the watching process from what the ranks write. Of a sweep it 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -28,19 +28,19 @@ RATE_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Which point of a sweep a run is, from 1; and when the sweep began."""
+    """The place of a run among the points of a sweep, from 1, and the time when the sweep began."""
 
-    number: int = 1
-    total: int = 1
-    began: float = field(default_factory=time.monotonic)
+    number: int
+    total: int
+    began: float
 
 
 @dataclass(slots=True)
 class _Rate:
     """Tokens/s of the last seconds."""
 
+    since: float
     tokens: int = 0
-    since: float = field(default_factory=time.monotonic)
     value: float | None = None
 
     def look(self, tokens: int, now: float) -> None:
@@ -64,13 +64,14 @@ class Bars:
             TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"),
         )
-        self.turn, self.answering = turn or Turn(), answering
+        now = time.monotonic()
+        self.turn, self.answering = turn or Turn(1, 1, now), answering
         self.title = title if self.turn.total == 1 else f"point {self.turn.number}/{self.turn.total} · {title}"
         self._console = console
         self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal, expand=True)
         self._task = self._bar.add_task("start", total=1.0, title=self.title, speed="", left="")
-        self._rate = _Rate()
-        self._began = self._said = time.monotonic()
+        self._rate = _Rate(since=now)
+        self._began = self._said = now
         self._measuring: float | None = None
 
     def __enter__(self) -> Bars:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from running import ROOT
 
 from launcher import compare as command
+from launcher.report import comparison_table
 from launcher.results.comparison import (
     Comparison,
     Difference,
@@ -22,6 +26,7 @@ from launcher.results.comparison import (
     alike,
     compare,
     is_degenerate,
+    labels,
 )
 from launcher.results.completions import ReportedCompletion
 from launcher.results.measured import Repeat
@@ -170,6 +175,24 @@ def test_runs_of_different_prompts_cannot_be_compared() -> None:
     )
 
 
+def test_runs_of_one_engine_are_told_apart() -> None:
+    seeds = [run("a", [1], seed=seed, output_dir="x") for seed in (1, 2)]
+    assert labels([*seeds, run("b", [1])]) == ["a x1 seed=1", "a x1 seed=2", "b x1"]
+    twice = [run("a", [1]), run("a", [1]), run("b", [1])]
+    twice[1] = replace(twice[1], run_dir=Path("/runs/later"))
+    assert labels(twice) == ["a x1 a", "a x1 later", "b x1"]
+
+
+def test_a_note_names_the_model_that_each_run_had() -> None:
+    base = run("fsdp", [1], model={"name": "tiny_falcon", "path": "/f"})
+    other = run("vllm", [1], model={"name": "tiny_llama", "path": "/l"})
+    out = Console(file=io.StringIO(), width=140)
+    comparison_table.show([base, other], out)
+    assert isinstance(out.file, io.StringIO)
+    printed = out.file.getvalue()
+    assert "note: vllm x1 has model.name=tiny_llama, fsdp x1 has model.name=tiny_falcon\n" in printed
+
+
 def test_groups_of_runs_that_can_be_compared() -> None:
     a, b, c = run("a", [1], [3]), run("b", [1], [3]), run("c", [1], [3])
     foreign = run("d", [1], [3], prompts={0: (1,), 1: (2,)})
@@ -252,6 +275,25 @@ def test_command(sweep: tuple[str, list[Path]], tmp_path: Path, capsys: pytest.C
         str(other): 2,
         str(changed): 2,
     }
+
+
+def test_what_cannot_be_compared_is_left_out_with_a_note(
+    sweep: tuple[str, list[Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = [Path(shutil.copytree(run_dir, tmp_path / name)) for run_dir, name in zip(sweep[1], "ab", strict=True)]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    paths = [*map(str, good), str(tmp_path / "empty"), str(tmp_path / "file")]
+    assert command.main([*paths, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert len(json.loads(printed.out)["comparisons"]) == 1
+    assert printed.err.splitlines() == [
+        f"note: left out: {tmp_path / 'empty'} has no record.json.",
+        f"note: left out: {tmp_path / 'file'} is a file, not the directory of a run.",
+    ]
+    assert command.main([*paths, "--min-match", "1"]) == 2, "a threshold is for all that were named"
+    assert command.main([str(good[0]), str(tmp_path / "file")]) == 2
+    assert "is a file, not the directory of a run. HINT: " in capsys.readouterr().err
 
 
 def test_what_is_no_finished_run_is_refused_in_one_line(
