@@ -58,7 +58,7 @@ def timed(backend: VllmBackend, prompts: list[Prompt]) -> dict[str, Any]:
     """A call, the whole of it timed from outside, and the new tokens of each of its steps."""
     steps: list[int] = []
     start = time.perf_counter()
-    generation: Generation = backend.generate(prompts, FULL, steps.append)
+    generation: Generation = backend.generate(prompts, FULL, lambda tokens, finished=(): steps.append(tokens))
     wall_s = time.perf_counter() - start
     return {"wall_s": wall_s, "steps": steps, "completions": [asdict(item) for item in generation.completions]}
 
