@@ -1,7 +1,9 @@
 """`python -m launcher.plan model=falcon_40b machines=2xa6000,1xh200 backend=fsdp,vllm`: a table of plans over choices.
 
-    model=NAME            of conf/model, or a folder with a config.json
+    model=NAME            of conf/model, a folder with a config.json, or a hub id, of which the config is fetched
     machines=NxDEVICE,..  or devices=1,2,4,8 with device=a6000
+    device.memory=48GiB   device.bandwidth=768GB/s  device.flops=154.8TFLOP/s: of a device that is not known (gpu), or
+                          in place of what is
     backend=..,..         engines by name; if left out all that have weights
     link=NAME             between the devices; if left out, the usual one of the device, and none between nodes
                           With neither machines nor device: this machine, with what launcher.probe measured on it.
@@ -23,6 +25,7 @@ from launcher.system.interrupts import end_quietly_when_interrupted
 if __name__ == "__main__":  # before what takes long to import
     end_quietly_when_interrupted()
 
+import difflib
 import os
 import re
 import sys
@@ -34,6 +37,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from launcher.config.engines import NO_PLAN, engines, load_engine, names
+from launcher.config.keys import nearest, wrong_value
+from launcher.config.machine import UNITS, described, machine_of
 from launcher.config.presets import conf_dir, options
 from launcher.config.schema import ConfigError, Precision
 from launcher.models import EMBEDDED
@@ -41,6 +46,7 @@ from launcher.prepare.planning import default_planners
 from launcher.prepare.shapes import built_of, config_of
 from launcher.report.plan_table import Row, as_json, markdown, show, show_modules
 from launcher.system.terminal import run_command
+from shards.checkpoint.hub import resolve
 from shards.errors import PlanError, UserError
 from shards.machine.cards import cuda_devices
 from shards.machine.hardware import Device, Link, known_device, known_link, usual_link
@@ -57,7 +63,7 @@ if TYPE_CHECKING:
     from shards.model.shape import ModelShape
 
 COUNTS = {"num_nodes": 1, "batch_size": 1, "prompt_tokens": 512, "max_new_tokens": 128}
-KEYS = ("model", "machines", "devices", "device", "backend", "link", "precision", "quantization", *COUNTS)
+KEYS = ("model", "machines", "devices", "device", *UNITS, "backend", "link", "precision", "quantization", *COUNTS)
 FLAGS = ("--markdown", "--json", "--modules")
 OFFLINE = "what bitsandbytes' layers hold, for comparison: this launcher has no engine that loads them"
 SOURCES = {
@@ -107,19 +113,25 @@ def parse(items: Sequence[str]) -> dict[str, str]:
     for item in items:
         key, equals, value = item.partition("=")
         if key not in KEYS or not equals or not value:
-            raise ConfigError(f"{item!r} is not an argument of the plan.", f"one of {', '.join(KEYS)}, as key=value")
+            near = nearest(key.lstrip("-"), KEYS)
+            hint = f"{near}={value or 'VALUE'}" if near else "python -m launcher.plan --help"
+            raise ConfigError(f"{item} is not an argument of the plan.", hint)
         values[key] = value
     if "model" not in values:
-        raise ConfigError("No model was named.", f"model=falcon_40b, or one of {', '.join(options('model'))}")
+        raise ConfigError(f"No model was named: one of {', '.join(options('model'))}.", "model=falcon_40b")
     return values
 
 
 def model_config(model: str) -> dict[str, Any]:
-    """The transformers config of a preset, or of the config.json in a folder."""
+    """The transformers config of a preset, of the config.json in a folder, or of a hub id, whose config is fetched."""
     if Path(model).is_dir():
         return config_of(Path(model))
     if model not in options("model"):
-        raise ConfigError(f"There is no model {model!r}.", f"one of {', '.join(options('model'))}, or a folder")
+        if "/" in model:
+            return config_of(resolve(model, weights=False))
+        near = difflib.get_close_matches(model, options("model"), 1, cutoff=0)
+        fact = f"model={model} is neither a folder, nor a hub id, nor one of {', '.join(options('model'))}."
+        raise ConfigError(fact, f"model={near[0]}")
     preset = yaml.safe_load((conf_dir() / "model" / f"{model}.yaml").read_text(encoding="utf-8"))
     config: dict[str, Any] | None = preset["config"]
     return config or config_of(EMBEDDED / str(preset["path"]).removeprefix("embedded:"))
@@ -163,7 +175,7 @@ def plans(shape: ModelShape, values: dict[str, str], kinds: Sequence[Quantizatio
 
 def chosen(values: dict[str, str]) -> list[str]:
     """The engines that were asked for; ConfigError for a name that is none."""
-    with_weights = [name for name, kind in engines().items() if kind.needs_weights]
+    with_weights = [name for name, kind in engines().items() if kind.needs_weights and kind.planner_class]
     asked = values["backend"].split(",") if "backend" in values else with_weights
     if unknown := set(asked) - set(names()):
         hint = f"backend={','.join(with_weights)}"
@@ -183,6 +195,7 @@ def _row(machine: str, quantization: str, request: PlanRequest, is_named: bool) 
         full = make_plan(replace(request, batch_size=plan.largest_batch)) if plan.largest_batch else None
     except PlanError as error:
         problem = str(error).replace("measure.batch_size=", "batch_size=")
+        problem = re.sub(r"\bmachine=(\S+) precision=bf16 dry_run=true", r"machines=\1", problem)
         if is_named:
             problem = re.sub(r"\bdevices=(\d+)", rf"machines=\1x{machine.partition('x')[2]}", problem)
         return Row(machine, request.engine.name, link, quantization, problem=problem)
@@ -197,37 +210,38 @@ def machines(values: dict[str, str]) -> list[tuple[str, Device, Link | None, int
     nodes, given = _asked(values, "num_nodes"), known_link(values["link"]) if "link" in values else None
     chosen: list[tuple[str, Device, Link | None, int]]
     if "machines" in values:
-        named = [_machine(item) for item in values["machines"].split(",")]
+        named = [machine_of(item, "machines") for item in values["machines"].split(",")]
         chosen = [(name, known_device(name), usual_link(name), n) for n, name in named]
     else:
         numbers = [_count("devices", n) for n in values.get("devices", "1").split(",")]
         if name := values.get("device"):
-            chosen = [(name, known_device(name), usual_link(name), n) for n in numbers]
+            chosen = [(name.lower(), known_device(name), usual_link(name), n) for n in numbers]
         else:
             on_cuda = bool(cuda_devices(os.environ))
             here = [(*this_machine(os.environ, n, on_cuda), n) for n in numbers]
             chosen = [(device.name, device, link, n) for device, link, n in here]
     if (most := nodes * max(n for *_, n in chosen)) > MOST_DEVICES:
-        raise ConfigError(f"{most} devices are more than {MOST_DEVICES}.", "fewer devices, or fewer num_nodes")
+        limit = MOST_DEVICES // nodes
+        hint = f"machines={limit}x{chosen[0][0]}" if "machines" in values else f"devices={limit}"
+        raise ConfigError(f"{most} devices are more than {MOST_DEVICES}.", hint)
     before = f"{nodes} x " if nodes > 1 else ""
+    told = {key: values[key] for key in UNITS if key in values}
     return [
-        (f"{before}{n}x{name}", device, given or (link if nodes == 1 else None), n) for name, device, link, n in chosen
+        (
+            f"{before}{n}x{name}",
+            described(device, told, _dtype_bytes(values)),
+            given or (link if nodes == 1 else None),
+            n,
+        )
+        for name, device, link, n in chosen
     ]
-
-
-def _machine(item: str) -> tuple[int, str]:
-    """Number of devices and name of `2xa100_80g`."""
-    number, times, name = item.partition("x")
-    if not times or not number.isdigit():
-        raise ConfigError(f"machines={item} has no number of devices.", f"machines=2x{item}")
-    return _count("machines", number), name
 
 
 def _dtype_bytes(values: dict[str, str]) -> int:
     """Bytes of a weight in the precision that was asked for."""
     precision = values.get("precision", "bf16")
     if precision not in Precision.__members__:
-        raise ConfigError(f"precision={precision} is not one.", f"precision={', '.join(Precision.__members__)}")
+        raise wrong_value("precision", precision, Precision)
     return Precision[precision].num_bytes
 
 

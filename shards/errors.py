@@ -12,7 +12,7 @@ class UserError(Exception):
     def __init__(self, fact: str, hint: str = "") -> None:
         super().__init__(fact, hint)
         self.fact = fact
-        self.hint = hint
+        self.hint = hint.removesuffix(".")
 
     def __str__(self) -> str:
         fact = "".join(letter if letter.isprintable() else "?" for letter in " ".join(self.fact.split()))

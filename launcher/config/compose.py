@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from launcher.config.bounds import check
 from launcher.config.engines import brought, engines
 from launcher.config.keys import engine_of, strays, unknown_key
+from launcher.config.machine import settle_machine
 from launcher.config.messages import UNREADABLE, in_file, in_one_line
 from launcher.config.overrides import check_options, chosen_engine, in_quotes, readable
 from launcher.config.presets import conf_dir, folders
@@ -41,6 +42,7 @@ def compose_run(overrides: list[str], config_dirs: tuple[str, ...] = ()) -> RunC
         raise in_one_line(error, chosen_engine(overrides), config_dirs) from None
     given = {item.partition("=")[0].lstrip("+") for item in overrides}
     _complete(config, given)
+    settle_machine(config, given)
     check(config)
     check_read(config, given)
     return config

@@ -219,6 +219,15 @@ class ClusterConfig:
 
 
 @dataclass
+class DeviceConfig:
+    """What a device can do, where that is not known here or is to be tried; with its unit."""
+
+    memory: str | None = None  # 48GiB
+    bandwidth: str | None = None  # 768GB/s
+    flops: str | None = None  # 154.8TFLOP/s, of matrices in the precision of the run
+
+
+@dataclass
 class RunConfig:
     backend: BackendConfig = MISSING
     model: ModelConfig = MISSING
@@ -227,6 +236,9 @@ class RunConfig:
     devices: int = 2
     num_nodes: int = 1
     accelerator: Accelerator = Accelerator.auto
+    machine: str | None = None  # 2xa6000: dry_run=true plans for so many of this device instead of this machine's
+    link: str | None = None  # what joins the devices, for the plan; None: what was measured, or is usual
+    device: DeviceConfig = field(default_factory=DeviceConfig)
     seed: int = 0
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
@@ -272,14 +284,7 @@ class RunConfig:
 
 
 HOW_IT_IS_RUN = (
-    "output_dir",
-    "resume",
-    "run_dir",
-    "hang_timeout_s",
-    "timeout_s",
-    "dry_run",
-    "launch",
-    "cluster",
-    "experiment",
-)
+    "output_dir", "resume", "run_dir", "hang_timeout_s", "timeout_s", "dry_run", "machine", "link", "device", "launch",
+    "cluster", "experiment",
+)  # fmt: skip
 """The keys that do not say what is run: two configurations that differ in nothing else are one point."""

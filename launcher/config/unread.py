@@ -18,6 +18,8 @@ ONLY_LOCAL = ("rendezvous", "node_rank")
 
 def check_read(config: RunConfig, given: Collection[str]) -> None:
     """ConfigError for a value that nothing reads beside the others; `given` are the keys of the command line."""
+    if config.machine is not None and not config.dry_run:
+        raise ConfigError(f"machine={config.machine} is read with dry_run=true only.", "dry_run=true")
     _check_launch(config)
     _check_sampling(config, given)
 

@@ -6,18 +6,19 @@ import contextlib
 import os
 from dataclasses import replace
 from math import ceil
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from launcher.config.engines import engines
+from launcher.config.machine import described, given_of, other_machine
 from launcher.config.schema import DEFAULT_PREFILL_TOKENS, Precision, Weights
 from launcher.prepare.shapes import built_of
 from launcher.prompts.batches import batches, call_count, split
 from launcher.prompts.prompts import sampling_of
 from shards.engines.base import ModulePlanner
 from shards.errors import PlanError
-from shards.machine.hardware import CPU, GIB, Device, Link, known_device, usual_link
+from shards.machine.hardware import CPU, GIB, Device, Link, known_device, known_link, usual_link
 from shards.machine.rates import this_machine
 from shards.machine.world import World
 from shards.model.quantization import Quantization
@@ -41,11 +42,12 @@ def plan_of(
     tensors: Mapping[str, TensorEntry] | None,
     prompts: Sequence[Prompt],
     on_cuda: bool,
+    at_once: int | None = None,
 ) -> Plan | None:
     """The plan of a run on this machine; PlanError where the model cannot be cut so, or a part does not fit.
 
-    Memory is that of the longest prompt, the ceilings are those of the prompts as they are. None where the memory of
-    the engine is not known here.
+    Memory is that of the longest prompt, the ceilings are those of the prompts as they are, or of `at_once` of them on
+    all devices together. None where the memory of the engine is not known here.
     """
     quantization = quantization_of(config, model_config, on_cuda)
     planner = config.backend.planner(config, model_config, on_cuda)
@@ -67,21 +69,20 @@ def plan_of(
         link=link,
         alternatives=default_planners(),
     )
-    plan = make_plan(replace(request, **_batches(config, prompts, request)))
-    if not on_cuda and (problem := over_memory(config, plan, tensors, "total")):
-        raise PlanError(f"{problem}.", "more nodes, fewer prompts at once, or a narrower precision")
-    return plan
+    shares = _batches(config, prompts, request)
+    if at_once is not None:
+        each = at_once / (config.num_devices if config.backend.data_parallel else 1)
+        shares |= {"batch_size": ceil(each), "mean_batch_size": each}
+    return make_plan(replace(request, **shares))
 
 
-def over_memory(
-    config: RunConfig, plan: Plan, tensors: Mapping[str, TensorEntry] | None, which: Literal["total", "available"]
-) -> str | None:
-    """A line on the memory of the ranks of this node without GPUs, where its total or available memory is less.
+def short_memory(config: RunConfig, plan: Plan, tensors: Mapping[str, TensorEntry] | None) -> str | None:
+    """A line on the memory of the ranks of this node without GPUs, where less of it is free.
 
     Weights that `shards.load` reads stay in their files, mapped, if they need no cast; activations are estimates, and
     not counted.
     """
-    if config.launch.name == "slurm":
+    if config.launch.name == "slurm" or config.machine is not None:
         return None
     is_read = config.model.weights is Weights.auto and config.backend.loads_by_name
     dtypes = {entry.dtype for entry in (tensors or {}).values()} or {FILE_DTYPES[config.precision]}
@@ -92,12 +93,10 @@ def over_memory(
         + device.buffer_bytes
         for device in plan.devices[: config.devices]
     )
-    memory: int = getattr(psutil.virtual_memory(), which)
+    memory: int = psutil.virtual_memory().available
     if needed <= memory:
         return None
-    return (
-        f"The ranks here need {needed / GIB:.1f} GiB of their own, and this machine has {memory / GIB:.1f} GiB {which}"
-    )
+    return f"the ranks here need {needed / GIB:.1f} GiB of their own, and {memory / GIB:.1f} GiB are free"
 
 
 def default_planners() -> tuple[EnginePlanner, ...]:
@@ -105,13 +104,18 @@ def default_planners() -> tuple[EnginePlanner, ...]:
     return tuple(kind.planner_class() for kind in engines().values() if kind.planner_class)
 
 
-def paces(config: RunConfig, plan_for: Callable[[RunConfig], Plan | None]) -> dict[str, float]:
-    """The decode ceiling of each engine that could do a run in place of its own, in tokens/s, fastest first."""
+def paces(
+    config: RunConfig, plan_for: Callable[[RunConfig, int | None], Plan | None], at_once: int
+) -> dict[str, float]:
+    """The decode ceiling of each engine that could do a run in place of its own, in tokens/s, fastest first.
+
+    All of them with the same number of prompts at once.
+    """
     ceilings = {}
     for name, kind in engines().items():
         other = config if name == config.backend.name else replace(config, backend=kind(python=config.backend.python))
         with contextlib.suppress(PlanError):
-            plan = plan_for(other)
+            plan = plan_for(other, at_once)
             if plan is not None and plan.limit is not None:
                 ceilings[name] = plan.limit.tokens_per_s
     return dict(sorted(ceilings.items(), key=lambda item: -item[1]))
@@ -135,8 +139,12 @@ def quantization_of(config: RunConfig, model_config: Mapping[str, Any], on_cuda:
 
 def _devices(config: RunConfig, on_cuda: bool) -> tuple[Device, Link | None]:
     """The device and link of the ranks: of a cluster the card that is named, with no figures where none is. The link
-    between nodes is not known."""
-    if config.launch.name != "slurm":
+    between nodes is not known but by `link`."""
+    device: Device
+    link: Link | None
+    if (other := other_machine(config)) is not None:
+        device, link = other
+    elif config.launch.name != "slurm":
         device, link = this_machine(os.environ, config.devices, on_cuda)
     elif not on_cuda:
         device, link = CPU, None
@@ -144,7 +152,11 @@ def _devices(config: RunConfig, on_cuda: bool) -> tuple[Device, Link | None]:
         device, link = Device("a GPU of the cluster"), None
     else:
         device, link = known_device(name), usual_link(name)
-    return device, link if config.num_nodes == 1 else None
+    if config.num_nodes > 1:
+        link = None
+    if config.link is not None:
+        link = known_link(config.link)
+    return described(device, given_of(config), config.precision.num_bytes), link
 
 
 def _batches(config: RunConfig, prompts: Sequence[Prompt], request: PlanRequest) -> dict[str, Any]:

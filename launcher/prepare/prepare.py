@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 from launcher.backends.slots.families import why_static
 from launcher.config.cluster import check_cluster
 from launcher.config.engines import NO_PLAN
+from launcher.config.machine import other_machine
 from launcher.config.schema import Accelerator, ConfigError, Scheduling, Weights
 from launcher.models import EMBEDDED
 from launcher.prepare.experiments import check_experiment
-from launcher.prepare.planning import over_memory, paces, plan_of
+from launcher.prepare.planning import paces, plan_of, short_memory
 from launcher.prepare.shapes import built_of, config_of
-from launcher.prompts.prompts import check_context, guessed_prompts, load_prompts, sampling_of
+from launcher.prompts.prompts import check_context, guessed_prompts, has_tokenizer, load_prompts, sampling_of
 from launcher.run_dir.run import Run
-from shards.checkpoint.checkpoint import Checkpoint, is_derived
+from shards.checkpoint.checkpoint import Checkpoint, has_weights, is_derived
 from shards.checkpoint.hub import resolve
 from shards.machine.cards import SEE_ALL_CARDS, cuda_devices
 from shards.model.config_fields import ConfigFields, check_config
@@ -53,12 +54,14 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
     vocab_size = fields.size("vocab_size")
     tensors = None
     if folder is not None and config.model.weights is Weights.auto and config.backend.uses_weights:
-        checkpoint = Checkpoint.open(folder)
-        if checkpoint.tensors:  # those of pytorch_model*.bin only a rank can tell, by torch
+        checkpoint = None if config.dry_run and not has_weights(folder) else Checkpoint.open(folder)
+        if checkpoint is None:
+            notes.append(f"{folder} has no weights: the plan is made from its config.json")
+        elif checkpoint.tensors:  # those of pytorch_model*.bin only a rank can tell, by torch
             _check_names(config, checkpoint, model_config)
             tensors = checkpoint.tensors
-    if folder is None and config.dry_run:
-        notes.append(f"{config.model.path} is not on this machine: prompts are counted as a token for each 4 bytes")
+    if config.dry_run and (folder is None or not has_tokenizer(folder)) and config.prompts.input_tokens is None:
+        notes.append(f"{config.model.path} has no tokenizer here: prompts are counted as a token for each 4 bytes")
         prompts = guessed_prompts(config, vocab_size)
     else:
         prompts = load_prompts(config, folder, vocab_size)
@@ -66,8 +69,8 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
     config.backend.refuse(config, model_config, on_cuda, longest)
     notes += [*_notes_order(config, on_cuda), *config.backend.notes(config, on_cuda)]
 
-    def plan_for(config: RunConfig) -> Plan | None:
-        return plan_of(config, model_config, tensors, prompts, on_cuda)
+    def plan_for(config: RunConfig, at_once: int | None = None) -> Plan | None:
+        return plan_of(config, model_config, tensors, prompts, on_cuda, at_once)
 
     plan = plan_for(config)
     notes += [NO_PLAN] if plan is None else built_of(model_config, tensors, config.backend.python).all_notes()
@@ -83,7 +86,7 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
         num_devices=config.num_devices,
         on_cuda=on_cuda,
         notes=tuple(notes),
-        paces=paces(config, plan_for) if config.dry_run else {},
+        paces=paces(config, plan_for, min(config.measure.batch_size, len(prompts))) if config.dry_run else {},
     )
 
 
@@ -96,7 +99,12 @@ def _longest(config: RunConfig, fields: ConfigFields, prompts: Sequence[Prompt])
 
 
 def check_node(config: RunConfig) -> bool:
-    """True for a run on CUDA; ConfigError for packages and devices that this machine lacks."""
+    """True for a run on CUDA; ConfigError for packages and devices that this machine lacks.
+
+    A plan for another machine needs neither.
+    """
+    if (other := other_machine(config)) is not None:
+        return other[0].kind == "cuda" and config.backend.uses_devices
     _check_packages(config)
     config.backend.check_here()
     return _check_devices(config)
@@ -189,7 +197,7 @@ def _notes_plan(
     """What the plan advises, and memory that is short."""
     if plan is None:
         return []
-    tight = None if on_cuda else over_memory(config, plan, tensors, "available")
+    tight = None if on_cuda else short_memory(config, plan, tensors)
     return [line for line in (plan.advice, tight) if line]
 
 
@@ -223,7 +231,7 @@ def model_folder(config: RunConfig) -> Path | None:
     needs_folder = config.model.weights is Weights.auto and not config.dry_run
     if config.model.config and not needs_folder and not Path(path).is_dir():
         return None
-    weights = config.model.weights is Weights.auto and config.backend.uses_weights
+    weights = needs_folder and config.backend.uses_weights
     return resolve(path, config.model.revision, weights=weights)
 
 

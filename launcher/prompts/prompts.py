@@ -34,15 +34,25 @@ def load_prompts(config: RunConfig, folder: Path | None, vocab_size: int) -> lis
         assert wanted.count is not None, "what composed says how many"
         return synthetic_prompts(wanted.count, wanted.input_tokens, vocab_size, config.seed)
     texts = read_texts(wanted)
-    if folder is None or not (folder / "tokenizer.json").is_file():
+    if folder is None:
+        raise ConfigError(
+            f"{config.model.path} is not on this machine: random weights can be made, but texts need its tokenizer.",
+            "prompts=synthetic",
+        )
+    if not has_tokenizer(folder):
         raise CheckpointError(
-            f"{config.model.path} has no tokenizer.json.",
-            "prompts=synthetic needs no tokenizer; AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one",
+            f"{folder} has no tokenizer.json.",
+            "prompts=synthetic, which needs none; AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one",
         )
     prompts = encode(texts, folder)
     if not config.load.arrivals:
         return prompts
     return [replace(prompt, arrival_s=moment) for prompt, moment in zip(prompts, read_arrivals(wanted), strict=True)]
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder has the file that prompts are encoded by."""
+    return (folder / "tokenizer.json").is_file()
 
 
 def guessed_prompts(config: RunConfig, vocab_size: int) -> list[Prompt]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from launcher.config.engines import engines
+from launcher.config.machine import how_to_know_rates
 from launcher.config.schema import Scheduling
 from launcher.report.layout import console, counted, fitted, print_json, rounded, shown
 from launcher.report.memory_table import device_table, phase_table
@@ -21,11 +22,12 @@ from launcher.run_dir.run_dir import COMPLETIONS, RANK_LOGS, RunDir
 from launcher.system.typed import to_plain
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from rich.console import Console
     from rich.table import Table
 
+    from launcher.config.schema import RunConfig
     from launcher.results.completions import ReportedCompletion
     from launcher.results.measured import BandwidthUse, CeilingShare, Quantiles, Spread
     from launcher.results.record import BatchSearch, Record
@@ -222,17 +224,14 @@ def show_plan(run: Run, out: Console) -> None:
     for note in run.notes:
         out.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
     if plan is not None:
-        _show_plan(plan, run.paces, out)
-    elif run.paces:
-        out.print(f"  {_by_engine(run.paces)}")
+        _show_plan(plan, run.config, out)
+    if run.paces:
+        at_once = counted(min(run.config.measure.batch_size, len(run.prompts)), "prompt")
+        ceilings = ", ".join(f"{name} {rate(pace)}" for name, pace in run.paces.items())
+        out.print(f"  ceiling by engine, {at_once} at a time: {ceilings} tokens/s", soft_wrap=True)
 
 
-def _by_engine(paces: Mapping[str, float]) -> str:
-    ceilings = ", ".join(f"{name} {rate(pace)}" for name, pace in paces.items())
-    return f"ceiling by engine: {ceilings} tokens/s"
-
-
-def _show_plan(plan: Plan, paces: Mapping[str, float], out: Console) -> None:
+def _show_plan(plan: Plan, config: RunConfig, out: Console) -> None:
     rows = []
     for device in plan.devices:
         cache = max(device.kv_cache_bytes, device.kv_cache_reserved_bytes)
@@ -248,16 +247,14 @@ def _show_plan(plan: Plan, paces: Mapping[str, float], out: Console) -> None:
         "largest batch": plan.largest_batch or "not bounded by a known capacity",
         "longest context": plan.longest_context,
         "smallest number of devices": plan.smallest_devices or "not bounded by a known capacity",
-        "decode ceiling": _limit(plan.limit, ", if every answer has its full length"),
-        "prefill ceiling": _limit(plan.prefill_limit),
+        "decode ceiling": _limit(plan.limit, config, ", if every answer has its full length"),
+        "prefill ceiling": _limit(plan.prefill_limit, config),
     }
     for name, value in facts.items():
-        out.print(f"  {name}: {value}")
-    if paces:
-        out.print(f"  {_by_engine(paces)}")
+        out.print(f"  {name}: {value}", soft_wrap=True)
 
 
-def _limit(limit: Limit | None, more: str = "") -> str:
+def _limit(limit: Limit | None, config: RunConfig, more: str = "") -> str:
     if limit is None:
-        return "no rates are known of the device or its link: python -m launcher.probe measures those of this machine"
+        return f"no rates are known of the device or its link: {how_to_know_rates(config)}"
     return f"{rate(limit.tokens_per_s)} tokens/s, {seconds(limit.seconds)} a step, bound by {limit.bound}{more}"

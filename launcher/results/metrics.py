@@ -204,7 +204,7 @@ def _cached_tokens(prompt: int, new: int, windows: Sequence[int | None]) -> floa
     return total / max(len(windows), 1)
 
 
-def bandwidth_used(plan: Plan | None, metrics: Metrics | None) -> BandwidthUse:
+def bandwidth_used(plan: Plan | None, metrics: Metrics | None, hint: str = "python -m launcher.probe") -> BandwidthUse:
     """Memory bandwidth utilisation (MBU) of a device, from the plan of a run and its metrics.
 
         MBU = (bytes of weights + bytes of KV cache that a decode step reads) / time of the step / bandwidth
@@ -213,7 +213,7 @@ def bandwidth_used(plan: Plan | None, metrics: Metrics | None) -> BandwidthUse:
     decode steps. Counted is what a step cannot do without: the weights that this device multiplies with (under FSDP
     those of the whole model, however often they are copied), and the cache of the sequences that still decode. Where a
     scheduler reads prompts in the same steps (continuous batching) these last longer, and the true value is higher.
-    Over 1 a figure or the bandwidth is wrong.
+    Over 1 a figure or the bandwidth is wrong. `hint` says how the bandwidth could be known.
     """
     decode = metrics.decode if metrics else None
     if decode is None or decode.several_tokens_a_step:
@@ -223,7 +223,7 @@ def bandwidth_used(plan: Plan | None, metrics: Metrics | None) -> BandwidthUse:
     if not plan.step_bytes:
         return BandwidthUse(reason="no weights are read")
     if plan.bandwidth is None:
-        return BandwidthUse(reason="no bandwidth is known of this machine: python -m launcher.probe")
+        return BandwidthUse(reason=f"no bandwidth is known of this machine: {hint}")
     cache = decode.sequences_at_once * decode.cached_tokens * plan.kv_bytes_per_token
     step_s = decode.seconds / decode.steps
     share = (plan.step_bytes + cache) / step_s / plan.bandwidth
@@ -237,8 +237,11 @@ def bandwidth_used(plan: Plan | None, metrics: Metrics | None) -> BandwidthUse:
     )
 
 
-def against_ceiling(plan: Plan | None, metrics: Metrics | None) -> CeilingShare:
-    """Measured decode speed as a share of what the machine allows for the steps that were really made."""
+def against_ceiling(plan: Plan | None, metrics: Metrics | None, hint: str = "python -m launcher.probe") -> CeilingShare:
+    """Measured decode speed as a share of what the machine allows for the steps that were really made.
+
+    `hint` says how its rates could be known.
+    """
     decode = metrics.decode if metrics else None
     if decode is None or decode.several_tokens_a_step:
         return CeilingShare(reason=_not_measured(decode))
@@ -251,7 +254,7 @@ def against_ceiling(plan: Plan | None, metrics: Metrics | None) -> CeilingShare:
             roof.work, roof.machine, roof.scheme, batch=decode.sequences_at_once, context=decode.cached_tokens
         )
     if limit is None:
-        return CeilingShare(reason="no rates are known of this machine: python -m launcher.probe")
+        return CeilingShare(reason=f"no rates are known of this machine: {hint}")
     share = decode.steps * limit.seconds / decode.seconds
     return CeilingShare(share=share, impossible=share > 1, tokens_per_s=limit.tokens_per_s, bound=limit.bound)
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher.config.machine import how_to_know_rates
 from launcher.config.values import to_dict
 from launcher.prompts.prompts import decode
 from launcher.results.completions import ReportedCompletion, SavedCompletion
@@ -45,13 +46,14 @@ def finish(run_dir: RunDir, outcome: Outcome | None = None) -> Record:
     windows = plan.windows if plan else ()
     measured = figures(counted, len(prompts), run.num_devices, windows, run.run_config.slo)
     metrics = measured.metrics if measured else None
+    hint = how_to_know_rates(run.run_config)
     record = replace(
         unfinished(run_dir, status),
         error=error,
         ended_at=time.time(),
         load_s=max(rank.load_s or 0.0 for rank in present) if status == "ok" else None,
-        ceiling=against_ceiling(plan, metrics),
-        mbu=bandwidth_used(plan, metrics),
+        ceiling=against_ceiling(plan, metrics, hint),
+        mbu=bandwidth_used(plan, metrics, hint),
         devices=tuple(device for rank in present for device in rank.devices),
         ranks=tuple(rank.record for rank in present),
         attempts=tuple(_attempt(number, folder, run.world_size, repeats[number]) for number, folder in attempts),

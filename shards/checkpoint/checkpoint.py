@@ -146,6 +146,11 @@ def _open(folder: Path, read_torch_file: Reader) -> Checkpoint:
     raise _nothing_found(folder)
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has files of weights, or some that look so."""
+    return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", INDEX, "pytorch_model*.bin*"))
+
+
 def _nothing_found(folder: Path) -> CheckpointError:
     stray = [path.name for path in (*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"))]
     if stray:

@@ -36,9 +36,10 @@ class FsdpPlanner(ModulePlanner):
 
     def settled(self, request: PlanRequest) -> FsdpPlanner:
         """First the nodes are made independent of each other, then layers are kept as long as all fits."""
-        if request.device.capacity_bytes is None:
-            request = replace(request, device=replace(request.device, capacity_bytes=self.host_bytes))
-        if request.device.capacity_bytes is None or self.refusal(request):
+        if request.device.kind == "cpu":
+            host_bytes = None if self.host_bytes is None else self.host_bytes * request.devices
+            request = replace(request, device=replace(request.device, capacity_bytes=host_bytes))
+        if request.capacity_bytes is None or self.refusal(request):
             return self
         planner = replace(self, resident_layers=self.resident_layers or 0, within_node=bool(self.within_node))
         if self.within_node is None and request.num_nodes > 1:
@@ -69,7 +70,7 @@ class FsdpPlanner(ModulePlanner):
         layers = request.shape.num_layers
         if (self.resident_layers or 0) > layers:
             return f"The model has {layers} layers, of which not {self.resident_layers} can stay whole."
-        known = request.device.capacity_bytes or self.host_bytes
+        known = request.capacity_bytes or self.host_bytes
         if known is None and (self.resident_layers is None or self.within_node is None):
             return "What fits a device cannot be known here, where the memory of the devices is not known."
         return None

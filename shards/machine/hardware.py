@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,7 +40,7 @@ class Link:
 
 
 CPU = Device("CPU", kind="cpu")
-"""A processor: its memory is shared by the ranks and what they load from, so no rank has a capacity of its own."""
+"""A processor: its capacity is that of the machine, which the ranks share, and with the files that they have mapped."""
 
 # Memory as the driver reports it; bandwidth and dense (not sparse) matmul rates of 16 bits with 32-bit sums, from the
 # makers' data sheets and architecture white papers (Turing, Ampere GA100 and GA102, Ada AD102, Hopper, Blackwell GB202,
@@ -60,6 +62,7 @@ DEVICES: dict[str, Device] = {
     "h200": Device("H200 141 GB", "cuda", 143771 * MIB, 4300e9, 790e12, 67e12),
     "b200": Device("B200", "cuda", 183359 * MIB, 8000e9, 2250e12, 75e12),
     "mi300x": Device("Instinct MI300X", "cuda", 196608 * MIB, 5300e9, 1307.4e12, 163.4e12),
+    "gpu": Device("GPU"),
     "cpu": CPU,
 }
 
@@ -91,19 +94,23 @@ _USUAL_LINKS = {
 
 
 def known_device(name: str) -> Device:
-    """A preset by its short name; PlanError names the others."""
-    if name not in DEVICES:
-        raise PlanError(f"No device is called {name!r}.", f"one of {', '.join(DEVICES)}.")
-    return DEVICES[name]
+    """A preset by its short name, in letters of either size; PlanError names the others."""
+    if name.lower() not in DEVICES:
+        raise PlanError(f"{name} is not one of the devices {', '.join(DEVICES)}.", _nearest(name, DEVICES))
+    return DEVICES[name.lower()]
 
 
 def known_link(name: str) -> Link:
-    """A preset by its short name; PlanError names the others."""
-    if name not in LINKS:
-        raise PlanError(f"No link is called {name!r}.", f"one of {', '.join(LINKS)}.")
-    return LINKS[name]
+    """A preset by its short name, in letters of either size; PlanError names the others."""
+    if name.lower() not in LINKS:
+        raise PlanError(f"{name} is not one of the links {', '.join(LINKS)}.", f"link={_nearest(name, LINKS)}")
+    return LINKS[name.lower()]
 
 
 def usual_link(device: str) -> Link:
     """What mostly joins the devices of this short name in one machine."""
-    return LINKS[_USUAL_LINKS.get(device, "pcie4")]
+    return LINKS[_USUAL_LINKS.get(device.lower(), "pcie4")]
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    return difflib.get_close_matches(name.lower(), known, 1, cutoff=0)[0]

@@ -8,11 +8,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from shards.machine.cards import cuda_devices
 from shards.machine.hardware import CPU, Device, Link
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+
+LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +56,23 @@ def save(environ: Mapping[str, str], measured: Measured) -> Path:
     return path
 
 
+def main_memory_bytes() -> int:
+    """Memory of this machine, or of the container that this process is in."""
+    total: int = psutil.virtual_memory().total
+    try:
+        limit = LIMIT.read_text(encoding="ascii").strip()
+    except OSError:
+        return total
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
 def this_machine(environ: Mapping[str, str], num_devices: int, on_cuda: bool) -> tuple[Device, Link | None]:
     """The device of this machine, the rates measured on it before those of its data sheet, and the measured link.
 
     None for the link where `num_devices` of them were never probed; a cache that cannot be read counts as none.
     """
     found = cuda_devices(environ) if on_cuda else ()
-    device = found[0] if found else CPU
+    device = found[0] if found else replace(CPU, capacity_bytes=main_memory_bytes())
     try:
         path = cache_file(environ, device, num_devices)
         measured = Measured.from_dict(json.loads(path.read_text()))

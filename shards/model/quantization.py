@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -160,5 +161,7 @@ def known_quantization(name: str) -> Quantization | None:
     if name == "none":
         return None
     if name not in QUANTIZATIONS:
-        raise PlanError(f"No quantization is called {name!r}.", f"one of none, {', '.join(QUANTIZATIONS)}.")
+        near = difflib.get_close_matches(name, ("none", *QUANTIZATIONS), 1, cutoff=0)
+        known = ", ".join(("none", *QUANTIZATIONS))
+        raise PlanError(f"quantization={name} is not one of {known}.", f"quantization={near[0]}")
     return QUANTIZATIONS[name]

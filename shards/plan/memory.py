@@ -11,7 +11,7 @@ from shards.plan.request import Layout, PlanRequest
 
 @dataclass(frozen=True, slots=True)
 class DevicePlan:
-    """Bytes on one device at their peak. Capacity and free are None where a device has no memory of its own.
+    """Bytes on one device at their peak. Capacity and free are None where the memory of the device is not known.
 
     `kv_cache_bytes` is what the sequences of a batch need, `kv_cache_reserved_bytes` what the engine sets aside;
     `buffer_bytes` are parameters gathered, widened or packed; `overhead_bytes` lie outside the engine's tensors.
@@ -77,7 +77,7 @@ def device_plans(request: PlanRequest, layout: Layout) -> tuple[DevicePlan, ...]
                 activation_bytes=activations + unsliced,
                 buffer_bytes=layout.buffer_bytes,
                 overhead_bytes=overhead,
-                capacity_bytes=request.device.capacity_bytes,
+                capacity_bytes=request.capacity_bytes,
             )
         )
     return tuple(plans)
@@ -137,9 +137,9 @@ def _reserved_bytes(request: PlanRequest, others: int) -> int | None:
     pool = request.engine.pool(request)
     if pool is None or pool.nbytes is not None:
         return None if pool is None else pool.nbytes
-    if request.device.capacity_bytes is None:
+    if request.capacity_bytes is None:
         return None
-    return max(0, int(pool.share * request.device.capacity_bytes) - others)
+    return max(0, int(pool.share * request.capacity_bytes) - others)
 
 
 def largest(holds: Callable[[int], bool], most: int) -> int:

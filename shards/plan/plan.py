@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from shards.errors import PlanError
-from shards.machine.hardware import GIB
+from shards.machine.hardware import GIB, known_device, usual_link
 from shards.plan.ceilings import ceilings, roofline, step_bytes
 from shards.plan.memory import (
     DevicePlan,
@@ -142,12 +142,22 @@ def _too_large(request: PlanRequest) -> str | None:
         return None
     assert worst.capacity_bytes is not None
     n, usable = request.num_devices, usable_bytes(request, worst.capacity_bytes)
-    part = f"{(usable + missing) / GIB:.1f} GiB on " + (f"device {worst.rank} of {n}" if n > 1 else "one device")
     kind = f" in {request.quantization.name}" if request.quantization else ""
+    what = f"{request.shape.num_parameters / 1e9:.1f} billion parameters{kind} with {request.engine.name}"
+    batch = f"batch {request.batch_size} of {request.context} tokens"
+    if request.device.kind == "cpu":
+        here = device_plans(request, make_layout(request))[: request.devices]
+        needed, weights = sum(device.used_bytes for device in here), sum(device.parameter_bytes for device in here)
+        owner = "the machine has" if request.num_nodes == 1 else "each machine has"
+        total = f"{(request.device.capacity_bytes or 0) / GIB:.1f}"
+        return (
+            f"{what} need {needed / GIB:.1f} GiB of main memory (weights {weights / GIB:.1f}, {batch}), "
+            f"{owner} {total} GiB."
+        )
+    part = f"{(usable + missing) / GIB:.1f} GiB on " + (f"device {worst.rank} of {n}" if n > 1 else "one device")
     may = f", of which {request.engine.name} may use {usable / GIB:.1f}" if usable < worst.capacity_bytes else ""
     return (
-        f"{request.shape.num_parameters / 1e9:.1f} billion parameters{kind} with {request.engine.name} need {part} "
-        f"(weights {worst.parameter_bytes / GIB:.1f}, batch {request.batch_size} of {request.context} tokens), "
+        f"{what} need {part} (weights {worst.parameter_bytes / GIB:.1f}, {batch}), "
         f"{request.device.name} has {worst.capacity_bytes / GIB:.1f} GiB{may}."
     )
 
@@ -173,11 +183,23 @@ def _hint(request: PlanRequest) -> str:
             changes.append(f"backend={engine.name}")
         elif not changes and (count := next(_possible_devices(other), None)):
             changes.append(f"backend={engine.name} with devices={count}")
+    if request.dtype_bytes == 4 and _possible(replace(request, dtype_bytes=2)):
+        changes.append("precision=bf16")
     if not changes and request.quantization and _illegal(request):
-        return "weights that are not quantized, or in another way."
-    return (
-        f"{', or '.join(changes)}." if changes else "devices with more memory, fewer tokens, or a narrower precision."
-    )
+        return "weights that are not quantized, or in another way"
+    return ", or ".join(changes or [_larger(request)])
+
+
+def _larger(request: PlanRequest) -> str:
+    """The smallest machine of common cards that the request fits."""
+    for card in ("a6000", "a100_80g", "h200", "b200"):
+        there = replace(request, device=known_device(card), link=usual_link(card), num_nodes=1, dtype_bytes=2)
+        for engine in (request.engine, *request.alternatives):
+            count = next(_possible_devices(replace(there, engine=engine)), MOST_DEVICES)
+            if count <= 8:
+                changed = [] if engine.name == request.engine.name else [f"backend={engine.name}"]
+                return " ".join([f"machine={count}x{card}", "precision=bf16", "dry_run=true", *changed])
+    return "devices with more memory, or fewer tokens"
 
 
 def _smaller(request: PlanRequest, layout: Layout) -> list[str]:
@@ -211,12 +233,12 @@ def _counts(request: PlanRequest) -> Iterable[int]:
 
 
 def _smallest_devices(request: PlanRequest) -> int | None:
-    return None if request.device.capacity_bytes is None else next(_possible_devices(request), None)
+    return None if request.capacity_bytes is None else next(_possible_devices(request), None)
 
 
 def _largest_batch(request: PlanRequest, layout: Layout) -> int | None:
     """The largest batch that fits: into the pool where there is one; None where nothing known bounds it."""
-    pool, capacity = request.engine.pool(request), request.device.capacity_bytes
+    pool, capacity = request.engine.pool(request), request.capacity_bytes
     if pool is not None:
         if capacity is None and pool.nbytes is None:
             return None
@@ -230,7 +252,7 @@ def _largest_batch(request: PlanRequest, layout: Layout) -> int | None:
 def _longest_context(request: PlanRequest, layout: Layout) -> int | None:
     """Prompt and answer together, the answer as long as asked; never longer than the model's positions."""
     most = request.shape.max_position_embeddings
-    if request.device.capacity_bytes is None:
+    if request.capacity_bytes is None:
         return most
     new = request.max_new_tokens
     prompt = largest(lambda tokens: fits(replace(request, prompt_tokens=tokens), layout), (most or _LARGEST) - new)

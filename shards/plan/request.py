@@ -89,6 +89,12 @@ class PlanRequest:
         return self.engine.tensor_parallel_size(self)
 
     @property
+    def capacity_bytes(self) -> int | None:
+        """Memory of each device, None where it is not known; devices without memory of their own share the host's."""
+        capacity = self.device.capacity_bytes
+        return capacity // self.devices if capacity is not None and self.device.kind == "cpu" else capacity
+
+    @property
     def context(self) -> int:
         return self.prompt_tokens + self.max_new_tokens
 

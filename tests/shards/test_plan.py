@@ -244,62 +244,61 @@ def test_a_cpu_has_no_capacity_and_no_known_rates() -> None:
         (
             request(LLAMA_30B, "vllm", 8, "a100_40g"),
             "52 attention heads cannot be divided by 8 devices, as tensor parallelism with vllm needs. "
-            "HINT: devices=4, or backend=fsdp.",
+            "HINT: devices=4, or backend=fsdp",
         ),
         (
             request(FALCON_7B, "vllm", 2),
             "71 attention heads cannot be divided by 2 devices, as tensor parallelism with vllm needs. "
-            "HINT: devices=1, or backend=fsdp.",
+            "HINT: devices=1, or backend=fsdp",
         ),
         (
             request(LLAMA2_70B, "deepspeed", 16, "a100_80g"),
             "8 key and value heads cannot be divided by 16 devices, as deepspeed needs. "
-            "HINT: devices=8, or backend=fsdp, or backend=vllm.",
+            "HINT: devices=8, or backend=fsdp, or backend=vllm",
         ),
         (
             request(LLAMA2_70B, "tensor_parallel", 16, "a100_80g"),
             "8 key and value heads cannot be divided by 16 devices, as tensor_parallel needs. "
-            "HINT: devices=8, or backend=fsdp, or backend=vllm.",
+            "HINT: devices=8, or backend=fsdp, or backend=vllm",
         ),
         (
             request(FALCON_7B, "tensor_parallel", 2),
-            "tensor_parallel cuts no older Falcon (multi-query, or with ALiBi). HINT: devices=1, or backend=fsdp.",
+            "tensor_parallel cuts no older Falcon (multi-query, or with ALiBi). HINT: devices=1, or backend=fsdp",
         ),
         (
             request(LLAMA2_70B, "transformers", 2, "a100_80g", num_nodes=2),
-            "The transformers engine is one process and cannot reach over 2 nodes. "
-            "HINT: backend=fsdp, or backend=vllm.",
+            "The transformers engine is one process and cannot reach over 2 nodes. HINT: backend=fsdp, or backend=vllm",
         ),
         (
             request(FALCON_40B, "fsdp", 1),
             "41.3 billion parameters with fsdp need 77.6 GiB on one device (weights 76.9, batch 1 of 640 tokens), "
-            "RTX A6000 has 48.0 GiB. HINT: devices=2.",
+            "RTX A6000 has 48.0 GiB. HINT: devices=2",
         ),
         (
             request(FALCON_40B, "fsdp", 2, batch_size=64),
             "41.3 billion parameters with fsdp need 54.9 GiB on device 0 of 2 (weights 38.5, batch 64 of 640 tokens), "
-            "RTX A6000 has 48.0 GiB. HINT: devices=3, or measure.batch_size=27, or backend=vllm.",
+            "RTX A6000 has 48.0 GiB. HINT: devices=3, or measure.batch_size=27, or backend=vllm",
         ),
         (
             request(FALCON_40B, "vllm", 1, "a100_80g"),
             "41.3 billion parameters with vllm need 79.8 GiB on one device (weights 76.9, batch 1 of 640 tokens), "
-            "A100 80 GB has 80.0 GiB, of which vllm may use 73.6. HINT: devices=2, or backend=fsdp.",
+            "A100 80 GB has 80.0 GiB, of which vllm may use 73.6. HINT: devices=2, or backend=fsdp",
         ),
         (
             request(FALCON_40B, "vllm", 1, "h200", {"kv_cache_memory_bytes": 10**11}),
             "41.3 billion parameters with vllm need 174.3 GiB on one device (weights 76.9, batch 1 of 640 tokens), "
             "H200 141 GB has 140.4 GiB. HINT: devices=2, or backend.kv_cache_memory_bytes=63584829440, or "
-            "backend=fsdp.",
+            "backend=fsdp",
         ),
         (
             request(FALCON_180B, "fsdp", 8, "a5000"),
             "178.6 billion parameters with fsdp need 52.8 GiB on device 0 of 8 (weights 41.6, batch 1 of 640 tokens), "
-            "RTX A5000 has 24.0 GiB. HINT: devices=27.",
+            "RTX A5000 has 24.0 GiB. HINT: devices=27",
         ),
         (
             replace(request(FALCON_40B, "transformers", 2), device=Device("Watch", "cuda", 4 * MIB)),
             "41.3 billion parameters with transformers need 39.9 GiB on device 1 of 2 (weights 39.2, batch 1 of 640 "
-            "tokens), Watch has 0.0 GiB. HINT: devices with more memory, fewer tokens, or a narrower precision.",
+            "tokens), Watch has 0.0 GiB. HINT: devices with more memory, fewer tokens, or a narrower precision",
         ),
     ],
 )

@@ -243,40 +243,40 @@ LLAMA2_7B = preset("llama2_7b")
         (
             *(FALCON_40B, "fsdp", 2, "fp8"),
             "fsdp cannot run fp8 weights: FSDP2 cuts plain weights by rows, which packed ones do not have. "
-            "HINT: backend=vllm.",
+            "HINT: backend=vllm",
         ),
         (
             *(FALCON_40B, "deepspeed", 1, "nf4"),
-            "deepspeed cannot run nf4 weights: AutoTP cuts plain weights only. HINT: backend=transformers.",
+            "deepspeed cannot run nf4 weights: AutoTP cuts plain weights only. HINT: backend=transformers",
         ),
         (
             *(FALCON_40B, "vllm", 1, "int8"),
-            "vllm cannot run int8 weights: vLLM no longer has bitsandbytes. HINT: backend=transformers.",
+            "vllm cannot run int8 weights: vLLM no longer has bitsandbytes. HINT: backend=transformers",
         ),
         (
             *(LLAMA2_70B, "transformers", 1, "fp8"),
             "transformers cannot run fp8 weights: of quantized weights, a transformers model is planned with those of "
-            "bitsandbytes only. HINT: backend=vllm with devices=2.",
+            "bitsandbytes only. HINT: backend=vllm with devices=2",
         ),
         (
             *(LLAMA2_7B, "vllm", 4, "int4_g128"),
             "2752 inputs on each device cannot be divided by the 128 that int4_g128 keeps together, as vllm needs. "
-            "HINT: devices=2.",
+            "HINT: devices=2",
         ),
         (
             *(LLAMA2_7B, "vllm", 4, "fp8_block"),
             "2752 outputs on each device cannot be divided by the 128 that fp8_block keeps together, as vllm needs. "
-            "HINT: devices=2.",
+            "HINT: devices=2",
         ),
         (
             *(FALCON_7B, "vllm", 1, "int4_g128"),
             "4544 inputs on each device cannot be divided by the 128 that int4_g128 keeps together, as vllm needs. "
-            "HINT: weights that are not quantized, or in another way.",
+            "HINT: weights that are not quantized, or in another way",
         ),
         (
             *(FALCON_40B, "vllm", 1, "fp8_channel"),
             "41.3 billion parameters in fp8_channel with vllm need 41.8 GiB on one device (weights 39.0, batch 1 of "
-            "640 tokens), A100 40 GB has 40.0 GiB, of which vllm may use 36.8. HINT: devices=2.",
+            "640 tokens), A100 40 GB has 40.0 GiB, of which vllm may use 36.8. HINT: devices=2",
         ),
     ],
 )
@@ -312,6 +312,6 @@ def test_the_command_shows_a_row_for_each(capsys: pytest.CaptureFixture[str]) ->
 def test_the_command_names_the_quantizations_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["model=falcon_7b", "quantization=int3"]) == 2
     known = ", ".join(QUANTIZATIONS)
-    assert capsys.readouterr().err == f"error: No quantization is called 'int3'. HINT: one of none, {known}.\n"
+    assert capsys.readouterr().err == f"error: quantization=int3 is not one of none, {known}. HINT: quantization=int8\n"
     assert main(["--help"]) == 0
     assert set(QUANTIZATIONS) <= set(re.findall(r"\w+", capsys.readouterr().out))

@@ -77,26 +77,35 @@ def test_embedded_models_and_folders_are_read_from_their_config(capsys: pytest.C
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "error: No model was named. HINT: model=falcon_40b, or one of falcon_180b, "),
-        (["model=falcon_4b"], "error: There is no model 'falcon_4b'. HINT: one of falcon_180b, falcon_40b, "),
+        ([], "error: No model was named: one of falcon_180b, "),
+        (["model=falcon_4b"], "error: model=falcon_4b is neither a folder, nor a hub id, nor one of falcon_180b, "),
         (
             ["model=falcon_7b", "gpus=2"],
-            "error: 'gpus=2' is not an argument of the plan. HINT: one of model, machines, ",
+            "error: gpus=2 is not an argument of the plan. HINT: devices=2",
         ),
         (["model=falcon_7b", "devices=0"], "error: devices=0 is not a whole number above 0. HINT: devices=2"),
         (
             ["model=falcon_7b", "machines=a6000"],
             "error: machines=a6000 has no number of devices. HINT: machines=2xa6000",
         ),
-        (["model=falcon_7b", "machines=999999999xa6000"], "error: 999999999 devices are more than 4096. HINT: fewer "),
-        (["model=falcon_7b", "devices=4096", "num_nodes=2"], "error: 8192 devices are more than 4096. HINT: fewer "),
-        (["model=falcon_7b", "machines=2xb300"], "error: No device is called 'b300'. HINT: one of t4, l4, a10, "),
-        (["model=falcon_7b", "link=string"], "error: No link is called 'string'. HINT: one of pcie4, "),
+        (
+            ["model=falcon_7b", "machines=999999999xa6000"],
+            "error: 999999999 devices are more than 4096. HINT: machines=4096xa6000",
+        ),
+        (
+            ["model=falcon_7b", "devices=4096", "num_nodes=2"],
+            "error: 8192 devices are more than 4096. HINT: devices=2048",
+        ),
+        (["model=falcon_7b", "machines=2xb300"], "error: machines=2xb300: b300 is not one of the devices t4, l4, "),
+        (["model=falcon_7b", "link=string"], "error: string is not one of the links pcie4, "),
         (
             ["model=falcon_7b", "backend=tgi"],
             "error: backend=tgi cannot be planned. HINT: backend=fsdp,deepspeed,tensor_parallel,",
         ),
-        (["model=falcon_7b", "precision=int3"], "error: precision=int3 is not one. HINT: precision=fp32, fp16, bf16"),
+        (
+            ["model=falcon_7b", "precision=int3"],
+            "error: precision=int3 is not one of fp32, fp16, bf16. HINT: precision=",
+        ),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import psutil
 import pytest
@@ -11,7 +13,8 @@ from launcher.backends.base import Prompt
 from launcher.config.compose import compose_run
 from launcher.models import EMBEDDED
 from launcher.prepare.planning import plan_of
-from shards.errors import PlanError
+from launcher.prepare.prepare import prepare
+from shards.errors import PlanError, UserError
 from shards.plan.plan import Plan
 
 FIELDS = json.loads((EMBEDDED / "tiny_falcon" / "config.json").read_text())
@@ -124,24 +127,93 @@ def test_a_ceiling_is_of_the_ranks_that_have_a_prompt() -> None:
     assert two.limit is not None
 
 
-def test_what_ranks_without_gpus_hold_of_their_own_has_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 64 sequences the cache alone; weights where they are made, not where they are mapped."""
-    sequences, weights = 64 * 120 * TOKEN_BYTES, planned(1, False, "backend=fsdp").devices[0].parameter_bytes
-    asked = ("backend=fsdp", "measure.batch_size=64")
-    memory = psutil.virtual_memory()
+def test_what_ranks_without_gpus_need_has_to_fit_the_memory_that_they_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ("backend=fsdp", "measure.batch_size=32", "devices=2")
+    devices = planned(64, False, *asked).devices
+    needed, memory = sum(device.used_bytes for device in devices), psutil.virtual_memory()
 
     def machine(total: int) -> None:
         monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(total=total))
 
-    machine(sequences)
-    planned(64, False, *asked)
-    with pytest.raises(
-        PlanError, match=r"The ranks here need 0\.0 GiB of their own, and this machine has 0\.0 GiB total"
-    ):
-        planned(64, False, *asked, "model.weights=random")
-    planned(64, False, *asked, "model.weights=random", "launch=slurm")
-    machine(sequences + weights)
-    planned(64, False, *asked, "model.weights=random")
-    machine(sequences - 1)
-    with pytest.raises(PlanError, match="HINT: more nodes, fewer prompts at once, or a narrower precision"):
+    machine(needed)
+    plan = planned(64, False, *asked)
+    assert [device.capacity_bytes for device in plan.devices] == [needed // 2] * 2
+    assert plan.largest_batch == 32, "of each of the two ranks"
+    machine(needed - 2)
+    with pytest.raises(PlanError, match=r"of main memory \(weights 0\.\d, .*, the machine has 0\.\d GiB") as caught:
         planned(64, False, *asked)
+    assert "measure.batch_size=" in caught.value.hint
+    planned(64, False, *asked, "launch=slurm")
+
+
+def test_a_hint_for_what_fits_no_memory_is_a_machine_that_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(total=24 * 2**30))
+    with pytest.raises(PlanError, match=r"need .* GiB of main memory .*, the machine has 24\.0 GiB") as caught:
+        prepare(compose_run(["model=falcon_40b", "dry_run=true"]), ())
+    assert caught.value.hint == "machine=2xa6000 precision=bf16 dry_run=true"
+    run = prepare(compose_run(["model=falcon_40b", *caught.value.hint.split()]), ())
+    assert run.plan is not None
+    assert (run.plan.device_name, run.plan.num_devices) == ("RTX A6000", 2)
+
+
+def test_another_machine_is_planned_for_without_its_packages_and_devices() -> None:
+    asked = ["model=falcon_40b", "dry_run=true", "machine=8xH100", "precision=bf16", "backend=vllm"]
+    plan = prepare(compose_run([*asked, "backend.python=/nowhere/python"]), ()).plan
+    assert plan is not None
+    assert (plan.device_name, plan.num_devices, plan.smallest_devices) == ("H100 80 GB", 8, 2)
+    assert plan.limit is not None
+    apart = prepare(compose_run([*asked, "num_nodes=2"]), ()).plan
+    assert apart is not None
+    assert apart.limit is None, "what joins the nodes is not known"
+    joined = prepare(compose_run([*asked, "num_nodes=2", "link=infiniband_hdr"]), ()).plan
+    assert joined is not None
+    assert joined.limit is not None
+
+
+def test_a_device_is_as_it_is_described() -> None:
+    figures = ("device.memory=12GiB", "device.bandwidth=300GB/s", "device.flops=50TFLOP/s")
+    plan = prepare(
+        compose_run(["model=llama_7b", "dry_run=true", "machine=2xgpu", "precision=bf16", *figures]), ()
+    ).plan
+    assert plan is not None
+    assert plan.devices[0].capacity_bytes == 12 * 2**30
+    assert plan.bandwidth == 300e9
+    assert plan.limit is not None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["machine=2xa6000"], "machine=2xa6000 is read with dry_run=true only. HINT: dry_run=true"),
+        (["dry_run=true", "machine=a6000"], "machine=a6000 has no number of devices. HINT: machine=2xa6000"),
+        (["dry_run=true", "machine=2xa600"], "machine=2xa600: a600 is not one of the devices "),
+        (
+            ["dry_run=true", "machine=2xa6000", "devices=4"],
+            "devices=4 is not the number of devices of machine=2xa6000. HINT: devices=2",
+        ),
+        (["device.memory=48"], "device.memory=48 is not a number with its unit. HINT: device.memory=48GiB"),
+        (["device.flops=1e3"], "device.flops=1000.0 is not a number with its unit. HINT: device.flops="),
+        (["link=ethernet"], "ethernet is not one of the links "),
+    ],
+)
+def test_a_machine_that_there_is_not_is_one_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        compose_run(overrides)
+    assert str(caught.value).startswith(message)
+
+
+def test_engines_are_held_against_each_other_with_as_many_prompts_at_once() -> None:
+    """Of one prompt at a time no engine has more to show than one that answers it on all devices together."""
+    asked = ["model=falcon_40b", "dry_run=true", "machine=4xa100_80g", "precision=bf16", "measure.batch_size=1"]
+    paces = prepare(compose_run(asked), ()).paces
+    assert paces["tensor_parallel"] == pytest.approx(paces["vllm"], rel=0.01)
+    assert paces["fsdp"] < paces["transformers"] < paces["vllm"]
+
+
+def test_a_folder_with_only_a_config_is_planned(tmp_path: Path) -> None:
+    shutil.copy(EMBEDDED / "tiny_llama" / "config.json", tmp_path)
+    run = prepare(compose_run([f"model.path={tmp_path}", "dry_run=true"]), ())
+    assert run.plan is not None
+    assert run.plan.num_parameters == 1_049_728
+    assert f"{tmp_path} has no weights: the plan is made from its config.json" in run.notes

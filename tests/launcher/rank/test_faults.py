@@ -95,7 +95,7 @@ def test_a_killed_rank_is_named(overrides: tuple[str, ...], tmp_path: Path) -> N
     assert (record["status"], record["error"]["rank"], record["error"]["type"]) == ("failed", 1, "ProcessDied")
     assert record["error"]["stage"].startswith("repeat 1/200 batch 1/")
     assert process.returncode == 1
-    assert err.startswith("failed: rank 1 in repeat 1/200")
+    assert "\nfailed: rank 1 in repeat 1/200" in f"\n{err}"
     assert json.loads(out.splitlines()[-1])["status"] == "failed"
     assert left_in_shared_memory(before) == []
 

@@ -1,0 +1,92 @@
+"""The machine that a run is planned for: `machine=2xa6000`, `link=`, and `device.*` with their units."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from launcher.config.schema import ConfigError
+from shards.errors import PlanError
+from shards.machine.hardware import CPU, known_device, known_link, usual_link
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from launcher.config.schema import RunConfig
+    from shards.machine.hardware import Device, Link
+
+SIZES = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6, "tib": 2**40, "tb": 10**12}
+UNITS = {
+    "device.memory": (SIZES, "48GiB"),
+    "device.bandwidth": ({f"{unit}/s": size for unit, size in SIZES.items()}, "768GB/s"),
+    "device.flops": ({"tflop/s": 10**12, "tflops": 10**12, "gflop/s": 10**9, "pflop/s": 10**15}, "154.8TFLOP/s"),
+}
+
+
+def machine_of(text: str, key: str = "machine") -> tuple[int, str]:
+    """Number and short name of the devices of `2xa6000`; ConfigError for anything else."""
+    number, times, name = text.partition("x")
+    if not times or not number.isascii() or not number.isdigit() or int(number) < 1:
+        raise ConfigError(f"{key}={text} has no number of devices.", f"{key}=2x{text}")
+    try:
+        known_device(name)
+    except PlanError as error:
+        raise ConfigError(f"{key}={text}: {error.fact}", f"{key}={number}x{error.hint}") from None
+    return int(number), name.lower()
+
+
+def quantity(key: str, text: str) -> float:
+    """The value of `device.memory` and the like in bytes, bytes/s or FLOP/s; ConfigError for one without its unit."""
+    units, example = UNITS[key]
+    parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z/]+)", text.strip().lower())
+    if parts is None or parts[2] not in units or float(parts[1]) == 0:
+        raise ConfigError(f"{key}={text} is not a number with its unit.", f"{key}={example}")
+    return float(parts[1]) * units[parts[2]]
+
+
+def described(device: Device, given: Mapping[str, str], dtype_bytes: int) -> Device:
+    """A device with what `given` says of it, by the keys of UNITS, in place of what is known."""
+    amounts = {key: quantity(key, text) for key, text in given.items()}
+    if (memory := amounts.get("device.memory")) is not None:
+        device = replace(device, capacity_bytes=int(memory))
+    if (flops := amounts.get("device.flops")) is not None:
+        device = replace(device, flops_32=flops) if dtype_bytes == 4 else replace(device, flops_16=flops)
+    return replace(device, bandwidth=amounts.get("device.bandwidth", device.bandwidth))
+
+
+def given_of(config: RunConfig) -> dict[str, str]:
+    """What a run says of its devices, by the keys of UNITS."""
+    values = {key: getattr(config.device, key.removeprefix("device.")) for key in UNITS}
+    return {key: text for key, text in values.items() if text is not None}
+
+
+def settle_machine(config: RunConfig, given: Collection[str]) -> None:
+    """Take the number of devices from `machine`; ConfigError where what is said of the machine makes no sense."""
+    described(CPU, given_of(config), config.precision.num_bytes)
+    if config.link is not None:
+        known_link(config.link)
+    if config.machine is None:
+        return
+    number, _ = machine_of(config.machine)
+    if "devices" in given and config.devices != number:
+        fact = f"devices={config.devices} is not the number of devices of machine={config.machine}."
+        raise ConfigError(fact, f"devices={number}")
+    config.devices = number
+
+
+def other_machine(config: RunConfig) -> tuple[Device, Link] | None:
+    """The device and the usual link of `machine`; None where a run is planned for the machine that it runs on."""
+    if config.machine is None:
+        return None
+    _, name = machine_of(config.machine)
+    return known_device(name), usual_link(name)
+
+
+def how_to_know_rates(config: RunConfig) -> str:
+    """What makes the rates known that the ceilings of a run need."""
+    if config.num_nodes > 1 and config.link is None:
+        return "link= names what joins the nodes, as link=infiniband_hdr"
+    if config.machine is not None or config.launch.name == "slurm":
+        return "device.bandwidth= and device.flops= give them, as device.bandwidth=768GB/s device.flops=154.8TFLOP/s"
+    return f"python -m launcher.probe devices={config.devices} accelerator={config.accelerator.name}"
