@@ -90,7 +90,7 @@ def test_what_a_config_says(fields: dict[str, Any] | None, expected: Quantizatio
         (
             {"quant_method": "aqlm"},
             "The bytes of a checkpoint quantized by aqlm are not known. HINT: a checkpoint of gptq, awq, fp8, "
-            "bitsandbytes, compressed-tensors, or an unquantized one.",
+            "bitsandbytes, compressed-tensors, or an unquantized one",
         ),
         ({"bits": 4}, "The bytes of a checkpoint quantized by an unnamed method are not known. HINT: "),
         ({**GPTQ, "bits": 3}, "vLLM reads symmetric GPTQ of 4 or 8 bits, not symmetric of 3. HINT: "),
