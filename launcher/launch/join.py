@@ -16,8 +16,8 @@ from launcher.run_dir.finish import finish
 from launcher.run_dir.run_dir import RunDir
 from launcher.system.files import writing_in
 from shards.errors import UserError
-from shards.machine.orphans import starter_of
 from shards.machine.process_group import connect, device_of, disconnect, from_rank_0
+from shards.machine.starter import starter_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

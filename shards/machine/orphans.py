@@ -7,17 +7,10 @@ import ctypes
 import os
 from typing import TYPE_CHECKING
 
-import psutil
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
 PR_SET_PDEATHSIG = 1
-
-MARKS = (
-    "TORCHELASTIC_RUN_ID", "CROSS_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID",
-)  # fmt: skip
-"""Variables that a launcher sets for its ranks, and does not have itself."""
 
 
 def signal_when_orphaned(number: int) -> None:
@@ -39,18 +32,3 @@ def before_exec(number: int) -> Callable[[], None]:
             os._exit(1)
 
     return prepare
-
-
-def starter_of(environ: Mapping[str, str]) -> int | None:
-    """The process that started this rank and others here: torchrun's agent, say; None where nobody is known to have.
-
-    Not a shell between them: it would outlive who started it.
-    """
-    marks = {name: environ[name] for name in MARKS if name in environ}
-    if not marks:
-        return None
-    pid = os.getppid()
-    with contextlib.suppress(psutil.Error):
-        while marks.items() <= psutil.Process(pid).environ().items():
-            pid = psutil.Process(pid).ppid()
-    return pid
