@@ -35,6 +35,13 @@ part() {
     "$@" || failed+=("$1 $2")
 }
 
+# What fails beside other tests is tried once more, alone: some tests wait for processes that a busy machine holds up.
+run_tests() {
+    pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations=25 "$@" && return
+    echo "== once more, one at a time, what has failed"
+    pytest --last-failed --last-failed-no-failures none "$@"
+}
+
 select=()
 if [[ ${1:-} == --fast ]]; then
     select=(-m "not slow and not slurm and not gpu")
@@ -47,7 +54,7 @@ fi
 part ruff check .
 part ruff format --check .
 part mypy --no-error-summary
-part pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations=25 "${select[@]}"
+part run_tests "${select[@]}"
 if [[ ${#failed[@]} -gt 0 ]]; then
     printf 'test: failed: %s\n' "${failed[@]}" >&2
     exit 1
