@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import psutil
-
 from launcher.backends.collectives import slow_collectives
 from launcher.config.options import choice
 from launcher.config.schema import BackendConfig, ConfigError
 from shards.engines.fsdp import FsdpPlanner
+from shards.machine.main_memory import available_bytes
 from shards.plan.request import EnginePlanner
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ class FsdpConfig(BackendConfig):
         return FsdpPlanner(
             resident_layers=None if self.resident_layers == "auto" else int(self.resident_layers),
             within_node={"world": False, "node": True, "auto": None}[self.shard_over],
-            host_bytes=psutil.virtual_memory().available // config.devices if is_here else None,
+            host_bytes=available_bytes() // config.devices if is_here else None,
         )
 
     def notes(self, config: RunConfig, on_cuda: bool) -> list[str]:

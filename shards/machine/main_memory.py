@@ -1,0 +1,13 @@
+"""Main memory of this machine, as the kernel tells of it. Standard library only."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+
+def available_bytes() -> int:
+    """Memory that new processes can have without swapping (MemAvailable)."""
+    text = Path("/proc/meminfo").read_text(encoding="ascii")
+    match = re.search(r"^MemAvailable:\s+(\d+) kB$", text, re.MULTILINE)
+    return int(match.group(1)) * 1024 if match else 0
