@@ -1,0 +1,166 @@
+"""Real servers on the CPU, each started once by its command: the tokens of plain transformers, however asked."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from running import ROOT, launcher, left_in_shared_memory
+
+from launcher.backends.endpoint.backend import EndpointBackend
+from launcher.config.compose import compose_run
+from launcher.prompts.prompts import encode, sampling_of
+from launcher.results.comparison import compare
+from launcher.run_dir.finished import read_finished
+from launcher.system.processes import shared_memory_files
+from shards.machine.world import World
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from launcher.backends.base import Generation, Prompt
+    from launcher.results.comparison import FinishedRun
+
+TEXTS = ROOT / "tests" / "ragged_prompts.txt"
+SET = ("model=tiny_llama", "prompts=file", f"prompts.path={TEXTS}", "accelerator=cpu")
+WAYS = {
+    "one by one": "load.concurrency=1",
+    "eight at once": "load.concurrency=8",
+    "all at once": "load.concurrency=null",
+    "by Poisson": "load.request_rate=20",
+}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """A run of plain transformers: the answers that are right."""
+    folder = tmp_path_factory.mktemp("reference")
+    ended = launcher("backend=transformers", *SET, f"output_dir={folder}", "measure.repeats=1", timeout=200)
+    assert ended.code == 0, ended.err
+    return read_finished(Path(ended.last_json["run_dir"]))
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that runs, with the client that has it."""
+
+    backend: EndpointBackend
+    prompts: list[Prompt]
+
+    @property
+    def url(self) -> str:
+        return self.backend.client.url
+
+    def ask(self, way: str) -> Generation:
+        config = self.backend.config = compose_run(["backend=endpoint", "server=none", *SET, WAYS[way]])
+        return self.backend.generate(self.prompts, sampling_of(config), lambda tokens, finished=(): None)
+
+
+@contextmanager
+def started(folder: Path, *overrides: str) -> Iterator[Running]:
+    """The server of `server=...`; nothing of it is left when the context ends."""
+    before = shared_memory_files()
+    config = compose_run(["backend=endpoint", *SET, "devices=1", *overrides, f"run_dir={folder}", "resume=true"])
+    config.model.path = str(ROOT / "launcher" / "models" / "tiny_llama")
+    backend = EndpointBackend(config)
+    backend.load(None, World(), lambda done, total: None)
+    assert backend.started is not None
+    try:
+        yield Running(backend, encode(TEXTS.read_text().splitlines(), Path(config.model.path)))
+    finally:
+        backend.close()
+    assert backend.started.pids() == []
+    assert left_in_shared_memory(before) == []
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with started(tmp_path_factory.mktemp("vllm"), "server=vllm") as running:
+        yield running
+
+
+def check_answers(generation: Generation, reference: FinishedRun) -> None:
+    """The tokens of the reference, or its texts where the server gives no ids."""
+    assert (generation.failures, len(generation.completions)) == ((), len(reference.completions))
+    for completion in generation.completions:
+        right = reference.completions[completion.index]
+        if completion.text is None:
+            assert completion.token_ids == right.token_ids
+            assert completion.finish_reason == right.finish_reason
+        else:
+            assert completion.text == right.text
+            assert completion.new_tokens in (right.new_tokens, right.new_tokens - 1), "EOS may count or not"
+        assert completion.ttft_s is not None
+        assert completion.e2el_s is not None
+        assert 0 < completion.ttft_s <= completion.e2el_s
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_vllms_server_gives_the_tokens_of_the_reference(vllm: Running, reference: FinishedRun, way: str) -> None:
+    generation = vllm.ask(way)
+    check_answers(generation, reference)
+    seen = generation.server
+    assert seen is not None
+    assert (seen.software, seen.dialect, seen.tokens_checked) == ("vllm 0.32.0", "vllm", "ids")
+    assert (seen.retries, seen.read_otherwise) == (0, 0)
+    assert (seen.send_lag_s is not None) == (way == "by Poisson")
+    own = seen.own_metrics
+    assert own["new_tokens"] == sum(completion.new_tokens for completion in generation.completions)
+    assert own["cached_prompt_tokens"] == 0, "no prompt of an earlier call was found in the prefix cache"
+    assert 0 < own["ttft_s"] < own["e2el_s"]
+
+
+def test_a_run_against_vllms_server_compares_with_the_reference(
+    vllm: Running, reference: FinishedRun, tmp_path: Path
+) -> None:
+    overrides = (f"backend.url={vllm.url}", "measure.repeats=2", "load.concurrency=8", f"output_dir={tmp_path}")
+    ended = launcher("backend=endpoint", *SET, *overrides, timeout=200)
+    assert ended.code == 0, ended.err
+    run = read_finished(Path(ended.last_json["run_dir"]))
+    comparison = compare(reference, run)
+    assert comparison.divergences == ()
+    assert comparison.serving_cost == 1 - comparison.speed.median
+    assert run.label == "endpoint (vllm 0.32.0)"
+    serving = run.record.metrics.serving if run.record.metrics else None
+    assert serving is not None
+    assert (serving.requests, serving.failures, serving.tokens_checked) == (40, {}, "ids")
+
+
+def test_what_vllms_server_holds_is_told(vllm: Running) -> None:
+    (device,) = vllm.backend.memory()
+    assert device.device == "cpu"
+    assert device.host_anonymous_bytes is not None
+    assert device.host_anonymous_bytes > 100 * 2**20
+    assert device.reasons["parameter_bytes"]
+
+
+@pytest.mark.slow
+def test_vllms_server_over_two_devices(reference: FinishedRun, tmp_path: Path) -> None:
+    with started(tmp_path, "server=vllm", "devices=2") as running:
+        for way in WAYS:
+            check_answers(running.ask(way), reference)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "[]",
+        pytest.param(
+            "[--continuous-batching,--cb-num-blocks,'64',--cb-block-size,'32',--cb-max-batch-tokens,'256']",
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["one by one", "continuous batching"],
+)
+def test_the_server_of_transformers_gives_the_texts_of_the_reference(
+    reference: FinishedRun, tmp_path: Path, arguments: str
+) -> None:
+    with started(tmp_path, "server=transformers", f"server.arguments={arguments}") as running:
+        for way in ("eight at once", "by Poisson"):
+            generation = running.ask(way)
+            check_answers(generation, reference)
+            assert generation.server is not None
+            assert (generation.server.dialect, generation.server.tokens_checked) == ("transformers", "text")
