@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -153,3 +153,11 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Give back what the process holds outside itself (workers, shared memory, process groups)."""
+
+
+@runtime_checkable
+class StreamingBackend(Protocol):
+    """An engine that knows the tokens of an answer before it is whole."""
+
+    def stream_to(self, on_tokens: Callable[[int, Sequence[int]], None]) -> None:
+        """From now on call it with new tokens by the index of their prompt, before `on_step` of their step."""

@@ -129,6 +129,11 @@ class ModuleBackend(ABC):
             _check_agreement(generation)
         return generation
 
+    def stream_to(self, on_tokens: Callable[[int, Sequence[int]], None]) -> None:
+        """A static batch is read at its end only."""
+        if isinstance(self.decoder, SlotDecoder):
+            self.decoder.on_tokens = on_tokens
+
     def barrier(self) -> None:
         barrier()
 

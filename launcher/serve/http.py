@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from starlette.applications import Starlette
 
+ADDRESS = "LAUNCHER_SERVE"  # host:port, as the command that starts the ranks tells them
 START_S = 30.0
 
 

@@ -50,6 +50,8 @@ def read_request(body: Any, model: str, encode: Callable[[str], list[int]], cont
         top_k=max(_number(body, "top_k", int, 0, -1), 0),
         ignore_eos=_flag(body, "ignore_eos"),
     )
+    if sampling.temperature > 0 and body.get("seed") is not None:
+        raise BadRequestError("seed is not supported: samples are drawn by the seed of the server")
     if not 0 < sampling.top_p <= 1:
         raise BadRequestError(f"top_p={sampling.top_p!r} is not above 0 and at most 1")
     ids = _prompt_ids(body.get("prompt"), encode)

@@ -164,3 +164,26 @@ def test_the_server_of_transformers_gives_the_texts_of_the_reference(
             check_answers(generation, reference)
             assert generation.server is not None
             assert (generation.server.dialect, generation.server.tokens_checked) == ("transformers", "text")
+
+
+@pytest.mark.parametrize(
+    ("engine", "devices"),
+    [
+        ("fsdp", 2),
+        ("tensor_parallel", 2),
+        pytest.param("transformers", 1, marks=pytest.mark.slow),
+        pytest.param("vllm", 1, marks=pytest.mark.slow),
+        pytest.param("fsdp measure.scheduling=static", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_engines_of_ours_are_served_with_their_tokens(
+    reference: FinishedRun, tmp_path: Path, engine: str, devices: int
+) -> None:
+    words = f"backend={engine} devices={devices} model=tiny_llama accelerator=cpu --port={{port}}"
+    own = f"server.command='{{python}} -m launcher.serve {words}'"
+    with started(tmp_path, "server=litserve", own, "server.dialect=vllm") as running:
+        for way in ("all at once", "by Poisson"):
+            generation = running.ask(way)
+            check_answers(generation, reference)
+            assert generation.server is not None
+            assert (generation.server.tokens_checked, generation.server.read_otherwise) == ("ids", 0)

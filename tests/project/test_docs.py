@@ -21,6 +21,7 @@ from launcher.doctor.__main__ import parse as parse_doctor
 from launcher.experiments import parse as parse_experiments
 from launcher.launch.nodes import check_nodes
 from launcher.report.__main__ import parse as parse_report
+from launcher.serve.__main__ import parse as parse_served
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"(?:python|torchrun[^\n#`]*?) -m launcher\b[^\n#`]*")
@@ -45,6 +46,10 @@ def show_plan(words: list[str]) -> None:
     assert plan.main(words) == 0
 
 
+def parse_serve(words: list[str]) -> None:
+    compose(parse_served(words).overrides)
+
+
 def follow(words: list[str]) -> None:
     assert {word for word in words if word.startswith("-")} <= set(status.FLAGS)
 
@@ -52,7 +57,7 @@ def follow(words: list[str]) -> None:
 PARSERS: dict[str, Callable[[list[str]], object]] = {
     "launcher": compose, "launcher.plan": show_plan, "launcher.probe": probe.parse, "launcher.compare": compare.parse,
     "launcher.doctor": parse_doctor, "launcher.report": parse_report,
-    "launcher.experiments": parse_experiments, "launcher.status": follow,
+    "launcher.experiments": parse_experiments, "launcher.status": follow, "launcher.serve": parse_serve,
 }  # fmt: skip
 
 

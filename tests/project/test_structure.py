@@ -40,6 +40,7 @@ TENSORS = {
     "launcher.backends.slots.decoder",
     "launcher.backends.slots.device",
     "launcher.launch.join",
+    "launcher.serve.rank",
     "launcher.backends.memory",
     "shards.load.blocks",
     "shards.load.conversion",
@@ -188,7 +189,7 @@ def test_one_module_asks_the_driver() -> None:
 
 COMMANDS = (
     "launcher.__main__", "launcher.compare", "launcher.doctor.__main__", "launcher.plan", "launcher.launch.slurm.end",
-    "launcher.status", "launcher.rank.worker",
+    "launcher.status", "launcher.rank.worker", "launcher.serve.__main__",
 )  # fmt: skip
 
 

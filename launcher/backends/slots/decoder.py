@@ -19,6 +19,7 @@ from launcher.backends.slots.schedule import NEAR, Read, Schedule, Step
 from launcher.results.metrics import ROWS, SLOTS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from collections.abc import Sequence as SequenceOf
 
     from launcher.backends.base import OnStep, Prompt
@@ -102,6 +103,7 @@ class SlotDecoder:
     length: int
     prefill_tokens: int
     splits_prompts: bool
+    on_tokens: Callable[[int, SequenceOf[int]], None] | None = None
     slots: Slots | None = None
     must_clear: bool = False
     made: deque[Made] = field(default_factory=deque)
@@ -198,6 +200,8 @@ class _Call:
             sequence.forwards.append(made.number)
             self.decoder.must_clear |= not math.isfinite(gap)
             self.new_tokens += 1
+            if self.decoder.on_tokens is not None:
+                self.decoder.on_tokens(sequence.prompt.index, (token,))
             if token in self.eos or len(sequence.token_ids) == self.sampling.max_new_tokens:
                 sequence.is_ended = True
                 self.schedule.end(sequence)

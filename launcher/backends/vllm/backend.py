@@ -53,6 +53,7 @@ class VllmBackend:
         self.watch: Watch | None = None
         self.scratch: tempfile.TemporaryDirectory[str] | None = None  # for sockets and stores that vLLM does not remove
         self.shared_memory: set[Path] = set()
+        self.indices: dict[str, int] = {}  # of the prompts of a call, by their requests
 
     def load(self, plan: Plan | None, world: World, progress: Callable[[int, int], None]) -> None:
         self.external = world.world_size > 1
@@ -125,6 +126,7 @@ class VllmBackend:
         ids = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts]
         wanted = self.requests(prompts, sampling)
         requests: list[str] = []
+        self.indices.clear()
         starts: list[float] = []
         completions: dict[int, Completion] = {}
         start = self.watch.restart()
@@ -132,6 +134,7 @@ class VllmBackend:
             now = perf_counter()
             if due := pacing.due(now - start, len(requests) - len(completions)):
                 requests += self.llm.enqueue(ids[due.start : due.stop], wanted[due.start : due.stop], use_tqdm=False)
+                self.indices.update(zip(requests[due.start :], (prompts[place].index for place in due), strict=True))
                 starts += [_beginning(pacing, place, start, now) for place in due]
             if not engine.has_unfinished_requests():
                 time.sleep(pacing.wait_s(now - start))
@@ -145,6 +148,10 @@ class VllmBackend:
                 finished.append(completions[place])
             on_step(self.watch.take_new(), finished)
         return Generation(tuple(completions[place] for place in range(len(prompts))))
+
+    def stream_to(self, on_tokens: Callable[[int, Sequence[int]], None]) -> None:
+        assert self.watch is not None
+        self.watch.on_tokens = lambda request, token_ids: on_tokens(self.indices[request], token_ids)
 
     def _step(self, engine: Any) -> list[Any]:
         try:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 
 class Watch:
@@ -16,6 +19,7 @@ class Watch:
     def __init__(self, engine: Any) -> None:
         self.arrivals: dict[str, list[float]] = {}
         self.new_tokens = 0
+        self.on_tokens: Callable[[str, Sequence[int]], None] | None = None
         self.peak_blocks: int | None = None
         self._get_output = engine.engine_core.get_output
         engine.engine_core.get_output = self._watched_output
@@ -43,6 +47,8 @@ class Watch:
             count = len(output.new_token_ids)
             self.arrivals.setdefault(output.request_id, []).extend([now] * count)
             self.new_tokens += count
+            if self.on_tokens is not None and count:
+                self.on_tokens(output.request_id, output.new_token_ids)
         return found
 
     def _watched_schedule(self, *args: Any, **kwargs: Any) -> Any:

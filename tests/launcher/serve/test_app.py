@@ -111,6 +111,7 @@ def test_an_answer_in_one_piece(url: str) -> None:
         ({"prompt": TEXT, "max_tokens": 0}, "max_tokens=0 is not a number of 1 or more"),
         ({"prompt": TEXT, "max_tokens": "9"}, "max_tokens='9' is not a number"),
         ({"prompt": TEXT, "temperature": -1}, "temperature=-1 is not a number of 0 or more"),
+        ({"prompt": TEXT, "seed": 3}, "seed is not supported"),
         ({"prompt": TEXT, "top_p": 2}, "top_p=2.0 is not above 0 and at most 1"),
         ({"prompt": TEXT, "max_tokens": 99}, "are over 64 of context"),
         ({"prompt": [1, 768]}, "token ids that the model does not have"),

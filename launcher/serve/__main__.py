@@ -1,0 +1,119 @@
+"""`python -m launcher.serve [overrides] [--host=H] [--port=P]`: an engine behind OpenAI's completions protocol.
+
+    python -m launcher.serve backend=fsdp devices=2 model=tiny_llama --port=8000
+    curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "The capital of France is"}'
+
+A batch at a time: requests that come while one is answered wait for its end. Runs until Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from launcher.config.compose import command_of, compose_run
+from launcher.config.schema import ConfigError
+from launcher.launch.local import rank_environment, worker_command
+from launcher.prepare.prepare import prepare
+from launcher.rank.worker import PARENT
+from launcher.run_dir.create import create_run_dir
+from launcher.serve.http import ADDRESS, listen
+from launcher.system import processes
+from launcher.system.terminal import Parser, run_command
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from collections.abc import Sequence
+
+    from launcher.run_dir.run_dir import RunDir
+
+POLL_S = 0.2
+LAST_LINES = 15
+
+
+def parse(argv: Sequence[str] | None) -> Namespace:
+    """The command line; ConfigError for what is wrong with it."""
+    parser = Parser(prog="python -m launcher.serve", description="Serve an engine over HTTP until Ctrl-C.")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for python -m launcher")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for everybody who can reach this machine")
+    parser.add_argument("--port", type=int, default=8000, help="0: a free one")
+    parser.add_argument("--config-dir", action="append", default=[], metavar="FOLDER")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 once it is interrupted, 1 where the engine fails, 2 where the user can mend it: one line on stderr says how."""
+    try:
+        arguments = parse(argv)
+        config = compose_run(arguments.overrides, tuple(arguments.config_dir))
+        if config.backend.starts_servers or config.launch.name != "local":
+            what = f"backend={config.backend.name}" if config.backend.starts_servers else f"launch={config.launch.name}"
+            raise ConfigError(f"{what}: only an engine on this machine is served.", "backend=fsdp launch=local")
+        run = prepare(config, command_of(arguments.overrides, arguments.config_dir))
+        with listen(arguments.host, arguments.port) as probe:
+            port: int = probe.getsockname()[1]
+        with tempfile.TemporaryDirectory(prefix="launcher_serve_") as folder:
+            run_dir = create_run_dir(replace(run, config=replace(run.config, output_dir=folder)))
+            return _serve(run_dir, arguments.host, port)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _serve(run_dir: RunDir, host: str, port: int) -> int:
+    """Start the ranks, say when they answer, and wait for their end or for a signal; nothing of them is left then."""
+    run = run_dir.read_run()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    own = {processes.MARK: run.mark, PARENT: str(os.getpid()), ADDRESS: f"{host}:{port}"}
+    command = worker_command(str(run_dir), run.world_size, run.run_config.backend.python, "launcher.serve.rank")
+    memory = processes.SharedMemoryWatch()
+    is_ready = False
+    with run_dir.launch_log.open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            env=rank_environment(os.environ, run.world_size, run.on_cuda) | own,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            while process.poll() is None:
+                memory.look([item.pid for item in processes.of_run(run.mark)])
+                if not is_ready and (is_ready := _answers(host, port)):
+                    address = f"http://{host}:{port}"
+                    print(json.dumps({"url": address, "model": run.run_config.model.name}), flush=True)
+                time.sleep(POLL_S if not is_ready else 1.0)
+        except KeyboardInterrupt:
+            return 0
+        finally:
+            memory.look([item.pid for item in processes.of_run(run.mark)])
+            processes.end_run(run.mark)
+            process.wait()
+            memory.remove()
+            processes.remove_scratch(run.mark)
+    for rank in range(run.world_size):
+        print(f"rank {rank}:", *run_dir.log_end(rank).splitlines()[-LAST_LINES:], sep="\n  ", file=sys.stderr)
+    return 1
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        with urlopen(f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/health", timeout=5):
+            return True
+    except (URLError, OSError):
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

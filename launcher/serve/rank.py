@@ -1,0 +1,153 @@
+"""One rank of an engine that is served: `python -m launcher.serve.rank RUN_DIR`. The first one has the HTTP side."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Client, Listener
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from tokenizers import Tokenizer
+
+from launcher.backends.base import StreamingBackend
+from launcher.config.engines import resolve
+from launcher.prompts.batches import split
+from launcher.rank import guard
+from launcher.rank.worker import PARENT, enter_world, redirected_output
+from launcher.run_dir.run_dir import RunDir
+from launcher.serve.app import Service
+from launcher.serve.batches import Batch, Batches, News
+from launcher.serve.http import ADDRESS, listen, serving
+from shards.machine.process_group import from_rank_0
+from shards.machine.world import World
+from shards.model.config_fields import ConfigFields
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from multiprocessing.connection import Connection
+
+    from launcher.backends.base import Backend
+    from launcher.config.schema import RunConfig
+    from launcher.run_dir.run import RunDescription
+    from launcher.serve.batches import Tokens
+
+SIGN_OF_LIFE_S = 60.0  # ranks that wait for a batch are told so often that there is none yet
+LAST_WORDS_S = 1.0
+MOST_AT_ONCE = 1024  # prompts of one call to an engine with a scheduler
+SOCKET = "tokens.sock"  # in the run directory: where the other ranks bring theirs
+
+
+def main() -> None:
+    """Serve until this process is ended: by its parent, by the end of its parent, or by a failure of the engine."""
+    run_dir, world = RunDir(Path(sys.argv[1])), World.from_env(os.environ)
+    enter_world(world)
+    guard.start(int(os.environ[PARENT]), guard.Watched(lambda reason: False, lambda outcome, is_alone: None))
+    with redirected_output(run_dir.rank_log(world.rank)):
+        try:
+            _serve(run_dir, world)
+        except BaseException:
+            traceback.print_exc()
+    os._exit(1)
+
+
+def _serve(run_dir: RunDir, world: World) -> None:
+    run = run_dir.read_run()
+    config = run.run_config
+    config.model.path = run.model_folder or config.model.path
+    backend: Backend = resolve(config.backend.implementation)(config)
+    backend.load(run_dir.read_plan(), world, lambda done, total: None)
+    answerer = Answerer(backend, config, world)
+    address = str(run_dir.path / SOCKET)
+    if world.rank > 0:
+        backend.barrier()  # the first rank listens
+        with Client(address) as to_first:
+            answerer.run(lambda: from_rank_0(None), to_first.send if world.rank in run.answering_ranks else _drop)
+    batches = Batches(most_at_once(config, world))
+    host, _, port = os.environ[ADDRESS].rpartition(":")
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(listen(host, int(port)))
+        stack.enter_context(_tokens_of_others(address, world, backend, batches))
+        stack.enter_context(serving(_service(batches, run).app(), listening))
+        try:
+            answerer.run(lambda: from_rank_0(batches.take(SIGN_OF_LIFE_S)), batches.deliver)
+        except BaseException as error:
+            lines = str(error).strip().splitlines() or [""]
+            batches.fail(f"the engine failed: {type(error).__name__}: {lines[0]}")
+            time.sleep(LAST_WORDS_S)  # for those who wait to be told
+            raise
+
+
+def _drop(news: Sequence[Tokens]) -> None:
+    """Ranks that answer together have the same tokens: those of the first are handed on."""
+
+
+def most_at_once(config: RunConfig, world: World) -> int:
+    """The prompts of one call."""
+    if config.is_continuous:
+        return MOST_AT_ONCE
+    return config.measure.batch_size * (world.world_size if config.splits_prompts else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Answerer:
+    """The loop of a rank."""
+
+    backend: Backend
+    config: RunConfig
+    world: World
+
+    def run(self, next_batch: Callable[[], Batch], hand_on: Callable[[Sequence[Tokens]], None]) -> NoReturn:
+        """Answer batches for ever; `hand_on` is given the tokens of this rank's answers as they come."""
+        while True:
+            batch = next_batch()
+            if batch.sampling is None:
+                continue
+            news = News(hand_on)
+            if isinstance(self.backend, StreamingBackend):
+                self.backend.stream_to(news.on_tokens)
+            own = split(batch.prompts, self.world, self.config)
+            generation = self.backend.generate(own, batch.sampling, news)
+            news(0, [item for item in generation.completions if item.index not in news.ended])
+
+
+@contextlib.contextmanager
+def _tokens_of_others(address: str, world: World, backend: Backend, batches: Batches) -> Iterator[None]:
+    """Within this context the other ranks bring the tokens of their answers."""
+    if world.world_size == 1:
+        yield
+        return
+    with Listener(address) as door:
+        backend.barrier()
+        connections = [door.accept() for _ in range(world.world_size - 1)]
+        for connection in connections:
+            threading.Thread(target=_hand_on, args=(connection, batches), daemon=True).start()
+        yield
+
+
+def _hand_on(connection: Connection, batches: Batches) -> None:
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            batches.deliver(connection.recv())
+
+
+def _service(batches: Batches, run: RunDescription) -> Service:
+    folder = Path(run.model_folder) if run.model_folder else None
+    fields = ConfigFields(run.model_config)
+    path = folder / "tokenizer.json" if folder else None
+    return Service(
+        engine=batches,
+        model=run.run_config.model.name,
+        tokenizer=Tokenizer.from_file(str(path)) if path and path.is_file() else None,
+        vocab_size=fields.size("vocab_size"),
+        context=fields.count("max_position_embeddings") or fields.count("n_positions"),
+    )
+
+
+if __name__ == "__main__":
+    main()
