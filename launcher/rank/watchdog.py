@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from launcher.run_dir.progress import Progress
     from launcher.run_dir.run_dir import RunDir
 
-COLLECTIVE = "distributed_c10d"  # in the stack of a rank that waits for others
+COLLECTIVE = re.compile(r"distributed_c10d|shards/parallel/collectives")
+"""In the stack of a rank that waits for others, in the process group or in shared memory."""
 MAIN = "launcher/rank/rank.py"  # in the stack of a rank's main thread
-ON_DEVICE = re.compile(r"torch/(?:cuda|nn|autograd|_ops|_tensor|functional)\b|transformers/|launcher/backends/decode")
+ON_DEVICE = re.compile(r"torch/(?:cuda|nn|autograd|_ops|_tensor|functional)\b|transformers/|launcher/backends/(?:decode|slots)")
 """Code that does nothing but give a card work and fetch its results: who stays in there waits for the card."""
 
 DUMP_S = 20.0  # the most time that the stacks of all ranks may take
@@ -94,7 +95,7 @@ def waits(stack: str, on_cuda: bool = False) -> bool:
 
     A collective of NCCL only goes into the queue of the card; the rank waits where it next needs something of the card.
     """
-    return COLLECTIVE in stack or (on_cuda and ON_DEVICE.search(_innermost_frame(stack)) is not None)
+    return COLLECTIVE.search(stack) is not None or (on_cuda and ON_DEVICE.search(_innermost_frame(stack)) is not None)
 
 
 def _innermost_frame(stack: str) -> str:

@@ -31,7 +31,7 @@ def console(stderr: bool = False) -> Console:
 
 def print_json(values: Any, always: bool) -> None:
     """Print an object as the last line of stdout for the program that reads it; for a person only if asked to."""
-    if always or not sys.stdout.isatty():
+    if sys.stdout is not None and (always or not sys.stdout.isatty()):
         print(json.dumps(values), flush=True)
 
 

@@ -112,6 +112,9 @@ def test_the_decode_loop_ends_a_phase_with_each_step() -> None:
     assert seen == ["prefill", "decode", "decode"] * 2
 
 
+WIDE = Console(width=200)
+
+
 def text_of(table: object) -> list[list[str]]:
     """The cells of the rows of a table as it is printed."""
     out = StringIO()
@@ -131,14 +134,14 @@ def test_the_report_sets_the_plan_beside_what_was_measured() -> None:
     )  # fmt: skip
     assert record.plan is not None
     run: Record = replace(record, devices=(device,), plan=replace(record.plan, devices=(plan,)))
-    assert phase_table([replace(record)]) is None
-    assert text_of(phase_table([run])) == [
+    assert phase_table([replace(record)], WIDE) is None
+    assert text_of(phase_table([run], WIDE)) == [
         ["0", "load", "81.00 MiB (80.00 MiB)", "90.00 MiB"],
         ["0", "decode", "85.00 MiB (91.00 MiB)", "96.00 MiB"],
     ]
-    assert text_of(phase_table([run, run]))[0][0] == f"{run.backend} x{run.num_devices}"
+    assert text_of(phase_table([run, run], WIDE, ["base", "other"]))[0][0] == "base"
     expected = ["85.00 MiB (91.00 MiB)", "3.00 MiB", "2.00 MiB", "600.00 MiB (591.00 MiB)"]
-    assert text_of(device_table(run)) == [["0", "cuda:0 NVIDIA H200", *expected]]
+    assert text_of(device_table(run, WIDE)) == [["0", "cuda:0 NVIDIA H200", *expected]]
 
 
 def test_no_engine_of_ours_uses_the_attention_that_is_planned_anew_at_each_length() -> None:

@@ -77,7 +77,7 @@ def test_a_slow_load_of_the_engine_beats_while_it_works(
     engine.options, engine.on_cpu, engine.external = engine.config.backend, True, False
     engine.vllm = SimpleNamespace(__path__=[str(tmp_path)])
     monkeypatch.setattr(engine, "_check_platform", lambda: None)
-    monkeypatch.setattr(module, "check_extra", lambda *_: None)
+    monkeypatch.setattr(type(engine.options), "check_extra", lambda *_: None)
     monkeypatch.setattr(engine, "_model_folder", lambda: tmp_path)
     monkeypatch.setattr(engine, "_start", load)
     with pytest.raises(Loaded):

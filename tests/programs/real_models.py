@@ -21,9 +21,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from shards.load.meta import build_meta
+from shards.parallel.collectives import Collectives
 from shards.parallel.fully_shard import fully_shard_model
 from shards.parallel.tensor_parallel import tensor_parallel_model
 
+NO_COLLECTIVES = Collectives("none: only the shapes are of interest", lambda tensor: None, lambda out, part: None)
 WORLD_SIZES = (2, 4, 8, 64, 512)
 
 
@@ -61,7 +63,7 @@ def tensor_parallel(cases: list[tuple[dict[str, Any], int]]) -> list[list[int]]:
 
 
 def tensor_parallel_numel(config: dict[str, Any], size: int, rank: int) -> int:
-    model = tensor_parallel_model(build_meta(config, torch.bfloat16), rank, size)
+    model = tensor_parallel_model(build_meta(config, torch.bfloat16), rank, size, NO_COLLECTIVES)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,18 @@ import psutil
 import pytest
 
 from launcher import plan, probe
+from shards.machine import rates
 from shards.machine.hardware import CPU, Device, Link
 from shards.machine.rates import Measured, cache_file, save, this_machine
 
-MEASURED = Measured(Device("CPU", "cpu", None, 20e9, 1e12, 2e11), 2, Link("2 ranks over gloo", 1e9, 1e-4))
+THIS_CPU = replace(CPU, capacity_bytes=64 << 30)
+MEASURED = Measured(Device("CPU", "cpu", 64 << 30, 20e9, 1e12, 2e11), 2, Link("2 ranks over gloo", 1e9, 1e-4))
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(rates, "main_memory_bytes", lambda: 64 << 30)
     return tmp_path
 
 
@@ -96,12 +100,12 @@ def test_the_rank_that_fails_is_named_at_once_and_none_is_left(
 
 
 def test_figures_are_those_of_as_many_devices(cache: Path) -> None:
-    assert this_machine(os.environ, 2, on_cuda=False) == (CPU, None)
+    assert this_machine(os.environ, 2, on_cuda=False) == (THIS_CPU, None)
     path = save(os.environ, MEASURED)
     assert path.parent == cache / "multi-gpu-launcher"
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     assert this_machine(os.environ, 2, on_cuda=False) == (MEASURED.device, MEASURED.link)
-    assert this_machine(os.environ, 4, on_cuda=False) == (CPU, None)
+    assert this_machine(os.environ, 4, on_cuda=False) == (THIS_CPU, None)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +115,7 @@ def test_a_cache_that_cannot_be_read_is_none(text: str) -> None:
     path = cache_file(os.environ, CPU, 2)
     path.parent.mkdir(parents=True)
     path.write_text(text)
-    assert this_machine(os.environ, 2, on_cuda=False) == (CPU, None)
+    assert this_machine(os.environ, 2, on_cuda=False) == (THIS_CPU, None)
 
 
 def test_the_plan_of_this_machine_takes_what_was_measured(
@@ -122,7 +126,7 @@ def test_the_plan_of_this_machine_takes_what_was_measured(
     assert plan.main(["model=llama_7b", "devices=2", "backend=fsdp", "--markdown"]) == 0
     out = capsys.readouterr().out
     assert "Links: 2xCPU 2 ranks over gloo." in out
-    assert "| **0.154** | - | link |" in out
+    assert "| **0.154** | 19.8 | link |" in out
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import psutil
 import pytest
 from running import ROOT, environment, launcher, left_in_shared_memory, run, wait_until_ended
 
+from launcher.rank.watchdog import waits
 from launcher.run_dir.progress import read_progress
 from launcher.run_dir.run_dir import RunDir
 from launcher.system.processes import end_run, of_run, shared_memory_files
@@ -257,7 +258,7 @@ def test_a_rank_that_stands_still_is_the_one_that_hangs(tmp_path: Path) -> None:
         _, err = process.communicate(timeout=25 + GONE_S)
         _wait_until_gone(run_dir)
     assert (_record(run_dir)["status"], _record(run_dir)["error"]["rank"]) == ("hang", 1), err
-    assert "distributed_c10d" in (run_dir / "stacks_rank_0.txt").read_text()
+    assert waits((run_dir / "stacks_rank_0.txt").read_text())
 
 
 def test_an_error_in_a_rank_is_one_line_and_its_traceback_is_kept(tmp_path: Path) -> None:
@@ -266,6 +267,6 @@ def test_an_error_in_a_rank_is_one_line_and_its_traceback_is_kept(tmp_path: Path
     [first, second] = ended.err.strip().splitlines()
     assert first == "failed: rank 1 in warmup 1/1: RuntimeError: the dummy engine was told to fail at generate"
     [run_dir] = tmp_path.iterdir()
-    assert second == f"The ranks' own words are in {run_dir}/rank_*.log"
+    assert second == f"Logs: {run_dir}/rank_*.log"
     assert "Traceback (most recent call last)" in (run_dir / "rank_1.log").read_text()
     assert "Traceback" in _record(run_dir)["error"]["traceback"]

@@ -62,10 +62,11 @@ def test_the_rank_to_blame(ranks: tuple[Progress | None, ...], rank: int, stage:
     [
         ({0: "all_gather (torch/distributed/distributed_c10d.py:4394)", 1: "no stacks"}, 1),
         ({0: "sleep", 1: "all_gather (torch/distributed/distributed_c10d.py:4394)"}, 0),
+        ({0: "gather (shards/parallel/collectives.py:103)", 1: "no stacks"}, 1),
         ({0: "distributed_c10d", 1: "distributed_c10d"}, 0),
         ({1: "sleep"}, 0),
     ],
-    ids=["the one that nobody waits behind", "already right", "all wait", "one that lives no more"],
+    ids=["the one that nobody waits behind", "already right", "in shared memory", "all wait", "one that lives no more"],
 )
 def test_who_waits_for_another_is_not_to_blame(stacks: dict[int, str], rank: int) -> None:
     found = blame(Outcome("hang", "it hangs", 0, "load"), (at(5, "load"), at(6, "close")), stacks)

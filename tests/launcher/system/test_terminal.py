@@ -120,12 +120,27 @@ def test_ctrl_c_while_importing_is_one_line(module: str, tmp_path: Path) -> None
     assert (ended.code, ended.out, ended.err) == (130, "", "interrupted\n")
 
 
-def interrupted(fifo: Path, *words: str) -> tuple[int, str, str]:
-    """What a command does that gets SIGINT while it waits for the words of a file."""
+WAIT_WHERE_A_FILE_IS_OPENED = """
+import os, sys
+
+def wait(event, arguments):
+    if event == "open" and str(arguments[0]) == os.environ["WAIT_AT"]:
+        with open(os.environ["FIFO"]) as fifo:
+            fifo.read()
+
+sys.addaudithook(wait)
+"""
+
+
+def interrupted(at: Path, *words: str) -> tuple[int, str, str]:
+    """What a command does that gets SIGINT while it opens the file `at`."""
+    fifo = at.with_name("fifo")
     os.mkfifo(fifo)
+    (at.parent / "sitecustomize.py").write_text(WAIT_WHERE_A_FILE_IS_OPENED)
     command = [sys.executable, "-m", *words]
+    environ = environment(PYTHONPATH=f"{at.parent}:{ROOT}", WAIT_AT=str(at), FIFO=str(fifo))
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         with fifo.open("w"):  # returns once the command has opened it, too
@@ -136,20 +151,20 @@ def interrupted(fifo: Path, *words: str) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-@pytest.mark.skip(reason="waits on a FIFO as prompt file, which is refused now: needs another way to wait")
 def test_ctrl_c_before_a_run_has_begun_is_one_line(tmp_path: Path) -> None:
-    fifo = tmp_path / "prompts.txt"
-    ended = interrupted(fifo, *RUN, "prompts=file", f"prompts.path={fifo}", f"output_dir={tmp_path / 'runs'}")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("The capital of France is\n")
+    ended = interrupted(prompts, *RUN, "prompts=file", f"prompts.path={prompts}", f"output_dir={tmp_path / 'runs'}")
     assert ended == (130, "", "interrupted\n")
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.skip(reason="waits on a FIFO as prompt file, which is refused now: needs another way to wait")
 def test_ctrl_c_between_two_points_shows_those_that_are_done(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("The capital of France is\n")
-    fifo = tmp_path / "b.txt"
-    paths = f"prompts.path={tmp_path / 'a.txt'},{fifo},{tmp_path / 'a.txt'}"
-    code, out, err = interrupted(fifo, *RUN, "-m", "prompts=file", paths, f"output_dir={tmp_path / 'runs'}")
+    first, second = tmp_path / "a.txt", tmp_path / "b.txt"
+    for path in (first, second):
+        path.write_text("The capital of France is\n")
+    paths = f"prompts.path={first},{second},{first}"
+    code, out, err = interrupted(second, *RUN, "-m", "prompts=file", paths, f"output_dir={tmp_path / 'runs'}")
     assert (code, "Traceback" in err) == (1, False)
     assert json.loads(out.splitlines()[-1])["points"] == {"ok": 1, "cancelled": 2}
 
