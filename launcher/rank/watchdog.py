@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 COLLECTIVE = re.compile(r"distributed_c10d|shards/parallel/collectives")
 """In the stack of a rank that waits for others, in the process group or in shared memory."""
 MAIN = "launcher/rank/rank.py"  # in the stack of a rank's main thread
-ON_DEVICE = re.compile(r"torch/(?:cuda|nn|autograd|_ops|_tensor|functional)\b|transformers/|launcher/backends/(?:decode|slots)")
+ON_DEVICE = re.compile(
+    r"torch/(?:cuda|nn|autograd|_ops|_tensor|functional)\b|transformers/|launcher/backends/(?:decode|slots)"
+)
 """Code that does nothing but give a card work and fetch its results: who stays in there waits for the card."""
 
 DUMP_S = 20.0  # the most time that the stacks of all ranks may take
