@@ -1,7 +1,9 @@
-"""`python -m launcher.compare RUN_A RUN_B ...`: the first run is the base of every pair. `runs/*` are as many.
+"""`python -m launcher.compare BASE NEW ...`: the first run is the base of every pair. `runs/*` are as many.
 
 Prints what share of the completions is the same, where they first part and how near the two best tokens were there,
-which texts only repeat themselves, the ratio of tokens/s with its spread, and the memory of each device.
+which texts only repeat themselves, and figure by figure (speed, times, load, memory of each device) how much it has
+changed, whether that is more than the repeats of the runs differ, and what else differs of the runs. `--fail-if
+'new_tokens_per_s<0.95'` ends with 1 where a figure of the new run is less than that part of the base's.
 """
 
 from __future__ import annotations
@@ -14,13 +16,15 @@ if __name__ == "__main__":  # before what takes long to import
 import math
 import sys
 from argparse import ArgumentTypeError
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.report.changes_table import changes_table, differences_table
 from launcher.report.comparison_table import COMPARED_MEMORY, show
 from launcher.report.layout import console, print_json
-from launcher.results.comparison import Comparison, FinishedRun, compare
+from launcher.results.changes import EXAMPLE, FigureChange, Rule, changes, other_circumstances
+from launcher.results.comparison import Comparison, Difference, FinishedRun, compare, labels
 from launcher.run_dir.finished import read_finished
 from launcher.system.terminal import Parser, run_command
 from shards.errors import UserError
@@ -28,6 +32,10 @@ from shards.errors import UserError
 if TYPE_CHECKING:
     from argparse import Namespace
     from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from launcher.results.record import Record
 
 
 def missed_thresholds(comparison: Comparison, min_match: float | None, min_speed_ratio: float | None) -> list[str]:
@@ -43,11 +51,37 @@ def missed_thresholds(comparison: Comparison, min_match: float | None, min_speed
     return missed
 
 
-def to_dict(runs: Sequence[FinishedRun], comparisons: Sequence[Comparison], misses: Sequence[str]) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """One run against the base: figure by figure, and whatever else is not the same of them."""
+
+    figures: list[FigureChange]
+    circumstances: list[Difference]
+
+    @classmethod
+    def of(cls, base: Record, new: Record) -> Changes:
+        return cls(changes(base, new), other_circumstances(base, new))
+
+
+def show_changes(parts: Sequence[Changes], names: Sequence[str], out: Console) -> None:
+    """Print each run against the base, figure by figure."""
+    for name, part in zip(names[1:], parts, strict=True):
+        pair = (f"{names[0]} (base)", name if name != names[0] else f"{name} (new)")
+        out.print(changes_table(part.figures, pair, out))
+        if part.circumstances:
+            out.print(differences_table(part.circumstances, pair, out))
+
+
+def to_dict(
+    runs: Sequence[FinishedRun], comparisons: Sequence[Comparison], parts: Sequence[Changes], misses: Sequence[str]
+) -> dict[str, Any]:
     """Everything that was compared, as plain JSON values."""
     return {
         "base": str(runs[0].run_dir),
-        "comparisons": [asdict(comparison) | {"match": comparison.match} for comparison in comparisons],
+        "comparisons": [
+            asdict(comparison) | {"match": comparison.match} | asdict(part)
+            for comparison, part in zip(comparisons, parts, strict=True)
+        ],
         "devices": {str(run.run_dir): _memory(run) for run in runs},
         "missed": list(misses),
     }
@@ -65,6 +99,9 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("others", type=Path, metavar="RUN", nargs="+")
     parser.add_argument("--min-match", type=share, metavar="SHARE", help="least share of equal completions: 1 is all")
     parser.add_argument("--min-speed-ratio", type=ratio, metavar="RATIO", help="least ratio of the median tokens/s")
+    parser.add_argument(
+        "--fail-if", metavar="RULE", action="append", default=[], help=f"a ratio that must not be: '{EXAMPLE}'"
+    )
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     return parser.parse_args(argv)
 
@@ -108,21 +145,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0, 1 where a threshold is missed, 2 where there is nothing to compare (one line on stderr says why)."""
     try:
         arguments = parse(argv)
-        is_strict = arguments.min_match is not None or arguments.min_speed_ratio is not None
+        rules = [Rule.parse(text) for text in arguments.fail_if]
+        is_strict = bool(rules) or arguments.min_match is not None or arguments.min_speed_ratio is not None
         runs = readable(arguments.base, arguments.others, is_strict)
         if arguments.json:
             comparisons = [compare(runs[0], other) for other in runs[1:]]
         else:
             comparisons = show(runs, console())
+        parts = [Changes.of(runs[0].record, other.record) for other in runs[1:]]
+        if not arguments.json:
+            show_changes(parts, labels(runs), console())
+        misses: list[str] = []
+        for comparison, part in zip(comparisons, parts, strict=True):
+            misses += missed_thresholds(comparison, arguments.min_match, arguments.min_speed_ratio)
+            pair = f"{Path(comparison.other).name} against {Path(comparison.base).name}"
+            misses += [line for rule in rules for line in rule.broken_by(part.figures, pair)]
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    misses: list[str] = []
-    for comparison in comparisons:
-        misses += missed_thresholds(comparison, arguments.min_match, arguments.min_speed_ratio)
     for line in misses:
         print(f"missed: {line}", file=sys.stderr)
-    print_json(to_dict(runs, comparisons, misses), arguments.json)
+    print_json(to_dict(runs, comparisons, parts, misses), arguments.json)
     return 1 if misses else 0
 
 

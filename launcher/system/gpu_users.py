@@ -26,6 +26,14 @@ def neighbours(environ: Mapping[str, str], devices: int) -> list[str]:
     return found
 
 
+HELD = "when the run began"
+
+
+def is_of_a_neighbour(note: str) -> bool:
+    """Whether a note of a run is a sentence about a foreign process."""
+    return note.endswith(HELD)
+
+
 def sentence(uuid: str, process: CardProcess) -> str:
     """What is to be said of one process."""
     held = "memory" if process.memory_bytes is None else f"{process.memory_bytes / GIB:.2f} GiB"
@@ -33,4 +41,4 @@ def sentence(uuid: str, process: CardProcess) -> str:
         name = psutil.Process(process.pid).name()
     except psutil.Error:
         name = "not visible from here"
-    return f"{uuid}: process {process.pid} ({name}) already held {held} when the run began"
+    return f"{uuid}: process {process.pid} ({name}) already held {held} {HELD}"

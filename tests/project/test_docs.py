@@ -19,6 +19,7 @@ from launcher.config.schema import ConfigError
 from launcher.config.sweeps import expand_sweep
 from launcher.doctor.__main__ import parse as parse_doctor
 from launcher.experiments import parse as parse_experiments
+from launcher.history import parse as parse_history
 from launcher.launch.nodes import check_nodes
 from launcher.report.__main__ import parse as parse_report
 from launcher.serve.__main__ import parse as parse_served
@@ -58,6 +59,7 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
     "launcher": compose, "launcher.plan": show_plan, "launcher.probe": probe.parse, "launcher.compare": compare.parse,
     "launcher.doctor": parse_doctor, "launcher.report": parse_report,
     "launcher.experiments": parse_experiments, "launcher.status": follow, "launcher.serve": parse_serve,
+    "launcher.history": parse_history,
 }  # fmt: skip
 
 

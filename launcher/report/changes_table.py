@@ -1,0 +1,68 @@
+"""Two runs figure by figure, with a verdict on each, and what else is not the same of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+
+from launcher.report.layout import fitted
+from launcher.report.units import rate, seconds, size
+from launcher.results.changes import MEMORY, SPEEDS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from launcher.results.changes import FigureChange, Values
+    from launcher.results.comparison import Difference
+
+NAMES = {
+    "new_tokens_per_s": "new tokens/s",
+    "prefill_tokens_per_s": "prefill tokens/s",
+    "decode_tokens_per_s": "decode tokens/s",
+    "ttft_s": "time to first token",
+    "itl_s": "inter-token latency",
+    "tpot_s": "time per token after it",
+    "e2el_s": "time to last token",
+    "load_s": "load",
+    "parameter_bytes": "parameters",
+    "kv_cache_bytes": "KV cache",
+    "kv_cache_reserved_bytes": "KV cache reserved",
+    "peak_allocated_bytes": "peak allocated",
+    "peak_reserved_bytes": "peak reserved",
+    "nvml_used_bytes": "NVML",
+    "host_anonymous_bytes": "host anonymous",
+}
+
+
+def changes_table(changes: Sequence[FigureChange], names: Sequence[str], out: Console) -> Table:
+    """A row for each figure; `names` are those of the base and the new run."""
+    rows = []
+    for change in changes:
+        label = NAMES[change.name] + ("" if change.rank is None else f", rank {change.rank}")
+        ratio = "-" if change.ratio is None else f"{change.ratio:,.3f}"
+        verdict = f"[bold]{change.verdict}[/]" if change.is_different else change.verdict
+        rows.append([label, shown(change.name, change.base), shown(change.name, change.new), ratio, verdict])
+    columns = ("figure", names[0], names[1], "new/base", "verdict")
+    return fitted(out, columns, rows, texts=("figure", "verdict", *names), title=None)
+
+
+def shown(name: str, values: Values) -> str:
+    """A value with its unit, and the least and most of its repeats."""
+    unit = seconds
+    if name in SPEEDS:
+        unit = rate
+    if name in MEMORY:
+        return size(int(values.median))
+    middle = unit(values.median)
+    return middle if values.repeats < 2 else f"{middle} ({unit(values.min)} … {unit(values.max)})"
+
+
+def differences_table(differences: Sequence[Difference], names: Sequence[str], out: Console) -> Table:
+    """What is not the same of two runs."""
+    rows = [[escape(one.key), escape(str(one.base)), escape(str(one.other))] for one in differences]
+    columns = ("what differs", *names)
+    return fitted(out, columns, rows, texts=columns)

@@ -1,0 +1,213 @@
+"""Two records figure by figure: faster or slower, by how much, and whether that is more than their repeats differ."""
+
+from __future__ import annotations
+
+import operator
+import re
+import statistics
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from launcher.config.schema import HOW_IT_IS_RUN
+from launcher.config.values import flat
+from launcher.results.comparison import Difference
+from launcher.results.serving import tpot_s
+from launcher.system.gpu_users import is_of_a_neighbour
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from launcher.results.record import Record
+
+SMALLEST = 0.02
+"""A difference of less is none: two starts of one program differ by as much."""
+
+MARGINS = {2: 8.0, 3: 2.0, 4: 1.0}
+MARGIN = 0.25
+"""How many times the wider spread the ranges of so many repeats have to lie apart, at the least, to be different. With
+normal noise that happens to two equal runs by chance in 1 of 250 cases at most."""
+
+SPEEDS = ("new_tokens_per_s", "prefill_tokens_per_s", "decode_tokens_per_s")
+TIMES = ("ttft_s", "itl_s", "tpot_s", "e2el_s", "load_s")
+MEMORY = (
+    "parameter_bytes", "kv_cache_bytes", "kv_cache_reserved_bytes", "peak_allocated_bytes", "peak_reserved_bytes",
+    "nvml_used_bytes", "host_anonymous_bytes",
+)  # fmt: skip
+
+OPERATORS: dict[str, Callable[[float, float], bool]] = {
+    "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """A figure of one run: its value, and the least and most of the repeats where there are several."""
+
+    median: float
+    min: float
+    max: float
+    repeats: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Values:
+        return cls(statistics.median(values), min(values), max(values), len(values))
+
+
+@dataclass(frozen=True, slots=True)
+class FigureChange:
+    """A figure of two runs, of memory that of the device of one rank. `ratio` is new over base, None where that is 0.
+
+    `is_different` where the repeats leave no doubt; of a figure with one value None, as its spread is not known.
+    """
+
+    name: str
+    rank: int | None
+    base: Values
+    new: Values
+    ratio: float | None
+    is_different: bool | None
+    verdict: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What must not be: a ratio (new over base) of a figure below or above a number, as in `new_tokens_per_s<0.95`."""
+
+    name: str
+    sign: str
+    limit: float
+
+    @classmethod
+    def parse(cls, text: str) -> Rule:
+        """UserError for a text that is none, or for a figure that there is not."""
+        parts = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>)\s*(\d+(?:\.\d*)?|\.\d+)\s*", text)
+        if parts is None:
+            raise UserError(f"--fail-if {text!r} is not a figure, < or >, and a ratio.", f"--fail-if '{EXAMPLE}'")
+        name, sign, limit = parts.groups()
+        if name not in (*SPEEDS, *TIMES, *MEMORY):
+            raise UserError(f"--fail-if: {name} is no figure.", f"one of {', '.join((*SPEEDS, *TIMES, *MEMORY))}")
+        return cls(name, sign, float(limit))
+
+    def broken_by(self, changes: Iterable[FigureChange], names: str) -> list[str]:
+        """A sentence for each change that must not be; UserError where the figure was not measured in both runs."""
+        own = [change for change in changes if change.name == self.name and change.ratio is not None]
+        if not own:
+            raise UserError(f"--fail-if: {self.name} is not known of both runs ({names}).", f"--fail-if '{EXAMPLE}'")
+        return [
+            f"{names}: {change.name}{'' if change.rank is None else f' of rank {change.rank}'} is "
+            f"{change.ratio:.3f} of the base, which is {self.sign} {self.limit:g}."
+            for change in own
+            if change.ratio is not None and OPERATORS[self.sign](change.ratio, self.limit)
+        ]
+
+
+EXAMPLE = "new_tokens_per_s<0.95"
+
+
+def changes(base: Record, new: Record) -> list[FigureChange]:
+    """All figures that both runs have: speeds and times by their repeats, the load, and the memory of each device."""
+    ours, theirs = repeated(base), repeated(new)
+    found = [change_of(name, ours[name], theirs[name]) for name in ours if name in theirs]
+    by_rank = {device.rank: device for device in new.devices}
+    for device in base.devices:
+        for name in MEMORY:
+            before, after = getattr(device, name), getattr(by_rank.get(device.rank), name, None)
+            if before is not None and after is not None:
+                found.append(change_of(name, (before,), (after,), device.rank))
+    return found
+
+
+def repeated(record: Record) -> dict[str, tuple[float, ...]]:
+    """The values of the repeats of each speed and time that was measured; of quantiles the medians of each repeat."""
+    values: dict[str, tuple[float | None, ...]] = {}
+    if record.metrics is not None:
+        values |= {name: getattr(record.metrics, name).values for name in SPEEDS}
+        by_number: dict[int, list[Any]] = {}
+        for repeat in (repeat for rank in record.ranks for repeat in rank.repeats if repeat.completions):
+            by_number.setdefault(repeat.number, []).append(repeat)
+        parts = list(by_number.values())
+        values |= {
+            name: tuple(_middle(value for one in part for value in getattr(one, name)) for part in parts)
+            for name in ("ttft_s", "itl_s", "e2el_s")
+        }
+        values["tpot_s"] = tuple(_middle(tpot_s(part)) for part in parts)
+    values["load_s"] = (record.load_s,)
+    known = {name: tuple(value for value in values.get(name, ()) if value is not None) for name in (*SPEEDS, *TIMES)}
+    return {name: own for name, own in known.items() if own and len(own) == len(values[name])}
+
+
+def _middle(values: Iterable[float]) -> float | None:
+    known = list(values)
+    return statistics.median(known) if known else None
+
+
+def change_of(name: str, base: Sequence[float], new: Sequence[float], rank: int | None = None) -> FigureChange:
+    """One figure of two runs, from the values of their repeats."""
+    ours, theirs = Values.of(base), Values.of(new)
+    ratio = theirs.median / ours.median if ours.median else None
+    if not ours.median:
+        ratio = 1.0 if not theirs.median else None
+    is_different = _is_different(ours, theirs)
+    return FigureChange(name, rank, ours, theirs, ratio, is_different, _verdict(name, ratio, is_different))
+
+
+def _is_different(base: Values, new: Values) -> bool | None:
+    repeats = min(base.repeats, new.repeats)
+    if repeats < 2:
+        return None
+    gap = max(new.min - base.max, base.min - new.max)
+    widest = max(base.max - base.min, new.max - new.min)
+    is_large = abs(new.median - base.median) >= SMALLEST * base.median
+    return is_large and gap > MARGINS.get(repeats, MARGIN) * widest
+
+
+def _verdict(name: str, ratio: float | None, is_different: bool | None) -> str:
+    if ratio is None:
+        return "0 before"
+    if ratio == 1:
+        return "equal"
+    if is_different is False:
+        return "no difference beyond the spread"
+    words = ("more", "less")
+    if name in SPEEDS:
+        words = ("faster", "slower")
+    elif name in TIMES:
+        words = ("longer", "shorter")
+    percent = abs(ratio - 1) * 100
+    size = f"{percent:.0f} %" if percent >= 10 else f"{percent:.2g} %"
+    text = f"{size} {words[0] if ratio > 1 else words[1]}"
+    if is_different:
+        return f"{text}, outside the spread of both"
+    return text if name in MEMORY else f"{text}, of one value each: the spread is not known"
+
+
+def circumstances(record: Record) -> dict[str, Any]:
+    """All that a figure may depend on, by dotted keys: configuration, versions, code, hardware, driver, neighbours."""
+    values = flat({name: value for name, value in record.config.items() if name not in HOW_IT_IS_RUN})
+    environment = record.environment
+    if environment is not None:
+        git, gpus = environment.git, environment.gpus
+        values |= {
+            "launcher": environment.launcher,
+            "commit": git and f"{git.commit[:12]}{' with changes' if git.dirty else ''}",
+            "python": environment.python,
+            **{f"version of {name}": version for name, version in environment.packages.items()},
+            "host": environment.host,
+            "platform": environment.platform,
+            "cpu": environment.cpu,
+            "cpu_count": environment.cpu_count,
+            "gpus": gpus and ", ".join(name or "?" for name in gpus.names),
+            "driver": gpus and gpus.driver,
+            "cuda_driver": gpus and gpus.cuda_driver,
+        }
+    values["neighbours"] = "; ".join(note for note in record.notes if is_of_a_neighbour(note)) or None
+    return values
+
+
+def other_circumstances(base: Record, new: Record) -> list[Difference]:
+    """What is not the same of two runs, in the order of `circumstances`."""
+    ours: Mapping[str, Any] = circumstances(base)
+    theirs: Mapping[str, Any] = circumstances(new)
+    keys = dict.fromkeys((*ours, *theirs))
+    return [Difference(key, ours.get(key), theirs.get(key)) for key in keys if ours.get(key) != theirs.get(key)]
