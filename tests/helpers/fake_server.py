@@ -167,13 +167,14 @@ class FakeServer:
         await self.stream(answer(request), prompt_length(request), out)
 
     async def timed(self, request: Seen, out: Responder) -> None:
-        """All streams send at the same moments, and each event says when it was sent."""
+        """All streams send at the same moments, and the text of each event is the moment at which it was sent."""
         out.head()
         for step, token in enumerate(answer(request)):
             now = perf_counter()
             await asyncio.sleep(self.step_s - now % self.step_s)
             event = choice([token], None if step + 1 < request.body["max_tokens"] else "length")
-            out.event(event | {"sent": perf_counter()})
+            event["choices"][0]["text"] = f" {perf_counter():.7f}"
+            out.event(event)
         out.event(usage(prompt_length(request), request.body["max_tokens"]))
         out.piece(b"data: [DONE]\n\n")
         out.end()
