@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
 TEXTS = ROOT / "tests" / "ragged_prompts.txt"
 SET = ("model=tiny_llama", "prompts=file", f"prompts.path={TEXTS}", "accelerator=cpu")
+RAY = os.environ.get("RAY_PYTHON") or (sys.executable if find_spec("ray") else None)
 WAYS = {
     "one by one": "load.concurrency=1",
     "eight at once": "load.concurrency=8",
@@ -159,11 +163,22 @@ def test_the_server_of_transformers_gives_the_texts_of_the_reference(
     reference: FinishedRun, tmp_path: Path, arguments: str
 ) -> None:
     with started(tmp_path, "server=transformers", f"server.arguments={arguments}") as running:
-        for way in ("eight at once", "by Poisson"):
+        for way in WAYS:
             generation = running.ask(way)
             check_answers(generation, reference)
             assert generation.server is not None
             assert (generation.server.dialect, generation.server.tokens_checked) == ("transformers", "text")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(RAY is None, reason="Ray is not in the lock: RAY_PYTHON= an interpreter that has ray[llm]")
+def test_ray_serve_gives_the_tokens_of_the_reference(reference: FinishedRun, tmp_path: Path) -> None:
+    with started(tmp_path, "server=ray", f"server.python={RAY}") as running:
+        for way in WAYS:
+            generation = running.ask(way)
+            check_answers(generation, reference)
+            assert generation.server is not None
+            assert (generation.server.dialect, generation.server.tokens_checked) == ("vllm", "ids")
 
 
 @pytest.mark.parametrize(
