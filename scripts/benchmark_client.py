@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib
 import json
 import os
 import statistics
@@ -21,7 +22,7 @@ import sys
 import tempfile
 from itertools import accumulate
 from pathlib import Path
-from time import perf_counter, process_time
+from time import process_time
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +41,8 @@ FAKE_SERVER = ROOT / "tests" / "helpers" / "fake_server.py"
 CLIENTS = ("launcher", "vllm")
 LIMIT_S = 900
 BENCH = (
-    "from vllm.benchmarks.serve import add_cli_args, main; from vllm.utils.argparse_utils import FlexibleArgumentParser;"
+    "from vllm.benchmarks.serve import add_cli_args, main;"
+    "from vllm.utils.argparse_utils import FlexibleArgumentParser;"
     "parser = FlexibleArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
 )
 PROMPT_IDS = (5, 7, 9, 11)
@@ -172,15 +174,16 @@ async def ask_as_launcher(url: str, streams: int, tokens: int) -> Times:
 
 async def ask_as_vllm(url: str, streams: int, tokens: int) -> Times:
     """As `vllm bench serve --backend openai` does, with its function and its settings of the session."""
-    import aiohttp
-    from vllm.benchmarks.lib.endpoint_request_func import RequestFuncInput, async_request_openai_completions
-
+    aiohttp = importlib.import_module("aiohttp")  # only the process of this client has vLLM and what it needs
+    bench = importlib.import_module("vllm.benchmarks.lib.endpoint_request_func")
     connector = aiohttp.TCPConnector(
         limit=streams, limit_per_host=streams, ttl_dns_cache=300, keepalive_timeout=60, enable_cleanup_closed=True
     )
-    asked = RequestFuncInput(list(PROMPT_IDS), f"{url}/v1/completions", len(PROMPT_IDS), tokens, "fake")
+    asked = bench.RequestFuncInput(list(PROMPT_IDS), f"{url}/v1/completions", len(PROMPT_IDS), tokens, "fake")
     async with aiohttp.ClientSession(connector=connector, trust_env=True) as session:
-        outputs = await asyncio.gather(*(async_request_openai_completions(asked, session) for _ in range(streams)))
+        outputs = await asyncio.gather(
+            *(bench.async_request_openai_completions(asked, session) for _ in range(streams))
+        )
     times: Times = []
     for output in outputs:
         assert output.success, output.error
