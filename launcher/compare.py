@@ -16,26 +16,27 @@ if __name__ == "__main__":  # before what takes long to import
 import math
 import sys
 from argparse import ArgumentTypeError
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.report.changes_table import changes_table, differences_table
+from rich.markup import escape
+
+from launcher.report.changes_table import show_changes
 from launcher.report.comparison_table import COMPARED_MEMORY, show
 from launcher.report.layout import console, print_json
-from launcher.results.changes import EXAMPLE, FigureChange, Rule, changes, other_circumstances
-from launcher.results.comparison import Comparison, Difference, FinishedRun, compare, labels
+from launcher.report.tables import badge_line
+from launcher.results.changes import EXAMPLE, Changes, Rule
+from launcher.results.comparison import Comparison, FinishedRun, compare, labels
 from launcher.run_dir.finished import read_finished
+from launcher.run_dir.run_dir import RunDir
+from launcher.run_dir.verify import verdict_of
 from launcher.system.terminal import Parser, run_command
 from shards.errors import UserError
 
 if TYPE_CHECKING:
     from argparse import Namespace
     from collections.abc import Sequence
-
-    from rich.console import Console
-
-    from launcher.results.record import Record
 
 
 def missed_thresholds(comparison: Comparison, min_match: float | None, min_speed_ratio: float | None) -> list[str]:
@@ -51,27 +52,6 @@ def missed_thresholds(comparison: Comparison, min_match: float | None, min_speed
     return missed
 
 
-@dataclass(frozen=True, slots=True)
-class Changes:
-    """One run against the base: figure by figure, and whatever else is not the same of them."""
-
-    figures: list[FigureChange]
-    circumstances: list[Difference]
-
-    @classmethod
-    def of(cls, base: Record, new: Record) -> Changes:
-        return cls(changes(base, new), other_circumstances(base, new))
-
-
-def show_changes(parts: Sequence[Changes], names: Sequence[str], out: Console) -> None:
-    """Print each run against the base, figure by figure."""
-    for name, part in zip(names[1:], parts, strict=True):
-        pair = (f"{names[0]} (base)", name if name != names[0] else f"{name} (new)")
-        out.print(changes_table(part.figures, pair, out))
-        if part.circumstances:
-            out.print(differences_table(part.circumstances, pair, out))
-
-
 def to_dict(
     runs: Sequence[FinishedRun], comparisons: Sequence[Comparison], parts: Sequence[Changes], misses: Sequence[str]
 ) -> dict[str, Any]:
@@ -83,6 +63,7 @@ def to_dict(
             for comparison, part in zip(comparisons, parts, strict=True)
         ],
         "devices": {str(run.run_dir): _memory(run) for run in runs},
+        "verified": {str(run.run_dir): verdict_of(RunDir(run.run_dir)) for run in runs},
         "missed": list(misses),
     }
 
@@ -155,6 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parts = [Changes.of(runs[0].record, other.record) for other in runs[1:]]
         if not arguments.json:
             show_changes(parts, labels(runs), console())
+            for run, name in zip(runs, labels(runs), strict=True):
+                console().print(f"{escape(name)}: {badge_line(RunDir(run.run_dir))}", soft_wrap=True)
         misses: list[str] = []
         for comparison, part in zip(comparisons, parts, strict=True):
             misses += missed_thresholds(comparison, arguments.min_match, arguments.min_speed_ratio)

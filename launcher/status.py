@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
-from rich.table import Column, Table
 
 from launcher.config.schema import ConfigError
 from launcher.launch.slurm import arrays, jobs
@@ -34,6 +33,7 @@ from launcher.results.record import Record, RunError
 from launcher.results.verdict import STATUSES
 from launcher.run_dir.finish import unfinished
 from launcher.run_dir.run_dir import RunDir, run_dirs_in
+from launcher.run_dir.verify import references_in, verdict_of
 from launcher.system.files import absolute
 from launcher.system.terminal import run_command
 from shards.errors import UserError
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from rich.console import Console
+    from rich.table import Table
 
 POLL_S = 2.0
 FLAGS = ("--follow", "--json")
@@ -123,7 +124,10 @@ def _show_tables(points: Sequence[Point], records: Sequence[Record], out: Consol
     names = [" ".join(point.overrides) for point in points]
     is_of_a_sweep = any(point.run_dir and point.run_dir.path.name not in point.overrides for point in points)
     if len(points) > 1 and not is_of_a_sweep:
-        out.print(history(names, records))
+        parents = {point.run_dir.path.parent for point in points if point.run_dir}
+        references = [run for parent in sorted(parents) for run in references_in(parent)]
+        badges = [verdict_of(point.run_dir, references) if point.run_dir else "" for point in points]
+        out.print(history(names, records, badges, out))
     else:
         show_sweep(records, varied([point.overrides for point in points]), out)
     for name, record in zip(names, records, strict=True):
@@ -134,17 +138,19 @@ def _show_tables(points: Sequence[Point], records: Sequence[Record], out: Consol
                 out.print(f"  the output of its job is in {log}", markup=False, soft_wrap=True)
 
 
-def history(names: Sequence[str], records: Sequence[Record]) -> Table:
-    """A row a run: when it was, of what, and what became of it."""
-    table = Table(Column("run", overflow="fold"), "started", "model", "backend", "devices", "status", "new tokens/s")
-    for name, record in zip(names, records, strict=True):
+def history(names: Sequence[str], records: Sequence[Record], badges: Sequence[str], out: Console) -> Table:
+    """A row a run: when it was, of what, what became of it, and whether its figures can be relied on."""
+    rows = []
+    for name, record, badge in zip(names, records, badges, strict=True):
         moment = record.started_at
         started = "-"
         with contextlib.suppress(OverflowError, OSError):  # of no year that there is
             started = time.strftime("%Y-%m-%d %H:%M", time.localtime(moment)) if moment else "-"
         devices, speed = str(record.num_devices or "-"), rate(record.new_tokens_per_s)
-        table.add_row(escape(name), started, escape(record.model), record.backend, devices, record.status, speed)
-    return table
+        engine = (escape(record.model), record.backend, devices)
+        rows.append([escape(name), started, *engine, record.status, badge or "-", speed])
+    columns = ("run", "started", "model", "backend", "devices", "status", "verified", "new tokens/s")
+    return layout.fitted(out, columns, rows, texts=("run", "model"), optional=("devices", "model", "started"))
 
 
 def _unreadable(folder: Path, why: str) -> Record:

@@ -22,7 +22,7 @@ from shards.load.meta import build_meta
 from shards.load.random_weights import fill_random
 from shards.machine.hardware import MIB
 from shards.machine.process_group import any_rank, barrier, connect, connect_cards, device_of, disconnect
-from shards.model.shape import KNOWN_FAMILIES
+from shards.model.shape import KNOWN_FAMILIES, plan_tolerance
 from shards.parallel.families import keep_kv_heads_only
 from shards.parallel.products import pack_weights
 
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
     from shards.plan.plan import Plan
 
     Progress = Callable[[int, int], None]
-
-
-KNOWN_TOLERANCE, OTHER_TOLERANCE = 0.01, 0.25  # plans are exact for the families they know, good guesses for others
 
 
 class ModuleBackend(ABC):
@@ -93,8 +90,7 @@ class ModuleBackend(ABC):
         shares = [device.parameter_bytes for device in plan.devices]
         planned = shares[self.world.rank] if self.config.backend.one_process_per_device else sum(shares)
         held = sum(local_tensor(parameter).nbytes for parameter in self.model.parameters())
-        known = getattr(self.model.config, "model_type", None) in KNOWN_FAMILIES
-        tolerance = KNOWN_TOLERANCE if known else OTHER_TOLERANCE
+        tolerance = plan_tolerance(getattr(self.model.config, "model_type", None))
         check_share(self.world.rank, held, planned, plan.num_parameters * self.dtype.itemsize, tolerance)
 
     def meta_model(self) -> torch.nn.Module:

@@ -80,6 +80,7 @@ class BackendConfig:
     needs_device: ClassVar[bool] = True  # False: nothing of it runs on the devices of this machine
     needs_weights: ClassVar[bool] = True  # False: of a model only config and tokenizer are looked at
     loads_by_name: ClassVar[bool] = False  # True: `shards.load` gives it every tensor by the name in the model
+    is_reference: ClassVar[bool] = False  # True: others are held against its tokens
     own_random_weights: ClassVar[bool] = False  # True: model.weights=random makes others than in other engines
     stored_weights: ClassVar[str] = "loads plain weights only"  # said of a checkpoint that `reads` denies
 

@@ -16,7 +16,7 @@ from launcher.launch.slurm.arrays import run_job
 from launcher.prepare.prepare import prepare
 from launcher.report.layout import console
 from launcher.report.progress_bars import Bars, Turn
-from launcher.run_dir.create import directory_of
+from launcher.run_dir.create import create_run_dir, directory_of
 from launcher.system.files import writing_in
 
 if TYPE_CHECKING:
@@ -37,6 +37,23 @@ def run(config: RunConfig, command: tuple[str, ...] = (), turn: Turn | None = No
         if config.measure.find_batch_size:
             return run_with_largest_batch(prepared, start)
         return start(directory_of(prepared), turn)
+
+
+def run_again(run_dir: RunDir, output_dir: str, command: tuple[str, ...] = ()) -> Record:
+    """Make a run once more from its directory alone, with the batch that it had, in a new directory of `output_dir`.
+
+    UserError for a directory that has no run, and for whatever keeps the run from starting.
+    """
+    before = run_dir.read_run()
+    config = before.run_config
+    config.output_dir, config.run_dir, config.resume, config.measure.find_batch_size = output_dir, None, False, False
+    beside = Path(before.folder) / config.model.path
+    if beside.is_dir():  # as it was found from where the command was given
+        config.model.path = str(beside)
+    prepared = prepare(config, command, run_dir.read_prompts())
+    check_one_node(prepared.config)
+    with writing_in(Path(output_dir)):
+        return start(create_run_dir(prepared))
 
 
 def start(run_dir: RunDir, turn: Turn | None = None) -> Record:

@@ -39,8 +39,11 @@ HEAD = "lm_head.weight"
 WORKER_PACKAGES = ("msgspec", "psutil", "tokenizers", "pynvml")  # what a rank needs beside its engine
 
 
-def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
-    """Resolve, check and plan a run; nothing is written. Raises UserError."""
+def prepare(config: RunConfig, command: tuple[str, ...], given: Sequence[Prompt] = ()) -> Run:
+    """Resolve, check and plan a run, of the prompts of its configuration or those that are given as token ids.
+
+    Nothing is written. Raises UserError.
+    """
     _check_launch(config)
     on_cuda = check_node(config)
     if config.launch.nccl_debug and not on_cuda:
@@ -60,7 +63,9 @@ def prepare(config: RunConfig, command: tuple[str, ...]) -> Run:
         elif checkpoint.tensors:  # those of pytorch_model*.bin only a rank can tell, by torch
             _check_names(config, checkpoint, model_config)
             tensors = checkpoint.tensors
-    if config.dry_run and (folder is None or not has_tokenizer(folder)) and config.prompts.input_tokens is None:
+    if given:
+        prompts = list(given)
+    elif config.dry_run and (folder is None or not has_tokenizer(folder)) and config.prompts.input_tokens is None:
         notes.append(f"{config.model.path} has no tokenizer here: prompts are counted as a token for each 4 bytes")
         prompts = guessed_prompts(config, vocab_size)
     else:

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     from launcher.backends.base import Backend, Completion, Generation, Prompt
     from launcher.config.schema import RunConfig
+    from launcher.results.completions import Saved
     from launcher.results.measured import RequestFailure
     from launcher.run_dir.progress import ProgressWriter
-    from launcher.run_dir.run_dir import Saved
     from shards.machine.world import World
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from launcher.report.page import page
 from launcher.report.rows import JSON, csv_text, markdown_text, rows_of
 from launcher.run_dir.run_dir import RunDir, run_dirs_in
+from launcher.run_dir.verify import references_in, verdict_of
 from launcher.system.files import read_json, write_text
 from launcher.system.terminal import Parser, run_command
 from launcher.version import __version__
@@ -40,9 +41,9 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     return parser.parse_args(argv)
 
 
-def read_records(paths: Sequence[Path]) -> list[Record]:
-    """The records of all runs below the paths, in order; UserError where there is none."""
-    records = []
+def read_runs(paths: Sequence[Path]) -> list[tuple[RunDir, Record]]:
+    """All runs below the paths that have a record, in order, with it; UserError where there is none."""
+    runs = []
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path} is not a folder.", "the folder of a run, of a sweep, or of several runs: runs")
@@ -51,10 +52,10 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
             if record is None:
                 print(f"note: {one} has no record yet, and is left out", file=sys.stderr)
             else:
-                records.append(record)
-    if not records:
+                runs.append((one, record))
+    if not runs:
         raise UserError(f"No run with a record is in {', '.join(map(str, paths))}.", "python -m launcher, then again")
-    return records
+    return runs
 
 
 def runs_in(path: Path) -> list[RunDir]:
@@ -67,17 +68,23 @@ def runs_in(path: Path) -> list[RunDir]:
     return run_dirs_in(path)
 
 
-def write_page(records: Sequence[Record], page_path: Path | None, folder: Path | None, formats: Sequence[str]) -> None:
+def write_page(
+    runs: Sequence[tuple[RunDir, Record]], page_path: Path | None, folder: Path | None, formats: Sequence[str]
+) -> None:
     """The page, the figures as files, or both; UserError where matplotlib is not installed."""
     try:
         sections = importlib.import_module("launcher.report.sections")
     except ModuleNotFoundError as error:
         raise UserError(f"Figures need {error.name}, which is not installed.", 'pip install -e ".[report]"') from None
     figures = importlib.import_module("launcher.report.figures")
-    report = sections.Report(records)
+    records = [record for _, record in runs]
+    references = {folder: references_in(folder) for folder in {run_dir.path.parent for run_dir, _ in runs}}
+    badges = [verdict_of(run_dir, references[run_dir.path.parent]) for run_dir, _ in runs]
+    report = sections.Report(records, badges)
     parts = report.sections()
     if page_path is not None:
-        summary = f"{len(records)} runs, {sum(record.status == 'ok' for record in records)} of them ok."
+        summary = f"{len(records)} runs, {sum(record.status == 'ok' for record in records)} of them ok, "
+        summary += f"{badges.count('VALID')} valid (python -m launcher.verify)."
         footer = f"launcher {__version__}, {time.strftime('%Y-%m-%d %H:%M')}"
         write_text(page_path, page(f"Runs of {records[0].model}", summary, parts, footer))
         print(f"wrote {page_path}", file=sys.stderr)
@@ -96,9 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         formats = arguments.format.split(",")
         if unknown := [name for name in formats if name not in FORMATS]:
             raise UserError(f"--format={unknown[0]} is not known.", f"--format={','.join(FORMATS)}")
-        records = read_records(arguments.paths)
+        runs = read_runs(arguments.paths)
         if arguments.html or arguments.figures:
-            write_page(records, arguments.html, arguments.figures, formats)
+            write_page(runs, arguments.html, arguments.figures, formats)
     except OSError as error:
         print(
             UserError(f"Cannot write {error.filename}: {error.strerror}.", "a path that can be written"),
@@ -108,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    rows = rows_of(records)
+    rows = rows_of([record for _, record in runs])
     if arguments.csv:
         print(csv_text(rows), end="")
     elif arguments.json:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from launcher.results.changes import FigureChange, Values
+    from launcher.results.changes import Changes, FigureChange, Values
     from launcher.results.comparison import Difference
 
 NAMES = {
@@ -38,6 +38,15 @@ NAMES = {
 }
 
 
+def show_changes(parts: Sequence[Changes], names: Sequence[str], out: Console) -> None:
+    """Print each run against the base, figure by figure; the first of `names` is the base's."""
+    for name, part in zip(names[1:], parts, strict=True):
+        pair = (f"{names[0]} (base)", name)
+        out.print(changes_table(part.figures, pair, out))
+        if part.circumstances:
+            out.print(differences_table(part.circumstances, pair, out))
+
+
 def changes_table(changes: Sequence[FigureChange], names: Sequence[str], out: Console) -> Table:
     """A row for each figure; `names` are those of the base and the new run."""
     rows = []
@@ -46,8 +55,8 @@ def changes_table(changes: Sequence[FigureChange], names: Sequence[str], out: Co
         ratio = "-" if change.ratio is None else f"{change.ratio:,.3f}"
         verdict = f"[bold]{change.verdict}[/]" if change.is_different else change.verdict
         rows.append([label, shown(change.name, change.base), shown(change.name, change.new), ratio, verdict])
-    columns = ("figure", names[0], names[1], "new/base", "verdict")
-    return fitted(out, columns, rows, texts=("figure", "verdict", *names), title=None)
+    columns = ("figure", *map(escape, names), "new/base", "verdict")
+    return fitted(out, columns, rows, texts=("figure", "verdict", *columns[1:3]))
 
 
 def shown(name: str, values: Values) -> str:
@@ -64,5 +73,5 @@ def shown(name: str, values: Values) -> str:
 def differences_table(differences: Sequence[Difference], names: Sequence[str], out: Console) -> Table:
     """What is not the same of two runs."""
     rows = [[escape(one.key), escape(str(one.base)), escape(str(one.other))] for one in differences]
-    columns = ("what differs", *names)
+    columns = ("what differs", *map(escape, names))
     return fitted(out, columns, rows, texts=columns)

@@ -42,8 +42,8 @@ AXES = {"num_devices": "devices", "batch_size": "batch size"}
 class Report:
     """The figures and sections of some runs, in the order in which a page shows them."""
 
-    def __init__(self, records: Sequence[Record]) -> None:
-        self.records = records
+    def __init__(self, records: Sequence[Record], badges: Sequence[str] = ()) -> None:
+        self.records, self.badges = records, badges or ("",) * len(records)
         self.swept = swept_keys(records)
         self.labels = unique([label_of(record, self.swept) for record in records])
         self.measured = [
@@ -65,7 +65,7 @@ class Report:
 
     def _overview(self) -> Section:
         rows = []
-        for label, record in zip(self.labels, self.records, strict=True):
+        for label, record, badge in zip(self.labels, self.records, self.badges, strict=True):
             figures = ("-",) * 5
             if record.metrics is not None:
                 spread, ceiling = record.metrics.new_tokens_per_s, record.ceiling
@@ -77,8 +77,18 @@ class Report:
                     "-" if ceiling is None or ceiling.share is None else f"{ceiling.share:.1%}",
                 )
             state = record.status if record.error is None else f"{record.status}: {record.error.message[:80]}"
-            rows.append((label, state, *figures, seconds(record.load_s)))
-        headings = ("run", "status", "new tokens/s", "min … max", "ttft p50", "itl p50", "of the ceiling", "load")
+            rows.append((label, state, badge or "-", *figures, seconds(record.load_s)))
+        headings = (
+            "run",
+            "status",
+            "verified",
+            "new tokens/s",
+            "min … max",
+            "ttft p50",
+            "itl p50",
+            "of the ceiling",
+            "load",
+        )
         notes = tuple(dict.fromkeys(f"{r.backend} x{r.num_devices}: {note}" for r in self.records for note in r.notes))
         return Section("Runs", "Medians over the repeats of each run.", None, DataTable(headings, tuple(rows)), notes)
 

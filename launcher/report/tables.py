@@ -18,8 +18,11 @@ from launcher.report.published_table import published_table
 from launcher.report.request_rows import rate_rows, serving_rows, time_rows
 from launcher.report.units import count, rate, seconds, size
 from launcher.results.metrics import COUNTERS, ROWS, SLOTS
+from launcher.results.validity import STEADY
 from launcher.run_dir.run_dir import COMPLETIONS, RANK_LOGS, RunDir
+from launcher.run_dir.verify import verify
 from launcher.system.typed import to_plain
+from shards.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,9 +39,6 @@ if TYPE_CHECKING:
     from shards.plan.roofline import Limit
 
 SHOWN_COMPLETIONS = 8
-STEADY = 1.2
-"""Repeats of which the fastest is faster than the slowest by more than this factor are no steady measurement."""
-
 WORDS_OF_OURS = ("ProcessDied", "Ended", "Cancelled")
 """Types of errors that are no exception's name."""
 
@@ -105,7 +105,17 @@ def show_record(record: Record, out: Console, began: float = 0.0) -> None:
         for table in (speed, published_table(record), memory, phase_table([record], out)):
             if table is not None:
                 out.print(table)
+        out.print(badge_line(RunDir(Path(record.run_dir))), soft_wrap=True)
     out.print(f"run directory: {escape(record.run_dir)}", soft_wrap=True)
+
+
+def badge_line(run_dir: RunDir) -> str:
+    """Whether the figures of a run can be relied on, and what speaks against it."""
+    try:
+        validity = verify(run_dir)
+    except UserError as error:
+        return f"[yellow]not verified: {escape(error.fact)}[/]"
+    return f"[{'green' if validity.is_valid else 'yellow'}]{escape(validity.line)}[/]"
 
 
 def _batching(record: Record) -> str:

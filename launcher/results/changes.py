@@ -211,3 +211,15 @@ def other_circumstances(base: Record, new: Record) -> list[Difference]:
     theirs: Mapping[str, Any] = circumstances(new)
     keys = dict.fromkeys((*ours, *theirs))
     return [Difference(key, ours.get(key), theirs.get(key)) for key in keys if ours.get(key) != theirs.get(key)]
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """One run against the base: figure by figure, and whatever else is not the same of them."""
+
+    figures: list[FigureChange]
+    circumstances: list[Difference]
+
+    @classmethod
+    def of(cls, base: Record, new: Record) -> Changes:
+        return cls(changes(base, new), other_circumstances(base, new))

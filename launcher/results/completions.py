@@ -47,3 +47,11 @@ class ReportedCompletion:
     def is_text_only(self) -> bool:
         """Whether there are tokens whose ids are not known."""
         return self.new_tokens > len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """The work of earlier attempts: completions in prompt order, and the numbers of whole repeats."""
+
+    completions: tuple[SavedCompletion, ...] = ()
+    repeats: tuple[int, ...] = ()

@@ -98,6 +98,17 @@ class BatchSearch:
 
 
 @dataclass(frozen=True, slots=True)
+class Seal:
+    """SHA-256 of the record (with an empty `record` here) and of the files beside it, by which a change is seen.
+
+    It is no signature: somebody who changes a run can make new ones.
+    """
+
+    record: str
+    files: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """The whole of one run. `world_size` counts ranks (processes), `num_devices` the devices of all nodes."""
 
@@ -132,6 +143,7 @@ class Record:
     command: tuple[str, ...] = ()
     plan: Plan | None = None
     environment: Environment | None = None
+    seal: Seal | None = None
 
 
 def read_record(values: Any) -> Record:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from launcher.results.completions import SavedCompletion
-from launcher.run_dir.run_dir import RunDir, Saved
+from launcher.results.completions import Saved, SavedCompletion
+from launcher.run_dir.run_dir import RunDir
 
 ATTEMPT = "LAUNCHER_ATTEMPT"  # the number of the attempt that a rank belongs to, where its starter has told it
 

@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.prompts.prompts import read_prompts, write_prompts
-from launcher.results.completions import ReportedCompletion, SavedCompletion
+from launcher.results.completions import ReportedCompletion, Saved, SavedCompletion
 from launcher.results.measured import Repeat
 from launcher.results.rank_result import RankResult
 from launcher.results.record import Record, read_record
 from launcher.run_dir.lock import locked
 from launcher.run_dir.progress import Progress, ProgressWriter, read_progress
 from launcher.run_dir.run import RunDescription
+from launcher.run_dir.seal import sealed
 from launcher.run_dir.typed_files import (
     AGAIN,
     MALFORMED,
@@ -67,14 +68,6 @@ class CurrentAttempt:
 
     attempt: int
     command: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """The work of earlier attempts: completions in prompt order, and the numbers of whole repeats."""
-
-    completions: tuple[SavedCompletion, ...] = ()
-    repeats: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +137,8 @@ class RunDir:
         return read_value(self.path / RECORD, read_record)
 
     def write_record(self, record: Record) -> None:
-        write_typed(self.path / RECORD, record)
+        """With the hashes of the other files as they are now."""
+        write_json(self.path / RECORD, sealed(record, self.path))
 
     def is_done(self) -> bool:
         """Whether the run has ended well; False too where its record cannot be read."""

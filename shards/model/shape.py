@@ -270,3 +270,10 @@ _FAMILIES: dict[str, Callable[[ConfigFields], ModelShape]] = {
 
 KNOWN_FAMILIES = frozenset(_FAMILIES)
 """The `model_type`s whose parameters follow from their config."""
+
+KNOWN_TOLERANCE, OTHER_TOLERANCE = 0.01, 0.25
+
+
+def plan_tolerance(model_type: str | None) -> float:
+    """The part by which parameter bytes may be others than planned, which is a good guess for other families."""
+    return KNOWN_TOLERANCE if model_type in KNOWN_FAMILIES else OTHER_TOLERANCE

@@ -22,7 +22,9 @@ from launcher.experiments import parse as parse_experiments
 from launcher.history import parse as parse_history
 from launcher.launch.nodes import check_nodes
 from launcher.report.__main__ import parse as parse_report
+from launcher.reproduce import parse as parse_reproduce
 from launcher.serve.__main__ import parse as parse_served
+from launcher.verify import parse as parse_verify
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"(?:python|torchrun[^\n#`]*?) -m launcher\b[^\n#`]*")
@@ -60,6 +62,8 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
     "launcher.doctor": parse_doctor, "launcher.report": parse_report,
     "launcher.experiments": parse_experiments, "launcher.status": follow, "launcher.serve": parse_serve,
     "launcher.history": parse_history,
+    "launcher.verify": parse_verify,
+    "launcher.reproduce": parse_reproduce,
 }  # fmt: skip
 
 

@@ -189,7 +189,8 @@ def test_one_module_asks_the_driver() -> None:
 
 COMMANDS = (
     "launcher.__main__", "launcher.compare", "launcher.doctor.__main__", "launcher.plan", "launcher.launch.slurm.end",
-    "launcher.status", "launcher.rank.worker", "launcher.serve.__main__", "launcher.history",
+    "launcher.status", "launcher.rank.worker", "launcher.serve.__main__", "launcher.history", "launcher.verify",
+    "launcher.reproduce",
 )  # fmt: skip
 
 

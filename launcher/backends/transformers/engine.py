@@ -30,6 +30,7 @@ class TransformersConfig(BackendConfig):
     joins_ranks: ClassVar[bool] = False
     has_slots: ClassVar[bool] = True
     loads_by_name: ClassVar[bool] = True
+    is_reference: ClassVar[bool] = True
 
     name: str = "transformers"
     device_map: str = choice("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's, for several GPUs

@@ -23,11 +23,11 @@ from launcher.config.compose import compose_run
 from launcher.launch.local import run_local
 from launcher.prepare.prepare import prepare
 from launcher.rank.loop import schedule
-from launcher.results.completions import SavedCompletion
+from launcher.results.completions import Saved, SavedCompletion
 from launcher.run_dir import attempts
 from launcher.run_dir.create import create_run_dir
 from launcher.run_dir.progress import read_progress
-from launcher.run_dir.run_dir import RunDir, Saved, SupersededError
+from launcher.run_dir.run_dir import RunDir, SupersededError
 from launcher.system.files import read_lines
 from launcher.system.processes import end_run, of_run
 from shards.machine.world import World

@@ -13,8 +13,8 @@ from plans import plan
 from running import ROOT
 
 from launcher.backends.base import Prompt
-from launcher.results.completions import ReportedCompletion, SavedCompletion
-from launcher.run_dir.run_dir import RunDir, Saved, run_dirs_in
+from launcher.results.completions import ReportedCompletion, Saved, SavedCompletion
+from launcher.run_dir.run_dir import RunDir, run_dirs_in
 from shards.errors import UserError
 
 NAME = re.compile(

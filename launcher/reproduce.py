@@ -1,0 +1,94 @@
+"""`python -m launcher.reproduce RUN_DIR`: make a run again from its directory alone, and compare the two.
+
+Configuration and prompts are those that the run has kept; the model is looked for where it was. The new run gets a
+directory of its own in --output-dir. It is REPRODUCED where all answers have the same tokens and no speed or time
+differs by more than the repeats do. Exit code: 0 reproduced, 1 not, 2 something to mend first.
+"""
+
+from __future__ import annotations
+
+from launcher.system.interrupts import end_quietly_when_interrupted
+
+if __name__ == "__main__":  # before what takes long to import
+    end_quietly_when_interrupted()
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+
+from launcher.launch.run import run_again
+from launcher.report.changes_table import show_changes
+from launcher.report.layout import console, print_json
+from launcher.report.tables import error_line
+from launcher.results.changes import Changes
+from launcher.results.comparison import compare
+from launcher.run_dir.finished import read_finished
+from launcher.run_dir.run_dir import RunDir
+from launcher.run_dir.verify import verify
+from launcher.system.terminal import Parser, run_command
+from launcher.system.typed import to_plain
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from collections.abc import Sequence
+
+    from launcher.results.comparison import FinishedRun
+
+
+def parse(argv: Sequence[str] | None) -> Namespace:
+    """The command line; ConfigError for what is wrong with it."""
+    parser = Parser(prog="python -m launcher.reproduce", description="Make a run again, and compare.")
+    parser.add_argument("run", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--output-dir", default="runs", metavar="DIR", help="where the new run gets its directory")
+    parser.add_argument("--json", action="store_true", help="print the JSON line only")
+    return parser.parse_args(argv)
+
+
+def objections(before: FinishedRun, again: FinishedRun, changes: Changes) -> list[str]:
+    """What of the second run is not as in the first."""
+    comparison = compare(before, again)
+    found = [f"{change.name} is {change.verdict}" for change in changes.figures if change.is_different]
+    if (others := comparison.prompts - comparison.matching) > 0:
+        found.insert(0, f"{others} of {comparison.prompts} answers have other tokens")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 reproduced, 1 not, 2 with one line on stderr for what the user can mend."""
+    try:
+        arguments = parse(argv)
+        before = read_finished(arguments.run)
+        command = ("python", "-m", "launcher.reproduce", str(arguments.run.absolute()))
+        record = run_again(RunDir(arguments.run), arguments.output_dir, command)
+        if record.status == "submitted":
+            raise UserError(
+                f"{record.run_dir} was submitted.", f"launcher.compare {arguments.run} it, once it has ended"
+            )
+        if record.status != "ok" or record.run_dir is None:
+            print(error_line(record), file=sys.stderr)
+            return 1
+        again = read_finished(Path(record.run_dir))
+        changes = Changes.of(before.record, again.record)
+        others = objections(before, again, changes)
+        validity = verify(RunDir(again.run_dir))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if not arguments.json:
+        out = console()
+        show_changes([changes], [before.run_dir.name, again.run_dir.name], out)
+        out.print(f"the new run: {escape(validity.line)}", soft_wrap=True)
+        verdict = (
+            f"[bold yellow]NOT REPRODUCED[/]: {escape('; '.join(others))}" if others else "[bold green]REPRODUCED[/]"
+        )
+        out.print(verdict, soft_wrap=True)
+    line = {"reproduced": not others, "objections": others, "run_dir": record.run_dir, "verified": validity.badge}
+    print_json({**line, "figures": to_plain(changes.figures)}, arguments.json)
+    return 1 if others else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,163 @@
+"""Whether the figures of a run can be relied on: one check for each thing that would make them say something else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from launcher.system.gpu_users import is_of_a_neighbour
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from launcher.results.comparison import Comparison
+    from launcher.results.record import Record
+
+STEADY = 1.2
+"""Repeats of which the fastest is faster than the slowest by more than this factor are no steady measurement."""
+
+LEAST_REPEATS = 3
+CACHE_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One check: `is_met` is None where it could not be made, and `text` says why; else what was seen."""
+
+    name: str
+    is_met: bool | None
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Validity:
+    """All checks of a run. It is valid where none has failed; what could not be checked does not count against it."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def is_valid(self) -> bool:
+        return not self.reasons
+
+    @property
+    def reasons(self) -> list[str]:
+        """What speaks against the run."""
+        return [check.text for check in self.checks if check.is_met is False]
+
+    @property
+    def badge(self) -> str:
+        """VALID, or INVALID with the number of reasons."""
+        return "VALID" if self.is_valid else f"INVALID ({len(self.reasons)})"
+
+    @property
+    def line(self) -> str:
+        """The badge and the reasons in one line."""
+        return "VALID" if self.is_valid else f"INVALID: {'; '.join(self.reasons)}"
+
+
+def of_the_record(record: Record, parameter_tolerance: float) -> list[Check]:
+    """The checks that need nothing but the record; the tolerance is that of the plan's parameter bytes."""
+    return [
+        check_status(record),
+        check_warm_up(record),
+        check_repeats(record),
+        check_tokens(record),
+        check_memory(record, parameter_tolerance),
+        check_ceilings(record),
+        check_neighbours(record),
+    ]
+
+
+def check_status(record: Record) -> Check:
+    if record.status != "ok":
+        return Check("status", False, f"the run did not end well: {record.status}")
+    if record.partial is not None:
+        return Check(
+            "status", False, f"only {record.partial.prompts} of {record.partial.of} prompts were measured at once"
+        )
+    return Check("status", True, "the run ended well")
+
+
+def check_warm_up(record: Record) -> Check:
+    warmup = record.config.get("measure", {}).get("warmup")
+    if not warmup:
+        return Check("warm-up", False, "nothing was run to warm up: measure.warmup=1")
+    return Check("warm-up", True, f"{warmup} before the clocks started")
+
+
+def check_repeats(record: Record) -> Check:
+    """Enough of them, and near each other."""
+    spread = record.metrics.new_tokens_per_s if record.metrics else None
+    if spread is None or not spread.min or not spread.max:
+        return Check("repeats", False, "no repeat was measured")
+    if len(spread.values) < LEAST_REPEATS:
+        return Check("repeats", False, f"{len(spread.values)} of at least {LEAST_REPEATS} repeats: measure.repeats=3")
+    factor = spread.max / spread.min
+    if factor > STEADY:
+        return Check(
+            "repeats", False, f"new tokens/s of the repeats differ by a factor of {factor:.3g}, above {STEADY}"
+        )
+    return Check("repeats", True, f"{len(spread.values)}, which differ by a factor of {factor:.3g}")
+
+
+def check_tokens(record: Record) -> Check:
+    if record.totals is None:
+        return Check("tokens", None, "no tokens were measured")
+    if not record.totals.same_tokens_every_repeat:
+        return Check("tokens", False, "the repeats gave different tokens")
+    return Check("tokens", True, "the same in all repeats")
+
+
+def check_memory(record: Record, parameter_tolerance: float) -> Check:
+    """Parameters as planned, and no larger cache."""
+    planned = {device.rank: device for device in record.plan.devices} if record.plan else {}
+    seen = 0
+    for device in record.devices:
+        plan = planned.get(device.rank)
+        if plan is None or device.parameter_bytes is None:
+            continue
+        seen += 1
+        if abs(device.parameter_bytes - plan.parameter_bytes) > parameter_tolerance * plan.parameter_bytes:
+            fact = f"{device.parameter_bytes:,} bytes of parameters, and {plan.parameter_bytes:,} were planned"
+            return Check("memory", False, f"rank {device.rank} held {fact}")
+        cache = max(device.kv_cache_bytes or 0, device.kv_cache_reserved_bytes or 0)
+        most = max(plan.kv_cache_bytes, plan.kv_cache_reserved_bytes)
+        if cache > (1 + CACHE_TOLERANCE) * most:
+            return Check(
+                "memory", False, f"rank {device.rank} had {cache:,} bytes of KV cache, and {most:,} were planned"
+            )
+    if not seen:
+        return Check("memory", None, "nothing was planned of it, or nothing measured")
+    return Check("memory", True, f"as planned on {seen} devices")
+
+
+def check_ceilings(record: Record) -> Check:
+    """Nothing above 100 %."""
+    shares = {"decode ceiling": record.ceiling, "memory bandwidth": record.mbu}
+    known = {name: part.share for name, part in shares.items() if part is not None and part.share is not None}
+    for name, share in known.items():
+        if share > 1:
+            return Check("ceilings", False, f"{share:.0%} of the {name}: a figure, or a rate of the machine, is wrong")
+    if not known:
+        return Check("ceilings", None, "no ceiling is known")
+    return Check("ceilings", True, ", ".join(f"{share:.1%} of the {name}" for name, share in known.items()))
+
+
+def check_neighbours(record: Record) -> Check:
+    notes = [note for note in record.notes if is_of_a_neighbour(note)]
+    if notes:
+        return Check("neighbours", False, notes[0])
+    if record.environment is None or record.environment.gpus is None:
+        return Check("neighbours", None, "no driver tells who else uses the devices")
+    return Check("neighbours", True, "none on the devices")
+
+
+def check_reference(comparisons: Sequence[Comparison], names: Iterable[str]) -> Check:
+    """The same tokens as each run of the reference engine."""
+    for comparison, name in zip(comparisons, names, strict=True):
+        if comparison.divergences:
+            fact = f"{comparison.prompts - comparison.matching} of {comparison.prompts} answers are not the reference's"
+            return Check("reference", False, f"{fact} ({name})")
+    if not comparisons:
+        return Check("reference", None, "there is no run of the reference with it")
+    return Check("reference", True, f"the tokens of {', '.join(names)}")

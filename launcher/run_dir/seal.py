@@ -1,0 +1,63 @@
+"""Hashes over a record and the files beside it: what was changed after the run is seen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+from launcher.system.typed import to_plain
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from launcher.results.record import Record
+
+FILES = (
+    "run.json", "config.yaml", "plan.json", "prompts.jsonl", "completions.jsonl", "rank_*.json",
+    "rank_*.completions.jsonl", "rank_*.repeats.jsonl", "attempt_*/rank_*.json",
+    "attempt_*/rank_*.completions.jsonl", "attempt_*/rank_*.repeats.jsonl",
+)  # fmt: skip
+"""What was asked for, and all that the figures and texts of a record are made of; logs are not."""
+
+
+def sealed(record: Record, folder: Path) -> dict[str, Any]:
+    """The plain values of a record with the hashes of its files in a folder, and its own."""
+    values: dict[str, Any] = to_plain(record)
+    values["seal"] = {"record": "", "files": hashes(folder)}
+    values["seal"]["record"] = digest(values)
+    return values
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a run that the record depends on, by its path in the folder."""
+    paths = sorted({path for pattern in FILES for path in folder.glob(pattern) if path.is_file()})
+    return {path.relative_to(folder).as_posix(): _sha256(path) for path in paths}
+
+
+def digest(values: dict[str, Any]) -> str:
+    """SHA-256 of the plain values of a record, whatever the layout of its file; its own is taken as empty."""
+    bare = values | {"seal": values["seal"] | {"record": ""}}
+    return hashlib.sha256(json.dumps(bare, sort_keys=True).encode()).hexdigest()
+
+
+def broken_seal(values: dict[str, Any], folder: Path) -> list[str]:
+    """A sentence for the record, given as the plain values of its file, and for each file, that is not as written."""
+    seal = values.get("seal")
+    if not isinstance(seal, dict) or not isinstance(seal.get("files"), dict):
+        return ["the record has no hashes, as those of older versions"]
+    problems = [] if seal.get("record") == digest(values) else ["the record is not as it was written"]
+    before, now = seal["files"], hashes(folder)
+    for name in sorted(before.keys() | now.keys()):
+        if name not in now:
+            problems.append(f"{name} is missing")
+        elif name not in before:
+            problems.append(f"{name} was added")
+        elif before[name] != now[name]:
+            problems.append(f"{name} is not as it was written")
+    return problems
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,113 @@
+"""The checks of a run by its directory: its files, its figures, its record, and the reference beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import TYPE_CHECKING
+
+from launcher.config.engines import engines
+from launcher.results.comparison import compare
+from launcher.results.metrics import figures
+from launcher.results.validity import Check, Validity, check_reference, of_the_record
+from launcher.run_dir.finished import read_finished
+from launcher.run_dir.run_dir import RECORD, RunDir, run_dirs_in
+from launcher.run_dir.seal import broken_seal
+from launcher.run_dir.typed_files import read_value
+from shards.errors import UserError
+from shards.model.shape import plan_tolerance
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from launcher.results.comparison import Comparison
+    from launcher.results.record import Record
+    from launcher.run_dir.run import RunDescription
+
+WHAT_IS_ASKED = ("model", "precision", "sampling")
+EXACT = "fp32"
+"""In a narrower precision engines may part from the reference where two logits are near each other."""
+
+
+def verify(run_dir: RunDir, references: Iterable[RunDir] = ()) -> Validity:
+    """All checks of a run that has ended; UserError where its files cannot be read.
+
+    Of `references` those count that had the same model, prompts and sampling.
+    """
+    record = run_dir.read_record()
+    if record is None:
+        raise UserError(f"{run_dir} has no {RECORD}.", "name run directories: a run prints its own when it ends")
+    run = run_dir.read_run() if run_dir.has_run() else None
+    checks = [
+        check_files(run_dir),
+        *of_the_record(record, plan_tolerance(run.model_config.get("model_type") if run else None)),
+    ]
+    if record.status == "ok" and run is not None:
+        checks.insert(1, check_figures(run_dir, run, record))
+        checks.append(_against_references(run_dir, record, references))
+    return Validity(tuple(checks))
+
+
+def verdict_of(run_dir: RunDir, references: Iterable[RunDir] = ()) -> str:
+    """The badge of a run, `unreadable` where its files cannot be read, and nothing for one that did not end well."""
+    try:
+        record = run_dir.read_record()
+        return verify(run_dir, references).badge if record is not None and record.status == "ok" else ""
+    except UserError:
+        return "unreadable"
+
+
+def references_in(folder: Path) -> list[RunDir]:
+    """The runs in a folder of an engine that others are held against."""
+    runs = []
+    for run_dir in run_dirs_in(folder):
+        with contextlib.suppress(UserError):  # one that cannot be read is no reference
+            if run_dir.has_run() and is_reference(run_dir.read_run().config["backend"]["name"]) and run_dir.is_done():
+                runs.append(run_dir)
+    return runs
+
+
+def is_reference(engine: str) -> bool:
+    """Whether others are held against the tokens of an engine."""
+    kind = engines().get(engine)
+    return kind is not None and kind.is_reference
+
+
+def check_files(run_dir: RunDir) -> Check:
+    """The record and what it was made of, as they were written."""
+    problems = read_value(run_dir.path / RECORD, lambda values: broken_seal(values, run_dir.path))
+    if problems:
+        return Check("files", False, "; ".join(problems))
+    return Check("files", True, "as they were written, by their hashes (which are no signature)")
+
+
+def check_figures(run_dir: RunDir, run: RunDescription, record: Record) -> Check:
+    """The figures at the top of the record follow from the repeats that the ranks have saved."""
+    folders = [*(folder for _, folder in run_dir.earlier_attempts()), run_dir]
+    repeats = [ranks for folder in folders for ranks in folder.read_repeats(run.answering_ranks).values()]
+    made = figures(repeats, len(run_dir.read_prompts()), run.num_devices)
+    for name in ("new_tokens_per_s", "ttft_s", "itl_s"):
+        before, now = getattr(record, name), getattr(made, name, None)
+        if before != now and not (before and now and math.isclose(before, now)):
+            return Check("figures", False, f"{name} is {before} in the record, and {now} by the repeats of the ranks")
+    return Check("figures", True, "they follow from the repeats of the ranks")
+
+
+def _against_references(run_dir: RunDir, record: Record, references: Iterable[RunDir]) -> Check:
+    if record.precision != EXACT or record.config["sampling"]["temperature"]:
+        return Check("reference", None, f"tokens are held against the reference in {EXACT}, greedy")
+    own = read_finished(run_dir.path)
+    comparisons: list[Comparison] = []
+    names: list[str] = []
+    for reference in references:
+        if reference.path.resolve() == run_dir.path.resolve():
+            continue
+        with contextlib.suppress(UserError):  # one that cannot be read, or had other prompts, is no reference
+            other = read_finished(reference.path)
+            alike = all(other.record.config.get(key) == record.config.get(key) for key in WHAT_IS_ASKED)
+            comparison = compare(other, own) if alike else None
+            if comparison is not None and not comparison.notes:
+                comparisons.append(comparison)
+                names.append(reference.path.name)
+    return check_reference(comparisons, names)

@@ -1,0 +1,82 @@
+"""`python -m launcher.verify RUN_DIR...`: VALID or INVALID with the reasons, for each run. `runs/*` are as many.
+
+Looks whether the files are as they were written (by hashes, which are no signature), the figures follow from the
+repeats, there was a warm-up, the repeats were enough and near each other and gave the same tokens, memory was as
+planned, nothing is above 100 % of a ceiling, no other process was on the devices, and the tokens are those of the
+reference, where a run of it (`backend=transformers`) with the same prompts lies beside the run or is named by
+--reference. Exit code: 0 all are valid, 1 some are not, 2 one cannot be read.
+"""
+
+from __future__ import annotations
+
+from launcher.system.interrupts import end_quietly_when_interrupted
+
+if __name__ == "__main__":  # before what takes long to import
+    end_quietly_when_interrupted()
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+
+from launcher.report.layout import console, fitted, print_json
+from launcher.run_dir.run_dir import RunDir
+from launcher.run_dir.verify import references_in, verify
+from launcher.system.terminal import Parser, run_command
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from launcher.results.validity import Validity
+
+SEEN = {True: "ok", False: "[red]INVALID[/]", None: "not checked"}
+
+
+def parse(argv: Sequence[str] | None) -> Namespace:
+    """The command line; ConfigError for what is wrong with it."""
+    parser = Parser(prog="python -m launcher.verify", description="Whether the figures of runs can be relied on.")
+    parser.add_argument("runs", type=Path, metavar="RUN_DIR", nargs="+")
+    parser.add_argument("--reference", type=Path, metavar="RUN_DIR", help="a run whose tokens are the right ones")
+    parser.add_argument("--json", action="store_true", help="print the JSON line only")
+    return parser.parse_args(argv)
+
+
+def show(path: Path, validity: Validity, out: Console) -> None:
+    """Print the checks of one run, and its badge."""
+    rows = [[check.name, SEEN[check.is_met], escape(check.text)] for check in validity.checks]
+    out.print(fitted(out, ("check", "", "seen"), rows, texts=("seen",), title=escape(path.name)))
+    colour = "green" if validity.is_valid else "red"
+    out.print(f"[bold {colour}]{escape(validity.line)}[/]", soft_wrap=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 all are valid, 1 some are not, 2 with one line on stderr for what cannot be read."""
+    try:
+        arguments = parse(argv)
+        around: dict[Path, list[RunDir]] = {}
+        checked: dict[Path, Validity] = {}
+        for path in arguments.runs:
+            if arguments.reference is not None:
+                around[path.parent] = [RunDir(arguments.reference)]
+            elif path.parent not in around:
+                around[path.parent] = references_in(path.absolute().parent)
+            checked[path] = verify(RunDir(path), around[path.parent])
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if not arguments.json:
+        for path, validity in checked.items():
+            show(path, validity, console())
+    lines = [{"run_dir": str(path), "valid": one.is_valid, **asdict(one)} for path, one in checked.items()]
+    print_json({"valid": all(one.is_valid for one in checked.values()), "runs": lines}, arguments.json)
+    return 0 if all(one.is_valid for one in checked.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
