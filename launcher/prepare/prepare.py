@@ -63,13 +63,7 @@ def prepare(config: RunConfig, command: tuple[str, ...], given: Sequence[Prompt]
         elif checkpoint.tensors:  # those of pytorch_model*.bin only a rank can tell, by torch
             _check_names(config, checkpoint, model_config)
             tensors = checkpoint.tensors
-    if given:
-        prompts = list(given)
-    elif config.dry_run and (folder is None or not has_tokenizer(folder)) and config.prompts.input_tokens is None:
-        notes.append(f"{config.model.path} has no tokenizer here: prompts are counted as a token for each 4 bytes")
-        prompts = guessed_prompts(config, vocab_size)
-    else:
-        prompts = load_prompts(config, folder, vocab_size)
+    prompts = list(given) or _prompts(config, folder, vocab_size, notes)
     longest = _longest(config, fields, prompts)
     config.backend.refuse(config, model_config, on_cuda, longest)
     notes += [*_notes_order(config, on_cuda), *config.backend.notes(config, on_cuda)]
@@ -93,6 +87,15 @@ def prepare(config: RunConfig, command: tuple[str, ...], given: Sequence[Prompt]
         notes=tuple(notes),
         paces=paces(config, plan_for, min(config.measure.batch_size, len(prompts))) if config.dry_run else {},
     )
+
+
+def _prompts(config: RunConfig, folder: Path | None, vocab_size: int, notes: list[str]) -> list[Prompt]:
+    """The prompts as token ids; for a plan of a model without a tokenizer of about the right lengths, with a note."""
+    has_ids = config.prompts.input_tokens is not None or (folder is not None and has_tokenizer(folder))
+    if has_ids or not config.dry_run:
+        return load_prompts(config, folder, vocab_size)
+    notes.append(f"{config.model.path} has no tokenizer here: prompts are counted as a token for each 4 bytes")
+    return guessed_prompts(config, vocab_size)
 
 
 def _longest(config: RunConfig, fields: ConfigFields, prompts: Sequence[Prompt]) -> int:

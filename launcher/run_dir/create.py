@@ -70,10 +70,9 @@ def refusal(config: RunConfig, error: UserError) -> Record:
         run_dir = before[0] if before else RunDir(new_folder(config))
         run_dir.write_config(yaml.safe_dump(to_dict(config), sort_keys=False))
         record = refused(config, error, time.time(), run_dir)
-        run_dir.write_record(record)
+        return run_dir.write_record(record)
     except (UserError, OSError):
         return refused(config, error, time.time())  # nothing can be written there, which may be why it is refused
-    return record
 
 
 def what_is_run(config: dict[str, Any]) -> dict[str, Any]:

@@ -73,8 +73,7 @@ def finish(run_dir: RunDir, outcome: Outcome | None = None) -> Record:
             metrics=metrics,
         )
     _write_completions(run_dir, run, prompts)
-    run_dir.write_record(record)
-    return record
+    return run_dir.write_record(record)
 
 
 def refused(config: RunConfig, error: UserError, moment: float, run_dir: RunDir | None = None) -> Record:

@@ -136,9 +136,11 @@ class RunDir:
         """The checked record, of this or an older version."""
         return read_value(self.path / RECORD, read_record)
 
-    def write_record(self, record: Record) -> None:
-        """With the hashes of the other files as they are now."""
-        write_json(self.path / RECORD, sealed(record, self.path))
+    def write_record(self, record: Record) -> Record:
+        """Write it with the hashes of the other files as they are now; gives it so."""
+        record = sealed(record, self.path)
+        write_typed(self.path / RECORD, record)
+        return record
 
     def is_done(self) -> bool:
         """Whether the run has ended well; False too where its record cannot be read."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from launcher.results.record import Seal
 from launcher.system.typed import to_plain
 
 if TYPE_CHECKING:
@@ -21,12 +23,11 @@ FILES = (
 """What was asked for, and all that the figures and texts of a record are made of; logs are not."""
 
 
-def sealed(record: Record, folder: Path) -> dict[str, Any]:
-    """The plain values of a record with the hashes of its files in a folder, and its own."""
-    values: dict[str, Any] = to_plain(record)
-    values["seal"] = {"record": "", "files": hashes(folder)}
-    values["seal"]["record"] = digest(values)
-    return values
+def sealed(record: Record, folder: Path) -> Record:
+    """A record with the hashes of its files in a folder, and its own."""
+    seal = Seal("", hashes(folder))
+    bare = replace(record, seal=seal)
+    return replace(bare, seal=replace(seal, record=digest(to_plain(bare))))
 
 
 def hashes(folder: Path) -> dict[str, str]:
