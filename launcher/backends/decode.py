@@ -72,7 +72,7 @@ class Decoder:
         known = batch.width + step
         output = self.model(
             input_ids=inputs,
-            attention_mask=batch.mask[:, :known],
+            attention_mask=batch.mask[:, :known] if batch.is_padded else None,
             position_ids=batch.positions[:, known - inputs.shape[1] : known],
             past_key_values=cache,
             use_cache=True,
@@ -83,10 +83,14 @@ class Decoder:
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """A left-padded batch [rows, width], with mask and positions for all tokens to come [rows, width + new]."""
+    """A left-padded batch [rows, width], with mask and positions for all tokens to come [rows, width + new].
+
+    Where nothing is padded the model is given no mask: then CUDA has flash attention, and nothing waits to look at it.
+    """
 
     rows: int
     width: int
+    is_padded: bool
     input_ids: torch.Tensor
     mask: torch.Tensor
     positions: torch.Tensor
@@ -99,7 +103,8 @@ class _Batch:
         lengths = torch.tensor([len(row) for row in rows])
         place = torch.arange(width + max_new_tokens) - (width - lengths)[:, None]
         mask = (place >= 0).long()
-        return cls(len(rows), width, input_ids.to(device), mask.to(device), place.clamp(min=0).to(device))
+        is_padded = min(map(len, rows)) < width
+        return cls(len(rows), width, is_padded, input_ids.to(device), mask.to(device), place.clamp(min=0).to(device))
 
 
 def _generation(

@@ -42,25 +42,27 @@ class Link:
 CPU = Device("CPU", kind="cpu")
 """A processor: its capacity is that of the machine, which the ranks share, and with the files that they have mapped."""
 
-# Memory as the driver reports it; bandwidth and dense (not sparse) matmul rates of 16 bits with 32-bit sums, from the
-# makers' data sheets and architecture white papers (Turing, Ampere GA100 and GA102, Ada AD102, Hopper, Blackwell GB202,
-# HGX B200, CDNA 3). h200: 4.3 TB/s and 790 TFLOP/s are a copy and a bf16 matmul measured on one card, where its data
-# sheet says 4.8 and 989.
+# Memory: what the driver leaves to programs, as torch names it where memory runs out ("has a total capacity of 47.54
+# GiB"); drivers differ by 0.1 GiB, here is the least that was reported. In whole MiB is what the driver reports with
+# its own part, some 0.5 GiB more, for cards of which nothing better is known. Bandwidth and dense (not sparse) matmul
+# rates of 16 bits with 32-bit sums, from the makers' data sheets and architecture white papers (Turing, Ampere GA100
+# and GA102, Ada AD102, Hopper, Blackwell GB202, HGX B200, CDNA 3). h200: 4.3 TB/s and 790 TFLOP/s are a copy and a
+# bf16 matmul measured on one card, where its data sheet says 4.8 and 989.
 DEVICES: dict[str, Device] = {
-    "t4": Device("T4", "cuda", 15360 * MIB, 320e9, 65e12, 8.1e12),
-    "l4": Device("L4", "cuda", 23034 * MIB, 300e9, 121e12, 30.3e12),
+    "t4": Device("T4", "cuda", int(14.75 * GIB), 320e9, 65e12, 8.1e12),
+    "l4": Device("L4", "cuda", int(22.03 * GIB), 300e9, 121e12, 30.3e12),
     "a10": Device("A10", "cuda", 23028 * MIB, 600e9, 125e12, 31.2e12),
-    "l40s": Device("L40S", "cuda", 46068 * MIB, 864e9, 362e12, 91.6e12),
-    "rtx3090": Device("GeForce RTX 3090", "cuda", 24576 * MIB, 936e9, 71e12, 35.6e12),
-    "rtx4090": Device("GeForce RTX 4090", "cuda", 24564 * MIB, 1008e9, 165.2e12, 82.6e12),
-    "rtx5090": Device("GeForce RTX 5090", "cuda", 32607 * MIB, 1792e9, 209.5e12, 104.8e12),
+    "l40s": Device("L40S", "cuda", int(44.40 * GIB), 864e9, 362e12, 91.6e12),
+    "rtx3090": Device("GeForce RTX 3090", "cuda", int(23.56 * GIB), 936e9, 71e12, 35.6e12),
+    "rtx4090": Device("GeForce RTX 4090", "cuda", int(23.61 * GIB), 1008e9, 165.2e12, 82.6e12),
+    "rtx5090": Device("GeForce RTX 5090", "cuda", int(31.36 * GIB), 1792e9, 209.5e12, 104.8e12),
     "a5000": Device("RTX A5000", "cuda", 24564 * MIB, 768e9, 111.1e12, 27.8e12),
-    "a6000": Device("RTX A6000", "cuda", 49140 * MIB, 768e9, 154.8e12, 38.7e12),
-    "a100_40g": Device("A100 40 GB", "cuda", 40960 * MIB, 1555e9, 312e12, 19.5e12),
-    "a100_80g": Device("A100 80 GB", "cuda", 81920 * MIB, 2039e9, 312e12, 19.5e12),
-    "h100": Device("H100 80 GB", "cuda", 81559 * MIB, 3350e9, 989e12, 67e12),
-    "h200": Device("H200 141 GB", "cuda", 143771 * MIB, 4300e9, 790e12, 67e12),
-    "b200": Device("B200", "cuda", 183359 * MIB, 8000e9, 2250e12, 75e12),
+    "a6000": Device("RTX A6000", "cuda", int(47.54 * GIB), 768e9, 154.8e12, 38.7e12),
+    "a100_40g": Device("A100 40 GB", "cuda", int(39.39 * GIB), 1555e9, 312e12, 19.5e12),
+    "a100_80g": Device("A100 80 GB", "cuda", int(79.14 * GIB), 2039e9, 312e12, 19.5e12),
+    "h100": Device("H100 80 GB", "cuda", int(79.10 * GIB), 3350e9, 989e12, 67e12),
+    "h200": Device("H200 141 GB", "cuda", int(139.80 * GIB), 4300e9, 790e12, 67e12),
+    "b200": Device("B200", "cuda", int(178.35 * GIB), 8000e9, 2250e12, 75e12),
     "mi300x": Device("Instinct MI300X", "cuda", 196608 * MIB, 5300e9, 1307.4e12, 163.4e12),
     "gpu": Device("GPU"),
     "cpu": CPU,

@@ -1,4 +1,5 @@
-"""What is special to a family of models: an attention for Falcon that keeps keys and values of its kv heads only."""
+"""What is special to a family of models: an attention for Falcon that keeps keys and values of its kv heads only, and
+that is given a mask only where one says more than that tokens see those before them."""
 
 from __future__ import annotations
 
@@ -6,16 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb
 
 if TYPE_CHECKING:
     from transformers import Cache
 
 
+NAME = "grouped_falcon"
+
+
 class GroupedFalconAttention(FalconAttention):
     """Falcon's grouped attention with a cache of [batch, kv heads, length, head_dim].
 
     transformers expands keys and values to all query heads before it caches them: 16 times the bytes for Falcon-40B.
+    Those of the one kv head of a Falcon-7B it leaves to torch to expand, which on CUDA writes all scores for that.
     The fused rows are (queries of a group, its key, its value) for each kv head, also where tensor parallelism has
     left a part of the kv heads. Returns what FalconAttention.forward returns.
     """
@@ -57,7 +64,7 @@ def attend(
     if length == 1:  # the queries of a group see the same keys, as those of a sequence do
         rows = query.reshape(batch, heads // group, group, head_dim)
         return scaled_dot_product_attention(rows, key, value, attn_mask=mask).reshape(batch, 1, heads, head_dim)
-    if query.is_cuda:  # of its kernels only the one that writes all scores down has both a mask and groups
+    if query.is_cuda:  # its kernels that write no scores down have no groups, or are for few cards and 16 bits only
         key, value, group = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), 1
     attended = scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=group > 1
@@ -65,15 +72,27 @@ def attend(
     return attended.transpose(1, 2)
 
 
-def keep_kv_heads_only(model: torch.nn.Module) -> int:
-    """Give every attention of a new-architecture Falcon the small cache, in place; how many were changed.
+def causal_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """transformers' mask for torch's attention; none where it would hide nothing that is not hidden anyway.
 
-    Older Falcons (multi-query, or with ALiBi) and other families keep kv heads only as they are.
+    Falcon asks for one in any case, to add ALiBi to it. With a mask CUDA has no flash attention, which is the kernel
+    that shares out the keys of a step.
+    """
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": True})
+
+
+def keep_kv_heads_only(model: torch.nn.Module) -> int:
+    """Give every attention of a Falcon without ALiBi the small cache, in place; how many were changed.
+
+    Other families keep kv heads only as they are.
     """
     changed = 0
     for module in model.modules():
-        if type(module) is FalconAttention and module.new_decoder_architecture and not module.config.alibi:
+        if type(module) is FalconAttention and not module.config.alibi:
             assert module.config._attn_implementation == "sdpa", module.config._attn_implementation
             module.__class__ = GroupedFalconAttention
             changed += 1
+    if changed:
+        AttentionMaskInterface.register(NAME, causal_mask)
+        model.config._attn_implementation = NAME
     return changed

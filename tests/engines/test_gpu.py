@@ -18,7 +18,11 @@ from running import ROOT, launcher
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from launcher.backends.base import Prompt
+from launcher.backends.memory import PhasePeaks
+from launcher.backends.slots.decoder import SlotDecoder
 from launcher.config.engines import engines
+from launcher.config.schema import SamplingConfig
 from launcher.models import EMBEDDED
 from launcher.rank.failures import explain
 from shards.checkpoint.checkpoint import Checkpoint
@@ -30,7 +34,8 @@ from shards.load.random_weights import fill_random
 from shards.load.slices import Target, read_targets
 from shards.machine.cards import cuda_devices
 from shards.machine.hardware import MIB, Device
-from shards.parallel.families import attend
+from shards.machine.world import World
+from shards.parallel.families import attend, keep_kv_heads_only
 
 
 def cards() -> tuple[Device, ...]:
@@ -218,6 +223,20 @@ def test_falcons_attention_needs_no_kernel_that_keeps_scores(length: int, keys: 
     exact = attend(*(tensor.float() if tensor.is_floating_point() else tensor for tensor in asked), group=4)
     width = 1e-4 if dtype is torch.float32 else 3e-2
     torch.testing.assert_close(found.cpu().float(), exact, atol=width, rtol=width)
+
+
+@pytest.mark.parametrize("model", ["tiny_falcon", "tiny_llama"])
+def test_prompts_of_one_length_are_answered_with_flash_attention_alone(model: str) -> None:
+    """It takes no mask, and no keys of which torch would have to make more."""
+    made = build_meta(EMBEDDED / model, torch.bfloat16)
+    keep_kv_heads_only(made)
+    card = torch.device("cuda", 0)
+    load_weights(made, Checkpoint.open(EMBEDDED / model), card)
+    prompts = [Prompt(index, "", (5, 6, 7, 8)) for index in range(3)]
+    decoder = SlotDecoder(made, (), card, World(), 0, PhasePeaks(()), 3, 40, prefill_tokens=99, splits_prompts=False)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        found = decoder.generate(prompts, SamplingConfig(max_new_tokens=8, ignore_eos=True), lambda *_: None)
+    assert [len(item.token_ids) for item in found.completions] == [8, 8, 8]
 
 
 def test_a_prompt_in_falcons_attention_keeps_no_scores() -> None:

@@ -17,6 +17,7 @@ from launcher.backends import memory
 from launcher.backends.base import DeviceMemory, PhaseMemory, Prompt
 from launcher.backends.decode import Decoder, eos_token_ids
 from launcher.backends.memory import PhasePeaks, module_memory
+from launcher.backends.slots.decoder import SlotDecoder
 from launcher.backends.tensor_parallel.backend import TensorParallelBackend
 from launcher.config.compose import compose_run
 from launcher.config.schema import SamplingConfig
@@ -26,6 +27,7 @@ from launcher.results.record import Record, read_record
 from shards.checkpoint.checkpoint import Checkpoint
 from shards.load.load import load_weights
 from shards.load.meta import build_meta
+from shards.machine.world import World
 from shards.plan.memory import DevicePlan
 
 CARD, OTHER = torch.device("cuda", 0), torch.device("cuda", 1)
@@ -101,15 +103,22 @@ def test_what_is_not_watched_is_null_with_a_reason(allocator: Allocator) -> None
         assert {device.reasons[name] for name in memory.BY_PHASE} == {reason}
 
 
-def test_the_decode_loop_ends_a_phase_with_each_step() -> None:
+@pytest.mark.parametrize("is_continuous", [True, False], ids=["slots", "static"])
+def test_a_decode_loop_ends_a_phase_with_each_step(is_continuous: bool) -> None:
+    """Of two prompts in two slots the second is read in chunks of two tokens, between which the first is decoded."""
     model = build_meta(EMBEDDED / "tiny_llama", torch.float32)
     load_weights(model, Checkpoint.open(EMBEDDED / "tiny_llama"), "cpu")
     seen: list[str] = []
-    peaks = SimpleNamespace(end=seen.append)
-    decoder = Decoder(model, eos_token_ids(model), torch.device("cpu"), 0, peaks=peaks)  # type: ignore[arg-type]
+    peaks: Any = SimpleNamespace(end=seen.append)
+    cpu, eos = torch.device("cpu"), eos_token_ids(model)
+    decoder: Decoder | SlotDecoder = Decoder(model, eos, cpu, 0, peaks=peaks)
+    if is_continuous:
+        decoder = SlotDecoder(model, eos, cpu, World(), 0, peaks, 2, 40, prefill_tokens=2, splits_prompts=False)
+    prompts = [Prompt(0, "", (5, 6)), Prompt(1, "", (5, 6, 7, 8))]
     for _ in range(2):
-        decoder.generate([Prompt(0, "", (5, 6, 7))], SamplingConfig(max_new_tokens=3, ignore_eos=True), lambda _: None)
-    assert seen == ["prefill", "decode", "decode"] * 2
+        decoder.generate(prompts, SamplingConfig(max_new_tokens=3, ignore_eos=True), lambda *_: None)
+    mixed = ["prefill", "decode", "prefill", "decode", "prefill", "decode", "decode"]
+    assert seen == (mixed if is_continuous else ["prefill", "decode", "decode"]) * 2
 
 
 WIDE = Console(width=200)

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from handed import Handed
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.backends.base import Completion, Generation, Prompt
+from launcher.backends.decode import Decoder
 from launcher.backends.memory import PhasePeaks
 from launcher.backends.sampling import Sampler
 from launcher.backends.slots.decoder import Queue, SlotDecoder
@@ -121,6 +123,35 @@ def test_a_family_in_slots_gives_the_tokens_of_generate(family: str, config: dic
         engine = decoder(model, slots, 40, prefill_tokens)
         generation = answered(engine, prompts, SamplingConfig(max_new_tokens=new_tokens, ignore_eos=True))
         assert [item.token_ids for item in generation.completions] == expected, (slots, prefill_tokens)
+
+
+@pytest.mark.parametrize("is_continuous", [True, False], ids=["slots", "static"])
+@pytest.mark.parametrize(
+    ("family", "config", "kv_heads"),
+    [("falcon", fields("falcon"), 2), ("falcon", {**OLD_FALCON, "multi_query": True}, 1), ("llama", USUAL, 2)],
+    ids=["falcon", "falcon, one kv head", "llama"],
+)
+def test_rows_of_one_length_are_attended_to_without_a_mask(
+    family: str, config: dict[str, Any], kv_heads: int, is_continuous: bool
+) -> None:
+    """With one CUDA has no flash attention; and of groups, if keys are not given to all heads, it writes all scores."""
+    model = made(family, config)
+    keep_kv_heads_only(model)
+    cpu = torch.device("cpu")
+    engine = decoder(model, 3, 40, 2048) if is_continuous else Decoder(model, (), cpu, 0)
+    sampling = SamplingConfig(max_new_tokens=4, ignore_eos=True)
+    masks = {}
+    for lengths in ((7, 7, 7), (7, 5, 7)):
+        with Handed() as handed:
+            engine.generate(prompts_of(lengths), sampling, lambda new_tokens, finished=(): None)
+        assert len(handed.calls) == 2 * 4, "layers, tokens"
+        masks[lengths] = [call.get("attn_mask") is not None for call in handed.calls]
+        steps = handed.calls[2:]
+        if is_continuous or family == "falcon":
+            assert {call["shapes"][1][1] for call in steps} == {kv_heads}, "a step copies no keys"
+            assert {call["shapes"][0] for call in steps} == {(3, kv_heads, 4 // kv_heads, 16)}
+    assert not any(masks[7, 7, 7])
+    assert masks[7, 5, 7] == [not is_continuous] * 2 + [True] * 6
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
+from handed import Handed
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 
 from shards.parallel.families import attend
 
@@ -24,19 +22,6 @@ def inputs(length: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor
     padding = 2 * (torch.arange(BATCH, device=device) == 0).view(BATCH, 1, 1, 1)
     mask = causal & (torch.arange(KEYS, device=device) >= padding)
     return query, key, value, mask
-
-
-class Handed(TorchFunctionMode):
-    """The shapes and options of every attention that torch is asked for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[dict[str, Any]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is scaled_dot_product_attention:
-            self.calls.append({"shapes": [tuple(tensor.shape) for tensor in args], "key": args[1], **kwargs})
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("length", [1, 2, KEYS])
@@ -63,12 +48,14 @@ def test_a_step_copies_no_keys(device: str) -> None:
     assert not call.get("enable_gqa")
 
 
+@pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize(("device", "heads"), [("cpu", KV_HEADS), ("cuda", HEADS)])
-def test_cuda_is_given_no_groups_with_a_mask(device: str, heads: int) -> None:
-    """Its kernels that keep no scores take a mask or groups, not both: the scores of a prompt would be gigabytes."""
+def test_cuda_is_given_no_groups_in_a_prompt(device: str, heads: int, masked: bool) -> None:
+    """Of its kernels that keep no scores one takes groups, without a mask and in 16 bits on newer cards only: the
+    scores of a prompt would be gigabytes."""
     with FakeTensorMode(), Handed() as handed:
         query, key, value, mask = inputs(KEYS, device)
-        assert attend(query, key, value, mask, GROUP).shape == (BATCH, KEYS, HEADS, HEAD_DIM)
+        assert attend(query, key, value, mask if masked else None, GROUP).shape == (BATCH, KEYS, HEADS, HEAD_DIM)
     [call] = handed.calls
     assert call["shapes"] == [(BATCH, HEADS, KEYS, HEAD_DIM), *[(BATCH, heads, KEYS, HEAD_DIM)] * 2]
     assert call["enable_gqa"] is (heads < HEADS)

@@ -276,7 +276,7 @@ LLAMA2_7B = preset("llama2_7b")
         (
             *(FALCON_40B, "vllm", 1, "fp8_channel"),
             "41.3 billion parameters in fp8_channel with vllm need 41.8 GiB on one device (weights 39.0, batch 1 of "
-            "640 tokens), A100 40 GB has 40.0 GiB, of which vllm may use 36.8. HINT: devices=2",
+            "640 tokens), A100 40 GB has 39.4 GiB, of which vllm may use 36.2. HINT: devices=2",
         ),
     ],
 )

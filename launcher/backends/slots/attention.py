@@ -26,7 +26,7 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """What transformers' own functions compute for `query` [rows, heads, tokens, dim], as [rows, tokens, heads, dim].
 
-    transformers copies keys and values to all query heads wherever there is a mask, which in slots is at every step.
+    transformers copies keys and values to all query heads wherever there is a mask, in slots at most steps.
     """
     rows, heads, tokens, dim = query.shape
     group = heads // key.shape[1]
@@ -35,11 +35,9 @@ def attention(
             query = query.reshape(rows, heads // group, group, dim)
         found = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
         return found.reshape(rows, 1, heads, value.shape[3]), None
-    if group > 1 and (mask is not None or not query.is_cuda):
-        key, value, group = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), 1
-    found = scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scaling, is_causal=mask is None, enable_gqa=group > 1
-    )
+    if group > 1:  # of CUDA's kernels for groups only that of newer cards and 16 bits writes no scores down
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    found = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, is_causal=mask is None)
     return found.transpose(1, 2), None
 
 

@@ -133,6 +133,8 @@ class SlotLayer(CacheLayerMixin):
         """Tokens of a sequence that a slot has places for."""
         return self.size
 
+    get_max_cache_shape = get_max_length  # as older releases of transformers call it
+
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """The two, once they are there."""

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from launcher.backends.slots.schedule import Read, Sequence, Step
 
 BLOCK = 64
-"""Attention spans as many positions as the longest row has, rounded up to a multiple of these."""
+"""Attention spans as many positions as the longest row has, rounded up to a multiple of these, and a mask hides what
+lies behind the others. Rows of one length need neither: without a mask CUDA has flash attention."""
 
 
 class Slots:
@@ -37,6 +38,7 @@ class Slots:
         self.takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
         self.is_alibi = bool(getattr(model.config, "alibi", False)) or not self.takes_positions
         kinds = {layer.is_sliding: layer.size for layer in self.cache.layers}
+        self.needs_mask = self.is_alibi or True in kinds  # transformers' own would not know the order in a window
         self.mask_sizes = {"sliding_attention" if kind else "full_attention": size for kind, size in kinds.items()}
 
     def read(self, forward: Read) -> torch.Tensor:
@@ -58,11 +60,13 @@ class Slots:
         """Decode a token of each row."""
         self._move(forward.moves)
         rows = len(forward.sequences)
-        longest = max(one.length for one in forward.sequences) + 1
-        reach = min(-(-longest // BLOCK) * BLOCK, self.cache.length)
+        lengths = {one.length + 1 for one in forward.sequences}
+        is_even = len(lengths) == 1 and not self.needs_mask
+        reach = max(lengths) if is_even else min(-(-max(lengths) // BLOCK) * BLOCK, self.cache.length)
         positions = self.positions[:rows, None]
         self.cache.do(Stepping(rows, positions, reach))
-        logits = self._logits(self.tokens[:rows, None], positions, self._mask(positions, reach), 1)
+        mask = None if is_even else self._mask(positions, reach)
+        logits = self._logits(self.tokens[:rows, None], positions, mask, 1)
         self.positions[:rows].add_(1)
         return logits
 

@@ -117,8 +117,8 @@ def test_wrong_arguments_are_one_line(arguments: list[str], message: str, capsys
 @pytest.mark.parametrize(
     ("machines", "expected"),
     [
-        ("2xa6000", "machines=4xa6000, or batch_size=27, or backend=vllm"),
-        ("2xrtx5090", "machines=9xrtx5090"),
+        ("2xa6000", "machines=4xa6000, or batch_size=24, or backend=vllm"),
+        ("2xrtx5090", "machines=10xrtx5090"),
     ],
 )
 def test_hints_are_arguments_of_the_command(machines: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
