@@ -1,156 +1,212 @@
 """A first look at a machine with cards: doctor, probe, tests, and runs of each engine beside plain generate.
 
-`check_gpu.py [OUT]`, called by scripts/check_gpu.sh. Each step is a process of its own and leaves OUT/STEP.json, and
-the next call goes on where one was cut off; OUT/table.md has the figures. `--rehearse` runs the same list on a CPU with
-tiny models, for the tests; `--plain MODEL BATCH` is one measurement of transformers' own generate.
+`check_gpu.py [OUT] [--within SECONDS] [--rehearse]`, called by scripts/check_gpu.sh, which says what these are. Each
+step is a process of its own that leaves OUT/STEP.json and OUT/STEP.log. Another check is one more `Step` in `steps`.
+Exit code 0: every step went well, or is of no use here; 1: one has failed for good; 2: no card; 3: call again.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import yaml
+try:
+    from check_gpu_table import Point, write_table
 
-from shards.machine.cards import cuda_devices
+    from shards.machine.cards import cuda_devices
+    from shards.machine.orphans import before_exec
+except ModuleNotFoundError as error:
+    print(f"{error} for {sys.executable}. HINT: {sys.executable} -m launcher.doctor", file=sys.stderr)
+    sys.exit(2)
 
 ROOT = Path(__file__).resolve().parents[1]
-STEP_S = 590  # a call may be limited to ten minutes
-PROMPT_TOKENS, NEW_TOKENS = 128, 128
-SIZES = {"falcon_7b": 14, "llama_7b": 14, "falcon_40b": 83, "llama_30b": 66}  # GB in bf16
+PAIR = ROOT / "scripts" / "check_gpu_pair.py"
+WITHIN_S = 570.0  # where a call may take ten minutes
+TRIES = 3
+REFUSED, AGAIN = 2, 3
+PROMPT_TOKENS, NEW_TOKENS, REPEATS = 128, 128, 3
+BATCHES = (1, 8, 32)
+MODELS = ("falcon_7b", "falcon_40b", "llama_30b", "llama_7b")
+VLLM_CACHE = 8 << 30  # bytes; its own choice would leave no room for a plain model
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
-    """One run of an engine, and the batch that it answers at once."""
+class Step:
+    """A command, which is ended after `limit_s` and not begun where a call has less than `needs_s` left.
 
-    engine: str
-    model: str
-    batch: int
-    devices: int = 1
+    A point is a run of the launcher, whose figures go into the table.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    needs_s: float = 30
+    limit_s: float = 560
+    words: int = 1  # lines at the end of its log that are kept
+    point: Point | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of a step: open | ok | refused | failed | cut off, the latter two after so many tries."""
+
+    state: str
+    tries: int = 0
+    seconds: float = 0.0
+    code: int | None = None
+    last: str = ""
 
     @property
-    def name(self) -> str:
-        return f"{self.model}_{self.engine}_x{self.devices}_b{self.batch}"
+    def is_final(self) -> bool:
+        return self.state in ("ok", "refused") or (self.state in ("failed", "cut off") and self.tries >= TRIES)
 
 
-def points(rehearse: bool, cards: int, capacity: int) -> list[Point]:
-    """The runs that are possible here: all engines where there are two cards, models where they fit one."""
+def steps(out: Path, rehearse: bool, cards: int) -> list[Step]:
+    """All that is to be done on a machine with so many cards, in this order."""
+    doctor = ("-m", "launcher.doctor", "--json", *(("--timeout", "5") if rehearse else ()))
+    probe = ("-m", "launcher.probe", *(("accelerator=cpu", "devices=1") if rehearse else ()))
+    tests = ("-m", "pytest", "-q", "-o", "addopts=-ra", "-p", "no:cacheprovider", "tests/engines/test_gpu.py")
+    found = [
+        Step("doctor", (sys.executable, *doctor), needs_s=60),
+        Step("probe", (sys.executable, *probe), needs_s=60, words=4),
+        *(_run(point, out, rehearse) for point in points(rehearse, cards)),
+    ]
+    if importlib.util.find_spec("pytest"):
+        found.insert(2, Step("tests", (sys.executable, *tests), needs_s=300))
+    return found
+
+
+def points(rehearse: bool, cards: int) -> list[Point]:
+    """The runs, those first that tell most. What does not fit the planner refuses."""
     if rehearse:
-        return [Point("transformers", "tiny_llama", 1), Point("transformers", "tiny_llama", 2)]
-    engines = ["transformers", *(["vllm"] if importlib.util.find_spec("vllm") else [])]
-    fitting = [model for model, size in SIZES.items() if size * 1.1e9 < capacity]
-    found = [Point(engine, model, batch) for model in fitting for engine in engines for batch in (1, 8, 32)]
-    several = [Point(engine, "falcon_7b", 8, 2) for engine in ("tensor_parallel", "fsdp", *engines[1:])]
-    return found + (several if cards > 1 else [])
+        return [Point("transformers", "tiny_falcon", 1), Point("fsdp", "tiny_llama", 2, devices=2)]
+    vllm = ("vllm",) if importlib.util.find_spec("vllm") else ()
+    alone = [Point(engine, model, batch) for batch in BATCHES for model in MODELS for engine in ("transformers", *vllm)]
+    together = [
+        Point(engine, model, batch, devices=2)
+        for batch in (1, 8)
+        for model in MODELS
+        for engine in ("tensor_parallel", "fsdp", *vllm)
+    ]
+    return [*alone, Point("fsdp", "falcon_7b", 8), *(together if cards > 1 else [])]
 
 
-def words(point: Point, rehearse: bool, out: Path) -> list[str]:
-    """The command of a run."""
-    place = ["accelerator=cpu", "precision=fp32"] if rehearse else ["accelerator=cuda", "precision=bf16"]
-    new = 4 if rehearse else NEW_TOKENS
-    return [
-        sys.executable, "-m", "launcher", f"backend={point.engine}", f"model={point.model}", "model.weights=random",
-        *place, f"devices={point.devices}", "prompts=synthetic", f"prompts.count={point.batch}",
-        f"prompts.input_tokens={8 if rehearse else PROMPT_TOKENS}", f"prompts.output_tokens={new}",
-        f"measure.batch_size={point.batch}", "measure.repeats=3", f"output_dir={out / 'runs'}",
+def _run(point: Point, out: Path, rehearse: bool) -> Step:
+    """The step of a point."""
+    place = ("accelerator=cpu", "precision=fp32") if rehearse else ("accelerator=cuda", "precision=bf16")
+    lengths = (8, 4) if rehearse else (PROMPT_TOKENS, NEW_TOKENS)
+    overrides = [
+        f"backend={point.engine}", f"model={point.model}", "model.weights=random", *place, f"devices={point.devices}",
+        "prompts=synthetic", f"prompts.count={point.batch}", f"prompts.input_tokens={lengths[0]}",
+        f"prompts.output_tokens={lengths[1]}", f"measure.batch_size={point.batch}", f"measure.repeats={REPEATS}",
+        f"output_dir={out / 'runs'}",
     ]  # fmt: skip
+    if point.engine == "vllm":
+        overrides.append(f"backend.kv_cache_memory_bytes={VLLM_CACHE}")
+    ranks = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={point.devices}")
+    command = (sys.executable, *(ranks if point.devices > 1 else ()), str(PAIR), *overrides)
+    return Step(point.name, command, needs_s=10 if rehearse else 150, point=point)
 
 
-def plain(model: str, batch: int, rehearse: bool) -> dict[str, Any]:
-    """Tokens/s of transformers' own generate over random weights of the same shape, the best of three."""
-    torch, transformers = importlib.import_module("torch"), importlib.import_module("transformers")
-    preset = yaml.safe_load((ROOT / "conf" / "model" / f"{model}.yaml").read_text())
-    folder = ROOT / "launcher" / "models" / model
-    values = preset["config"] or json.loads((folder / "config.json").read_text())
-    config = transformers.AutoConfig.for_model(**values)
-    device, dtype = ("cpu", torch.float32) if rehearse else ("cuda", torch.bfloat16)
-    with torch.device(device):
-        made = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    new = 4 if rehearse else NEW_TOKENS
-    ids = torch.randint(2, config.vocab_size, (batch, 8 if rehearse else PROMPT_TOKENS), device=device)
-    rates = []
-    for _ in range(4):
-        began = time.perf_counter()
-        out = made.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
-        out.cpu()
-        rates.append(batch * new / (time.perf_counter() - began))
-    return {"new_tokens_per_s": max(rates[1:])}
-
-
-def step(out: Path, name: str, command: list[str]) -> dict[str, Any]:
-    """What a command ended with, by its file where an earlier call has come so far."""
-    path = out / f"{name}.json"
-    if path.exists():
-        return dict(json.loads(path.read_text()))
-    print(f"check: {name}", flush=True)
+def read(out: Path, step: Step) -> Result:
+    """What earlier calls have come to."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=STEP_S, cwd=ROOT, check=False)
-        lines = done.stdout.strip().splitlines()
-        result = {"code": done.returncode, "last": lines[-1] if lines else "", "error": done.stderr[-2000:]}
-    except subprocess.TimeoutExpired:
-        result = {"code": None, "last": "", "error": f"took more than {STEP_S} s"}
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(result | {"command": command}, indent=2) + "\n")
-    temporary.replace(path)
+        values = json.loads((out / f"{step.name}.json").read_text())
+    except FileNotFoundError:
+        return Result("open")
+    return Result(**values["result"])
+
+
+def write(out: Path, step: Step, result: Result) -> None:
+    path = out / f"{step.name}.json"
+    values = {"command": step.command, "result": asdict(result)}
+    path.with_suffix(".part").write_text(json.dumps(values, indent=2) + "\n")
+    path.with_suffix(".part").replace(path)
+
+
+def make(out: Path, step: Step, before: Result, limit_s: float, environ: dict[str, str]) -> Result:
+    """Try a step once more. It counts as cut off until it has ended: this process may be killed meanwhile."""
+    print(f"check: {step.name}", flush=True)
+    began, result = time.monotonic(), replace(before, state="cut off", tries=before.tries + 1, last="")
+    write(out, step, result)
+    log = out / f"{step.name}.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            step.command, cwd=ROOT, env=environ, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+            start_new_session=True, preexec_fn=before_exec(signal.SIGTERM),  # noqa: PLW1509 - two system calls
+        )  # fmt: skip
+        try:
+            code: int | None = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            end(process)
+    state = {None: "cut off", 0: "ok", REFUSED: "refused" if step.point else "failed"}.get(code, "failed")
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or [""]
+    seconds = time.monotonic() - began
+    last = "; ".join(lines[-step.words :]) if code is not None else f"did not end within {limit_s:.0f} s"
+    result = replace(result, state=state, code=code, seconds=seconds, last=last)
+    write(out, step, result)
     return result
 
 
-def row(point: Point, ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    """The figures of a run as a row of the table; a dash for what is not known."""
-    record: dict[str, Any] = {}
-    if ours["last"].startswith("{"):
-        line = json.loads(ours["last"])
-        path = Path(line.get("run_dir") or "") / "record.json"
-        record = json.loads(path.read_text()) if path.is_file() else {}
-    other = json.loads(theirs["last"])["new_tokens_per_s"] if theirs["last"].startswith("{") else None
-    rate = record.get("new_tokens_per_s")
-    device, plan = (record.get("devices") or [{}])[0], ((record.get("plan") or {}).get("devices") or [{}])[0]
-    gib = [value and value / 2**30 for value in (plan.get("parameter_bytes"), device.get("parameter_bytes"))]
-    shares = [(record.get(name) or {}).get("share") for name in ("mbu", "ceiling")]
-    ratio = rate / other if rate and other else None
-    figures = [rate, other, ratio, *shares, *gib]
-    return " | ".join([f"| {point.name}", *("-" if one is None else f"{one:.3f}" for one in figures)]) + " |"
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a step and what it has started, at first with the notice that lets ranks write their last words."""
+    for number, patience_s in ((signal.SIGTERM, 8), (signal.SIGKILL, None)):
+        if process.poll() is not None and number == signal.SIGTERM:
+            continue
+        try:
+            os.killpg(process.pid, number)
+            process.wait(patience_s)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
 
 
-def main(argv: list[str]) -> int:
-    """0 where every step went well, 1 where one did not, 2 without a card."""
-    rehearse = "--rehearse" in argv
-    names = [word for word in argv if not word.startswith("--")]
-    if "--plain" in argv:
-        print(json.dumps(plain(names[0], int(names[1]), rehearse)))
-        return 0
-    cards = () if rehearse else cuda_devices(os.environ)
-    if not cards and not rehearse:
+def check(out: Path, todo: list[Step], within_s: float, rehearse: bool) -> int:
+    """Make what is left of the steps, while there is time; the exit code."""
+    deadline = time.monotonic() + within_s if within_s else float("inf")
+    environ = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    if rehearse:  # and leave the figures of this machine as they are
+        environ |= {"XDG_CACHE_HOME": str(out / "cache"), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    results = {step: read(out, step) for step in todo}
+    left = [step for step in todo if not results[step].is_final]
+    for number, step in enumerate(left):
+        seconds = deadline - time.monotonic()
+        if number and seconds < step.needs_s:
+            break
+        results[step] = make(out, step, results[step], min(step.limit_s, seconds), environ)
+        write_table(out, [(one.name, one.point, asdict(results[one])) for one in todo])
+    write_table(out, [(one.name, one.point, asdict(results[one])) for one in todo])
+    print(out / "table.md")
+    open_steps = [step.name for step in todo if not results[step].is_final]
+    if open_steps:
+        print(f"{len(open_steps)} steps are left: {', '.join(open_steps)}. HINT: the same command", file=sys.stderr)
+        return AGAIN
+    return 0 if all(result.state in ("ok", "refused") for result in results.values()) else 1
+
+
+def main() -> int:
+    """The exit code."""
+    parser = argparse.ArgumentParser(description="Check this machine's cards, and run the engines on them.")
+    parser.add_argument("out", nargs="?", default="check_gpu", type=Path)
+    parser.add_argument("--within", type=float, default=WITHIN_S, metavar="SECONDS", help="end before (0: no limit)")
+    parser.add_argument("--rehearse", action="store_true", help="the same steps on a CPU, with tiny models")
+    arguments = parser.parse_args()
+    cards = () if arguments.rehearse else cuda_devices(os.environ)
+    if not cards and not arguments.rehearse:
         print("No CUDA device can be seen. HINT: scripts/check_gpu.sh --rehearse", file=sys.stderr)
         return 2
-    out = Path(names[0] if names else "check_gpu").resolve()
+    out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    results = []
-    if not rehearse:
-        results.append(step(out, "doctor", [sys.executable, "-m", "launcher.doctor", "--json"]))
-        results.append(step(out, "probe", [sys.executable, "-m", "launcher.probe"]))
-        results.append(step(out, "tests", [sys.executable, "-m", "pytest", "-q", "tests/engines/test_gpu.py"]))
-    head = "| run | tokens/s | plain generate | ratio | MBU | of the ceiling | weights planned, GiB | measured, GiB |"
-    table = [head, "| --- |" + " ---: |" * 7]
-    for point in points(rehearse, len(cards), (cards[0].capacity_bytes or 0) if cards else 0):
-        mode = ["--rehearse"] if rehearse else []
-        beside = [sys.executable, __file__, "--plain", *mode, point.model, str(point.batch)]
-        ours = step(out, point.name, words(point, rehearse, out))
-        theirs = step(out, f"{point.model}_plain_b{point.batch}", beside)
-        results += [ours, theirs]
-        table.append(row(point, ours, theirs))
-        (out / "table.md").write_text("\n".join(table) + "\n")
-    print(out / "table.md")
-    return 0 if all(result["code"] == 0 for result in results) else 1
+    return check(out, steps(out, arguments.rehearse, len(cards)), arguments.within, arguments.rehearse)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

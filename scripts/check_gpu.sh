@@ -1,6 +1,11 @@
 #!/usr/bin/env bash
-# Checks this machine's cards, and runs the engines on them with random weights of true shapes: scripts/check_gpu.sh [OUT]
-# Every step leaves a file in OUT, and a later call goes on behind it. --rehearse: the same list on a CPU with tiny models.
+# Checks this machine's cards, and runs the engines on them with random weights of true shapes, beside plain generate:
+#
+#     scripts/check_gpu.sh [OUT] [--within SECONDS] [--rehearse]
+#
+# OUT (check_gpu) is given a file for each step, the run directories, and table.md. A call ends by itself before the
+# seconds (570; 0: no limit) are over, with exit code 3 where steps are left: the next call goes on with those, and once
+# more with what has failed. --rehearse: the same steps on a CPU, with tiny models.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)

@@ -1,12 +1,28 @@
-"""The command for the first machine with a card: its list of runs on a CPU, and one line where there is no card."""
+"""The command for the first machine with a card: its steps on a CPU, and one line where there is no card."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
+import torch
 from running import ROOT, run
+
+from launcher.api import compose, make_plan
+from launcher.models import EMBEDDED
+from shards.load.meta import build_meta
+from shards.load.random_weights import fill_random
+from shards.parallel.families import keep_kv_heads_only
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import check_gpu
+from check_gpu import AGAIN, Point, Result, Step, check, points, read, steps
+from check_gpu_pair import shared
 
 SCRIPT = ["bash", str(ROOT / "scripts" / "check_gpu.sh")]
 
@@ -19,17 +35,119 @@ def test_without_a_card_it_ends_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_its_list_of_runs_goes_through_and_is_not_made_twice(tmp_path: Path) -> None:
+def test_its_steps_go_through_and_are_not_made_twice(tmp_path: Path) -> None:
     ended = run([*SCRIPT, "--rehearse", str(tmp_path)], timeout=280)
-    assert ended.code == 0, (ended.out, ended.err, [json.loads(path.read_text()) for path in tmp_path.glob("*.json")])
-    rows = (tmp_path / "table.md").read_text().splitlines()[2:]
-    assert [line.split(" | ")[0] for line in rows] == [
-        "| tiny_llama_transformers_x1_b1",
-        "| tiny_llama_transformers_x1_b2",
-    ]
-    for line in rows:
-        figures = line.strip("| ").split(" | ")[1:]
-        assert all(float(figures[place]) > 0 for place in (0, 1, 2))
-        assert figures[5] == figures[6]  # bytes of parameters: planned and measured
+    logs = {path.name: path.read_text(errors="replace")[-2000:] for path in tmp_path.glob("*.log")}
+    assert ended.code == 0, (ended.out, ended.err, logs)
+    text = (tmp_path / "table.md").read_text()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
+    runs = ["tiny_falcon_transformers_x1_b1", "tiny_llama_fsdp_x2_b2"]
+    assert [row[:3] for row in cells[2:7]] == [[name, "ok", "1"] for name in ("doctor", "probe", "tests", *runs)]
+    assert "GB/s" in cells[3][4]
+    for row in cells[9:]:
+        name, ours, plain, ratio, *_, weights, cache, peak, peak_of_plain, same = row
+        assert name in runs
+        assert float(ours.split()[0]) > 0
+        assert float(plain.split()[0]) > 0
+        assert float(ratio) > 0
+        for figure in (weights, cache):  # measured, and in brackets as planned
+            assert float(figure.split()[0]) == pytest.approx(float(figure.split()[1].strip("()")), rel=0.01)
+        assert peak.startswith("- (")
+        assert peak_of_plain == "-"
+        assert same == "1/1", "of the prompts of the first rank; the weights are the same"
+    assert len(cells) == 11
+    for run_dir in (tmp_path / "runs").iterdir():
+        turns, record = (json.loads((run_dir / f"{name}.json").read_text()) for name in ("plain", "record"))
+        assert len(turns["seconds"]) == len(record["metrics"]["new_tokens_per_s"]["values"]) == 3
     again = run([*SCRIPT, "--rehearse", str(tmp_path)], timeout=60)
-    assert (again.code, again.out) == (0, f"{tmp_path / 'table.md'}\n")
+    assert (again.code, again.out, again.err) == (0, f"{tmp_path / 'table.md'}\n", "")
+
+
+def sh(name: str, script: str, **more: Any) -> Step:
+    return Step(name, ("sh", "-c", script), **more)
+
+
+def states(out: Path, todo: list[Step]) -> list[tuple[str, int]]:
+    return [(result.state, result.tries) for result in (read(out, step) for step in todo)]
+
+
+def test_what_fails_is_tried_again_by_later_calls_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    count = f"echo x >>{tmp_path}/count; "
+    todo = [
+        sh("fine", count),
+        sh("shaky", f"test -e {tmp_path}/second || {{ touch {tmp_path}/second; echo no luck; exit 1; }}"),
+        sh("broken", count + "echo it is broken; exit 7"),
+        sh("too_large", 'echo \'{"error": {"message": "it does not fit"}}\'; exit 2', point=Point("a", "b", 1)),
+    ]
+    assert check(tmp_path, todo, 0, True) == AGAIN
+    assert states(tmp_path, todo) == [("ok", 1), ("failed", 1), ("failed", 1), ("refused", 1)]
+    assert "2 steps are left: shaky, broken. HINT: the same command\n" in capsys.readouterr().err
+    assert check(tmp_path, todo, 0, True) == AGAIN
+    assert check(tmp_path, todo, 0, True) == check(tmp_path, todo, 0, True) == 1
+    assert states(tmp_path, todo) == [("ok", 1), ("ok", 2), ("failed", 3), ("refused", 1)]
+    assert len((tmp_path / "count").read_text().split()) == 1 + 3
+    rows = (tmp_path / "table.md").read_text()
+    assert "| broken | failed | 3 | 0 | it is broken |" in rows
+    assert "| too_large | refused | 1 | 0 | it does not fit |" in rows
+
+
+def test_a_step_that_takes_too_long_ends_with_all_that_it_has_started(tmp_path: Path) -> None:
+    todo = [sh("slow", f"sleep 4321 & echo $! >{tmp_path}/pid; wait", limit_s=0.5), sh("next", "true")]
+    assert check(tmp_path, todo, 0, True) == AGAIN
+    assert states(tmp_path, todo) == [("cut off", 1), ("ok", 1)]
+    assert "| slow | cut off | 1 | " in (tmp_path / "table.md").read_text()
+    pid = int((tmp_path / "pid").read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_call_begins_nothing_for_which_it_has_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    todo = [sh("first", "true", needs_s=1000), sh("second", "true", needs_s=1000)]
+    assert check(tmp_path, todo, 500, True) == AGAIN
+    assert states(tmp_path, todo) == [("ok", 1), ("open", 0)], "one at least, that there be an end"
+    assert check(tmp_path, todo, 500, True) == 0
+
+
+def test_a_step_during_which_all_was_killed_counts_as_tried(tmp_path: Path) -> None:
+    step = sh("lethal", "kill -9 $PPID")
+    program = f"""
+import sys; sys.path.insert(0, {str(ROOT / "scripts")!r})
+from pathlib import Path
+from check_gpu import Step, check
+check(Path({str(tmp_path)!r}), [Step("lethal", {step.command!r})], 0, True)
+"""
+    for tries in (1, 2):
+        assert run([sys.executable, "-c", program], timeout=60).code == -9
+        assert read(tmp_path, step) == Result("cut off", tries)
+
+
+def test_the_runs_on_cards_compose_and_fit_or_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_gpu.importlib.util, "find_spec", lambda name: name)
+    alone, together = points(False, 1), points(False, 2)
+    assert alone == together[: len(alone)]
+    assert {point.devices for point in together[len(alone) :]} == {2}
+    names = [step.name for step in steps(tmp_path, False, 2)]
+    assert names[:3] == ["doctor", "probe", "tests"]
+    assert len(set(names)) == len(names)
+    for point in {(point.engine, point.devices): point for point in together}.values():
+        [step] = [step for step in steps(tmp_path, False, 2) if step.point == point]
+        overrides = [word for word in step.command if "=" in word and not word.startswith(("-", "accelerator"))]
+        plan = make_plan(compose(*overrides, "dry_run=true", f"machine={point.devices}xh200"))
+        assert plan is not None
+        assert plan.devices[0].free_bytes
+
+
+def test_a_plain_model_may_have_the_tensors_of_the_engine() -> None:
+    """Also where that has changed its attention; and none that lie in another way."""
+    models = [build_meta(EMBEDDED / "tiny_falcon", torch.float32) for _ in range(2)]
+    engine, plain = models
+    keep_kv_heads_only(engine)
+    fill_random(engine, 0, "cpu")
+    assert shared(plain, engine)
+    addresses = [{name: one.data_ptr() for name, one in (*m.named_parameters(), *m.named_buffers())} for m in models]
+    assert addresses[0] == addresses[1]
+    assert type(plain.transformer.h[0].self_attention) is not type(engine.transformer.h[0].self_attention)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.inference_mode():
+        torch.testing.assert_close(plain(ids).logits, engine(ids).logits)
+    engine.transformer.h[0].mlp.dense_h_to_4h.weight.data = torch.zeros(3, 3)
+    assert not shared(build_meta(EMBEDDED / "tiny_falcon", torch.float32), engine)

@@ -1,0 +1,126 @@
+"""The table of scripts/check_gpu.sh: what became of each step, and the figures of each run beside plain generate."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from launcher.system.environment import describe
+
+GIB = 2**30
+HEAD = (
+    "run", "tokens/s (min … max)", "plain generate (min … max)", "ratio", "MBU", "of the ceiling", "ttft, ms",
+    "itl, ms", "weights, GiB", "KV cache, GiB", "peak, GiB", "peak of plain, GiB", "same tokens",
+)  # fmt: skip
+NOTES = """\
+In brackets: as planned. tokens/s: new tokens of all prompts by the time from the start of a call to the last of them,
+prompts included, median of the repeats; ratio: the median of those of each repeat and the turn of plain `generate`
+before it. Peak: of CUDA's allocator. Same tokens: prompts for which both chose the same; in 16 bits the order of
+additions differs, and so may tokens.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A run of an engine, and the number of prompts that it answers at once."""
+
+    engine: str
+    model: str
+    batch: int
+    devices: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}_{self.engine}_x{self.devices}_b{self.batch}"
+
+
+def write_table(out: Path, rows: list[tuple[str, Point | None, dict[str, Any]]]) -> None:
+    """OUT/table.md: `rows` are the steps with their points and results."""
+    told = describe()
+    cards = told.gpus
+    hardware = f"{', '.join(map(str, cards.names))}, driver {cards.driver}" if cards else told.cpu or "a processor"
+    packages = ", ".join(f"{name} {version}" for name, version in told.packages.items())
+    state = told.git.commit[:12] + (" with changes" if told.git.dirty else "") if told.git else "no commit"
+    lines = [
+        f"# {hardware}", "",
+        f"{date.today().isoformat()}, commit {state}, Python {told.python}, {packages}", "",
+        "| step | state | tries | seconds | its last words |", "| --- | --- | ---: | ---: | --- |",
+    ]  # fmt: skip
+    for name, point, result in rows:
+        lines.append("| " + " | ".join(step_cells(name, point, result)) + " |")
+    lines += ["", "| " + " | ".join(HEAD) + " |", "| --- |" + " ---: |" * (len(HEAD) - 1)]
+    for name, point, result in rows:
+        if point is not None and result["state"] == "ok":
+            lines.append("| " + " | ".join([name, *figures(run_dir_of(result))]) + " |")
+    temporary = out / "table.part"
+    temporary.write_text("\n".join([*lines, "", NOTES]))
+    temporary.replace(out / "table.md")
+
+
+def step_cells(name: str, point: Point | None, result: dict[str, Any]) -> list[str]:
+    """State and last words: of a run its error, of the doctor what is to be mended."""
+    last = result["last"]
+    told = json.loads(last) if last.startswith("{") else {}
+    if point is not None and told:
+        last = (told.get("error") or {}).get("message", "")
+    elif "checks" in told:
+        poor = [check for check in told["checks"] if check["state"] not in ("ok", "note")]
+        last = "; ".join(f"{check['name']} {check['state']}" for check in poor)
+    words = " ".join(last.replace("|", "/").split())
+    return [name, result["state"], str(result["tries"]), f"{result['seconds']:.0f}", words[:200]]
+
+
+def run_dir_of(result: dict[str, Any]) -> Path:
+    """The run directory, which the last line of a run names."""
+    return Path(json.loads(result["last"])["run_dir"])
+
+
+def figures(run_dir: Path) -> list[str]:
+    """The cells of a run; a dash for what is not known."""
+    record = json.loads((run_dir / "record.json").read_text())
+    plain = json.loads((run_dir / "plain.json").read_text())
+    ours = record["metrics"]["new_tokens_per_s"]["values"]
+    theirs = [plain["new_tokens"] / seconds for seconds in plain["seconds"]]
+    ratios = [one / other for one, other in zip(ours, theirs, strict=False)]
+    device, planned = record["devices"][0], record["plan"]["devices"][0]
+    peak = device["peak_allocated_bytes"]
+    if peak is not None and not (record["backend"] == "vllm" and record["num_devices"] == 1):  # a process of its own
+        peak -= plain["weights_of_its_own_bytes"]
+    most = sum(planned[name] for name in ("parameter_bytes", "activation_bytes", "buffer_bytes"))
+    most += max(planned["kv_cache_bytes"], planned["kv_cache_reserved_bytes"])
+    return [
+        spread(ours),
+        spread(theirs) if theirs else plain["failure"] or "-",
+        f"{statistics.median(ratios):.3f}" if ratios else "-",
+        percent(record["mbu"]["share"]),
+        percent(record["ceiling"]["share"]),
+        milliseconds(record["ttft_s"]),
+        milliseconds(record["itl_s"]),
+        gib(device["parameter_bytes"], planned["parameter_bytes"]),
+        gib(device["kv_cache_bytes"], planned["kv_cache_bytes"]),
+        gib(peak, most),
+        gib(plain["peak_allocated_bytes"]),
+        f"{plain['prompts_with_the_same_tokens']}/{plain['prompts']}" if theirs else "-",
+    ]
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):,.1f} ({min(values):,.1f} … {max(values):,.1f})"
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1000:,.2f}"
+
+
+def gib(measured: int | None, planned: int | None = None) -> str:
+    """In GiB, with as many digits as tiny models need."""
+    known = "-" if measured is None else f"{measured / GIB:.4g}"
+    return known if planned is None else f"{known} ({planned / GIB:.4g})"
