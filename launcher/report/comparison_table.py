@@ -35,7 +35,7 @@ def show(runs: Sequence[FinishedRun], out: Console) -> list[Comparison]:
         for note in comparison.notes:
             out.print(f"[yellow]note:[/] {escape(f'{other} and {base}: {note}')}", soft_wrap=True)
         if (cost := comparison.serving_cost) is not None:
-            line = f"serving (HTTP, the server's scheduler, the client) takes {cost:.1%} of the engine's tokens/s"
+            line = f"serving (HTTP, the server's scheduler, the client) costs {cost:.1%} of the engine's tokens/s"
             out.print(escape(f"{other} against {base}: {line}"), soft_wrap=True)
     out.print(devices(runs, names, out))
     if (phases := phase_table([run.record for run in runs], out, names)) is not None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.config.engines import engines
 from launcher.config.schema import HOW_IT_IS_RUN
 from launcher.config.values import flat
+from launcher.results.serving_cost import serving_cost
 from shards.errors import UserError
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class Comparison:
     """One run against the base. Prompts are named by index; `notes` say what else keeps the two from being compared.
 
     `serving_cost` is the share of the engine's tokens/s that is lost where a server has the engine (HTTP, its
-    scheduler, the client), None where not one of the two is an endpoint.
+    scheduler, the client), None where one of the two is not the engine that the other asks.
     """
 
     base: str
@@ -120,9 +121,7 @@ def compare(base: FinishedRun, other: FinishedRun) -> Comparison:
             "compare runs of one model and one prompt set",
         )
     speed = _speed(base, other)
-    cost = None
-    if (base.serving is None) != (other.serving is None):
-        cost = 1 - (speed.median if base.serving is None else 1 / speed.median)
+    cost, no_cost = serving_cost(base.record, other.record, speed.median)
     parted = (_divergence(index, row, other.completions[index]) for index, row in sorted(base.completions.items()))
     divergences = tuple(divergence for divergence in parted if divergence is not None)
     return Comparison(
@@ -135,7 +134,7 @@ def compare(base: FinishedRun, other: FinishedRun) -> Comparison:
         other_degenerate=_degenerate(other),
         speed=speed,
         differences=tuple(_differences(_settings(base), _settings(other))),
-        notes=tuple(_other_weights(base, other)),
+        notes=(*_other_weights(base, other), *([no_cost] if no_cost else [])),
         serving_cost=cost,
     )
 

@@ -1,4 +1,4 @@
-"""The HTTP side: /v1/completions, whole or as a stream of events, /v1/models and /health."""
+"""The HTTP side: /v1/completions, whole or as a stream of events, /v1/models, /health and /version."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from starlette.routing import Route
 from tokenizers.decoders import DecodeStream
 
 from launcher.serve.requests import BadRequestError, Wanted, read_request
+from launcher.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -60,6 +61,7 @@ class Service:
     tokenizer: Tokenizer | None
     vocab_size: int
     context: int | None
+    backend: str
 
     def app(self) -> Starlette:
         """The routes."""
@@ -68,6 +70,7 @@ class Service:
                 Route("/v1/completions", self.completions, methods=["POST"]),
                 Route("/v1/models", self.models),
                 Route("/health", self.health),
+                Route("/version", self.version),
             ]
         )
 
@@ -80,6 +83,10 @@ class Service:
         """200 while the engine answers."""
         failure = self.engine.failure
         return JSONResponse({"status": failure or "ok"}, 503 if failure else 200)
+
+    async def version(self, request: Request) -> Response:
+        """This project's version, and the engine."""
+        return JSONResponse({"version": __version__, "engine": self.backend})
 
     async def completions(self, request: Request) -> Response:
         """An answer, whole or as a stream."""

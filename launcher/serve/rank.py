@@ -146,6 +146,7 @@ def _service(batches: Batches, run: RunDescription) -> Service:
         tokenizer=Tokenizer.from_file(str(path)) if path and path.is_file() else None,
         vocab_size=fields.size("vocab_size"),
         context=fields.count("max_position_embeddings") or fields.count("n_positions"),
+        backend=run.run_config.backend.name,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from running import ROOT, launcher, left_in_shared_memory
+from running import ROOT, launcher, left_in_shared_memory, run
 
 from launcher.backends.endpoint.backend import EndpointBackend
 from launcher.config.compose import compose_run
@@ -19,6 +20,7 @@ from launcher.prompts.prompts import encode, sampling_of
 from launcher.results.comparison import compare
 from launcher.run_dir.finished import read_finished
 from launcher.system.processes import shared_memory_files
+from launcher.version import __version__
 from shards.machine.world import World
 
 if TYPE_CHECKING:
@@ -30,6 +32,12 @@ if TYPE_CHECKING:
 TEXTS = ROOT / "tests" / "ragged_prompts.txt"
 SET = ("model=tiny_llama", "prompts=file", f"prompts.path={TEXTS}", "accelerator=cpu")
 RAY = os.environ.get("RAY_PYTHON") or (sys.executable if find_spec("ray") else None)
+BENCH = (
+    "from vllm.benchmarks.serve import add_cli_args, main;"
+    "from vllm.utils.argparse_utils import FlexibleArgumentParser;"
+    "parser = FlexibleArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
+)
+"""`vllm bench serve`: the command itself does not start from the wheel for CPUs."""
 WAYS = {
     "one by one": "load.concurrency=1",
     "eight at once": "load.concurrency=8",
@@ -123,12 +131,13 @@ def test_a_run_against_vllms_server_compares_with_the_reference(
     overrides = (f"backend.url={vllm.url}", "measure.repeats=2", "load.concurrency=8", f"output_dir={tmp_path}")
     ended = launcher("backend=endpoint", *SET, *overrides, timeout=200)
     assert ended.code == 0, ended.err
-    run = read_finished(Path(ended.last_json["run_dir"]))
-    comparison = compare(reference, run)
+    finished = read_finished(Path(ended.last_json["run_dir"]))
+    comparison = compare(reference, finished)
     assert comparison.divergences == ()
-    assert comparison.serving_cost == 1 - comparison.speed.median
-    assert run.label == "endpoint (vllm 0.32.0)"
-    serving = run.record.metrics.serving if run.record.metrics else None
+    assert comparison.serving_cost is None
+    assert comparison.notes == ("the cost of serving is not known: the server has vllm 0.32.0",)
+    assert finished.label == "endpoint (vllm 0.32.0)"
+    serving = finished.serving
     assert serving is not None
     assert (serving.requests, serving.failures, serving.tokens_checked) == (40, {}, "ids")
 
@@ -181,6 +190,32 @@ def test_ray_serve_gives_the_tokens_of_the_reference(reference: FinishedRun, tmp
             assert (generation.server.dialect, generation.server.tokens_checked) == ("vllm", "ids")
 
 
+def served(words: str) -> tuple[str, ...]:
+    """The overrides that start an engine of ours behind HTTP."""
+    command = f"{{python}} -m launcher.serve {words} model=tiny_llama accelerator=cpu --port={{port}}"
+    return "server=litserve", f"server.command='{command}'", "server.dialect=vllm"
+
+
+@pytest.mark.slow
+def test_a_peers_client_measures_an_engine_of_ours(tmp_path: Path) -> None:
+    words = [
+        "--backend", "openai", "--endpoint", "/v1/completions", "--model", "tiny_llama",
+        "--tokenizer", str(ROOT / "launcher" / "models" / "tiny_llama"), "--dataset-name", "random",
+        "--random-input-len", "8", "--random-output-len", "6", "--num-prompts", "12", "--max-concurrency", "4",
+        "--ignore-eos", "--temperature", "0", "--goodput", "e2el:1e6", "--save-result", "--result-dir", str(tmp_path),
+        "--result-filename", "bench.json",
+    ]  # fmt: skip
+    with started(tmp_path, *served("backend=fsdp devices=1")) as running:
+        ended = run([sys.executable, "-c", BENCH, "--base-url", running.url, *words], timeout=200)
+    assert ended.code == 0, ended.err[-2000:]
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert (result["completed"], result["failed"]) == (12, 0)
+    assert result["total_output_tokens"] == 12 * 6
+    assert 0 < result["median_ttft_ms"] < result["duration"] * 1000
+    assert result["median_tpot_ms"] > 0
+    assert result["request_goodput"] == pytest.approx(result["request_throughput"])
+
+
 @pytest.mark.parametrize(
     ("engine", "devices"),
     [
@@ -194,11 +229,10 @@ def test_ray_serve_gives_the_tokens_of_the_reference(reference: FinishedRun, tmp
 def test_engines_of_ours_are_served_with_their_tokens(
     reference: FinishedRun, tmp_path: Path, engine: str, devices: int
 ) -> None:
-    words = f"backend={engine} devices={devices} model=tiny_llama accelerator=cpu --port={{port}}"
-    own = f"server.command='{{python}} -m launcher.serve {words}'"
-    with started(tmp_path, "server=litserve", own, "server.dialect=vllm") as running:
+    with started(tmp_path, *served(f"backend={engine} devices={devices}")) as running:
         for way in ("all at once", "by Poisson"):
             generation = running.ask(way)
             check_answers(generation, reference)
             assert generation.server is not None
             assert (generation.server.tokens_checked, generation.server.read_otherwise) == ("ids", 0)
+            assert generation.server.software == f"{engine.split()[0]}, launcher.serve {__version__}"

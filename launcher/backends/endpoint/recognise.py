@@ -21,7 +21,7 @@ TRIAL, ONE_TOKEN = Prompt(0, "The", (1,)), SamplingConfig(max_new_tokens=1)
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server as it was recognised. `software` is what it says of itself, with its version where it says one."""
+    """A server as it was recognised. `software` is what it says of itself, the engine first."""
 
     dialect: str
     model: str
@@ -56,7 +56,10 @@ async def recognise(client: Client, dialect: str, model: str | None, path: str) 
 
 async def _software(client: Client, dialect: str, owner: str, about: dict[str, Any]) -> str | None:
     name = owner if owner in ("vllm", "sglang") else dialect if dialect in ("tgi", "transformers") else None
-    version = about.get("version") or (await _ask_for(client, "/version")).get("version")
+    told = await _ask_for(client, "/version")
+    version = about.get("version") or told.get("version")
+    if owner == "launcher":  # launcher.serve, with an engine of this project
+        return f"{told.get('engine')}, launcher.serve {version}"
     return f"{name} {version}" if name and version else name
 
 

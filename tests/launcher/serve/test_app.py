@@ -20,6 +20,7 @@ from launcher.config.schema import ConfigError, SamplingConfig
 from launcher.models import EMBEDDED
 from launcher.serve.app import Part, Service
 from launcher.serve.http import listen, serving
+from launcher.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -61,7 +62,7 @@ def engine() -> Canned:
 def url(engine: Canned) -> Iterator[str]:
     tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
     listening = listen("127.0.0.1", 0)
-    with serving(Service(engine, "tiny", tokenizer, 768, 64).app(), listening):
+    with serving(Service(engine, "tiny", tokenizer, 768, 64, "fsdp").app(), listening):
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
@@ -140,6 +141,7 @@ def test_an_engine_that_fails_says_so(url: str, engine: Canned) -> None:
 def test_it_is_recognised(url: str) -> None:
     found = within(url, lambda client: recognise(client, "auto", None, "x"))
     assert (found.dialect, found.model) == ("vllm", "tiny")
+    assert found.software == f"fsdp, launcher.serve {__version__}"
 
 
 @pytest.mark.parametrize("ids", [IDS[:-1], (*IDS[:-1], 5)])
