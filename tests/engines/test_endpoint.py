@@ -235,4 +235,4 @@ def test_engines_of_ours_are_served_with_their_tokens(
             check_answers(generation, reference)
             assert generation.server is not None
             assert (generation.server.tokens_checked, generation.server.read_otherwise) == ("ids", 0)
-            assert generation.server.software == f"{engine.split()[0]}, launcher.serve {__version__}"
+            assert generation.server.software == f"{engine.split(maxsplit=1)[0]}, launcher.serve {__version__}"
