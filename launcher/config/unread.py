@@ -18,7 +18,7 @@ ONLY_LOCAL = ("rendezvous", "node_rank")
 
 def check_read(config: RunConfig, given: Collection[str]) -> None:
     """ConfigError for a value that nothing reads beside the others; `given` are the keys of the command line."""
-    if config.machine is not None and not config.dry_run:
+    if config.machine is not None and not config.dry_run and config.backend.uses_devices:
         raise ConfigError(f"machine={config.machine} is read with dry_run=true only.", "dry_run=true")
     _check_launch(config)
     _check_sampling(config, given)

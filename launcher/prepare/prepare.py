@@ -74,7 +74,7 @@ def prepare(config: RunConfig, command: tuple[str, ...], given: Sequence[Prompt]
     plan = plan_for(config)
     notes += [NO_PLAN] if plan is None else built_of(model_config, tensors, config.backend.python).all_notes()
     notes += _notes_plan(config, plan, tensors, on_cuda)
-    return Run(
+    run = Run(
         config=config,
         command=command,
         model_folder=folder,
@@ -85,8 +85,15 @@ def prepare(config: RunConfig, command: tuple[str, ...], given: Sequence[Prompt]
         num_devices=config.num_devices,
         on_cuda=on_cuda,
         notes=tuple(notes),
-        paces=paces(config, plan_for, min(config.measure.batch_size, len(prompts))) if config.dry_run else {},
     )
+    if not config.dry_run and config.machine is None:
+        return run
+    run = replace(run, paces=paces(config, plan_for, run.at_once))
+    if config.dry_run or not run.paces:
+        return run
+    speeds = ", ".join(f"{name} {pace:,.1f}" for name, pace in run.paces.items())
+    line = f"ceilings of machine={config.machine}, {run.at_once} prompts at a time: {speeds} tokens/s"
+    return replace(run, notes=(*run.notes, line))
 
 
 def _prompts(config: RunConfig, folder: Path | None, vocab_size: int, notes: list[str]) -> list[Prompt]:
@@ -111,7 +118,7 @@ def check_node(config: RunConfig) -> bool:
 
     A plan for another machine needs neither.
     """
-    if (other := other_machine(config)) is not None:
+    if config.dry_run and (other := other_machine(config)) is not None:
         return other[0].kind == "cuda" and config.backend.uses_devices
     _check_packages(config)
     config.backend.check_here()

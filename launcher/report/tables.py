@@ -236,8 +236,8 @@ def show_plan(run: Run, out: Console) -> None:
     if plan is not None:
         _show_plan(plan, run.config, out)
     if run.paces:
-        at_once = counted(min(run.config.measure.batch_size, len(run.prompts)), "prompt")
         ceilings = ", ".join(f"{name} {rate(pace)}" for name, pace in run.paces.items())
+        at_once = counted(run.at_once, "prompt")
         out.print(f"  ceiling by engine, {at_once} at a time: {ceilings} tokens/s", soft_wrap=True)
 
 

@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from launcher.config.bounds import check
@@ -32,8 +32,8 @@ NO_MARK = "0" * 32  # of a run that has no processes yet
 class Run:
     """A run that can start: `world_size` counts its ranks (processes), `num_devices` the devices of all nodes.
 
-    There is no plan where the memory of the engine is not known. `paces` are the decode ceilings of all engines, for a
-    dry run only.
+    There is no plan where the memory of the engine is not known. `paces` are the decode ceilings of all engines with
+    `at_once` prompts at a time, for a dry run, and for a server on a machine that is named.
     """
 
     config: RunConfig
@@ -46,7 +46,14 @@ class Run:
     num_devices: int
     on_cuda: bool
     notes: tuple[str, ...]
-    paces: dict[str, float]
+    paces: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def at_once(self) -> int:
+        """The prompts that are answered at a time: a server is sent all of them, or as many as the load allows."""
+        config, prompts = self.config, len(self.prompts)
+        most = config.measure.batch_size if config.backend.uses_devices else config.load.concurrency or prompts
+        return min(most, prompts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

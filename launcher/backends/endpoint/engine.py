@@ -70,7 +70,8 @@ class EndpointConfig(BackendConfig):
             raise ConfigError(fact, "leave one of both out")
         if self.url is None and config.num_nodes > 1:
             raise ConfigError(f"num_nodes={config.num_nodes}, and a server is started on one.", "num_nodes=1")
-        return (config if self.url is None else replace(config, devices=1, num_nodes=1)), []
+        known = self.url is None or config.machine is not None
+        return (config if known else replace(config, devices=1, num_nodes=1)), []
 
     def refuse(self, config: RunConfig, model_config: Mapping[str, Any], on_cuda: bool, longest: int) -> None:
         dialect = DIALECTS.get(self.dialect_of(config))
@@ -91,6 +92,8 @@ class EndpointConfig(BackendConfig):
 
     def notes(self, config: RunConfig, on_cuda: bool) -> list[str]:
         if self.url is not None:
+            if config.machine is not None:
+                return []
             return ["the devices behind an address are not known: figures a device are figures of the server"]
         return [f"server: {self.command(config, 'PORT', 'MARK', on_cuda)}"]
 

@@ -119,6 +119,20 @@ def test_what_cannot_be_asked_is_refused_before_a_process_starts(overrides: list
     assert "secret" not in str(caught.value)
 
 
+def test_the_ceilings_are_those_of_the_machine_that_is_named() -> None:
+    asked = ["backend=endpoint", "backend.url=http://a", "prompts=synthetic", "load.concurrency=8"]
+    run = prepare(compose_run([*asked, "machine=2xa6000"]), ())
+    assert (run.num_devices, run.world_size, run.on_cuda) == (2, 1, False)
+    assert run.notes[-1].startswith("ceilings of machine=2xa6000, 8 prompts at a time: ")
+    ours = prepare(
+        compose_run(["backend=vllm", "machine=2xa6000", "measure.batch_size=8", *asked[2:3], "dry_run=true"]), ()
+    )
+    assert ours.plan is not None
+    assert ours.plan.limit is not None
+    assert run.paces["vllm"] == pytest.approx(ours.paces["vllm"])
+    assert prepare(compose_run(asked), ()).paces == {}
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
