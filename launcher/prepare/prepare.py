@@ -28,7 +28,7 @@ from shards.model.quantized_checkpoint import from_config
 from shards.model.shape import KNOWN_FAMILIES, ModelShape
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from launcher.backends.base import Prompt
     from launcher.config.schema import RunConfig
@@ -86,13 +86,16 @@ def prepare(config: RunConfig, command: tuple[str, ...], given: Sequence[Prompt]
         on_cuda=on_cuda,
         notes=tuple(notes),
     )
-    if not config.dry_run and config.machine is None:
-        return run
-    run = replace(run, paces=paces(config, plan_for, run.at_once))
-    if config.dry_run or not run.paces:
+    return _with_paces(run, plan_for) if config.dry_run or config.machine else run
+
+
+def _with_paces(run: Run, plan_for: Callable[..., Plan | None]) -> Run:
+    """The run with the ceilings of all engines, and a note of them for a server on a machine that is named."""
+    run = replace(run, paces=paces(run.config, plan_for, run.at_once))
+    if run.config.dry_run or not run.paces:
         return run
     speeds = ", ".join(f"{name} {pace:,.1f}" for name, pace in run.paces.items())
-    line = f"ceilings of machine={config.machine}, {run.at_once} prompts at a time: {speeds} tokens/s"
+    line = f"ceilings of machine={run.config.machine}, {run.at_once} prompts at a time: {speeds} tokens/s"
     return replace(run, notes=(*run.notes, line))
 
 
