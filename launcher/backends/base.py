@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from launcher.config.schema import RunConfig, SamplingConfig
     from launcher.results.measured import RequestFailure, ServerRepeat
@@ -161,3 +162,21 @@ class StreamingBackend(Protocol):
 
     def stream_to(self, on_tokens: Callable[[int, Sequence[int]], None]) -> None:
         """From now on call it with new tokens by the index of their prompt, before `on_step` of their step."""
+
+
+class Trace(Protocol):
+    """A trace that has begun."""
+
+    def stop(self) -> None:
+        """No more is traced."""
+
+    def write(self, path: Path) -> None:
+        """Write the trace as JSON, whole or not at all."""
+
+
+@runtime_checkable
+class TracingBackend(Protocol):
+    """An engine whose steps can be traced in its rank."""
+
+    def trace(self) -> Trace:
+        """Begin to trace what this rank does."""

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from launcher.backends.decode import Decoder, eos_token_ids
 from launcher.backends.memory import PhasePeaks, module_memory
 from launcher.backends.slots.decoder import SlotDecoder
+from launcher.backends.trace import Tracer
 from launcher.config.schema import DEFAULT_PREFILL_TOKENS, Weights
 from shards.checkpoint.checkpoint import Checkpoint
 from shards.errors import PlanError
@@ -129,6 +130,9 @@ class ModuleBackend(ABC):
         """A static batch is read at its end only."""
         if isinstance(self.decoder, SlotDecoder):
             self.decoder.on_tokens = on_tokens
+
+    def trace(self) -> Tracer:
+        return Tracer(self.device)
 
     def barrier(self) -> None:
         barrier()

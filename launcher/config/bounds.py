@@ -45,6 +45,8 @@ BOUNDS: dict[str, Bounds] = {
     "measure.batch_size": COUNT,
     "measure.prefill_tokens": TOKENS,
     "measure.warmup": Bounds(0, MOST_TIMES),
+    "measure.profile": Bounds(1, 1000),
+    "cost.device_hour": NOT_NEGATIVE,
     "measure.repeats": Bounds(1, MOST_TIMES),
     "load.concurrency": COUNT,
     "load.request_rate": Bounds(0, MOST_TIMES, is_open=True),

@@ -80,6 +80,7 @@ class BackendConfig:
     needs_device: ClassVar[bool] = True  # False: nothing of it runs on the devices of this machine
     needs_weights: ClassVar[bool] = True  # False: of a model only config and tokenizer are looked at
     loads_by_name: ClassVar[bool] = False  # True: `shards.load` gives it every tensor by the name in the model
+    can_trace: ClassVar[bool] = False  # True: measure.profile traces the steps of a rank
     is_reference: ClassVar[bool] = False  # True: others are held against its tokens
     own_random_weights: ClassVar[bool] = False  # True: model.weights=random makes others than in other engines
     stored_weights: ClassVar[str] = "loads plain weights only"  # said of a checkpoint that `reads` denies
@@ -175,6 +176,12 @@ class MeasureConfig:
     warmup: int = 1  # batches that are run and not counted
     repeats: int = 3  # times that the whole prompt set is answered
     find_batch_size: bool = False  # first try which batch is the largest that fits
+    profile: int | None = None  # so many decode steps are traced by torch's profiler, after all repeats
+
+
+@dataclass
+class CostConfig:
+    device_hour: float | None = None  # the price of a device for an hour, in any money
 
 
 @dataclass
@@ -245,6 +252,7 @@ class RunConfig:
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     load: LoadConfig = field(default_factory=LoadConfig)
     slo: SloConfig = field(default_factory=SloConfig)
+    cost: CostConfig = field(default_factory=CostConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
@@ -285,7 +293,7 @@ class RunConfig:
 
 
 HOW_IT_IS_RUN = (
-    "output_dir", "resume", "run_dir", "hang_timeout_s", "timeout_s", "dry_run", "machine", "link", "device", "launch",
-    "cluster", "experiment",
+    "output_dir", "resume", "run_dir", "hang_timeout_s", "timeout_s", "dry_run", "machine", "link", "device", "cost",
+    "launch", "cluster", "experiment",
 )  # fmt: skip
 """The keys that do not say what is run: two configurations that differ in nothing else are one point."""

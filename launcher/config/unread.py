@@ -22,6 +22,7 @@ def check_read(config: RunConfig, given: Collection[str]) -> None:
         raise ConfigError(f"machine={config.machine} is read with dry_run=true only.", "dry_run=true")
     _check_launch(config)
     _check_sampling(config, given)
+    _check_profile(config)
 
 
 def _check_launch(config: RunConfig) -> None:
@@ -53,6 +54,19 @@ def _check_sampling(config: RunConfig, given: Collection[str]) -> None:
         raise ConfigError(f"sampling.max_new_tokens={asked} {fact}", f"prompts.output_tokens={asked}")
     if "sampling.ignore_eos" in given and not sampling.ignore_eos:
         raise ConfigError(f"sampling.ignore_eos=false {fact}", "prompts.output_tokens=null")
+
+
+def _check_profile(config: RunConfig) -> None:
+    steps = config.measure.profile
+    if steps is None:
+        return
+    if not config.backend.can_trace:
+        fact = f"measure.profile={steps}, and backend={config.backend.name} is no torch module that a rank could trace."
+        raise ConfigError(fact, "measure.profile=null, or backend=fsdp")
+    most = (config.prompts.output_tokens or config.sampling.max_new_tokens) - 1
+    if steps > most:
+        fact = f"measure.profile={steps}, and there are {most} decode steps in an answer."
+        raise ConfigError(fact, f"sampling.max_new_tokens={steps + 1}")
 
 
 def changed(config: Any, defaults: Any, names: Collection[str] | None = None) -> str | None:

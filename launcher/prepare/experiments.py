@@ -134,6 +134,8 @@ def measured_figure(name: str, record: Record) -> float | None:
         return metrics.wall_s.median
     if name == "load_s":
         return record.load_s
+    if name in ("user_s", "system_s") and record.cost is not None:
+        return record.cost.user_s if name == "user_s" else record.cost.system_s
     peaks = [device.peak_allocated_bytes for device in record.devices if device.peak_allocated_bytes is not None]
     if name == "peak_memory_gb" and peaks:
         return max(peaks) / 1e9

@@ -10,6 +10,7 @@ from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
+from launcher.backends.base import TracingBackend
 from launcher.prompts.batches import batches, call_count, split, warm_up_batch
 from launcher.prompts.prompts import sampling_of
 from launcher.results.measured import Repeat
@@ -18,7 +19,7 @@ from launcher.results.metrics import summed
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from launcher.backends.base import Backend, Completion, Generation, Prompt
+    from launcher.backends.base import Backend, Completion, Generation, Prompt, Trace
     from launcher.config.schema import RunConfig
     from launcher.results.completions import Saved
     from launcher.results.measured import RequestFailure
@@ -72,14 +73,33 @@ class Loop:
         self.backend, self.config, self.world, self.progress, self.keeper = backend, config, world, progress, keeper
         self.sampling = sampling_of(config)
 
+    def trace(self, prompts: Sequence[Prompt], steps: int, is_traced: bool) -> Trace | None:
+        """Answer a batch once more, on all ranks, and trace so many of its decode steps on those that are."""
+        sampling = replace(self.sampling, max_new_tokens=steps + 1, ignore_eos=True)
+        trace: Trace | None = None
+        seen = 0
+
+        def on_step(new_tokens: int, finished: Sequence[Completion] = ()) -> None:
+            nonlocal trace, seen
+            if is_traced and seen == 0 and isinstance(self.backend, TracingBackend):  # behind the prompts
+                trace = self.backend.trace()
+            if trace is not None and seen == steps:
+                trace.stop()
+            seen += 1
+
+        self.progress.enter("profile", steps)
+        self.backend.generate(warm_up_batch(prompts, self.world, self.config), sampling, on_step)
+        return trace
+
     def run(self, prompts: Sequence[Prompt], saved: Saved) -> None:
-        """Warm up, then the repeats that `saved` leaves to be made."""
-        self._warm_up(warm_up_batch(prompts, self.world, self.config))
+        """The repeats that `saved` leaves to be made."""
         first = {completion.index: completion.answer for completion in saved.completions if completion.failure is None}
         for number, calls in schedule(prompts, self.world, self.config, saved):
             self.keeper.save_repeat(self._repeat(number, calls, first))
 
-    def _warm_up(self, batch: list[Prompt]) -> None:
+    def warm_up(self, prompts: Sequence[Prompt]) -> None:
+        """Answer a batch as often as is asked for, before the clocks start."""
+        batch = warm_up_batch(prompts, self.world, self.config)
         for number in range(self.config.measure.warmup):
             self._call(f"warmup {number + 1}/{self.config.measure.warmup}", batch, lambda finished: None)
 

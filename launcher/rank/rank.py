@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 from launcher.config.engines import resolve
 from launcher.rank.failures import explain
 from launcher.rank.loop import Loop
+from launcher.rank.meter import Meter
 from launcher.results.completions import SavedCompletion
+from launcher.results.cost import LOAD, REPEATS, WARM_UP
 from launcher.results.rank_result import RankResult
 from launcher.results.record import RunError
 from launcher.run_dir.run_dir import SupersededError
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
     from launcher.backends.base import Backend, Completion, DeviceMemory
     from launcher.config.schema import RunConfig
+    from launcher.results.cost import RankCost
     from launcher.results.measured import Repeat, RequestFailure
     from launcher.results.verdict import Outcome
     from launcher.run_dir.run_dir import RunDir
@@ -62,6 +65,8 @@ class Rank:
         self.environment: Environment | None = None
         self.waits = False  # for other ranks, where this one hangs
         self.network: Network | None = None  # to other nodes
+        self.meter = Meter(self.config, world)
+        self.cost: RankCost | None = None
         self._result: RankResult | None = None
         self._writing = threading.Lock()
         self._is_ending = False
@@ -94,6 +99,7 @@ class Rank:
             os.environ["NCCL_DEBUG"] = "INFO"
         backend = _backend(self.config)
         self.progress.enter("load")
+        self.meter.enter(LOAD)
         start = time.perf_counter()
         plan = self.run_dir.read_plan()
         backend.load(plan, self.world, self.progress.advance)
@@ -102,7 +108,16 @@ class Rank:
 
     def _generate(self, backend: Backend) -> None:
         loop = Loop(backend, self.config, self.world, self.progress, self)
-        loop.run(self.run_dir.read_prompts(), self.run_dir.read_saved())
+        prompts = self.run_dir.read_prompts()
+        self.meter.enter(WARM_UP)
+        loop.warm_up(prompts)
+        self.meter.enter(REPEATS)
+        loop.run(prompts, self.run_dir.read_saved())
+        self.cost = self.meter.end()
+        if self.config.measure.profile is not None:
+            trace = loop.trace(prompts, self.config.measure.profile, self.world.rank == 0)
+            if trace is not None:
+                trace.write(self.run_dir.trace(self.world.rank))
         self.progress.enter("memory")
         self.devices = tuple(backend.memory())
         self.environment = describe()
@@ -190,6 +205,7 @@ class Rank:
                     environment=self.environment,
                     waits=self.waits,
                     network=self.network,
+                    cost=self.cost,
                 )
                 self.run_dir.write_rank(result)
                 self._result = result

@@ -116,6 +116,11 @@ def _row(record: Record, swept: Sequence[str]) -> Row:
         "ceiling_share": ceiling and ceiling.share,
         "ceiling_bound": ceiling and ceiling.bound,
         "mbu": mbu and mbu.share,
+        "user_s": record.cost and record.cost.user_s,
+        "system_s": record.cost and record.cost.system_s,
+        "joules_per_token": record.cost and record.cost.joules_per_token,
+        "watts": record.cost and record.cost.watts,
+        "cost_per_million_tokens": record.cost and record.cost.per_million_tokens,
     }
     for name in ("parameter_bytes", "kv_cache_bytes", "kv_cache_reserved_bytes", "peak_allocated_bytes"):
         known = [getattr(device, name) for device in record.devices if getattr(device, name) is not None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+from launcher.report.devices import devices_over_time
 from launcher.report.figures import (
     Point,
     Series,
@@ -56,7 +57,7 @@ class Report:
         sections = [self._overview()]
         if self.measured:
             sections += [self._speed(), self._latency(), self._memory(), self._timeline()]
-            sections += [*self._scaling(), *self._pareto()]
+            sections += [*self._scaling(), *self._pareto(), *self._devices()]
         return sections
 
     def _drawn(self, name: str, figure: Figure, title: str, text: str) -> str:
@@ -260,6 +261,18 @@ class Report:
         headings = ("run", "tokens/s per user", "tokens/s per device", "on the front")
         figure = scatter_figure(marked, headings[1], headings[2])
         return [Section(title, text, self._drawn("pareto", figure, title, text), DataTable(headings, tuple(rows)))]
+
+    def _devices(self) -> list[Section]:
+        """Power, utilisation, clock and temperature of the devices, where the driver gave them."""
+        parts = devices_over_time([(label, record.cost) for label, record in self.measured if record.cost])
+        if not parts.series:
+            return []
+        title, text = (
+            "Devices over time",
+            "Power of each device, from the start of its rank; the table has its repeats.",
+        )
+        drawing = self._drawn("devices", line_figure(parts.series, "seconds", "watts"), title, text)
+        return [Section(title, text, drawing, parts.table)]
 
 
 def unique(labels: Sequence[str]) -> list[str]:

@@ -12,6 +12,7 @@ from rich.markup import escape
 from launcher.config.engines import engines
 from launcher.config.machine import how_to_know_rates
 from launcher.config.schema import Scheduling
+from launcher.report.cost_rows import cost_rows
 from launcher.report.layout import console, counted, fitted, print_json, rounded, shown
 from launcher.report.memory_table import device_table, phase_table
 from launcher.report.published_table import published_table
@@ -206,6 +207,8 @@ def _speed(record: Record, out: Console) -> Table:
     rows += [None, *serving_rows(metrics.serving)] if metrics.serving else []
     sums = (counted(totals.prompts, "prompt"), f"{totals.prompt_tokens:,} prompt tokens", f"{totals.new_tokens:,} new")
     rows += [None, ["load", seconds(record.load_s), "", "", ", ".join(sums)]]
+    if record.cost is not None:
+        rows += cost_rows(record.cost)
     if (ceiling := record.ceiling) and ceiling.share is not None:
         limit = f"of {rate(ceiling.tokens_per_s)} tokens/s, bound by {ceiling.bound}"
         rows.append(["share of the ceiling", _share(ceiling), "", "", limit])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.config.schema import HOW_IT_IS_RUN
 from launcher.config.values import flat
 from launcher.results.comparison import Difference
+from launcher.results.cost import REPEATS
 from launcher.results.serving import tpot_s
 from launcher.system.gpu_users import is_of_a_neighbour
 from shards.errors import UserError
@@ -201,6 +202,11 @@ def circumstances(record: Record) -> dict[str, Any]:
             "driver": gpus and gpus.driver,
             "cuda_driver": gpus and gpus.cuda_driver,
         }
+    cost = record.cost
+    clocks = [one.sm_clock_mhz for one in cost.samples if one.phase == REPEATS and one.sm_clock_mhz] if cost else []
+    if cost is not None and clocks:  # to 50 MHz: they are never the same
+        values["clock of the repeats"] = f"{round(statistics.median(clocks) / 50) * 50} MHz"
+        values["clocks slowed by"] = ", ".join(cost.slowed_by) or None
     values["neighbours"] = "; ".join(note for note in record.notes if is_of_a_neighbour(note)) or None
     return values
 

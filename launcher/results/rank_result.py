@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launcher.backends.base import DeviceMemory
+from launcher.results.cost import RankCost
 from launcher.results.measured import Repeat
 from launcher.results.record import RankRecord, RunError
 from launcher.system.environment import Environment
@@ -33,6 +34,7 @@ class RankResult:
     environment: Environment | None = None
     waits: bool = False
     network: Network | None = None
+    cost: RankCost | None = None
 
     @property
     def record(self) -> RankRecord:

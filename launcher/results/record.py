@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.backends.base import DeviceMemory
+from launcher.results.cost import Cost
 from launcher.results.measured import BandwidthUse, CeilingShare, Metrics, Partial, Repeat, Totals
 from launcher.system.environment import Environment
 from launcher.system.typed import decode
@@ -135,6 +136,7 @@ class Record:
     metrics: Metrics | None = None
     ceiling: CeilingShare | None = None
     mbu: BandwidthUse | None = None
+    cost: Cost | None = None
     devices: tuple[DeviceMemory, ...] = ()
     ranks: tuple[RankRecord, ...] = ()
     attempts: tuple[Attempt, ...] = ()

@@ -65,6 +65,7 @@ def of_the_record(record: Record, parameter_tolerance: float) -> list[Check]:
         check_memory(record, parameter_tolerance),
         check_ceilings(record),
         check_neighbours(record),
+        check_clocks(record),
     ]
 
 
@@ -150,6 +151,16 @@ def check_neighbours(record: Record) -> Check:
     if record.environment is None or record.environment.gpus is None:
         return Check("neighbours", None, "no driver tells who else uses the devices")
     return Check("neighbours", True, "none on the devices")
+
+
+def check_clocks(record: Record) -> Check:
+    """Not lower than asked for, because of heat or of the power supply."""
+    if record.cost is None or not record.cost.samples:
+        reason = record.cost.samples_reason if record.cost else None
+        return Check("clocks", None, reason or "they were not looked at")
+    if record.cost.slowed_by:
+        return Check("clocks", False, f"the clocks were slowed: {', '.join(record.cost.slowed_by)}")
+    return Check("clocks", True, "not slowed by heat or power supply, as often as they were looked at")
 
 
 def check_reference(comparisons: Sequence[Comparison], names: Iterable[str]) -> Check:

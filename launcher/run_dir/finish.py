@@ -14,6 +14,7 @@ from launcher.config.machine import how_to_know_rates
 from launcher.config.values import to_dict
 from launcher.prompts.prompts import decode
 from launcher.results.completions import ReportedCompletion, SavedCompletion
+from launcher.results.cost import cost_of
 from launcher.results.metrics import against_ceiling, bandwidth_used, figures, total
 from launcher.results.record import Attempt, Record, RepeatSummary, RunError
 from launcher.results.verdict import LastStep, verdict
@@ -54,6 +55,13 @@ def finish(run_dir: RunDir, outcome: Outcome | None = None) -> Record:
         load_s=max(rank.load_s or 0.0 for rank in present) if status == "ok" else None,
         ceiling=against_ceiling(plan, metrics, hint),
         mbu=bandwidth_used(plan, metrics, hint),
+        cost=cost_of(
+            [rank.cost for rank in present if rank.cost is not None],
+            sum(total(ranks).new_tokens for ranks in repeats[attempts[-1][0]].values()),
+            metrics.new_tokens_per_s.median if metrics else None,
+            run.num_devices,
+            run.run_config.cost.device_hour,
+        ),
         devices=tuple(device for rank in present for device in rank.devices),
         ranks=tuple(rank.record for rank in present),
         attempts=tuple(_attempt(number, folder, run.world_size, repeats[number]) for number, folder in attempts),

@@ -11,6 +11,7 @@ attempt_N/             the files of attempt N, once a later one has begun: a dir
 rank_N.json            the last word of a rank            rank_N.log     its output, rank_0.server.log of its server
 rank_N.progress        its present stage and step         stacks_rank_N.txt
 rank_N.completions.jsonl, rank_N.repeats.jsonl            what a rank has saved so far
+rank_N.trace.json                                         the steps that measure.profile traced
 submit.sbatch, slurm.log, slurm_job                       of a job of SLURM
 """
 
@@ -268,6 +269,9 @@ class RunDir:
     def read_progress(self, count: int) -> tuple[Progress | None, ...]:
         """The progress of each rank, None of one that has not begun."""
         return tuple(read_progress(self.path / f"rank_{rank}.progress") for rank in range(count))
+
+    def trace(self, rank: int) -> Path:
+        return self.path / f"rank_{rank}.trace.json"
 
     def stacks(self, rank: int) -> Path:
         return self.path / f"stacks_rank_{rank}.txt"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pynvml
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 P2P_READ, P2P_NVLINK = 0, 2  # nvmlGpuP2PCapsIndex_t
 P2P_STATUS = (
@@ -54,6 +54,51 @@ class CardProcess:
 
     pid: int
     memory_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A card at one moment: energy since the driver was loaded, the rest as it is now. None is what it does not tell.
+
+    `slowed_by` are the reasons for which its clocks are lower than asked for: heat and power supply (a power limit
+    that software has set, as cards have under load, is none).
+    """
+
+    uuid: str
+    energy_j: float | None
+    power_w: float | None
+    utilisation: float | None
+    sm_clock_mhz: float | None
+    temperature_c: float | None
+    slowed_by: tuple[str, ...]
+
+
+SLOWED_BY = {0x08: "hardware slowdown", 0x20: "heat (software)", 0x40: "heat (hardware)", 0x80: "power brake"}
+"""Bits of nvmlDeviceGetCurrentClocksEventReasons."""
+
+SM_CLOCK, GPU_TEMPERATURE = 1, 0  # nvmlClockType_t, nvmlTemperatureSensors_t
+
+
+def readings(uuids: Sequence[str]) -> tuple[Reading, ...]:
+    """Each of some cards as it is now; NvmlError where there is no driver."""
+    with _session():
+        return tuple(_reading(uuid, _ask(pynvml.nvmlDeviceGetHandleByUUID, uuid)) for uuid in uuids)
+
+
+def _reading(uuid: str, handle: Any) -> Reading:
+    energy = _ask(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)  # mJ
+    power = _ask(pynvml.nvmlDeviceGetPowerUsage, handle)  # mW
+    rates = _ask(pynvml.nvmlDeviceGetUtilizationRates, handle)
+    bits = _ask(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle) or 0
+    return Reading(
+        uuid=uuid,
+        energy_j=None if energy is None else energy / 1000,
+        power_w=None if power is None else power / 1000,
+        utilisation=None if rates is None else rates.gpu / 100,
+        sm_clock_mhz=_ask(pynvml.nvmlDeviceGetClockInfo, handle, SM_CLOCK),
+        temperature_c=_ask(pynvml.nvmlDeviceGetTemperature, handle, GPU_TEMPERATURE),
+        slowed_by=tuple(name for bit, name in SLOWED_BY.items() if bits & bit),
+    )
 
 
 def cards() -> tuple[Card, ...]:

@@ -39,6 +39,7 @@ TENSORS = {
     "launcher.backends.slots.cache",
     "launcher.backends.slots.decoder",
     "launcher.backends.slots.device",
+    "launcher.backends.trace",
     "launcher.launch.join",
     "launcher.serve.rank",
     "launcher.backends.memory",

@@ -14,6 +14,7 @@ from running import run
 
 from launcher import reproduce, verify
 from launcher.backends.base import DeviceMemory
+from launcher.results.cost import DeviceSample
 from launcher.results.measured import CeilingShare, Partial, Spread
 from launcher.results.record import Record
 from launcher.results.validity import Validity, check_reference, of_the_record
@@ -164,6 +165,13 @@ def test_each_check_has_its_reason(made: Path) -> None:
     ]
     note = "GPU-1: process 7 (python) already held 1.00 GiB when the run began"
     assert bad(good, notes=(note,)) == [note]
+    assert record.cost is not None
+    sample = DeviceSample(0.0, "repeats", "GPU-1", 300.0, 1.0, 1000.0, 80.0)
+    warm = replace(record.cost, samples=(sample,))
+    assert bad(good, cost=warm) == []
+    assert bad(good, cost=replace(warm, slowed_by=("GPU-1: heat (hardware)",))) == [
+        "the clocks were slowed: GPU-1: heat (hardware)"
+    ]
     plan = replace(record.plan, devices=(planned(1000, 100),))
     held = DeviceMemory(0, "cuda:0", parameter_bytes=1000, kv_cache_bytes=100)
     assert bad(good, plan=plan, devices=(held,)) == []

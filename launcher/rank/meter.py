@@ -1,0 +1,160 @@
+"""What a rank costs while it works: the time of its processes, the energy and the state of the node's devices."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from launcher.results.cost import REPEATS, START, DeviceSample, PhaseCost, RankCost
+from shards.machine.cards import cuda_devices
+from shards.machine.nvml import NvmlError, readings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from launcher.config.schema import RunConfig
+    from shards.machine.nvml import Reading
+    from shards.machine.world import World
+
+SAMPLE_S = 0.2
+MOST_SAMPLES = 1000
+"""Of each rank that reads devices: then every second one is dropped, and the next come half as often."""
+
+POWERCAP = Path("/sys/class/powercap")
+NVML, RAPL = "NVML", "RAPL"
+OTHER_RANK = "another rank of the node reads its devices"
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """The counters at one moment; energy by device or package, in joules."""
+
+    second: float
+    user_s: float
+    system_s: float
+    energy_j: dict[str, float]
+
+
+class Meter:
+    """The costs of this process and of those it starts, phase by phase; on the first rank of a node its devices' too.
+
+    Reading them takes a thread that asks the driver some times a second.
+    """
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        self.is_meter = world.local_rank == 0
+        on_cuda = config.accelerator.value == "cuda"
+        devices = cuda_devices(os.environ)[: config.devices] if on_cuda and self.is_meter else []
+        self.uuids = [device.uuid for device in devices if device.uuid is not None]
+        self.packages = [] if on_cuda or not self.is_meter else packages()
+        self.phase = START
+        self.phases: list[PhaseCost] = []
+        self.samples: list[DeviceSample] = []
+        self.slowed_by: dict[str, None] = {}
+        self.interval_s = SAMPLE_S
+        self._began = psutil.Process().create_time()
+        self._last = Moment(0.0, 0.0, 0.0, self._energy())
+        self._ended = threading.Event()
+        if self.uuids:
+            threading.Thread(target=self._sample, daemon=True, name="meter").start()
+
+    def enter(self, phase: str) -> None:
+        """The phase until now is over, and another begins."""
+        now = self._now()
+        last = self._last
+        self.phases.append(
+            PhaseCost(
+                self.phase,
+                now.second - last.second,
+                now.user_s - last.user_s,
+                now.system_s - last.system_s,
+                _spent(last.energy_j, now.energy_j),
+            )
+        )
+        self.phase, self._last = phase, now
+
+    def end(self) -> RankCost:
+        """The last phase is over; what all of them cost."""
+        self._ended.set()
+        self.enter("")
+        source = None
+        if any(phase.energy_j is not None for phase in self.phases):
+            source = NVML if self.uuids else RAPL
+        return RankCost(
+            phases=tuple(self.phases),
+            is_meter=self.is_meter,
+            energy_source=source,
+            energy_reason=None if source else self._reason(),
+            samples=tuple(self.samples),
+            samples_reason=None if self.samples else self._reason(),
+            slowed_by=tuple(self.slowed_by),
+        )
+
+    def _reason(self) -> str:
+        """Why nothing is known of the devices."""
+        if not self.is_meter:
+            return OTHER_RANK
+        if self.uuids:
+            return "the driver does not tell"
+        return "no NVIDIA device" if self.packages else f"no NVIDIA device, and no energy counter in {POWERCAP}"
+
+    def _now(self) -> Moment:
+        user_s, system_s = cpu_times()
+        return Moment(time.time() - self._began, user_s, system_s, self._energy())
+
+    def _energy(self) -> dict[str, float]:
+        known = {one.uuid: one.energy_j for one in self._readings() if one.energy_j is not None}
+        for package in self.packages:
+            with contextlib.suppress(OSError, ValueError):
+                known[package.name] = int((package / "energy_uj").read_text()) / 1e6
+        return known
+
+    def _readings(self) -> Sequence[Reading]:
+        with contextlib.suppress(NvmlError):
+            return readings(self.uuids) if self.uuids else ()
+        return ()
+
+    def _sample(self) -> None:
+        while not self._ended.wait(self.interval_s):
+            for one in self._readings():
+                second = time.time() - self._began
+                state = (one.power_w, one.utilisation, one.sm_clock_mhz, one.temperature_c)
+                self.samples.append(DeviceSample(second, self.phase, one.uuid, *state))
+                if self.phase == REPEATS:
+                    self.slowed_by |= {f"{one.uuid}: {reason}": None for reason in one.slowed_by}
+            if len(self.samples) > MOST_SAMPLES:
+                kept = sorted({sample.second for sample in self.samples})[::2]
+                self.samples = [sample for sample in self.samples if sample.second in set(kept)]
+                self.interval_s *= 2
+
+
+def packages(folder: Path = POWERCAP) -> list[Path]:
+    """The CPU packages whose energy counters can be read; often only root may."""
+    found = sorted(folder.glob("intel-rapl:[0-9]")) + sorted(folder.glob("intel-rapl:[0-9][0-9]"))
+    return [package for package in found if os.access(package / "energy_uj", os.R_OK)]
+
+
+def cpu_times() -> tuple[float, float]:
+    """User and system time in seconds of this process, and of all that it started, be they over or not."""
+    own = psutil.Process()
+    user_s = system_s = 0.0
+    for process in (own, *own.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            user_s += times.user + times.children_user
+            system_s += times.system + times.children_system
+    return user_s, system_s
+
+
+def _spent(before: dict[str, float], now: dict[str, float]) -> float | None:
+    """Joules between two moments; None where a counter could not be read, or began again."""
+    if not before or before.keys() != now.keys() or any(now[name] < before[name] for name in now):
+        return None
+    return sum(now[name] - before[name] for name in now)

@@ -1,0 +1,54 @@
+"""The samples of devices as lines over time, and a table of what they were in the repeats."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from launcher.report.figures import Series
+from launcher.report.page import DataTable
+from launcher.results.cost import REPEATS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from launcher.results.cost import Cost, DeviceSample
+
+STATES = {"power_w": "W", "utilisation": "", "sm_clock_mhz": "MHz", "temperature_c": "°C"}
+
+
+@dataclass(frozen=True, slots=True)
+class DevicesOverTime:
+    """Power over time of each device, and a row for each."""
+
+    series: list[Series]
+    table: DataTable
+
+
+def devices_over_time(costs: Sequence[tuple[str, Cost]]) -> DevicesOverTime:
+    """Of each run, by its label, the devices that were sampled."""
+    series, rows = [], []
+    for label, cost in costs:
+        for uuid in dict.fromkeys(sample.uuid for sample in cost.samples):
+            name = f"{label} {uuid[:12]}"
+            own = [sample for sample in cost.samples if sample.uuid == uuid]
+            powered = [(sample.second, sample.power_w) for sample in own if sample.power_w is not None]
+            if powered:
+                x, y = zip(*powered, strict=True)
+                series.append(Series(name, x, y))
+            repeats = [sample for sample in own if sample.phase == REPEATS]
+            rows.append((name, *(middle(repeats, state, unit) for state, unit in STATES.items())))
+    return DevicesOverTime(
+        series, DataTable(("device", "power", "utilisation", "SM clock", "temperature"), tuple(rows))
+    )
+
+
+def middle(samples: Sequence[DeviceSample], state: str, unit: str) -> str:
+    """The median of a state with the least and most; a dash where it is not known."""
+    values = [value for sample in samples if (value := getattr(sample, state)) is not None]
+    if not values:
+        return "-"
+    if state == "utilisation":
+        return f"{statistics.median(values):.0%} ({min(values):.0%} … {max(values):.0%})"
+    return f"{statistics.median(values):,.0f} {unit} ({min(values):,.0f} … {max(values):,.0f})"
