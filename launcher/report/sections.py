@@ -20,6 +20,7 @@ from launcher.report.figures import (
     svg,
     timeline_figure,
 )
+from launcher.report.memory_parts import cache_of, measured_parts, planned_parts
 from launcher.report.page import DataTable, Section
 from launcher.report.rows import label_of, swept_keys
 from launcher.report.units import rate, seconds, size
@@ -30,9 +31,7 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-    from launcher.backends.base import DeviceMemory
     from launcher.results.record import Record
-    from shards.plan.memory import DevicePlan
 
 NamedFigure = tuple[str, "Figure"]
 """A figure and the name of its file."""
@@ -283,25 +282,3 @@ def unique(labels: Sequence[str]) -> list[str]:
         seen[label] += 1
         numbered.append(label if seen[label] == 1 else f"{label} ({seen[label]})")
     return numbered
-
-
-def cache_of(device: DeviceMemory) -> int:
-    """Bytes of keys and values on a device: reserved, or what the largest call had."""
-    return max(device.kv_cache_bytes or 0, device.kv_cache_reserved_bytes or 0)
-
-
-def measured_parts(device: DeviceMemory, unit: int) -> dict[str, float]:
-    """What a device held, by its parts; the rest of the allocator's peak where that is known."""
-    parts = {"parameters": (device.parameter_bytes or 0) / unit, "KV cache": cache_of(device) / unit}
-    if device.peak_allocated_bytes is not None:
-        parts["other"] = max(device.peak_allocated_bytes / unit - sum(parts.values()), 0.0)
-    return parts
-
-
-def planned_parts(plan: DevicePlan, device: DeviceMemory, unit: int) -> dict[str, float]:
-    """What a device was planned to hold, by the parts that were measured."""
-    cache = max(plan.kv_cache_bytes, plan.kv_cache_reserved_bytes)
-    parts = {"parameters": plan.parameter_bytes / unit, "KV cache": cache / unit}
-    if device.peak_allocated_bytes is not None:
-        parts["other"] = (plan.activation_bytes + plan.buffer_bytes) / unit
-    return parts
