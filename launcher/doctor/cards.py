@@ -21,7 +21,17 @@ LEAST_DRIVERS = {12: 525, 13: 580}
 
 LOCK = ROOT / "scripts" / "lock" / "cuda.txt"
 COMPILES = "vLLM on CUDA (Triton) and DeepSpeed compile with it"
-THROUGH_HOST = ("no: chipset", "no: I/O hub topology")
+LEAST_CAPABILITIES = {12: (5, 0), 13: (7, 5)}
+"""The oldest cards for which PyTorch's builds for a major version of CUDA have kernels."""
+
+IN_BIOS = "switch ACS and the IOMMU off in the BIOS"
+PEER_MENDS = {
+    "no: chipset": IN_BIOS,
+    "no: I/O hub topology": IN_BIOS,
+    "no: disabled in the registry": "take NVreg_RegistryDwords out of /etc/modprobe.d, and reboot",
+}
+HIDDEN = 2 << 30
+"""From so many bytes in use on, that no process is seen to hold, the card is somebody's."""
 
 
 def check_cards(found: dict[str, Any] | None, reason: str) -> list[Check]:
@@ -63,15 +73,14 @@ def _problems(gpu: dict[str, Any], gpus: Sequence[dict[str, Any]]) -> tuple[Stat
     if gpu["ecc_errors"]:
         errors = f"{gpu['ecc_errors']} uncorrected memory errors since boot"
         found.append(("warning", errors, f"nvidia-smi --gpu-reset -i {index}"))
-    if gpu["processes"]:
-        users = ", ".join(f"process {pid} ({host.process_name(pid)}, {size(held)})" for pid, held in gpu["processes"])
-        idle = ",".join(str(other["index"]) for other in gpus if not other["processes"])
-        mend = f"export CUDA_VISIBLE_DEVICES={idle}" if idle else f"kill {gpu['processes'][0][0]}"
-        found.append(("warning", f"in use: {users}", mend))
+    if users := _users(gpu):
+        idle = ",".join(str(other["index"]) for other in gpus if not _users(other))
+        unseen = "nvidia-smi" if not gpu["processes"] else f"kill {gpu['processes'][0][0]}"
+        found.append(("warning", f"in use: {users}", f"export CUDA_VISIBLE_DEVICES={idle}" if idle else unseen))
     if gpu["pcie_width"] and gpu["pcie_width"] < (gpu["pcie_width_max"] or 0):
-        found.append(("note", "fewer PCIe lanes than the card has", ""))
+        found.append(("note", "fewer PCIe lanes than the card has", f"move it to a slot of x{gpu['pcie_width_max']}"))
     if gpu["ecc"] is False:
-        found.append(("note", "ECC is off", ""))
+        found.append(("note", "ECC is off", f"nvidia-smi -i {index} -e 1, and reboot"))
     if gpu["persistence"] is False:
         found.append(("note", "persistence mode is off: the first use takes seconds", "nvidia-smi -pm 1"))
     if not found:
@@ -79,13 +88,24 @@ def _problems(gpu: dict[str, Any], gpus: Sequence[dict[str, Any]]) -> tuple[Stat
     return found[0][0], [words for _, words, _ in found], found[0][2]
 
 
+def _users(gpu: dict[str, Any]) -> str:
+    """Who holds memory of a card; in a container that may be processes which the driver does not show there."""
+    if gpu["processes"]:
+        shown = (f"process {pid} ({host.process_name(pid)}, {size(held)})" for pid, held in gpu["processes"])
+        return ", ".join(shown)
+    used = (gpu["memory_bytes"] or 0) - (gpu["free_bytes"] or 0)
+    known = gpu["memory_bytes"] is not None and gpu["free_bytes"] is not None
+    return f"{size(used)} by processes that are not visible from here" if known and used >= HIDDEN else ""
+
+
 def _check_link(link: dict[str, Any]) -> Check:
     way = "NVLink" if link["nvlink"] else f"PCIe, {link['pcie_path'] or 'path not known'}"
     peers = link["peer_to_peer"]
     state: State = "ok" if peers in ("yes", None) else "note"
-    mend = "switch ACS and the IOMMU off in the BIOS" if peers in THROUGH_HOST else ""
     found = f"{way}; peer to peer {peers or 'not known'}"
-    return Check("devices", "GPUs {} and {}".format(*link["gpus"]), state, found, mend)
+    if state == "note":
+        found += ": what they send goes through the memory of the host"
+    return Check("devices", "GPUs {} and {}".format(*link["gpus"]), state, found, PEER_MENDS.get(peers, ""))
 
 
 def check_cuda(found: dict[str, Any] | None, built_for: Sequence[str]) -> list[Check]:
@@ -97,16 +117,35 @@ def check_cuda(found: dict[str, Any] | None, built_for: Sequence[str]) -> list[C
         return []
     assert found is not None
     wanted = max((int(version.partition(".")[0]) for version in built_for), default=None) or locked_cuda()
-    return [_check_driver(found["driver"], wanted), _check_nvcc(wanted)]
+    old = [gpu for gpu in found["gpus"] if _capability(gpu) < LEAST_CAPABILITIES.get(wanted or 0, (0, 0))]
+    return [
+        _check_driver(found["driver"], found.get("cuda_driver"), wanted),
+        _check_nvcc(wanted),
+        *(_too_old(gpu, wanted) for gpu in old),
+    ]
 
 
-def _check_driver(driver: str | None, cuda: int | None) -> Check:
+def _capability(gpu: dict[str, Any]) -> tuple[int, ...]:
+    """As numbers; of a card that does not tell, that of one yet to come."""
+    return tuple(map(int, (gpu["compute_capability"] or "99.0").split(".")))
+
+
+def _too_old(gpu: dict[str, Any], cuda: int | None) -> Check:
+    least = ".".join(map(str, LEAST_CAPABILITIES[cuda or 0]))
+    wrong = f"compute capability {gpu['compute_capability']}, and builds for CUDA {cuda} have kernels from {least} on"
+    return Check("system", f"GPU {gpu['index']}", "broken", wrong, "LAUNCHER_FLAVOR=cpu bash scripts/setup.sh")
+
+
+def _check_driver(driver: str | None, cuda_driver: int | None, cuda: int | None) -> Check:
+    """Older ones do with NVIDIA's package for forward compatibility, with which they name a newer CUDA."""
     least = LEAST_DRIVERS.get(cuda or 0)
     major = re.match(r"\d+", driver or "")
     if least is None or major is None:
         return Check("system", "driver", "note", f"{driver or 'not known'}; for CUDA {cuda or 'not known'}")
     if int(major.group()) >= least:
         return Check("system", "driver", "ok", f"{driver}; CUDA {cuda} needs {least}")
+    if cuda_driver and cuda and cuda_driver // 1000 >= cuda:
+        return Check("system", "driver", "ok", f"{driver}, with what makes it run CUDA {cuda_driver // 1000}")
     wrong = f"{driver}, and CUDA {cuda}, for which torch and vLLM are built, needs {least} or newer"
     return Check("system", "driver", "broken", wrong, f"apt-get install nvidia-driver-{least}-server, and reboot")
 

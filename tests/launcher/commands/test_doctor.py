@@ -230,7 +230,7 @@ def test_cards_and_their_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             "devices",
             "GPUs 0 and 2",
             "note",
-            "PCIe, between NUMA nodes; peer to peer no: chipset",
+            "PCIe, between NUMA nodes; peer to peer no: chipset: what they send goes through the memory of the host",
             "switch ACS and the IOMMU off in the BIOS",
         ),
         Check("devices", "GPUs 1 and 2", "ok", "PCIe, between NUMA nodes; peer to peer not known"),
@@ -255,8 +255,13 @@ IDLE = CARD | {"index": 0}
         ({"ecc_errors": 2}, [], "warning", "2 uncorrected memory errors", "nvidia-smi --gpu-reset -i 1"),
         ({"processes": [[2**22 + 1, GIB]]}, [], "warning", "in use: process 4194305 (not", "kill 4194305"),
         ({"processes": [[2**22 + 1, None]]}, [IDLE], "warning", "here, ?)", "export CUDA_VISIBLE_DEVICES=0"),
-        ({"pcie_width": 8}, [], "note", "fewer PCIe lanes", ""),
-        ({"ecc": False}, [], "note", "ECC is off", ""),
+        ({"free_bytes": 99 * GIB}, [], "warning", "in use: 40.0 GiB by processes that are not visible", "nvidia-smi"),
+        ({"free_bytes": 99 * GIB}, [IDLE], "warning", "not visible", "export CUDA_VISIBLE_DEVICES=0"),
+        ({"processes": [[7, GIB]]}, [IDLE | {"free_bytes": GIB}], "warning", "process 7 (", "kill 7"),
+        ({"free_bytes": 139 * GIB - GIB // 2}, [], "ok", "", ""),
+        ({"memory_bytes": None, "free_bytes": None}, [], "ok", "? (? free)", ""),
+        ({"pcie_width": 8}, [], "note", "fewer PCIe lanes", "move it to a slot of x16"),
+        ({"ecc": False}, [], "note", "ECC is off", "nvidia-smi -i 1 -e 1, and reboot"),
         ({"persistence": False}, [], "note", "persistence mode is off", "nvidia-smi -pm 1"),
         ({"persistence": False, "mig": True}, [], "warning", "persistence", "nvidia-smi -i 1 -mig 0"),
     ],
@@ -286,6 +291,38 @@ def test_a_driver_that_is_too_old_is_said(driver: str | None, built_for: list[st
     line = check_cuda({"driver": driver, "gpus": [CARD]}, built_for)[0]
     assert (line.name, line.state, line.mend) == ("driver", state, mend)
     assert check_cuda({"driver": driver, "gpus": []}, built_for) == check_cuda(None, built_for) == []
+
+
+def test_an_old_driver_may_be_made_to_run_newer_programs() -> None:
+    found = {"driver": "550.54.14", "cuda_driver": 13000, "gpus": [CARD]}
+    assert check_cuda(found, ["13.0"])[0].state == "ok"
+    assert check_cuda(found | {"cuda_driver": 12080}, ["13.0"])[0].state == "broken"
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "is_old"),
+    [("7.0", "13.0", True), ("7.5", "13.0", False), ("7.0", "12.8", False), (None, "13.0", False)],
+)
+def test_a_card_for_which_there_are_no_kernels_is_said(capability: str | None, built_for: str, is_old: bool) -> None:
+    found = {"driver": "580.1", "gpus": [IDLE, CARD | {"compute_capability": capability}]}
+    lines = [line for line in check_cuda(found, [built_for]) if line.name.startswith("GPU")]
+    assert [(line.name, line.state, bool(line.mend)) for line in lines] == [("GPU 1", "broken", True)] * is_old
+
+
+@pytest.mark.parametrize(
+    ("peers", "state", "mend"),
+    [
+        ("yes", "ok", ""),
+        ("no: GPU", "note", ""),  # the makers of GeForce cards have it so
+        ("no: disabled in the registry", "note", "take NVreg_RegistryDwords out of /etc/modprobe.d, and reboot"),
+        ("no: I/O hub topology", "note", "switch ACS and the IOMMU off in the BIOS"),
+        (None, "ok", ""),
+    ],
+)
+def test_cards_that_do_not_reach_each_other_are_said(peers: str | None, state: str, mend: str) -> None:
+    link = {"gpus": [0, 1], "nvlink": False, "pcie_path": "one PCIe switch", "peer_to_peer": peers}
+    line = check_cards({"driver": None, "cuda_driver": None, "gpus": [IDLE, CARD], "links": [link]}, "")[-1]
+    assert (line.name, line.state, line.mend) == ("GPUs 0 and 1", state, mend)
 
 
 def test_the_lock_is_for_a_cuda_that_the_doctor_knows() -> None:
