@@ -13,16 +13,19 @@ from running import ROOT
 from launcher.plan import main
 from shards.plan.plan import Plan
 
-SECTION = re.compile(r"```\npython -m launcher\.plan ([^\n]*)\n```\n\n(.*?)(?=\n## |\Z)", re.DOTALL)
+SECTION = re.compile(r"```\npython -m launcher\.plan ([^\n]*)\n```\n\n(.*?)(?=\n##+ |\Z)", re.DOTALL)
 
 
-def test_docs_are_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    sections = SECTION.findall((ROOT / "docs/plans.md").read_text())
-    assert [arguments.split()[0] for arguments, _ in sections] == [
-        "model=falcon_40b",
-        "model=llama_30b",
-        "model=falcon_40b",
-    ]
+@pytest.mark.parametrize(
+    ("page", "models"),
+    [
+        ("plans.md", ["falcon_40b", "llama_30b", "falcon_40b"]),
+        ("gpu.md", ["falcon_7b", "llama_7b", "falcon_40b", "llama_30b"]),
+    ],
+)
+def test_docs_are_what_the_command_prints(page: str, models: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    sections = SECTION.findall((ROOT / "docs" / page).read_text())
+    assert [arguments.split()[0] for arguments, _ in sections] == [f"model={model}" for model in models]
     for arguments, table in sections:
         assert main(arguments.split()) == 0
         assert capsys.readouterr().out.strip() == table.strip()
