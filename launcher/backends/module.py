@@ -14,18 +14,19 @@ from launcher.backends.decode import Decoder, eos_token_ids
 from launcher.backends.memory import PhasePeaks, module_memory
 from launcher.backends.slots.decoder import SlotDecoder
 from launcher.backends.trace import Tracer
-from launcher.config.schema import DEFAULT_PREFILL_TOKENS, Weights
+from launcher.config.schema import DEFAULT_PREFILL_TOKENS, WeightFormat, Weights
 from shards.checkpoint.checkpoint import Checkpoint
 from shards.errors import PlanError
 from shards.load.blocks import local_bytes, local_tensor
 from shards.load.load import load_weights
 from shards.load.meta import build_meta
+from shards.load.quantizers import make_quantizer
 from shards.load.random_weights import fill_random
 from shards.machine.hardware import MIB
 from shards.machine.process_group import any_rank, barrier, connect, connect_cards, device_of, disconnect
 from shards.model.shape import KNOWN_FAMILIES, plan_tolerance
 from shards.parallel.families import keep_kv_heads_only
-from shards.parallel.products import pack_weights
+from shards.parallel.products import pack_weights, quantize_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -99,6 +100,11 @@ class ModuleBackend(ABC):
         model = build_meta(self.source, self.dtype, self.config.model.trust_remote_code)
         keep_kv_heads_only(model)
         return model
+
+    def quantize(self, model: torch.nn.Module) -> None:
+        """Let the layers of a model on meta store what `quantization` says; before it is sharded or filled."""
+        if self.config.quantization is not WeightFormat.none:
+            quantize_layers(model, make_quantizer(self.config.quantization.name, self.dtype))
 
     @property
     def source(self) -> Path | str | dict[str, Any]:

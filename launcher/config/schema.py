@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from launcher.config.experiment import MISSING, ExperimentConfig
 from launcher.config.serving import LoadConfig, ServerConfig, SloConfig
 from shards.errors import UserError
+from shards.model.quantization import QUANTIZATIONS, Quantization
 from shards.plan.request import EnginePlanner
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    from shards.model.quantization import Quantization
 
 DEFAULT_PREFILL_TOKENS = 2048  # that a module engine with slots reads in a forward
 
@@ -34,6 +33,20 @@ class Precision(Enum):
     def num_bytes(self) -> int:
         """Bytes of one value."""
         return 4 if self is Precision.fp32 else 2
+
+
+class WeightFormat(Enum):
+    """How linear layers are stored that are quantized while they are loaded, by the names of `shards.model`."""
+
+    none = "none"
+    int8_wo = "int8_wo"
+    int8 = "int8"
+    nf4 = "nf4"
+    nf4_dq = "nf4_dq"
+    fp4 = "fp4"
+    fp8 = "fp8"
+    fp8_channel = "fp8_channel"
+    fp8_block = "fp8_block"
 
 
 class Accelerator(Enum):
@@ -83,6 +96,7 @@ class BackendConfig:
     can_trace: ClassVar[bool] = False  # True: measure.profile traces the steps of a rank
     is_reference: ClassVar[bool] = False  # True: others are held against its tokens
     own_random_weights: ClassVar[bool] = False  # True: model.weights=random makes others than in other engines
+    quantizations: ClassVar[tuple[str, ...]] = ()  # the values of `quantization` that it can make of plain weights
     stored_weights: ClassVar[str] = "loads plain weights only"  # said of a checkpoint that `reads` denies
 
     name: str = MISSING
@@ -132,7 +146,9 @@ class BackendConfig:
 
     def quantization(self, config: RunConfig, stored: Quantization | None, on_cuda: bool) -> Quantization | None:
         """The way in which the run holds its weights: as they are stored, or quantized while they are loaded."""
-        return stored
+        if config.quantization is WeightFormat.none:
+            return stored
+        return QUANTIZATIONS[config.quantization.name]
 
     def planner(self, config: RunConfig, model_config: Mapping[str, Any], on_cuda: bool) -> EnginePlanner | None:
         """The engine with these options, for the plan of a run; None where it has no plan."""
@@ -241,6 +257,7 @@ class RunConfig:
     model: ModelConfig = MISSING
     prompts: PromptsConfig = MISSING
     precision: Precision = Precision.fp32
+    quantization: WeightFormat = WeightFormat.none
     devices: int = 2
     num_nodes: int = 1
     accelerator: Accelerator = Accelerator.auto

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from dataclasses import replace
 from math import ceil
@@ -12,7 +13,7 @@ import psutil
 
 from launcher.config.engines import engines
 from launcher.config.machine import described, given_of, other_machine
-from launcher.config.schema import DEFAULT_PREFILL_TOKENS, Precision, Weights
+from launcher.config.schema import DEFAULT_PREFILL_TOKENS, Precision, WeightFormat, Weights
 from launcher.prepare.shapes import built_of
 from launcher.prompts.batches import batches, call_count, split
 from launcher.prompts.prompts import sampling_of
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from launcher.config.schema import RunConfig
     from shards.checkpoint.tensor_files import TensorEntry
 
+OF_BITSANDBYTES = ("int8", "nf4", "nf4_dq", "fp4")
 FILE_DTYPES = {Precision.fp32: "F32", Precision.fp16: "F16", Precision.bf16: "BF16"}
 
 
@@ -124,10 +126,16 @@ def paces(
 def quantization_of(config: RunConfig, model_config: Mapping[str, Any], on_cuda: bool) -> Quantization | None:
     """The way in which a run holds its weights; PlanError for a quantized checkpoint that its engine cannot read."""
     backend = config.backend
+    _check_quantization(config)
     is_random = config.model.weights is Weights.random and not backend.own_random_weights
     if not backend.needs_weights or is_random:
-        return None
+        return backend.quantization(config, None, on_cuda)
     stored = from_config(model_config)
+    if stored is not None and config.quantization is not WeightFormat.none:
+        raise PlanError(
+            f"quantization={config.quantization.name}: the checkpoint is quantized already ({stored.name}).",
+            "quantization=none",
+        )
     if stored is not None and not backend.reads(stored):
         readers = [f", or backend={name}" for name, kind in engines().items() if kind.reads(stored)]
         raise PlanError(
@@ -135,6 +143,22 @@ def quantization_of(config: RunConfig, model_config: Mapping[str, Any], on_cuda:
             "use the unquantized checkpoint" + "".join(readers),
         )
     return backend.quantization(config, stored, on_cuda)
+
+
+def _check_quantization(config: RunConfig) -> None:
+    """Raise PlanError for a quantization that the engine does not make, or whose package is not there."""
+    name, backend = config.quantization.name, config.backend
+    if config.quantization is WeightFormat.none:
+        return
+    if name not in backend.quantizations:
+        able = [kind for kind, engine in engines().items() if name in engine.quantizations]
+        known = ", ".join(backend.quantizations)
+        raise PlanError(
+            f"backend={backend.name} makes no {name} weights" + (f", but {known}." if known else "."),
+            f"backend={able[0]}",
+        )
+    if name in OF_BITSANDBYTES and backend.python is None and importlib.util.find_spec("bitsandbytes") is None:
+        raise PlanError(f"quantization={name} needs bitsandbytes.", 'pip install -e ".[quantization]"')
 
 
 def _devices(config: RunConfig, on_cuda: bool) -> tuple[Device, Link | None]:

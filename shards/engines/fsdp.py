@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import ceil, prod
-from typing import ClassVar
+from math import ceil
+from typing import TYPE_CHECKING, ClassVar
 
 from shards.engines.base import ModulePlanner
 from shards.model.quantization import Quantization
@@ -13,6 +13,11 @@ from shards.plan.cuts import Pieces, cut_up, row_chunk, spread_evenly, whole_byt
 from shards.plan.memory import fits, largest
 from shards.plan.request import Layout, PlanRequest, Traffic
 from shards.plan.roofline import Scheme
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from shards.model.quantization import Storage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,15 +29,18 @@ class FsdpPlanner(ModulePlanner):
     """
 
     name: ClassVar[str] = "fsdp"
-    plain_only: ClassVar[str] = "FSDP2 cuts plain weights by rows, which packed ones do not have"
+    plain_only: ClassVar[str] = "FSDP2 cuts by rows, which of quantized weights only int8_wo has"
     is_monotone: ClassVar[bool] = True
 
     resident_layers: int | None = 0
     within_node: bool | None = False
     host_bytes: int | None = None
 
+    def runs(self, quantization: Quantization) -> bool:
+        return quantization.name == "int8_wo"
+
     def is_offered(self, quantization: Quantization | None) -> bool:
-        return quantization is None
+        return quantization is None or self.runs(quantization)
 
     def settled(self, request: PlanRequest) -> FsdpPlanner:
         """First the nodes are made independent of each other, then layers are kept as long as all fits."""
@@ -105,9 +113,9 @@ class FsdpPlanner(ModulePlanner):
         if n == 1:
             return 0
         groups = self._sharded(request.shape).groups()
-        sizes = {layer: sum(_gathered_numel(p.shape, n) for p in members) for layer, members in groups.items()}
+        sizes = {layer: _gathered_bytes(members, n, request.storage) for layer, members in groups.items()}
         root = sizes.pop(None, 0)
-        return request.dtype_bytes * (root + max(root, 2 * max(sizes.values(), default=0)))
+        return root + max(root, 2 * max(sizes.values(), default=0))
 
     def scheme(self, request: PlanRequest) -> Scheme | None:
         return "gathered" if request.num_devices > 1 else "pipeline"
@@ -116,10 +124,11 @@ class FsdpPlanner(ModulePlanner):
         n = self.shards_over(request)
         if n == 1:
             return Traffic()
-        layers = [p.numel for p in self._sharded(request.shape).parameters if p.layer is not None]
-        return Traffic(gathered_bytes=sum(layers) * request.dtype_bytes, gathered_over=n)
+        layers = [p for p in self._sharded(request.shape).parameters if p.layer is not None]
+        return Traffic(gathered_bytes=sum(map(request.storage.nbytes, layers)), gathered_over=n)
 
 
-def _gathered_numel(shape: tuple[int, ...], n: int) -> int:
-    rows = shape[0] if shape else 1
-    return ceil(rows / n) * n * prod(shape[1:])
+def _gathered_bytes(parameters: Sequence[Parameter], n: int, storage: Storage) -> int:
+    """Bytes of parameters of which each rank has equally many rows."""
+    padded = [(p, (ceil((p.shape[0] if p.shape else 1) / n) * n, *p.shape[1:])) for p in parameters]
+    return sum(storage.nbytes(parameter, shape) for parameter, shape in padded)

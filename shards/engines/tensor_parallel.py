@@ -7,6 +7,7 @@ from math import ceil
 from typing import ClassVar
 
 from shards.engines.base import TensorParallelModulePlanner
+from shards.model.quantization import Quantization
 from shards.model.shape import ModelShape, Parameter
 from shards.plan.cuts import Pieces, row_chunk
 from shards.plan.request import PlanRequest
@@ -19,7 +20,10 @@ class TensorParallelPlanner(TensorParallelModulePlanner):
     """Tensor parallelism over all ranks, of the families that `shards.parallel.tensor_parallel` cuts."""
 
     name: ClassVar[str] = "tensor_parallel"
-    plain_only: ClassVar[str] = "its layers multiply plain weights only"
+    plain_only: ClassVar[str] = "its layers multiply plain weights, int8_wo and those of bitsandbytes"
+
+    def runs(self, quantization: Quantization) -> bool:
+        return not quantization.fused
 
     def refusal(self, request: PlanRequest) -> str | None:
         return uncuttable(request.shape, request.tensor_parallel_size)

@@ -17,7 +17,7 @@ class TransformersPlanner(ModulePlanner):
     """A pipeline of whole layers in one process; on a CPU one device."""
 
     name: ClassVar[str] = "transformers"
-    plain_only: ClassVar[str] = "of quantized weights, a transformers model is planned with those of bitsandbytes only"
+    plain_only: ClassVar[str] = "a transformers model is planned with int8_wo and those of bitsandbytes only"
     one_process: ClassVar[bool] = True
 
     def runs(self, quantization: Quantization) -> bool:

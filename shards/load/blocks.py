@@ -77,8 +77,11 @@ def local_bytes(model: nn.Module) -> int:
 
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers by name, each once; of one that is several blocks, these."""
+    """Parameters and persistent buffers by name, each once; of one that is several blocks, these; of a matrix that a
+    quantizer has packed, its first part."""
     for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2].startswith("weight_"):
+            continue  # scales, which no checkpoint of ours holds
         first = 0
         for block, rows in getattr(parameter, "parts", ()):
             part = parameter.detach().narrow(0, first, rows)

@@ -16,17 +16,22 @@ from shards.errors import CheckpointError
 from shards.load.blocks import local_block, local_bytes, stored_tensors, whole
 from shards.load.conversion import MergedEntry, converted, part_targets
 from shards.load.meta import materialize
+from shards.load.quantizers import packed_layers, part_bytes, part_of
 from shards.load.slices import PIECE_BYTES, TORCH_DTYPES, Target, map_target, read_targets
 from shards.load.torch_files import read_torch_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from torch import nn
 
     from shards.checkpoint.tensor_files import TensorEntry
     from shards.load.slices import Progress
+
+
+UNPACKED_BYTES = 128 << 20
+"""Matrices that are to be quantized are read until there are so many bytes of them, and then packed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +64,21 @@ def load_weights(
         checkpoint = Checkpoint.open(checkpoint.folder, read_torch_file)
     found = _match(model, checkpoint)
     materialize(model, device)
-    tensors = dict(stored_tensors(model))
+    packed = packed_layers(model)
+    tensors = {name: tensor for name, tensor in stored_tensors(model) if whole(name, tensor)[0] not in packed}
     with OpenFiles(checkpoint) as files:
         targets = [target for name, tensor in tensors.items() for target in _targets(files, found[name][0], tensor)]
-        bytes_read = read_targets(files, targets, progress)
+        later = sum(map(part_bytes, packed.values()))
+        bytes_read = read_targets(files, targets, lambda done, total: progress(done, total + later))
         bytes_read += sum(_check_copies(files, found[name], tensor) for name, tensor in tensors.items())
+        entries = {name: found[name][0] for name in packed}
+        bytes_read += _read_packed(files, entries, packed, lambda done: progress(bytes_read + done, bytes_read + later))
     mapped = frozenset(target.entry.file for target in targets if target.mapped)
     return LoadStats(bytes_read, local_bytes(model), time.perf_counter() - began, mapped)
 
 
 def _match(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[TensorEntry, ...]]:
-    tensors = dict(stored_tensors(model))
+    tensors, packed = dict(stored_tensors(model)), packed_layers(model)
     first = {id(tensor): name for name, tensor in tensors.items()}
     tied: dict[str, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -81,8 +90,41 @@ def _match(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[TensorEn
     found = checkpoint.verify(shapes, tied, getattr(model, "base_model_prefix", ""), _ignored(model))
     for name, (entry, *_) in found.items():
         for stored in [part.entry for part in entry.parts] if isinstance(entry, MergedEntry) else [entry]:
-            _check_dtype(stored, tensors[name].dtype)
+            _check_dtype(stored, packed[name].quantizer.dtype if name in packed else tensors[name].dtype)
     return found
+
+
+def _read_packed(
+    files: OpenFiles,
+    entries: Mapping[str, TensorEntry],
+    layers: dict[str, nn.Module],
+    progress: Callable[[int], None],
+) -> int:
+    """Read this rank's parts of the matrices of layers, some at a time, and keep what their quantizers make of them.
+
+    Gives the bytes read.
+    """
+    bytes_read = done = 0
+    waiting: list[tuple[nn.Module, torch.Tensor]] = []
+    targets: list[Target] = []
+    last = next(reversed(layers), None)
+    for name, layer in layers.items():
+        start, values = part_of(layer)
+        entry = entries[name]
+        if isinstance(entry, MergedEntry):
+            targets += part_targets(entry, start, values)
+        else:
+            targets.append(Target(entry, start, values))
+        waiting.append((layer, values))
+        if name != last and sum(tensor.nbytes for _, tensor in waiting) < UNPACKED_BYTES:
+            continue
+        bytes_read += read_targets(files, targets)
+        for layer_read, values_read in waiting:
+            layer_read.quantizer.pack(layer_read, values_read)
+            done += values_read.nbytes
+        waiting, targets = [], []
+        progress(done)
+    return bytes_read
 
 
 def _ignored(model: nn.Module) -> Callable[[str], bool]:

@@ -12,6 +12,7 @@ import torch
 from shards.load.blocks import local_block, local_bytes, stored_tensors, whole
 from shards.load.load import LoadStats
 from shards.load.meta import materialize
+from shards.load.quantizers import packed_layers, part_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,13 +37,17 @@ def fill_random(
     """
     began = time.perf_counter()
     materialize(model, device)
-    tensors = dict(stored_tensors(model))
+    tensors, packed = dict(stored_tensors(model)), packed_layers(model)
     total, done = sum(local_block(tensor)[1].nbytes for tensor in tensors.values()), 0
     with torch.no_grad():
         for name, tensor in tensors.items():
-            start, local = local_block(tensor)
-            _fill(*whole(name, tensor), start, local, seed)
-            done += local.nbytes
+            uncut, shape = whole(name, tensor)
+            layer = packed.get(uncut)
+            start, local = local_block(tensor) if layer is None else part_of(layer)
+            _fill(uncut, shape, start, local, seed)
+            if layer is not None:
+                layer.quantizer.pack(layer, local)
+            done += local_block(tensor)[1].nbytes
             progress(done, total)
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

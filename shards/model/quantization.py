@@ -138,7 +138,9 @@ QUANTIZATIONS: Mapping[str, Quantization] = {
     "fp8_channel": replace(_FP8, name="fp8_channel", block=(1, 0)),
     "fp8_block": replace(_FP8, name="fp8_block", block=(128, 128)),
     "int8": Quantization(name="int8", bits=8, block=(1, 0), eight_bit_products=True),
+    "int8_wo": Quantization(name="int8_wo", bits=8, block=(1, 0), scale_bytes=None),
     "nf4": _NF4,
+    "fp4": replace(_NF4, name="fp4"),
     "nf4_dq": replace(_NF4, name="nf4_dq", nested=256, part_bytes=16 * 4 + 4 + 256 * 4),
     "int4_g128": _INT4,
 }
@@ -147,8 +149,9 @@ QUANTIZATIONS: Mapping[str, Quantization] = {
 fp8: a byte a value, an fp32 scale a matrix (each of queries, keys and values), output, or block of 128 x 128. Source:
 create_fp8_weight_parameter, create_fp8_scale_parameter in vllm/model_executor/layers/quantization/utils/fp8_utils.py.
 int8: LLM.int8, a byte a value and an fp32 scale an output (Int8Params.CB and SCB in bitsandbytes/nn/modules.py).
-nf4: half a byte a value, an fp32 maximum for each 64 values, a table of 16 fp32. nf4_dq: the maxima in a byte each, an
-fp32 scale for each 256 of them, their fp32 offset, another table of 256 fp32 (quantize_4bit in
+int8_wo: the same with a scale of the model's type (shards/load/quantizers.py).
+nf4, fp4: half a byte a value, an fp32 maximum for each 64 values, a table of 16 fp32. nf4_dq: the maxima in a byte
+each, an fp32 scale for each 256 of them, their fp32 offset, another table of 256 fp32 (quantize_4bit in
 bitsandbytes/functional.py). A matrix is widened for prompts, not for single tokens (gemm_4bit in backends/cuda/ops.py).
 int4_g128: GPTQ and AWQ, eight values and eight zero points an int32, a scale of the model's type for each 128 inputs of
 an output. Source: create_weights in vllm/model_executor/layers/quantization/auto_gptq.py, auto_awq.py. A

@@ -100,7 +100,12 @@ def _through_shared_memory(world: World) -> Collectives:
         operators.shm_allreduce(handle, tensor)
 
     def gather(out: torch.Tensor, part: torch.Tensor) -> None:
-        operators.shm_all_gather(handle, part, out)
+        if part.is_floating_point():
+            operators.shm_all_gather(handle, part, out)
+        elif part.nbytes % 4 == 0:  # the operator copies, and has no integers
+            operators.shm_all_gather(handle, part.view(torch.float32), out.view(torch.float32))
+        else:
+            dist.all_gather_into_tensor(out, part)
 
     return Collectives("shared memory", add_up, gather, is_immediate=True)
 

@@ -10,10 +10,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
+from shards.errors import PlanError
 from shards.load.blocks import Block, block_of, mark_parts
+from shards.load.quantizers import set_quantizer
+from shards.parallel.fully_shard import decoder_layers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from shards.load.quantizers import Quantizer
 
 BATCH_HINT = 4  # of the layouts that oneDNN offers for 1, 4 and 32 rows, this one is the best at 3 rows and more
 LEAST_VALUES = {torch.float32: 1 << 18, torch.bfloat16: 1 << 14}
@@ -31,10 +36,18 @@ def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
 
 
 class ProductLinear(nn.Linear):
-    """A linear layer whose weight may be packed."""
+    """A linear layer whose weight may be packed, for the kernels of a CPU or by a quantizer."""
+
+    quantizer: Quantizer | None = None
+
+    def product(self, rows: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """`rows` times the transposed weight, and a bias."""
+        if self.quantizer is not None:
+            return self.quantizer.multiply(self, rows, bias)
+        return product(rows, self.weight, bias)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        return product(rows, self.weight, self.bias)
+        return self.product(rows, self.bias)
 
 
 class FusedLinear(ProductLinear):
@@ -99,6 +112,30 @@ def _fuse(module: nn.Module, name: str, names: Sequence[str], layers: Sequence[n
         taken = TakenLinear()
         taken.left = left
         setattr(module, each, taken)
+
+
+def quantize_layers(model: nn.Module, quantizer: Quantizer) -> None:
+    """Let a quantizer store the matrices of the decoder layers, in place; embeddings and the head stay as they are.
+
+    The model is on meta, whole or cut for tensor parallelism but not yet sharded. PlanError where matrices of its
+    layers are not those of linear layers.
+    """
+    layers = decoder_layers(model)
+    inside = set(layers.modules())
+    for name, module in model.named_modules():
+        is_plain = type(module) in (nn.Linear, FalconLinear)
+        if module not in inside or not (is_plain or isinstance(module, ProductLinear)):
+            continue
+        if is_plain:
+            module.__class__ = ProductLinear
+        set_quantizer(module, name, quantizer)
+    for name, parameter in layers.named_parameters():
+        owner = layers.get_submodule(name.rpartition(".")[0])
+        if parameter.dim() == 2 and name.endswith(".weight") and getattr(owner, "quantizer", None) is None:
+            raise PlanError(
+                f"{name} of a {type(model).__name__} is a {type(owner).__name__}, which is not quantized here.",
+                "quantization=none",
+            )
 
 
 def least_packed(dtype: torch.dtype) -> int | None:

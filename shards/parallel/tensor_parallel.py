@@ -19,7 +19,7 @@ from shards.errors import PlanError
 from shards.load.blocks import Block, mark_block
 from shards.model.shape import ModelShape
 from shards.parallel.fully_shard import decoder_layers
-from shards.parallel.products import ProductLinear, product
+from shards.parallel.products import ProductLinear
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -46,7 +46,7 @@ class RowLinear(ProductLinear):
     collectives: Collectives
 
     def forward(self, part: torch.Tensor) -> torch.Tensor:
-        total = product(part, self.weight)
+        total = self.product(part)
         while self.held:
             total += self.held.pop()
         self.collectives.add_up(total)
@@ -62,7 +62,7 @@ class HeldRowLinear(ProductLinear):
     held: list[torch.Tensor]
 
     def forward(self, part: torch.Tensor) -> torch.Tensor:
-        self.held[:] = [product(part, self.weight)]
+        self.held[:] = [self.product(part)]
         return part.new_zeros(()) if self.bias is None else self.bias
 
 
@@ -90,7 +90,7 @@ class VocabularyHead(ProductLinear):
     gathering: bool = True
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        part = product(hidden, self.weight)
+        part = self.product(hidden)
         if not self.gathering:
             return part
         part = pad(part, (0, ceil(self.out_features / self.size) - part.shape[-1]))

@@ -42,6 +42,7 @@ class FsdpBackend(ModuleBackend):
         assert plan is not None, "the plan says which layers stay whole"
         resident, is_hybrid = plan.settings["resident_layers"], bool(plan.settings["within_node"])
         model = self.meta_model()
+        self.quantize(model)
         if world.world_size == 1:
             self.fill(model, progress)
             return model

@@ -30,6 +30,7 @@ class FsdpConfig(BackendConfig):
     has_slots: ClassVar[bool] = True
     can_trace: ClassVar[bool] = True
     loads_by_name: ClassVar[bool] = True
+    quantizations: ClassVar[tuple[str, ...]] = ("int8_wo",)
 
     name: str = "fsdp"
     resident_layers: str = "0"  # layers that stay whole on each device: a number, or auto for as many as fit

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from launcher.backends.module import ModuleBackend
+from launcher.config.schema import WeightFormat
 from shards.parallel.collectives import collectives
 from shards.parallel.products import fuse_projections, least_packed
 from shards.parallel.tensor_parallel import tensor_parallel_model
@@ -26,6 +27,10 @@ class TensorParallelBackend(ModuleBackend):
             ways = collectives(world, self.device)
             print(f"all-reduce: {ways.way}", flush=True)
             tensor_parallel_model(model, world.rank, world.world_size, ways)
+        if self.config.quantization is not WeightFormat.none:
+            self.quantize(model)
+            self.fill(model, progress)
+            return model
         least = 0 if self.device.type == "cuda" else least_packed(self.dtype)
         if least is not None and self.packs(model):
             fuse_projections(model, least)

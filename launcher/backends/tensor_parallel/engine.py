@@ -25,6 +25,7 @@ class TensorParallelConfig(BackendConfig):
     has_slots: ClassVar[bool] = True
     can_trace: ClassVar[bool] = True
     loads_by_name: ClassVar[bool] = True
+    quantizations: ClassVar[tuple[str, ...]] = ("int8_wo", "int8", "nf4", "nf4_dq", "fp4")
 
     name: str = "tensor_parallel"
 

@@ -24,6 +24,7 @@ class TransformersBackend(ModuleBackend):
 
     def place(self, plan: Plan | None, world: World, progress: Progress) -> torch.nn.Module:
         model = self.meta_model()
+        self.quantize(model)
         if len(self.devices) == 1:
             self.fill(model, progress)
             return model

@@ -32,6 +32,7 @@ class TransformersConfig(BackendConfig):
     can_trace: ClassVar[bool] = True
     loads_by_name: ClassVar[bool] = True
     is_reference: ClassVar[bool] = True
+    quantizations: ClassVar[tuple[str, ...]] = ("int8_wo", "int8", "nf4", "nf4_dq", "fp4")
 
     name: str = "transformers"
     device_map: str = choice("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's, for several GPUs

@@ -7,9 +7,9 @@ import os
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from launcher.backends.vllm.extra import check_extra, installed_package
+from launcher.backends.vllm.extra import ONLINE, check_extra, installed_package
 from launcher.config.options import COUNT, MOST_BYTES, SHARE, Bounds, number
-from launcher.config.schema import BackendConfig, Precision
+from launcher.config.schema import BackendConfig, Precision, WeightFormat
 from shards.engines.vllm import VllmPlanner
 from shards.errors import PlanError
 from shards.machine.hardware import GIB, MIB
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from launcher.config.schema import RunConfig
 
 BLOCK_TOKENS = {"cuda": 16, "cpu": 128}  # DEFAULT_BLOCK_SIZE in vllm/config/cache.py; vllm/platforms/cpu.py
-ONLINE = {"fp8_per_tensor": "fp8", "fp8_per_channel": "fp8_channel", "fp8_per_block": "fp8_block"}
-"""Quantizations that vLLM makes while it loads plain weights, by its names."""
-
 KV_DTYPE_BYTES = {"auto": None, "float16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 OTHER_PARALLELISM = (
     "pipeline_parallel_size", "data_parallel_size", "prefill_context_parallel_size", "decode_context_parallel_size",
@@ -48,6 +45,7 @@ class VllmConfig(BackendConfig):
     continuous_batching: ClassVar[bool] = True
     takes_load: ClassVar[bool] = True
     own_random_weights: ClassVar[bool] = True  # load_format=dummy, which depend on how the model is cut
+    quantizations: ClassVar[tuple[str, ...]] = tuple(ONLINE.values())
     stored_weights: ClassVar[str] = "no longer has bitsandbytes"
 
     name: str = "vllm"
@@ -75,12 +73,18 @@ class VllmConfig(BackendConfig):
         return quantization.fused
 
     def quantization(self, config: RunConfig, stored: Quantization | None, on_cuda: bool) -> Quantization | None:
-        if stored is None and (method := self.extra.get("quantization")) in ONLINE:
+        method = self.extra.get("quantization")
+        asked = ONLINE.get(str(method)) if stored is None else None
+        if config.quantization is not WeightFormat.none:
+            if method is not None:
+                raise PlanError("quantization and backend.extra.quantization are both given.", "one of them")
+            asked = config.quantization.name
+        if asked is not None:
             if not on_cuda:
                 raise PlanError(
-                    f"vLLM makes {method} weights on CUDA only.", "use a checkpoint that is quantized already"
+                    f"vLLM makes {asked} weights on CUDA only.", "use a checkpoint that is quantized already"
                 )
-            stored = QUANTIZATIONS[ONLINE[method]]
+            stored = QUANTIZATIONS[asked]
         if stored is not None and config.precision is Precision.fp32 and not stored.with_fp32:
             raise PlanError(
                 f"vLLM multiplies {stored.name} weights in 16 bits, not in precision=fp32.", "precision=bf16"

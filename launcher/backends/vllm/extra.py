@@ -14,6 +14,9 @@ from launcher.config.schema import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
+ONLINE = {"fp8_per_tensor": "fp8", "fp8_per_channel": "fp8_channel", "fp8_per_block": "fp8_block"}
+"""Quantizations that vLLM makes while it loads plain weights, by its names."""
+
 OURS = {
     "model": "model.path",
     "tensor_parallel_size": "devices",

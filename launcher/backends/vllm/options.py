@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from launcher.backends.vllm.extra import ONLINE
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -34,7 +36,9 @@ def arguments(config: RunConfig, folder: Path, external: bool, on_cpu: bool, poo
     """The arguments of vllm.LLM for a run with `pool` bytes of KV cache a worker; those of `backend.extra` win."""
     options: VllmConfig = config.backend  # type: ignore[assignment]
     size = config.devices * (config.num_nodes if external else 1)
+    methods = {name: method for method, name in ONLINE.items()}
     optional = {
+        "quantization": methods.get(config.quantization.name),
         "kv_cache_memory_bytes": pool,
         "max_num_seqs": options.max_num_seqs,
         "distributed_executor_backend": options.distributed_executor_backend

@@ -1,0 +1,124 @@
+"""Linear layers whose weights are packed into fewer bytes while they are loaded: each rank packs its own part."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import linear
+
+from shards.load.blocks import Block, block_of, local_block, local_tensor, mark_block, whole
+
+if TYPE_CHECKING:
+    from torch import nn
+
+IMPLEMENTATIONS = {
+    "int8_wo": "shards.load.quantizers:RowsInt8",
+    "int8": "shards.load.bitsandbytes_quantizers:LlmInt8",
+    "nf4": "shards.load.bitsandbytes_quantizers:FourBit",
+    "nf4_dq": "shards.load.bitsandbytes_quantizers:FourBit",
+    "fp4": "shards.load.bitsandbytes_quantizers:FourBit",
+}
+
+
+class Quantizer(ABC):
+    """A way to store the matrix [outputs, inputs] of a linear layer, and to multiply with it.
+
+    What is stored are parameters of the layer: `weight`, and others whose names begin with `weight_`.
+    """
+
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        self.name, self.dtype = name, dtype
+
+    @abstractmethod
+    def parameters(self, outputs: int, inputs: int) -> dict[str, torch.Tensor]:
+        """What is stored of a matrix, on meta."""
+
+    @abstractmethod
+    def pack(self, layer: nn.Module, values: torch.Tensor) -> None:
+        """Store `values` [outputs, inputs], this rank's part of the matrix, in the parameters of a layer."""
+
+    @abstractmethod
+    def multiply(self, layer: nn.Module, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`rows` [..., inputs] times the transposed matrix of a layer, and the bias: [..., outputs]."""
+
+
+def make_quantizer(name: str, dtype: torch.dtype) -> Quantizer:
+    """The quantizer of a name, for activations of a type."""
+    module, _, attribute = IMPLEMENTATIONS[name].partition(":")
+    quantizer: Quantizer = getattr(importlib.import_module(module), attribute)(name, dtype)
+    return quantizer
+
+
+class RowsInt8(Quantizer):
+    """A byte a value and a scale for each output; products in the type of the activations.
+
+    The scale is the largest magnitude of the row over 127.5, as torchao's weight-only int8 has it. The part of a row
+    that a rank holds has a scale of its own.
+    """
+
+    def parameters(self, outputs: int, inputs: int) -> dict[str, torch.Tensor]:
+        return {
+            "weight": torch.empty(outputs, inputs, dtype=torch.int8, device="meta"),
+            "weight_scale": torch.empty(outputs, dtype=self.dtype, device="meta"),
+        }
+
+    def pack(self, layer: nn.Module, values: torch.Tensor) -> None:
+        if not values.numel():
+            return
+        scale = values.abs().amax(1).float().div_(127.5).clamp_(min=torch.finfo(torch.float32).tiny)
+        local_tensor(layer.weight).copy_(values.float().div_(scale[:, None]).round_().clamp_(-128, 127))
+        local_tensor(layer.weight_scale).copy_(scale)
+
+    def multiply(self, layer: nn.Module, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if rows.device.type == "cpu":
+            flat = rows.reshape(-1, rows.shape[-1])
+            product = torch._weight_int8pack_mm(flat, layer.weight, layer.weight_scale)
+            product = product.view(*rows.shape[:-1], -1)
+        else:
+            product = linear(rows, layer.weight.to(rows.dtype)) * layer.weight_scale
+        return product if bias is None else product + bias
+
+
+def set_parameters(layer: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put tensors in a layer as parameters that are not trained."""
+    for name, tensor in tensors.items():
+        layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+
+
+def set_quantizer(layer: nn.Module, name: str, quantizer: Quantizer) -> None:
+    """Give a linear layer on meta, which may be cut, the parameters of a quantizer in place of its weight."""
+    old = layer.weight
+    block = block_of(old) or Block(f"{name}.weight", tuple(old.shape), (0, 0))
+    layer.packed_shape = outputs, inputs = tuple(old.shape)
+    set_parameters(layer, quantizer.parameters(outputs, inputs))
+    mark_block(layer.weight, block)
+    layer.quantizer = quantizer
+
+
+def packed_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that have a quantizer, by the name that their matrix has in the uncut model."""
+    layers = {}
+    for name, module in model.named_modules():
+        if getattr(module, "quantizer", None) is not None:
+            layers[whole(f"{name}.weight", module.weight)[0]] = module
+    return layers
+
+
+def part_bytes(layer: nn.Module) -> int:
+    """Bytes of this rank's part of the matrix of a layer before it is packed."""
+    weight = layer.weight
+    rows, columns = local_tensor(weight).shape if isinstance(weight, DTensor) else layer.packed_shape
+    nbytes: int = rows * columns * layer.quantizer.dtype.itemsize
+    return nbytes
+
+
+def part_of(layer: nn.Module) -> tuple[tuple[int, ...], torch.Tensor]:
+    """Where this rank's part of the matrix of a layer begins, and a tensor without values for it, on its device."""
+    start, local = local_block(layer.weight)
+    shape = local.shape if isinstance(layer.weight, DTensor) else layer.packed_shape
+    return start, torch.empty(*shape, dtype=layer.quantizer.dtype, device=local.device)
