@@ -7,8 +7,8 @@
     backend=..,..         engines by name; if left out all that have weights
     link=NAME             between the devices; if left out, the usual one of the device, and none between nodes
                           With neither machines nor device: this machine, with what launcher.probe measured on it.
-    quantization=..,..    none fp8 fp8_channel fp8_block int8 nf4 nf4_dq int4_g128, a row each; if left out, what the
-                          model's own config.json says
+    quantization=..,..    none fp8 fp8_channel fp8_block int8 int8_wo nf4 nf4_dq fp4 int4_g128, a row each; if left
+                          out, what the model's own config.json says
     num_nodes=1  precision=bf16  batch_size=1  prompt_tokens=512  max_new_tokens=128
     --markdown            print the table as Markdown
     --json                print one JSON object with the whole plans
@@ -65,15 +65,11 @@ if TYPE_CHECKING:
 COUNTS = {"num_nodes": 1, "batch_size": 1, "prompt_tokens": 512, "max_new_tokens": 128}
 KEYS = ("model", "machines", "devices", "device", *UNITS, "backend", "link", "precision", "quantization", *COUNTS)
 FLAGS = ("--markdown", "--json", "--modules")
-OFFLINE = "what bitsandbytes' layers hold, for comparison: this launcher has no engine that loads them"
 SOURCES = {
-    "fp8": "an fp8 checkpoint, or +backend.extra.quantization=fp8_per_tensor",
-    "fp8_channel": "an fp8 checkpoint, or +backend.extra.quantization=fp8_per_channel",
-    "fp8_block": "an fp8 checkpoint, or +backend.extra.quantization=fp8_per_block",
+    "fp8": "an fp8 checkpoint, or a run with quantization=fp8",
+    "fp8_channel": "an fp8 checkpoint, or a run with quantization=fp8_channel",
+    "fp8_block": "an fp8 checkpoint, or a run with quantization=fp8_block",
     "int4_g128": "a GPTQ or AWQ checkpoint of 4 bits in groups of 128",
-    "int8": OFFLINE,
-    "nf4": OFFLINE,
-    "nf4_dq": OFFLINE,
 }
 """Where the weights of a quantization come from that is asked for by name."""
 

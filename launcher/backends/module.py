@@ -14,7 +14,8 @@ from launcher.backends.decode import Decoder, eos_token_ids
 from launcher.backends.memory import PhasePeaks, module_memory
 from launcher.backends.slots.decoder import SlotDecoder
 from launcher.backends.trace import Tracer
-from launcher.config.schema import DEFAULT_PREFILL_TOKENS, WeightFormat, Weights
+from launcher.config.formats import WeightFormat, Weights
+from launcher.config.schema import DEFAULT_PREFILL_TOKENS
 from shards.checkpoint.checkpoint import Checkpoint
 from shards.errors import PlanError
 from shards.load.blocks import local_bytes, local_tensor

@@ -7,6 +7,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from launcher.config.experiment import MISSING, ExperimentConfig
+from launcher.config.formats import WeightFormat, Weights
 from launcher.config.serving import LoadConfig, ServerConfig, SloConfig
 from shards.errors import UserError
 from shards.model.quantization import QUANTIZATIONS, Quantization
@@ -35,33 +36,12 @@ class Precision(Enum):
         return 4 if self is Precision.fp32 else 2
 
 
-class WeightFormat(Enum):
-    """How linear layers are stored that are quantized while they are loaded, by the names of `shards.model`."""
-
-    none = "none"
-    int8_wo = "int8_wo"
-    int8 = "int8"
-    nf4 = "nf4"
-    nf4_dq = "nf4_dq"
-    fp4 = "fp4"
-    fp8 = "fp8"
-    fp8_channel = "fp8_channel"
-    fp8_block = "fp8_block"
-
-
 class Accelerator(Enum):
     """Where the ranks run; `auto` is CUDA where there is a GPU."""
 
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
-
-
-class Weights(Enum):
-    """`auto` reads the checkpoint; `random` makes values of the same shapes on the device that holds them."""
-
-    auto = "auto"
-    random = "random"
 
 
 class Scheduling(Enum):

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from launcher.config.engines import engines
+from launcher.config.formats import WeightFormat, Weights
 from launcher.config.machine import described, given_of, other_machine
-from launcher.config.schema import DEFAULT_PREFILL_TOKENS, Precision, WeightFormat, Weights
+from launcher.config.schema import DEFAULT_PREFILL_TOKENS, Precision
 from launcher.prepare.shapes import built_of
 from launcher.prompts.batches import batches, call_count, split
 from launcher.prompts.prompts import sampling_of

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from launcher.backends.slots.families import why_static
 from launcher.config.cluster import check_cluster
 from launcher.config.engines import NO_PLAN
+from launcher.config.formats import Weights
 from launcher.config.machine import other_machine
-from launcher.config.schema import Accelerator, ConfigError, Scheduling, Weights
+from launcher.config.schema import Accelerator, ConfigError, Scheduling
 from launcher.models import EMBEDDED
 from launcher.prepare.experiments import check_experiment
 from launcher.prepare.planning import paces, plan_of, short_memory

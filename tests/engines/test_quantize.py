@@ -13,7 +13,7 @@ from running import ROOT, launcher
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from launcher.config.engines import engines
-from launcher.config.schema import WeightFormat
+from launcher.config.formats import WeightFormat
 from launcher.models import EMBEDDED
 from shards.checkpoint.checkpoint import Checkpoint
 from shards.errors import PlanError

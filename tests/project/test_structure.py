@@ -67,6 +67,7 @@ TENSORS = {
 LAZY = {
     ("launcher", "launcher.api"): "the package is light to import, as every rank does",
     ("launcher.config.engines", "*"): "an engine is imported when it is used",
+    ("shards.load.quantizers", "*"): "bitsandbytes is imported where its quantizers are used",
     ("launcher.backends.vllm.engine", "psutil"): "the doctor reads an engine's packages before any are installed",
     ("launcher.__main__", "launcher.launch.join"): "a rank may import torch, the process that launches may not",
     (

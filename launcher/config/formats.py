@@ -1,0 +1,26 @@
+"""The formats in which weights can be held. Standard library only."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class WeightFormat(Enum):
+    """How linear layers are stored that are quantized while they are loaded, by the names of `shards.model`."""
+
+    none = "none"
+    int8_wo = "int8_wo"
+    int8 = "int8"
+    nf4 = "nf4"
+    nf4_dq = "nf4_dq"
+    fp4 = "fp4"
+    fp8 = "fp8"
+    fp8_channel = "fp8_channel"
+    fp8_block = "fp8_block"
+
+
+class Weights(Enum):
+    """`auto` reads the checkpoint; `random` makes values of the same shapes on the device that holds them."""
+
+    auto = "auto"
+    random = "random"
