@@ -13,7 +13,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-SHARED_MEMORY = Path("/dev/shm")
+from shards.machine.shared_memory import SHARED_MEMORY
+
 SHARED_MEMORY_WANTED = 1024**3
 """Ranks of one machine exchange tensors through shared memory; a container has 64 MiB unless it is told otherwise."""
 

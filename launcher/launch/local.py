@@ -21,6 +21,7 @@ from launcher.system import processes
 from launcher.system.gpu_users import neighbours
 from shards.machine.interpreter import python_path
 from shards.machine.orphans import before_exec
+from shards.machine.shared_memory import SharedMemoryWatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -85,7 +86,7 @@ def _attempt(run_dir: RunDir, run: RunDescription, attempt: int, show: Show) -> 
     run_dir.write_attempt(attempt, command)
     if run.script is not None:
         run_dir.write_script(run.script)
-    memory = processes.SharedMemoryWatch()
+    memory = SharedMemoryWatch()
     variables = {processes.MARK: run.mark, PARENT: str(os.getpid()), ATTEMPT: str(attempt)}
     outcome: Outcome | None = None
     process: subprocess.Popen[bytes] | None = None
@@ -122,7 +123,7 @@ def _watch(
     run_dir: RunDir,
     run: RunDescription,
     watchdog: Watchdog,
-    memory: processes.SharedMemoryWatch,
+    memory: SharedMemoryWatch,
     show: Show,
 ) -> Outcome | None:
     """Poll until the started process ends, or has to be ended; how it did where it was not well."""

@@ -30,6 +30,7 @@ from launcher.serve.http import ADDRESS, listen
 from launcher.system import processes
 from launcher.system.terminal import Parser, run_command
 from shards.errors import UserError
+from shards.machine.shared_memory import SharedMemoryWatch
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -76,7 +77,7 @@ def _serve(run_dir: RunDir, host: str, port: int) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     own = {processes.MARK: run.mark, PARENT: str(os.getpid()), ADDRESS: f"{host}:{port}"}
     command = worker_command(str(run_dir), run.world_size, run.run_config.backend.python, "launcher.serve.rank")
-    memory = processes.SharedMemoryWatch()
+    memory = SharedMemoryWatch()
     is_ready = False
     with run_dir.launch_log.open("wb") as log:
         process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The processes of a run: found by a mark in their environment, ended with all that they left in shared memory."""
+"""The processes of a run: found by a mark in their environment, and ended."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import psutil
 
 MARK = "LAUNCHER_RUN"  # environment variable that every process of a run inherits
 MARK_FORM = re.compile(r"[0-9a-f]{32}(-[0-9a-f]+-[0-9a-f]+)?")
-SHARED_MEMORY = Path("/dev/shm")
 GRACE_S = 3.0
 
 
@@ -55,41 +54,6 @@ def end_run(mark: str, variable: str = MARK, grace_s: float = GRACE_S) -> int:
     return len(ended)
 
 
-def shared_memory_files() -> set[Path]:
-    """All files in shared memory now."""
-    return set(SHARED_MEMORY.iterdir()) if SHARED_MEMORY.is_dir() else set()
-
-
-def shared_memory_of(pids: list[int]) -> set[Path]:
-    """The files in shared memory that these processes have mapped or open.
-
-    Told by inode: who creates a semaphore has it mapped under its first, deleted name.
-    """
-    files: dict[int, Path] = {}
-    for path in shared_memory_files():
-        with contextlib.suppress(FileNotFoundError):
-            files[path.stat().st_ino] = path
-    held: set[int] = set()
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            held |= _mapped(pid) | _open(pid)
-    return {path for inode, path in files.items() if inode in held}
-
-
-def _mapped(pid: int) -> set[int]:
-    lines = (line.split(None, 5) for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines())
-    return {int(line[4]) for line in lines if len(line) == 6 and line[5].startswith(f"{SHARED_MEMORY}/")}
-
-
-def _open(pid: int) -> set[int]:
-    found = set()
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):
-            if link.readlink().parent == SHARED_MEMORY:
-                found.add(link.stat().st_ino)
-    return found
-
-
 def scratch_prefix(mark: str) -> str:
     """How the scratch folders of a run in the temporary directory begin."""
     return f"launcher_{hashlib.sha256(mark.encode()).hexdigest()[:12]}_"
@@ -99,27 +63,3 @@ def remove_scratch(mark: str) -> None:
     """Remove the scratch folders that engines of a run have named after it in the temporary directory."""
     for folder in Path(tempfile.gettempdir()).glob(f"{scratch_prefix(mark)}*"):
         shutil.rmtree(folder, ignore_errors=True)
-
-
-class SharedMemoryWatch:
-    """Notes the files in shared memory that a run creates, so that they can be removed when its processes are gone.
-
-    A file counts as the run's own where one of its processes has it mapped or open, and it was not there before.
-    """
-
-    def __init__(self) -> None:
-        self._before = shared_memory_files()
-        self._own: set[Path] = set()
-
-    def look(self, pids: list[int]) -> None:
-        """Note what these processes hold now."""
-        self._own |= shared_memory_of(pids) - self._before
-
-    def remove(self) -> list[Path]:
-        """Remove what the run left behind; only after its processes have ended."""
-        removed = []
-        for path in self._own:
-            with contextlib.suppress(FileNotFoundError, PermissionError):
-                path.unlink()
-                removed.append(path)
-        return removed

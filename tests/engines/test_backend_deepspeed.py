@@ -22,8 +22,9 @@ from launcher.backends.deepspeed.requirements import missing_compiler, missing_s
 from launcher.backends.module import check_share
 from launcher.config.schema import ConfigError, RunConfig
 from launcher.run_dir.run_dir import RunDir
-from launcher.system.processes import SHARED_MEMORY, of_run
+from launcher.system.processes import of_run
 from shards.errors import PlanError
+from shards.machine.shared_memory import SHARED_MEMORY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

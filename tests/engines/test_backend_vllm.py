@@ -23,8 +23,9 @@ from launcher.config.schema import RunConfig
 from launcher.models import EMBEDDED
 from launcher.prompts.prompts import encode
 from launcher.run_dir.run_dir import RunDir
-from launcher.system.processes import of_run, shared_memory_files
+from launcher.system.processes import of_run
 from shards.engines.vllm import VllmPlanner
+from shards.machine.shared_memory import shared_memory_files
 from shards.model.shape import ModelShape
 from shards.plan.memory import make_layout
 from shards.plan.request import PlanRequest

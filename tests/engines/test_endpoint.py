@@ -19,8 +19,8 @@ from launcher.config.compose import compose_run
 from launcher.prompts.prompts import encode, sampling_of
 from launcher.results.comparison import compare
 from launcher.run_dir.finished import read_finished
-from launcher.system.processes import shared_memory_files
 from launcher.version import __version__
+from shards.machine.shared_memory import shared_memory_files
 from shards.machine.world import World
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from typing import Any
 
 import psutil
 
-from launcher.system.processes import MARK, end_run, shared_memory_files, shared_memory_of
+from launcher.system.processes import MARK, end_run
+from shards.machine.shared_memory import shared_memory_files, shared_memory_of
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Self
 
 from launcher.config.schema import ConfigError
 from launcher.system.files import read_end
-from launcher.system.processes import SharedMemoryWatch, end_run, of_run
+from launcher.system.processes import end_run, of_run
+from shards.machine.shared_memory import SharedMemoryWatch
 
 if TYPE_CHECKING:
     from launcher.backends.endpoint.commands import ServerCommand

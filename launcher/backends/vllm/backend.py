@@ -21,8 +21,9 @@ from launcher.backends.vllm.options import arguments, environment, refusal
 from launcher.config.schema import Accelerator, ConfigError
 from launcher.prompts.arrivals import Pacing
 from launcher.system.files import read_json, write_json
-from launcher.system.processes import MARK, scratch_prefix, shared_memory_files, shared_memory_of
+from launcher.system.processes import MARK, scratch_prefix
 from shards.errors import PlanError
+from shards.machine.shared_memory import shared_memory_files, shared_memory_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

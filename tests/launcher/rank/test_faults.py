@@ -21,7 +21,8 @@ from running import ROOT, environment, launcher, left_in_shared_memory, run, wai
 from launcher.rank.watchdog import waits
 from launcher.run_dir.progress import read_progress
 from launcher.run_dir.run_dir import RunDir
-from launcher.system.processes import end_run, of_run, shared_memory_files
+from launcher.system.processes import end_run, of_run
+from shards.machine.shared_memory import shared_memory_files
 
 GONE_S = 30.0
 LONG = ("measure.repeats=200", "sampling.max_new_tokens=900", "sampling.ignore_eos=true")

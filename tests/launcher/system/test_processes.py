@@ -12,7 +12,8 @@ from multiprocessing import shared_memory
 import pytest
 from running import environment
 
-from launcher.system.processes import MARK, SharedMemoryWatch, end_run, of_run, shared_memory_files, shared_memory_of
+from launcher.system.processes import MARK, end_run, of_run
+from shards.machine.shared_memory import SharedMemoryWatch, shared_memory_files, shared_memory_of
 
 
 def test_segments_and_semaphores_of_a_process_are_found() -> None:
