@@ -1,4 +1,4 @@
-"""Shared memory of this machine: the room for it, what collectives need of it, the files that a run leaves. No torch."""
+"""Shared memory of this machine: room, what collectives need of it, the files that a run leaves. No torch."""
 
 from __future__ import annotations
 
