@@ -206,6 +206,10 @@ def train(name: str, spec: Spec, documents: list[list[int]]) -> tuple[PreTrained
     return model.eval().to(torch.bfloat16), sum(losses[-20:]) / 20
 
 
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+"""A line for each turn; the models have learned no roles."""
+
+
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, max_shard_size: str) -> None:
     """Write the checkpoint, readable for all: safetensors makes files that only their owner may read."""
     model.generation_config = GenerationConfig(eos_token_id=EOS_ID, pad_token_id=PAD_ID, do_sample=False)
@@ -238,6 +242,7 @@ def main() -> None:
     for name in [args.only] if args.only else SPECS:
         spec = SPECS[name]
         model, loss = train(name, spec, documents)
+        tokenizer.chat_template = CHAT_TEMPLATE if name == "tiny_llama" else None
         save(model, tokenizer, args.out / name, spec.max_shard_size)
         print(f"{name}: {model.num_parameters()} parameters, loss {loss:.3f}")
         show(model, tokenizer)

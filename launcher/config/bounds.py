@@ -38,6 +38,7 @@ BOUNDS: dict[str, Bounds] = {
     "prompts.count": Bounds(1, MOST_PROMPTS),
     "prompts.input_tokens": TOKENS,
     "prompts.output_tokens": TOKENS,
+    "prompts.shared_tokens": TOKENS,
     "sampling.max_new_tokens": TOKENS,
     "sampling.temperature": NOT_NEGATIVE,
     "sampling.top_p": SHARE,
@@ -85,6 +86,7 @@ def check(config: RunConfig) -> None:
     _check_scheduling(config)
     _check_load(config)
     _check_prompts(config.prompts)
+    _check_shared(config.prompts)
 
 
 def _check_scheduling(config: RunConfig) -> None:
@@ -141,6 +143,22 @@ def _check_prompts(wanted: PromptsConfig) -> None:
     if count is not None and length is not None and count * length > MOST_TOKENS:
         fact = f"prompts.count={count} of prompts.input_tokens={length} are {count * length:,} tokens, more than "
         raise ConfigError(f"{fact}{MOST_TOKENS:,}.", f"prompts.count={max(MOST_TOKENS // length, 1)}")
+
+
+def _check_shared(wanted: PromptsConfig) -> None:
+    """What only some prompt sets read."""
+    shared, length = wanted.shared_tokens, wanted.input_tokens
+    if shared is not None and length is None:
+        fact = f"prompts.shared_tokens={shared} is of random prompts, and prompts={wanted.name} has others."
+        raise ConfigError(fact, f"prompts=synthetic prompts.shared_tokens={shared}")
+    if shared is not None and length is not None and shared > length:
+        fact = f"prompts.shared_tokens={shared}, and a prompt has prompts.input_tokens={length}."
+        raise ConfigError(fact, f"prompts.shared_tokens={length}")
+    if wanted.chat and length is not None:
+        fact = f"prompts.chat=true, and the prompts of prompts={wanted.name} are random tokens, no texts."
+        raise ConfigError(fact, "prompts.chat=false")
+    if wanted.system is not None and not wanted.chat:
+        raise ConfigError("prompts.system= is read with prompts.chat=true only.", "prompts.chat=true")
 
 
 def numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from launcher.config.device import CostConfig, DeviceConfig
 from launcher.config.experiment import MISSING, ExperimentConfig
 from launcher.config.formats import WeightFormat, Weights
 from launcher.config.serving import LoadConfig, ServerConfig, SloConfig
@@ -153,6 +154,9 @@ class PromptsConfig:
     count: int | None = None  # synthetic: number of prompts
     input_tokens: int | None = None  # synthetic: exact length of each prompt
     output_tokens: int | None = None  # synthetic: exact number of new tokens, EOS ignored
+    shared_tokens: int | None = None  # synthetic: so many tokens at the start of all prompts are the same
+    chat: bool = False  # each text is a user's turn, put into the model's chat template
+    system: str | None = None  # with chat: the system text before it
 
 
 @dataclass
@@ -173,11 +177,6 @@ class MeasureConfig:
     repeats: int = 3  # times that the whole prompt set is answered
     find_batch_size: bool = False  # first try which batch is the largest that fits
     profile: int | None = None  # so many decode steps are traced by torch's profiler, after all repeats
-
-
-@dataclass
-class CostConfig:
-    device_hour: float | None = None  # the price of a device for an hour, in any money
 
 
 @dataclass
@@ -220,15 +219,6 @@ class ClusterConfig:
     container: list[str] = field(default_factory=list)  # words before the interpreter, as apptainer exec --nv image.sif
     environment: dict[str, str] = field(default_factory=dict)
     python: str | None = None  # interpreter on the nodes; None: the one that submits, in a container python3
-
-
-@dataclass
-class DeviceConfig:
-    """What a device can do, where that is not known here or is to be tried; with its unit."""
-
-    memory: str | None = None  # 48GiB
-    bandwidth: str | None = None  # 768GB/s
-    flops: str | None = None  # 154.8TFLOP/s, of matrices in the precision of the run
 
 
 @dataclass

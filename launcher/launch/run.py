@@ -15,6 +15,7 @@ from launcher.launch.nodes import check_one_node
 from launcher.launch.slurm.arrays import run_job
 from launcher.prepare.prepare import prepare
 from launcher.report.layout import console
+from launcher.report.lengths import lengths_line
 from launcher.report.progress_bars import Bars, Turn
 from launcher.run_dir.create import create_run_dir, directory_of
 from launcher.system.files import writing_in
@@ -65,6 +66,8 @@ def start(run_dir: RunDir, turn: Turn | None = None) -> Record:
     if config.launch.name == "slurm":
         return run_job(run_dir)
     check_one_node(config)
-    bars = Bars(description.label, console(stderr=True), turn, description.answering_ranks)
+    if (err := console(stderr=True)).is_terminal:
+        err.print(lengths_line(run_dir.read_prompts()))
+    bars = Bars(description.label, err, turn, description.answering_ranks)
     with writing_in(run_dir.path), bars:
         return run_local(run_dir, bars.show)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 from dataclasses import replace
@@ -32,7 +33,7 @@ def load_prompts(config: RunConfig, folder: Path | None, vocab_size: int) -> lis
     wanted = config.prompts
     if wanted.input_tokens is not None:
         assert wanted.count is not None, "what composed says how many"
-        return synthetic_prompts(wanted.count, wanted.input_tokens, vocab_size, config.seed)
+        return synthetic_prompts(wanted.count, wanted.input_tokens, vocab_size, config.seed, wanted.shared_tokens or 0)
     texts = read_texts(wanted)
     if folder is None:
         raise ConfigError(
@@ -44,7 +45,9 @@ def load_prompts(config: RunConfig, folder: Path | None, vocab_size: int) -> lis
             f"{folder} has no tokenizer.json.",
             "prompts=synthetic, which needs none; AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one",
         )
-    prompts = encode(texts, folder)
+    if wanted.chat:
+        texts = importlib.import_module("launcher.prompts.chat").chats(texts, wanted.system, folder)
+    prompts = encode(texts, folder, adds_special_tokens=not wanted.chat)
     if not config.load.arrivals:
         return prompts
     return [replace(prompt, arrival_s=moment) for prompt, moment in zip(prompts, read_arrivals(wanted), strict=True)]
@@ -139,11 +142,11 @@ def _prompt_of(line: str, place: str) -> str:
     return text
 
 
-def encode(texts: Sequence[str], folder: Path) -> list[Prompt]:
-    """Token ids by the model's own tokenizer.json, special tokens added as it says."""
+def encode(texts: Sequence[str], folder: Path, adds_special_tokens: bool = True) -> list[Prompt]:
+    """Token ids by the model's own tokenizer.json, special tokens added as it says, which a chat has already."""
     tokenizer = _tokenizer(folder)
     prompts = [
-        Prompt(index, text, tuple(tokenizer.encode(text, add_special_tokens=True).ids))
+        Prompt(index, text, tuple(tokenizer.encode(text, add_special_tokens=adds_special_tokens).ids))
         for index, text in enumerate(texts)
     ]
     if empty := next((prompt for prompt in prompts if not prompt.token_ids), None):
@@ -168,10 +171,15 @@ def _tokenizer(folder: Path) -> Tokenizer:
         ) from None
 
 
-def synthetic_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[Prompt]:
-    """`count` prompts of exactly `length` random token ids, the same for a seed everywhere."""
+def synthetic_prompts(count: int, length: int, vocab_size: int, seed: int, shared: int = 0) -> list[Prompt]:
+    """`count` prompts of exactly `length` random token ids, of which the first `shared` are those of all of them.
+
+    They are the same for a seed everywhere.
+    """
     draw = random.Random(seed)
-    return [Prompt(index, "", tuple(draw.randrange(vocab_size) for _ in range(length))) for index in range(count)]
+    prefix = tuple(draw.randrange(vocab_size) for _ in range(shared))
+    own = length - shared
+    return [Prompt(index, "", (*prefix, *(draw.randrange(vocab_size) for _ in range(own)))) for index in range(count)]
 
 
 def sampling_of(config: RunConfig) -> SamplingConfig:

@@ -14,6 +14,7 @@ from launcher.config.machine import how_to_know_rates
 from launcher.config.schema import Scheduling
 from launcher.report.cost_rows import cost_rows
 from launcher.report.layout import console, counted, fitted, print_json, rounded, shown
+from launcher.report.lengths import lengths_line
 from launcher.report.memory_table import device_table, phase_table
 from launcher.report.published_table import published_table
 from launcher.report.request_rows import rate_rows, serving_rows, time_rows
@@ -236,6 +237,7 @@ def show_plan(run: Run, out: Console) -> None:
     out.print(f"[bold]plan: {names}{parameters}[/]")
     for note in run.notes:
         out.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
+    out.print(f"  {lengths_line(run.prompts)}", soft_wrap=True)
     if plan is not None:
         _show_plan(plan, run.config, out)
     if run.paces:

@@ -112,7 +112,11 @@ def test_all_models_together_are_small() -> None:
     ("name", "weights"),
     [
         ("tiny_falcon", [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)] + ["model.safetensors.index.json"]),
-        ("tiny_llama", [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)] + ["model.safetensors.index.json"]),
+        (
+            "tiny_llama",
+            [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+            + ["chat_template.jinja", "model.safetensors.index.json"],
+        ),
         ("tiny_draft", ["model.safetensors"]),
     ],
 )

@@ -1,0 +1,85 @@
+"""Texts as turns of a chat, by the template that comes with a model's tokenizer."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from launcher.config.schema import ConfigError
+from shards.errors import CheckpointError
+from shards.untrusted_files import read_bytes, read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
+DAY = "2026-01-01"
+"""Today, for templates that ask: a prompt is the same on every day."""
+
+
+def chats(texts: Sequence[str], system: str | None, folder: Path) -> list[str]:
+    """Each text as a user's turn, after a system text if there is one, up to where the model answers.
+
+    ConfigError where the tokenizer in `folder` has no chat template, or its template refuses.
+    """
+    config = _config(folder)
+    source = _template(folder, config)
+    if source is None:
+        raise ConfigError(f"prompts.chat=true, and {folder} has no chat template.", "prompts.chat=false")
+    before = [] if system is None else [{"role": "system", "content": system}]
+    tokens = {name: _text(value) for name, value in config.items() if name.endswith("_token")}
+    known = {"tools": None, "documents": None, "add_generation_prompt": True, **tokens}
+    try:
+        template = _environment().from_string(source)
+        return [template.render(messages=[*before, {"role": "user", "content": text}], **known) for text in texts]
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        reason = str(error) or type(error).__name__
+        hint = "without prompts.system" if system is not None else "prompts.chat=false"
+        raise ConfigError(f"The chat template of {folder} refuses: {reason}.", hint) from None
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """As transformers' own, so that the texts are the same."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: DAY
+    return environment
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _text(token: Any) -> Any:
+    """A special token, which may be an object with its text in it."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        values = read_json(folder / CONFIG, CheckpointError, "download the model again")
+    except FileNotFoundError:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _template(folder: Path, config: dict[str, Any]) -> str | None:
+    """The template in a file of its own, else that in the tokenizer's configuration, of several the default one."""
+    try:
+        return read_bytes(folder / TEMPLATE).decode()
+    except (OSError, UnicodeDecodeError):
+        source = config.get("chat_template")
+    if isinstance(source, list):
+        named = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
+        source = named.get("default")
+    return source if isinstance(source, str) else None
