@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import sys
 import time
+from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,41 +36,50 @@ from launcher.run_dir.finish import unfinished
 from launcher.run_dir.run_dir import RunDir, run_dirs_in
 from launcher.run_dir.verify import references_in, verdict_of
 from launcher.system.files import absolute
-from launcher.system.terminal import run_command
+from launcher.system.terminal import Parser, run_command
 from shards.errors import UserError
 
 if TYPE_CHECKING:
+    from argparse import Namespace
     from collections.abc import Mapping, Sequence
 
     from rich.console import Console
     from rich.table import Table
 
 POLL_S = 2.0
-FLAGS = ("--follow", "--json")
 UNREADABLE_RUN = "unreadable"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print((__doc__ or "").strip())
-        return 0 if arguments else 2
     try:
-        if unknown := [word for word in arguments if word.startswith("-") and word not in FLAGS]:
-            raise ConfigError(f"{unknown[0]} is not an option.", "python -m launcher.status --help")
-        folders = [Path(name) for name in arguments if name not in FLAGS]
+        arguments = parse(argv)
+        folders: list[Path] = arguments.folders
         shown = [point for folder in folders for point in _points_or_why(folder, alone=len(folders) == 1)]
         points = list({point.run_dir or number: point for number, point in enumerate(shown)}.values())
-        if "--follow" in arguments and folders:
+        if arguments.follow:
             runs = _jobs(points)
             arrays.follow(runs, folders[0], f"{len(runs)} jobs", POLL_S)
-        return _show(points, "--json" in arguments)
+        return _show(points, arguments.json)
     except arrays.Detached:
         return arrays.DETACHED
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+
+
+def parse(argv: Sequence[str] | None) -> Namespace:
+    """The command line; ConfigError for what is wrong with it."""
+    parser = Parser(
+        prog="python -m launcher.status",
+        description=__doc__,
+        formatter_class=RawDescriptionHelpFormatter,
+        usage=SUPPRESS,
+    )
+    parser.add_argument("folders", type=Path, metavar="DIR", nargs="+", help="a run directory, or a folder of runs")
+    parser.add_argument("--follow", action="store_true", help="follow the jobs of SLURM to their end")
+    parser.add_argument("--json", action="store_true", help="print one JSON object only")
+    return parser.parse_args(argv)
 
 
 def _points_or_why(folder: Path, alone: bool) -> list[Point]:

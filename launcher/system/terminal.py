@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from argparse import ArgumentParser
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from launcher.config.schema import ConfigError
 
@@ -20,7 +20,10 @@ PIPE_BROKEN = 128 + signal.SIGPIPE
 
 
 class Parser(ArgumentParser):
-    """One that raises ConfigError for wrong arguments."""
+    """One that raises ConfigError for wrong arguments, and takes no shortened names."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}.", f"{self.prog} --help")
