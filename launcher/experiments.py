@@ -89,7 +89,7 @@ def show(configs: Sequence[RunConfig], cards: Sequence[str]) -> None:
     table = Table("experiment", "figure", "published", "limit there", "share", "here")
     for config in configs:
         here = runs_here(config, cards)
-        for number, figure in enumerate(published_figures(config)):
+        for number, figure in enumerate(published_figures(config, asks=False)):
             name, last = (config.experiment.name, escape(here)) if number == 0 else ("", "")
             table.add_row(name, LABELS[figure.name], *figure_text(figure), last)
     console().print(table)
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = [
             {**asdict(config.experiment), "here": runs_here(config, cards), "figures": list(map(asdict, figures))}
             for config in configs
-            for figures in [published_figures(config)]
+            for figures in [published_figures(config, asks=False)]
         ]
         print(json.dumps({"experiments": rows}))
     else:

@@ -9,6 +9,7 @@ from launcher.config.schema import ConfigError
 from launcher.prepare.shapes import built_of
 from shards.errors import PlanError
 from shards.machine.hardware import known_device, usual_link
+from shards.model.shape import KNOWN_FAMILIES
 from shards.plan.plan import Plan, make_plan
 from shards.plan.request import PlanRequest
 
@@ -66,8 +67,12 @@ def published_plan(config: RunConfig, hardware: str) -> Plan | None:
     if planner is None:
         return None
     texts = config.prompts.texts or []
+    try:
+        shape = built_of(config.model.config).shape
+    except PlanError:  # transformers does not say
+        return None
     request = PlanRequest(
-        shape=built_of(config.model.config).shape,
+        shape=shape,
         engine=planner,
         devices=number,
         dtype_bytes=config.precision.num_bytes,
@@ -83,12 +88,16 @@ def published_plan(config: RunConfig, hardware: str) -> Plan | None:
         return None
 
 
-def published_figures(config: RunConfig) -> list[PublishedFigure]:
-    """The figures of an experiment beside the limits of its hardware, or of the fastest of its time."""
+def published_figures(config: RunConfig, asks: bool = True) -> list[PublishedFigure]:
+    """The figures of an experiment beside the limits of its hardware, or of the fastest of its time.
+
+    Without `asks` there are no limits of models whose shapes transformers would have to be asked for, which takes time.
+    """
     experiment = config.experiment
     is_named = experiment.hardware is not None
     hardware = experiment.hardware or f"{config.devices}x{FASTEST_OF_THE_TIME}"
-    plan = None if experiment.needs else published_plan(config, hardware)
+    is_known = asks or (config.model.config or {}).get("model_type") in KNOWN_FAMILIES
+    plan = published_plan(config, hardware) if is_known and not experiment.needs else None
     return [_against(figure, config, plan, hardware, is_named) for figure in experiment.figures]
 
 

@@ -19,6 +19,7 @@ _BY_DRIVER_NAME = {
     "GeForce RTX 3090": "rtx3090",
     "GeForce RTX 4090": "rtx4090",
     "GeForce RTX 5090": "rtx5090",
+    "TITAN RTX": "titan_rtx",
     "RTX A5000": "a5000",
     "RTX A6000": "a6000",
     "A100-SXM4-40GB": "a100_40g",

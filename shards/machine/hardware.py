@@ -56,6 +56,7 @@ DEVICES: dict[str, Device] = {
     "rtx3090": Device("GeForce RTX 3090", "cuda", int(23.56 * GIB), 936e9, 71e12, 35.6e12),
     "rtx4090": Device("GeForce RTX 4090", "cuda", int(23.61 * GIB), 1008e9, 165.2e12, 82.6e12),
     "rtx5090": Device("GeForce RTX 5090", "cuda", int(31.36 * GIB), 1792e9, 209.5e12, 104.8e12),
+    "titan_rtx": Device("TITAN RTX", "cuda", int(23.65 * GIB), 672e9, 130.5e12, 16.3e12),
     "a5000": Device("RTX A5000", "cuda", 24564 * MIB, 768e9, 111.1e12, 27.8e12),
     "a6000": Device("RTX A6000", "cuda", int(47.54 * GIB), 768e9, 154.8e12, 38.7e12),
     "a100_40g": Device("A100 40 GB", "cuda", int(39.39 * GIB), 1555e9, 312e12, 19.5e12),
