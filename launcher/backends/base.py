@@ -70,7 +70,8 @@ class Generation:
 
     An engine that does not tell prefill from decode (vLLM) gives None, and so one that does not count its decode steps.
     `counters` are numbers of the engine's own, by names of `launcher.results.metrics.COUNTERS`. `failures` are the
-    prompts that a server did not answer, `server` is what was seen of it.
+    prompts that a server did not answer, `server` is what was seen of it. `wall_s` is the time from the first prompt to
+    the last answer, where a call has more to do than that.
     """
 
     completions: tuple[Completion, ...]
@@ -80,6 +81,7 @@ class Generation:
     counters: dict[str, float] = field(default_factory=dict)
     failures: tuple[RequestFailure, ...] = ()
     server: ServerRepeat | None = None
+    wall_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

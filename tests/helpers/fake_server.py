@@ -20,6 +20,7 @@ from typing import Any, Self
 
 VOCAB_SIZE = 256
 JUNK_BYTES = 1 << 30
+SLOW_METRICS_S = 0.6
 
 
 @dataclass
@@ -143,6 +144,8 @@ class FakeServer:
         if path == "v1/models":
             out.whole("200 OK", {"object": "list", "data": [{"id": "fake", "owned_by": "vllm"}]})
             return True
+        if behaviour == "slow_metrics" and path == "metrics":
+            await asyncio.sleep(SLOW_METRICS_S)
         if path not in ("v1/completions", "generate_stream"):
             out.whole("404 Not Found", {"detail": "Not Found"})
             return True
@@ -165,6 +168,9 @@ class FakeServer:
 
     async def ok(self, request: Seen, out: Responder) -> None:
         await self.stream(answer(request), prompt_length(request), out)
+
+    async def slow_metrics(self, request: Seen, out: Responder) -> None:
+        await self.ok(request, out)
 
     async def timed(self, request: Seen, out: Responder) -> None:
         """All streams send at the same moments, and the text of each event is the moment at which it was sent."""

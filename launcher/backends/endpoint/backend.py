@@ -141,6 +141,7 @@ class EndpointBackend:
             decode_steps=0,  # nobody sees those of a server
             failures=failures,
             server=server_repeat(answered, self.server, dialect.gives_ids, load.cost, own_metrics),
+            wall_s=load.cost.wall_s,
         )
 
     def _check_prompts(self, questions: Questions, prompts: Sequence[Prompt]) -> None:

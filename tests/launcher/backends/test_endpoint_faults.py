@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
-from fake_server import FakeServer
+from fake_server import SLOW_METRICS_S, FakeServer
 from running import ROOT, Ended, launcher
 
 from launcher.config.compose import compose_run
@@ -63,6 +63,16 @@ def test_failed_requests_are_counted_named_and_kept(server: FakeServer, tmp_path
 
 
 BUSY = '{"error": {"message": "not you, None"}}'
+
+
+def test_the_time_of_a_repeat_is_that_of_its_requests(server: FakeServer, tmp_path: Path) -> None:
+    ended, run_dir = run(tmp_path, f"backend.url={server.url('slow_metrics')}", "prompts.count=4", "measure.warmup=0")
+    assert ended.code == 0, ended.err
+    record = run_dir.read_record()
+    assert record is not None
+    assert record.metrics is not None
+    assert record.metrics.wall_s.max is not None
+    assert record.metrics.wall_s.max < 2 * SLOW_METRICS_S, "the server's own metrics are asked for beside it"
 
 
 def test_a_run_of_failures_is_a_failure(server: FakeServer, tmp_path: Path) -> None:
