@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     Row = list[str] | None
 
 
+MANY_TOGETHER = 0.1  # with so many of them the gaps between parts say little
+
+
 def rate_rows(metrics: Metrics, repeats: str) -> list[Row]:
     """Requests a second, and those that met the limits."""
     rates: dict[str, Spread | None] = {
@@ -42,7 +45,8 @@ def serving_rows(serving: Serving) -> list[Row]:
     """The server, what of its answers was checked, what failed, and what the client took."""
     name = serving.software or serving.dialect
     otherwise = f", {serving.read_otherwise} prompts read otherwise" if serving.read_otherwise else ""
-    rows: list[Row] = [["server", name, "", "", f"checked: {serving.tokens_checked}{otherwise}"]]
+    together = f", {serving.bunched:.0%} of the parts came together" if (serving.bunched or 0) >= MANY_TOGETHER else ""
+    rows: list[Row] = [["server", name, "", "", f"checked: {serving.tokens_checked}{otherwise}{together}"]]
     if serving.failures:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(serving.failures.items()))
         rows.append(

@@ -21,7 +21,8 @@ class ServerRepeat:
     `tokens_checked` says what of an answer can be compared: ids, or text. `read_otherwise` counts the prompts of which
     the server read another number of tokens than we count, None where it does not tell. `cpu_share` is of one core;
     the lags are quantiles (p50, p99) of how late the client came to its connections, and of how late it sent requests
-    that were due. `own_metrics` are the server's.
+    that were due. `own_metrics` are the server's. `bunched` is the share of the gaps between the parts of an answer
+    that are under 0.1 ms: those came together.
     """
 
     software: str | None
@@ -34,6 +35,7 @@ class ServerRepeat:
     loop_lag_s: tuple[float, float]
     send_lag_s: tuple[float, float] | None
     own_metrics: dict[str, float] = field(default_factory=dict)
+    bunched: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ class Serving:
 
     `failures` counts requests without an answer by their kind, of `requests` in all repeats; `examples` has one of
     each. `client_bound` says that, and why, the client was what was measured; None where it was not. `own_metrics` are
-    the server's, in the median.
+    the server's, in the median, as is `bunched`, the share of the gaps between the parts of an answer under 0.1 ms.
     """
 
     software: str | None
@@ -128,6 +130,7 @@ class Serving:
     send_lag_s: tuple[float, float] | None
     client_bound: str | None
     own_metrics: dict[str, float]
+    bunched: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

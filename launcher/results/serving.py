@@ -67,6 +67,7 @@ def serving(repeats: Sequence[Repeat]) -> Serving | None:
     by_kind = {failure.kind: failure for failure in reversed(failures)}
     counted = [one.read_otherwise for one in seen if one.read_otherwise is not None]
     events = [one.tokens_per_event for one in seen if one.tokens_per_event is not None]
+    bunched = [one.bunched for one in seen if one.bunched is not None]
     names = sorted(set.intersection(*(set(one.own_metrics) for one in seen)))
     sends = [one.send_lag_s for one in seen if one.send_lag_s is not None]
     return Serving(
@@ -84,6 +85,7 @@ def serving(repeats: Sequence[Repeat]) -> Serving | None:
         send_lag_s=_worst(sends) if sends else None,
         client_bound=_client_bound(seen, [time for repeat in repeats for time in repeat.e2el_s]),
         own_metrics={name: statistics.median(one.own_metrics[name] for one in seen) for name in names},
+        bunched=statistics.median(bunched) if bunched else None,
     )
 
 

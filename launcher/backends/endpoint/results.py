@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     Answered = Sequence[tuple[Prompt, Answer]]
 
 
+TOGETHER_S = 1e-4  # parts of an answer that are no further apart came together
+
+
 def completions_of(answered: Answered, gives_ids: bool) -> tuple[Completion, ...]:
     """The answers that came whole, by the index of their prompts."""
     completions = []
@@ -54,6 +57,7 @@ def server_repeat(
     counted = [(len(prompt.token_ids), answer.prompt_tokens) for prompt, answer in whole if answer.prompt_tokens]
     read_otherwise = sum(ours != theirs for ours, theirs in counted) if counted else None
     events = sum(len(answer.pieces_s) for _, answer in whole)
+    gaps = [gap for _, answer in whole for gap in answer.itl_s]
     return ServerRepeat(
         software=server.software,
         dialect=server.dialect,
@@ -65,6 +69,7 @@ def server_repeat(
         loop_lag_s=_p50_and_p99(cost.loop_lag_s) or (0.0, 0.0),
         send_lag_s=_p50_and_p99(cost.send_lag_s),
         own_metrics=dict(own_metrics),
+        bunched=sum(gap < TOGETHER_S for gap in gaps) / len(gaps) if gaps else None,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from launcher.config.serving import SloConfig
+from launcher.report.request_rows import serving_rows
 from launcher.results.measured import Metrics, Repeat, RequestFailure, ServerRepeat
 from launcher.results.metrics import figures
 
@@ -21,6 +22,7 @@ SERVER = ServerRepeat(
     loop_lag_s=(0.001, 0.01),
     send_lag_s=None,
     own_metrics={"ttft_s": 0.3},
+    bunched=0.25,
 )
 
 REQUESTS = ((0.5, 2.5, 5), (1.0, 1.0, 1), (0.2, 4.2, 41))
@@ -93,6 +95,16 @@ def test_failures_are_counted_by_kind() -> None:
     assert metrics.serving.failures == {"http_429": 3, "stalled": 1}
     assert metrics.serving.examples == (busy, stalled)
     assert metrics.serving.requests == 10
+
+
+def test_parts_that_came_together_are_told() -> None:
+    serving = metrics_of(repeat(), repeat(server=replace(SERVER, bunched=0.75))).serving
+    assert serving is not None
+    assert serving.bunched == 0.5
+    assert serving_rows(serving)[0] == ["server", "vllm 0.32.0", "", "", "checked: ids, 50% of the parts came together"]
+    alone = serving_rows(replace(serving, bunched=0.05))[0]
+    assert alone is not None
+    assert alone[-1] == "checked: ids"
 
 
 @pytest.mark.parametrize(
