@@ -147,7 +147,7 @@ class Loop:
             decode_steps += max(steps - 1, 0) if generation.decode_steps is None else generation.decode_steps
         wall_s = perf_counter() - start
         told = [generation.wall_s for generation in generations if generation.wall_s is not None]
-        if len(told) == len(generations):
+        if told and len(told) == len(generations):
             wall_s = sum(told)
         asked = {prompt.index: len(prompt.token_ids) for batch in calls for prompt in batch}
         return _summary(number, wall_s, generations, decode_steps, asked, same)
