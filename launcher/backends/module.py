@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
     Progress = Callable[[int, int], None]
 
 
+ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}  # its new and its old name; read when CUDA is first used
+
+
 class ModuleBackend(ABC):
     """An engine that is a torch module with transformers' forward; `place` is all that differs."""
 
@@ -51,6 +55,9 @@ class ModuleBackend(ABC):
         self.dtype = getattr(torch, config.precision.value)
         # cuDNN's attention makes a plan for each new length of the cache, which takes longer than a step.
         torch.backends.cuda.enable_cudnn_sdp(False)
+        # The cache of static batches is made anew in each step, larger: what CUDA's allocator keeps would fit none.
+        if not config.is_continuous and not ALLOCATOR & os.environ.keys():
+            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
     @abstractmethod
     def place(self, plan: Plan | None, world: World, progress: Progress) -> torch.nn.Module:

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from launcher.backends.base import Prompt
 from launcher.backends.memory import PhasePeaks
+from launcher.backends.sampling import Sampler
 from launcher.backends.slots.decoder import SlotDecoder
 from launcher.config.engines import engines
 from launcher.config.schema import SamplingConfig
@@ -248,6 +249,19 @@ def test_a_prompt_in_falcons_attention_keeps_no_scores() -> None:
     attend(query, key, value, mask, group=16)
     again = 2 * query.nbytes  # keys and values at all heads
     assert torch.cuda.max_memory_allocated() - before < again + query.nbytes + 64 * MIB  # scores: 1024 MiB
+
+
+def test_a_draw_on_a_card_waits_for_nothing() -> None:
+    logits = torch.randn(3, 500, device="cuda")
+    sampler = Sampler(SamplingConfig(temperature=0.7, top_k=50, top_p=0.9), 3, torch.device("cuda", 0))
+    generators = [sampler.generator(Prompt(index, "", (1,))) for index in range(3)]
+    sampler.choose(logits, generators)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        tokens, _ = sampler.choose(logits, generators)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert tokens.max() < 500
 
 
 def test_a_card_that_is_full_says_what_it_lacks() -> None:

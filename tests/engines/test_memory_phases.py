@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from io import StringIO
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from launcher.backends import memory
 from launcher.backends.base import DeviceMemory, PhaseMemory, Prompt
 from launcher.backends.decode import Decoder, eos_token_ids
 from launcher.backends.memory import PhasePeaks, module_memory
+from launcher.backends.module import ALLOCATOR
 from launcher.backends.slots.decoder import SlotDecoder
 from launcher.backends.tensor_parallel.backend import TensorParallelBackend
 from launcher.config.compose import compose_run
@@ -157,3 +159,24 @@ def test_no_engine_of_ours_uses_the_attention_that_is_planned_anew_at_each_lengt
     torch.backends.cuda.enable_cudnn_sdp(True)
     TensorParallelBackend(compose_run(["backend=tensor_parallel", "devices=1"]))
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize(
+    ("scheduling", "own", "found"),
+    [
+        ("static", {}, "expandable_segments:True"),
+        ("static", {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, None),
+        ("static", {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ("continuous", {}, None),
+    ],
+)
+def test_memory_grows_with_a_cache_that_does(
+    scheduling: str, own: dict[str, str], found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ALLOCATOR:
+        monkeypatch.setenv(name, "")  # for its value before to be put back
+        monkeypatch.delenv(name)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    TensorParallelBackend(compose_run(["backend=tensor_parallel", "devices=1", f"measure.scheduling={scheduling}"]))
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == found

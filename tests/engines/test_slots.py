@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from handed import Handed
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.backends.base import Completion, Generation, Prompt
@@ -350,6 +351,46 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(sampling: SamplingConfig) 
     assert drawn[~possible].sum() == 0
     statistic = ((drawn - expected) ** 2 / expected)[possible].sum()
     assert statistic < 45, "the quantile of chi-squared with 7 degrees of freedom at 1 - 1e-6 is 40"
+
+
+class Operators(TorchDispatchMode):
+    """The names of all that torch is asked to compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name().partition(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+READ_A_VALUE = {
+    "aten::item",
+    "aten::_local_scalar_dense",
+    "aten::is_nonzero",
+    "aten::nonzero",
+    "aten::equal",
+    "aten::multinomial",
+}
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9}], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("lengths", [(7, 7, 7), (7, 5, 9)], ids=["even", "uneven"])
+def test_nothing_waits_for_the_device(model: Any, lengths: tuple[int, ...], sampling: dict[str, Any]) -> None:
+    """No operator of a call needs a value on the host: on a card each of these would wait for it."""
+    engine = decoder(model, 2, 40, 4)
+    with Operators() as operators:
+        answered(engine, prompts_of(lengths), SamplingConfig(max_new_tokens=4, **sampling))
+    assert "aten::linear" in operators.names
+    assert operators.names & READ_A_VALUE == set()
+
+
+def test_a_static_batch_of_one_length_waits_for_nothing_either(model: Any) -> None:
+    with Operators() as operators:
+        sampling = SamplingConfig(max_new_tokens=4, ignore_eos=True)
+        Decoder(model, (), torch.device("cpu"), 0).generate(prompts_of((7, 7)), sampling, lambda *_: None)
+    assert operators.names & READ_A_VALUE == set()
 
 
 def test_a_draw_is_that_of_multinomial() -> None:
