@@ -61,8 +61,8 @@ class Plain:
             ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
             mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
             made = self.model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=self.new_tokens, min_new_tokens=self.new_tokens,
-                do_sample=False, pad_token_id=0,
+                input_ids=ids, attention_mask=mask, max_new_tokens=self.new_tokens, do_sample=False, eos_token_id=None,
+                pad_token_id=0,
             )[:, width:].tolist()  # fmt: skip
             self.seconds.append(time.perf_counter() - began)
         finally:
