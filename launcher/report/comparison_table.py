@@ -37,7 +37,8 @@ def show(runs: Sequence[FinishedRun], out: Console) -> list[Comparison]:
         if (cost := comparison.serving_cost) is not None:
             line = f"serving (HTTP, the server's scheduler, the client) costs {cost:.1%} of the engine's tokens/s"
             out.print(escape(f"{other} against {base}: {line}"), soft_wrap=True)
-    out.print(devices(runs, names, out))
+    if any(run.record.devices for run in runs):
+        out.print(devices(runs, names, out))
     if (phases := phase_table([run.record for run in runs], out, names)) is not None:
         out.print(phases)
     return comparisons

@@ -91,6 +91,15 @@ def test_every_way_gives_the_same_tokens_in_the_order_asked_for(way: str) -> Non
         assert rank["progress"] == [1, 1]
 
 
+def test_prompts_that_come_one_by_one_have_the_same_tokens() -> None:
+    alone = seen("alone")[0]
+    expected = {item["index"]: item["token_ids"] for item in alone["calls"][0]["completions"]}
+    for call in alone["paced"].values():
+        assert {item["index"]: item["token_ids"] for item in call["completions"]} == expected
+        assert all(0 < item["ttft_s"] <= call["wall_s"] for item in call["completions"])
+    assert max(alone["paced"]["three"]["steps"]) == 3, "a step gives each prompt that is being answered a token"
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_each_token_has_its_moment_within_the_call(way: str) -> None:
     for call in (call for rank in seen(way) for call in rank["calls"]):

@@ -21,6 +21,7 @@ from launcher.backends.base import Generation, Prompt
 from launcher.backends.vllm.backend import VllmBackend
 from launcher.config.compose import compose_run
 from launcher.config.schema import ConfigError, RunConfig, SamplingConfig
+from launcher.config.serving import LoadConfig
 from launcher.models import EMBEDDED
 from launcher.prepare.planning import plan_of
 from launcher.prompts.prompts import encode
@@ -61,6 +62,16 @@ def timed(backend: VllmBackend, prompts: list[Prompt]) -> dict[str, Any]:
     generation: Generation = backend.generate(prompts, FULL, lambda tokens, finished=(): steps.append(tokens))
     wall_s = time.perf_counter() - start
     return {"wall_s": wall_s, "steps": steps, "completions": [asdict(item) for item in generation.completions]}
+
+
+def paced(backend: VllmBackend, prompts: list[Prompt]) -> dict[str, Any]:
+    """Calls whose prompts do not come all at once."""
+    calls = {}
+    for name, load in {"three": LoadConfig(concurrency=3), "poisson": LoadConfig(request_rate=100.0)}.items():
+        backend.config.load = load
+        calls[name] = timed(backend, prompts)
+    backend.config.load = LoadConfig()
+    return calls
 
 
 def too_long(backend: VllmBackend) -> str:
@@ -109,6 +120,7 @@ def main() -> None:
     backend.barrier()
     result["calls"] = [timed(backend, prompts[::-1]), timed(backend, prompts)]
     result["empty"] = asdict(backend.generate([], FULL, lambda tokens, finished=(): None))
+    result["paced"] = paced(backend, prompts) if devices == 1 else {}
     result["too_long"] = too_long(backend)
     result["memory"] = [asdict(device) for device in backend.memory()]
     if "kill" in sys.argv:
