@@ -173,7 +173,7 @@ def test_what_would_take_for_ever_is_refused(override: str) -> None:
             ["model.name=a=b cannot be read: mismatched input '='. HINT: \"model.name='a=b'\", in these"],
         ),
         ("=3", ["=3 has no key"]),
-        ("model=null", ["model=null is not one of falcon_180b, ", "HINT: model=tiny_falcon"]),
+        ("model=null", ["model=null is not one of bloom_176b, ", "HINT: model=tiny_falcon"]),
         ("backend=", ["backend= is not one of deepspeed, ", "HINT: backend=fsdp"]),
         ("cluster=null", ["cluster=null is not one of default, ", "HINT: cluster=default"]),
         ("model.config.vocab_size=3", ["model.config has no entries"]),
