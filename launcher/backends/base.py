@@ -166,6 +166,23 @@ class StreamingBackend(Protocol):
         """From now on call it with new tokens by the index of their prompt, before `on_step` of their step."""
 
 
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How well an engine foretold a text: the log-likelihood (natural logarithm) of all its tokens but the first, and
+    the token that it held most likely in the place of each."""
+
+    log_likelihood: float
+    best_tokens: tuple[int, ...]
+
+
+@runtime_checkable
+class ScoringBackend(Protocol):
+    """An engine that can be shown a text."""
+
+    def score(self, token_ids: Sequence[int]) -> Score:
+        """The score of a text of two tokens or more; all ranks are asked for the same text, and all have its score."""
+
+
 class Trace(Protocol):
     """A trace that has begun."""
 

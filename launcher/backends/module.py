@@ -11,6 +11,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from launcher.backends.base import Score
 from launcher.backends.decode import Decoder, eos_token_ids
 from launcher.backends.memory import PhasePeaks, module_memory
 from launcher.backends.slots.decoder import SlotDecoder
@@ -29,6 +30,7 @@ from shards.machine.process_group import any_rank, barrier, connect, connect_car
 from shards.model.shape import KNOWN_FAMILIES, plan_tolerance
 from shards.parallel.families import keep_kv_heads_only
 from shards.parallel.products import pack_weights, quantize_layers
+from shards.parallel.tensor_parallel import VocabularyHead
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -139,6 +141,16 @@ class ModuleBackend(ABC):
         if not self.config.backend.data_parallel:
             _check_agreement(generation)
         return generation
+
+    @torch.inference_mode()
+    def score(self, token_ids: Sequence[int]) -> Score:
+        for module in self.model.modules():
+            if isinstance(module, VocabularyHead):
+                module.gathering = True
+        ids = torch.tensor([token_ids], device=self.device)
+        logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        chosen = logits.log_softmax(-1).gather(1, ids[0, 1:, None].to(logits.device))
+        return Score(chosen.double().sum().item(), tuple(logits.argmax(-1).tolist()))
 
     def stream_to(self, on_tokens: Callable[[int, Sequence[int]], None]) -> None:
         """A static batch is read at its end only."""

@@ -23,6 +23,9 @@ def check_read(config: RunConfig, given: Collection[str]) -> None:
     _check_launch(config)
     _check_sampling(config, given)
     _check_profile(config)
+    if config.measure.quality is not None and not config.backend.can_score:
+        fact = f"measure.quality={config.measure.quality}, and backend={config.backend.name} foretells no text."
+        raise ConfigError(fact, "measure.quality=null, or backend=fsdp")
 
 
 def _check_launch(config: RunConfig) -> None:

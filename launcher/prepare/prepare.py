@@ -20,6 +20,7 @@ from launcher.prepare.experiments import check_experiment
 from launcher.prepare.planning import paces, plan_of, short_memory
 from launcher.prepare.shapes import built_of, config_of
 from launcher.prompts.prompts import check_context, guessed_prompts, has_tokenizer, load_prompts, sampling_of
+from launcher.prompts.quality import windows
 from launcher.run_dir.run import Run
 from shards.checkpoint.checkpoint import Checkpoint, has_weights, is_derived
 from shards.checkpoint.hub import resolve
@@ -86,6 +87,7 @@ def prepare(config: RunConfig, command: tuple[str, ...], given: Sequence[Prompt]
         num_devices=config.num_devices,
         on_cuda=on_cuda,
         notes=tuple(notes),
+        quality_windows=windows(config, folder, fields.count("max_position_embeddings")),
     )
     return _with_paces(run, plan_for) if config.dry_run or config.machine else run
 

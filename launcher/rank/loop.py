@@ -10,11 +10,12 @@ from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
-from launcher.backends.base import TracingBackend
+from launcher.backends.base import ScoringBackend, TracingBackend
 from launcher.prompts.batches import batches, call_count, split, warm_up_batch
 from launcher.prompts.prompts import sampling_of
 from launcher.results.measured import Repeat
 from launcher.results.metrics import summed
+from launcher.results.quality import quality_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from launcher.config.schema import RunConfig
     from launcher.results.completions import Saved
     from launcher.results.measured import RequestFailure
+    from launcher.results.quality import Quality
     from launcher.run_dir.progress import ProgressWriter
     from shards.machine.world import World
 
@@ -90,6 +92,17 @@ class Loop:
         self.progress.enter("profile", steps)
         self.backend.generate(warm_up_batch(prompts, self.world, self.config), sampling, on_step)
         return trace
+
+    def score(self, windows: Sequence[Sequence[int]]) -> Quality | None:
+        """Show the engine the windows of a text; None where there are none."""
+        if not windows or not isinstance(self.backend, ScoringBackend):
+            return None
+        self.progress.enter("quality", len(windows))
+        scores = []
+        for number, window in enumerate(windows, 1):
+            scores.append(self.backend.score(window))
+            self.progress.advance(number)
+        return quality_of(self.config.measure.quality or "", scores)
 
     def run(self, prompts: Sequence[Prompt], saved: Saved) -> None:
         """The repeats that `saved` leaves to be made."""

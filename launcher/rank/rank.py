@@ -15,6 +15,7 @@ from launcher.rank.loop import Loop
 from launcher.rank.meter import Meter
 from launcher.results.completions import SavedCompletion
 from launcher.results.cost import LOAD, REPEATS, WARM_UP
+from launcher.results.quality import Quality
 from launcher.results.rank_result import RankResult
 from launcher.results.record import RunError
 from launcher.run_dir.run_dir import SupersededError
@@ -67,6 +68,8 @@ class Rank:
         self.network: Network | None = None  # to other nodes
         self.meter = Meter(self.config, world)
         self.cost: RankCost | None = None
+        self.quality: Quality | None = None
+        self.quality_windows = run.quality_windows
         self._result: RankResult | None = None
         self._writing = threading.Lock()
         self._is_ending = False
@@ -114,6 +117,7 @@ class Rank:
         self.meter.enter(REPEATS)
         loop.run(prompts, self.run_dir.read_saved())
         self.cost = self.meter.end()
+        self.quality = loop.score(self.quality_windows)
         if self.config.measure.profile is not None:
             trace = loop.trace(prompts, self.config.measure.profile, self.world.rank == 0)
             if trace is not None:
@@ -206,6 +210,7 @@ class Rank:
                     waits=self.waits,
                     network=self.network,
                     cost=self.cost,
+                    quality=self.quality,
                 )
                 self.run_dir.write_rank(result)
                 self._result = result

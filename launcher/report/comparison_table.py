@@ -34,6 +34,8 @@ def show(runs: Sequence[FinishedRun], out: Console) -> list[Comparison]:
             out.print(f"[yellow]note:[/] {escape(line)}", soft_wrap=True)
         for note in comparison.notes:
             out.print(f"[yellow]note:[/] {escape(f'{other} and {base}: {note}')}", soft_wrap=True)
+        if comparison.agreement is not None:
+            out.print(escape(f"{other} against {base}: {_quality(runs[0], runs[names.index(other)], comparison)}"))
         if (cost := comparison.serving_cost) is not None:
             line = f"serving (HTTP, the server's scheduler, the client) costs {cost:.1%} of the engine's tokens/s"
             out.print(escape(f"{other} against {base}: {line}"), soft_wrap=True)
@@ -68,6 +70,17 @@ def table(comparisons: Sequence[Comparison], runs: Sequence[FinishedRun], names:
         "speed vs base", "min … max",
     )  # fmt: skip
     return fitted(out, columns, rows, texts=("run",), optional=("min … max", "logit gap there", "first divergence"))
+
+
+def _quality(base: FinishedRun, other: FinishedRun, comparison: Comparison) -> str:
+    """What a text says of two runs that were shown it."""
+    left, right = base.record.quality, other.record.quality
+    assert left is not None
+    assert right is not None
+    return (
+        f"perplexity {right.perplexity:,.4g} after {left.perplexity:,.4g}, and of {left.tokens:,} tokens of {left.text}"
+        f" {comparison.agreement:.1%} with the same one held most likely"
+    )
 
 
 def _place(divergence: Divergence | None) -> str:

@@ -98,6 +98,7 @@ def _row(record: Record, swept: Sequence[str]) -> Row:
         "backend": record.backend,
         "model": record.model,
         "precision": record.precision,
+        "perplexity": record.quality and record.quality.perplexity,
         "num_devices": record.num_devices,
         "num_nodes": record.num_nodes,
         "batch_size": record.batch_size,

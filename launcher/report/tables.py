@@ -210,6 +210,9 @@ def _speed(record: Record, out: Console) -> Table:
     rows += [None, ["load", seconds(record.load_s), "", "", ", ".join(sums)]]
     if record.cost is not None:
         rows += cost_rows(record.cost)
+    if (quality := record.quality) is not None:
+        shown = f"{counted(quality.tokens, 'token')} of {escape(quality.text)}"
+        rows.append(["perplexity", f"{quality.perplexity:,.4g}", "", "", shown])
     if (ceiling := record.ceiling) and ceiling.share is not None:
         limit = f"of {rate(ceiling.tokens_per_s)} tokens/s, bound by {ceiling.bound}"
         rows.append(["share of the ceiling", _share(ceiling), "", "", limit])

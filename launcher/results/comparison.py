@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.config.engines import engines
 from launcher.config.schema import HOW_IT_IS_RUN
 from launcher.config.values import flat
+from launcher.results.quality import agreement
 from launcher.results.serving_cost import serving_cost
 from shards.errors import UserError
 
@@ -90,7 +91,8 @@ class Comparison:
     """One run against the base. Prompts are named by index; `notes` say what else keeps the two from being compared.
 
     `serving_cost` is the share of the engine's tokens/s that is lost where a server has the engine (HTTP, its
-    scheduler, the client), None where one of the two is not the engine that the other asks.
+    scheduler, the client), None where one of the two is not the engine that the other asks. `agreement`
+    is the share of the tokens of the text of `measure.quality` in whose place both held the same one most likely.
     """
 
     base: str
@@ -104,6 +106,7 @@ class Comparison:
     differences: tuple[Difference, ...]
     notes: tuple[str, ...] = ()
     serving_cost: float | None = None
+    agreement: float | None = None
 
     @property
     def match(self) -> float:
@@ -136,6 +139,7 @@ def compare(base: FinishedRun, other: FinishedRun) -> Comparison:
         differences=tuple(_differences(_settings(base), _settings(other))),
         notes=(*_other_weights(base, other), *([no_cost] if no_cost else [])),
         serving_cost=cost,
+        agreement=agreement(base.record.quality, other.record.quality),
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from launcher.backends.base import DeviceMemory
 from launcher.results.cost import RankCost
 from launcher.results.measured import Repeat
+from launcher.results.quality import Quality
 from launcher.results.record import RankRecord, RunError
 from launcher.system.environment import Environment
 from shards.machine.network import Network
@@ -35,6 +36,7 @@ class RankResult:
     waits: bool = False
     network: Network | None = None
     cost: RankCost | None = None
+    quality: Quality | None = None
 
     @property
     def record(self) -> RankRecord:

@@ -14,6 +14,7 @@ from typing import Any
 from launcher.backends.base import DeviceMemory
 from launcher.results.cost import Cost
 from launcher.results.measured import BandwidthUse, CeilingShare, Metrics, Partial, Repeat, Totals
+from launcher.results.quality import Quality
 from launcher.system.environment import Environment
 from launcher.system.typed import decode
 from shards.machine.network import Network
@@ -136,6 +137,7 @@ class Record:
     metrics: Metrics | None = None
     ceiling: CeilingShare | None = None
     mbu: BandwidthUse | None = None
+    quality: Quality | None = None
     cost: Cost | None = None
     devices: tuple[DeviceMemory, ...] = ()
     ranks: tuple[RankRecord, ...] = ()

@@ -44,8 +44,7 @@ def finish(run_dir: RunDir, outcome: Outcome | None = None) -> Record:
     attempts = [*run_dir.earlier_attempts(), (run_dir.read_attempt(), run_dir)]
     repeats = {number: folder.read_repeats(run.answering_ranks) for number, folder in attempts}
     counted = [ranks for numbered in repeats.values() for ranks in numbered.values()] if status == "ok" else []
-    windows = plan.windows if plan else ()
-    measured = figures(counted, len(prompts), run.num_devices, windows, run.run_config.slo)
+    measured = figures(counted, len(prompts), run.num_devices, plan.windows if plan else (), run.run_config.slo)
     metrics = measured.metrics if measured else None
     hint = how_to_know_rates(run.run_config)
     record = replace(
@@ -67,6 +66,7 @@ def finish(run_dir: RunDir, outcome: Outcome | None = None) -> Record:
         attempts=tuple(_attempt(number, folder, run.world_size, repeats[number]) for number, folder in attempts),
         notes=(*run.notes, *run_dir.read_notes()),
         plan=plan,
+        quality=next((rank.quality for rank in present if rank.quality), None),
         environment=next((rank.environment for rank in present if rank.environment), None),
     )
     record = replace(record, attempts=(*record.attempts[:-1], replace(record.attempts[-1], status=status)))

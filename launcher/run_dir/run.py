@@ -46,6 +46,7 @@ class Run:
     num_devices: int
     on_cuda: bool
     notes: tuple[str, ...]
+    quality_windows: tuple[tuple[int, ...], ...] = ()
     paces: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -73,6 +74,7 @@ class RunDescription:
     num_devices: int
     on_cuda: bool
     notes: tuple[str, ...] = ()
+    quality_windows: tuple[tuple[int, ...], ...] = ()
     started_at: float = 0.0
     mark: str = NO_MARK
     batch_search: BatchSearch | None = None
@@ -134,6 +136,7 @@ def describe(
         num_devices=run.num_devices,
         on_cuda=run.on_cuda,
         notes=run.notes,
+        quality_windows=run.quality_windows,
         started_at=started_at,
         mark=mark,
         batch_search=batch_search,

@@ -53,14 +53,10 @@ def parse_serve(words: list[str]) -> None:
     compose(parse_served(words).overrides)
 
 
-def follow(words: list[str]) -> None:
-    assert {word for word in words if word.startswith("-")} <= set(status.FLAGS)
-
-
 PARSERS: dict[str, Callable[[list[str]], object]] = {
     "launcher": compose, "launcher.plan": show_plan, "launcher.probe": probe.parse, "launcher.compare": compare.parse,
     "launcher.doctor": parse_doctor, "launcher.report": parse_report,
-    "launcher.experiments": parse_experiments, "launcher.status": follow, "launcher.serve": parse_serve,
+    "launcher.experiments": parse_experiments, "launcher.status": status.parse, "launcher.serve": parse_serve,
     "launcher.history": parse_history,
     "launcher.verify": parse_verify,
     "launcher.reproduce": parse_reproduce,

@@ -23,6 +23,7 @@ class TensorParallelConfig(BackendConfig):
     packages: ClassVar[tuple[str, ...]] = ("torch", "transformers:AutoModelForCausalLM")
     pip_extra: ClassVar[str | None] = "tensor_parallel"
     has_slots: ClassVar[bool] = True
+    can_score: ClassVar[bool] = True
     can_trace: ClassVar[bool] = True
     loads_by_name: ClassVar[bool] = True
     quantizations: ClassVar[tuple[str, ...]] = ("int8_wo", "int8", "nf4", "nf4_dq", "fp4")

@@ -29,6 +29,7 @@ class TransformersConfig(BackendConfig):
     one_process_per_device: ClassVar[bool] = False
     joins_ranks: ClassVar[bool] = False
     has_slots: ClassVar[bool] = True
+    can_score: ClassVar[bool] = True
     can_trace: ClassVar[bool] = True
     loads_by_name: ClassVar[bool] = True
     is_reference: ClassVar[bool] = True

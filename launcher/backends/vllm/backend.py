@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from launcher.backends.base import Completion, DeviceMemory, Generation
+from launcher.backends.base import Completion, DeviceMemory, Generation, Score
 from launcher.backends.vllm.heartbeat import heartbeat
 from launcher.backends.vllm.monitor import Watch
 from launcher.backends.vllm.options import arguments, environment, refusal
@@ -149,6 +149,14 @@ class VllmBackend:
                 finished.append(completions[place])
             on_step(self.watch.take_new(), finished)
         return Generation(tuple(completions[place] for place in range(len(prompts))))
+
+    def score(self, token_ids: Sequence[int]) -> Score:
+        wanted = self.vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, detokenize=False)
+        [answer] = self.llm.generate([{"prompt_token_ids": list(token_ids)}], wanted, use_tqdm=False)
+        likely = answer.prompt_logprobs[1:]  # of each place the token that is there, and the most likely one
+        chosen = [place[token].logprob for place, token in zip(likely, token_ids[1:], strict=True)]
+        best = tuple(max(place, key=lambda token: place[token].logprob) for place in likely)
+        return Score(sum(chosen), best)
 
     def stream_to(self, on_tokens: Callable[[int, Sequence[int]], None]) -> None:
         assert self.watch is not None

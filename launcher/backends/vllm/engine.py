@@ -44,6 +44,7 @@ class VllmConfig(BackendConfig):
     pip_finds_cpu_build: ClassVar[bool] = False
     one_process_per_device: ClassVar[bool] = False
     continuous_batching: ClassVar[bool] = True
+    can_score: ClassVar[bool] = True
     takes_load: ClassVar[bool] = True
     own_random_weights: ClassVar[bool] = True  # load_format=dummy, which depend on how the model is cut
     quantizations: ClassVar[tuple[str, ...]] = tuple(ONLINE.values())

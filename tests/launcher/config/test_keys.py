@@ -166,7 +166,7 @@ def test_in_processes_of_their_own(tmp_path: Path) -> None:
     ("overrides", "message"),
     [
         (["+backend.load_in_8bit=true"], "backend.load_in_8bit is not an option of backend=fsdp. HINT: python -m "),
-        (["+model.quantization=int8"], "model.quantization is not a key of the configuration. HINT: python -m "),
+        (["+model.quantization=int8"], "model.quantization is not a key of the configuration. HINT: quantization=int8"),
         (["backend=vllm", "+backend.quantization=fp8"], "backend.quantization is not an option of backend=vllm. "),
         (
             ["backend=transformers", "backend.extra.load_in_8bit=true"],

@@ -1,0 +1,67 @@
+"""What engines make of a text: the likelihoods of transformers itself, whoever holds the model, and how."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from running import launcher
+from transformers import AutoModelForCausalLM
+
+from launcher.config.compose import compose_run
+from launcher.models import EMBEDDED
+from launcher.prompts.quality import windows
+from launcher.results.quality import Quality, agreement
+
+ENGINES = "transformers,fsdp,tensor_parallel,deepspeed,vllm"
+ONCE = ("measure.repeats=1", "measure.warmup=0", "sampling.max_new_tokens=2", "accelerator=cpu")
+
+
+@pytest.mark.slow
+def test_every_engine_foretells_a_text_as_transformers_does(tmp_path: Path) -> None:
+    asked = ("model=tiny_llama", "measure.quality=builtin")
+    cut = windows(compose_run(list(asked)), EMBEDDED / "tiny_llama", 2048)
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED / "tiny_llama", dtype=torch.float32)
+    likelihoods, best = [], []
+    with torch.inference_mode():
+        for window in cut:
+            ids = torch.tensor([window])
+            likely = model(ids).logits[0, :-1].log_softmax(-1)
+            likelihoods.append(likely.gather(1, ids[0, 1:, None]).sum().item())
+            best += likely.argmax(-1).tolist()
+
+    ended = launcher("-m", f"backend={ENGINES}", *asked, *ONCE, f"output_dir={tmp_path}", timeout=280)
+    assert ended.code == 0, ended.err
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("*x*/record.json")]
+    assert sorted(record["backend"] for record in records) == sorted(ENGINES.split(","))
+    for record in records:
+        assert record["quality"]["tokens"] == len(best)
+        assert record["quality"]["perplexity"] == pytest.approx(math.exp(-sum(likelihoods) / len(best)), rel=1e-3)
+        same = sum(left == right for left, right in zip(record["quality"]["best_tokens"], best, strict=True))
+        assert same >= len(best) - 2, record["backend"]  # two logits may be one last bit apart
+    assert ended.out.count(f"of {len(best):,} tokens of builtin") >= 4
+
+
+def test_agreement_is_of_one_text_only() -> None:
+    base, other = Quality("builtin", 4, 9.0, (1, 2, 3, 4)), Quality("builtin", 4, 9.5, (1, 2, 5, 4))
+    assert agreement(base, other) == 0.75
+    assert agreement(base, None) is None
+    assert agreement(base, Quality("mine.txt", 4, 9.5, (1, 2, 5, 4))) is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["backend=dummy", "measure.quality=builtin"], "backend=dummy foretells no text. HINT: measure.quality=null"),
+        (["backend=fsdp", "measure.quality=/dev/zero"], "/dev/zero"),
+        (["backend=fsdp", "measure.quality=/nowhere.txt"], "/nowhere.txt"),
+    ],
+)
+def test_a_text_that_cannot_be_shown_is_one_line(asked: list[str], message: str, tmp_path: Path) -> None:
+    ended = launcher(*asked, f"output_dir={tmp_path}")
+    assert (ended.code, ended.err.count("\n")) == (2, 1), ended.err
+    assert message in ended.err
+    assert list(tmp_path.iterdir()) == []
