@@ -180,7 +180,7 @@ def test_a_key_is_written_nowhere(server: FakeServer, tmp_path: Path) -> None:
 
 
 @contextmanager
-def fake_process(port: int = 0, step_s: float = 0.05) -> Iterator[tuple[subprocess.Popen[str], int]]:
+def fake_process(port: int = 0, step_s: float = 0.02) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A fake server in a process of its own, and its port."""
     process = subprocess.Popen([sys.executable, FAKE, str(port), str(step_s)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -213,6 +213,31 @@ def test_a_server_that_is_killed_fails_the_run_which_goes_on_later(tmp_path: Pat
     assert [item.index for item in completions] == list(range(60))
     assert [item for item in completions if item.index in {row.index for row in kept}] == kept
     assert all(item.new_tokens == 8 for item in completions)
+
+
+def test_a_started_server_that_is_killed_is_started_again_by_a_resumed_run(tmp_path: Path) -> None:
+    mark = f"--marked={tmp_path}"
+    own = ("server=vllm", f"server.command='{sys.executable} {FAKE} {{port}} 0.02 {mark}'", "server.cpu_arguments=")
+    more = ("prompts.count=60", "load.concurrency=4", "measure.warmup=0", "resume=true", "devices=1", "accelerator=cpu")
+
+    def kill() -> None:
+        for one in psutil.process_iter(["cmdline"]):
+            if mark in (one.info["cmdline"] or []):
+                one.kill()
+
+    ended, run_dir = run_while(tmp_path, kill, *own, *more)
+    assert ended.code == 1
+    record = run_dir.read_record()
+    assert record is not None
+    assert record.error is not None
+    assert (record.status, record.error.stage) == ("failed", "repeat 1/2 batch 1/1")
+    assert "the server ended with exit code -9" in record.error.message
+    kept = run_dir.read_completions()
+    assert 0 < len(kept) < 60
+    assert not any(item.failure for item in kept)
+    ended, same = run(tmp_path, *own, *more)
+    assert (ended.code, same) == (0, run_dir), ended.err
+    assert [item.index for item in run_dir.read_completions()] == list(range(60))
 
 
 def run_while(tmp_path: Path, act: Callable[[], None], *overrides: str) -> tuple[Ended, RunDir]:
