@@ -205,11 +205,16 @@ class EndpointBackend:
         held = []
         for place, card in enumerate(cuda_devices(os.environ)[: self.config.devices]):
             assert card.uuid is not None
-            on_card = [process.memory_bytes for process in nvml.processes(card.uuid) if process.pid in own]
-            known = [size for size in on_card if size is not None]
             reasons = dict.fromkeys(OF_AN_ENGINE, UNKNOWN)
+            on_card: list[int | None] = []
+            try:
+                on_card = [process.memory_bytes for process in nvml.processes(card.uuid) if process.pid in own]
+            except nvml.NvmlError as error:
+                reasons["nvml_used_bytes"] = f"NVML: {error}"
+            known = [size for size in on_card if size is not None]
             if not known:
-                reasons["nvml_used_bytes"] = "NVML does not show the server's processes (another PID namespace?)"
+                hidden = "NVML does not show the server's processes (another PID namespace?)"
+                reasons.setdefault("nvml_used_bytes", hidden)
             held.append(
                 DeviceMemory(
                     rank=place,

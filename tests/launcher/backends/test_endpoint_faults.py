@@ -8,17 +8,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic, sleep
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 from fake_server import SLOW_METRICS_S, FakeServer
 from running import ROOT, Ended, launcher
 
+from launcher.backends.endpoint.backend import EndpointBackend
 from launcher.config.compose import compose_run
 from launcher.prepare.prepare import prepare
 from launcher.run_dir.run_dir import RunDir
 from shards.errors import UserError
+from shards.machine.hardware import Device
+from shards.machine.nvml import CardProcess, NvmlError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -164,6 +168,33 @@ def test_a_server_that_is_of_no_use_is_one_line(
     assert ended.code in (1, 2)
     assert words in ended.err
     assert "Traceback" not in ended.err
+
+
+def test_what_a_server_holds_on_each_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = [Device(f"card {number}", uuid=f"GPU-{number}") for number in range(4)]
+    users = {
+        "GPU-0": (CardProcess(10, 700), CardProcess(11, 20), CardProcess(99, 5)),
+        "GPU-1": (CardProcess(99, 5),),
+        "GPU-2": (CardProcess(11, None),),
+    }
+
+    def processes(uuid: str) -> tuple[CardProcess, ...]:
+        if uuid == "GPU-3":
+            raise NvmlError("Insufficient Permissions")
+        return users[uuid]
+
+    monkeypatch.setattr("launcher.backends.endpoint.backend.cuda_devices", lambda environ: cards)
+    monkeypatch.setattr("shards.machine.nvml.processes", processes)
+    backend = EndpointBackend(compose_run(["backend=endpoint", "server=vllm", "devices=4", "accelerator=cuda"]))
+    started: Any = SimpleNamespace(pids=lambda: [10, 11], anonymous_bytes=lambda: 3000, close=lambda: None)
+    backend.started = started
+    held = backend.memory()
+    backend.close()
+    assert [one.nvml_used_bytes for one in held] == [720, None, None, None]
+    assert [one.host_anonymous_bytes for one in held] == [3000, None, None, None], "of the host once"
+    hidden = "NVML does not show the server's processes (another PID namespace?)"
+    reasons = [one.reasons.get("nvml_used_bytes") for one in held]
+    assert reasons == [None, hidden, hidden, "NVML: Insufficient Permissions"]
 
 
 def test_a_key_is_written_nowhere(server: FakeServer, tmp_path: Path) -> None:
