@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ class Parameter:
         return layer_of(self.name)
 
 
+@cache
 def layer_of(name: str) -> int | None:
     """The number of the decoder layer in a parameter's name; None if it is in no layer."""
     found = _LAYER.search(name)
