@@ -158,3 +158,18 @@ def test_a_port_that_is_taken_is_one_line() -> None:
         taken.listen()
         with pytest.raises(ConfigError, match=r"Address already in use\. HINT: --port=0"):
             listen("127.0.0.1", taken.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "words"),
+    [
+        ("127.0.0.1", 99999, "--port=99999 is no port. HINT: --port=0 takes a free one"),
+        ("127.0.0.1", -1, "--port=-1 is no port. HINT: "),
+        ("no such host", 0, "--host=no such host is no address of this machine: "),
+        ("192.0.2.77", 0, "Cannot listen on 192.0.2.77:0: "),
+    ],
+)
+def test_an_address_that_is_none_is_one_line(host: str, port: int, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        listen(host, port)
+    assert str(caught.value).startswith(words)
