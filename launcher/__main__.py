@@ -140,7 +140,7 @@ def _sweep(arguments: Arguments, world: World) -> int:
     if world.launcher != "alone":
         raise WorldError(
             f"-m starts the ranks of each point itself, and {world.launcher} has started {world.world_size}.",
-            "python -m launcher -m, or without -m",
+            "leave -m out, or start the sweep alone: python -m launcher -m",
         )
     points = points_of(arguments.overrides, arguments.config_dirs)
     if arguments.cfg:
@@ -222,7 +222,7 @@ def _adopt(overrides: Sequence[str], world: World) -> list[str]:
 def _join(config: RunConfig, world: World, command: tuple[str, ...], only_json: bool) -> int:
     """Somebody else started the ranks: be one of them."""
     if config.launch.name == "slurm":
-        raise WorldError(f"launch=slurm submits a job, and {world.launcher} has started the ranks.", "without launch=")
+        raise WorldError(f"launch=slurm submits a job, and {world.launcher} has started the ranks.", "launch=local")
     if world.local_world_size * world.num_nodes != world.world_size:
         raise WorldError(
             f"{world.launcher} started {world.world_size} ranks on {world.num_nodes} nodes, "
@@ -233,7 +233,7 @@ def _join(config: RunConfig, world: World, command: tuple[str, ...], only_json: 
         raise WorldError(
             f"devices={config.devices} num_nodes={config.num_nodes} are {config.devices * config.num_nodes} ranks, "
             f"and {world.launcher} started {world.world_size}.",
-            f"leave devices and num_nodes out, or devices={world.local_world_size} num_nodes={world.num_nodes}",
+            f"devices={world.local_world_size} num_nodes={world.num_nodes}, or leave both out",
         )
     if not config.backend.joins_ranks and world.world_size > 1:
         name = config.backend.name
@@ -242,7 +242,8 @@ def _join(config: RunConfig, world: World, command: tuple[str, ...], only_json: 
             f"python -m launcher backend={name}",
         )
     if config.measure.find_batch_size:
-        raise ConfigError(f"measure.find_batch_size=true starts ranks itself, and {world.launcher} has.", "without it")
+        fact = f"measure.find_batch_size=true starts ranks itself, and {world.launcher} has."
+        raise ConfigError(fact, "measure.find_batch_size=false")
     # It imports torch, which a rank may and the launching process may not.
     external = importlib.import_module("launcher.launch.join")
     began = time.time()

@@ -41,7 +41,7 @@ def make_plan(config: RunConfig) -> Plan:
     """
     plan = prepare(replace(config, dry_run=True), ()).plan
     if plan is None:
-        raise PlanError(f"backend={config.backend.name} has {NO_PLAN}.", f"one of {', '.join(planned_engines())}")
+        raise PlanError(f"backend={config.backend.name} has {NO_PLAN}.", f"backend={planned_engines()[0]}")
     return plan
 
 

@@ -190,10 +190,13 @@ def _row(machine: str, quantization: str, request: PlanRequest, is_named: bool) 
         plan = make_plan(request)
         full = make_plan(replace(request, batch_size=plan.largest_batch)) if plan.largest_batch else None
     except PlanError as error:
-        problem = str(error).replace("measure.batch_size=", "batch_size=")
-        problem = re.sub(r"\bmachine=(\S+) precision=bf16 dry_run=true", r"machines=\1", problem)
+        hint = error.hint.replace("measure.batch_size=", "batch_size=")
+        hint = re.sub(r"\bmachine=(\S+) precision=bf16 dry_run=true", r"machines=\1", hint)
+        hint = re.sub(r"(?:with )?\bplain weights\b", "quantization=none", hint)
+        hint = re.sub(r"(?:with )?\bweights in (\w+)", r"quantization=\1", hint)
         if is_named:
-            problem = re.sub(r"\bdevices=(\d+)", rf"machines=\1x{machine.partition('x')[2]}", problem)
+            hint = re.sub(r"\bdevices=(\d+)", rf"machines=\1x{machine.partition('x')[2]}", hint)
+        problem = str(PlanError(error.fact, hint))
         return Row(machine, request.engine.name, link, quantization, problem=problem)
     return Row(machine, request.engine.name, link, quantization, plan, full)
 

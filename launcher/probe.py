@@ -21,6 +21,7 @@ import sys
 import uuid
 from typing import TYPE_CHECKING
 
+from launcher.config.keys import nearest, wrong_value
 from launcher.config.schema import Accelerator, ConfigError
 from launcher.launch.local import rank_environment, worker_command
 from launcher.system import processes
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 TIMEOUT_S = 180
+ARGUMENTS = {"devices": "2", "accelerator": "cpu"}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -52,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         print(f"kept in {save(os.environ, measured)}")
     except OSError as error:
-        print(f"error: The figures cannot be kept: {error}. HINT: XDG_CACHE_HOME=/a/folder/of/yours", file=sys.stderr)
+        print(f"error: The figures cannot be kept: {error}. HINT: export XDG_CACHE_HOME=$PWD/.cache", file=sys.stderr)
         return 2
     return 0
 
@@ -60,18 +62,25 @@ def main(argv: Sequence[str]) -> int:
 def parse(argv: Sequence[str]) -> tuple[int, str]:
     """Devices and accelerator of the arguments; all CUDA devices of this machine, or one CPU rank."""
     values = dict(item.partition("=")[::2] for item in argv)
-    if unknown := set(values) - {"devices", "accelerator"}:
-        raise ConfigError(f"{min(unknown)!r} is not an argument of the probe.", "devices=2 accelerator=cpu")
+    if unknown := set(values) - set(ARGUMENTS):
+        word = min(unknown)
+        bare = word.lstrip("-")
+        near = nearest(bare, ARGUMENTS) or "devices"
+        hint = f"accelerator={bare}" if bare in Accelerator.__members__ else f"{near}={values[word] or ARGUMENTS[near]}"
+        raise ConfigError(f"{word!r} is not an argument of the probe.", hint)
     accelerator = values.get("accelerator", "auto")
     if accelerator not in Accelerator.__members__:
-        raise ConfigError(f"accelerator={accelerator} is not one.", "accelerator=auto, cpu or cuda")
+        raise wrong_value("accelerator", accelerator, Accelerator)
     found = () if accelerator == "cpu" else cuda_devices(os.environ)
-    accelerator = ("cuda" if found else "cpu") if accelerator == "auto" else accelerator
+    if accelerator == "cuda" and not found:
+        raise ConfigError("accelerator=cuda, and no CUDA device can be seen.", "accelerator=cpu")
+    accelerator = "cuda" if found else "cpu"
     devices = values.get("devices", str(len(found) if accelerator == "cuda" else 1))
     if not devices.isascii() or not devices.isdigit() or int(devices) < 1:
         raise ConfigError(f"devices={devices} is not a whole number above 0.", "devices=2")
     if accelerator == "cuda" and int(devices) > len(found):
-        raise ConfigError(f"devices={devices}, and {len(found)} CUDA devices can be seen.", "accelerator=cpu")
+        fewer = f"devices={len(found)}, or accelerator=cpu"
+        raise ConfigError(f"devices={devices}, and {len(found)} CUDA devices can be seen.", fewer)
     return int(devices), accelerator
 
 

@@ -156,11 +156,12 @@ def history(names: Sequence[str], records: Sequence[Record], badges: Sequence[st
         started = "-"
         with contextlib.suppress(OverflowError, OSError):  # of no year that there is
             started = time.strftime("%Y-%m-%d %H:%M", time.localtime(moment)) if moment else "-"
-        devices, speed = str(record.num_devices or "-"), rate(record.new_tokens_per_s)
-        engine = (escape(record.model), record.backend, devices)
+        devices, batch = str(record.num_devices or "-"), str(record.batch_size or "-")
+        speed, engine = rate(record.new_tokens_per_s), (escape(record.model), record.backend, devices, batch)
         rows.append([escape(name), started, *engine, record.status, badge or "-", speed])
-    columns = ("run", "started", "model", "backend", "devices", "status", "verified", "new tokens/s")
-    return layout.fitted(out, columns, rows, texts=("run", "model"), optional=("devices", "model", "started"))
+    columns = ("run", "started", "model", "backend", "devices", "batch size", "status", "verified", "new tokens/s")
+    optional = ("devices", "batch size", "model", "started")
+    return layout.fitted(out, columns, rows, texts=("run", "model"), optional=optional)
 
 
 def _unreadable(folder: Path, why: str) -> Record:

@@ -61,10 +61,10 @@ def ours(job: dict[str, Any], world: World) -> tuple[Answer, Callable[[], None]]
     """An engine of this project, through the interface that a run uses."""
     config = compose_run([
         *job["overrides"], "accelerator=cpu", f"devices={job['devices']}", f"precision={job['precision']}",
-        f"measure.batch_size={len(job['prompts'])}", f"sampling.max_new_tokens={job['new_tokens']}",
+        f"sampling.max_new_tokens={job['new_tokens']}",
         f"sampling.ignore_eos={job['ignore_eos']}",
     ])  # fmt: skip
-    config.model.path = job["folder"]
+    config.model.path, config.measure.batch_size = job["folder"], len(job["prompts"])
     prompts = prompts_of(job)
     backend = backend_class(config.backend.name)(config)
     fields = read_json(Path(job["folder"]) / "config.json")

@@ -136,9 +136,9 @@ def ceiling(like: tuple[str, ...], job: dict[str, Any]) -> float | None:
     """Decode tokens/s that the measured rates of this machine allow by the plan of a run."""
     config = compose_run([
         *like, "accelerator=cpu", f"devices={job['devices']}", f"precision={job['precision']}",
-        f"measure.batch_size={len(job['prompts'])}", f"sampling.max_new_tokens={job['new_tokens']}",
+        f"sampling.max_new_tokens={job['new_tokens']}",
     ])  # fmt: skip
-    config.model.path = job["folder"]
+    config.model.path, config.measure.batch_size = job["folder"], len(job["prompts"])
     fields = json.loads((Path(job["folder"]) / "config.json").read_text())
     prompts = [Prompt(index, "", tuple(row)) for index, row in enumerate(job["prompts"])]
     plan = plan_of(config, fields, None, prompts, False)

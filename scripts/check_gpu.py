@@ -105,10 +105,12 @@ def _run(point: Point, out: Path, rehearse: bool) -> Step:
     overrides = [
         f"backend={point.engine}", f"model={point.model}", "model.weights=random", *place, f"devices={point.devices}",
         "prompts=synthetic", f"prompts.count={point.batch}", f"prompts.input_tokens={lengths[0]}",
-        f"prompts.output_tokens={lengths[1]}", f"measure.batch_size={point.batch}", f"measure.repeats={REPEATS}",
+        f"prompts.output_tokens={lengths[1]}", f"measure.repeats={REPEATS}",
         f"output_dir={out / 'runs'}",
     ]  # fmt: skip
-    if point.engine == "vllm":
+    if point.engine != "vllm":
+        overrides.append(f"measure.batch_size={point.batch}")
+    else:
         overrides.append(f"backend.kv_cache_memory_bytes={VLLM_CACHE}")
     ranks = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={point.devices}")
     command = (sys.executable, *(ranks if point.devices > 1 else ()), str(PAIR), *overrides)

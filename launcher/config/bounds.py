@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+import operator
+from typing import TYPE_CHECKING, Any, get_args
 
+from launcher.config.keys import example_of, key_types
 from launcher.config.options import (
     ANY,
     BOUND,
@@ -20,13 +22,13 @@ from launcher.config.options import (
     TOKENS,
     Bounds,
 )
-from launcher.config.schema import ConfigError, Scheduling
+from launcher.config.schema import ConfigError, RunConfig, Scheduling
 from shards.plan.request import MOST_DEVICES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from launcher.config.schema import BackendConfig, PromptsConfig, RunConfig
+    from launcher.config.schema import BackendConfig, PromptsConfig
 
 
 BOUNDS: dict[str, Bounds] = {
@@ -68,6 +70,7 @@ is checked where it is not."""
 
 def check(config: RunConfig) -> None:
     """Raise ConfigError for a value that no run can have."""
+    _check_texts(config)
     bounds = BOUNDS | _check_backend(config.backend)
     for key, value in numbers(config):
         limits = bounds.get(key, ANY)
@@ -87,6 +90,21 @@ def check(config: RunConfig) -> None:
     _check_load(config)
     _check_prompts(config.prompts)
     _check_shared(config.prompts)
+
+
+def _check_texts(config: RunConfig) -> None:
+    """ConfigError for an entry of a list or a dict of texts that is none, as OmegaConf lets nested ones pass."""
+    for key, hint in _keys_of_texts(type(config.backend)).items():
+        value = operator.attrgetter(key)(config)
+        items = list(value.values()) if isinstance(value, dict) else value or []
+        if stray := [item for item in items if not isinstance(item, str)]:
+            raise ConfigError(f"{key} has {str(stray[0])[:80]}, which is no text.", f"{key}={example_of(hint)}")
+
+
+def _keys_of_texts(kind: type[BackendConfig]) -> dict[str, Any]:
+    """The keys of lists and dicts of texts; each prompt is looked at when it is read."""
+    keys = key_types(RunConfig) | key_types(kind, "backend.")
+    return {key: hint for key, hint in keys.items() if get_args(hint)[-1:] == (str,) and key != "prompts.texts"}
 
 
 def _check_scheduling(config: RunConfig) -> None:
@@ -134,6 +152,9 @@ def _check_prompts(wanted: PromptsConfig) -> None:
     if path is not None and (wanted.texts is not None or length is not None):
         fact = f"prompts={wanted.name} has prompts of its own, and does not read prompts.path={path}."
         raise ConfigError(fact, f"prompts=file prompts.path={path}")
+    if path is None and wanted.field is not None:
+        fact = f"prompts={wanted.name} has no file, and does not read prompts.field={wanted.field}."
+        raise ConfigError(fact, f"prompts=file prompts.path=questions.csv prompts.field={wanted.field}")
     if length is not None and (wanted.texts is not None or count is None):
         fact = f"prompts.input_tokens={length} is the length of random prompts, and prompts={wanted.name} has others."
         raise ConfigError(fact, f"prompts=synthetic prompts.input_tokens={length}")

@@ -5,37 +5,47 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from launcher.config.quoting import for_shell, quoted
 from launcher.config.schema import ConfigError
 
 if TYPE_CHECKING:
     from launcher.config.schema import ClusterConfig
 
+UNSAFE = re.compile(r"[\s\"'\\#]+")
+EXAMPLES = {"partition": "gpu", "mem": "64G", "time": "01:00:00"}
 TIME = re.compile(r"(\d+-)?\d+(:\d+){1,2}|\d+-\d+|UNLIMITED|INFINITE", re.IGNORECASE)
 
 
 def check_cluster(cluster: ClusterConfig) -> None:
     """ConfigError for what would end a #SBATCH line early, or mean to SLURM something else than it says."""
     for name in ("partition", "account", "qos", "constraint", "reservation", "gpu_type", "mem", "time"):
-        if (value := getattr(cluster, name)) and re.search(r"[\s\"'\\#]", value):
-            raise ConfigError(f"cluster.{name}={value!r} has a blank, a quote, \\ or #.", "what sbatch itself takes")
-    for option in (*cluster.extra, *cluster.srun):
-        if not option.startswith("-") or "\n" in option:
-            raise ConfigError(f"{option!r} is not an option of sbatch or srun.", "cluster.extra=['--mail-type=END']")
+        if (value := getattr(cluster, name)) and UNSAFE.search(value):
+            parts = [part for part in UNSAFE.split(value) if part] or [EXAMPLES.get(name, "null")]
+            raise ConfigError(f"cluster.{name}={value!r} has a blank, a quote, \\ or #.", f"cluster.{name}={parts[0]}")
+    for name in ("extra", "srun"):
+        for option in getattr(cluster, name):
+            if not option.startswith("-") or "\n" in option:
+                words = "-".join(option.split())
+                fact = f"{option!r} is not an option of {'srun' if name == 'srun' else 'sbatch'}."
+                raise ConfigError(fact, for_shell(f"cluster.{name}=[{quoted(f'--{words}')}]"))
     if cluster.time and not TIME.fullmatch(cluster.time):
+        total = int(cluster.time) if cluster.time.isdecimal() and len(cluster.time) < 9 else 3600
         raise ConfigError(
             f"cluster.time={cluster.time} is not hours, minutes and seconds: YAML reads an unquoted 01:00:00 as 3600.",
-            'cluster.time=01:00:00, in a file in quotes: time: "01:00:00"',
+            f"cluster.time={total // 3600:02}:{total // 60 % 60:02}:{total % 60:02}, in a file in quotes",
         )
     if cluster.time and (limit := seconds(cluster.time)) is not None and cluster.signal_s >= limit:
         raise ConfigError(
             f"cluster.signal_s={cluster.signal_s} is no time before the end of cluster.time={cluster.time}.",
-            f"cluster.signal_s={limit // 3}, or 0 for no warning",
+            f"cluster.signal_s={limit // 3}",
         )
     if cluster.gpus_flag not in ("gpus-per-node", "gres", "none"):
-        raise ConfigError(f"cluster.gpus_flag={cluster.gpus_flag} is not known.", "gpus-per-node, gres or none")
+        raise ConfigError(f"cluster.gpus_flag={cluster.gpus_flag} is not known.", "cluster.gpus_flag=gpus-per-node")
     for name in cluster.environment:
         if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
-            raise ConfigError(f"cluster.environment has {name!r}, which is no variable's name.", "letters, digits, _")
+            better = re.sub(r"\W", "_", name, flags=re.ASCII).lstrip("0123456789") or "NAME"
+            fact = f"cluster.environment.{name}: {name!r} is no name of a variable."
+            raise ConfigError(fact, for_shell(f"cluster.environment.{better}={cluster.environment[name]}"))
 
 
 def seconds(time: str) -> int | None:

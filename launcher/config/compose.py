@@ -15,8 +15,9 @@ from launcher.config.engines import brought, engines
 from launcher.config.keys import engine_of, strays, unknown_key
 from launcher.config.machine import settle_machine
 from launcher.config.messages import UNREADABLE, in_file, in_one_line
-from launcher.config.overrides import check_options, chosen_engine, in_quotes, readable
+from launcher.config.overrides import check_options, readable
 from launcher.config.presets import conf_dir, folders
+from launcher.config.quoting import in_quotes
 from launcher.config.schema import BackendConfig, RunConfig
 from launcher.config.unread import check_read
 
@@ -39,7 +40,7 @@ def compose_run(overrides: list[str], config_dirs: tuple[str, ...] = ()) -> RunC
             composed = compose("config", overrides=overrides + search)
         config = typed(composed, config_dirs)
     except UNREADABLE as error:
-        raise in_one_line(error, chosen_engine(overrides), config_dirs) from None
+        raise in_one_line(error, overrides, config_dirs) from None
     given = {item.partition("=")[0].lstrip("+") for item in overrides}
     _complete(config, given)
     settle_machine(config, given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 from functools import cache
@@ -58,7 +59,8 @@ def load_engine(name: str) -> type[BackendConfig]:
     elif name in brought():
         kind = _loaded(brought()[name])
     else:
-        raise ConfigError(f"There is no engine {name!r}.", f"one of {', '.join(names())}")
+        near = difflib.get_close_matches(str(name), names(), 1, cutoff=0)[0]
+        raise ConfigError(f"There is no engine {name!r} among {', '.join(names())}.", f"backend={near}")
     return kind  # type: ignore[no-any-return]
 
 

@@ -40,6 +40,7 @@ usage: python -m launcher [-m] [GROUP=OPTION ...] [KEY=VALUE ...]
 
   -m, --multirun      a=1,2 b=x,y are the points of a sweep
   --cfg               print the composed configuration and stop
+  --json              print one JSON object and nothing else
   --config-dir DIR    a folder of your own configuration files, searched beside the built-in ones
   --help, --version
 

@@ -106,17 +106,18 @@ def strays(tree: Mapping[str, Any], kind: type, prefix: str = "") -> Iterator[st
             yield from strays(value, cast("type", hint), f"{prefix}{name}.")
 
 
-def unknown_key(key: str, engine: str | None, value: str = "VALUE") -> ConfigError:
-    """There is no such key; the hint is the nearest one with the value that was given. `engine` is None where it is
-    not known."""
+def unknown_key(key: str, engine: str | None, value: str | None = None) -> ConfigError:
+    """There is no such key; the hint is the nearest one with the value that was given, or one that it can have.
+    `engine` is None where it is not known."""
     known = known_keys(engine)
     where = f"an option of backend={engine}" if engine and key.startswith("backend.") else "a key of the configuration"
     fact = f"{key} is not {where}."
     if near := nearest(key, known):
-        return ConfigError(fact, f"{near}={value}")
+        return ConfigError(fact, f"{near}={value or example_of(known[near])}")
     for other in engines() if key.startswith("backend.") else ():
-        if near := nearest(key, [path for path in run_keys(other) if path.startswith("backend.")]):
-            return ConfigError(fact, f"backend={other} {near}={value}")
+        own = run_keys(other)
+        if near := nearest(key, [path for path in own if path.startswith("backend.")]):
+            return ConfigError(fact, f"backend={other} {near}={value or example_of(own[near])}")
     return ConfigError(fact, f"python -m launcher backend={engine} --cfg, {ALL}" if "option of" in fact else ALL_KEYS)
 
 
@@ -145,6 +146,19 @@ def wrong_value(key: str, value: Any, hint: Any) -> ConfigError:
         return ConfigError(f"{what} is not one of {', '.join(hint.__members__)}.", f"{key}={_member(hint, given)}")
     if value is None:
         return ConfigError(f"{what} is not a value.", f"leave {key} out")
+    kind, example = _kind(hint)
+    return ConfigError(f"{what} is not {kind}.", f"{key}={example}" if example else f"leave {key} out")
+
+
+def example_of(hint: Any) -> str:
+    """A value that a key of this type can have."""
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return next(iter(hint.__members__))
+    return _kind(hint)[1] or "VALUE"
+
+
+def _kind(hint: Any) -> tuple[str, str]:
+    """A type in words, and a value of it; none of a group of keys."""
     kinds = {
         bool: ("true or false", "true"),
         int: ("a whole number", "1"),
@@ -153,8 +167,7 @@ def wrong_value(key: str, value: Any, hint: Any) -> ConfigError:
         list: ("a list", "[a,b]"),
         dict: ("a group of entries", "{a:b}"),
     }
-    kind, example = kinds.get(get_origin(hint) or hint, ("a group of keys", ""))
-    return ConfigError(f"{what} is not {kind}.", f"{key}={example}" if example else f"leave {key} out")
+    return kinds.get(get_origin(hint) or hint, ("a group of keys", ""))
 
 
 def _member(kind: type[Enum], given: str) -> str:

@@ -14,42 +14,59 @@ from omegaconf.errors import (
     InterpolationResolutionError,
     MissingMandatoryValue,
     OmegaConfBaseException,
+    UnsupportedInterpolationType,
 )
 from yaml import MarkedYAMLError
 
-from launcher.config.keys import known_keys, unknown_key, wrong_value
-from launcher.config.overrides import no_option
+from launcher.config.keys import example_of, known_keys, unknown_key, wrong_value
+from launcher.config.overrides import chosen_engine, no_option
 from launcher.config.presets import options
 from launcher.config.schema import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-UNREADABLE = (HydraException, OmegaConfBaseException, MarkedYAMLError, AttributeError, ValueError, AssertionError)
+EXAMPLES = {"prompts.path": "questions.txt", "model.path": "tiiuae/falcon-7b"}
+
+UNREADABLE = (
+    HydraException, OmegaConfBaseException, MarkedYAMLError, AttributeError, ValueError, AssertionError, RecursionError,
+)  # fmt: skip
 """What composing raises for what a user has written: AttributeError for {..} over a null dict, ValueError for a group
 that is null, AssertionError for an entry of a null dict."""
 
 
-def in_one_line(error: Exception, engine: str | None, config_dirs: Sequence[str]) -> ConfigError:
+def in_one_line(error: Exception, overrides: Sequence[str], config_dirs: Sequence[str]) -> ConfigError:
     """What is wrong with one of the overrides, or with a file."""
+    if isinstance(error, RecursionError):
+        return ConfigError("A file of the configuration has too many levels.", "fewer of [ and { in one another")
     causes = (error.__cause__, error.__context__)  # Hydra raises its own error from, or beside, that of OmegaConf
     cause = next((other for other in causes if isinstance(other, OmegaConfBaseException)), error)
-    key = getattr(cause, "full_key", None)
+    key, engine = getattr(cause, "full_key", None), chosen_engine(overrides)
+    is_interpolation = isinstance(cause, InterpolationResolutionError | UnsupportedInterpolationType)
+    if is_interpolation and not key:
+        key = next((item.partition("=")[0].lstrip("+") for item in overrides if "${" in item), None)
     if isinstance(error, MarkedYAMLError):
         mark = error.problem_mark
         place = f"{mark.name}:{mark.line + 1}" if mark else "A file"
-        return ConfigError(f"{place} is not YAML: {error.problem}.", "mend the file")
+        return ConfigError(
+            f"{place} is not YAML: {error.problem}.", "mend that line: KEY: VALUE, below a KEY: two blanks before it"
+        )
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         return no_option(group, option, options(group, config_dirs))
     if isinstance(error, AssertionError | AttributeError) and not isinstance(error, OmegaConfBaseException):
-        return ConfigError("model.config has no entries here that could be changed.", "model=falcon_40b has some")
+        return ConfigError(
+            "model.config has no entries here that could be changed.",
+            "model=falcon_40b model.weights=random, which has some",
+        )
     if key and isinstance(cause, MissingMandatoryValue):
-        return ConfigError(f"{key} has no value.", f"{key}=VALUE")
+        return ConfigError(f"{key} has no value.", f"{key}={EXAMPLES.get(key, 'VALUE')}")
     if key and isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return in_file(unknown_key(key, engine), key, config_dirs)
-    if key and isinstance(cause, InterpolationResolutionError):
-        return ConfigError(f"{key} cannot be resolved: {_first_line(cause)}.", f"{key}=VALUE")
+    if key and is_interpolation:
+        kind = known_keys(engine).get(key)
+        value = "VALUE" if kind is None else example_of(kind)
+        return ConfigError(f"{key} cannot be resolved: {_first_line(cause)}.", f"{key}={value}")
     if key and (hint := known_keys(engine).get(key)) is not None:
         return in_file(wrong_value(key, getattr(cause, "value", None), hint), key, config_dirs)
     return ConfigError(f"{_first_line(cause).rstrip('.')}.", "python -m launcher --help")

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-import shlex
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from launcher.config.engines import load_engine, names
-from launcher.config.keys import ALL_KEYS, has_key, is_open, known_keys, nearest, unknown_key, wrong_value
+from launcher.config.keys import (
+    ALL_KEYS,
+    LEAST_ALIKE,
+    example_of,
+    has_key,
+    is_open,
+    known_keys,
+    nearest,
+    unknown_key,
+    wrong_value,
+)
 from launcher.config.presets import default_options, groups, options
+from launcher.config.quoting import for_shell, quoted
 from launcher.config.schema import ConfigError
 
 if TYPE_CHECKING:
@@ -20,24 +31,7 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 PATHS = ("model.path", "prompts.path", "output_dir", "run_dir", "backend.python", "cluster.python")
-COMMANDS = ("compare", "doctor", "plan", "probe", "status")
-
-
-def quoted(text: str) -> str:
-    """`text` as a value of an override that stands for exactly itself: no quote, brace or `${...}` in it is read."""
-    return in_quotes(re.sub(r"(\\*)\$\{", lambda found: found.group(1) * 2 + r"\${", text))  # OmegaConf's own escape
-
-
-def in_quotes(text: str) -> str:
-    """`text` as Hydra's grammar reads it back; `${...}` in it is still OmegaConf's."""
-    text = re.sub(r"(\\*)(')", lambda found: found.group(1) * 2 + r"\'", text)
-    return "'" + re.sub(r"(\\+)\Z", r"\1\1", text) + "'"
-
-
-def for_shell(override: str) -> str:
-    """An override as it is pasted into a shell."""
-    plain = f'"{override}"'
-    return shlex.quote(override) if set('"`$!') & set(override) or shlex.split(plain) != [override] else plain
+COMMANDS = ("compare", "doctor", "experiments", "plan", "probe", "report", "serve", "status")
 
 
 def chosen_engine(overrides: Sequence[str]) -> str | None:
@@ -66,12 +60,12 @@ def _readable(item: str, engine: str | None, known: Mapping[str, Any]) -> str:
     written, equals, value = item.partition("=")
     key = written.lstrip("+~")
     if equals and not key:
-        raise ConfigError(f"{item} has no key.", "KEY=VALUE")
+        raise ConfigError(f"{item} has no key.", f"KEY{item}, where {ALL_KEYS}")
     if not equals and not written.startswith("~"):
         raise _no_value(item, known)
     is_entry = has_key(key, known) and key not in known
     if not has_key(key.partition("@")[2] or key, known) and key not in groups():
-        raise unknown_key(key, engine, value or "VALUE")
+        raise unknown_key(key, engine, value)
     if written.startswith("~") and not is_entry:
         raise ConfigError(f"{item} would take {key} away, and every run has it.", f"leave ~{key} out")
     try:
@@ -126,7 +120,7 @@ def option_like(word: str) -> str:
     near = nearest(key, known_keys(None))
     if near is None:
         return "python -m launcher --help"
-    return f"{near}={value or ('true' if known_keys(None)[near] is bool else 'VALUE')}"
+    return f"{near}={value or example_of(known_keys(None)[near])}"
 
 
 def _no_value(word: str, known: Mapping[str, Any]) -> ConfigError:
@@ -134,13 +128,12 @@ def _no_value(word: str, known: Mapping[str, Any]) -> ConfigError:
     fact = f"{word} has no value."
     if word in COMMANDS:
         return ConfigError(f"{word} is a command of its own.", f"python -m launcher.{word}")
-    for group in groups():
-        if word in options(group):
-            return ConfigError(fact, f"{group}={word}")
+    every = {option: group for group in groups() for option in options(group)}
     near = nearest(word, known)
-    if near is None:
-        return ConfigError(fact, ALL_KEYS)
-    return ConfigError(fact, f"{near}=true" if known[near] is bool else f"{near}=VALUE")
+    if word in every or near is None:
+        close = difflib.get_close_matches(word, every, 1, cutoff=LEAST_ALIKE)
+        return ConfigError(fact, f"{every[close[0]]}={close[0]}" if close else ALL_KEYS)
+    return ConfigError(fact, f"{near}={example_of(known[near])}")
 
 
 def _unreadable(key: str, value: str, hint: Any, error: HydraException) -> ConfigError:

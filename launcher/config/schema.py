@@ -68,6 +68,7 @@ class BackendConfig:
     joins_ranks: ClassVar[bool] = True  # False: it cannot be one of several ranks that torchrun or srun has started
     data_parallel: ClassVar[bool] = False  # True: every rank answers its own part of the prompts
     continuous_batching: ClassVar[bool] = False  # True: the engine is given the whole prompt set in one call
+    most_at_once_key: ClassVar[str | None] = None  # with continuous batching: the key that bounds a batch
     has_slots: ClassVar[bool] = False  # True: it is given all or a batch, as measure.scheduling says
     takes_load: ClassVar[bool] = False  # True: prompts may come to it one by one, as `load` says
     starts_servers: ClassVar[bool] = False  # True: it asks the server that `server` starts
@@ -111,6 +112,10 @@ class BackendConfig:
         """The engine can read a checkpoint whose weights are stored so."""
         return False
 
+    def most_at_once(self, config: RunConfig) -> int | None:
+        """The most prompts that are answered at a time on all devices, or each; None for all of the set."""
+        return config.load.concurrency if self.continuous_batching else config.measure.batch_size
+
     def check_here(self) -> None:
         """Raise ConfigError for an option that the engine's packages on this machine do not take; on every node."""
 
@@ -151,7 +156,8 @@ class ModelConfig:
 class PromptsConfig:
     name: str = MISSING
     texts: list[str] | None = None
-    path: str | None = None  # .txt or - (stdin): a prompt a line; .jsonl: an object with "prompt" a line
+    path: str | None = None  # .txt or - (stdin): a prompt a line; .jsonl, .json, .csv, .tsv: rows with fields
+    field: str | None = None  # of a file of rows: the field that is the prompt; None: "prompt", "text" and the like
     count: int | None = None  # synthetic: number of prompts
     input_tokens: int | None = None  # synthetic: exact length of each prompt
     output_tokens: int | None = None  # synthetic: exact number of new tokens, EOS ignored

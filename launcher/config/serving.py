@@ -15,7 +15,7 @@ class LoadConfig:
 
     concurrency: int | None = None
     request_rate: float | None = None  # prompts a second, Poisson by the seed
-    arrivals: bool = False  # prompts.path= a .jsonl that has "arrival_s" beside "prompt"
+    arrivals: bool = False  # of a file of prompts that has "arrival_s" beside "prompt"
 
     @property
     def is_set(self) -> bool:

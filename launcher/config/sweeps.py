@@ -11,6 +11,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, O
 
 from launcher.config.overrides import readable
 from launcher.config.presets import options
+from launcher.config.quoting import for_shell
 from launcher.config.schema import ConfigError
 
 if TYPE_CHECKING:
@@ -28,9 +29,10 @@ def expand_sweep(overrides: list[str], config_dirs: Sequence[str] = ()) -> list[
     parsed = OverridesParser.create().parse_overrides(overrides)
     counts = [_count(override, config_dirs) if override.is_sweep_override() else 1 for override in parsed]
     if math.prod(counts) > MOST_POINTS:
-        raise ConfigError(
-            f"That is a sweep of {math.prod(counts):,} points, more than {MOST_POINTS:,}.", "fewer of them"
-        )
+        most, widest = max(zip(counts, parsed, strict=True), key=lambda axis: axis[0])
+        fact = f"That is a sweep of {math.prod(counts):,} points, more than {MOST_POINTS:,}."
+        room = MOST_POINTS // (math.prod(counts) // most)
+        raise ConfigError(fact, for_shell(f"{widest.get_key_element()}=range(0,{max(room, 1)})"))
     axes = []
     for text, override in zip(overrides, parsed, strict=True):
         if override.is_sweep_override():
@@ -46,7 +48,7 @@ def _count(override: Override, config_dirs: Sequence[str]) -> int:
     key, values = override.get_key_element(), override.value()
     text = f"{key}={override.get_value_string()}"
     if isinstance(values, IntervalSweep):
-        raise ConfigError(f"{text} has no points: an interval is for a search.", f"{key}=range(0,10,2), or {key}=1,2")
+        raise ConfigError(f"{text} has no points: an interval is for a search.", f"{key}=1,2")
     if isinstance(values, Glob):
         names = values.filter(options(key, config_dirs))
         raise ConfigError(f"{text} is not read: a sweep names its points.", f"{key}={','.join(names) or 'a,b'}")
@@ -55,7 +57,7 @@ def _count(override: Override, config_dirs: Sequence[str]) -> int:
     assert isinstance(values, RangeSweep), "there are four kinds of sweeps"
     count = _range_count(values.start or 0, values.stop or 0, values.step)
     if count < 1:
-        raise ConfigError(f"{text} has no points, or no end.", f"{key}=range(0,10,2), or {key}=1,2")
+        raise ConfigError(f"{text} has no points, or no end.", f"{key}=1,2")
     return count
 
 

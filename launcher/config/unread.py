@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import socket
 from typing import TYPE_CHECKING, Any
 
+from launcher.config.formats import Weights
 from launcher.config.schema import ClusterConfig, ConfigError, LaunchConfig, SamplingConfig
+from launcher.config.serving import ServerConfig
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -26,6 +30,12 @@ def check_read(config: RunConfig, given: Collection[str]) -> None:
     if config.measure.quality is not None and not config.backend.can_score:
         fact = f"measure.quality={config.measure.quality}, and backend={config.backend.name} foretells no text."
         raise ConfigError(fact, "measure.quality=null, or backend=fsdp")
+    _check_model(config, given)
+    _check_batch_size(config, given)
+    if config.server.name == "none" and (name := changed(config.server, ServerConfig())) is not None:
+        raise ConfigError(
+            f"server.{name} is read with a server only, and server=none starts none.", "backend=endpoint server=vllm"
+        )
 
 
 def _check_launch(config: RunConfig) -> None:
@@ -38,7 +48,7 @@ def _check_launch(config: RunConfig) -> None:
             raise ConfigError(f"launch.{name}={value} is read with launch=slurm only.", "launch=slurm")
         if config.launch.node_rank is not None and config.launch.rendezvous is None:
             fact = f"launch.node_rank={config.launch.node_rank} is read with launch.rendezvous= only."
-            raise ConfigError(fact, "launch.rendezvous=FIRST_HOST:29400")
+            raise ConfigError(fact, f"launch.rendezvous={socket.gethostname()}:29400")
     elif config.launch.name == "slurm" and (name := changed(config.launch, LaunchConfig(), ONLY_LOCAL)) is not None:
         fact = f"launch.{name}={getattr(config.launch, name)} is read with launch=local only: SLURM joins the nodes."
         raise ConfigError(fact, f"launch.{name}=null")
@@ -70,6 +80,42 @@ def _check_profile(config: RunConfig) -> None:
     if steps > most:
         fact = f"measure.profile={steps}, and there are {most} decode steps in an answer."
         raise ConfigError(fact, f"sampling.max_new_tokens={steps + 1}")
+
+
+def _check_model(config: RunConfig, given: Collection[str]) -> None:
+    """A folder has one revision, and a config.json of its own."""
+    model = config.model
+    is_here = model.path.startswith("embedded:") or os.path.isdir(model.path)
+    if model.revision is not None and is_here:
+        fact = f"model.revision={model.revision} is one of the hub, and model.path={model.path} is on this machine."
+        raise ConfigError(fact, "model.revision=null")
+    is_made = model.config is not None and model.weights is Weights.random
+    if model.revision is not None and is_made:
+        fact = (
+            f"model.revision={model.revision} is not read with model.weights=random: model={model.name} has a config."
+        )
+        raise ConfigError(fact, "model.revision=null")
+    key = next((key for key in sorted(given) if f"{key}.".startswith("model.config.")), None)
+    if key is not None and is_here:
+        fact = f"{key} is not read beside model.path={model.path}, which has a config.json of its own."
+        raise ConfigError(fact, f"leave {key} out, or change that file")
+    if key is not None and not is_made and not config.dry_run:
+        fact = f"{key} is not read with the weights of {model.path}, which come with a config.json of their own."
+        raise ConfigError(fact, "model.weights=random")
+
+
+def _check_batch_size(config: RunConfig, given: Collection[str]) -> None:
+    """An engine that makes its batches itself reads no size of them, but often a bound."""
+    size, backend = config.measure.batch_size, config.backend
+    if backend.continuous_batching and "measure.batch_size" in given:
+        bound = backend.most_at_once_key
+        raise ConfigError(unread_batch_size(config), f"{bound}={size}" if bound else "leave measure.batch_size out")
+
+
+def unread_batch_size(config: RunConfig) -> str:
+    """The batch size of an engine that does not read it, in words."""
+    size, name = config.measure.batch_size, config.backend.name
+    return f"measure.batch_size={size} is not read: backend={name} makes its batches itself."
 
 
 def changed(config: Any, defaults: Any, names: Collection[str] | None = None) -> str | None:

@@ -34,7 +34,8 @@ def check_one_node(config: RunConfig) -> None:
     if config.launch.name == "local" and config.num_nodes > 1:
         raise ConfigError(
             f"num_nodes={config.num_nodes}, and this command starts ranks on one node.",
-            "launch=slurm, or without -m on each node launch.rendezvous=FIRST_HOST:29400 launch.node_rank=0 (1, ...)",
+            f"launch.rendezvous={socket.gethostname()}:29400 launch.node_rank=0 here and 1, ... on the others, "
+            "without -m; or launch=slurm",
         )
 
 
@@ -45,11 +46,12 @@ def check_nodes(config: RunConfig) -> None:
     """
     launch, nodes = config.launch, config.num_nodes
     if ADDRESS.fullmatch(launch.rendezvous or "") is None:
-        raise ConfigError(f"launch.rendezvous={launch.rendezvous} is not HOST:PORT.", "launch.rendezvous=node1:29400")
+        host = (launch.rendezvous or "").partition(":")[0] or socket.gethostname()
+        raise ConfigError(f"launch.rendezvous={launch.rendezvous} is not HOST:PORT.", f"launch.rendezvous={host}:29400")
     if launch.node_rank is None or not 0 <= launch.node_rank < nodes:
         raise ConfigError(
             f"launch.node_rank={launch.node_rank} is not one of num_nodes={nodes}.",
-            f"0 on the first node to {nodes - 1} on the last" if nodes > 1 else "num_nodes=2 or more",
+            f"launch.node_rank=0 on the first node to {nodes - 1} on the last" if nodes > 1 else "num_nodes=2",
         )
     if (python := config.backend.python) is not None:
         raise ConfigError(
@@ -118,7 +120,8 @@ def _receive(host: str, port: int, num_nodes: int, deadline: float, limit_s: flo
         raise WorldError(f"{fact}; node 0 listens there on {here(host, port)}.", ELSEWHERE) from None
     except OSError as error:
         raise WorldError(
-            f"Node 0 cannot listen on port {port}: {error.strerror}.", "another port, on all nodes"
+            f"Node 0 cannot listen on port {port}: {error.strerror}.",
+            f"launch.rendezvous={host}:{port + 1 if port < 65535 else 29400} on all nodes",
         ) from None
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import os
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,8 @@ from launcher.config.cluster import check_cluster
 from launcher.config.engines import NO_PLAN
 from launcher.config.formats import Weights
 from launcher.config.machine import other_machine
-from launcher.config.schema import Accelerator, ConfigError, Scheduling
+from launcher.config.schema import Accelerator, ConfigError, MeasureConfig, Scheduling
+from launcher.config.unread import unread_batch_size
 from launcher.models import EMBEDDED
 from launcher.prepare.experiments import check_experiment
 from launcher.prepare.planning import paces, plan_of, short_memory
@@ -49,7 +52,7 @@ def prepare(config: RunConfig, command: tuple[str, ...], given: Sequence[Prompt]
     _check_launch(config)
     on_cuda = check_node(config)
     if config.launch.nccl_debug and not on_cuda:
-        raise ConfigError("launch.nccl_debug=true, and without GPUs no rank uses NCCL.", "leave launch.nccl_debug out")
+        raise ConfigError("launch.nccl_debug=true, and without GPUs no rank uses NCCL.", "launch.nccl_debug=false")
     config = replace(config, accelerator=Accelerator.cuda if on_cuda else Accelerator.cpu)
     config, notes = config.backend.settle(config, on_cuda)
     folder = model_folder(config)
@@ -68,7 +71,7 @@ def prepare(config: RunConfig, command: tuple[str, ...], given: Sequence[Prompt]
     prompts = list(given) or _prompts(config, folder, vocab_size, notes)
     longest = _longest(config, fields, prompts)
     config.backend.refuse(config, model_config, on_cuda, longest)
-    notes += [*_notes_order(config, on_cuda), *config.backend.notes(config, on_cuda)]
+    notes += [*_notes_batch_size(config), *_notes_order(config, on_cuda), *config.backend.notes(config, on_cuda)]
 
     def plan_for(config: RunConfig, at_once: int | None = None) -> Plan | None:
         return plan_of(config, model_config, tensors, prompts, on_cuda, at_once)
@@ -114,8 +117,9 @@ def _prompts(config: RunConfig, folder: Path | None, vocab_size: int, notes: lis
 def _longest(config: RunConfig, fields: ConfigFields, prompts: Sequence[Prompt]) -> int:
     """The most tokens of a prompt and its answer; ConfigError where the context of the model is shorter."""
     new_tokens = sampling_of(config).max_new_tokens
+    key = "sampling.max_new_tokens" if config.prompts.output_tokens is None else "prompts.output_tokens"
     context = fields.count("max_position_embeddings") or fields.count("n_positions")
-    check_context(prompts, new_tokens, context)
+    check_context(prompts, new_tokens, context, key)
     return max(len(prompt.token_ids) for prompt in prompts) + new_tokens
 
 
@@ -149,28 +153,29 @@ def _check_names(config: RunConfig, checkpoint: Checkpoint, model_config: Mappin
 def _check_launch(config: RunConfig) -> None:
     check_experiment(config)
     if config.launch.name not in ("local", "slurm"):
-        raise ConfigError(f"launch.name={config.launch.name} is not known.", "launch=local or launch=slurm")
+        raise ConfigError(f"launch.name={config.launch.name} is not known.", "launch=local, or launch=slurm")
     if config.launch.name == "slurm":
         check_cluster(config.cluster)
 
 
 def _check_packages(config: RunConfig) -> None:
     """The engine's packages must be there, in this environment or in that of `backend.python`, but for a container."""
-    backend, python = config.backend, config.backend.python
+    backend, python, key = config.backend, config.backend.python, "backend.python"
     if config.launch.name == "slurm":
         if config.cluster.container or config.dry_run:
             return
+        key = "backend.python" if python else "cluster.python"
         python = python or config.cluster.python
-    if missing := _missing(backend.modules(), python):
+    if missing := _missing(backend.modules(), python, key):
         where = "here" if python is None else f"for {python}"
         raise ConfigError(
             f"backend={backend.name} needs {', '.join(missing)}, which is not installed {where}.",
-            f"{backend.install_hint(missing)}, or backend.python= the interpreter of an environment that has it",
+            f"{backend.install_hint(missing)}, or {key}= the interpreter of an environment that has it",
         )
 
 
-def _missing(packages: tuple[str, ...], python: str | None) -> list[str]:
-    """The modules that an interpreter does not find; asked without importing them."""
+def _missing(packages: tuple[str, ...], python: str | None, key: str) -> list[str]:
+    """The modules that an interpreter does not find; asked without importing them. `key` is the one that names it."""
     if python is None:
         return [name for name in packages if importlib.util.find_spec(name) is None]
     program = "import importlib.util as i, sys; print(*(n for n in sys.argv[1:] if i.find_spec(n) is None))"
@@ -185,8 +190,8 @@ def _missing(packages: tuple[str, ...], python: str | None) -> list[str]:
             case subprocess.TimeoutExpired():
                 reason = f"no answer in {error.timeout:g} s"
             case _:
-                reason = str(error)
-        raise ConfigError(f"backend.python={python} does not run: {reason}.", "/path/to/bin/python") from None
+                reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"{key}={python} does not run here: {reason}.", f"{key}={sys.executable}") from None
     return asked.stdout.split()
 
 
@@ -222,6 +227,12 @@ def _notes_plan(
     return [line for line in (plan.advice, tight) if line]
 
 
+def _notes_batch_size(config: RunConfig) -> list[str]:
+    """A batch size of a file, as of an experiment that is made again with another engine, which does not read it."""
+    is_unread = config.backend.continuous_batching and config.measure.batch_size != MeasureConfig().batch_size
+    return [unread_batch_size(config)] if is_unread else []
+
+
 def _notes_order(config: RunConfig, on_cuda: bool) -> list[str]:
     """A warning if CUDA orders mixed GPUs otherwise than NVML: the plan may describe other cards than the run gets."""
     order = os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
@@ -247,7 +258,9 @@ def model_folder(config: RunConfig) -> Path | None:
     if path.startswith("embedded:"):
         name = path.removeprefix("embedded:")
         if not (EMBEDDED / name / "config.json").is_file():
-            raise ConfigError(f"There is no embedded model {name!r}.", "model=tiny_falcon")
+            known = sorted(path.parent.name for path in EMBEDDED.glob("*/config.json"))
+            near = difflib.get_close_matches(name, known, 1, cutoff=0)[0]
+            raise ConfigError(f"There is no embedded model {name!r}.", f"model.path=embedded:{near}")
         return EMBEDDED / name
     needs_folder = config.model.weights is Weights.auto and not config.dry_run
     if config.model.config and not needs_folder and not Path(path).is_dir():

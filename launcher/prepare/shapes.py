@@ -27,11 +27,18 @@ def config_of(folder: Path) -> dict[str, Any]:
     try:
         found = read_json(path, CheckpointError, "download the model again")
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder} has no config.json.", "model.path= a folder that save_pretrained wrote"
-        ) from None
+        below = next((path.parent for path in sorted(folder.glob("*/config.json"))), None)
+        hint = (
+            f"model.path={below}"
+            if below
+            else "model.path= a folder that save_pretrained wrote, or model.path=embedded:tiny_falcon"
+        )
+        raise CheckpointError(f"{folder} has no config.json.", hint) from None
     if not isinstance(found, dict) or "vocab_size" not in found:
-        raise CheckpointError(f"{path} has no vocab_size.", "a causal language model of transformers")
+        raise CheckpointError(
+            f"{path} has no vocab_size.",
+            "model.path=embedded:tiny_falcon, or another causal language model of transformers",
+        )
     check_config(found)
     return found
 

@@ -28,7 +28,9 @@ def arrivals_of(config: RunConfig, prompts: Sequence[Prompt]) -> tuple[float, ..
     for prompt in prompts:
         if prompt.arrival_s is None:
             fact = f"load.arrivals=true, and prompt {prompt.index} has no arrival_s."
-            raise ConfigError(fact, 'prompts.path= a .jsonl with {"prompt": "...", "arrival_s": 0.5} a line')
+            raise ConfigError(
+                fact, 'load.arrivals=false, or prompts.path= a .jsonl with {"prompt": "...", "arrival_s": 0.5} a line'
+            )
         moments.append(prompt.arrival_s)
     return tuple(moments)
 

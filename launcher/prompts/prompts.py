@@ -6,25 +6,25 @@ import importlib
 import json
 import random
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
 from launcher.backends.base import Prompt
-from launcher.config.options import MOST_PROMPTS, MOST_SECONDS
+from launcher.config.options import MOST_PROMPTS
+from launcher.config.quoting import for_shell
 from launcher.config.schema import ConfigError
+from launcher.prompts.files import read_arrivals, read_file
 from launcher.system import typed
 from shards.errors import CheckpointError
-from shards.untrusted_files import bounded, parse_json, read_bytes, read_json_lines
+from shards.untrusted_files import read_json_lines
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from launcher.config.schema import PromptsConfig, RunConfig, SamplingConfig
 
-ENCODING = "utf-8-sig"  # Windows' editors begin a file with a mark of their encoding
 MAX_PROMPT_BYTES = 2 << 20  # half a million tokens; a tokenizer takes 200 bytes of memory for each of text
 
 
@@ -72,74 +72,29 @@ def read_texts(wanted: PromptsConfig) -> list[str]:
     if wanted.texts is not None:
         texts = list(wanted.texts)
     elif wanted.path is None:
-        raise ConfigError(f"prompts={wanted.name} needs a file.", "prompts.path=questions.txt (or .jsonl)")
+        raise ConfigError(f"prompts={wanted.name} needs a file.", "prompts.path=questions.txt")
     else:
-        texts = _read_file(Path(wanted.path))
+        texts = read_file(wanted)
     if not texts:
-        raise ConfigError(f"The prompt set is empty ({wanted.path or wanted.name}).", "give at least one prompt")
+        hint = (
+            for_shell("prompts.texts=[Hello]")
+            if wanted.path is None
+            else f"a prompt in {wanted.path}, or prompts=seed prompts.path=null"
+        )
+        raise ConfigError(f"The prompt set is empty ({wanted.path or wanted.name}).", hint)
     if len(texts) > MOST_PROMPTS:
-        raise ConfigError(f"There are {len(texts):,} prompts, more than {MOST_PROMPTS:,}.", "a part of them")
+        raise ConfigError(f"There are {len(texts):,} prompts, more than {MOST_PROMPTS:,}.", f"the first {MOST_PROMPTS}")
     for index, text in enumerate(texts):
         if not isinstance(text, str):
-            raise ConfigError(f"Prompt {index} is {str(text)[:80]}, not a text.", "prompts.texts=['a text','another']")
+            raise ConfigError(
+                f"Prompt {index} is {str(text)[:80]}, not a text.", for_shell("prompts.texts=['a text','another']")
+            )
         if len(text) > MAX_PROMPT_BYTES:
             fact = f"Prompt {index} has {len(text):,} letters, more than {MAX_PROMPT_BYTES:,}."
             raise ConfigError(fact, "a shorter prompt, or prompts of a line each")
         if any("\ud800" <= letter <= "\udfff" for letter in text):  # of JSON's escapes, or bytes that are not UTF-8
             raise ConfigError(f"Prompt {index} has half of a surrogate pair, which is no letter.", "leave it out")
     return texts
-
-
-def _read_file(path: Path) -> list[str]:
-    lines = _lines(path)
-    if path.suffix == ".jsonl":
-        return [_prompt_of(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-    return [line for line in lines if line.strip()]
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        content = _stdin() if path == Path("-") else read_bytes(path)
-        text = content.decode(ENCODING)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"Cannot read the prompts in {path}: {reason}.", "prompts.path= a UTF-8 file") from None
-    return text.split("\n")  # splitlines() also splits at U+2028 in a prompt
-
-
-def read_arrivals(wanted: PromptsConfig) -> list[float]:
-    """The moments at which the prompts of a .jsonl come, in seconds; ConfigError for a set that does not have them."""
-    path = Path(wanted.path or "")
-    if path.suffix != ".jsonl":
-        fact = f"load.arrivals=true, and prompts={wanted.name} says of no prompt when it comes."
-        raise ConfigError(fact, 'prompts.path= a .jsonl with {"prompt": "...", "arrival_s": 0.5} a line')
-    moments: list[float] = []
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        value = parse_json(line, f"{path}:{number}", ConfigError, "one object a line")
-        moment = value.get("arrival_s") if isinstance(value, dict) else None
-        earliest = moments[-1] if moments else 0
-        if isinstance(moment, bool) or not isinstance(moment, int | float) or not earliest <= moment <= MOST_SECONDS:
-            fact = f'{path}:{number} has no "arrival_s" of {earliest:g} or more.'
-            raise ConfigError(fact, 'seconds from the start, in order: {"prompt": "...", "arrival_s": 0.5}')
-        moments.append(moment)
-    return moments
-
-
-@cache
-def _stdin() -> bytes:
-    """What is piped in, read once for all points of a sweep."""
-    with open(0, "rb", closefd=False) as file:
-        return bounded(file, "stdin")
-
-
-def _prompt_of(line: str, place: str) -> str:
-    value = parse_json(line, place, ConfigError, "one object a line")
-    text = value.get("prompt") if isinstance(value, dict) else value
-    if not isinstance(text, str) or not text:
-        raise ConfigError(f'{place} has no text under "prompt".', '{"prompt": "The capital of France is"}')
-    return text
 
 
 def encode(texts: Sequence[str], folder: Path, adds_special_tokens: bool = True) -> list[Prompt]:
@@ -189,18 +144,23 @@ def sampling_of(config: RunConfig) -> SamplingConfig:
     return replace(config.sampling, max_new_tokens=config.prompts.output_tokens, ignore_eos=True)
 
 
-def check_context(prompts: Sequence[Prompt], max_new_tokens: int, context: int | None) -> None:
-    """ConfigError where a prompt and its new tokens are longer than the model's context."""
+def check_context(prompts: Sequence[Prompt], max_new_tokens: int, context: int | None, key: str) -> None:
+    """ConfigError where a prompt and its new tokens, whose number `key` is, are longer than the model's context."""
     longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
-    needed = len(longest.token_ids) + max_new_tokens
-    if context is not None and needed > context:
-        raise ConfigError(
-            f"Prompt {longest.index} has {len(longest.token_ids)} tokens; with {max_new_tokens} new ones that is "
-            f"{needed}, and the context of the model is {context}.",
-            f"sampling.max_new_tokens={max(context - len(longest.token_ids), 1)} or a shorter prompt"
-            if len(longest.token_ids) < context
-            else f"a prompt of at most {context - max_new_tokens} tokens",
-        )
+    length, needed = len(longest.token_ids), len(longest.token_ids) + max_new_tokens
+    if context is None or needed <= context:
+        return
+    if length < context:
+        hint = f"{key}={context - length}, or a shorter prompt"
+    elif longest.text or max_new_tokens >= context:
+        hint = f"a prompt of at most {max(context - max_new_tokens, 1)} tokens"
+    else:
+        hint = f"prompts.input_tokens={context - max_new_tokens}"
+    raise ConfigError(
+        f"Prompt {longest.index} has {length} tokens; with {max_new_tokens} new ones that is {needed}, "
+        f"and the context of the model is {context}.",
+        hint,
+    )
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:

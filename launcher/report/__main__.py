@@ -6,14 +6,16 @@ import importlib
 import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.report.page import page
 from launcher.report.rows import JSON, csv_text, markdown_text, rows_of
 from launcher.run_dir.run_dir import RunDir, run_dirs_in
+from launcher.run_dir.typed_files import read_typed
 from launcher.run_dir.verify import references_in, verdict_of
-from launcher.system.files import read_json, write_text
+from launcher.system.files import write_text
 from launcher.system.terminal import Parser, run_command
 from launcher.version import __version__
 from shards.errors import UserError
@@ -25,6 +27,13 @@ if TYPE_CHECKING:
     from launcher.results.record import Record
 
 FORMATS = ("svg", "png", "pdf")
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What is read back of a row of a sweep."""
+
+    run_dir: str | None
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
@@ -63,8 +72,8 @@ def runs_in(path: Path) -> list[RunDir]:
     if RunDir(path).has_record():
         return [RunDir(path)]
     if (path / JSON).is_file():
-        rows = read_json(path / JSON)
-        return [RunDir(Path(row["run_dir"])) for row in rows if row["run_dir"] is not None]
+        rows = read_typed(path / JSON, list[_Row]) or []
+        return [RunDir(Path(row.run_dir)) for row in rows if row.run_dir is not None]
     return run_dirs_in(path)
 
 
@@ -107,10 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.html or arguments.figures:
             write_page(runs, arguments.html, arguments.figures, formats)
     except OSError as error:
-        print(
-            UserError(f"Cannot write {error.filename}: {error.strerror}.", "a path that can be written"),
-            file=sys.stderr,
-        )
+        fact = f"Cannot write {error.filename}: {error.strerror}."
+        print(UserError(fact, "another folder, as ~/page.html or ~/figures"), file=sys.stderr)
         return 2
     except UserError as error:
         print(error, file=sys.stderr)

@@ -101,7 +101,8 @@ class Report:
             ceilings[label] = record.ceiling.tokens_per_s if record.ceiling else None
             rows.append((label, rate(spread.median), rate(spread.min), rate(spread.max), rate(ceilings[label])))
         headings = ("run", "new tokens/s", "min", "max", "ceiling")
-        axis = next((name for name in AXES if len({getattr(r, name) for _, r in self.measured}) > 1), None)
+        values = {name: {getattr(record, name) for _, record in self.measured} for name in AXES}
+        axis = next((name for name in AXES if len(values[name]) > 1 and None not in values[name]), None)
         if axis is None:
             groups = {label: {"measured": record.new_tokens_per_s or 0.0} for label, record in self.measured}
             for label, ceiling in ceilings.items():
@@ -120,7 +121,7 @@ class Report:
         other_axis = next(name for name in AXES if name != axis)
         for _, record in self.measured:
             name = label_of(record, others) if others else record.backend
-            groups[f"{name}, {AXES[other_axis]} {getattr(record, other_axis)}"].append(record)
+            groups[f"{name}, {AXES[other_axis]} {getattr(record, other_axis) or 'of its own'}"].append(record)
         if len({name.partition(", ")[2] for name in groups}) == 1:
             groups = defaultdict(list, {name.partition(", ")[0]: records for name, records in groups.items()})
         lines = []

@@ -123,7 +123,7 @@ def badge_line(run_dir: RunDir) -> str:
 def _batching(record: Record) -> str:
     """The prompts that are answered at once."""
     engine = engines().get(record.backend)
-    if engine is not None and engine.continuous_batching:
+    if record.batch_size is None or (engine is not None and engine.continuous_batching):
         return "continuous batching"
     has_slots = engine is not None and engine.has_slots
     if has_slots and record.config.get("measure", {}).get("scheduling") == Scheduling.continuous.name:

@@ -121,7 +121,7 @@ class Record:
     world_size: int
     num_devices: int
     num_nodes: int
-    batch_size: int
+    batch_size: int | None  # None: the engine makes its batches itself
     config: dict[str, Any]
     schema_version: int = SCHEMA_VERSION
     error: RunError | None = None

@@ -123,7 +123,7 @@ def blank(config: RunConfig, status: str) -> Record:
         world_size=config.world_size,
         num_devices=config.num_devices,
         num_nodes=config.num_nodes,
-        batch_size=config.measure.batch_size,
+        batch_size=None if config.backend.continuous_batching else config.measure.batch_size,
         config=to_dict(config),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 from launcher.results.comparison import FinishedRun
@@ -18,15 +19,15 @@ def read_finished(path: Path) -> FinishedRun:
         what = "a file, not the directory of a run" if path.exists() else "not there"
         raise UserError(f"{path} is {what}.", f"{path.parent}" if path.exists() else "python -m launcher.status runs")
     run_dir = RunDir(path)
-    record = run_dir.read_record()
+    record, again = run_dir.read_record(), f"python -m launcher resume=true run_dir={shlex.quote(str(path))}"
     if record is None:
-        raise UserError(f"{path} has no {RECORD}.", "name run directories: a run prints its own when it ends")
+        raise UserError(f"{path} has no {RECORD}.", "python -m launcher.status runs, which names run directories")
     if record.status != "ok":
-        raise UserError(f"{path} did not finish: its status is {record.status}.", "run it again")
+        raise UserError(f"{path} did not finish: its status is {record.status}.", again)
     prompts = {prompt.index: prompt.token_ids for prompt in run_dir.read_prompts()}
     completions = {completion.index: completion for completion in run_dir.read_completions()}
     if not prompts or prompts.keys() != completions.keys():
-        raise UserError(f"{path} has {len(completions)} completions for {len(prompts)} prompts.", "run it again")
+        raise UserError(f"{path} has {len(completions)} completions for {len(prompts)} prompts.", again)
     if record.metrics is None:
-        raise UserError(f"{path} has no metrics in its record.", "run it again")
+        raise UserError(f"{path} has no metrics in its record.", again)
     return FinishedRun(path, record, prompts, completions)

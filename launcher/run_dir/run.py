@@ -51,10 +51,8 @@ class Run:
 
     @property
     def at_once(self) -> int:
-        """The prompts that are answered at a time: a server is sent all of them, or as many as the load allows."""
-        config, prompts = self.config, len(self.prompts)
-        most = config.measure.batch_size if config.backend.uses_devices else config.load.concurrency or prompts
-        return min(most, prompts)
+        """The prompts that are answered at a time: all of them, or as many as the engine takes."""
+        return min(self.config.backend.most_at_once(self.config) or len(self.prompts), len(self.prompts))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

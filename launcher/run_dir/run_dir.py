@@ -93,7 +93,7 @@ class RunDir:
         """The checked description of the run; UserError where none was begun here."""
         run = read_value(self.path / RUN, RunDescription.from_plain)
         if run is None:
-            raise UserError(f"{self.path} has no {RUN}: no run was begun there.", "run_dir= a folder in output_dir")
+            raise UserError(f"{self.path} has no {RUN}: no run was begun there.", "python -m launcher.status runs")
         return run
 
     def write_run(self, run: RunDescription) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import itertools
 import json
@@ -34,11 +35,23 @@ def writing_in(folder: Path) -> Iterator[None]:
 
 
 LOG_END_BYTES = 256 << 10
+MOST_SIBLINGS = 1000
 
 
 def absolute(path: Path | str) -> Path:
     """The path without links; one that is a loop of links as it is, which whoever opens it will say."""
     return Path(os.path.realpath(path))
+
+
+def sibling(path: Path) -> Path | None:
+    """The regular file beside `path` whose name is most like its own; None where there is none like it."""
+    try:
+        with os.scandir(path.parent) as entries:
+            names = [entry.name for entry in itertools.islice(entries, MOST_SIBLINGS) if entry.is_file()]
+    except OSError:
+        return None
+    near = difflib.get_close_matches(path.name, (name for name in names if name != path.name), 1)
+    return path.parent / near[0] if near else None
 
 
 def make_folder(parent: Path, name: str) -> Path:
@@ -52,7 +65,7 @@ def make_folder(parent: Path, name: str) -> Path:
                 return absolute(folder)
     except OSError as error:
         fact = f"Cannot write in output_dir={parent}: {error.strerror}."
-        raise UserError(fact, "output_dir= a folder of yours") from None
+        raise UserError(fact, f"output_dir={Path.home() / 'runs'}") from None
     raise AssertionError("unreachable")
 
 

@@ -64,7 +64,9 @@ def _explained(path: str, revision: str | None, error: Exception) -> CheckpointE
                 f"check the spelling; if the model is private, {log_in}",
             )
         case huggingface_hub.errors.RevisionNotFoundError():
-            return CheckpointError(f"{path} at {hub} has no revision {revision}.", "check model.revision")
+            return CheckpointError(
+                f"{path} at {hub} has no revision {revision}.", "model.revision=null, which is its newest"
+            )
         case huggingface_hub.errors.LocalEntryNotFoundError() if huggingface_hub.constants.HF_HUB_OFFLINE:
             return CheckpointError(
                 f"{path} is not complete in the cache of the hub, and HF_HUB_OFFLINE is set.",

@@ -8,6 +8,7 @@ from typing import Any
 
 from shards.errors import PlanError
 from shards.machine.hardware import GIB, known_device, usual_link
+from shards.model.quantization import QUANTIZATIONS
 from shards.plan.ceilings import ceilings, roofline, step_bytes
 from shards.plan.memory import (
     DevicePlan,
@@ -182,12 +183,30 @@ def _hint(request: PlanRequest) -> str:
         if _possible(other):
             changes.append(f"backend={engine.name}")
         elif not changes and (count := next(_possible_devices(other), None)):
-            changes.append(f"backend={engine.name} with devices={count}")
+            changes.append(f"backend={engine.name} devices={count}")
     if request.dtype_bytes == 4 and _possible(replace(request, dtype_bytes=2)):
         changes.append("precision=bf16")
     if not changes and request.quantization and _illegal(request):
-        return "weights that are not quantized, or in another way"
+        changes = _other_weights(request, request.quantization.bits)
     return ", or ".join(changes or [_larger(request)])
+
+
+def _other_weights(request: PlanRequest, bits: int) -> list[str]:
+    """Weights that are possible in place of quantized ones: plain, or in the way of the nearest number of bits, with
+    the engine itself or with another one."""
+    named = sorted(QUANTIZATIONS.values(), key=lambda quantization: abs(quantization.bits - bits))
+    for engine in (request.engine, *request.alternatives):
+        if engine != request.engine and not engine.is_offered(None):
+            continue
+        before = "" if engine == request.engine else f"backend={engine.name} with "
+        there = replace(request, engine=engine)
+        changes = [f"{before}plain weights"] if _possible(replace(there, quantization=None)) else []
+        others = (q.name for q in named if engine.is_offered(q) and _possible(replace(there, quantization=q)))
+        if (name := next(others, None)) is not None:
+            changes.append(f"{before}weights in {name}")
+        if changes:
+            return changes
+    return []
 
 
 def _larger(request: PlanRequest) -> str:

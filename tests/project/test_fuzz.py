@@ -22,18 +22,24 @@ from safetensors import SafetensorError, safe_open
 
 import launcher.__main__
 import launcher.compare
+import launcher.experiments
+import launcher.history
 import launcher.plan
+import launcher.report.__main__
 import launcher.status
+import launcher.verify
 from launcher.config.bounds import BOUNDS
 from launcher.config.compose import compose_run
 from launcher.config.schema import PromptsConfig
 from launcher.models import EMBEDDED
 from launcher.prepare import shapes
 from launcher.prepare.prepare import prepare
+from launcher.prompts.files import read_arrivals
 from launcher.prompts.prompts import read_texts
 from launcher.run_dir.create import create_run_dir
 from launcher.run_dir.finish import finish
 from launcher.run_dir.run_dir import RunDir
+from launcher.system.terminal import run_command
 from shards.checkpoint.checkpoint import Checkpoint
 from shards.errors import PlanError, UserError
 
@@ -83,12 +89,19 @@ def command(main: Callable[[list[str]], int], words: list[str]) -> None:
     """A command ends with 0, 1 or 2; what it refuses is one line."""
     out, err = io.StringIO(), io.StringIO()
     with bounded(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(words)
+        try:
+            code = run_command(lambda: main(words))
+        except SystemExit as ended:  # argparse has shown its help
+            code = int(ended.code or 0)
     event(f"exit code {code}")
     assert code in (0, 1, 2)
     assert "Traceback" not in out.getvalue() + err.getvalue()
     if code == 2:
-        lines = [line for line in err.getvalue().splitlines() if "asking transformers" not in line]
+        lines = [
+            line
+            for line in err.getvalue().splitlines()
+            if not ("asking transformers" in line or line.startswith("note: "))
+        ]
         assert len(lines) == 1, err.getvalue()
 
 
@@ -170,7 +183,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@fuzz(1, 350)
+@fuzz(1, 300)
 @given(content=CONFIGS, engine=st.sampled_from(["fsdp", "vllm", "transformers", "deepspeed"]))
 def test_configs(offline: Path, content: bytes, engine: str) -> None:
     (offline / "config.json").write_bytes(content)
@@ -185,7 +198,7 @@ HEADER = {
 }
 
 
-@fuzz(2, 500)
+@fuzz(2, 400)
 @given(
     content=mutated(HEADER),
     wrong=st.sampled_from([0, 0, 0, 0, 1, -1, 1 << 40]),
@@ -208,18 +221,37 @@ def test_headers_are_read_as_the_safetensors_library_reads_them(
             pass
 
 
-@fuzz(3, 250)
+@fuzz(3, 150)
 @given(content=mutated({"metadata": {"total_size": 9}, "weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}))
 def test_indexes(offline: Path, content: bytes) -> None:
     (offline / "model.safetensors.index.json").write_bytes(content)
     refused_or_right(lambda: Checkpoint.open(offline))
 
 
+TURNS = [{"from": "human", "value": "b"}, {"role": "user", "content": "c"}]
+TABLE = b'id,prompt,arrival_s\n1,"a, ""b""",0\n2,c,1.5\n'
+
+
+@st.composite
+def prompt_files(draw: st.DrawFn) -> tuple[str, bytes]:
+    """The name of a prompt file, and what is in it."""
+    name = draw(st.sampled_from(["a.jsonl", "a.txt", "a.json", "a.csv", "a.tsv"]))
+    row = draw(st.sampled_from([{"prompt": "a", "arrival_s": 0}, {"id": 1, "conversations": TURNS}]))
+    if name == "a.json":
+        return name, draw(mutated(draw(st.sampled_from([[row, row], {"data": [row], "version": 1}]))))
+    if name in ("a.csv", "a.tsv"):
+        return name, spliced(draw, spliced(draw, TABLE))
+    return name, b"\n".join(draw(st.lists(mutated(row), max_size=3)))
+
+
 @fuzz(4, 300)
-@given(rows=st.lists(mutated({"prompt": "a", "id": 1}), max_size=3), name=st.sampled_from(["a.jsonl", "a.txt"]))
-def test_prompt_files(offline: Path, rows: list[bytes], name: str) -> None:
-    (offline / name).write_bytes(b"\n".join(rows))
-    texts = refused_or_right(lambda: read_texts(PromptsConfig(name="file", path=str(offline / name))))
+@given(file=prompt_files(), field=st.sampled_from([None, None, None, "prompt", "id", "x"]))
+def test_prompt_files(offline: Path, file: tuple[str, bytes], field: str | None) -> None:
+    name, content = file
+    (offline / name).write_bytes(content)
+    wanted = PromptsConfig(name="file", path=str(offline / name), field=field)
+    texts = refused_or_right(lambda: read_texts(wanted))
+    refused_or_right(lambda: read_arrivals(wanted))
     assert texts is None or all(isinstance(text, str) and text for text in texts)
 
 
@@ -240,8 +272,12 @@ FILES = (
 )  # fmt: skip
 
 
+HOW = ("status", "compare", "finish", "resume", "report", "history", "verify")
+REPORTS = ("--csv", "--json", "--markdown", "--html=page.html")
+
+
 @fuzz(5, 350)
-@given(data=st.data(), name=st.sampled_from(FILES), how=st.sampled_from(["status", "compare", "finish", "resume"]))
+@given(data=st.data(), name=st.sampled_from(FILES), how=st.sampled_from(HOW))
 def test_run_directories(offline: Path, finished: Path, data: st.DataObject, name: str, how: str) -> None:
     run_dir = offline / "run"
     shutil.rmtree(run_dir, ignore_errors=True)
@@ -257,6 +293,12 @@ def test_run_directories(offline: Path, finished: Path, data: st.DataObject, nam
         command(launcher.compare.main, [str(finished), str(run_dir)])
     elif how == "finish":
         refused_or_right(lambda: finish(RunDir(run_dir)))
+    elif how == "report":
+        command(launcher.report.__main__.main, [str(run_dir), data.draw(st.sampled_from(REPORTS))])
+    elif how == "history":
+        command(launcher.history.main, [str(offline)])
+    elif how == "verify":
+        command(launcher.verify.main, [str(run_dir)])
     elif RunDir(run_dir).is_done():
         command(launcher.__main__.main, ["resume=true", f"run_dir={run_dir}"])
 
@@ -278,9 +320,68 @@ WORDS = st.one_of(
 )  # fmt: skip
 
 
-@fuzz(6, 250)
+@fuzz(6, 200)
 @given(words=st.lists(WORDS, min_size=1, max_size=4))
 def test_command_lines(offline: Path, words: list[str]) -> None:
     command(launcher.__main__.main, [*words, "dry_run=true"])
     assert list(offline.iterdir()) == []
     assert os.getcwd() == str(offline)
+
+
+EXPERIMENT = {
+    "prompts": {"name": "published", "texts": ["a"]}, "precision": "bf16", "devices": 2,
+    "sampling": {"max_new_tokens": 5, "ignore_eos": True}, "measure": {"batch_size": 1},
+    "experiment": {
+        "name": "mine", "about": "a", "hardware": "2xa6000", "source": "b", "location": "c", "unknown": ["d"],
+        "needs": [], "notes": ["e"],
+        "figures": [
+            {"name": "new_tokens_per_s", "value": 0.6, "unit": "tokens/s"},
+            {"name": "peak_memory_gb", "value": 46.1, "unit": "GB"},
+            {"name": "generation_s", "value": 83.4, "unit": "s"},
+        ],
+    },
+}  # fmt: skip
+
+
+@fuzz(7, 120)
+@given(content=mutated(EXPERIMENT))
+def test_experiments(offline: Path, content: bytes) -> None:
+    """A preset of the user's own, as the list of experiments and a run have it."""
+    folder = offline / "conf" / "experiment"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "mine.yaml").write_bytes(b"# @package _global_\n" + content)
+    config_dir = str(offline / "conf")
+    config = refused_or_right(lambda: compose_run(["experiment=mine", "model=falcon_40b"], (config_dir,)))
+    if config is not None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            refused_or_right(lambda: launcher.experiments.markdown([config]))
+            refused_or_right(lambda: launcher.experiments.show([config], ["a6000", "a6000"]))
+    asked = ["experiment=mine", f"--config-dir={config_dir}", "model=tiny_llama", "backend=dummy", "dry_run=true"]
+    command(launcher.__main__.main, asked)
+
+
+@fuzz(8, 80)
+@given(rows=mutated([{"run_dir": "run", "overrides": "a", "status": "ok"}, {"run_dir": None}]))
+def test_rows_of_a_sweep(offline: Path, rows: bytes) -> None:
+    (offline / "sweep.json").write_bytes(rows)
+    command(launcher.report.__main__.main, [str(offline), "--csv"])
+    command(launcher.status.main, [str(offline)])
+
+
+COMMANDS: dict[Callable[[list[str]], int], tuple[str, ...]] = {
+    launcher.report.__main__.main: (*REPORTS, "--format=gif", "--figures=figures", "--format="),
+    launcher.compare.main: ("--min-match=0", "--min-match=x", "--min-speed-ratio=nan", "--fail-if=a<b", "--json"),
+    launcher.experiments.main: ("--json", "--markdown"),
+    launcher.status.main: ("--json", "--help"),
+    launcher.history.main: ("--json", "--csv"),
+    launcher.verify.main: ("--json", "--reference=."),
+}
+
+
+@fuzz(9, 100)
+@given(data=st.data(), main=st.sampled_from(list(COMMANDS)))
+def test_words_of_the_other_commands(offline: Path, finished: Path, data: st.DataObject, main: Any) -> None:
+    paths = [str(finished), str(finished.parent), ".", "", "/dev/null", "nowhere", "\ud800", "a\nb", "x" * 3000, "-"]
+    words = st.sampled_from([*paths, *COMMANDS[main], "--nothing", "--help", "-x", "=", "--"])
+    rest = ["--nothing"] if main is launcher.experiments.main else []  # which else takes seconds
+    command(main, [*data.draw(st.lists(words, min_size=1, max_size=3)), *rest])

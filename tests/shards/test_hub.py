@@ -192,7 +192,7 @@ def test_a_broken_download_goes_on_where_it_broke(hub: Hub, tmp_path: Path) -> N
     [
         ("we/gated", "", "we/gated is gated: {url} does not give it to you.", "ask at {url}/we/gated, then log in"),
         ("we/none", "", "There is no folder we/none, and no model we/none at {url}", "check the spelling"),
-        ("we/safe", "v9", "we/safe at {url} has no revision v9.", "check model.revision"),
+        ("we/safe", "v9", "we/safe at {url} has no revision v9.", "model.revision=null, which is its newest"),
     ],
 )
 def test_what_the_hub_refuses_is_one_line(

@@ -258,7 +258,7 @@ LLAMA2_7B = preset("llama2_7b")
         (
             *(LLAMA2_70B, "transformers", 1, "fp8"),
             "transformers cannot run fp8 weights: a transformers model is planned with int8_wo and those of "
-            "bitsandbytes only. HINT: backend=vllm with devices=2",
+            "bitsandbytes only. HINT: backend=vllm devices=2",
         ),
         (
             *(LLAMA2_7B, "vllm", 4, "int4_g128"),
@@ -273,7 +273,7 @@ LLAMA2_7B = preset("llama2_7b")
         (
             *(FALCON_7B, "vllm", 1, "int4_g128"),
             "4544 inputs on each device cannot be divided by the 128 that int4_g128 keeps together, as vllm needs. "
-            "HINT: weights that are not quantized, or in another way",
+            "HINT: plain weights, or weights in fp8",
         ),
         (
             *(FALCON_40B, "vllm", 1, "fp8_channel"),
@@ -290,9 +290,11 @@ def test_what_cannot_be_is_one_line_with_hints_that_hold(
     with pytest.raises(PlanError) as caught:
         make_plan(asked)
     assert str(caught.value) == message
-    hints = re.findall(r"([\w.]+)=(\w+)", caught.value.hint)
+    hint = re.sub(r"weights in (\w+)", r"quantization=\1", caught.value.hint)
+    hints = re.findall(r"([\w.]+)=(\w+)", hint)
     for key, value in hints:
-        asked = changed(asked, key, value)
+        is_scheme = key == "quantization"
+        asked = replace(asked, quantization=QUANTIZATIONS[value]) if is_scheme else changed(asked, key, value)
     if hints:
         make_plan(asked)
 

@@ -78,7 +78,7 @@ def _check_accelerator(device: torch.device) -> None:
     chosen = get_accelerator().device_name()
     if chosen != device.type:
         raise ConfigError(
-            f"The run is on {device.type}, and DeepSpeed has taken {chosen}.", f"set DS_ACCELERATOR={device.type}"
+            f"The run is on {device.type}, and DeepSpeed has taken {chosen}.", f"export DS_ACCELERATOR={device.type}"
         )
 
 

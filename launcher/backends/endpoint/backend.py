@@ -90,19 +90,21 @@ class EndpointBackend:
         """The server, once it has completed a prompt; ConfigError where it does not."""
         served = self.options.served_model
         asked = self.options.dialect_of(self.config), served, self.config.model.path
-        deadline = time.monotonic() + self.config.server.ready_timeout_s
+        ready_s = self.config.server.ready_timeout_s
+        deadline = time.monotonic() + ready_s
         while True:
             try:
                 return self._run(recognise(self.client, *asked))
             except ServerGoneError as error:
                 if self.started is None:
-                    raise ConfigError(f"Nobody answers at {self.client.url}: {error}.", "start the server") from None
+                    fact = f"Nobody answers at {self.client.url}: {error}."
+                    raise ConfigError(fact, "start it there, or in the run: backend.url=null server=vllm") from None
             except ConfigError as error:
                 if self.started is None:
                     raise
                 if time.monotonic() > deadline:
-                    fact = f"The server was not ready in {self.config.server.ready_timeout_s:g} s: {error.fact}"
-                    raise ConfigError(fact, "server.ready_timeout_s=") from None
+                    fact = f"The server was not ready in {ready_s:g} s: {error.fact}"
+                    raise ConfigError(fact, f"server.ready_timeout_s={2 * ready_s:g}") from None
             self.started.check()
             progress(0, 1)
             time.sleep(READY_S)

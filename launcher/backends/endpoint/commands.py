@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import shlex
 import string
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from launcher.config.quoting import for_shell
 from launcher.config.schema import ConfigError
 
 if TYPE_CHECKING:
@@ -32,7 +34,8 @@ def server_command(server: ServerConfig, values: Mapping[str, str], on_cuda: boo
     """The command of `server=` with `values` in place of the words in braces; ConfigError for braces of no value."""
     if not server.command:
         raise ConfigError(
-            f"server={server.name} has no command of its own.", "server.command='python app.py --port {port}'"
+            f"server={server.name} has no command of its own.",
+            for_shell("server.command='python app.py --port {port}'"),
         )
     text = f"{server.command} {'' if on_cuda else server.cpu_arguments}"
     environment = server.environment | ({} if on_cuda else server.cpu_environment)
@@ -49,8 +52,12 @@ def _filled(text: str, values: Mapping[str, str], key: str) -> tuple[str, ...]:
         words = shlex.split(text)
         names = {name for word in words for _, name, _, _ in string.Formatter().parse(word) if name is not None}
     except ValueError as error:
-        raise ConfigError(f"server.{key} cannot be read: {error}.", "words as a shell has them") from None
+        hint = "an even number of each kind of quotes, as in a shell"
+        raise ConfigError(f"server.{key} cannot be read: {error}.", hint) from None
     if unknown := sorted(names - values.keys()):
+        near = difflib.get_close_matches(unknown[0], values, 1, cutoff=0)
         known = ", ".join(f"{{{name}}}" for name in values)
-        raise ConfigError(f"server.{key} has {{{unknown[0]}}}, which is not known.", f"one of {known}")
+        raise ConfigError(
+            f"server.{key} has {{{unknown[0]}}}, which is not known.", f"{{{near[0]}}}, or another of {known}"
+        )
     return tuple(word.format(**values) for word in words)

@@ -33,6 +33,7 @@ class EndpointConfig(BackendConfig):
     one_process_per_device: ClassVar[bool] = False
     joins_ranks: ClassVar[bool] = False
     continuous_batching: ClassVar[bool] = True
+    most_at_once_key: ClassVar[str | None] = "load.concurrency"
     takes_load: ClassVar[bool] = True
     starts_servers: ClassVar[bool] = True
 
@@ -67,7 +68,7 @@ class EndpointConfig(BackendConfig):
             raise ConfigError("backend=endpoint needs a server.", "backend.url=http://127.0.0.1:8000, or server=vllm")
         if config.server.name != "none" and self.url is not None:
             fact = f"server={config.server.name} starts a server, and backend.url={self.url} has one."
-            raise ConfigError(fact, "leave one of both out")
+            raise ConfigError(fact, "server=none, or backend.url=null")
         if self.url is None and config.num_nodes > 1:
             raise ConfigError(f"num_nodes={config.num_nodes}, and a server is started on one.", "num_nodes=1")
         known = self.url is None or config.machine is not None

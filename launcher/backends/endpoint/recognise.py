@@ -47,7 +47,7 @@ async def recognise(client: Client, dialect: str, model: str | None, path: str) 
         if answer.failure is None:
             return Server(name, served, await _software(client, name, owner, about))
     assert answer.failure is not None
-    hint = "backend.dialect= and backend.served_model= as the server has them"
+    hint = f"backend.dialect= one of {', '.join(DIALECTS)}, and backend.served_model= the name that the model has there"
     if models and served not in (listed_names := [str(one.get("id")) for one in models]):
         hint = f"backend.served_model={listed_names[0]}"
     fact = f"{client.url} does not answer as {' or '.join(names)}: {answer.failure.kind}, {answer.failure.message}."
@@ -86,5 +86,5 @@ async def check_tokenizer(questions: Questions, prompt: Prompt) -> None:
         raise ConfigError(
             f"The server makes {theirs} tokens of prompt {prompt.index}, and the tokenizer here makes "
             f"{'other ones' if theirs == ours else ours}.",
-            "model= the one that the server has",
+            "model.path= with the folder or the id of the model that the server has",
         )

@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -62,7 +63,7 @@ class StartedServer:
                 )
             except OSError as error:
                 fact = f"Cannot start {self.command.words[0]}: {error.strerror}."
-                raise ConfigError(fact, "server.python=, or PATH with its folder") from None
+                raise ConfigError(fact, f"server.python={sys.executable}, or PATH with its folder") from None
 
     def __exit__(self, *_: object) -> None:
         self.close()

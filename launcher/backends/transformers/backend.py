@@ -49,7 +49,8 @@ class TransformersBackend(ModuleBackend):
         placed = infer_auto_device_map(model, room, whole, dtype=self.dtype)
         if outside := {str(place) for place in placed.values()} - {str(card) for card in cards}:
             left = ", ".join(sorted(outside))
-            raise PlanError(f"The model does not fit {len(cards)} GPUs: parts are left for {left}.", "more devices")
+            fact = f"The model does not fit {len(cards)} GPUs: parts are left for {left}."
+            raise PlanError(fact, f"devices={len(cards) + 1}, or backend=fsdp")
         for name, card in placed.items():
             allocate_parameters(model.get_submodule(name), torch.device("cuda", card))
         model.tie_weights()

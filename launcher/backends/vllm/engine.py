@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 from dataclasses import dataclass, field, fields
@@ -45,6 +46,7 @@ class VllmConfig(BackendConfig):
     one_process_per_device: ClassVar[bool] = False
     continuous_batching: ClassVar[bool] = True
     can_score: ClassVar[bool] = True
+    most_at_once_key: ClassVar[str | None] = "backend.max_num_seqs"
     takes_load: ClassVar[bool] = True
     own_random_weights: ClassVar[bool] = True  # load_format=dummy, which depend on how the model is cut
     quantizations: ClassVar[tuple[str, ...]] = tuple(ONLINE.values())
@@ -59,6 +61,9 @@ class VllmConfig(BackendConfig):
     load_format: str = "auto"
     distributed_executor_backend: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)  # further arguments of vllm.LLM
+
+    def most_at_once(self, config: RunConfig) -> int | None:
+        return self.given("max_num_seqs") or config.load.concurrency
 
     def check_here(self) -> None:
         """A check of `extra`, which the rank makes where vLLM's package cannot be read from here (in a container)."""
@@ -79,12 +84,13 @@ class VllmConfig(BackendConfig):
         asked = ONLINE.get(str(method)) if stored is None else None
         if config.quantization is not WeightFormat.none:
             if method is not None:
-                raise PlanError("quantization and backend.extra.quantization are both given.", "one of them")
+                raise PlanError("quantization and backend.extra.quantization are both given.", "quantization=none")
             asked = config.quantization.name
         if asked is not None:
             if not on_cuda:
                 raise PlanError(
-                    f"vLLM makes {asked} weights on CUDA only.", "use a checkpoint that is quantized already"
+                    f"vLLM makes {asked} weights on CUDA only.",
+                    "no quantization, or model.path= with a checkpoint that is quantized already",
                 )
             stored = QUANTIZATIONS[asked]
         if stored is not None and config.precision is Precision.fp32 and not stored.with_fp32:
@@ -97,7 +103,8 @@ class VllmConfig(BackendConfig):
         for name in OTHER_PARALLELISM:
             if self.extra.get(name, 1) != 1:
                 raise PlanError(
-                    f"backend.extra.{name}={self.extra[name]}: a run of vllm is tensor parallel only.", "leave it out"
+                    f"backend.extra.{name}={self.extra[name]}: a run of vllm is tensor parallel only.",
+                    f"backend.extra.{name}=1",
                 )
         is_free_memory_known = config.launch.name != "slurm"  # that of the nodes only they can see
         return VllmPlanner(
@@ -142,6 +149,7 @@ class VllmConfig(BackendConfig):
 
 def _kv_dtype_bytes(name: str) -> int | None:
     if name not in KV_DTYPE_BYTES:
-        known = ", ".join(KV_DTYPE_BYTES)
-        raise PlanError(f"What backend.extra.kv_cache_dtype={name} takes is not known.", f"one of {known}")
+        known, near = ", ".join(KV_DTYPE_BYTES), difflib.get_close_matches(name, KV_DTYPE_BYTES, 1, cutoff=0)[0]
+        hint = f"backend.extra.kv_cache_dtype={near}"
+        raise PlanError(f"What backend.extra.kv_cache_dtype={name} takes is not known: {known} are.", hint)
     return KV_DTYPE_BYTES[name]

@@ -70,7 +70,10 @@ def submit(folder: Path, script: str = SLURM_SCRIPT) -> str:
     )  # fmt: skip
     if done.returncode:
         words = "; ".join(line.removeprefix("sbatch: error: ") for line in done.stderr.splitlines()[-2:])
-        raise UserError(f"sbatch refuses: {words or done.returncode}.", f"cluster.* ; the script is {folder / script}")
+        raise UserError(
+            f"sbatch refuses: {words or done.returncode}.",
+            f"sbatch {folder / script}, whose #SBATCH lines the keys of cluster make",
+        )
     return done.stdout.strip().split(";")[0]
 
 

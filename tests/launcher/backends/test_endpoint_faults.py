@@ -121,8 +121,8 @@ def test_a_run_of_failures_is_a_failure(server: FakeServer, tmp_path: Path) -> N
             ["backend=dummy", "server=vllm"],
             "backend=dummy asks no server, and server=vllm starts one. HINT: server=none",
         ),
-        (["server=litserve", "prompts=seed"], "server=litserve has no command of its own. HINT: server.command="),
-        (["server=vllm", "server.command='a {what}'"], "server.command has {what}, which is not known. HINT: one of "),
+        (["server=litserve", "prompts=seed"], 'server=litserve has no command of its own. HINT: "server.command='),
+        (["server=vllm", "server.command='a {what}'"], "server.command has {what}, which is not known. HINT: {"),
         (["server=vllm", 'server.command="a \'b"'], "server.command cannot be read: No closing quotation. HINT: "),
     ],
 )
@@ -139,7 +139,7 @@ def test_the_ceilings_are_those_of_the_machine_that_is_named() -> None:
     assert (run.num_devices, run.world_size, run.on_cuda) == (2, 1, False)
     assert run.notes[-1].startswith("ceilings of machine=2xa6000, 8 prompts at a time: ")
     ours = prepare(
-        compose_run(["backend=vllm", "machine=2xa6000", "measure.batch_size=8", *asked[2:3], "dry_run=true"]), ()
+        compose_run(["backend=vllm", "machine=2xa6000", "backend.max_num_seqs=8", *asked[2:3], "dry_run=true"]), ()
     )
     assert ours.plan is not None
     assert ours.plan.limit is not None

@@ -310,15 +310,16 @@ def test_what_is_no_finished_run_is_refused_in_one_line(
     (bad["no_prompts"] / "prompts.jsonl").unlink()
     (bad["list"] / "record.json").write_text("[]")
     for name, expected in {
-        "nothing": " has no record.json. HINT: name run directories: a run prints its own when it ends",
-        "failed": " did not finish: its status is oom. HINT: run it again",
+        "nothing": " has no record.json. HINT: python -m launcher.status runs, which names run directories",
+        "failed": " did not finish: its status is oom. HINT: python -m launcher resume=true run_dir=",
         "old": "/record.json is not what a run writes: a record of schema version 0, and versions 1 to 2 are known. "
         "HINT: run it again",
         "torn": "/record.json is not valid JSON: Expecting value: line 1 column 1 (char 0). HINT: run it again",
-        "short": " has 0 completions for 4 prompts. HINT: run it again",
+        "short": " has 0 completions for 4 prompts. HINT: python -m launcher resume=true run_dir=",
     }.items():
         assert command.main([str(good), str(bad[name])]) == 2
-        assert capsys.readouterr() == ("", f"{bad[name]}{expected}\n")
+        again = str(bad[name]) if expected.endswith("run_dir=") else ""
+        assert capsys.readouterr() == ("", f"{bad[name]}{expected}{again}\n")
     for name in ("no_prompts", "list"):
         with pytest.raises(
             UserError,

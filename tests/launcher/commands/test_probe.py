@@ -132,9 +132,11 @@ def test_the_plan_of_this_machine_takes_what_was_measured(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["gpus=2"], "error: 'gpus' is not an argument of the probe. HINT: devices=2 accelerator=cpu\n"),
+        (["gpus=2"], "error: 'gpus' is not an argument of the probe. HINT: devices=2\n"),
         (["devices=none"], "error: devices=none is not a whole number above 0. HINT: devices=2\n"),
-        (["accelerator=tpu"], "error: accelerator=tpu is not one. HINT: accelerator=auto, cpu or cuda\n"),
+        (["accelerator=tpu"], "error: accelerator=tpu is not one of auto, cpu, cuda. HINT: accelerator=cpu\n"),
+        (["device=2"], "error: 'device' is not an argument of the probe. HINT: devices=2\n"),
+        (["--cpu"], "error: '--cpu' is not an argument of the probe. HINT: accelerator=cpu\n"),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

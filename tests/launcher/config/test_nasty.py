@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from running import launcher, run
 
 from launcher.config.compose import command_of, compose_run
-from launcher.config.overrides import quoted, readable
+from launcher.config.overrides import readable
+from launcher.config.quoting import quoted
 from launcher.config.schema import ConfigError
 from launcher.config.sweeps import expand_sweep
 from launcher.config.values import from_dict, to_dict

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from typing import TYPE_CHECKING
 
 import pytest
 
 from launcher.config.compose import compose_run
 from launcher.config.schema import ClusterConfig, ConfigError, LaunchConfig
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_what_is_compared_with_is_what_is_composed_by_default() -> None:
@@ -39,6 +43,24 @@ def test_what_is_compared_with_is_what_is_composed_by_default() -> None:
             "sampling.ignore_eos=false is not read with prompts.output_tokens=32, which fixes the number of new "
             "tokens. HINT: prompts.output_tokens=null",
         ),
+        (
+            ["model.revision=main"],
+            "model.revision=main is one of the hub, and model.path=embedded:tiny_falcon is on this machine. HINT: "
+            "model.revision=null",
+        ),
+        (
+            ["model=falcon_40b", "model.weights=random", "model.revision=main"],
+            "model.revision=main is not read with model.weights=random: model=falcon_40b has a config. HINT: ",
+        ),
+        (
+            ["model=falcon_40b", "model.config.num_hidden_layers=2"],
+            "model.config.num_hidden_layers is not read with the weights of tiiuae/falcon-40b, which come with a "
+            "config.json of their own. HINT: model.weights=random",
+        ),
+        (
+            ["server.python=/bin/python"],
+            "server.python is read with a server only, and server=none starts none. HINT: ",
+        ),
     ],
 )
 def test_an_option_that_nothing_reads_is_refused_with_a_hint_that_helps(overrides: list[str], message: str) -> None:
@@ -49,8 +71,32 @@ def test_an_option_that_nothing_reads_is_refused_with_a_hint_that_helps(override
 
 
 @pytest.mark.parametrize(
+    ("overrides", "fact", "instead"),
+    [
+        (["backend=vllm"], "measure.batch_size=4 is not read: backend=vllm makes its", "backend.max_num_seqs=4"),
+        (["backend=endpoint", "backend.url=http://a"], "backend=endpoint makes its batches", "load.concurrency=4"),
+    ],
+)
+def test_an_engine_that_batches_itself_reads_no_batch_size(overrides: list[str], fact: str, instead: str) -> None:
+    with pytest.raises(ConfigError, match=fact) as caught:
+        compose_run([*overrides, "measure.batch_size=4"])
+    assert caught.value.hint == instead
+    compose_run([*overrides, instead])
+
+
+def test_a_folder_has_a_config_of_its_own(tmp_path: Path) -> None:
+    overrides = ["model=falcon_40b", f"model.path={tmp_path}", "model.config.num_hidden_layers=2", "dry_run=true"]
+    with pytest.raises(ConfigError, match=r"model\.config\.num_hidden_layers is not read beside model\.path=/"):
+        compose_run(overrides)
+
+
+@pytest.mark.parametrize(
     "overrides",
     [
+        ["model=falcon_40b", "model.weights=random", "model.config.num_hidden_layers=2"],
+        ["model=falcon_40b", "dry_run=true", "model.config.num_hidden_layers=2"],
+        ["model=falcon_40b", "model.revision=main"],
+        ["backend=endpoint", "server=vllm", "server.python=/bin/python"],
         ["launch=slurm", "cluster=example", "launch.wait=false"],
         ["sampling.temperature=0.7", "sampling.top_k=5"],
         ["prompts=synthetic", "sampling.max_new_tokens=64", "prompts.output_tokens=64"],

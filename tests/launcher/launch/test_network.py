@@ -122,7 +122,7 @@ def test_interfaces_are_named_as_nccl_reads_them(setting: str, interface: str | 
 def test_nccl_says_nothing_where_it_is_not_used(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["backend=dummy", "accelerator=cpu", "launch.nccl_debug=true"]) == 2
     assert capsys.readouterr().err == (
-        "launch.nccl_debug=true, and without GPUs no rank uses NCCL. HINT: leave launch.nccl_debug out\n"
+        "launch.nccl_debug=true, and without GPUs no rank uses NCCL. HINT: launch.nccl_debug=false\n"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -71,8 +72,9 @@ def test_environment_of_ranks() -> None:
     [
         (
             ["num_nodes=2"],
-            "num_nodes=2, and this command starts ranks on one node. HINT: launch=slurm, or without -m on each node "
-            "launch.rendezvous=FIRST_HOST:29400 launch.node_rank=0 (1, ...)",
+            "num_nodes=2, and this command starts ranks on one node. "
+            f"HINT: launch.rendezvous={socket.gethostname()}:29400 launch.node_rank=0 here and 1, ... on the others, "
+            "without -m; or launch=slurm",
         ),
         (
             ["num_nodes=2", "launch.rendezvous=node1"],
@@ -80,11 +82,12 @@ def test_environment_of_ranks() -> None:
         ),
         (
             ["num_nodes=2", "launch.rendezvous=node1:29400"],
-            "launch.node_rank=None is not one of num_nodes=2. HINT: 0 on the first node to 1 on the last",
+            "launch.node_rank=None is not one of num_nodes=2. "
+            "HINT: launch.node_rank=0 on the first node to 1 on the last",
         ),
         (
             ["launch.rendezvous=node1:29400", "launch.node_rank=1"],
-            "launch.node_rank=1 is not one of num_nodes=1. HINT: num_nodes=2 or more",
+            "launch.node_rank=1 is not one of num_nodes=1. HINT: num_nodes=2",
         ),
         (
             ["num_nodes=2", "launch.rendezvous=node1:29400", "launch.node_rank=1", "backend.python=/venv/bin/python"],

@@ -30,7 +30,8 @@ def test_every_prompt_is_answered_once_in_as_many_calls_on_every_rank(
 ) -> None:
     prompts = [Prompt(index, "", (1,) * length) for index, length in enumerate(lengths)]
     scheduling = "continuous" if backend == "vllm" else "static"
-    config = compose_run([f"backend={backend}", "measure.batch_size=2", f"measure.scheduling={scheduling}"])
+    config = compose_run([f"backend={backend}", f"measure.scheduling={scheduling}"])
+    config.measure.batch_size = 2
     found = []
     for rank in range(world_size):
         world = World(rank=rank, world_size=world_size)
@@ -43,7 +44,8 @@ def test_every_prompt_is_answered_once_in_as_many_calls_on_every_rank(
 @pytest.mark.parametrize(("backend", "warm_up"), [("fsdp", 6), ("tensor_parallel", 2), ("vllm", 7)])
 def test_with_slots_each_rank_is_given_the_whole_set(backend: str, warm_up: int) -> None:
     prompts = [Prompt(index, "", (1,) * (index + 1)) for index in range(7)]
-    config = compose_run([f"backend={backend}", "measure.batch_size=2"])
+    config = compose_run([f"backend={backend}"])
+    config.measure.batch_size = 2
     for rank in range(3):
         world = World(rank=rank, world_size=3)
         assert split(prompts, world, config) == prompts[::-1]

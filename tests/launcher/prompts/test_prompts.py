@@ -100,7 +100,7 @@ def test_synthetic_prompts_have_exact_lengths_and_follow_the_seed() -> None:
 def test_prompt_and_new_tokens_fit_the_context(new_tokens: int, context: int | None, fits: bool) -> None:
     prompts = [Prompt(0, "", (1, 2)), Prompt(1, "", (1, 2, 3, 4, 5))]
     if fits:
-        check_context(prompts, new_tokens, context)
+        check_context(prompts, new_tokens, context, "sampling.max_new_tokens")
     else:
         with pytest.raises(ConfigError, match=r"Prompt 1 has 5 tokens; with 4 new ones that is 9"):
-            check_context(prompts, new_tokens, context)
+            check_context(prompts, new_tokens, context, "sampling.max_new_tokens")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from running import ROOT, environment, wait_until_ended
+from running import ROOT, environment, run, wait_until_ended
 
 from launcher.__main__ import main
 from launcher.config.compose import compose_run
@@ -113,6 +113,28 @@ def test_a_run_directory_that_lies_is_one_line(
     assert fact in err
     assert " HINT: " in err
     assert process.poll() is None
+
+
+def namespace() -> list[str]:
+    """The words before a command that give it a PID namespace of its own; skips where there can be none."""
+    for words in (["unshare"], ["unshare", "--map-root-user"]):
+        command = [*words, "--pid", "--fork", "--mount-proc"]
+        try:
+            subprocess.run([*command, "true"], check=True, capture_output=True, timeout=20)
+        except (OSError, subprocess.SubprocessError):
+            continue
+        return command
+    pytest.skip("no PID namespace can be made here")
+
+
+def test_no_lie_of_a_run_directory_ends_a_process_of_others(tmp_path: Path) -> None:
+    """In a PID namespace of its own, for what would go wrong is that every process that can be seen is killed."""
+    ended = run([*namespace(), sys.executable, str(ROOT / "tests" / "programs" / "lying_run_dirs.py"), str(tmp_path)])
+    *lies, truth = ended.last_json
+    everybody = [name for name in ("unmarked", "of another run", "of this run", "of another user") if name in str(lies)]
+    assert [(seen["code"], seen["living"]) for seen in lies] == [(2, everybody)] * 8, lies
+    everybody.remove("of this run")
+    assert (truth["code"], truth["living"]) == (0, everybody)
 
 
 @pytest.mark.parametrize("copy", [False, True], ids=["the same directory", "a copy"])

@@ -1,0 +1,200 @@
+"""Prompt files: .txt and stdin have a prompt a line; .jsonl, .json, .csv and .tsv have rows, and a field is read."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import math
+import shlex
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.config.options import MOST_SECONDS
+from launcher.config.quoting import for_shell, quoted
+from launcher.config.schema import ConfigError
+from launcher.system.files import sibling
+from shards.untrusted_files import bounded, listed, parse_json, read_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from launcher.config.schema import PromptsConfig
+
+ENCODING = "utf-8-sig"  # Windows' editors begin a file with a mark of their encoding
+MAX_FIELD_CHARACTERS = 4 << 20
+FIELDS = ("prompt", "text", "question", "instruction", "conversations", "messages")
+"""The fields that are looked for, in this order, where `prompts.field` names none."""
+
+TABLES = {".csv": ",;\t", ".tsv": "\t"}
+ROW_FILES = (".jsonl", ".ndjson", ".json", *TABLES)
+ASKING = ("user", "human")
+"""The roles whose first turn is the prompt of a conversation, as OpenAI and ShareGPT name them."""
+
+WITH_ARRIVALS = 'load.arrivals=false, or prompts.path= a .jsonl with {"prompt": "...", "arrival_s": 0.5} a line'
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A JSON value or the fields of a table's row, and where in which file it is."""
+
+    place: str
+    value: Any
+
+
+def read_file(wanted: PromptsConfig) -> list[str]:
+    """The prompts of a file; ConfigError for one that cannot be read, or that has no text where it should."""
+    path = Path(wanted.path or "")
+    if path.suffix.lower() not in ROW_FILES:
+        if wanted.field is not None:
+            fact = f"prompts.field={wanted.field}, and {path} has no fields: it is read as a prompt a line."
+            raise ConfigError(fact, "prompts.field=null")
+        return [line for line in _content(path).split("\n") if line.strip()]  # splitlines() also splits at U+2028
+    rows = _rows(path)
+    field = wanted.field or _usual_field(rows, path)
+    return [_text(row, field, is_chosen=wanted.field is not None) for row in rows]
+
+
+def read_arrivals(wanted: PromptsConfig) -> list[float]:
+    """The moments at which the prompts of a file of rows come, in seconds; ConfigError for a set that has none."""
+    path = Path(wanted.path or "")
+    if path.suffix.lower() not in ROW_FILES:
+        fact = f"load.arrivals=true, and prompts={wanted.name} says of no prompt when it comes."
+        raise ConfigError(fact, WITH_ARRIVALS)
+    moments: list[float] = []
+    for row in _rows(path):
+        earliest = moments[-1] if moments else 0.0
+        moment = _number(row.value.get("arrival_s")) if isinstance(row.value, dict) else None
+        if moment is None or not earliest <= moment <= MOST_SECONDS:
+            fact = f'{row.place} has no "arrival_s" of {earliest:g} or more.'
+            raise ConfigError(fact, 'seconds from the start, in order: {"prompt": "...", "arrival_s": 0.5}')
+        moments.append(moment)
+    return moments
+
+
+def _number(value: Any) -> float | None:
+    """A number of JSON, or the text of one in a table; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _rows(path: Path) -> list[Row]:
+    content, suffix = _content(path), path.suffix.lower()
+    if suffix in TABLES:
+        return _rows_of_table(content, path, TABLES[suffix])
+    if suffix == ".json":
+        return _rows_of_json(content, path)
+    places = ((f"{path}:{number}", line) for number, line in enumerate(content.split("\n"), 1) if line.strip())
+    return [Row(place, parse_json(line, place, ConfigError, "one object a line")) for place, line in places]
+
+
+def _rows_of_json(content: str, path: Path) -> list[Row]:
+    """The items of the list that the file is, or of the only list in the object that it is."""
+    value = parse_json(content, str(path), ConfigError, "a list of objects; with one a line the file's name is .jsonl")
+    if isinstance(value, dict):
+        lists = {key: items for key, items in value.items() if isinstance(items, list)}
+        if len(lists) == 1:
+            value = next(iter(lists.values()))
+    if not isinstance(value, list):
+        fact = f"{path} is no list of prompts, nor an object that has one list."
+        raise ConfigError(fact, 'a file like [{"prompt": "The capital of France is"}]')
+    return [Row(f"{path}: item {number}", item) for number, item in enumerate(value)]
+
+
+def _rows_of_table(content: str, path: Path, separators: str) -> list[Row]:
+    """The rows below the first, which names the columns; what separates them is what the first row has most of."""
+    first = content.partition("\n")[0]
+    reader = csv.reader(io.StringIO(content, newline=""), delimiter=max(separators, key=first.count), strict=True)
+    csv.field_size_limit(MAX_FIELD_CHARACTERS)
+    rows: list[Row] = []
+    names: list[str] | None = None
+    try:
+        for fields in reader:
+            place = f"{path}:{reader.line_num}"
+            if not fields:
+                continue
+            if names is None:
+                names = [name.strip() for name in fields]
+            elif len(fields) > len(names):
+                fact = f"{place} has {len(fields)} fields, and the first line names {len(names)}."
+                raise ConfigError(fact, 'a field that has a comma in it is in quotes: "One, two"')
+            else:
+                rows.append(Row(place, dict(zip(names, fields, strict=False))))
+    except csv.Error as error:
+        raise ConfigError(f"{path}:{reader.line_num} is not CSV: {error}.", "save it as CSV in UTF-8 again") from None
+    return rows
+
+
+def _usual_field(rows: Sequence[Row], path: Path) -> str:
+    """The first of FIELDS that the first row with fields has; ConfigError where it has none of them."""
+    names = next((list(row.value) for row in rows if isinstance(row.value, dict)), None)
+    if names is None:
+        return FIELDS[0]
+    usual = next((name for name in FIELDS if name in names), None)
+    if usual is None:
+        fact = f"{path} has the fields {listed(names, 8)}, and none of {', '.join(FIELDS)}."
+        raise ConfigError(fact, _field_like("prompt", rows) or 'a field "prompt"')
+    return usual
+
+
+def _text(row: Row, field: str, is_chosen: bool) -> str:
+    """The text in a field of a row, or the first question of the conversation there. A row without fields is the text
+    itself, unless the user has chosen one."""
+    value = None if is_chosen else row.value
+    if isinstance(row.value, dict):
+        value = row.value.get(field)
+    if text := _question(value):
+        return text
+    hint = _field_like(field, [row]) or f'{{"{field}": "The capital of France is"}}, or leave it out'
+    raise ConfigError(f'{row.place} has no text under "{field}".', hint)
+
+
+def _question(value: Any) -> str | None:
+    """A text itself, or what is asked first in a conversation: a list of texts, or of turns as OpenAI and ShareGPT have
+    them. None for anything else."""
+    for turn in value if isinstance(value, list) else [value]:
+        if isinstance(turn, str):
+            return turn
+        if isinstance(turn, dict) and turn.get("role", turn.get("from")) in ASKING:
+            content = turn.get("content", turn.get("value"))
+            return content if isinstance(content, str) else None
+    return None
+
+
+def _field_like(field: str, rows: Sequence[Row]) -> str | None:
+    """`prompts.field=` with the name of a field that has a text in the first row, the nearest to `field`."""
+    first = next((row.value for row in rows if isinstance(row.value, dict)), {})
+    names = [name for name, value in first.items() if name and name != field and _question(value)]
+    near = difflib.get_close_matches(field, names, 1, cutoff=0)
+    return for_shell(f"prompts.field={near[0] if near[0].isidentifier() else quoted(near[0])}") if near else None
+
+
+def _content(path: Path) -> str:
+    try:
+        content = _stdin() if path == Path("-") else read_bytes(path)
+        return content.decode(ENCODING)
+    except UnicodeDecodeError as error:
+        hint = f"iconv -f latin1 -t utf-8 {shlex.quote(str(path))} > utf8{path.suffix}; prompts.path=utf8{path.suffix}"
+        raise ConfigError(f"Cannot read the prompts in {path}: {error}.", hint) from None
+    except OSError as error:
+        near = sibling(path)
+        hint = (
+            for_shell(f"prompts.path={near}")
+            if near
+            else "prompts=seed prompts.path=null, or prompts.path= a file of texts"
+        )
+        raise ConfigError(f"Cannot read the prompts in {path}: {error.strerror}.", hint) from None
+
+
+@cache
+def _stdin() -> bytes:
+    """What is piped in, read once for all points of a sweep."""
+    with open(0, "rb", closefd=False) as file:
+        return bounded(file, "stdin")
