@@ -39,7 +39,7 @@ def chats(texts: Sequence[str], system: str | None, folder: Path) -> list[str]:
         return [template.render(messages=[*before, {"role": "user", "content": text}], **known) for text in texts]
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
         reason = str(error) or type(error).__name__
-        hint = "without prompts.system" if system is not None else "prompts.chat=false"
+        hint = "prompts.system=null" if system is not None else "prompts.chat=false"
         raise ConfigError(f"The chat template of {folder} refuses: {reason}.", hint) from None
 
 

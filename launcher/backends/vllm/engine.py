@@ -88,10 +88,9 @@ class VllmConfig(BackendConfig):
             asked = config.quantization.name
         if asked is not None:
             if not on_cuda:
-                raise PlanError(
-                    f"vLLM makes {asked} weights on CUDA only.",
-                    "no quantization, or model.path= with a checkpoint that is quantized already",
-                )
+                plain = "leave backend.extra.quantization out" if method else "quantization=none"
+                hint = f"{plain}, or model.path= with a checkpoint that is quantized already"
+                raise PlanError(f"vLLM makes {asked} weights on CUDA only.", hint)
             stored = QUANTIZATIONS[asked]
         if stored is not None and config.precision is Precision.fp32 and not stored.with_fp32:
             raise PlanError(
