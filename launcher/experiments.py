@@ -12,8 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher.config.compose import compose_run
+from launcher.config.machine import machine_of
 from launcher.config.presets import options
-from launcher.prepare.experiments import machine_of, published_figures
+from launcher.prepare.experiments import published_figures
 from launcher.report.layout import console
 from launcher.report.published_table import LABELS, figure_text
 from launcher.system.terminal import Parser, run_command

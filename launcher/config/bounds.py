@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import math
 import operator
 from typing import TYPE_CHECKING, Any, get_args
 
+from launcher.config.experiment import FIGURES, ExperimentConfig
 from launcher.config.keys import example_of, key_types
+from launcher.config.machine import machine_of
 from launcher.config.options import (
     ANY,
     BOUND,
@@ -71,6 +75,7 @@ is checked where it is not."""
 def check(config: RunConfig) -> None:
     """Raise ConfigError for a value that no run can have."""
     _check_texts(config)
+    _check_experiment(config.experiment)
     bounds = BOUNDS | _check_backend(config.backend)
     for key, value in numbers(config):
         limits = bounds.get(key, ANY)
@@ -90,6 +95,19 @@ def check(config: RunConfig) -> None:
     _check_load(config)
     _check_prompts(config.prompts)
     _check_shared(config.prompts)
+
+
+def _check_experiment(experiment: ExperimentConfig) -> None:
+    """ConfigError for a published figure that is none, or hardware that is not known."""
+    if experiment.hardware is not None:
+        machine_of(experiment.hardware, "experiment.hardware")
+    for figure in experiment.figures:
+        if figure.name not in FIGURES:
+            near = difflib.get_close_matches(figure.name, FIGURES, 1, cutoff=0)[0]
+            fact = f"experiment.figures has {figure.name[:80]}, which is not one of {', '.join(FIGURES)}."
+            raise ConfigError(fact, f"name: {near}")
+        if not (math.isfinite(figure.value) and figure.value > 0):
+            raise ConfigError(f"experiment.figures has {figure.name}={figure.value}.", "a value above 0")
 
 
 def _check_texts(config: RunConfig) -> None:

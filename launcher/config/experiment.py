@@ -8,11 +8,15 @@ from typing import Any
 MISSING: Any = "???"  # how OmegaConf spells a mandatory value
 
 
+FIGURES = ("new_tokens_per_s", "generation_s", "load_s", "user_s", "system_s", "peak_memory_gb")
+"""What is published of a run; the last word is the unit."""
+
+
 @dataclass
 class FigureConfig:
     """One published figure: tokens/s, the time of the whole generation, memory of a device, or another time."""
 
-    name: str = MISSING  # new_tokens_per_s | generation_s | load_s | user_s | system_s | peak_memory_gb
+    name: str = MISSING  # one of FIGURES
     value: float = MISSING
     unit: str = MISSING
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from launcher.config.machine import machine_of
 from launcher.config.schema import ConfigError
 from launcher.prepare.shapes import built_of
 from shards.errors import PlanError
@@ -50,23 +51,18 @@ def check_experiment(config: RunConfig) -> None:
         )
 
 
-def machine_of(experiment_hardware: str) -> tuple[int, str]:
-    """The number of cards and the short name of the card in `2xa6000`."""
-    number, _, card = experiment_hardware.partition("x")
-    return int(number), card
-
-
 def published_plan(config: RunConfig, hardware: str) -> Plan | None:
     """The plan of an experiment on `hardware`.
 
-    None for an engine without a plan, and where it does not fit there.
+    None for an engine without a plan, where it does not fit there, and for a model or prompts of another place.
     """
-    assert config.model.config is not None, "presets of experiments have models whose shapes are known"
+    if config.model.config is None or not config.prompts.texts:
+        return None
     number, card = machine_of(hardware)
     planner = config.backend.planner(config, config.model.config, on_cuda=True)
     if planner is None:
         return None
-    texts = config.prompts.texts or []
+    texts = config.prompts.texts
     try:
         shape = built_of(config.model.config).shape
     except PlanError:  # transformers does not say

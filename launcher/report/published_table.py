@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from launcher.config.compose import compose_run
+from launcher.config.schema import ConfigError
 from launcher.config.values import from_dict
 from launcher.prepare.experiments import PublishedFigure, measured_figure, published_figures
 
@@ -32,7 +34,9 @@ def published_table(record: Record) -> Table | None:
     hardware = config.experiment.hardware or "hardware not named"
     table = Table("figure", f"published ({hardware})", "limit there", "share", "measured here", "limit here", "share")
     is_rehearsal = config.model.config is None
-    preset = compose_run([f"experiment={config.experiment.name}"]) if is_rehearsal else config
+    preset = config
+    with contextlib.suppress(ConfigError):  # of a preset in a folder that is not known any more
+        preset = compose_run([f"experiment={config.experiment.name}"]) if is_rehearsal else config
     for figure in published_figures(preset):
         measured = measured_figure(figure.name, record)
         shown = "-" if measured is None else f"{measured:,.4g} {figure.unit}"

@@ -6,11 +6,12 @@ import pytest
 from running import ROOT, launcher
 
 from launcher.config.compose import compose_run
+from launcher.config.machine import machine_of
 from launcher.config.presets import options
 from launcher.config.schema import ConfigError
 from launcher.config.values import from_dict, to_dict
 from launcher.experiments import main
-from launcher.prepare.experiments import machine_of, published_figures
+from launcher.prepare.experiments import published_figures
 from launcher.prepare.prepare import prepare
 from launcher.report.published_table import LABELS
 from shards.machine.hardware import known_device
