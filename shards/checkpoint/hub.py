@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def resolve(path: str, revision: str | None = None, weights: bool = True) -> Pat
     folder = Path(path).expanduser()
     if path and folder.is_dir():
         return folder
-    if folder.exists() or not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", path):
+    if os.path.lexists(folder) or not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", path):
         raise CheckpointError(
             f"{path} is neither a folder nor the id of a model on the hub.",
             "give a folder that holds config.json, or an id such as tiiuae/falcon-40b",
