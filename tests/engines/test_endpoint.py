@@ -197,7 +197,7 @@ def served(words: str) -> tuple[str, ...]:
 
 
 @pytest.mark.slow
-def test_a_peers_client_measures_an_engine_of_ours(tmp_path: Path) -> None:
+def test_a_peers_client_measures_an_engine_of_ours(reference: FinishedRun, tmp_path: Path) -> None:
     words = [
         "--backend", "openai", "--endpoint", "/v1/completions", "--model", "tiny_llama",
         "--tokenizer", str(ROOT / "launcher" / "models" / "tiny_llama"), "--dataset-name", "random",
@@ -205,7 +205,8 @@ def test_a_peers_client_measures_an_engine_of_ours(tmp_path: Path) -> None:
         "--ignore-eos", "--temperature", "0", "--goodput", "e2el:1e6", "--save-result", "--result-dir", str(tmp_path),
         "--result-filename", "bench.json",
     ]  # fmt: skip
-    with started(tmp_path, *served("backend=fsdp devices=1")) as running:
+    with started(tmp_path, *served("backend=transformers devices=1")) as running:
+        check_answers(running.ask("all at once"), reference)
         ended = run([sys.executable, "-c", BENCH, "--base-url", running.url, *words], timeout=200)
     assert ended.code == 0, ended.err[-2000:]
     result = json.loads((tmp_path / "bench.json").read_text())
@@ -221,7 +222,6 @@ def test_a_peers_client_measures_an_engine_of_ours(tmp_path: Path) -> None:
     [
         ("fsdp", 2),
         ("tensor_parallel", 2),
-        pytest.param("transformers", 1, marks=pytest.mark.slow),
         pytest.param("vllm", 1, marks=pytest.mark.slow),
         pytest.param("fsdp measure.scheduling=static", 2, marks=pytest.mark.slow),
     ],
