@@ -253,7 +253,8 @@ def _settle_scheduling(config: RunConfig, model_config: Mapping[str, Any], notes
 
 
 def model_folder(config: RunConfig) -> Path | None:
-    """The folder of the model on this machine; None where shapes are enough (random weights, dry run)."""
+    """The folder of the model on this machine; None where shapes are enough (random weights, dry run, random tokens for
+    a server)."""
     path = config.model.path
     if path.startswith("embedded:"):
         name = path.removeprefix("embedded:")
@@ -262,7 +263,9 @@ def model_folder(config: RunConfig) -> Path | None:
             near = difflib.get_close_matches(name, known, 1, cutoff=0)[0]
             raise ConfigError(f"There is no embedded model {name!r}.", f"model.path=embedded:{near}")
         return EMBEDDED / name
-    needs_folder = config.model.weights is Weights.auto and not config.dry_run
+    needs_tokenizer = config.prompts.input_tokens is None
+    is_real = config.model.weights is Weights.auto and not config.dry_run
+    needs_folder = is_real and (config.backend.uses_weights or needs_tokenizer)
     if config.model.config and not needs_folder and not Path(path).is_dir():
         return None
     weights = needs_folder and config.backend.uses_weights

@@ -69,6 +69,12 @@ def test_failed_requests_are_counted_named_and_kept(server: FakeServer, tmp_path
 BUSY = '{"error": {"message": "not you, None"}}'
 
 
+def test_random_tokens_need_nothing_of_the_model_but_its_vocabulary(server: FakeServer, tmp_path: Path) -> None:
+    ended, run_dir = run(tmp_path, f"backend.url={server.url('ok')}", "model=llama2_7b", "prompts.count=4")
+    assert ended.code == 0, ended.err
+    assert [item.text for item in run_dir.read_completions()] == [""] * 4
+
+
 def test_the_time_of_a_repeat_is_that_of_its_requests(server: FakeServer, tmp_path: Path) -> None:
     ended, run_dir = run(tmp_path, f"backend.url={server.url('slow_metrics')}", "prompts.count=4", "measure.warmup=0")
     assert ended.code == 0, ended.err
