@@ -38,6 +38,8 @@ def show(runs: Sequence[FinishedRun], out: Console) -> list[Comparison]:
             out.print(escape(f"{other} against {base}: {_quality(runs[0], runs[names.index(other)], comparison)}"))
         if (cost := comparison.serving_cost) is not None:
             line = f"serving (HTTP, the server's scheduler, the client) costs {cost:.1%} of the engine's tokens/s"
+            if cost < 0:
+                line = f"behind the server the engine is {-cost:.1%} faster than in process"
             out.print(escape(f"{other} against {base}: {line}"), soft_wrap=True)
     if any(run.record.devices for run in runs):
         out.print(devices(runs, names, out))
