@@ -5,16 +5,16 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from launcher.backends.base import Completion, DeviceMemory, Generation
 from launcher.config.options import NOT_NEGATIVE, SECONDS, choice, number
-from launcher.config.schema import BackendConfig
+from launcher.config.schema import BackendConfig, ConfigError
 from shards.engines.dummy import DummyPlanner
 from shards.plan.request import EnginePlanner
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from launcher.backends.base import OnStep, Prompt
     from launcher.config.schema import RunConfig, SamplingConfig
@@ -38,6 +38,11 @@ class DummyConfig(BackendConfig):
     fail_at: str = choice("", "load", "generate", "hang")  # hang: the last rank never returns from generate
     fail_after: int = number(0, NOT_NEGATIVE)  # calls of generate that go well before
     memory_batch: int | None = number(None, NOT_NEGATIVE)  # the largest batch for which its memory is enough
+
+    def refuse(self, config: RunConfig, model_config: Mapping[str, Any], on_cuda: bool, longest: int) -> None:
+        if self.fail_after and not self.fail_at:
+            fact = f"backend.fail_after={self.fail_after} is read with backend.fail_at= only."
+            raise ConfigError(fact, "backend.fail_at=generate")
 
 
 class OutOfMemoryError(RuntimeError):

@@ -221,7 +221,7 @@ def test_headers_are_read_as_the_safetensors_library_reads_them(
             pass
 
 
-@fuzz(3, 150)
+@fuzz(3, 200)
 @given(content=mutated({"metadata": {"total_size": 9}, "weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}))
 def test_indexes(offline: Path, content: bytes) -> None:
     (offline / "model.safetensors.index.json").write_bytes(content)
@@ -244,7 +244,7 @@ def prompt_files(draw: st.DrawFn) -> tuple[str, bytes]:
     return name, b"\n".join(draw(st.lists(mutated(row), max_size=3)))
 
 
-@fuzz(4, 300)
+@fuzz(4, 340)
 @given(file=prompt_files(), field=st.sampled_from([None, None, None, "prompt", "id", "x"]))
 def test_prompt_files(offline: Path, file: tuple[str, bytes], field: str | None) -> None:
     name, content = file
@@ -343,7 +343,7 @@ EXPERIMENT = {
 }  # fmt: skip
 
 
-@fuzz(7, 120)
+@fuzz(7, 30)
 @given(content=mutated(EXPERIMENT))
 def test_experiments(offline: Path, content: bytes) -> None:
     """A preset of the user's own, as the list of experiments and a run have it."""

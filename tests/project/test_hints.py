@@ -228,7 +228,9 @@ CASES: tuple[tuple[Check, list[str]], ...] = (
             *(("launch=slurm", f"cluster.{name}") for name in (
                 "partition='a b'", "mem=\"' '\"", "time=7200", "gpus_flag=x", "extra=[exclusive]", "srun=[mpi none]",
                 "environment.a-b=1",
-            )), ("launch=slurm", "cluster.time='1:00'"),
+            )), ("launch=slurm", "cluster.time='1:00'"), ("backend.fail_after=2",),
+            ("launch=slurm", "cluster.gpus_flag=none", "cluster.gpu_type=a6000"),
+            ("launch=slurm", "cluster.requeue=false", "cluster.max_requeues=3"),
         )
     ),
     (prepared, ["backend=fsdp", "accelerator=cuda"]),

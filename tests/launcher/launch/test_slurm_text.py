@@ -220,6 +220,14 @@ def test_how_gpus_are_asked_for(cluster: ClusterConfig, on_cuda: bool, expected:
         ),
         (ClusterConfig(gpus_flag="gpu"), "cluster.gpus_flag=gpu is not known. HINT: cluster.gpus_flag=gpus-per-node"),
         (
+            ClusterConfig(gpus_flag="none", gpu_type="a6000"),
+            "cluster.gpu_type=a6000 is not read with cluster.gpus_flag=none. HINT: cluster.gpus_flag=gpus-per-node",
+        ),
+        (
+            ClusterConfig(requeue=False, max_requeues=3),
+            "cluster.max_requeues=3 is not read with cluster.requeue=false. HINT: cluster.requeue=true",
+        ),
+        (
             ClusterConfig(environment={"A-B": "1"}),
             "cluster.environment.A-B: 'A-B' is no name of a variable. HINT: cluster.environment.A_B=1",
         ),
