@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -20,6 +21,7 @@ from launcher.config.formats import WeightFormat, Weights
 from launcher.config.schema import DEFAULT_PREFILL_TOKENS
 from shards.checkpoint.checkpoint import Checkpoint
 from shards.errors import PlanError
+from shards.load.adapter import read_adapter
 from shards.load.blocks import local_bytes, local_tensor
 from shards.load.load import load_weights
 from shards.load.meta import build_meta
@@ -34,7 +36,6 @@ from shards.parallel.tensor_parallel import VocabularyHead
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from launcher.backends.base import DeviceMemory, Generation, OnStep, Prompt
     from launcher.config.schema import RunConfig, SamplingConfig
@@ -132,7 +133,9 @@ class ModuleBackend(ABC):
             fill_random(model, self.config.seed, self.device, progress)
         else:
             self.checkpoint = Checkpoint.open(self.config.model.path)
-            self.mapped_files = load_weights(model, self.checkpoint, self.device, progress).mapped_files
+            folder = self.config.adapter.path
+            adapter = read_adapter(Path(folder)) if folder else None
+            self.mapped_files = load_weights(model, self.checkpoint, self.device, progress, adapter).mapped_files
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Generation:
         generation = self.decoder.generate(prompts, sampling, on_step)

@@ -153,6 +153,11 @@ class ModelConfig:
 
 
 @dataclass
+class AdapterConfig:
+    path: str | None = None  # a folder that peft has saved, or embedded:NAME: a LoRA adapter to merge into the weights
+
+
+@dataclass
 class PromptsConfig:
     name: str = MISSING
     texts: list[str] | None = None
@@ -236,6 +241,7 @@ class RunConfig:
     prompts: PromptsConfig = MISSING
     precision: Precision = Precision.fp32
     quantization: WeightFormat = WeightFormat.none
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     devices: int = 2
     num_nodes: int = 1
     accelerator: Accelerator = Accelerator.auto

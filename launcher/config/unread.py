@@ -27,6 +27,7 @@ def check_read(config: RunConfig, given: Collection[str]) -> None:
     _check_launch(config)
     _check_sampling(config, given)
     _check_profile(config)
+    _check_adapter(config)
     if config.measure.quality is not None and not config.backend.can_score:
         fact = f"measure.quality={config.measure.quality}, and backend={config.backend.name} foretells no text."
         raise ConfigError(fact, "measure.quality=null, or backend=fsdp")
@@ -67,6 +68,18 @@ def _check_sampling(config: RunConfig, given: Collection[str]) -> None:
         raise ConfigError(f"sampling.max_new_tokens={asked} {fact}", f"prompts.output_tokens={asked}")
     if "sampling.ignore_eos" in given and not sampling.ignore_eos:
         raise ConfigError(f"sampling.ignore_eos=false {fact}", "prompts.output_tokens=null")
+
+
+def _check_adapter(config: RunConfig) -> None:
+    path = config.adapter.path
+    if path is None:
+        return
+    if not config.backend.loads_by_name:
+        fact = f"adapter.path={path}, and backend={config.backend.name} merges no adapter."
+        raise ConfigError(fact, "adapter.path=null, or backend=fsdp")
+    if config.model.weights is Weights.random:
+        fact = f"adapter.path={path} is for weights that were trained, and model.weights=random are not."
+        raise ConfigError(fact, "adapter.path=null")
 
 
 def _check_profile(config: RunConfig) -> None:

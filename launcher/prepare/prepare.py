@@ -25,6 +25,8 @@ from launcher.prepare.shapes import built_of, config_of
 from launcher.prompts.prompts import check_context, guessed_prompts, has_tokenizer, load_prompts, sampling_of
 from launcher.prompts.quality import windows
 from launcher.run_dir.run import Run
+from launcher.system.files import absolute
+from shards.checkpoint.adapter_config import read_config
 from shards.checkpoint.checkpoint import Checkpoint, has_weights, is_derived
 from shards.checkpoint.hub import resolve
 from shards.machine.cards import SEE_ALL_CARDS, cuda_devices
@@ -57,7 +59,7 @@ def prepare(config: RunConfig, command: tuple[str, ...], given: Sequence[Prompt]
     config, notes = config.backend.settle(config, on_cuda)
     folder = model_folder(config)
     model_config = _model_config(config, folder)
-    config = _settle_scheduling(config, model_config, notes)
+    config = _with_adapter(_settle_scheduling(config, model_config, notes))
     fields = ConfigFields(model_config)
     vocab_size = fields.size("vocab_size")
     tensors = None
@@ -250,6 +252,16 @@ def _settle_scheduling(config: RunConfig, model_config: Mapping[str, Any], notes
         return config
     notes.append(f"measure.scheduling=static: {why}")
     return replace(config, measure=replace(config.measure, scheduling=Scheduling.static))
+
+
+def _with_adapter(config: RunConfig) -> RunConfig:
+    """The run with the folder of its adapter, which must be one that can be merged."""
+    path = config.adapter.path
+    if path is None:
+        return config
+    folder = EMBEDDED / path.removeprefix("embedded:") if path.startswith("embedded:") else absolute(Path(path))
+    read_config(folder)
+    return replace(config, adapter=replace(config.adapter, path=str(folder)))
 
 
 def model_folder(config: RunConfig) -> Path | None:

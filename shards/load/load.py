@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from shards.checkpoint.tensor_files import TensorEntry
+    from shards.load.adapter import Adapter
     from shards.load.slices import Progress
 
 
@@ -52,27 +53,40 @@ def load_weights(
     checkpoint: Checkpoint,
     device: torch.device | str,
     progress: Progress = lambda done, total: None,
+    adapter: Adapter | None = None,
 ) -> LoadStats:
     """Fill every parameter and buffer of `model`, plain or DTensor, with this rank's part of `checkpoint`.
 
     Tensors on meta come to `device`; tied ones stay tied; buffers that no checkpoint holds are computed. Only the
     bytes of the local shards are read. On a CPU, a local part whose bytes lie in the file as the model needs them is
-    the file itself, mapped. Names and shapes are checked before anything is allocated or read.
+    the file itself, mapped. Names and shapes are checked before anything is allocated or read. An `adapter` is added to
+    the matrices that it is for.
     """
     began = time.perf_counter()
     if checkpoint.legacy and not checkpoint.tensors:
         checkpoint = Checkpoint.open(checkpoint.folder, read_torch_file)
     found = _match(model, checkpoint)
+    adapted = set(adapter.factors) if adapter else set()
+    if adapter is not None:
+        adapter.check({whole(name, tensor)[0]: whole(name, tensor)[1] for name, tensor in stored_tensors(model)})
     materialize(model, device)
     packed = packed_layers(model)
     tensors = {name: tensor for name, tensor in stored_tensors(model) if whole(name, tensor)[0] not in packed}
     with OpenFiles(checkpoint) as files:
-        targets = [target for name, tensor in tensors.items() for target in _targets(files, found[name][0], tensor)]
+        targets = [
+            target
+            for name, tensor in tensors.items()
+            for target in _targets(files, found[name][0], tensor, may_map=whole(name, tensor)[0] not in adapted)
+        ]
         later = sum(map(part_bytes, packed.values()))
         bytes_read = read_targets(files, targets, lambda done, total: progress(done, total + later))
         bytes_read += sum(_check_copies(files, found[name], tensor) for name, tensor in tensors.items())
+        if adapter is not None:
+            for name, tensor in tensors.items():
+                adapter.add(whole(name, tensor)[0], *local_block(tensor))
         entries = {name: found[name][0] for name in packed}
-        bytes_read += _read_packed(files, entries, packed, lambda done: progress(bytes_read + done, bytes_read + later))
+        plain = bytes_read
+        bytes_read += _read_packed(files, entries, packed, adapter, lambda done: progress(plain + done, plain + later))
     mapped = frozenset(target.entry.file for target in targets if target.mapped)
     return LoadStats(bytes_read, local_bytes(model), time.perf_counter() - began, mapped)
 
@@ -98,6 +112,7 @@ def _read_packed(
     files: OpenFiles,
     entries: Mapping[str, TensorEntry],
     layers: dict[str, nn.Module],
+    adapter: Adapter | None,
     progress: Callable[[int], None],
 ) -> int:
     """Read this rank's parts of the matrices of layers, some at a time, and keep what their quantizers make of them.
@@ -105,7 +120,7 @@ def _read_packed(
     Gives the bytes read.
     """
     bytes_read = done = 0
-    waiting: list[tuple[nn.Module, torch.Tensor]] = []
+    waiting: list[tuple[str, tuple[int, ...], torch.Tensor]] = []
     targets: list[Target] = []
     last = next(reversed(layers), None)
     for name, layer in layers.items():
@@ -115,12 +130,14 @@ def _read_packed(
             targets += part_targets(entry, start, values)
         else:
             targets.append(Target(entry, start, values))
-        waiting.append((layer, values))
-        if name != last and sum(tensor.nbytes for _, tensor in waiting) < UNPACKED_BYTES:
+        waiting.append((name, start, values))
+        if name != last and sum(tensor.nbytes for *_, tensor in waiting) < UNPACKED_BYTES:
             continue
         bytes_read += read_targets(files, targets)
-        for layer_read, values_read in waiting:
-            layer_read.quantizer.pack(layer_read, values_read)
+        for name_read, begin, values_read in waiting:
+            if adapter is not None:
+                adapter.add(name_read, begin, values_read)
+            layers[name_read].quantizer.pack(layers[name_read], values_read)
             done += values_read.nbytes
         waiting, targets = [], []
         progress(done)
@@ -142,14 +159,14 @@ def _check_dtype(entry: TensorEntry, dtype: torch.dtype) -> None:
         )
 
 
-def _targets(files: OpenFiles, entry: TensorEntry, tensor: torch.Tensor) -> list[Target]:
-    """What is to be read for a tensor, which is put into the mapped file where that serves it."""
+def _targets(files: OpenFiles, entry: TensorEntry, tensor: torch.Tensor, may_map: bool) -> list[Target]:
+    """What is to be read for a tensor, which is put into the mapped file where that serves it and `may_map`."""
     start, local = local_block(tensor)
     if isinstance(entry, MergedEntry):
         return list(part_targets(entry, start, local))
     target = Target(entry, start, local)
     is_part = not isinstance(tensor, DTensor) and local.untyped_storage().nbytes() > local.nbytes
-    mapped = None if is_part else map_target(files, target)
+    mapped = None if is_part or not may_map else map_target(files, target)
     if mapped is None:
         return [target]
     if isinstance(tensor, DTensor):

@@ -1,0 +1,43 @@
+"""The folder of a LoRA adapter as peft saves it, and what of it can be merged here. No torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from shards.errors import CheckpointError
+from shards.untrusted_files import read_json
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+NOT_MERGED = {
+    "use_dora": "DoRA", "modules_to_save": "modules_to_save", "fan_in_fan_out": "fan_in_fan_out",
+    "alpha_pattern": "alpha_pattern", "trainable_token_indices": "trainable_token_indices", "lora_bias": "lora_bias",
+    "target_parameters": "target_parameters",
+}  # fmt: skip
+"""Settings of peft that change more than two factors for each matrix, and what they are called."""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The adapter_config.json of a folder; CheckpointError for no adapter, or one that is not merged here."""
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder} has no {' and no '.join(missing)}.", "a folder that peft has saved")
+    config = read_json(folder / CONFIG, CheckpointError, "save the adapter again")
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise CheckpointError(f"{folder} is an adapter of type {kind}, not LORA.", "an adapter of type LORA")
+    others = [name for key, name in NOT_MERGED.items() if config.get(key)]
+    if config.get("bias", "none") != "none":
+        others.append(f"bias={config['bias']}")
+    if others:
+        raise CheckpointError(
+            f"{folder} has {', '.join(others)}, which is not merged here.",
+            "merge it with peft and run that",
+        )
+    alpha = config.get("lora_alpha")
+    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
+        raise CheckpointError(f"{folder / CONFIG} has lora_alpha={alpha!r}, not a number.", "save the adapter again")
+    loaded: dict[str, Any] = config
+    return loaded

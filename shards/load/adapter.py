@@ -1,0 +1,81 @@
+"""A LoRA adapter that is merged into the weights of a model while they are read: each rank adds to its own part."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file
+
+from shards.checkpoint.adapter_config import CONFIG, WEIGHTS, read_config
+from shards.checkpoint.tensor_files import read_safetensors
+from shards.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+FACTOR = re.compile(r"^base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight$")
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """The two factors of each matrix by its name in the model: what is added is `scale * B @ A`, with A of
+    [r, inputs] and B of [outputs, r]. Source: "LoRA", https://arxiv.org/abs/2106.09685, section 4.1.
+    """
+
+    folder: Path
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor, float]]
+
+    def add(self, name: str, start: tuple[int, ...], values: torch.Tensor) -> None:
+        """Add to `values`, the part of matrix `name` that begins at `start`, what the adapter has for it."""
+        if name not in self.factors or not values.numel():
+            return
+        inward, outward, scale = self.factors[name]
+        rows = outward[start[0] : start[0] + values.shape[0]].to(values.device)
+        columns = inward[:, start[1] : start[1] + values.shape[1]].to(values.device)
+        values.copy_((values.float() + scale * (rows.float() @ columns.float())).to(values.dtype))
+
+    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """CheckpointError where the adapter is not of a model with matrices of these shapes."""
+        for name, (inward, outward, _) in self.factors.items():
+            shape = shapes.get(name)
+            if shape is None:
+                raise CheckpointError(
+                    f"{self.folder} is for {name}, which the model does not have.",
+                    "the adapter of this model",
+                )
+            if shape != (outward.shape[0], inward.shape[1]):
+                has = f"{outward.shape[0]} x {inward.shape[1]}"
+                raise CheckpointError(
+                    f"{self.folder} has {has} for {name}, which has {' x '.join(map(str, shape))}.",
+                    "the adapter of this model",
+                )
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """The adapter that peft has saved in a folder; CheckpointError for another kind than LoRA of linear layers."""
+    config = read_config(folder)
+    read_safetensors(folder / WEIGHTS)  # whose checks are in words
+    tensors = load_file(folder / WEIGHTS)
+    factors: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        found = FACTOR.match(name)
+        if found is None or tensor.dim() != 2:
+            raise CheckpointError(f"{folder / WEIGHTS} has {name}, which is no factor of LoRA.", f"see {CONFIG}")
+        factors.setdefault(f"{found.group(1)}.weight", {})[found.group(2)] = tensor
+    return Adapter(folder, {name: _pair(folder, name, pair, config) for name, pair in factors.items()})
+
+
+def _pair(
+    folder: Path, name: str, pair: dict[str, torch.Tensor], config: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Both factors of a matrix and their scale."""
+    if pair.keys() != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
+        raise CheckpointError(f"{folder / WEIGHTS} has no pair of factors for {name}.", "save the adapter again")
+    rank = pair["A"].shape[0]
+    alpha = config.get("lora_alpha") or rank
+    return pair["A"], pair["B"], alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
