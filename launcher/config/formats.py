@@ -1,7 +1,8 @@
-"""The formats in which weights can be held. Standard library only."""
+"""Where weights come from, how they are held, and what is merged into them. Standard library only."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 
 
@@ -24,3 +25,8 @@ class Weights(Enum):
 
     auto = "auto"
     random = "random"
+
+
+@dataclass
+class AdapterConfig:
+    path: str | None = None  # a folder that peft has saved, or embedded:NAME: a LoRA adapter to merge into the weights

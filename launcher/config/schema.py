@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from launcher.config.device import CostConfig, DeviceConfig
 from launcher.config.experiment import MISSING, ExperimentConfig
-from launcher.config.formats import WeightFormat, Weights
+from launcher.config.formats import AdapterConfig, WeightFormat, Weights
 from launcher.config.serving import LoadConfig, ServerConfig, SloConfig
 from shards.errors import UserError
 from shards.model.quantization import QUANTIZATIONS, Quantization
@@ -150,11 +150,6 @@ class ModelConfig:
     weights: Weights = Weights.auto
     trust_remote_code: bool = False
     config: dict[str, Any] | None = None  # a transformers config, for a model that is not on this machine
-
-
-@dataclass
-class AdapterConfig:
-    path: str | None = None  # a folder that peft has saved, or embedded:NAME: a LoRA adapter to merge into the weights
 
 
 @dataclass
