@@ -71,15 +71,19 @@ class Result:
 def steps(out: Path, rehearse: bool, cards: int) -> list[Step]:
     """All that is to be done on a machine with so many cards, in this order."""
     doctor = ("-m", "launcher.doctor", "--json", *(("--timeout", "5") if rehearse else ()))
-    probe = ("-m", "launcher.probe", *(("accelerator=cpu", "devices=1") if rehearse else ()))
     tests = ("-m", "pytest", "-q", "-o", "addopts=-ra", "-p", "no:cacheprovider", "tests/engines/test_gpu.py")
+    place = "accelerator=cpu" if rehearse else "accelerator=cuda"
+    rates = [  # of one card and of two, which share links: a run takes those of as many as it has
+        Step(f"probe_x{count}", (sys.executable, "-m", "launcher.probe", place, f"devices={count}"), 60, words=4)
+        for count in (1, 2)[: max(cards, 1)]
+    ]
     found = [
         Step("doctor", (sys.executable, *doctor), needs_s=60),
-        Step("probe", (sys.executable, *probe), needs_s=60, words=4),
+        *rates,
         *(_run(point, out, rehearse) for point in points(rehearse, cards)),
     ]
     if importlib.util.find_spec("pytest"):
-        found.insert(2, Step("tests", (sys.executable, *tests), needs_s=300))
+        found.insert(1 + len(rates), Step("tests", (sys.executable, *tests), needs_s=300))
     return found
 
 

@@ -43,7 +43,7 @@ def test_its_steps_go_through_and_are_not_made_twice(tmp_path: Path) -> None:
     text = (tmp_path / "table.md").read_text()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
     runs = ["tiny_falcon_transformers_x1_b1", "tiny_llama_fsdp_x2_b2"]
-    assert [row[:3] for row in cells[2:7]] == [[name, "ok", "1"] for name in ("doctor", "probe", "tests", *runs)]
+    assert [row[:3] for row in cells[2:7]] == [[name, "ok", "1"] for name in ("doctor", "probe_x1", "tests", *runs)]
     assert "GB/s" in cells[3][4]
     for row in cells[9:]:
         name, ours, plain, ratio, *_, weights, cache, peak, peak_of_plain, same = row
@@ -127,7 +127,8 @@ def test_the_runs_on_cards_compose_and_fit_or_are_refused(tmp_path: Path, monkey
     assert alone == together[: len(alone)]
     assert {point.devices for point in together[len(alone) :]} == {2}
     names = [step.name for step in steps(tmp_path, False, 2)]
-    assert names[:3] == ["doctor", "probe", "tests"]
+    assert names[:4] == ["doctor", "probe_x1", "probe_x2", "tests"]
+    assert [step.name for step in steps(tmp_path, False, 1)][:3] == ["doctor", "probe_x1", "tests"]
     assert len(set(names)) == len(names)
     for point in {(point.engine, point.devices): point for point in together}.values():
         [step] = [step for step in steps(tmp_path, False, 2) if step.point == point]
