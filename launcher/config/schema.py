@@ -11,6 +11,7 @@ from launcher.config.experiment import MISSING, ExperimentConfig
 from launcher.config.formats import AdapterConfig, WeightFormat, Weights
 from launcher.config.serving import LoadConfig, ServerConfig, SloConfig
 from shards.errors import UserError
+from shards.machine.interpreter import pip_install
 from shards.model.quantization import QUANTIZATIONS, Quantization
 from shards.plan.request import EnginePlanner
 
@@ -105,7 +106,7 @@ class BackendConfig:
         """The command that installs the engine's packages, or only those that are `missing`."""
         if cls.pip_extra is None:
             return f"pip install {' '.join(missing or cls.modules())}"
-        return f'pip install -e ".[{cls.pip_extra}]"'
+        return pip_install(cls.pip_extra)
 
     @classmethod
     def reads(cls, quantization: Quantization) -> bool:

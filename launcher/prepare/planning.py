@@ -21,6 +21,7 @@ from launcher.prompts.prompts import sampling_of
 from shards.engines.base import ModulePlanner
 from shards.errors import PlanError
 from shards.machine.hardware import CPU, GIB, Device, Link, known_device, known_link, usual_link
+from shards.machine.interpreter import pip_install
 from shards.machine.rates import this_machine
 from shards.machine.world import World
 from shards.model.quantization import Quantization
@@ -159,7 +160,7 @@ def _check_quantization(config: RunConfig) -> None:
             f"backend={able[0]}",
         )
     if name in OF_BITSANDBYTES and backend.python is None and importlib.util.find_spec("bitsandbytes") is None:
-        raise PlanError(f"quantization={name} needs bitsandbytes.", 'pip install -e ".[quantization]"')
+        raise PlanError(f"quantization={name} needs bitsandbytes.", pip_install("quantization"))
 
 
 def _devices(config: RunConfig, on_cuda: bool) -> tuple[Device, Link | None]:

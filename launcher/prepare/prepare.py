@@ -168,7 +168,8 @@ def _check_packages(config: RunConfig) -> None:
             return
         key = "backend.python" if python else "cluster.python"
         python = python or config.cluster.python
-    if missing := _missing(backend.modules(), python, key):
+    needed = (*backend.modules(), "torch") if config.world_size > 1 else backend.modules()  # torchrun starts several
+    if missing := _missing(tuple(dict.fromkeys(needed)), python, key):
         where = "here" if python is None else f"for {python}"
         raise ConfigError(
             f"backend={backend.name} needs {', '.join(missing)}, which is not installed {where}.",

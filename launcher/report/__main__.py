@@ -19,6 +19,7 @@ from launcher.system.files import write_text
 from launcher.system.terminal import Parser, run_command
 from launcher.version import __version__
 from shards.errors import UserError
+from shards.machine.interpreter import pip_install
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -84,7 +85,7 @@ def write_page(
     try:
         sections = importlib.import_module("launcher.report.sections")
     except ModuleNotFoundError as error:
-        raise UserError(f"Figures need {error.name}, which is not installed.", 'pip install -e ".[report]"') from None
+        raise UserError(f"Figures need {error.name}, which is not installed.", pip_install("report")) from None
     figures = importlib.import_module("launcher.report.figures")
     records = [record for _, record in runs]
     references = {folder: references_in(folder) for folder in {run_dir.path.parent for run_dir, _ in runs}}

