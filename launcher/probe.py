@@ -71,16 +71,16 @@ def parse(argv: Sequence[str]) -> tuple[int, str]:
     accelerator = values.get("accelerator", "auto")
     if accelerator not in Accelerator.__members__:
         raise wrong_value("accelerator", accelerator, Accelerator)
-    found = () if accelerator == "cpu" else cuda_devices(os.environ)
-    if accelerator == "cuda" and not found:
+    cards = () if accelerator == "cpu" else cuda_devices(os.environ)
+    if accelerator == "cuda" and not cards:
         raise ConfigError("accelerator=cuda, and no CUDA device can be seen.", "accelerator=cpu")
-    accelerator = "cuda" if found else "cpu"
-    devices = values.get("devices", str(len(found) if accelerator == "cuda" else 1))
+    accelerator = "cuda" if cards else "cpu"
+    devices = values.get("devices", str(len(cards) if accelerator == "cuda" else 1))
     if not devices.isascii() or not devices.isdigit() or int(devices) < 1:
         raise ConfigError(f"devices={devices} is not a whole number above 0.", "devices=2")
-    if accelerator == "cuda" and int(devices) > len(found):
-        fewer = f"devices={len(found)}, or accelerator=cpu"
-        raise ConfigError(f"devices={devices}, and {len(found)} CUDA devices can be seen.", fewer)
+    if accelerator == "cuda" and int(devices) > len(cards):
+        fewer = f"devices={len(cards)}, or accelerator=cpu"
+        raise ConfigError(f"devices={devices}, and {len(cards)} CUDA devices can be seen.", fewer)
     return int(devices), accelerator
 
 
@@ -120,14 +120,14 @@ def lines(measured: Measured) -> list[str]:
     """The figures for people."""
     device, link = measured.device, measured.link
     rates = (device.bandwidth or 0, device.flops_16 or 0, device.flops_32 or 0)
-    found = [
+    rows = [
         f"{measured.num_devices} x {device.name}, all at once",
         f"memory: {rates[0] / 1e9:,.1f} GB/s",
         f"matmul: {rates[1] / 1e12:,.2f} TFLOP/s in bfloat16, {rates[2] / 1e12:,.2f} in float32",
     ]
     if link is not None:
-        found.append(f"link, {link.name}: {link.bandwidth / 1e9:,.2f} GB/s, all-reduce {link.latency_s * 1e6:,.0f} us")
-    return found
+        rows.append(f"link, {link.name}: {link.bandwidth / 1e9:,.2f} GB/s, all-reduce {link.latency_s * 1e6:,.0f} us")
+    return rows
 
 
 if __name__ == "__main__":

@@ -50,10 +50,10 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 def objections(before: FinishedRun, again: FinishedRun, changes: Changes) -> list[str]:
     """What of the second run is not as in the first."""
     comparison = compare(before, again)
-    found = [f"{change.name} is {change.verdict}" for change in changes.figures if change.is_different]
+    differences = [f"{change.name} is {change.verdict}" for change in changes.figures if change.is_different]
     if (others := comparison.prompts - comparison.matching) > 0:
-        found.insert(0, f"{others} of {comparison.prompts} answers have other tokens")
-    return found
+        differences.insert(0, f"{others} of {comparison.prompts} answers have other tokens")
+    return differences
 
 
 def main(argv: Sequence[str] | None = None) -> int:

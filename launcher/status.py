@@ -108,12 +108,12 @@ def points_in(path: Path) -> list[Point]:
 
 
 def _jobs(points: Sequence[Point]) -> dict[str, RunDir]:
-    found = {}
+    jobs_of = {}
     for point in points:
         with contextlib.suppress(UserError):  # `_record` says it
             if point.run_dir is not None and (job := point.run_dir.read_job()) is not None:
-                found[job] = point.run_dir
-    return found
+                jobs_of[job] = point.run_dir
+    return jobs_of
 
 
 def _show(points: Sequence[Point], only_json: bool) -> int:

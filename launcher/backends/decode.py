@@ -64,8 +64,8 @@ class Decoder:
             inputs = chosen[:, None]
         for place, held in cache_bytes(cache).items():
             self.kv_cache_bytes[place] = max(self.kv_cache_bytes.get(place, 0), held)
-        made = torch.stack(tokens, 1), torch.stack(gaps, 1)
-        return _generation(prompts, *made, clock.marks(), set(eos.tolist()))
+        outputs = torch.stack(tokens, 1), torch.stack(gaps, 1)
+        return _generation(prompts, *outputs, clock.marks(), set(eos.tolist()))
 
     def _forward(self, inputs: torch.Tensor, batch: _Batch, step: int, cache: DynamicCache) -> torch.Tensor:
         """Logits [rows, vocabulary] of the last position, float32."""
@@ -101,10 +101,12 @@ class _Batch:
         width = max(map(len, rows))
         input_ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
         lengths = torch.tensor([len(row) for row in rows])
-        place = torch.arange(width + max_new_tokens) - (width - lengths)[:, None]
-        mask = (place >= 0).long()
+        positions = torch.arange(width + max_new_tokens) - (width - lengths)[:, None]
+        mask = (positions >= 0).long()
         is_padded = min(map(len, rows)) < width
-        return cls(len(rows), width, is_padded, input_ids.to(device), mask.to(device), place.clamp(min=0).to(device))
+        return cls(
+            len(rows), width, is_padded, input_ids.to(device), mask.to(device), positions.clamp(min=0).to(device)
+        )
 
 
 def _generation(
@@ -137,16 +139,16 @@ def _generation(
 
 def cache_bytes(cache: DynamicCache) -> dict[torch.device, int]:
     """Bytes of the keys and values that a cache holds, by device."""
-    held: dict[torch.device, int] = {}
+    nbytes: dict[torch.device, int] = {}
     for layer in cache.layers:
         for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
             if tensor is not None:
-                held[tensor.device] = held.get(tensor.device, 0) + tensor.nbytes
-    return held
+                nbytes[tensor.device] = nbytes.get(tensor.device, 0) + tensor.nbytes
+    return nbytes
 
 
 def eos_token_ids(model: Any) -> tuple[int, ...]:
     """The EOS ids of a model, as its generation config or its config names them."""
-    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    found = model.config.eos_token_id if found is None else found
-    return tuple(found) if isinstance(found, list | tuple) else () if found is None else (int(found),)
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    eos = model.config.eos_token_id if eos is None else eos
+    return tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (int(eos),)

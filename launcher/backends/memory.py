@@ -174,8 +174,8 @@ def nvml_used(uuid: str, reasons: dict[str, str]) -> int | None:
 
 
 def _live_tensor_bytes() -> int:
-    found = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
-    on_cpu = [tensor for tensor in found if tensor.device.type == "cpu"]
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    on_cpu = [tensor for tensor in tensors if tensor.device.type == "cpu"]
     packed = sum(tensor.nbytes for tensor in on_cpu if tensor.layout is torch._mkldnn)
     return packed + storage_bytes(tensor for tensor in on_cpu if tensor.layout is torch.strided)
 

@@ -102,9 +102,9 @@ class ModuleBackend(ABC):
         """The tensors of this process are the share that the plan gave it; an engine that did not shard ends here."""
         shares = [device.parameter_bytes for device in plan.devices]
         planned = shares[self.world.rank] if self.config.backend.one_process_per_device else sum(shares)
-        held = sum(local_tensor(parameter).nbytes for parameter in self.model.parameters())
+        nbytes = sum(local_tensor(parameter).nbytes for parameter in self.model.parameters())
         tolerance = plan_tolerance(getattr(self.model.config, "model_type", None))
-        check_share(self.world.rank, held, planned, plan.num_parameters * self.dtype.itemsize, tolerance)
+        check_share(self.world.rank, nbytes, planned, plan.num_parameters * self.dtype.itemsize, tolerance)
 
     def meta_model(self) -> torch.nn.Module:
         """The model without memory, from the folder of the checkpoint or the shapes of the configuration."""

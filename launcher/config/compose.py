@@ -53,8 +53,8 @@ def typed(composed: DictConfig, config_dirs: Sequence[str]) -> RunConfig:
     """What was composed as dataclasses; ConfigError for a key that they do not have."""
     kind = OmegaConf.get_type(composed, "backend") or BackendConfig
     tree = cast("dict[str, Any]", OmegaConf.to_container(composed))
-    own = tree.pop("backend", None) or {}
-    unknown = [*strays(tree, RunConfig), *strays(own, kind, "backend.")]
+    options = tree.pop("backend", None) or {}
+    unknown = [*strays(tree, RunConfig), *strays(options, kind, "backend.")]
     if unknown:
         raise in_file(unknown_key(unknown[0], engine_of(kind)), unknown[0], config_dirs)
     return cast("RunConfig", OmegaConf.to_object(composed))

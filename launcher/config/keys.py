@@ -46,13 +46,13 @@ SAME_VALUES = {"gpu": "cuda", "float": "fp32", "half": "fp16"}
 def key_types(kind: type, prefix: str = "") -> dict[str, Any]:
     """The type of every key of a dataclass, at every depth, by its dotted path."""
     hints = get_type_hints(kind)
-    found: dict[str, Any] = {}
+    types: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
         path, hint = prefix + field.name, without_none(hints[field.name])
-        found[path] = hint
+        types[path] = hint
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            found |= key_types(hint, f"{path}.")
-    return found
+            types |= key_types(hint, f"{path}.")
+    return types
 
 
 @cache
@@ -110,14 +110,14 @@ def unknown_key(key: str, engine: str | None, value: str | None = None) -> Confi
     """There is no such key; the hint is the nearest one with the value that was given, or one that it can have.
     `engine` is None where it is not known."""
     known = known_keys(engine)
-    where = f"an option of backend={engine}" if engine and key.startswith("backend.") else "a key of the configuration"
-    fact = f"{key} is not {where}."
+    kind = f"an option of backend={engine}" if engine and key.startswith("backend.") else "a key of the configuration"
+    fact = f"{key} is not {kind}."
     if near := nearest(key, known):
         return ConfigError(fact, f"{near}={value or example_of(known[near])}")
     for other in engines() if key.startswith("backend.") else ():
-        own = run_keys(other)
-        if near := nearest(key, [path for path in own if path.startswith("backend.")]):
-            return ConfigError(fact, f"backend={other} {near}={value or example_of(own[near])}")
+        engine_keys = run_keys(other)
+        if near := nearest(key, [path for path in engine_keys if path.startswith("backend.")]):
+            return ConfigError(fact, f"backend={other} {near}={value or example_of(engine_keys[near])}")
     return ConfigError(fact, f"python -m launcher backend={engine} --cfg, {ALL}" if "option of" in fact else ALL_KEYS)
 
 
@@ -141,13 +141,13 @@ def nearest(key: str, known: Iterable[str]) -> str | None:
 def wrong_value(key: str, value: Any, hint: Any) -> ConfigError:
     """A value of another kind than its key has."""
     given = "null" if value is None else str(value)
-    what = f"{key}={given}"
+    pair = f"{key}={given}"
     if isinstance(hint, type) and issubclass(hint, Enum):
-        return ConfigError(f"{what} is not one of {', '.join(hint.__members__)}.", f"{key}={_member(hint, given)}")
+        return ConfigError(f"{pair} is not one of {', '.join(hint.__members__)}.", f"{key}={_member(hint, given)}")
     if value is None:
-        return ConfigError(f"{what} is not a value.", f"leave {key} out")
+        return ConfigError(f"{pair} is not a value.", f"leave {key} out")
     kind, example = _kind(hint)
-    return ConfigError(f"{what} is not {kind}.", f"{key}={example}" if example else f"leave {key} out")
+    return ConfigError(f"{pair} is not {kind}.", f"{key}={example}" if example else f"leave {key} out")
 
 
 def example_of(hint: Any) -> str:

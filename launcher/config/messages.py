@@ -47,9 +47,9 @@ def in_one_line(error: Exception, overrides: Sequence[str], config_dirs: Sequenc
         key = next((item.partition("=")[0].lstrip("+") for item in overrides if "${" in item), None)
     if isinstance(error, MarkedYAMLError):
         mark = error.problem_mark
-        place = f"{mark.name}:{mark.line + 1}" if mark else "A file"
+        source = f"{mark.name}:{mark.line + 1}" if mark else "A file"
         return ConfigError(
-            f"{place} is not YAML: {error.problem}.", "mend that line: KEY: VALUE, below a KEY: two blanks before it"
+            f"{source} is not YAML: {error.problem}.", "mend that line: KEY: VALUE, below a KEY: two blanks before it"
         )
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")

@@ -140,8 +140,8 @@ def _unreadable(key: str, value: str, hint: Any, error: HydraException) -> Confi
     """A value that Hydra's grammar does not take; the hint is the same in quotes where a text can be meant."""
     if not is_open(hint) and hint is not str:
         return wrong_value(key, value, hint)
-    said = [line for line in str(error).splitlines() if not line.startswith(("Error parsing override", "See http"))]
-    reason = said[0].partition(" expecting ")[0].strip() if said else type(error).__name__
+    lines = [line for line in str(error).splitlines() if not line.startswith(("Error parsing override", "See http"))]
+    reason = lines[0].partition(" expecting ")[0].strip() if lines else type(error).__name__
     text = quoted(value)
     if is_open(hint) and value.startswith("["):
         text = f"[{','.join(quoted(part.strip()) for part in value.strip('[]').split(','))}]"

@@ -31,10 +31,10 @@ def to_dict(value: Any) -> Any:
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested plain values by their dotted keys."""
-    found: dict[str, Any] = {}
+    pairs: dict[str, Any] = {}
     for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
+        pairs |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return pairs
 
 
 def from_dict(raw: dict[str, Any]) -> RunConfig:
@@ -42,11 +42,11 @@ def from_dict(raw: dict[str, Any]) -> RunConfig:
 
     ConfigError for a key that is not in the schema: a run of another version must not go on as another run.
     """
-    own = {**raw, "backend": None}
+    plain = {**raw, "backend": None}
     engine = raw["backend"]["name"]
-    for key in (*strays(own, RunConfig), *strays(raw["backend"], load_engine(engine), "backend.")):
+    for key in (*strays(plain, RunConfig), *strays(raw["backend"], load_engine(engine), "backend.")):
         raise unknown_key(key, engine)
-    config = _build(RunConfig, own)
+    config = _build(RunConfig, plain)
     config.backend = _build(load_engine(engine), raw["backend"])
     return typing.cast("RunConfig", config)
 

@@ -47,11 +47,11 @@ def check_engine(one: Engine, on_gpus: bool) -> Check:
     versions = ", ".join(f"{module} {version or '?'}" for module, version in one.versions.items())
     if one.error is not None:
         state: State = "missing" if one.missing else "broken"
-        found = f"{one.error}{f' (with {versions})' if versions else ''}"
-        return Check("backends", one.name, state, found, _mend_engine(one, on_gpus))
+        fact = f"{one.error}{f' (with {versions})' if versions else ''}"
+        return Check("backends", one.name, state, fact, _mend_engine(one, on_gpus))
     if on_gpus and one.versions and one.cuda is None:
-        found = f"{versions}: a CPU build, and there are GPUs"
-        return Check("backends", one.name, "warning", found, "LAUNCHER_FLAVOR=cuda bash scripts/setup.sh")
+        fact = f"{versions}: a CPU build, and there are GPUs"
+        return Check("backends", one.name, "warning", fact, "LAUNCHER_FLAVOR=cuda bash scripts/setup.sh")
     return Check("backends", one.name, "ok", versions or "needs nothing")
 
 
@@ -81,11 +81,11 @@ def _processor(machine: host.Host) -> str:
 
 def check_memory(machine: host.Host) -> Check:
     """Memory of the machine, and of the container where that is less."""
-    found = f"{size(machine.memory_bytes)}, {size(machine.memory_available_bytes)} available"
+    memory = f"{size(machine.memory_bytes)}, {size(machine.memory_available_bytes)} available"
     limit = machine.memory_limit_bytes
     if limit is not None and (machine.memory_bytes is None or limit < machine.memory_bytes):
-        found += f"; this container may use {size(limit)}"
-    return Check("devices", "memory", "ok", found)
+        memory += f"; this container may use {size(limit)}"
+    return Check("devices", "memory", "ok", memory)
 
 
 def check_system(machine: host.Host) -> list[Check]:
@@ -123,11 +123,11 @@ def _tool(name: str, purpose: str, mend: str) -> Check:
 
 
 def _slurm() -> Check:
-    found = [path for path in map(host.find_tool, ("sbatch", "srun", "squeue")) if path]
-    if len(found) == 3:
-        return Check("system", "SLURM client", "ok", found[0])
+    tools = [path for path in map(host.find_tool, ("sbatch", "srun", "squeue")) if path]
+    if len(tools) == 3:
+        return Check("system", "SLURM client", "ok", tools[0])
     what = "none; only launching on a cluster needs it"
-    return Check("system", "SLURM client", "note", ", ".join(found) or what, "")
+    return Check("system", "SLURM client", "note", ", ".join(tools) or what, "")
 
 
 def examine(timeout_s: float) -> dict[str, Any]:
@@ -188,11 +188,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    found = examine(arguments.timeout)
+    checks = examine(arguments.timeout)
     if arguments.json:
-        print(json.dumps(found), flush=True)
+        print(json.dumps(checks), flush=True)
     else:
-        show(found)
+        show(checks)
     return 0
 
 

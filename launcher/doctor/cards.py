@@ -64,28 +64,30 @@ def _facts(gpu: dict[str, Any], found: dict[str, Any]) -> list[str]:
 def _problems(gpu: dict[str, Any], gpus: Sequence[dict[str, Any]]) -> tuple[State, list[str], str]:
     """What keeps a run off a card or distorts it, the gravest first, with what mends that one."""
     index = gpu["index"]
-    found: list[tuple[State, str, str]] = []
+    findings: list[tuple[State, str, str]] = []
     if gpu["mig"]:
-        found.append(("warning", "MIG is on, and a run takes whole cards", f"nvidia-smi -i {index} -mig 0"))
+        findings.append(("warning", "MIG is on, and a run takes whole cards", f"nvidia-smi -i {index} -mig 0"))
     if gpu["compute_mode"] not in (None, "default"):
         mode = f"compute mode {gpu['compute_mode']}: not every process may use it"
-        found.append(("warning", mode, f"nvidia-smi -i {index} -c DEFAULT"))
+        findings.append(("warning", mode, f"nvidia-smi -i {index} -c DEFAULT"))
     if gpu["ecc_errors"]:
         errors = f"{gpu['ecc_errors']} uncorrected memory errors since boot"
-        found.append(("warning", errors, f"nvidia-smi --gpu-reset -i {index}"))
+        findings.append(("warning", errors, f"nvidia-smi --gpu-reset -i {index}"))
     if users := _users(gpu):
         idle = ",".join(str(other["index"]) for other in gpus if not _users(other))
         unseen = "nvidia-smi" if not gpu["processes"] else f"kill {gpu['processes'][0][0]}"
-        found.append(("warning", f"in use: {users}", f"export CUDA_VISIBLE_DEVICES={idle}" if idle else unseen))
+        findings.append(("warning", f"in use: {users}", f"export CUDA_VISIBLE_DEVICES={idle}" if idle else unseen))
     if gpu["pcie_width"] and gpu["pcie_width"] < (gpu["pcie_width_max"] or 0):
-        found.append(("note", "fewer PCIe lanes than the card has", f"move it to a slot of x{gpu['pcie_width_max']}"))
+        findings.append(
+            ("note", "fewer PCIe lanes than the card has", f"move it to a slot of x{gpu['pcie_width_max']}")
+        )
     if gpu["ecc"] is False:
-        found.append(("note", "ECC is off", f"nvidia-smi -i {index} -e 1, and reboot"))
+        findings.append(("note", "ECC is off", f"nvidia-smi -i {index} -e 1, and reboot"))
     if gpu["persistence"] is False:
-        found.append(("note", "persistence mode is off: the first use takes seconds", "nvidia-smi -pm 1"))
-    if not found:
+        findings.append(("note", "persistence mode is off: the first use takes seconds", "nvidia-smi -pm 1"))
+    if not findings:
         return "ok", [], ""
-    return found[0][0], [words for _, words, _ in found], found[0][2]
+    return findings[0][0], [words for _, words, _ in findings], findings[0][2]
 
 
 def _users(gpu: dict[str, Any]) -> str:
@@ -102,10 +104,10 @@ def _check_link(link: dict[str, Any]) -> Check:
     way = "NVLink" if link["nvlink"] else f"PCIe, {link['pcie_path'] or 'path not known'}"
     peers = link["peer_to_peer"]
     state: State = "ok" if peers in ("yes", None) else "note"
-    found = f"{way}; peer to peer {peers or 'not known'}"
+    fact = f"{way}; peer to peer {peers or 'not known'}"
     if state == "note":
-        found += ": what they send goes through the memory of the host"
-    return Check("devices", "GPUs {} and {}".format(*link["gpus"]), state, found, PEER_MENDS.get(peers, ""))
+        fact += ": what they send goes through the memory of the host"
+    return Check("devices", "GPUs {} and {}".format(*link["gpus"]), state, fact, PEER_MENDS.get(peers, ""))
 
 
 def check_cuda(found: dict[str, Any] | None, built_for: Sequence[str]) -> list[Check]:
@@ -154,8 +156,8 @@ def locked_cuda() -> int | None:
     """The major version of CUDA that the packages of the lock are built for; None outside a checkout."""
     if not LOCK.is_file():
         return None
-    found = re.search(r"^nvidia-cuda-runtime==(\d+)", LOCK.read_text(), re.MULTILINE)
-    return int(found.group(1)) if found else None
+    match = re.search(r"^nvidia-cuda-runtime==(\d+)", LOCK.read_text(), re.MULTILINE)
+    return int(match.group(1)) if match else None
 
 
 def _check_nvcc(cuda: int | None) -> Check:

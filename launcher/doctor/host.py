@@ -75,8 +75,8 @@ def nvcc_version(path: str) -> str | None:
     """The CUDA version of a compiler, as 13.0."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         out = subprocess.run([path, "-V"], capture_output=True, text=True, timeout=20, check=True).stdout
-        if found := re.search(r"release (\d+\.\d+)", out):
-            return found.group(1)
+        if match := re.search(r"release (\d+\.\d+)", out):
+            return match.group(1)
     return None
 
 
@@ -100,8 +100,8 @@ def _meminfo() -> dict[str, int]:
 def _file_system(path: Path) -> tuple[int, int] | None:
     """Bytes in all and free."""
     with contextlib.suppress(OSError):
-        found = os.statvfs(path)
-        return found.f_frsize * found.f_blocks, found.f_frsize * found.f_bavail
+        room = os.statvfs(path)
+        return room.f_frsize * room.f_blocks, room.f_frsize * room.f_bavail
     return None
 
 

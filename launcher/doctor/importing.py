@@ -32,13 +32,13 @@ def attempt(name: str, part: str = "") -> dict[str, Any]:
 
 
 def _version(module: Any, name: str) -> str | None:
-    found = getattr(module, "__version__", None)
-    if found is None:
+    version = getattr(module, "__version__", None)
+    if version is None:
         try:
-            found = importlib.metadata.version(name)
+            version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             return None
-    return str(found)
+    return str(version)
 
 
 def _cuda(module: Any) -> str | None:

@@ -103,11 +103,11 @@ def engine(name: str, timeout_s: float) -> Engine:
 
 
 def _objects(lines: Sequence[str]) -> list[dict[str, Any]]:
-    found = []
+    checks = []
     for line in lines:
         with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return [row for row in found if isinstance(row, dict)]
+            checks.append(json.loads(line))
+    return [row for row in checks if isinstance(row, dict)]
 
 
 def _end(ended: Ended, timeout_s: float) -> str:
@@ -122,9 +122,9 @@ def _end(ended: Ended, timeout_s: float) -> str:
 def nvml() -> tuple[dict[str, Any] | None, str]:
     """What NVML says, or None and why it says nothing. Before pynvml is installed nvidia-smi says some of it."""
     ended = attempt("shards.machine.nvml", (), NVML_S)
-    found = _objects(ended.out)
-    if ended.code == 0 and found:
-        return found[-1], ""
+    reports = _objects(ended.out)
+    if ended.code == 0 and reports:
+        return reports[-1], ""
     if "No module named 'pynvml'" in ended.last_words and (shown := nvidia_smi()) is not None:
         return shown, ""
     return None, ended.last_words if ended.code == 1 else f"NVML {_end(ended, NVML_S)}"

@@ -170,9 +170,9 @@ def _check_packages(config: RunConfig) -> None:
         python = python or config.cluster.python
     needed = (*backend.modules(), "torch") if config.world_size > 1 else backend.modules()  # torchrun starts several
     if missing := _missing(tuple(dict.fromkeys(needed)), python, key):
-        where = "here" if python is None else f"for {python}"
+        environment = "here" if python is None else f"for {python}"
         raise ConfigError(
-            f"backend={backend.name} needs {', '.join(missing)}, which is not installed {where}.",
+            f"backend={backend.name} needs {', '.join(missing)}, which is not installed {environment}.",
             f"{backend.install_hint(missing)}, or {key}= the interpreter of an environment that has it",
         )
 

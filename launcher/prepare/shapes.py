@@ -25,7 +25,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     """The transformers config of the model in a folder; CheckpointError where it has none that can be read."""
     path = folder / "config.json"
     try:
-        found = read_json(path, CheckpointError, "download the model again")
+        config = read_json(path, CheckpointError, "download the model again")
     except FileNotFoundError:
         below = next((path.parent for path in sorted(folder.glob("*/config.json"))), None)
         hint = (
@@ -34,13 +34,13 @@ def config_of(folder: Path) -> dict[str, Any]:
             else "model.path= a folder that save_pretrained wrote, or model.path=embedded:tiny_falcon"
         )
         raise CheckpointError(f"{folder} has no config.json.", hint) from None
-    if not isinstance(found, dict) or "vocab_size" not in found:
+    if not isinstance(config, dict) or "vocab_size" not in config:
         raise CheckpointError(
             f"{path} has no vocab_size.",
             "model.path=embedded:tiny_falcon, or another causal language model of transformers",
         )
-    check_config(found)
-    return found
+    check_config(config)
+    return config
 
 
 def built_of(
@@ -53,12 +53,12 @@ def built_of(
     """
     if model_config.get("model_type") in KNOWN_FAMILIES:
         return Built(ModelShape.from_config(model_config))
-    found = _asked(json.dumps(model_config, sort_keys=True), python or sys.executable)
-    if isinstance(found, Built):
-        return found
+    shapes = _asked(json.dumps(model_config, sort_keys=True), python or sys.executable)
+    if isinstance(shapes, Built):
+        return shapes
     if tensors is None:
-        raise found
-    note = f"its shapes are those of its files: {found.fact.rstrip('.')}"
+        raise shapes
+    note = f"its shapes are those of its files: {shapes.fact.rstrip('.')}"
     return Built(shape_of_files(model_config, tensors), (note,))
 
 

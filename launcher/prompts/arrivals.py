@@ -71,9 +71,9 @@ class Pacing:
             end = self.begun
             while end < self.count and self.arrivals[end] <= moment:
                 end += 1
-        places = range(self.begun, end)
+        indices = range(self.begun, end)
         self.begun = end
-        return places
+        return indices
 
     def wait_s(self, moment: float) -> float:
         """How long it is until the next prompt comes."""

@@ -29,11 +29,11 @@ def batches(prompts: Sequence[Prompt], size: int, calls: int) -> Iterator[list[P
 
 def warm_up_batch(prompts: Sequence[Prompt], world: World, config: RunConfig) -> list[Prompt]:
     """What is answered before the clocks start: a batch, of slots as many as there are, of vLLM all."""
-    own = split(prompts, world, config)
+    share = split(prompts, world, config)
     if config.backend.continuous_batching:
-        return own
+        return share
     ranks = world.world_size if config.backend.data_parallel and not config.splits_prompts else 1
-    return own[: config.measure.batch_size * ranks]
+    return share[: config.measure.batch_size * ranks]
 
 
 def call_count(total: int, world: World, config: RunConfig) -> tuple[int, int]:

@@ -133,8 +133,8 @@ def synthetic_prompts(count: int, length: int, vocab_size: int, seed: int, share
     """
     draw = random.Random(seed)
     prefix = tuple(draw.randrange(vocab_size) for _ in range(shared))
-    own = length - shared
-    return [Prompt(index, "", (*prefix, *(draw.randrange(vocab_size) for _ in range(own)))) for index in range(count)]
+    rest = length - shared
+    return [Prompt(index, "", (*prefix, *(draw.randrange(vocab_size) for _ in range(rest)))) for index in range(count)]
 
 
 def sampling_of(config: RunConfig) -> SamplingConfig:

@@ -137,8 +137,8 @@ class Meter:
 
 def packages(folder: Path = POWERCAP) -> list[Path]:
     """The CPU packages whose energy counters can be read; often only root may."""
-    found = sorted(folder.glob("intel-rapl:[0-9]")) + sorted(folder.glob("intel-rapl:[0-9][0-9]"))
-    return [package for package in found if os.access(package / "energy_uj", os.R_OK)]
+    counters = sorted(folder.glob("intel-rapl:[0-9]")) + sorted(folder.glob("intel-rapl:[0-9][0-9]"))
+    return [package for package in counters if os.access(package / "energy_uj", os.R_OK)]
 
 
 def cpu_times() -> tuple[float, float]:

@@ -32,12 +32,12 @@ def devices_over_time(costs: Sequence[tuple[str, Cost]]) -> DevicesOverTime:
     for label, cost in costs:
         for uuid in dict.fromkeys(sample.uuid for sample in cost.samples):
             name = f"{label} {uuid[:12]}"
-            own = [sample for sample in cost.samples if sample.uuid == uuid]
-            powered = [(sample.second, sample.power_w) for sample in own if sample.power_w is not None]
+            samples = [sample for sample in cost.samples if sample.uuid == uuid]
+            powered = [(sample.second, sample.power_w) for sample in samples if sample.power_w is not None]
             if powered:
                 x, y = zip(*powered, strict=True)
                 series.append(Series(name, x, y))
-            repeats = [sample for sample in own if sample.phase == REPEATS]
+            repeats = [sample for sample in samples if sample.phase == REPEATS]
             rows.append((name, *(middle(repeats, state, unit) for state, unit in STATES.items())))
     return DevicesOverTime(
         series, DataTable(("device", "power", "utilisation", "SM clock", "temperature"), tuple(rows))

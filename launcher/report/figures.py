@@ -159,8 +159,8 @@ def timeline_figure(spans: Sequence[Span], x_label: str) -> Figure:
     figure, axes = _figure(rows=len(rows))
     for kind, colour in zip(kinds, _colours(len(kinds)), strict=True):
         for row, name in enumerate(rows):
-            own = [(s.start, s.end - s.start) for s in spans if s.row == name and s.kind == kind]
-            axes.broken_barh(own, (row - 0.35, 0.7), facecolors=colour, label=kind if row == 0 else None)
+            bars = [(s.start, s.end - s.start) for s in spans if s.row == name and s.kind == kind]
+            axes.broken_barh(bars, (row - 0.35, 0.7), facecolors=colour, label=kind if row == 0 else None)
     _rows(axes, rows)
     _finish(axes, x_label, "")
     return figure

@@ -55,8 +55,8 @@ def serving_rows(serving: Serving) -> list[Row]:
     lag = f"late by {seconds(serving.loop_lag_s[0])} p50, {seconds(serving.loop_lag_s[1])} p99"
     client = f"[red]{serving.client_bound}[/]" if serving.client_bound else lag
     rows.append(["client", f"{serving.cpu_share:.1%} of a core", "", "", client])
-    if own := serving.own_metrics:
+    if metrics := serving.own_metrics:
         known = {"ttft_s": "ttft", "itl_s": "itl", "e2el_s": "latency", "queue_s": "queue"}
-        means = ", ".join(f"{label} {seconds(own[name])}" for name, label in known.items() if name in own)
+        means = ", ".join(f"{label} {seconds(metrics[name])}" for name, label in known.items() if name in metrics)
         rows.append(["means by the server", "", "", "", means])
     return rows

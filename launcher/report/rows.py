@@ -43,8 +43,8 @@ def swept_keys(records: Sequence[Record]) -> tuple[str, ...]:
 
 def flat_values(config: dict[str, Any]) -> dict[str, Any]:
     """The values of a nested configuration by dotted keys, but for those that no sweep is over."""
-    own = {name: value for name, value in flat(config).items() if name not in NOT_SWEPT}
-    return {name: value for name, value in own.items() if not name.startswith("model.config.")}
+    settings = {name: value for name, value in flat(config).items() if name not in NOT_SWEPT}
+    return {name: value for name, value in settings.items() if not name.startswith("model.config.")}
 
 
 def label_of(record: Record, swept: Sequence[str]) -> str:

@@ -38,8 +38,8 @@ def named(point: Mapping[str, str]) -> str:
 
 def show_point(point: Mapping[str, str], record: Record, out: Console) -> None:
     """Print one line as soon as a point of a sweep has ended."""
-    what = f"ok, {rate(record.new_tokens_per_s)} new tokens/s" if record.status == "ok" else error_line(record)
-    out.print(escape(f"{named(point)}: {what}" if point else what), soft_wrap=True)
+    outcome = f"ok, {rate(record.new_tokens_per_s)} new tokens/s" if record.status == "ok" else error_line(record)
+    out.print(escape(f"{named(point)}: {outcome}" if point else outcome), soft_wrap=True)
 
 
 def show_sweep(records: Sequence[Record], points: Sequence[Mapping[str, str]], out: Console) -> None:

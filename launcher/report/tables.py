@@ -70,8 +70,8 @@ def error_line(record: Record) -> str:
         return record.status
     hint = f" HINT: {error.hint}" if error.hint else ""
     kind = "" if error.type in WORDS_OF_OURS or record.status == "refused" else f"{error.type}: "
-    where = "" if error.rank is None else f" rank {error.rank} in {error.stage}:"
-    return shown(" ".join(f"{record.status}:{where} {kind}{error.message}{hint}".split()))
+    rank = "" if error.rank is None else f" rank {error.rank} in {error.stage}:"
+    return shown(" ".join(f"{record.status}:{rank} {kind}{error.message}{hint}".split()))
 
 
 def show(record: Record, began: float = 0.0, only_json: bool = False) -> None:

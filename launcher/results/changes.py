@@ -92,13 +92,13 @@ class Rule:
 
     def broken_by(self, changes: Iterable[FigureChange], names: str) -> list[str]:
         """A sentence for each change that must not be; UserError where the figure was not measured in both runs."""
-        own = [change for change in changes if change.name == self.name and change.ratio is not None]
-        if not own:
+        ratios = [change for change in changes if change.name == self.name and change.ratio is not None]
+        if not ratios:
             raise UserError(f"--fail-if: {self.name} is not known of both runs ({names}).", f"--fail-if '{EXAMPLE}'")
         return [
             f"{names}: {change.name}{'' if change.rank is None else f' of rank {change.rank}'} is "
             f"{change.ratio:.3f} of the base, which is {self.sign} {self.limit:g}."
-            for change in own
+            for change in ratios
             if change.ratio is not None and OPERATORS[self.sign](change.ratio, self.limit)
         ]
 
@@ -109,14 +109,14 @@ EXAMPLE = "new_tokens_per_s<0.95"
 def changes(base: Record, new: Record) -> list[FigureChange]:
     """All figures that both runs have: speeds and times by their repeats, the load, and the memory of each device."""
     ours, theirs = repeated(base), repeated(new)
-    found = [change_of(name, ours[name], theirs[name]) for name in ours if name in theirs]
+    figures = [change_of(name, ours[name], theirs[name]) for name in ours if name in theirs]
     by_rank = {device.rank: device for device in new.devices}
     for device in base.devices:
         for name in MEMORY:
             before, after = getattr(device, name), getattr(by_rank.get(device.rank), name, None)
             if before is not None and after is not None:
-                found.append(change_of(name, (before,), (after,), device.rank))
-    return found
+                figures.append(change_of(name, (before,), (after,), device.rank))
+    return figures
 
 
 def repeated(record: Record) -> dict[str, tuple[float, ...]]:

@@ -149,10 +149,12 @@ def _other_weights(base: FinishedRun, other: FinishedRun) -> list[str]:
     are_random = all(run.record.config["model"].get("weights") == "random" for run in runs)
     labels = {run.label for run in runs}
     kinds = engines()
-    own = [run.record.backend for run in runs if getattr(kinds.get(run.record.backend), "own_random_weights", False)]
-    if not are_random or len(labels) == 1 or not own:
+    backends = [
+        run.record.backend for run in runs if getattr(kinds.get(run.record.backend), "own_random_weights", False)
+    ]
+    if not are_random or len(labels) == 1 or not backends:
         return []
-    return [f"the random weights of {own[0]} differ by engine and device count; the tokens are not comparable"]
+    return [f"the random weights of {backends[0]} differ by engine and device count; the tokens are not comparable"]
 
 
 def _divergence(index: int, base: ReportedCompletion, other: ReportedCompletion) -> Divergence | None:

@@ -108,15 +108,15 @@ def cost_of(
 
 
 def _together(phase: str, ranks: Sequence[RankCost], meters: Sequence[RankCost]) -> PhaseCost | None:
-    own = [part for rank in ranks for part in rank.phases if part.phase == phase]
-    if not own:
+    parts = [part for rank in ranks for part in rank.phases if part.phase == phase]
+    if not parts:
         return None
     energies = [part.energy_j for rank in meters for part in rank.phases if part.phase == phase]
     known = [energy for energy in energies if energy is not None]
     return PhaseCost(
         phase,
-        max(part.seconds for part in own),
-        sum(part.user_s for part in own),
-        sum(part.system_s for part in own),
+        max(part.seconds for part in parts),
+        sum(part.user_s for part in parts),
+        sum(part.system_s for part in parts),
         sum(known) if known and len(known) == len(energies) else None,
     )

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 def read_finished(path: Path) -> FinishedRun:
     """The run in a directory; UserError where there is none, it cannot be read, or it did not end well."""
     if not path.is_dir():
-        what = "a file, not the directory of a run" if path.exists() else "not there"
+        kind = "a file, not the directory of a run" if path.exists() else "not there"
         folder = path.parent if path.exists() else "runs"
-        raise UserError(f"{path} is {what}.", f"python -m launcher.status {shlex.quote(str(folder))}, which names runs")
+        raise UserError(f"{path} is {kind}.", f"python -m launcher.status {shlex.quote(str(folder))}, which names runs")
     run_dir = RunDir(path)
     record, again = run_dir.read_record(), f"python -m launcher resume=true run_dir={shlex.quote(str(path))}"
     if record is None:

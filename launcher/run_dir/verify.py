@@ -86,9 +86,9 @@ def check_figures(run_dir: RunDir, run: RunDescription, record: Record) -> Check
     """The figures at the top of the record follow from the repeats that the ranks have saved."""
     folders = [*(folder for _, folder in run_dir.earlier_attempts()), run_dir]
     repeats = [ranks for folder in folders for ranks in folder.read_repeats(run.answering_ranks).values()]
-    made = figures(repeats, len(run_dir.read_prompts()), run.num_devices)
+    again = figures(repeats, len(run_dir.read_prompts()), run.num_devices)
     for name in ("new_tokens_per_s", "ttft_s", "itl_s"):
-        before, now = getattr(record, name), getattr(made, name, None)
+        before, now = getattr(record, name), getattr(again, name, None)
         if before != now and not (before and now and math.isclose(before, now)):
             return Check("figures", False, f"{name} is {before} in the record, and {now} by the repeats of the ranks")
     return Check("figures", True, "they follow from the repeats of the ranks")
@@ -97,7 +97,7 @@ def check_figures(run_dir: RunDir, run: RunDescription, record: Record) -> Check
 def _against_references(run_dir: RunDir, record: Record, references: Iterable[RunDir]) -> Check:
     if record.precision != EXACT or record.config["sampling"]["temperature"]:
         return Check("reference", None, f"tokens are held against the reference in {EXACT}, greedy")
-    own = read_finished(run_dir.path)
+    run = read_finished(run_dir.path)
     comparisons: list[Comparison] = []
     names: list[str] = []
     for reference in references:
@@ -106,7 +106,7 @@ def _against_references(run_dir: RunDir, record: Record, references: Iterable[Ru
         with contextlib.suppress(UserError):  # one that cannot be read, or had other prompts, is no reference
             other = read_finished(reference.path)
             alike = all(other.record.config.get(key) == record.config.get(key) for key in WHAT_IS_ASKED)
-            comparison = compare(other, own) if alike else None
+            comparison = compare(other, run) if alike else None
             if comparison is not None and not comparison.notes:
                 comparisons.append(comparison)
                 names.append(reference.path.name)

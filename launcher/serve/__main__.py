@@ -58,8 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parse(argv)
         config = compose_run(arguments.overrides, tuple(arguments.config_dir))
         if config.backend.starts_servers or config.launch.name != "local":
-            what = f"backend={config.backend.name}" if config.backend.starts_servers else f"launch={config.launch.name}"
-            raise ConfigError(f"{what}: only an engine on this machine is served.", "backend=fsdp launch=local")
+            setting = (
+                f"backend={config.backend.name}" if config.backend.starts_servers else f"launch={config.launch.name}"
+            )
+            raise ConfigError(f"{setting}: only an engine on this machine is served.", "backend=fsdp launch=local")
         run = prepare(config, command_of(arguments.overrides, arguments.config_dir))
         with listen(arguments.host, arguments.port) as probe:
             port: int = probe.getsockname()[1]
@@ -75,14 +77,14 @@ def _serve(run_dir: RunDir, host: str, port: int) -> int:
     """Start the ranks, say when they answer, and wait for their end or for a signal; nothing of them is left then."""
     run = run_dir.read_run()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    own = {processes.MARK: run.mark, PARENT: str(os.getpid()), ADDRESS: f"{host}:{port}"}
+    variables = {processes.MARK: run.mark, PARENT: str(os.getpid()), ADDRESS: f"{host}:{port}"}
     command = worker_command(str(run_dir), run.world_size, run.run_config.backend.python, "launcher.serve.rank")
     memory = SharedMemoryWatch()
     is_ready = False
     with run_dir.launch_log.open("wb") as log:
         process = subprocess.Popen(
             command,
-            env=rank_environment(os.environ, run.world_size, run.on_cuda) | own,
+            env=rank_environment(os.environ, run.world_size, run.on_cuda) | variables,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -76,8 +76,8 @@ class Service:
 
     async def models(self, request: Request) -> Response:
         """The one model."""
-        one = {"id": self.model, "object": "model", "owned_by": "launcher", "max_model_len": self.context}
-        return JSONResponse({"object": "list", "data": [one]})
+        entry = {"id": self.model, "object": "model", "owned_by": "launcher", "max_model_len": self.context}
+        return JSONResponse({"object": "list", "data": [entry]})
 
     async def health(self, request: Request) -> Response:
         """200 while the engine answers."""

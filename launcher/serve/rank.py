@@ -111,8 +111,8 @@ class Answerer:
             news = News(hand_on)
             if isinstance(self.backend, StreamingBackend):
                 self.backend.stream_to(news.on_tokens)
-            own = split(batch.prompts, self.world, self.config)
-            generation = self.backend.generate(own, batch.sampling, news)
+            prompts = split(batch.prompts, self.world, self.config)
+            generation = self.backend.generate(prompts, batch.sampling, news)
             news(0, [item for item in generation.completions if item.index not in news.ended])
 
 

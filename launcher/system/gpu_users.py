@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 def neighbours(environ: Mapping[str, str], devices: int) -> list[str]:
     """A sentence for each foreign process that holds memory on the first `devices` cards that `environ` shows."""
     uuids = [device.uuid for device in cuda_devices(environ)[:devices] if device.uuid is not None]
-    found = []
+    lines = []
     for uuid in uuids:
         with contextlib.suppress(NvmlError):
-            found += [sentence(uuid, process) for process in processes(uuid) if process.pid != os.getpid()]
-    return found
+            lines += [sentence(uuid, process) for process in processes(uuid) if process.pid != os.getpid()]
+    return lines
 
 
 HELD = "when the run began"
@@ -36,9 +36,9 @@ def is_of_a_neighbour(note: str) -> bool:
 
 def sentence(uuid: str, process: CardProcess) -> str:
     """What is to be said of one process."""
-    held = "memory" if process.memory_bytes is None else f"{process.memory_bytes / GIB:.2f} GiB"
+    memory = "memory" if process.memory_bytes is None else f"{process.memory_bytes / GIB:.2f} GiB"
     try:
         name = psutil.Process(process.pid).name()
     except psutil.Error:
         name = "not visible from here"
-    return f"{uuid}: process {process.pid} ({name}) already held {held} {HELD}"
+    return f"{uuid}: process {process.pid} ({name}) already held {memory} {HELD}"

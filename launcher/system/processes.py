@@ -25,13 +25,13 @@ def of_run(mark: str, variable: str = MARK) -> list[psutil.Process]:
     """
     if not isinstance(mark, str) or not MARK_FORM.fullmatch(mark):
         raise ValueError(f"{mark!r} is no mark of a run")
-    user, found = os.getuid(), []
+    user, living = os.getuid(), []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             is_own = process.pid != os.getpid() and process.uids().real == user
             if is_own and process.environ().get(variable) == mark and _alive(process):
-                found.append(process)
-    return found
+                living.append(process)
+    return living
 
 
 def _alive(process: psutil.Process) -> bool:

@@ -63,10 +63,10 @@ def read_adapter(folder: Path) -> Adapter:
     tensors = load_file(folder / WEIGHTS)
     factors: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
-        found = FACTOR.match(name)
-        if found is None or tensor.dim() != 2:
+        match = FACTOR.match(name)
+        if match is None or tensor.dim() != 2:
             raise CheckpointError(f"{folder / WEIGHTS} has {name}, which is no factor of LoRA.", f"see {CONFIG}")
-        factors.setdefault(f"{found.group(1)}.weight", {})[found.group(2)] = tensor
+        factors.setdefault(f"{match.group(1)}.weight", {})[match.group(2)] = tensor
     return Adapter(folder, {name: _pair(folder, name, pair, config) for name, pair in factors.items()})
 
 

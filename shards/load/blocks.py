@@ -43,8 +43,8 @@ def copy_marks(source: torch.Tensor, target: torch.Tensor) -> None:
 
 def block_of(tensor: torch.Tensor) -> Block | None:
     """The note of `mark_block`, if there is one."""
-    found: Block | None = getattr(tensor, "block", None)
-    return found
+    block: Block | None = getattr(tensor, "block", None)
+    return block
 
 
 def whole(name: str, tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:

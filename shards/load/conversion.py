@@ -92,10 +92,10 @@ def _merged(name: str, converter: Any, found: Mapping[str, list[TensorEntry]]) -
     first = parts[0].entry
     ends = [[a + n for a, n in zip(part.start, part.shape, strict=True)] for part in parts]
     shape = tuple(map(max, zip(*ends, strict=False)))
-    held = sum(math.prod(part.shape) for part in parts)
-    if held != math.prod(shape) or len({len(block) for block in blocks}) != 1:
+    numel = sum(math.prod(part.shape) for part in parts)
+    if numel != math.prod(shape) or len({len(block) for block in blocks}) != 1:
         raise CheckpointError(
-            f"The {len(parts)} stored tensors of {name} do not fit together: they have {held:,} values of "
+            f"The {len(parts)} stored tensors of {name} do not fit together: they have {numel:,} values of "
             f"{math.prod(shape):,}.",
             "fetch the checkpoint again: some of its tensors are missing",
         )

@@ -65,7 +65,7 @@ def load_weights(
     began = time.perf_counter()
     if checkpoint.legacy and not checkpoint.tensors:
         checkpoint = Checkpoint.open(checkpoint.folder, read_torch_file)
-    found = _match(model, checkpoint)
+    matched = _match(model, checkpoint)
     adapted = set(adapter.factors) if adapter else set()
     if adapter is not None:
         adapter.check({whole(name, tensor)[0]: whole(name, tensor)[1] for name, tensor in stored_tensors(model)})
@@ -76,15 +76,15 @@ def load_weights(
         targets = [
             target
             for name, tensor in tensors.items()
-            for target in _targets(files, found[name][0], tensor, may_map=whole(name, tensor)[0] not in adapted)
+            for target in _targets(files, matched[name][0], tensor, may_map=whole(name, tensor)[0] not in adapted)
         ]
         later = sum(map(part_bytes, packed.values()))
         bytes_read = read_targets(files, targets, lambda done, total: progress(done, total + later))
-        bytes_read += sum(_check_copies(files, found[name], tensor) for name, tensor in tensors.items())
+        bytes_read += sum(_check_copies(files, matched[name], tensor) for name, tensor in tensors.items())
         if adapter is not None:
             for name, tensor in tensors.items():
                 adapter.add(whole(name, tensor)[0], *local_block(tensor))
-        entries = {name: found[name][0] for name in packed}
+        entries = {name: matched[name][0] for name in packed}
         plain = bytes_read
         bytes_read += _read_packed(files, entries, packed, adapter, lambda done: progress(plain + done, plain + later))
     mapped = frozenset(target.entry.file for target in targets if target.mapped)
@@ -101,11 +101,11 @@ def _match(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[TensorEn
             tied.setdefault(name, []).append(source)
     shapes = {name: whole(name, tensor)[1] for name, tensor in tensors.items()}
     checkpoint = converted(model, checkpoint, {*shapes, *tied})
-    found = checkpoint.verify(shapes, tied, getattr(model, "base_model_prefix", ""), _ignored(model))
-    for name, (entry, *_) in found.items():
+    matched = checkpoint.verify(shapes, tied, getattr(model, "base_model_prefix", ""), _ignored(model))
+    for name, (entry, *_) in matched.items():
         for stored in [part.entry for part in entry.parts] if isinstance(entry, MergedEntry) else [entry]:
             _check_dtype(stored, packed[name].quantizer.dtype if name in packed else tensors[name].dtype)
-    return found
+    return matched
 
 
 def _read_packed(

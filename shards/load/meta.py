@@ -37,27 +37,27 @@ def _config(source: Path | str | Mapping[str, Any] | PretrainedConfig, trust_rem
             return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code, local_files_only=True)
         return AutoConfig.for_model(**source)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        what = source if isinstance(source, (str, Path)) else "The configuration given"
+        name = source if isinstance(source, (str, Path)) else "The configuration given"
         if "trust_remote_code" in str(error):
             raise CheckpointError(
-                f"{what} brings code of its own, which is not run unasked.",
+                f"{name} brings code of its own, which is not run unasked.",
                 "model.trust_remote_code=true, if you trust it",
             ) from None
         raise CheckpointError(
-            f"{what} has no config that transformers can read: {error}", "it must hold the config.json of a causal LM"
+            f"{name} has no config that transformers can read: {error}", "it must hold the config.json of a causal LM"
         ) from None
 
 
 def materialize(model: nn.Module, device: torch.device | str) -> None:
     """Give tensors on meta memory on `device`; computed buffers get their values, all others have none yet."""
-    made: dict[int, tuple[torch.Tensor, nn.Parameter]] = {}
+    replaced: dict[int, tuple[torch.Tensor, nn.Parameter]] = {}
     for module in model.modules():
         for name, old in list(module._parameters.items()):
             if old is None or not old.is_meta:
                 continue
-            if id(old) not in made:
-                made[id(old)] = old, _with_memory(old, device)
-            setattr(module, name, made[id(old)][1])
+            if id(old) not in replaced:
+                replaced[id(old)] = old, _with_memory(old, device)
+            setattr(module, name, replaced[id(old)][1])
         _materialize_buffers(model, module, torch.device(device))
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not left, f"still on meta: {left}"

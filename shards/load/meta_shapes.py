@@ -39,9 +39,9 @@ def main() -> int:
     """Answer for the config on stdin."""
     fields: dict[str, Any] = json.load(sys.stdin)
     fields.pop("quantization_config", None)  # shapes are those of the plain model
-    found = problem(fields)
+    obstacle = problem(fields)
     known = fields.get("model_type") in CONFIG_MAPPING
-    answer = {"problem": found, "known": known} if found else describe(build_meta(fields, torch.bfloat16))
+    answer = {"problem": obstacle, "known": known} if obstacle else describe(build_meta(fields, torch.bfloat16))
     print(json.dumps(answer))
     return 0
 
@@ -52,8 +52,8 @@ def problem(fields: Mapping[str, Any]) -> str | None:
     if family in CONFIG_MAPPING:
         is_causal = CONFIG_MAPPING[family] in MODEL_FOR_CAUSAL_LM_MAPPING
         return None if is_causal else f"model_type {family!r} is no causal language model of {version}"
-    own = ", and the model's own code is not run for a plan" if "auto_map" in fields else ""
-    return f"model_type {family!r} is not one of {version}{own}"
+    note = ", and the model's own code is not run for a plan" if "auto_map" in fields else ""
+    return f"model_type {family!r} is not one of {version}{note}"
 
 
 def describe(model: Any) -> dict[str, Any]:

@@ -243,11 +243,11 @@ def _link(a: int, b: int, first: Any, second: Any) -> dict[str, Any]:
 def main() -> int:
     """Exit code 1, with the reason on stderr, where there is no driver."""
     try:
-        found = describe()
+        description = describe()
     except NvmlError as error:
         print(error, file=sys.stderr)
         return 1
-    print(json.dumps(found), flush=True)
+    print(json.dumps(description), flush=True)
     return 0
 
 

@@ -54,15 +54,15 @@ def connect(world: World, device: torch.device, join_s: float = GROUP_S, timeout
     if world.world_size == 1 or dist.is_initialized():
         return
     network = network_of(world, os.environ, device.type)
-    place = f"rank 0 at {world.master_addr}:{world.master_port} from {network} within {join_s:g} s"
+    address = f"rank 0 at {world.master_addr}:{world.master_port} from {network} within {join_s:g} s"
     limit = timedelta(seconds=join_s)
     try:
         store = _store(world, limit)
     except dist.DistError as error:
-        raise WorldError(f"Rank {world.rank} did not reach {place}: {_first_line(error)}", UNREACHABLE) from error
+        raise WorldError(f"Rank {world.rank} did not reach {address}: {_first_line(error)}", UNREACHABLE) from error
     if missing := _missing(store, world, limit):
         names = ", ".join(map(str, missing))
-        raise WorldError(f"Rank {world.rank} reached {place}, and ranks {names} did not.", UNREACHABLE)
+        raise WorldError(f"Rank {world.rank} reached {address}, and ranks {names} did not.", UNREACHABLE)
     try:
         kind = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
@@ -91,7 +91,7 @@ def _unconnected(world: World, network: Network, error: RuntimeError) -> WorldEr
 def _store(world: World, limit: timedelta) -> dist.Store:
     """The store by which the ranks find each other: torchrun's, where it has started them, else one of rank 0."""
     is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    made = dist.TCPStore(
+    store = dist.TCPStore(
         world.master_addr,
         world.master_port,
         world.world_size,
@@ -100,7 +100,7 @@ def _store(world: World, limit: timedelta) -> dist.Store:
         wait_for_workers=False,
         multi_tenant=True,
     )
-    return dist.PrefixStore("launcher", made)
+    return dist.PrefixStore("launcher", store)
 
 
 def _missing(store: dist.Store, world: World, limit: timedelta) -> list[int]:

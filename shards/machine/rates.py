@@ -71,8 +71,8 @@ def this_machine(environ: Mapping[str, str], num_devices: int, on_cuda: bool) ->
 
     None for the link where `num_devices` of them were never probed; a cache that cannot be read counts as none.
     """
-    found = cuda_devices(environ) if on_cuda else ()
-    device = found[0] if found else replace(CPU, capacity_bytes=main_memory_bytes())
+    cards = cuda_devices(environ) if on_cuda else ()
+    device = cards[0] if cards else replace(CPU, capacity_bytes=main_memory_bytes())
     try:
         path = cache_file(environ, device, num_devices)
         measured = Measured.from_dict(json.loads(path.read_text()))

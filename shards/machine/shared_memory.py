@@ -61,11 +61,11 @@ def shared_memory_of(pids: list[int]) -> set[Path]:
     for path in shared_memory_files():
         with contextlib.suppress(FileNotFoundError):
             files[path.stat().st_ino] = path
-    held: set[int] = set()
+    inodes: set[int] = set()
     for pid in pids:
         with contextlib.suppress(OSError):
-            held |= _mapped(pid) | _open(pid)
-    return {path for inode, path in files.items() if inode in held}
+            inodes |= _mapped(pid) | _open(pid)
+    return {path for inode, path in files.items() if inode in inodes}
 
 
 def _mapped(pid: int) -> set[int]:
@@ -74,12 +74,12 @@ def _mapped(pid: int) -> set[int]:
 
 
 def _open(pid: int) -> set[int]:
-    found = set()
+    inodes = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):
             if link.readlink().parent == SHARED_MEMORY:
-                found.add(link.stat().st_ino)
-    return found
+                inodes.add(link.stat().st_ino)
+    return inodes
 
 
 class SharedMemoryWatch:

@@ -178,11 +178,11 @@ def _int(environ: Mapping[str, str], name: str, default: int | None = None) -> i
     if text is None and default is not None:
         return default
     if text is None:
-        found = [key for key in ("RANK", "WORLD_SIZE") if key in environ]
-        known = " ".join(f"{key}={environ[key]}" for key in found)
+        given = [key for key in ("RANK", "WORLD_SIZE") if key in environ]
+        known = " ".join(f"{key}={environ[key]}" for key in given)
         raise WorldError(
             f"{f'{known} and no ' if known else 'No '}{name} in the environment.",
-            f"unset {' '.join(found)}, or start with torchrun" if known else "start the ranks with one launcher",
+            f"unset {' '.join(given)}, or start with torchrun" if known else "start the ranks with one launcher",
         )
     try:
         return int(text)

@@ -42,7 +42,7 @@ def ask_transformers(config: Mapping[str, Any], python: str, timeout_s: float = 
 
     PlanError, in one line, where it cannot.
     """
-    what = f"the shapes of model_type {config.get('model_type')!r}"
+    shapes = f"the shapes of model_type {config.get('model_type')!r}"
     quiet = {"CUDA_VISIBLE_DEVICES": "", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
     try:
         with tempfile.TemporaryFile("w+") as asked:  # no pipe: an interpreter may end before it reads
@@ -59,12 +59,12 @@ def ask_transformers(config: Mapping[str, Any], python: str, timeout_s: float = 
                 preexec_fn=before_exec(signal.SIGKILL),
             )
     except subprocess.TimeoutExpired:
-        raise PlanError(f"{python} did not find {what} in {timeout_s:.0f} s.", HINT) from None
+        raise PlanError(f"{python} did not find {shapes} in {timeout_s:.0f} s.", HINT) from None
     except OSError as error:
-        raise PlanError(f"{python} does not run, to find {what}: {error.strerror}.", HINT) from None
+        raise PlanError(f"{python} does not run, to find {shapes}: {error.strerror}.", HINT) from None
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise PlanError(f"{python} cannot find {what}: {said.rstrip('.')}.", HINT)
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise PlanError(f"{python} cannot find {shapes}: {reason.rstrip('.')}.", HINT)
     return _built(json.loads(done.stdout.strip().splitlines()[-1]))
 
 

@@ -128,8 +128,10 @@ def _compressed(given: ConfigFields) -> Quantization:
     in_bytes = bits == 8 and strategy in (("tensor", "channel", "block") if kind == "float" else ("tensor", "channel"))
     sparse = given.group("sparsity_config").fields.get("format", "dense") != "dense"
     if sparse or not (packed or in_bytes):
-        what = f"{strategy}-wise {kind}{bits}" + (" with quantized activations" if activations.fields else "")
-        raise PlanError(f"Compressed-tensors of {what}{', sparse,' if sparse else ''} cannot be planned.", _UNQUANTIZED)
+        scheme = f"{strategy}-wise {kind}{bits}" + (" with quantized activations" if activations.fields else "")
+        raise PlanError(
+            f"Compressed-tensors of {scheme}{', sparse,' if sparse else ''} cannot be planned.", _UNQUANTIZED
+        )
     static = bool(activations.fields) and not activations.flag("dynamic", False)
     beside = 4 + (not activations.flag("symmetric", True)) if static and kind == "int" else 0
     return replace(
@@ -161,7 +163,7 @@ _READERS: dict[str, Callable[[ConfigFields], Quantization]] = {
 def unpacked(tensors: Mapping[str, tuple[int, ...]], quantization: Quantization) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the parameters that a quantized checkpoint's tensors stand for: [outputs, inputs] each."""
     per_word = 8 * quantization.word // quantization.bits
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in tensors.items():
         if _BESIDE.search(name):
             continue
@@ -169,14 +171,14 @@ def unpacked(tensors: Mapping[str, tuple[int, ...]], quantization: Quantization)
             by_inputs = not quantization.name.startswith("awq")
             inputs, outputs = shape
             pair = (outputs, inputs * per_word) if by_inputs else (outputs * per_word, inputs)
-            found[f"{name.removesuffix('qweight')}weight"] = pair
+            shapes[f"{name.removesuffix('qweight')}weight"] = pair
         elif name.endswith(".weight_packed"):
-            found[name.removesuffix("_packed")] = (shape[0], shape[1] * per_word)
+            shapes[name.removesuffix("_packed")] = (shape[0], shape[1] * per_word)
         elif quantization.flat and len(shape) == 2 and shape[1] == 1:
-            found[name] = (shape[0] * 8 // quantization.bits, 1)
+            shapes[name] = (shape[0] * 8 // quantization.bits, 1)
         else:
-            found[name] = tuple(shape)
-    return found
+            shapes[name] = tuple(shape)
+    return shapes
 
 
 def _grouped_name(method: str, bits: int, group: int) -> str:

@@ -40,8 +40,8 @@ class Parameter:
 @cache
 def layer_of(name: str) -> int | None:
     """The number of the decoder layer in a parameter's name; None if it is in no layer."""
-    found = _LAYER.search(name)
-    return int(found.group(1)) if found else None
+    match = _LAYER.search(name)
+    return int(match.group(1)) if match else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +108,10 @@ class ModelShape:
 
     def groups(self) -> dict[int | None, tuple[Parameter, ...]]:
         """Parameters by decoder layer; those outside the layers under None."""
-        found: dict[int | None, list[Parameter]] = {}
+        groups: dict[int | None, list[Parameter]] = {}
         for parameter in self.parameters:
-            found.setdefault(parameter.layer, []).append(parameter)
-        return {layer: tuple(members) for layer, members in found.items()}
+            groups.setdefault(parameter.layer, []).append(parameter)
+        return {layer: tuple(members) for layer, members in groups.items()}
 
     def cached_heads(self, kv_heads_only: bool = True) -> int:
         """Heads whose keys and values a cache keeps: transformers' own Falcon (new decoder) keeps all query heads."""
@@ -129,10 +129,10 @@ class ModelShape:
 
 
 def _linear(name: str, outputs: int, inputs: int, cut: Cut, bias: bool) -> list[Parameter]:
-    found = [Parameter(f"{name}.weight", (outputs, inputs), cut)]
+    parameters = [Parameter(f"{name}.weight", (outputs, inputs), cut)]
     if bias:
-        found.append(Parameter(f"{name}.bias", (outputs,), "whole" if cut == "row" else cut))
-    return found
+        parameters.append(Parameter(f"{name}.bias", (outputs,), "whole" if cut == "row" else cut))
+    return parameters
 
 
 def _layer_norm(name: str, width: int) -> list[Parameter]:
@@ -159,17 +159,17 @@ def _falcon(config: ConfigFields) -> ModelShape:
     kv_heads = 1 if multi_query else config.size("num_kv_heads", heads) if new else heads
     norms = _falcon_norms(new, parallel, config.count("num_ln_in_parallel_attn"))
     bias = config.flag("bias", False)
-    found = [Parameter("transformer.word_embeddings.weight", (vocab, hidden), "embedding")]
+    parameters = [Parameter("transformer.word_embeddings.weight", (vocab, hidden), "embedding")]
     for i in range(layers):
         at = f"transformer.h.{i}"
         fused = (heads + 2 * kv_heads) * head_dim
-        found += _linear(f"{at}.self_attention.query_key_value", fused, hidden, "query_key_value", bias)
-        found += _linear(f"{at}.self_attention.dense", hidden, hidden, "row", bias)
-        found += _linear(f"{at}.mlp.dense_h_to_4h", inner, hidden, "column", bias)
-        found += _linear(f"{at}.mlp.dense_4h_to_h", hidden, inner, "row", bias)
-        found += [parameter for norm in norms for parameter in _layer_norm(f"{at}.{norm}", hidden)]
-    found += _layer_norm("transformer.ln_f", hidden)
-    found += [] if tied else [Parameter("lm_head.weight", (vocab, hidden), "head")]
+        parameters += _linear(f"{at}.self_attention.query_key_value", fused, hidden, "query_key_value", bias)
+        parameters += _linear(f"{at}.self_attention.dense", hidden, hidden, "row", bias)
+        parameters += _linear(f"{at}.mlp.dense_h_to_4h", inner, hidden, "column", bias)
+        parameters += _linear(f"{at}.mlp.dense_4h_to_h", hidden, inner, "row", bias)
+        parameters += [parameter for norm in norms for parameter in _layer_norm(f"{at}.{norm}", hidden)]
+    parameters += _layer_norm("transformer.ln_f", hidden)
+    parameters += [] if tied else [Parameter("lm_head.weight", (vocab, hidden), "head")]
     return ModelShape(
         family="falcon",
         num_layers=layers,
@@ -184,7 +184,7 @@ def _falcon(config: ConfigFields) -> ModelShape:
         gated_mlp=False,
         parallel_attention=new or parallel,
         expanded_cache=new,
-        parameters=tuple(found),
+        parameters=tuple(parameters),
         alibi=config.flag("alibi", False),
     )
 
@@ -208,22 +208,24 @@ def _llama(config: ConfigFields) -> ModelShape:
     tied = config.flag("tie_word_embeddings", False)
     biased = family in ("llama", "qwen3") and config.flag("attention_bias", False)
     mlp_bias = family == "llama" and config.flag("mlp_bias", False)
-    found = [Parameter("model.embed_tokens.weight", (vocab, hidden), "embedding")]
+    parameters = [Parameter("model.embed_tokens.weight", (vocab, hidden), "embedding")]
     for i in range(layers):
         at = f"model.layers.{i}"
-        found += _linear(f"{at}.self_attn.q_proj", heads * head_dim, hidden, "column", biased or family == "qwen2")
+        parameters += _linear(f"{at}.self_attn.q_proj", heads * head_dim, hidden, "column", biased or family == "qwen2")
         for part in ("k_proj", "v_proj"):
             rows = kv_heads * head_dim
-            found += _linear(f"{at}.self_attn.{part}", rows, hidden, "key_value", biased or family == "qwen2")
-        found += _linear(f"{at}.self_attn.o_proj", hidden, heads * head_dim, "row", biased)
+            parameters += _linear(f"{at}.self_attn.{part}", rows, hidden, "key_value", biased or family == "qwen2")
+        parameters += _linear(f"{at}.self_attn.o_proj", hidden, heads * head_dim, "row", biased)
         if family == "qwen3":
-            found += [Parameter(f"{at}.self_attn.{part}.weight", (head_dim,)) for part in ("q_norm", "k_norm")]
-        found += _linear(f"{at}.mlp.gate_proj", inner, hidden, "column", mlp_bias)
-        found += _linear(f"{at}.mlp.up_proj", inner, hidden, "column", mlp_bias)
-        found += _linear(f"{at}.mlp.down_proj", hidden, inner, "row", mlp_bias)
-        found += [Parameter(f"{at}.{n}.weight", (hidden,)) for n in ("input_layernorm", "post_attention_layernorm")]
-    found += [Parameter("model.norm.weight", (hidden,))]
-    found += [] if tied else [Parameter("lm_head.weight", (vocab, hidden), "head")]
+            parameters += [Parameter(f"{at}.self_attn.{part}.weight", (head_dim,)) for part in ("q_norm", "k_norm")]
+        parameters += _linear(f"{at}.mlp.gate_proj", inner, hidden, "column", mlp_bias)
+        parameters += _linear(f"{at}.mlp.up_proj", inner, hidden, "column", mlp_bias)
+        parameters += _linear(f"{at}.mlp.down_proj", hidden, inner, "row", mlp_bias)
+        parameters += [
+            Parameter(f"{at}.{n}.weight", (hidden,)) for n in ("input_layernorm", "post_attention_layernorm")
+        ]
+    parameters += [Parameter("model.norm.weight", (hidden,))]
+    parameters += [] if tied else [Parameter("lm_head.weight", (vocab, hidden), "head")]
     return ModelShape(
         family=family,
         windows=_windows(config, family, layers),
@@ -239,7 +241,7 @@ def _llama(config: ConfigFields) -> ModelShape:
         gated_mlp=True,
         parallel_attention=False,
         expanded_cache=False,
-        parameters=tuple(found),
+        parameters=tuple(parameters),
     )
 
 

@@ -57,9 +57,9 @@ class FusedLinear(ProductLinear):
     left: list[torch.Tensor]
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        own, *others = super().forward(rows).split(self.sizes, -1)
+        first, *others = super().forward(rows).split(self.sizes, -1)
         self.left[:] = others[::-1]
-        return own
+        return first
 
 
 class TakenLinear(nn.Module):

@@ -73,11 +73,11 @@ class VocabularyEmbedding(nn.Embedding):
     collectives: Collectives
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        own = ids - self.first
-        elsewhere = (own < 0) | (own >= self.weight.shape[0])
-        found = lookup(own.masked_fill_(elsewhere, 0), self.weight).masked_fill_(elsewhere[..., None], 0)
-        self.collectives.add_up(found)
-        return found
+        rows = ids - self.first
+        elsewhere = (rows < 0) | (rows >= self.weight.shape[0])
+        vectors = lookup(rows.masked_fill_(elsewhere, 0), self.weight).masked_fill_(elsewhere[..., None], 0)
+        self.collectives.add_up(vectors)
+        return vectors
 
 
 class VocabularyHead(ProductLinear):
@@ -167,8 +167,8 @@ def _keep_part(name: str, module: nn.Module, dim: int, rank: int, size: int) -> 
         shape = tuple(whole.shape)
         chunk = ceil(shape[dim] / size)
         start = min(rank * chunk, shape[dim])
-        held = (*shape[:dim], min(chunk, shape[dim] - start), *shape[dim + 1 :])
-        part = nn.Parameter(torch.empty(held, dtype=whole.dtype, device="meta"), requires_grad=False)
+        local = (*shape[:dim], min(chunk, shape[dim] - start), *shape[dim + 1 :])
+        part = nn.Parameter(torch.empty(local, dtype=whole.dtype, device="meta"), requires_grad=False)
         mark_block(part, Block(f"{name}.{leaf}", shape, (0,) * dim + (start,) + (0,) * (len(shape) - dim - 1)))
         setattr(module, leaf, part)
 

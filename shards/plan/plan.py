@@ -144,7 +144,7 @@ def _too_large(request: PlanRequest) -> str | None:
     assert worst.capacity_bytes is not None
     n, usable = request.num_devices, usable_bytes(request, worst.capacity_bytes)
     kind = f" in {request.quantization.name}" if request.quantization else ""
-    what = f"{request.shape.num_parameters / 1e9:.1f} billion parameters{kind} with {request.engine.name}"
+    model = f"{request.shape.num_parameters / 1e9:.1f} billion parameters{kind} with {request.engine.name}"
     batch = f"batch {request.batch_size} of {request.context} tokens"
     if request.device.kind == "cpu":
         here = device_plans(request, make_layout(request))[: request.devices]
@@ -152,13 +152,13 @@ def _too_large(request: PlanRequest) -> str | None:
         owner = "the machine has" if request.num_nodes == 1 else "each machine has"
         total = f"{(request.device.capacity_bytes or 0) / GIB:.1f}"
         return (
-            f"{what} need {needed / GIB:.1f} GiB of main memory (weights {weights / GIB:.1f}, {batch}), "
+            f"{model} need {needed / GIB:.1f} GiB of main memory (weights {weights / GIB:.1f}, {batch}), "
             f"{owner} {total} GiB."
         )
     part = f"{(usable + missing) / GIB:.1f} GiB on " + (f"device {worst.rank} of {n}" if n > 1 else "one device")
     may = f", of which {request.engine.name} may use {usable / GIB:.1f}" if usable < worst.capacity_bytes else ""
     return (
-        f"{what} need {part} (weights {worst.parameter_bytes / GIB:.1f}, {batch}), "
+        f"{model} need {part} (weights {worst.parameter_bytes / GIB:.1f}, {batch}), "
         f"{request.device.name} has {worst.capacity_bytes / GIB:.1f} GiB{may}."
     )
 

@@ -36,8 +36,8 @@ def extensions_folder() -> Path:
     """
     if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(given)
-    own = sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK)
-    root = Path(sys.prefix) if own else Path.home() / ".cache"
+    is_writable = sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK)
+    root = Path(sys.prefix) if is_writable else Path.home() / ".cache"
     return root / "torch_extensions" / f"torch-{version('torch')}_deepspeed-{version('deepspeed')}"
 
 

@@ -203,14 +203,14 @@ class EndpointBackend:
             return [
                 DeviceMemory(0, "cpu", host_anonymous_bytes=anonymous, reasons=dict.fromkeys(OF_AN_ENGINE, UNKNOWN))
             ]
-        own = set(self.started.pids())
+        pids = set(self.started.pids())
         held = []
         for place, card in enumerate(cuda_devices(os.environ)[: self.config.devices]):
             assert card.uuid is not None
             reasons = dict.fromkeys(OF_AN_ENGINE, UNKNOWN)
             on_card: list[int | None] = []
             try:
-                on_card = [process.memory_bytes for process in nvml.processes(card.uuid) if process.pid in own]
+                on_card = [process.memory_bytes for process in nvml.processes(card.uuid) if process.pid in pids]
             except nvml.NvmlError as error:
                 reasons["nvml_used_bytes"] = f"NVML: {error}"
             known = [size for size in on_card if size is not None]

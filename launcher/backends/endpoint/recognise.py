@@ -69,10 +69,10 @@ async def _ask_for(client: Client, path: str) -> dict[str, Any]:
     if exchange.failure is not None:
         return {}
     try:
-        found = json.loads(exchange.body)
+        body = json.loads(exchange.body)
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return body if isinstance(body, dict) else {}
 
 
 async def check_tokenizer(questions: Questions, prompt: Prompt) -> None:

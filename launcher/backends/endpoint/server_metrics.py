@@ -29,15 +29,15 @@ COUNTS = {
 
 def samples(text: bytes) -> dict[str, float]:
     """The values of Prometheus' text form by name, added up over their labels."""
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for name, value in SAMPLE.findall(text):
         try:
             number = float(value)
         except ValueError:
             continue
         if math.isfinite(number):
-            found[name.decode()] = found.get(name.decode(), 0.0) + number
-    return found
+            values[name.decode()] = values.get(name.decode(), 0.0) + number
+    return values
 
 
 def between(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:

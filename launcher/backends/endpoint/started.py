@@ -73,8 +73,8 @@ class StartedServer:
         self._memory.look(self.pids())
         if (code := self._process.poll()) is not None:
             lines = [line for line in read_end(self.log).splitlines() if line.strip()]
-            said = " | ".join(line.strip() for line in lines[-LAST_LINES:]) or "nothing"
-            raise ServerEndedError(f"the server ended with exit code {code}; its last lines: {said}")
+            tail = " | ".join(line.strip() for line in lines[-LAST_LINES:]) or "nothing"
+            raise ServerEndedError(f"the server ended with exit code {code}; its last lines: {tail}")
 
     def pids(self) -> list[int]:
         """The processes of the server, this one's children and theirs, whichever session they are in."""
@@ -85,8 +85,8 @@ class StartedServer:
         total = 0
         for pid in self.pids():
             with contextlib.suppress(OSError):  # it has just ended
-                found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-                total += int(found.group(1)) * 1024 if found else 0
+                match = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+                total += int(match.group(1)) * 1024 if match else 0
         return total
 
     def close(self) -> None:

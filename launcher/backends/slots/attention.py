@@ -33,12 +33,12 @@ def attention(
     if tokens == 1:  # the queries of a group see the same keys, as those of a sequence do
         if group > 1:
             query = query.reshape(rows, heads // group, group, dim)
-        found = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-        return found.reshape(rows, 1, heads, value.shape[3]), None
+        attended = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+        return attended.reshape(rows, 1, heads, value.shape[3]), None
     if group > 1:  # of CUDA's kernels for groups only that of newer cards and 16 bits writes no scores down
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    found = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, is_causal=mask is None)
-    return found.transpose(1, 2), None
+    attended = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, is_causal=mask is None)
+    return attended.transpose(1, 2), None
 
 
 def use_slots(model: nn.Module) -> None:

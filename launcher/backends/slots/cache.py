@@ -91,9 +91,9 @@ class SlotLayer(CacheLayerMixin):
         keys = torch.cat((self.keys[row : row + 1, :, before], key_states), 2)
         values = torch.cat((self.values[row : row + 1, :, before], value_states), 2)
         kept = min(end - start, self.size)
-        places = torch.arange(end - kept, end, device=device) % self.size
-        self.keys[row].index_copy_(1, places, key_states[0, :, -kept:])
-        self.values[row].index_copy_(1, places, value_states[0, :, -kept:])
+        positions = torch.arange(end - kept, end, device=device) % self.size
+        self.keys[row].index_copy_(1, positions, key_states[0, :, -kept:])
+        self.values[row].index_copy_(1, positions, value_states[0, :, -kept:])
         return keys, values
 
     def step(self, key_states: torch.Tensor, value_states: torch.Tensor, index: torch.Tensor) -> Pair:
@@ -180,9 +180,9 @@ class SlotCache(Cache):
             device, heads, size = kind
             if kind not in self._bases:
                 self._bases[kind] = torch.arange(self.slots * heads, device=device).view(-1, heads, 1) * size
-            places = self.doing.positions.to(device)[:, None]
-            places = places % size if layer.is_sliding else places
-            self._index[kind] = (self._bases[kind][: self.doing.rows] + places).view(-1)
+            positions = self.doing.positions.to(device)[:, None]
+            positions = positions % size if layer.is_sliding else positions
+            self._index[kind] = (self._bases[kind][: self.doing.rows] + positions).view(-1)
         return self._index[kind]
 
     def move(self, source: int, target: int) -> None:
@@ -201,7 +201,7 @@ class SlotCache(Cache):
 
     def num_bytes(self) -> dict[torch.device, int]:
         """Bytes on each device."""
-        held: dict[torch.device, int] = {}
+        nbytes: dict[torch.device, int] = {}
         for tensor in self.tensors():
-            held[tensor.device] = held.get(tensor.device, 0) + tensor.nbytes
-        return held
+            nbytes[tensor.device] = nbytes.get(tensor.device, 0) + tensor.nbytes
+        return nbytes

@@ -169,12 +169,12 @@ class VllmBackend:
 
     def _step(self, engine: Any) -> list[Any]:
         try:
-            found: list[Any] = engine.step()
+            outputs: list[Any] = engine.step()
         except RuntimeError as error:  # of a lost worker it says "cancelled"
             if lost := _lost_workers(engine):
                 raise RuntimeError(f"vLLM's workers ended: {lost}") from error
             raise
-        return found
+        return outputs
 
     def requests(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Any]:
         """One SamplingParams for each prompt: its seed depends on its place in the set, not on the others."""
@@ -195,9 +195,9 @@ class VllmBackend:
 
     def _eos_token_ids(self) -> list[int]:
         model = self.llm.model_config
-        found = model.try_get_generation_config().get("eos_token_id")
-        found = getattr(model.hf_config, "eos_token_id", None) if found is None else found
-        return list(found) if isinstance(found, list | tuple) else [] if found is None else [int(found)]
+        eos = model.try_get_generation_config().get("eos_token_id")
+        eos = getattr(model.hf_config, "eos_token_id", None) if eos is None else eos
+        return list(eos) if isinstance(eos, list | tuple) else [] if eos is None else [int(eos)]
 
     def _check_lengths(self, prompts: Sequence[Prompt], new_tokens: int) -> None:
         """vLLM itself would cut the answers short without a word."""

@@ -72,13 +72,13 @@ def _beat(beat: Callable[[], object], over: threading.Event) -> None:
 
 def work_of_tree() -> dict[int, Work]:
     """What this process and its children have done, by process id; one that ends meanwhile is left out."""
-    own = psutil.Process()
-    found = {}
-    for process in (own, *own.children(recursive=True)):
+    parent = psutil.Process()
+    work = {}
+    for process in (parent, *parent.children(recursive=True)):
         with contextlib.suppress(psutil.Error, OSError):
             times = process.cpu_times()
-            found[process.pid] = Work(_read_bytes(process), times.user + times.system)
-    return found
+            work[process.pid] = Work(_read_bytes(process), times.user + times.system)
+    return work
 
 
 def _read_bytes(process: psutil.Process) -> float:

@@ -41,18 +41,18 @@ class Watch:
         return new
 
     def _watched_output(self) -> Any:
-        found = self._get_output()
+        outputs = self._get_output()
         now = perf_counter()
-        for output in found.outputs:
+        for output in outputs.outputs:
             count = len(output.new_token_ids)
             self.arrivals.setdefault(output.request_id, []).extend([now] * count)
             self.new_tokens += count
             if self.on_tokens is not None and count:
                 self.on_tokens(output.request_id, output.new_token_ids)
-        return found
+        return outputs
 
     def _watched_schedule(self, *args: Any, **kwargs: Any) -> Any:
-        found = self._schedule(*args, **kwargs)
+        scheduled = self._schedule(*args, **kwargs)
         used = self._pool.num_gpu_blocks - 1 - self._pool.get_num_free_blocks()  # one block is never given out
         self.peak_blocks = max(self.peak_blocks or 0, used)
-        return found
+        return scheduled

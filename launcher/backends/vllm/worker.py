@@ -16,18 +16,18 @@ class WorkerMemory:
     def device_memory(self) -> dict[str, Any]:
         """The fields of DeviceMemory without `kv_cache_bytes`, and `num_blocks`, the blocks of the KV cache."""
         runner = self.model_runner  # type: ignore[attr-defined]
-        found = asdict(module_memory(runner.model, runner.device, self.rank, {}))  # type: ignore[attr-defined]
-        del found["kv_cache_bytes"]
-        found["parameter_bytes"] = held_bytes(runner.model, runner.device)
-        if found["parameter_bytes"] is None:
-            found["reasons"]["parameter_bytes"] = "quantized weights were repacked into memory that tensors do not show"
+        memory = asdict(module_memory(runner.model, runner.device, self.rank, {}))  # type: ignore[attr-defined]
+        del memory["kv_cache_bytes"]
+        memory["parameter_bytes"] = held_bytes(runner.model, runner.device)
+        if memory["parameter_bytes"] is None:
+            memory["reasons"]["parameter_bytes"] = "quantized weights were repacked into memory that no tensor shows"
         if runner.device.type == "cpu":
-            found["tensor_bytes"] = None
-            found["reasons"]["tensor_bytes"] = "linear weights are packed into memory that tensors do not show"
-        del found["reasons"]["kv_cache_reserved_bytes"]
-        found["kv_cache_reserved_bytes"] = storage_bytes(runner.kv_caches)
-        found["num_blocks"] = runner.kv_cache_config.num_blocks
-        return found
+            memory["tensor_bytes"] = None
+            memory["reasons"]["tensor_bytes"] = "linear weights are packed into memory that tensors do not show"
+        del memory["reasons"]["kv_cache_reserved_bytes"]
+        memory["kv_cache_reserved_bytes"] = storage_bytes(runner.kv_caches)
+        memory["num_blocks"] = runner.kv_cache_config.num_blocks
+        return memory
 
 
 def held_bytes(model: torch.nn.Module, device: torch.device) -> int | None:

@@ -55,15 +55,15 @@ def job_of(run: RunDescription) -> Job:
     """The job for a run: a task for each rank, spread evenly over the nodes."""
     config = run.run_config
     cluster = config.cluster
-    own = cluster.python or ("python3" if cluster.container else sys.executable)
+    python = cluster.python or ("python3" if cluster.container else sys.executable)
     return Job(
         cluster=cluster,
         num_nodes=config.num_nodes,
         tasks_per_node=run.world_size // config.num_nodes,
         devices=config.devices,
         on_cuda=run.on_cuda,
-        python=config.backend.python or own,
-        own_python=own,
+        python=config.backend.python or python,
+        own_python=python,
         root=str(ROOT) if (ROOT / "pyproject.toml").is_file() else None,
     )
 
@@ -149,21 +149,21 @@ def _environment(job: Job) -> Iterator[str]:
 
 
 def _work(job: Job) -> Iterator[str]:
-    own = shlex.join([*job.cluster.container, job.own_python])
+    python = shlex.join([*job.cluster.container, job.own_python])
     ranks = shlex.join([*job.cluster.container, job.python, "-m", "launcher.rank.worker"])
     if not job.cluster.container:  # a container may hide the number of the parent, which ends with the job's step
         ranks = f"sh -c 'export LAUNCHER_PARENT=$PPID; exec \"$@\"' sh {ranks}"
     options = ("--kill-on-bad-exit=1", f"--cpus-per-task={job.cpus_per_task}", *job.cluster.srun)
-    yield f'LAUNCHER_ATTEMPT=$({own} -m launcher.run_dir.attempts "$run_dir") || exit 1'
-    yield f'MASTER_PORT=$({own} -c "{FREE_PORT}") || exit 1'
+    yield f'LAUNCHER_ATTEMPT=$({python} -m launcher.run_dir.attempts "$run_dir") || exit 1'
+    yield f'MASTER_PORT=$({python} -c "{FREE_PORT}") || exit 1'
     yield "export LAUNCHER_ATTEMPT MASTER_PORT"
     yield f'srun {shlex.join(options)} {ranks} "$run_dir"'
     yield "code=$?"
-    yield f'{own} -m launcher.launch.slurm.end "$run_dir" "$code" "$terminated"'
+    yield f'{python} -m launcher.launch.slurm.end "$run_dir" "$code" "$terminated"'
     yield "final=$?"
     yield f'if [ "$final" = {AGAIN} ]; then'
     yield f'    [ -z "$terminated" ] && scontrol requeue "$job" && exit {AGAIN}'
-    yield f'    {own} -m launcher.launch.slurm.end "$run_dir" "$code" final'
+    yield f'    {python} -m launcher.launch.slurm.end "$run_dir" "$code" final'
     yield "    final=$?"
     yield "fi"
     yield 'exit "$final"'
