@@ -24,6 +24,9 @@ WIDTH, HEIGHT = 7.0, 3.6  # inches
 COLOURS = ("#3b82c4", "#d9822b", "#2e9e6b", "#c2569b", "#8a6fd1", "#a8892c", "#3aa6b9", "#c75450")
 """Readable on white and on black; by order, so that one series has one colour in all figures of a page."""
 
+LETTER, HANDLE, MOST_COLUMNS = 0.07, 0.55, 4
+"""Inches that a letter of a legend and the line before it take, and columns at most."""
+
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "launcher",  # the same figure gives the same bytes
@@ -113,7 +116,7 @@ def bar_figure(groups: Mapping[str, Mapping[str, float]], y_label: str) -> Figur
         offsets = [row + (place - (len(names) - 1) / 2) * height for row in range(len(groups))]
         values = [values.get(name, 0.0) for values in groups.values()]
         bars = axes.barh(offsets, values, height * 0.9, color=colour, label=name)
-        axes.bar_label(bars, fmt="{:,.3g}", padding=3, fontsize=8)
+        axes.bar_label(bars, fmt=_short, padding=3, fontsize=8)
     _rows(axes, list(groups))
     axes.margins(x=0.12)
     _finish(axes, y_label, "")
@@ -230,6 +233,11 @@ def _colours(count: int) -> list[str]:
     return [COLOURS[number % len(COLOURS)] for number in range(count)]
 
 
+def _short(value: float) -> str:
+    """Three digits, or all in front of the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _rows(axes: Axes, names: Sequence[str]) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
@@ -241,6 +249,6 @@ def _finish(axes: Axes, x_label: str, y_label: str) -> None:
     axes.set_ylabel(y_label)
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
-        axes.figure.legend(
-            handles, labels, loc="outside upper center", ncols=min(len(labels), 4), fontsize=8, frameon=False
-        )
+        widest = max(map(len, labels)) * LETTER + HANDLE
+        columns = max(1, min(len(labels), int(WIDTH / widest), MOST_COLUMNS))
+        axes.figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=8, frameon=False)

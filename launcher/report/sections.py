@@ -101,9 +101,9 @@ class Report:
             ceilings[label] = record.ceiling.tokens_per_s if record.ceiling else None
             rows.append((label, rate(spread.median), rate(spread.min), rate(spread.max), rate(ceilings[label])))
         headings = ("run", "new tokens/s", "min", "max", "ceiling")
-        values = {name: {getattr(record, name) for _, record in self.measured} for name in AXES}
-        axis = next((name for name in AXES if len(values[name]) > 1 and None not in values[name]), None)
-        if axis is None:
+        axes = [name for name in AXES if all(getattr(record, name) is not None for _, record in self.measured)]
+        axis = max(axes, key=self._longest_line)
+        if self._longest_line(axis) < 2:
             groups = {label: {"measured": record.new_tokens_per_s or 0.0} for label, record in self.measured}
             for label, ceiling in ceilings.items():
                 if ceiling is not None:
@@ -113,6 +113,10 @@ class Report:
             text += " Dashed: the ceiling, what bandwidth, arithmetic and links of the machine allow."
             figure = line_figure(self._lines(axis), AXES[axis], "new tokens/s", log_x=True)
         return Section(title, text, self._drawn("speed", figure, title, text), DataTable(headings, tuple(rows)))
+
+    def _longest_line(self, axis: str) -> int:
+        """The most points of a line over an axis."""
+        return max(len(set(line.x)) for line in self._lines(axis))
 
     def _lines(self, axis: str) -> list[Series]:
         """Runs that differ in `axis` only are one line."""
