@@ -14,7 +14,7 @@ import psutil
 
 from launcher.results.cost import REPEATS, START, DeviceSample, PhaseCost, RankCost
 from shards.machine.cards import cuda_devices
-from shards.machine.nvml import NvmlError, readings
+from shards.machine.nvml import NvmlError, kept_open, readings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -122,17 +122,23 @@ class Meter:
         return ()
 
     def _sample(self) -> None:
-        while not self._ended.wait(self.interval_s):
-            for one in self._readings():
-                second = time.time() - self._began
-                state = (one.power_w, one.utilisation, one.sm_clock_mhz, one.temperature_c)
-                self.samples.append(DeviceSample(second, self.phase, one.uuid, *state))
-                if self.phase == REPEATS:
-                    self.slowed_by |= {f"{one.uuid}: {reason}": None for reason in one.slowed_by}
-            if len(self.samples) > MOST_SAMPLES:
-                kept = sorted({sample.second for sample in self.samples})[::2]
-                self.samples = [sample for sample in self.samples if sample.second in set(kept)]
-                self.interval_s *= 2
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(NvmlError):
+                stack.enter_context(kept_open())
+            while not self._ended.wait(self.interval_s):
+                self._take_samples()
+
+    def _take_samples(self) -> None:
+        for one in self._readings():
+            second = time.time() - self._began
+            state = (one.power_w, one.utilisation, one.sm_clock_mhz, one.temperature_c)
+            self.samples.append(DeviceSample(second, self.phase, one.uuid, *state))
+            if self.phase == REPEATS:
+                self.slowed_by |= {f"{one.uuid}: {reason}": None for reason in one.slowed_by}
+        if len(self.samples) > MOST_SAMPLES:
+            devices = max(len(self.uuids), 1)
+            self.samples = [sample for place, sample in enumerate(self.samples) if place // devices % 2 == 0]
+            self.interval_s *= 2
 
 
 def packages(folder: Path = POWERCAP) -> list[Path]:

@@ -94,7 +94,7 @@ def line_figure(series: Sequence[Series], x_label: str, y_label: str, log_x: boo
         known = [(x, ceiling) for x, ceiling in zip(one.x, one.ceiling, strict=False) if ceiling is not None]
         if known:
             xs, ceilings = zip(*known, strict=True)
-            axes.plot(xs, ceilings, linestyle="--", marker="_", color=colour, alpha=0.8, label=f"{one.name}, ceiling")
+            axes.plot(xs, ceilings, linestyle="--", marker="_", color=colour, alpha=0.8)
     if log_x:
         axes.set_xscale("log", base=2)
         ticks = sorted({x for one in series for x in one.x})

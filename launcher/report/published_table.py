@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -25,28 +26,56 @@ LABELS = {
 }
 
 
-def published_table(record: Record) -> Table | None:
+@dataclass(frozen=True, slots=True)
+class PublishedBeside:
+    """A run of an experiment beside what was published: a row for each figure, and the speeds as numbers."""
+
+    headings: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    speeds: dict[str, float]
+    source: str
+
+
+def published_beside(record: Record) -> PublishedBeside | None:
     """Published, measured, and the limits there and here; None for a run of no experiment."""
     experiment = record.config.get("experiment") or {}
     if experiment.get("name") is None:
         return None
     config = from_dict(record.config)
     hardware = config.experiment.hardware or "hardware not named"
-    table = Table("figure", f"published ({hardware})", "limit there", "share", "measured here", "limit here", "share")
     is_rehearsal = config.model.config is None
     preset = config
     with contextlib.suppress(ConfigError):  # of a preset in a folder that is not known any more
         preset = compose_run([f"experiment={config.experiment.name}"]) if is_rehearsal else config
+    rows: list[tuple[str, ...]] = []
+    speeds: dict[str, float] = {}
     for figure in published_figures(preset):
         measured = measured_figure(figure.name, record)
         shown = "-" if measured is None else f"{measured:,.4g} {figure.unit}"
         limit, share = "-", "-"
-        if figure.name == "new_tokens_per_s" and record.ceiling is not None and record.ceiling.share is not None:
+        is_speed = figure.name == "new_tokens_per_s"
+        if is_speed and record.ceiling is not None and record.ceiling.share is not None:
             limit, share = f"{record.ceiling.tokens_per_s:,.3g} {figure.unit}", f"{record.ceiling.share:.0%}"
-        table.add_row(LABELS[figure.name], *figure_text(figure), shown, limit, share)
-    table.caption = f"{config.experiment.source}; {config.experiment.location}"
+        if is_speed:
+            here = record.ceiling.tokens_per_s if record.ceiling else None
+            values = {"published": figure.value, "limit there": figure.limit, "measured": measured, "limit here": here}
+            speeds = {name: value for name, value in values.items() if value is not None}
+        rows.append((LABELS[figure.name], *figure_text(figure), shown, limit, share))
+    source = f"{config.experiment.source}; {config.experiment.location}"
     if is_rehearsal:
-        table.caption += "\nA rehearsal: another model than the published one."
+        source += "\nA rehearsal: another model than the published one."
+    headings = ("figure", f"published ({hardware})", "limit there", "share", "measured here", "limit here", "share")
+    return PublishedBeside(headings, tuple(rows), speeds, source)
+
+
+def published_table(record: Record) -> Table | None:
+    """`published_beside` for the terminal."""
+    beside = published_beside(record)
+    if beside is None:
+        return None
+    table = Table(*beside.headings, caption=beside.source)
+    for row in beside.rows:
+        table.add_row(*row)
     return table
 
 

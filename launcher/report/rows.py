@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from launcher.config.values import flat
@@ -52,6 +53,16 @@ def label_of(record: Record, swept: Sequence[str]) -> str:
     values = flat_values(record.config)
     parts = [f"{key.removesuffix('.name').rpartition('.')[2]}={values.get(key)}" for key in swept]
     return " ".join(parts) or f"{record.backend} {record.model} x{record.num_devices}"
+
+
+def unique(labels: Sequence[str]) -> list[str]:
+    """The labels, numbered where several runs have the same."""
+    seen: dict[str, int] = defaultdict(int)
+    numbered = []
+    for label in labels:
+        seen[label] += 1
+        numbered.append(label if seen[label] == 1 else f"{label} ({seen[label]})")
+    return numbered
 
 
 def csv_text(rows: Sequence[Row]) -> str:

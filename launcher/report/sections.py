@@ -22,7 +22,8 @@ from launcher.report.figures import (
 )
 from launcher.report.memory_parts import cache_of, measured_parts, planned_parts
 from launcher.report.page import DataTable, Section
-from launcher.report.rows import label_of, swept_keys
+from launcher.report.published_table import published_beside
+from launcher.report.rows import label_of, swept_keys, unique
 from launcher.report.units import rate, seconds, size
 from shards.machine.hardware import GIB, MIB
 
@@ -56,7 +57,7 @@ class Report:
         sections = [self._overview()]
         if self.measured:
             sections += [self._speed(), self._latency(), self._memory(), self._timeline()]
-            sections += [*self._scaling(), *self._pareto(), *self._devices()]
+            sections += [*self._scaling(), *self._pareto(), *self._devices(), *self._published()]
         return sections
 
     def _drawn(self, name: str, figure: Figure, title: str, text: str) -> str:
@@ -278,12 +279,15 @@ class Report:
         drawing = self._drawn("devices", line_figure(parts.series, "seconds", "watts"), title, text)
         return [Section(title, text, drawing, parts.table)]
 
-
-def unique(labels: Sequence[str]) -> list[str]:
-    """The labels, numbered where several runs have the same."""
-    seen: dict[str, int] = defaultdict(int)
-    numbered = []
-    for label in labels:
-        seen[label] += 1
-        numbered.append(label if seen[label] == 1 else f"{label} ({seen[label]})")
-    return numbered
+    def _published(self) -> list[Section]:
+        """Runs of experiments beside what was published."""
+        pairs = [(label, beside) for label, r in self.measured if (beside := published_beside(r)) is not None]
+        if not pairs:
+            return []
+        title, text = "Published beside measured", "Two machines compare by their shares of the limit."
+        rows = [(label, beside.headings[1], *row) for label, beside in pairs for row in beside.rows]
+        headings = ("run", "source of the figure", "figure", "published", *pairs[0][1].headings[2:])
+        figure = bar_figure({label: beside.speeds for label, beside in pairs}, "tokens/s")
+        notes = tuple(dict.fromkeys(f"{label}: {beside.source}" for label, beside in pairs))
+        drawing = self._drawn("published", figure, title, text)
+        return [Section(title, text, drawing, DataTable(headings, tuple(rows)), notes)]

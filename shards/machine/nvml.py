@@ -79,6 +79,13 @@ SLOWED_BY = {0x08: "hardware slowdown", 0x20: "heat (software)", 0x40: "heat (ha
 SM_CLOCK, GPU_TEMPERATURE = 1, 0  # nvmlClockType_t, nvmlTemperatureSensors_t
 
 
+@contextlib.contextmanager
+def kept_open() -> Iterator[None]:
+    """The driver's library stays open, so that what is asked meanwhile costs little; NvmlError where there is none."""
+    with _session():
+        yield
+
+
 def readings(uuids: Sequence[str]) -> tuple[Reading, ...]:
     """Each of some cards as it is now; NvmlError where there is no driver."""
     with _session():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from running import ROOT, launcher
 
@@ -13,6 +15,7 @@ from launcher.config.values import from_dict, to_dict
 from launcher.experiments import main
 from launcher.prepare.experiments import published_figures
 from launcher.prepare.prepare import prepare
+from launcher.report.__main__ import main as report
 from launcher.report.published_table import LABELS
 from shards.machine.hardware import known_device
 
@@ -65,10 +68,15 @@ def test_docs_are_what_the_command_prints(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out == (ROOT / "docs" / "reproduce.md").read_text()
 
 
-def test_a_run_is_shown_beside_the_published_figures(tmp_path: object) -> None:
+def test_a_run_is_shown_beside_the_published_figures(tmp_path: Path) -> None:
     words = ("experiment=falcon_40b_fsdp_2xa6000", "model=tiny_falcon", "backend=dummy", f"output_dir={tmp_path}")
     ended = launcher(*words)
     assert ended.code == 0, ended.err
     (row,) = [line for line in ended.out.splitlines() if "new tokens/s" in line and "0.613" in line]
     assert "98%" in row
     assert f"{ended.last_json['new_tokens_per_s']:,.4g} tokens/s" in row
+    page = tmp_path / "page.html"
+    assert report([str(tmp_path), "--html", str(page)]) == 0
+    text = page.read_text()
+    assert "<h2>Published beside measured</h2>" in text
+    assert "<td>published (2xa6000)</td><td>new tokens/s</td><td>0.6 tokens/s</td><td>0.613 tokens/s</td>" in text

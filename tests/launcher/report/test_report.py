@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from browser import browser, missing, serving
-from running import launcher, run
+from running import ROOT, launcher, run
 
 from launcher.report.figures import Point, Span, merged_spans, pareto_front
 from launcher.report.rows import markdown_text
@@ -80,12 +80,28 @@ def test_the_page_in_a_browser(runs: Path, tmp_path: Path) -> None:
             assert window.evaluate(WIDE) == [True, 0, 16], width
             assert window.evaluate("return document.querySelectorAll('svg title').length") == 6
             titles = window.evaluate(TABLES)
+            badges = window.evaluate("return [...document.querySelectorAll('td')].map(cell => cell.innerText)")
+            assert sum(badge.startswith(("VALID", "INVALID (")) for badge in badges) == 4
             assert titles == [
                 "Runs", "Speed", "Latency", "Memory of each device", "Timeline", "Scaling efficiency",
                 "One user against all",
             ]  # fmt: skip
         assert window.errors() == []
         assert set(asked) == {"/page.html"}
+
+
+def test_the_example_in_the_documentation() -> None:
+    page, picture = ROOT / "docs" / "example_report.html", ROOT / "docs" / "example_report.png"
+    assert page.stat().st_size < 400_000
+    assert picture.stat().st_size < 150_000
+    assert "<script" not in page.read_text()
+    if missing() is None:
+        with serving(page.parent) as (address, asked), browser() as window:
+            for width in (400, 1600):
+                window.open(f"{address}/{page.name}", width)
+                assert window.evaluate(WIDE) == [True, 0, 16], width
+            assert window.errors() == []
+            assert set(asked) == {f"/{page.name}"}
 
 
 @pytest.mark.parametrize(
