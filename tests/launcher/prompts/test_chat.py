@@ -63,7 +63,7 @@ def test_the_template_of_a_file_goes_first(folder: Path) -> None:
 def test_what_makes_no_chat_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"tiny_falcon has no chat template. HINT: prompts.chat=false"):
         chats(["a"], None, EMBEDDED / "tiny_falcon")
-    with pytest.raises(ConfigError, match=r"refuses: no system role. HINT: without prompts.system"):
+    with pytest.raises(ConfigError, match=r"refuses: no system role. HINT: prompts.system=null"):
         chats(["a"], "no", folder)
     (folder / "chat_template.jinja").write_text("{% for %}")
     with pytest.raises(ConfigError, match=r"refuses: .*HINT: prompts.chat=false"):
