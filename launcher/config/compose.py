@@ -27,8 +27,11 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-def compose_run(overrides: list[str], config_dirs: tuple[str, ...] = ()) -> RunConfig:
-    """The typed, checked configuration of one run; ConfigError with one line for whatever is wrong with it."""
+def compose_run(overrides: list[str], config_dirs: tuple[str, ...] = (), for_others: tuple[str, ...] = ()) -> RunConfig:
+    """The typed, checked configuration of one run; ConfigError with one line for whatever is wrong with it.
+
+    Keys `for_others` may be among the overrides though this run does not read them.
+    """
     own_folders = folders(config_dirs)[1:]
     own = ",".join(in_quotes(f"file://{folder.absolute()}") for folder in own_folders)
     search = [f"hydra.searchpath=[{own}]"] if own else []
@@ -41,7 +44,7 @@ def compose_run(overrides: list[str], config_dirs: tuple[str, ...] = ()) -> RunC
         config = typed(composed, config_dirs)
     except UNREADABLE as error:
         raise in_one_line(error, overrides, config_dirs) from None
-    given = {item.partition("=")[0].lstrip("+") for item in overrides}
+    given = {item.partition("=")[0].lstrip("+") for item in overrides}.difference(for_others)
     _complete(config, given)
     settle_machine(config, given)
     check(config)

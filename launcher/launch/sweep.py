@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from launcher.results.record import Record
 
 
+ONE_FOR_ALL_ENGINES = ("measure.batch_size",)
+"""Keys that a sweep over engines may give to all of them: those that do not read it say so in a note."""
+
 NOT_BEGUN = "the sweep was ended before its turn"
 
 
@@ -40,8 +43,10 @@ class Point:
 def points_of(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> list[Point]:
     """The points of `a=1,2 b=x,y`, composed, the last key fastest."""
     expanded = expand_sweep(list(overrides), config_dirs)
+    asked = {item for point in expanded for item in point if item.startswith("backend=")}
+    for_others = ONE_FOR_ALL_ENGINES if len(asked) > 1 else ()
     return [
-        Point(tuple(point), compose_run(point, tuple(config_dirs)), command_of(point, config_dirs))
+        Point(tuple(point), compose_run(point, tuple(config_dirs), for_others), command_of(point, config_dirs))
         for point in expanded
     ]
 

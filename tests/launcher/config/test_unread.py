@@ -9,6 +9,7 @@ import pytest
 
 from launcher.config.compose import compose_run
 from launcher.config.schema import ClusterConfig, ConfigError, LaunchConfig
+from launcher.launch.sweep import points_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -106,3 +107,10 @@ def test_a_folder_has_a_config_of_its_own(tmp_path: Path) -> None:
 )
 def test_what_is_read_is_taken(overrides: list[str]) -> None:
     compose_run(overrides)
+
+
+def test_a_sweep_over_engines_may_give_all_of_them_what_some_read() -> None:
+    points = points_of(["backend=fsdp,vllm", "measure.batch_size=8"])
+    assert [point.config.measure.batch_size for point in points] == [8, 8]
+    with pytest.raises(ConfigError, match=r"measure\.batch_size=8 is not read: backend=vllm"):
+        points_of(["backend=vllm", "devices=1,2", "measure.batch_size=8"])
