@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from launcher.results.record import Seal
+from launcher.run_dir.typed_files import MAX_RUN_BYTES
 from launcher.system.typed import to_plain
 
 if TYPE_CHECKING:
@@ -60,5 +61,11 @@ def broken_seal(values: dict[str, Any], folder: Path) -> list[str]:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The hash, or why there is none: of a file that cannot be read, or is larger than what any run reads."""
+    try:
+        if (size := path.stat().st_size) > MAX_RUN_BYTES:
+            return f"{size} bytes, which are not hashed"
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"

@@ -13,7 +13,7 @@ from launcher.results.validity import Check, Validity, check_reference, of_the_r
 from launcher.run_dir.finished import read_finished
 from launcher.run_dir.run_dir import RECORD, RunDir, run_dirs_in
 from launcher.run_dir.seal import broken_seal
-from launcher.run_dir.typed_files import read_value
+from launcher.run_dir.typed_files import MALFORMED, read_value, unreadable
 from shards.errors import UserError
 from shards.model.shape import plan_tolerance
 
@@ -38,6 +38,13 @@ def verify(run_dir: RunDir, references: Iterable[RunDir] = ()) -> Validity:
     record = run_dir.read_record()
     if record is None:
         raise UserError(f"{run_dir} has no {RECORD}.", "name run directories: a run prints its own when it ends")
+    try:
+        return Validity(tuple(_checks(run_dir, record, references)))
+    except MALFORMED as error:
+        raise unreadable(run_dir.path / RECORD, error) from None
+
+
+def _checks(run_dir: RunDir, record: Record, references: Iterable[RunDir]) -> list[Check]:
     run = run_dir.read_run() if run_dir.has_run() else None
     checks = [
         check_files(run_dir),
@@ -46,7 +53,7 @@ def verify(run_dir: RunDir, references: Iterable[RunDir] = ()) -> Validity:
     if record.status == "ok" and run is not None:
         checks.insert(1, check_figures(run_dir, run, record))
         checks.append(_against_references(run_dir, record, references))
-    return Validity(tuple(checks))
+    return checks
 
 
 def verdict_of(run_dir: RunDir, references: Iterable[RunDir] = ()) -> str:

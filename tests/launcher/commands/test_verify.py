@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -19,7 +20,7 @@ from launcher.results.measured import CeilingShare, Partial, Spread
 from launcher.results.record import Record
 from launcher.results.validity import Validity, check_reference, of_the_record
 from launcher.run_dir.run_dir import RunDir
-from launcher.run_dir.verify import references_in
+from launcher.run_dir.verify import references_in, verdict_of
 from launcher.run_dir.verify import verify as verify_run
 from shards.plan.memory import DevicePlan
 
@@ -84,6 +85,20 @@ def test_the_layout_of_the_record_is_not_what_it_says(made: Path, tmp_path: Path
     copy = Path(shutil.copytree(made, tmp_path / "copy"))
     (copy / "record.json").write_text(json.dumps(json.loads((copy / "record.json").read_text()), indent=None))
     assert reasons(copy) == []
+
+
+def test_what_somebody_else_wrote_is_one_line(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = Path(shutil.copytree(made, tmp_path / "copy"))
+    values = json.loads((copy / "record.json").read_text())
+    for config in ({}, {"measure": [1], "sampling": 3}):
+        (copy / "record.json").write_text(json.dumps(values | {"config": config}))
+        assert verify.main([str(copy)]) == 2
+        assert re.fullmatch(r".*record.json is not what a run writes: .*\n", capsys.readouterr().err)
+        assert verdict_of(RunDir(copy)) == "unreadable"
+    shutil.copy(made / "record.json", copy)
+    with (copy / "rank_9.json").open("wb") as file:
+        file.truncate(1 << 40)
+    assert reasons(copy) == ["rank_9.json was added"]
 
 
 def test_the_tokens_of_a_reference(made: Path, tmp_path: Path) -> None:
