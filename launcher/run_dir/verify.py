@@ -37,7 +37,7 @@ def verify(run_dir: RunDir, references: Iterable[RunDir] = ()) -> Validity:
     """
     record = run_dir.read_record()
     if record is None:
-        raise UserError(f"{run_dir} has no {RECORD}.", "name run directories: a run prints its own when it ends")
+        raise UserError(f"{run_dir} has no {RECORD}.", "python -m launcher.status runs, which names run directories")
     try:
         return Validity(tuple(_checks(run_dir, record, references)))
     except MALFORMED as error:

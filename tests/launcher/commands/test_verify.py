@@ -144,7 +144,7 @@ def test_a_run_is_made_again_from_its_directory(made: Path, tmp_path: Path, caps
     assert json.loads(capsys.readouterr().out)["objections"][0] == "1 of 2 answers have other tokens"
     assert reproduce.main([str(tmp_path), "--output-dir", str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
-        f"{tmp_path} has no record.json. HINT: name run directories: a run prints its own when it ends\n"
+        f"{tmp_path} has no record.json. HINT: python -m launcher.status runs, which names run directories\n"
     )
 
 
