@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from launcher.results.cost import REPEATS, START, DeviceSample, PhaseCost, RankCost
+from launcher.results.cost import REPEATS, START, WARM_UP, DeviceSample, PhaseCost, RankCost
+from shards.errors import UserError
 from shards.machine.cards import cuda_devices
 from shards.machine.nvml import NvmlError, kept_open, readings
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from launcher.config.schema import RunConfig
+    from shards.machine.hardware import Device
     from shards.machine.nvml import Reading
     from shards.machine.world import World
 
@@ -51,7 +53,9 @@ class Meter:
     def __init__(self, config: RunConfig, world: World) -> None:
         self.is_meter = world.local_rank == 0
         on_cuda = config.accelerator.value == "cuda"
-        devices = cuda_devices(os.environ)[: config.devices] if on_cuda and self.is_meter else []
+        devices: Sequence[Device] = ()
+        with contextlib.suppress(UserError):  # which the engine will say
+            devices = cuda_devices(os.environ)[: config.devices] if on_cuda and self.is_meter else ()
         self.uuids = [device.uuid for device in devices if device.uuid is not None]
         self.packages = [] if on_cuda or not self.is_meter else packages()
         self.phase = START
@@ -62,11 +66,13 @@ class Meter:
         self._began = psutil.Process().create_time()
         self._last = Moment(0.0, 0.0, 0.0, self._energy())
         self._ended = threading.Event()
-        if self.uuids:
-            threading.Thread(target=self._sample, daemon=True, name="meter").start()
+        self._is_sampling = False
 
     def enter(self, phase: str) -> None:
-        """The phase until now is over, and another begins."""
+        """The phase until now is over, and another begins.
+
+        Devices are sampled once the model is loaded: until then engines may fork, never while NVML is asked.
+        """
         now = self._now()
         last = self._last
         self.phases.append(
@@ -79,6 +85,9 @@ class Meter:
             )
         )
         self.phase, self._last = phase, now
+        if phase in (WARM_UP, REPEATS) and self.uuids and not self._is_sampling:
+            self._is_sampling = True
+            threading.Thread(target=self._sample, daemon=True, name="meter").start()
 
     def end(self) -> RankCost:
         """The last phase is over; what all of them cost."""

@@ -274,7 +274,7 @@ class Report:
             return []
         title, text = (
             "Devices over time",
-            "Power of each device, from the start of its rank; the table has its repeats.",
+            "Power of each device from the warm-up on; the table has the repeats.",
         )
         drawing = self._drawn("devices", line_figure(parts.series, "seconds", "watts"), title, text)
         return [Section(title, text, drawing, parts.table)]
