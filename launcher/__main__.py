@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 import yaml
 
 from launcher.api import compose, run
-from launcher.config import help as usage
-from launcher.config.compose import command_of
-from launcher.config.overrides import option_like
+from launcher.composition import help as usage
+from launcher.composition.compose import command_of
+from launcher.composition.overrides import option_like
 from launcher.config.schema import ConfigError
 from launcher.config.values import to_dict
 from launcher.launch.local import worker_command

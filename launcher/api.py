@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.config.compose import compose_run
+from launcher.composition.compose import compose_run
 from launcher.config.engines import NO_PLAN, planned_engines
 from launcher.launch.run import run
 from launcher.launch.sweep import points_of, run_points

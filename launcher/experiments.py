@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.config.compose import compose_run
+from launcher.composition.compose import compose_run
+from launcher.composition.presets import options
 from launcher.config.machine import machine_of
-from launcher.config.presets import options
 from launcher.prepare.experiments import published_figures
 from launcher.report.layout import console
 from launcher.report.published_table import LABELS, figure_text

@@ -36,10 +36,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from launcher.composition.presets import conf_dir, options
 from launcher.config.engines import NO_PLAN, engines, load_engine, names
 from launcher.config.keys import nearest, wrong_value
 from launcher.config.machine import UNITS, described, machine_of
-from launcher.config.presets import conf_dir, options
 from launcher.config.schema import ConfigError, Precision
 from launcher.models import EMBEDDED
 from launcher.prepare.planning import default_planners

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from launcher.backends.base import Prompt, backend_class  # noqa: E402
-from launcher.config.compose import compose_run  # noqa: E402
+from launcher.composition.compose import compose_run  # noqa: E402
 from launcher.prepare.planning import plan_of  # noqa: E402
 from launcher.system.files import read_json  # noqa: E402
 from shards.checkpoint.checkpoint import Checkpoint  # noqa: E402

@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 from benchmark_turns import LIMIT_S, Group  # noqa: E402
 
 from launcher.backends.base import Prompt  # noqa: E402
-from launcher.config.compose import compose_run  # noqa: E402
+from launcher.composition.compose import compose_run  # noqa: E402
 from launcher.models import EMBEDDED  # noqa: E402
 from launcher.prepare.planning import plan_of  # noqa: E402
 from launcher.prompts.prompts import encode  # noqa: E402

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from launcher.backends.vllm.backend import VllmBackend  # noqa: E402
-from launcher.config.compose import compose_run  # noqa: E402
+from launcher.composition.compose import compose_run  # noqa: E402
 from launcher.config.schema import SamplingConfig  # noqa: E402
 from launcher.models import EMBEDDED  # noqa: E402
 from launcher.prepare.planning import plan_of  # noqa: E402

@@ -12,7 +12,7 @@ import statistics
 import time
 
 from launcher.backends.base import Prompt
-from launcher.config.compose import compose_run
+from launcher.composition.compose import compose_run
 from launcher.config.engines import resolve
 from launcher.config.schema import SamplingConfig
 from launcher.models import EMBEDDED

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from launcher.config.quoting import for_shell, quoted
+from launcher.composition.quoting import for_shell, quoted
 from launcher.config.schema import ConfigError
 
 if TYPE_CHECKING:

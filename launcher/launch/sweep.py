@@ -7,8 +7,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from launcher.config.compose import command_of, compose_run
-from launcher.config.sweeps import expand_sweep
+from launcher.composition.compose import command_of, compose_run
+from launcher.composition.sweeps import expand_sweep
 from launcher.launch.run import run
 from launcher.launch.slurm.arrays import run_points as run_slurm_points
 from launcher.report.layout import console

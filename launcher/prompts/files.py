@@ -12,8 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.composition.quoting import for_shell, quoted
 from launcher.config.options import MOST_SECONDS
-from launcher.config.quoting import for_shell, quoted
 from launcher.config.schema import ConfigError
 from launcher.system.files import sibling
 from shards.untrusted_files import bounded, listed, parse_json, read_bytes

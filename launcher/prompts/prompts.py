@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 
 from launcher.backends.base import Prompt
+from launcher.composition.quoting import for_shell
 from launcher.config.options import MOST_PROMPTS
-from launcher.config.quoting import for_shell
 from launcher.config.schema import ConfigError
 from launcher.prompts.files import read_arrivals, read_file
 from launcher.system import typed

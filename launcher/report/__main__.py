@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.report.page import page
+from launcher.report.page.document import page
 from launcher.report.rows import JSON, csv_text, markdown_text, rows_of
 from launcher.run_dir.run_dir import RunDir, run_dirs_in
 from launcher.run_dir.typed_files import read_typed
@@ -83,10 +83,10 @@ def write_page(
 ) -> None:
     """The page, the figures as files, or both; UserError where matplotlib is not installed."""
     try:
-        sections = importlib.import_module("launcher.report.sections")
+        sections = importlib.import_module("launcher.report.page.sections")
     except ModuleNotFoundError as error:
         raise UserError(f"Figures need {error.name}, which is not installed.", pip_install("report")) from None
-    figures = importlib.import_module("launcher.report.figures")
+    figures = importlib.import_module("launcher.report.page.figures")
     records = [record for _, record in runs]
     references = {folder: references_in(folder) for folder in {run_dir.path.parent for run_dir, _ in runs}}
     badges = [verdict_of(run_dir, references[run_dir.path.parent]) for run_dir, _ in runs]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from launcher.config.compose import compose_run
+from launcher.composition.compose import compose_run
 from launcher.config.schema import ConfigError
 from launcher.config.values import from_dict
 from launcher.prepare.experiments import PublishedFigure, measured_figure, published_figures

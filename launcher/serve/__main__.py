@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from urllib.error import URLError
 from urllib.request import urlopen
 
-from launcher.config.compose import command_of, compose_run
+from launcher.composition.compose import command_of, compose_run
 from launcher.config.schema import ConfigError
 from launcher.launch.local import rank_environment, worker_command
 from launcher.prepare.prepare import prepare

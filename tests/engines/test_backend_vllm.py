@@ -18,7 +18,7 @@ from running import ROOT, launcher, left_in_shared_memory, run, torchrun
 from launcher.backends.base import Generation
 from launcher.backends.vllm.engine import VllmConfig
 from launcher.backends.vllm.options import arguments, environment, refusal
-from launcher.config.compose import compose_run
+from launcher.composition.compose import compose_run
 from launcher.config.schema import RunConfig
 from launcher.models import EMBEDDED
 from launcher.prompts.prompts import encode
@@ -222,7 +222,7 @@ def asked(*_): raise AssertionError("CUDA was asked before vLLM forked its worke
 torch.cuda.is_available = torch.cuda.device_count = torch.cuda.init = asked
 sys.modules["vllm"] = types.SimpleNamespace(LLM=object)
 from launcher.backends.vllm.backend import VllmBackend
-from launcher.config.compose import compose_run
+from launcher.composition.compose import compose_run
 for accelerator in ("cuda", "cpu"):
     print(VllmBackend(compose_run(["backend=vllm", "model=tiny_falcon", f"accelerator={accelerator}"])).on_cpu)
 """

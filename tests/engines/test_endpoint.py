@@ -15,7 +15,7 @@ import pytest
 from running import ROOT, launcher, left_in_shared_memory, run
 
 from launcher.backends.endpoint.backend import EndpointBackend
-from launcher.config.compose import compose_run
+from launcher.composition.compose import compose_run
 from launcher.prompts.prompts import encode, sampling_of
 from launcher.results.comparison import compare
 from launcher.run_dir.finished import read_finished

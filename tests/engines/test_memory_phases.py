@@ -21,7 +21,7 @@ from launcher.backends.memory import PhasePeaks, module_memory
 from launcher.backends.module import ALLOCATOR
 from launcher.backends.slots.decoder import SlotDecoder
 from launcher.backends.tensor_parallel.backend import TensorParallelBackend
-from launcher.config.compose import compose_run
+from launcher.composition.compose import compose_run
 from launcher.config.schema import SamplingConfig
 from launcher.models import EMBEDDED
 from launcher.report.memory_table import device_table, phase_table

@@ -11,7 +11,7 @@ import torch
 from running import launcher
 from transformers import AutoModelForCausalLM
 
-from launcher.config.compose import compose_run
+from launcher.composition.compose import compose_run
 from launcher.models import EMBEDDED
 from launcher.prompts.quality import windows
 from launcher.results.quality import Quality, agreement

@@ -13,7 +13,7 @@ import pytest
 from launcher.backends.vllm import backend as module
 from launcher.backends.vllm import heartbeat
 from launcher.backends.vllm.heartbeat import COMPUTING_S, READING, Activity, Work
-from launcher.config.compose import compose_run
+from launcher.composition.compose import compose_run
 from shards.machine.world import World
 
 LOOKS = {

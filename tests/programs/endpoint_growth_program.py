@@ -9,7 +9,7 @@ import sys
 import psutil
 
 from launcher.backends.endpoint.backend import EndpointBackend
-from launcher.config.compose import compose_run
+from launcher.composition.compose import compose_run
 from launcher.prompts.prompts import sampling_of, synthetic_prompts
 from shards.machine.world import World
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.__main__ import main
-from launcher.config.compose import compose_run
+from launcher.composition.compose import compose_run
 from launcher.prepare.prepare import prepare
 from launcher.run_dir.create import create_run_dir
 from launcher.system.processes import MARK

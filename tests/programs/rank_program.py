@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from launcher.backends.base import Backend, Completion, Prompt
-from launcher.config.compose import compose_run
+from launcher.composition.compose import compose_run
 from launcher.config.engines import resolve
 from launcher.config.schema import RunConfig, SamplingConfig
 from launcher.models import EMBEDDED

@@ -19,7 +19,7 @@ from rank_program import PROMPTS
 
 from launcher.backends.base import Generation, Prompt
 from launcher.backends.vllm.backend import VllmBackend
-from launcher.config.compose import compose_run
+from launcher.composition.compose import compose_run
 from launcher.config.schema import ConfigError, RunConfig, SamplingConfig
 from launcher.config.serving import LoadConfig
 from launcher.models import EMBEDDED

@@ -13,10 +13,10 @@ from torch.distributed.run import parse_args as parse_torchrun
 
 from launcher import compare, plan, probe, status
 from launcher.__main__ import Arguments
-from launcher.config.compose import compose_run
-from launcher.config.help import EXAMPLES
+from launcher.composition.compose import compose_run
+from launcher.composition.help import EXAMPLES
+from launcher.composition.sweeps import expand_sweep
 from launcher.config.schema import ConfigError
-from launcher.config.sweeps import expand_sweep
 from launcher.doctor.__main__ import parse as parse_doctor
 from launcher.experiments import parse as parse_experiments
 from launcher.history import parse as parse_history

@@ -28,8 +28,8 @@ import launcher.plan
 import launcher.report.__main__
 import launcher.status
 import launcher.verify
+from launcher.composition.compose import compose_run
 from launcher.config.bounds import BOUNDS
-from launcher.config.compose import compose_run
 from launcher.config.schema import PromptsConfig
 from launcher.models import EMBEDDED
 from launcher.prepare import shapes

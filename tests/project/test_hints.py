@@ -22,10 +22,10 @@ from running import ROOT
 
 from launcher import plan, probe
 from launcher.__main__ import Arguments
-from launcher.config.compose import compose_run
+from launcher.composition.compose import compose_run
+from launcher.composition.presets import groups
+from launcher.composition.sweeps import expand_sweep
 from launcher.config.keys import has_key, known_keys
-from launcher.config.presets import groups
-from launcher.config.sweeps import expand_sweep
 from launcher.launch.nodes import check_nodes, check_one_node
 from launcher.models import EMBEDDED
 from launcher.prepare.prepare import prepare

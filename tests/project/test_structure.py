@@ -75,8 +75,8 @@ LAZY = {
         "vllm",
     ): "vLLM reads the environment on import; the backend sets it first",
     ("launcher.prompts.prompts", "launcher.prompts.chat"): "only chats need Jinja",
-    ("launcher.report.__main__", "launcher.report.sections"): "tables need no matplotlib",
-    ("launcher.report.__main__", "launcher.report.figures"): "tables need no matplotlib",
+    ("launcher.report.__main__", "launcher.report.page.sections"): "tables need no matplotlib",
+    ("launcher.report.__main__", "launcher.report.page.figures"): "tables need no matplotlib",
     ("launcher.doctor.importing", "*"): "to import, and to see what comes of it, is what it is for",
 }
 """What is imported inside functions (* by a name that is made there), and why."""

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from launcher import plan as plan_command
-from launcher.config.compose import compose_run
-from launcher.config.presets import options
+from launcher.composition.compose import compose_run
+from launcher.composition.presets import options
 from shards.load.meta import build_meta
 from shards.load.meta_shapes import describe
 from shards.model.any_shape import shape_from_tensors

@@ -12,7 +12,7 @@ import pytest
 from running import ROOT, launcher
 from test_quantization import AT, AWQ, CHECKPOINTS, FP8, GPTQ, TOKENS, W4A16, W8A8, compressed, quantization
 
-from launcher.config.compose import compose_run
+from launcher.composition.compose import compose_run
 from launcher.plan import main
 from launcher.prepare.planning import quantization_of
 from launcher.prepare.shapes import shape_of_files

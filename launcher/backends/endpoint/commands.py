@@ -8,7 +8,7 @@ import string
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from launcher.config.quoting import for_shell
+from launcher.composition.quoting import for_shell
 from launcher.config.schema import ConfigError
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from fake_server import SLOW_METRICS_S, FakeServer
 from running import ROOT, Ended, launcher
 
 from launcher.backends.endpoint.backend import EndpointBackend
-from launcher.config.compose import compose_run
+from launcher.composition.compose import compose_run
 from launcher.prepare.prepare import prepare
 from launcher.run_dir.run_dir import RunDir
 from shards.errors import UserError

@@ -13,10 +13,10 @@ from hydra.core.config_store import ConfigStore
 from running import ROOT, Ended, run
 
 from launcher.__main__ import main
+from launcher.composition.compose import compose_run
+from launcher.composition.presets import options
 from launcher.config import engines
-from launcher.config.compose import compose_run
 from launcher.config.engines import NO_PLAN
-from launcher.config.presets import options
 from launcher.config.schema import ConfigError
 from launcher.doctor import trials
 from launcher.plan import main as plan_main

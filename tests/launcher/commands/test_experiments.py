@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from running import ROOT, launcher
 
-from launcher.config.compose import compose_run
+from launcher.composition.compose import compose_run
+from launcher.composition.presets import options
 from launcher.config.machine import machine_of
-from launcher.config.presets import options
 from launcher.config.schema import ConfigError
 from launcher.config.values import from_dict, to_dict
 from launcher.experiments import main

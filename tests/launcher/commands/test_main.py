@@ -23,9 +23,9 @@ from slurm_config import free_ports
 
 from launcher.__main__ import main
 from launcher.api import load_record
-from launcher.config.compose import compose_run
+from launcher.composition.compose import compose_run
+from launcher.composition.presets import options
 from launcher.config.engines import BUILT_IN
-from launcher.config.presets import options
 from launcher.models import EMBEDDED
 from launcher.prepare.prepare import prepare
 from shards.machine.world import World

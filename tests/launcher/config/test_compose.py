@@ -9,13 +9,13 @@ import pytest
 import yaml
 
 from launcher.__main__ import main
+from launcher.composition.compose import compose_run
+from launcher.composition.presets import conf_dir, options
+from launcher.composition.sweeps import expand_sweep
 from launcher.config.bounds import BOUNDS
-from launcher.config.compose import compose_run
 from launcher.config.engines import BUILT_IN, load_engine
 from launcher.config.options import BOUND
-from launcher.config.presets import conf_dir, options
 from launcher.config.schema import ConfigError, ModelConfig, Precision, PromptsConfig, RunConfig
-from launcher.config.sweeps import expand_sweep
 from launcher.config.values import from_dict, to_dict
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from running import launcher, torchrun
 
 from launcher.__main__ import main
 from launcher.backends.vllm.extra import accepted_arguments, installed_package
-from launcher.config.compose import compose_run
+from launcher.composition.compose import compose_run
+from launcher.composition.presets import groups, options
 from launcher.config.engines import BUILT_IN
 from launcher.config.keys import run_keys
-from launcher.config.presets import groups, options
 from launcher.config.schema import ConfigError
 from launcher.config.values import from_dict, to_dict
 from launcher.prepare.prepare import prepare

@@ -15,11 +15,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from running import launcher, run
 
-from launcher.config.compose import command_of, compose_run
-from launcher.config.overrides import readable
-from launcher.config.quoting import quoted
+from launcher.composition.compose import command_of, compose_run
+from launcher.composition.overrides import readable
+from launcher.composition.quoting import quoted
+from launcher.composition.sweeps import expand_sweep
 from launcher.config.schema import ConfigError
-from launcher.config.sweeps import expand_sweep
 from launcher.config.values import from_dict, to_dict
 from launcher.models import EMBEDDED
 from launcher.prompts.prompts import load_prompts, read_prompts, write_prompts

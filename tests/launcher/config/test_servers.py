@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from launcher.backends.endpoint.engine import EndpointConfig
-from launcher.config.compose import compose_run
-from launcher.config.presets import options
+from launcher.composition.compose import compose_run
+from launcher.composition.presets import options
 
 CPU = "OMP_NUM_THREADS=1"
 VLLM_CPU = f"VLLM_CPU_OMP_THREADS_BIND=nobind TORCH_COMPILE_DISABLE=1 {CPU}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from launcher.config.compose import compose_run
+from launcher.composition.compose import compose_run
 from launcher.config.schema import ClusterConfig, ConfigError, LaunchConfig
 from launcher.launch.sweep import points_of
 

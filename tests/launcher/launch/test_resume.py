@@ -19,7 +19,7 @@ from described import described
 from running import ROOT, environment, launcher, torchrun
 
 from launcher.backends.base import Prompt
-from launcher.config.compose import compose_run
+from launcher.composition.compose import compose_run
 from launcher.launch.local import run_local
 from launcher.prepare.prepare import prepare
 from launcher.rank.loop import schedule

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launcher import status
-from launcher.config.compose import compose_run
+from launcher.composition.compose import compose_run
 from launcher.launch.slurm import arrays, jobs
 from launcher.prepare.prepare import prepare
 from launcher.run_dir.create import create_run_dir

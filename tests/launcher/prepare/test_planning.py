@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from launcher.backends.base import Prompt
-from launcher.config.compose import compose_run
+from launcher.composition.compose import compose_run
 from launcher.models import EMBEDDED
 from launcher.prepare.planning import plan_of
 from launcher.prepare.prepare import prepare

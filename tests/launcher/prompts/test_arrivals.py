@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from launcher.backends.base import Prompt
-from launcher.config.compose import compose_run
+from launcher.composition.compose import compose_run
 from launcher.config.schema import ConfigError
 from launcher.prompts.arrivals import Pacing, arrivals_of, poisson_arrivals
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from launcher.backends.base import Prompt
-from launcher.config.compose import compose_run
+from launcher.composition.compose import compose_run
 from launcher.prompts.batches import batches, call_count, split, warm_up_batch
 from shards.machine.world import World
 

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from launcher.backends.base import Prompt
-from launcher.config.compose import compose_run
+from launcher.composition.compose import compose_run
 from launcher.config.schema import ConfigError
 from launcher.models import EMBEDDED
 from launcher.prompts.chat import chats

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from launcher.config.compose import compose_run
+from launcher.composition.compose import compose_run
 from launcher.config.schema import ConfigError, PromptsConfig
 from launcher.prompts.files import read_arrivals, read_file
 

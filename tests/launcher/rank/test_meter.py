@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import pytest
 from running import run
 
-from launcher.config.compose import compose_run
+from launcher.composition.compose import compose_run
 from launcher.config.schema import Accelerator, ConfigError
 from launcher.models import EMBEDDED
 from launcher.rank import meter as meter_module
 from launcher.rank.meter import Meter, cpu_times, packages
-from launcher.report.devices import devices_over_time
+from launcher.report.page.devices import devices_over_time
 from launcher.results.cost import DeviceSample, PhaseCost, RankCost, cost_of
 from shards.machine import nvml
 from shards.machine.hardware import Device

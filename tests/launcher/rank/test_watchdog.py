@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from running import environment, launcher, torchrun
 
-from launcher.config.compose import compose_run
+from launcher.composition.compose import compose_run
 from launcher.rank.watchdog import Watchdog, blame, write_stacks
 from launcher.results.verdict import Outcome
 from launcher.run_dir.progress import Progress, read_progress

@@ -13,7 +13,7 @@ import pytest
 from browser import browser, missing, serving
 from running import ROOT, launcher, run
 
-from launcher.report.figures import Point, Span, merged_spans, pareto_front
+from launcher.report.page.figures import Point, Span, merged_spans, pareto_front
 from launcher.report.rows import markdown_text
 
 POINTS = ("-m", "backend=dummy", "backend.step_s=0.001,0.002", "devices=1,2", "accelerator=cpu")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from launcher.composition.presets import default_options, groups, options
+from launcher.composition.quoting import for_shell, quoted
 from launcher.config.engines import load_engine, names
 from launcher.config.keys import (
     ALL_KEYS,
@@ -21,8 +23,6 @@ from launcher.config.keys import (
     unknown_key,
     wrong_value,
 )
-from launcher.config.presets import default_options, groups, options
-from launcher.config.quoting import for_shell, quoted
 from launcher.config.schema import ConfigError
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from omegaconf.errors import (
 )
 from yaml import MarkedYAMLError
 
+from launcher.composition.overrides import chosen_engine, no_option
+from launcher.composition.presets import options
 from launcher.config.keys import example_of, known_keys, unknown_key, wrong_value
-from launcher.config.overrides import chosen_engine, no_option
-from launcher.config.presets import options
 from launcher.config.schema import ConfigError
 
 if TYPE_CHECKING:

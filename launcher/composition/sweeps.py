@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep
 
-from launcher.config.overrides import readable
-from launcher.config.presets import options
-from launcher.config.quoting import for_shell
+from launcher.composition.overrides import readable
+from launcher.composition.presets import options
+from launcher.composition.quoting import for_shell
 from launcher.config.schema import ConfigError
 
 if TYPE_CHECKING:

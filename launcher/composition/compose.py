@@ -10,14 +10,14 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from launcher.composition.messages import UNREADABLE, in_file, in_one_line
+from launcher.composition.overrides import check_options, readable
+from launcher.composition.presets import conf_dir, folders
+from launcher.composition.quoting import in_quotes
 from launcher.config.bounds import check
 from launcher.config.engines import brought, engines
 from launcher.config.keys import engine_of, strays, unknown_key
 from launcher.config.machine import settle_machine
-from launcher.config.messages import UNREADABLE, in_file, in_one_line
-from launcher.config.overrides import check_options, readable
-from launcher.config.presets import conf_dir, folders
-from launcher.config.quoting import in_quotes
 from launcher.config.schema import BackendConfig, RunConfig
 from launcher.config.unread import check_read
 

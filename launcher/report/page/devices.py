@@ -6,8 +6,8 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from launcher.report.figures import Series
-from launcher.report.page import DataTable
+from launcher.report.page.document import DataTable
+from launcher.report.page.figures import Series
 from launcher.results.cost import REPEATS
 
 if TYPE_CHECKING:

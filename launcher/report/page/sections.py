@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from launcher.report.devices import devices_over_time
-from launcher.report.figures import (
+from launcher.report.page.devices import devices_over_time
+from launcher.report.page.document import DataTable, Section
+from launcher.report.page.figures import (
     Point,
     Series,
     Span,
@@ -20,8 +21,7 @@ from launcher.report.figures import (
     svg,
     timeline_figure,
 )
-from launcher.report.memory_parts import cache_of, measured_parts, planned_parts
-from launcher.report.page import DataTable, Section
+from launcher.report.page.memory_parts import cache_of, measured_parts, planned_parts
 from launcher.report.published_table import published_beside
 from launcher.report.rows import label_of, swept_keys, unique
 from launcher.report.units import rate, seconds, size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from launcher.config.presets import conf_dir, groups, options
+from launcher.composition.presets import conf_dir, groups, options
 from launcher.version import __version__
 
 if TYPE_CHECKING:
