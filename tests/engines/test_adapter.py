@@ -89,6 +89,7 @@ def _without_weights(folder: Path) -> None:
 LLAMA, NOTHING = "model=tiny_llama", _set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "asked", "message"),
     [

@@ -55,6 +55,7 @@ def segments() -> set[Path]:
     return set(SHARED_MEMORY.glob("deepspeed_allreduce_buffer_*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "ignore_eos"), [("tiny_falcon", "false"), ("tiny_llama", "true")])
 def test_two_ranks_give_the_tokens_of_the_reference(tmp_path: Path, model: str, ignore_eos: str) -> None:
     before = segments()
@@ -70,6 +71,7 @@ def test_two_ranks_give_the_tokens_of_the_reference(tmp_path: Path, model: str, 
     assert segments() <= before
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_ranks_add_up_over_gloo(tmp_path: Path) -> None:
     nowhere = {"CXX": "/nowhere/c++", "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
     cut = answer(tmp_path, "deepspeed", "tiny_llama", "precision=bf16", **nowhere)
@@ -107,6 +109,7 @@ def generating(tmp_path: Path, rank: int) -> int:
     raise AssertionError("the run did not begin to generate")
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run_and_leaves_nothing(tmp_path: Path, long_run: subprocess.Popen[bytes]) -> None:
     before = segments()
     os.kill(generating(tmp_path, rank=1), signal.SIGKILL)
@@ -209,6 +212,7 @@ print(_abandoned(path))
 """
 
 
+@pytest.mark.slow
 def test_a_lock_is_abandoned_when_it_is_old_and_nobody_has_it_open(tmp_path: Path) -> None:
     ended = run([sys.executable, "-c", LOCKS, str(tmp_path / "lock")])
     assert ended.out.split()[-4:] == ["False", "True", "False", "True"], ended.err

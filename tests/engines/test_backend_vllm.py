@@ -30,6 +30,8 @@ from shards.model.shape import ModelShape
 from shards.plan.memory import make_layout
 from shards.plan.request import PlanRequest
 
+pytestmark = pytest.mark.slow  # each asks engines in processes of their own
+
 PROGRAM = str(ROOT / "tests" / "programs" / "vllm_program.py")
 PROMPTS = (ROOT / "tests" / "ragged_prompts.txt").read_text().splitlines()
 FOLDER = EMBEDDED / "tiny_falcon"
@@ -243,7 +245,6 @@ multiprocessing.get_context = get_context
 """
 
 
-@pytest.mark.slow
 def test_an_engine_core_that_is_forked_as_on_cuda_ends_without_its_rank(tmp_path: Path) -> None:
     pytest.importorskip("vllm", exc_type=ImportError)
     (tmp_path / "sitecustomize.py").write_text(SPAWN_BECOMES_FORK)  # on a CPU vLLM itself always spawns

@@ -16,6 +16,8 @@ from safetensors import safe_open
 from launcher.config.engines import load_engine, names
 from launcher.models import EMBEDDED
 
+pytestmark = pytest.mark.slow  # each asks engines in processes of their own
+
 MODELS = ("tiny_falcon", "tiny_llama")
 PROGRAM = str(ROOT / "tests" / "programs" / "rank_program.py")
 SIZES = {"transformers": (1,), "fsdp": (1, 2, 3), "deepspeed": (2,), "endpoint": ()}

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from launcher.backends.base import Generation, Prompt
     from launcher.results.comparison import FinishedRun
 
+pytestmark = pytest.mark.slow  # what all share takes seconds to make
+
 TEXTS = ROOT / "tests" / "ragged_prompts.txt"
 SET = ("model=tiny_llama", "prompts=file", f"prompts.path={TEXTS}", "accelerator=cpu")
 RAY = os.environ.get("RAY_PYTHON") or (sys.executable if find_spec("ray") else None)

@@ -13,6 +13,7 @@ MIB = 1024**2
 PROGRAM = str(ROOT / "tests" / "programs" / "growth_program.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_host_memory_does_not_grow_with_decode_steps(ranks: int, tmp_path: Path) -> None:
     command = [PROGRAM, str(tmp_path), str(ranks)]

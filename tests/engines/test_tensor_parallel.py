@@ -17,6 +17,8 @@ from shards.load.meta import build_meta
 from shards.parallel.collectives import Collectives
 from shards.parallel.tensor_parallel import ELSEWHERE, LAYER_PLANS, tensor_parallel_model
 
+pytestmark = pytest.mark.slow  # what all share takes seconds to make
+
 LLAMA = {
     "model_type": "llama", "vocab_size": 512, "hidden_size": 96, "intermediate_size": 252, "num_hidden_layers": 2,
     "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64,

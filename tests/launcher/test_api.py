@@ -19,6 +19,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re
 [SNIPPET] = [block for block in BLOCKS if "from launcher import" in block]
 
 
+@pytest.mark.slow
 def test_the_snippet_of_the_readme_runs(tmp_path: Path) -> None:
     ended = run([sys.executable, "-c", SNIPPET], cwd=tmp_path)
     assert ended.code == 0, ended.err
@@ -52,6 +53,7 @@ def test_every_name_of_the_package_is_there() -> None:
         _ = launcher.trackers
 
 
+@pytest.mark.slow
 def test_a_sweep_gives_its_records_in_any_thread(tmp_path: Path) -> None:
     records: list[Record] = []
     words = ("backend=dummy", "devices=1,2", "measure.repeats=1", "accelerator=cpu", f"output_dir={tmp_path}")

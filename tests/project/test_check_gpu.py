@@ -159,6 +159,7 @@ def test_a_plain_model_may_have_the_tensors_of_the_engine(name: str, dtype: torc
     assert not shared(build_meta(EMBEDDED / name, dtype), engine)
 
 
+@pytest.mark.slow
 def test_the_run_goes_on_where_there_is_no_room_for_a_plain_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -183,6 +183,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @fuzz(1, 300)
 @given(content=CONFIGS, engine=st.sampled_from(["fsdp", "vllm", "transformers", "deepspeed"]))
 def test_configs(offline: Path, content: bytes, engine: str) -> None:
@@ -276,6 +277,7 @@ HOW = ("status", "compare", "finish", "resume", "report", "history", "verify")
 REPORTS = ("--csv", "--json", "--markdown", "--html=page.html")
 
 
+@pytest.mark.slow
 @fuzz(5, 350)
 @given(data=st.data(), name=st.sampled_from(FILES), how=st.sampled_from(HOW))
 def test_run_directories(offline: Path, finished: Path, data: st.DataObject, name: str, how: str) -> None:
@@ -320,6 +322,7 @@ WORDS = st.one_of(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @fuzz(6, 200)
 @given(words=st.lists(WORDS, min_size=1, max_size=4))
 def test_command_lines(offline: Path, words: list[str]) -> None:
@@ -343,6 +346,7 @@ EXPERIMENT = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @fuzz(7, 30)
 @given(content=mutated(EXPERIMENT))
 def test_experiments(offline: Path, content: bytes) -> None:

@@ -339,6 +339,7 @@ def refused(check: Check, words: list[str]) -> UserError | None:
     return None
 
 
+@pytest.mark.slow
 def test_every_hint_helps_where_it_is_pasted(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     makers: set[tuple[str, int]] = set()
     make = UserError.__init__

@@ -125,6 +125,7 @@ def path_with_gpu(folder: Path, driver: str = "580.65.06") -> str:
     return f"{folder}:{os.environ['PATH']}"
 
 
+@pytest.mark.slow
 def test_a_failed_installation_says_why_and_is_not_taken_for_a_finished_one(checkout: Path) -> None:
     with_gpu = {"LAUNCHER_FLAVOR": "", "PATH": path_with_gpu(checkout / "bin")}
     again = ["setup: the last installation did not finish: starting again"]

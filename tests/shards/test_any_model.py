@@ -103,6 +103,7 @@ def test_idle_experts_are_not_read() -> None:
     assert shape.step_parameters == shape.num_parameters - 300 * 64 - 3 * 2 * one_expert
 
 
+@pytest.mark.slow
 def test_another_process_is_asked() -> None:
     built = ask_transformers({**fields("gemma2"), "quantization_config": {"quant_method": "fp8"}}, sys.executable)
     answer = described("gemma2")
@@ -203,6 +204,7 @@ def folder_of(family: str, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_plan_command_asks_once_and_imports_no_torch(tmp_path: Path) -> None:
     arguments = [f"model={folder_of('gemma2', tmp_path / 'm')}", "devices=1,2", "device=h200", "--markdown"]
     program = f"import sys; from launcher.plan import main; code = main({arguments}); assert 'torch' not in sys.modules"
@@ -212,6 +214,7 @@ def test_the_plan_command_asks_once_and_imports_no_torch(tmp_path: Path) -> None
     assert ended.err.splitlines() == ["model_type gemma2: asking transformers for its shapes, which takes seconds"]
 
 
+@pytest.mark.slow
 def test_a_model_with_code_of_its_own_is_planned_by_its_files(tmp_path: Path) -> None:
     save_file({"wte.weight": torch.ones(10, 8), "h.0.mlp.weight": torch.ones(8, 32)}, tmp_path / "model.safetensors")
     sizes = {"vocab_size": 10, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
@@ -350,6 +353,7 @@ def ended_run(tmp_path: Path, folder: Path, *overrides: str) -> Path:
     return Path(ended.last_json["run_dir"])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize(("family", "engine"), [("gpt_neo", ["fsdp", 2]), ("gemma2", ["transformers", 1])])
 def test_a_run_with_random_weights_holds_what_was_planned(tmp_path: Path, family: str, engine: list[Any]) -> None:
@@ -365,6 +369,7 @@ def test_a_run_with_random_weights_holds_what_was_planned(tmp_path: Path, family
     assert set(about) <= {"measure.scheduling=static", "backend.resident_layers=auto"}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(150)
 def test_a_run_of_shards_of_merged_experts_gives_the_tokens_of_transformers(tmp_path: Path) -> None:
     folder = saved("mixtral", tmp_path / "model")

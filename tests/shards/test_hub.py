@@ -158,6 +158,7 @@ def test_what_can_be_no_model_is_one_line(path: str) -> None:
         resolve(path)
 
 
+@pytest.mark.slow
 def test_download_then_cache_then_offline(hub: Hub, tmp_path: Path) -> None:
     first = ask(tmp_path, hub.url, "we/safe")
     assert files(first) == {"config.json", "tokenizer.json", "model.safetensors"}
@@ -178,6 +179,7 @@ def test_without_weights_only_the_description_comes(hub: Hub, tmp_path: Path) ->
     assert "ERROR we/safe is not complete in the cache" in ask(tmp_path, hub.url, "we/safe", HF_HUB_OFFLINE="1")
 
 
+@pytest.mark.slow
 def test_a_broken_download_goes_on_where_it_broke(hub: Hub, tmp_path: Path) -> None:
     hub.cut.add("model.safetensors")
     folder = ask(tmp_path, hub.url, "we/broken")

@@ -498,6 +498,7 @@ def test_decoder_layers_are_found(name: str, layers: str) -> None:
     assert [type(layer).__name__ for layer in found] == [layers] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_fabric_ranks_hold_their_shards_and_answer_as_one_model(checkpoints: Path, world_size: int) -> None:
     reports = run_ranks(world_size, checkpoints)

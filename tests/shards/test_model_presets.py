@@ -77,6 +77,7 @@ def test_a_preset_has_the_published_parameters(name: str) -> None:
     assert {parameter.name for parameter in shape.parameters} == {key for key, _ in model.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "weights"), [("llama31_70b", "65.71 GiB"), ("gpt_oss_20b", "19.48 GiB"), ("qwen3_8b", "7.63 GiB")]
 )

@@ -349,6 +349,7 @@ def test_the_smallest_number_of_devices_is_the_smallest_on_which_it_fits() -> No
         make_plan(request(LLAMA2_70B, "fsdp", 3, "a100_40g"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fsdp", "transformers", "deepspeed", "tensor_parallel", "vllm"])
 def test_no_number_of_devices_is_passed_over(engine: str) -> None:
     """Every number is tried for itself, where the plan looks for the smallest more cleverly."""

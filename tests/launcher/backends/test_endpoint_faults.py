@@ -43,6 +43,7 @@ def run(tmp_path: Path, *overrides: str, **environment: str) -> tuple[Ended, Run
     return ended, RunDir(Path(ended.last_json["run_dir"]))
 
 
+@pytest.mark.slow
 def test_failed_requests_are_counted_named_and_kept(server: FakeServer, tmp_path: Path) -> None:
     ended, run_dir = run(tmp_path, f"backend.url={server.url('some_busy')}", "prompts.count=40", "load.concurrency=4")
     assert ended.code == 0, ended.err
@@ -69,12 +70,14 @@ def test_failed_requests_are_counted_named_and_kept(server: FakeServer, tmp_path
 BUSY = '{"error": {"message": "not you, None"}}'
 
 
+@pytest.mark.slow
 def test_random_tokens_need_nothing_of_the_model_but_its_vocabulary(server: FakeServer, tmp_path: Path) -> None:
     ended, run_dir = run(tmp_path, f"backend.url={server.url('ok')}", "model=llama2_7b", "prompts.count=4")
     assert ended.code == 0, ended.err
     assert [item.text for item in run_dir.read_completions()] == [""] * 4
 
 
+@pytest.mark.slow
 def test_the_time_of_a_repeat_is_that_of_its_requests(server: FakeServer, tmp_path: Path) -> None:
     ended, run_dir = run(tmp_path, f"backend.url={server.url('slow_metrics')}", "prompts.count=4", "measure.warmup=0")
     assert ended.code == 0, ended.err
@@ -85,6 +88,7 @@ def test_the_time_of_a_repeat_is_that_of_its_requests(server: FakeServer, tmp_pa
     assert record.metrics.wall_s.max < 2 * SLOW_METRICS_S, "the server's own metrics are asked for beside it"
 
 
+@pytest.mark.slow
 def test_a_run_of_failures_is_a_failure(server: FakeServer, tmp_path: Path) -> None:
     ended, run_dir = run(tmp_path, f"backend.url={server.url('breaks_later')}", "prompts.count=3")
     assert ended.code == 1
@@ -153,6 +157,7 @@ def test_the_ceilings_are_those_of_the_machine_that_is_named() -> None:
     assert prepare(compose_run(asked), ()).paces == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -203,6 +208,7 @@ def test_what_a_server_holds_on_each_card(monkeypatch: pytest.MonkeyPatch) -> No
     assert reasons == [None, hidden, hidden, "NVML: Insufficient Permissions"]
 
 
+@pytest.mark.slow
 def test_a_key_is_written_nowhere(server: FakeServer, tmp_path: Path) -> None:
     key = "sk-1234567890"
     overrides = (f"backend.url={server.url('some_busy')}", "prompts.count=20", "backend.key_variable=MY_KEY")
@@ -228,6 +234,7 @@ def fake_process(port: int = 0, step_s: float = 0.02) -> Iterator[tuple[subproce
         process.wait()
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_fails_the_run_which_goes_on_later(tmp_path: Path) -> None:
     more = ("prompts.count=60", "load.concurrency=4", "measure.warmup=0", "resume=true")
     with fake_process() as (process, port):
@@ -252,6 +259,7 @@ def test_a_server_that_is_killed_fails_the_run_which_goes_on_later(tmp_path: Pat
     assert all(item.new_tokens == 8 for item in completions)
 
 
+@pytest.mark.slow
 def test_a_started_server_that_is_killed_is_started_again_by_a_resumed_run(tmp_path: Path) -> None:
     mark = f"--marked={tmp_path}"
     own = ("server=vllm", f"server.command='{sys.executable} {FAKE} {{port}} 0.02 {mark}'", "server.cpu_arguments=")
@@ -290,6 +298,7 @@ def run_while(tmp_path: Path, act: Callable[[], None], *overrides: str) -> tuple
         return running.result()
 
 
+@pytest.mark.slow
 def test_a_server_is_started_for_the_run_and_ended_with_it(tmp_path: Path) -> None:
     own_mark = f"--marked={tmp_path}"
     own = f"server.command='{sys.executable} {FAKE} {{port}} 0.001 {own_mark}'"

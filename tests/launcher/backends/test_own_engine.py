@@ -49,6 +49,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_it_sweeps_and_compares_beside_others(tree: Path) -> None:
     ended = python(tree, "launcher", "-m", "backend=echo,dummy", "devices=2", *QUICK)
     assert ended.code == 0, ended.err
@@ -66,6 +67,7 @@ def test_it_sweeps_and_compares_beside_others(tree: Path) -> None:
     assert found.code == 0, found.err
 
 
+@pytest.mark.slow
 def test_dry_runs_and_plans_say_that_there_is_no_plan(tree: Path) -> None:
     dry = python(tree, "launcher", "backend=echo", "dry_run=true", *QUICK)
     assert dry.code == 0, dry.err
@@ -109,6 +111,7 @@ def forget() -> None:
         del sys.modules[name]
 
 
+@pytest.mark.slow
 def test_an_installed_package_brings_an_engine(site: Path) -> None:
     command = [sys.executable, "-m", "launcher", "backend=echo", "devices=2", *QUICK]
     ended = run(command, cwd=site, PYTHONPATH=f"{ROOT}:{site}")

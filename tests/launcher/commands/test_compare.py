@@ -35,6 +35,8 @@ from launcher.results.record import Record
 from launcher.run_dir.finished import read_finished
 from shards.errors import UserError
 
+pytestmark = pytest.mark.slow  # what all share takes seconds to make
+
 PROMPTS = {0: (5, 6), 1: (7,)}
 
 

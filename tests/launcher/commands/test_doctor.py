@@ -61,6 +61,7 @@ def doctor(modules: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
 
 
+@pytest.mark.slow
 def test_engines_that_raise_crash_and_hang_are_told_as_such(tmp_path: Path) -> None:
     done = doctor(write_modules(tmp_path, MODULES | {"lightning": HANGS}), "--json", "--timeout", "4")
     found = json.loads(done.stdout)

@@ -63,11 +63,13 @@ def test_a_figure_that_cannot_be_true_is_called_so() -> None:
     assert "16 tokens take 0.17 s at least on 2xh100" in wall.objection
 
 
+@pytest.mark.slow
 def test_docs_are_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--markdown"]) == 0
     assert capsys.readouterr().out == (ROOT / "docs" / "reproduce.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_is_shown_beside_the_published_figures(tmp_path: Path) -> None:
     words = ("experiment=falcon_40b_fsdp_2xa6000", "model=tiny_falcon", "backend=dummy", f"output_dir={tmp_path}")
     ended = launcher(*words)

@@ -13,6 +13,8 @@ from running import run
 
 from launcher import compare, history
 
+pytestmark = pytest.mark.slow  # what all share takes seconds to make
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:

@@ -113,6 +113,7 @@ def ranks_of_torchrun(*arguments: str) -> list[Ended]:
         return list(pool.map(lambda environ: run(command, 60, TORCHELASTIC_RUN_ID="none", **environ), environs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -137,6 +138,7 @@ def test_a_refusal_under_torchrun_is_said_once_and_ends_all_ranks(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_node_that_lacks_what_others_have_says_so() -> None:
     world = World(rank=2, world_size=4, local_world_size=2, node_rank=1, num_nodes=2)
     for local_rank, said in ((0, "accelerator=cuda, and no CUDA device can be seen. HINT: accelerator=cpu\n"), (1, "")):
@@ -145,6 +147,7 @@ def test_a_node_that_lacks_what_others_have_says_so() -> None:
         assert ended == Ended(2, "", said)
 
 
+@pytest.mark.slow
 def test_a_dry_run_under_torchrun_starts_nothing(tmp_path: Path) -> None:
     first, second = ranks_of_torchrun("dry_run=true", f"output_dir={tmp_path}")
     assert "--nproc-per-node=2 --max-restarts=0 -m launcher.rank.worker RUN_DIR" in first.out
@@ -336,6 +339,7 @@ def test_a_reader_that_has_seen_enough_causes_no_traceback(words: list[str]) -> 
     assert (ended.returncode in (-signal.SIGPIPE, 128 + signal.SIGPIPE), ended.stderr) == (True, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["dummy", "fsdp"])
 def test_the_process_that_launches_a_run_imports_no_torch(backend: str, tmp_path: Path) -> None:
     program = (
@@ -347,6 +351,7 @@ def test_the_process_that_launches_a_run_imports_no_torch(backend: str, tmp_path
     assert ended.code == 0, ended.err
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_second_have_folders_of_their_own(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "launcher", "backend=dummy", "devices=1", f"output_dir={tmp_path}"]
     started = [
@@ -359,6 +364,7 @@ def test_two_runs_of_one_second_have_folders_of_their_own(tmp_path: Path) -> Non
     assert [record["status"] for record in records] == ["ok"] * 4
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_with_a_row_for_each_point(tmp_path: Path) -> None:
     ended = launcher(
         "-m",
@@ -377,6 +383,7 @@ def test_a_sweep_ends_with_a_row_for_each_point(tmp_path: Path) -> None:
     assert rows[3]["error"]["stage"] == "load"
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_past_a_point_that_is_refused(tmp_path: Path) -> None:
     ended = launcher("-m", "backend=dummy", "devices=1", "sampling.max_new_tokens=5000,8", f"output_dir={tmp_path}")
     assert ended.code == 1
@@ -389,6 +396,7 @@ def test_a_sweep_goes_on_past_a_point_that_is_refused(tmp_path: Path) -> None:
     assert refused.error.stage == "plan"
 
 
+@pytest.mark.slow
 def test_another_interpreter_runs_the_engine(tmp_path: Path) -> None:
     other = tmp_path / "other" / "bin" / "python"
     venv.create(tmp_path / "other", with_pip=False, symlinks=True)

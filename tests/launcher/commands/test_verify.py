@@ -24,6 +24,8 @@ from launcher.run_dir.verify import references_in, verdict_of
 from launcher.run_dir.verify import verify as verify_run
 from shards.plan.memory import DevicePlan
 
+pytestmark = pytest.mark.slow  # what all share takes seconds to make
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -109,6 +109,7 @@ def file_with(folder: Path, engine: str, key: str) -> tuple[str, ...]:
     return (f"{inner}=mine", str(folder))
 
 
+@pytest.mark.slow
 def test_a_misspelt_key_in_a_file_is_refused_with_the_one_that_was_meant(tmp_path: Path) -> None:
     draw = random.Random(13)
     cases = neighbours()
@@ -126,6 +127,7 @@ def test_a_misspelt_key_in_a_file_is_refused_with_the_one_that_was_meant(tmp_pat
     assert right >= SHARE * len(known), f"{right} of {len(known)}"
 
 
+@pytest.mark.slow
 def test_an_unknown_key_in_a_file_is_refused_in_every_group(tmp_path: Path) -> None:
     for engine, key in sorted({("vllm", key.rpartition(".")[0]) for _, key in keys()}):
         word = f"{key}.zqxj".lstrip(".")
@@ -133,6 +135,7 @@ def test_an_unknown_key_in_a_file_is_refused_in_every_group(tmp_path: Path) -> N
         assert f"{word} is not " in refusal(override, config_dirs=(folder,))
 
 
+@pytest.mark.slow
 def test_a_sweep_and_torchrun_refuse_it_too(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -151,6 +154,7 @@ def test_a_sweep_and_torchrun_refuse_it_too(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_in_processes_of_their_own(tmp_path: Path) -> None:
     out = f"output_dir={tmp_path / 'out'}"
     ended = launcher("backend=dummy", out, "+sampling.num_beams=4")

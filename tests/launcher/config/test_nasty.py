@@ -127,6 +127,7 @@ def check(nasty: Path, out: str) -> Path:
     return run_dir
 
 
+@pytest.mark.slow
 def test_nasty_values_through_the_local_launcher_and_back(nasty: Path) -> None:
     ended = launcher(*overrides(f"out {NAME}"), cwd=nasty)
     assert ended.code == 0, ended.err
@@ -140,6 +141,7 @@ def test_nasty_values_through_the_local_launcher_and_back(nasty: Path) -> None:
     check(nasty, f"out {NAME}")
 
 
+@pytest.mark.slow
 def test_nasty_values_through_torchrun(nasty: Path) -> None:
     arguments = overrides("torchrun")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "launcher"]
@@ -148,6 +150,7 @@ def test_nasty_values_through_torchrun(nasty: Path) -> None:
     check(nasty, "torchrun")
 
 
+@pytest.mark.slow
 def test_code_of_a_checkpoint_is_not_run_unless_asked(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(EMBEDDED / "tiny_falcon", folder)

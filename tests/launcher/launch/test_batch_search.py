@@ -168,6 +168,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*/record.json"))]
 
 
+@pytest.mark.slow
 def test_the_largest_batch_is_found_and_run(tmp_path: Path) -> None:
     search = (*SYNTHETIC, "backend.memory_batch=6", "measure.find_batch_size=true", f"output_dir={tmp_path}")
     ended = launcher(*search)
@@ -184,6 +185,7 @@ def test_the_largest_batch_is_found_and_run(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_a_row_like_any_other(tmp_path: Path) -> None:
     ended = launcher("-m", *SYNTHETIC, "backend.memory_batch=6", "measure.batch_size=6,8", f"output_dir={tmp_path}")
     assert ended.code == 1
@@ -194,6 +196,7 @@ def test_out_of_memory_is_a_row_like_any_other(tmp_path: Path) -> None:
     assert [record["status"] for record in records(tmp_path)] == ["ok", "oom"]
 
 
+@pytest.mark.slow
 def test_no_batch_fits(tmp_path: Path) -> None:
     ended = launcher(*SYNTHETIC, "backend.memory_batch=0", "measure.find_batch_size=true", f"output_dir={tmp_path}")
     assert (ended.code, ended.last_json["status"], ended.last_json["error"]["asked_bytes"]) == (1, "oom", 2**20)

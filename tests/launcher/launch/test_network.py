@@ -51,6 +51,7 @@ def run_on_both(machines: Pair, out: Path, hang_timeout_s: float) -> tuple[dict[
     return ended, time.monotonic() - began
 
 
+@pytest.mark.slow
 def test_the_record_says_by_which_interface_the_nodes_were_joined(machines: Pair, tmp_path: Path) -> None:
     ended, _ = run_on_both(machines, tmp_path, 600)
     assert {number: done.code for number, done in ended.items()} == {0: 0, 1: 0}, ended
@@ -61,6 +62,7 @@ def test_the_record_says_by_which_interface_the_nodes_were_joined(machines: Pair
     )
 
 
+@pytest.mark.slow
 def test_nodes_that_cannot_reach_each_other_say_so_with_address_and_interface(machines: Pair, tmp_path: Path) -> None:
     machines.pull()
     ended, _ = run_on_both(machines, tmp_path, 5)

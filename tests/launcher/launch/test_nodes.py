@@ -19,6 +19,7 @@ from launcher.launch.nodes import node_command
 from launcher.system.files import read_json, read_lines
 
 
+@pytest.mark.slow
 def test_two_nodes_are_one_run(tmp_path: Path) -> None:
     nasty = "model.name='a b$(touch owned)'"
     (tmp_path / "own conf" / "prompts").mkdir(parents=True)

@@ -163,6 +163,7 @@ def finished(out: Path, *overrides: str) -> Path:
     return run_dir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "repeats"),
     [
@@ -208,6 +209,7 @@ def test_an_interrupted_run_goes_on(overrides: tuple[str, ...], repeats: int, tm
     assert record["totals"]["same_tokens_every_repeat"]
 
 
+@pytest.mark.slow
 def test_a_rank_that_cannot_end_in_time_is_ended(tmp_path: Path) -> None:
     hang = ("backend.fail_at=hang", "backend.fail_after=3", "backend.step_s=0.05")
     with begun(tmp_path, *DUMMY, *hang) as (process, run_dir):
@@ -222,6 +224,7 @@ def test_a_rank_that_cannot_end_in_time_is_ended(tmp_path: Path) -> None:
     assert record["ranks"][1]["error"]["stage"] == "repeat 1/3 batch 3/10"
 
 
+@pytest.mark.slow
 def test_sigterm_can_be_a_notice(tmp_path: Path) -> None:
     slow = (*DUMMY, "devices=1", "backend.step_s=0.05", "measure.repeats=1")
     with begun(tmp_path, *slow, LAUNCHER_ON_TERM="interrupt") as (process, run_dir):
@@ -234,6 +237,7 @@ def test_sigterm_can_be_a_notice(tmp_path: Path) -> None:
     assert record["error"]["message"] == "received SIGTERM"
 
 
+@pytest.mark.slow
 def test_what_is_done_is_reported_again(tmp_path: Path) -> None:
     run_dir = finished(tmp_path, *DUMMY, "devices=1")
     written = (run_dir / "record.json").stat().st_mtime_ns
@@ -247,6 +251,7 @@ def test_what_is_done_is_reported_again(tmp_path: Path) -> None:
     assert (other.code, len(list(tmp_path.iterdir()))) == (0, 2)
 
 
+@pytest.mark.slow
 def test_ranks_of_torchrun_go_on_too(tmp_path: Path) -> None:
     command = ("-m", "launcher", *DUMMY, "measure.repeats=1", f"output_dir={tmp_path}")
     failed = torchrun(2, *command, "backend.fail_at=generate", "backend.fail_after=4")
@@ -263,6 +268,7 @@ def test_ranks_of_torchrun_go_on_too(tmp_path: Path) -> None:
     assert (again.code, again.last_json["run_dir"]) == (0, str(run_dir))
 
 
+@pytest.mark.slow
 def test_what_was_found_on_the_devices_is_kept_with_its_attempt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,6 +281,7 @@ def test_what_was_found_on_the_devices_is_kept_with_its_attempt(
     assert [attempt.notes for attempt in record.attempts] == [("first",), ("second",), ()]
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_run_the_same(tmp_path: Path) -> None:
     slow = (*DUMMY, "devices=1", "backend.step_s=0.05")
     with begun(tmp_path, *slow) as (_, run_dir):
@@ -283,6 +290,7 @@ def test_two_processes_do_not_run_the_same(tmp_path: Path) -> None:
         assert ended.err == f"{run_dir} is running: another process has launched it. HINT: wait for its end\n"
 
 
+@pytest.mark.slow
 def test_a_sweep_skips_what_is_done(tmp_path: Path) -> None:
     sweep = ("-m", *DUMMY, "devices=1", f"output_dir={tmp_path}", "resume=true")
     first = launcher(*sweep, "seed=0,1")
@@ -297,6 +305,7 @@ def test_a_sweep_skips_what_is_done(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*/record.json"))) == 6
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_starts_no_further_points(tmp_path: Path) -> None:
     sweep = ("-m", *DUMMY, "devices=1", "backend.step_s=0.02", "measure.repeats=1", "seed=0,1,2")
     with begun(tmp_path, *sweep) as (process, _):

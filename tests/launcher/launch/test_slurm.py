@@ -93,6 +93,7 @@ def undisturbed(folder: Path, *overrides: str) -> dict[int, list[int]]:
 FILE = ("prompts=file", "prompts.path=prompts.jsonl")
 
 
+@pytest.mark.slow
 def test_two_ranks_on_each_of_two_nodes(cluster: Cluster) -> None:
     done = cluster.launch("num_nodes=2", "devices=2", *FILE)
     assert done.code == 0, done.err
@@ -107,6 +108,7 @@ def test_two_ranks_on_each_of_two_nodes(cluster: Cluster) -> None:
     assert f"job {job}: COMPLETED" in done.err
 
 
+@pytest.mark.slow
 def test_script_is_submitted_again_by_hand(cluster: Cluster) -> None:
     _, run_dir = cluster.submit(*FILE)
     assert cluster.status("--follow", str(run_dir)).code == 0
@@ -119,6 +121,7 @@ def test_script_is_submitted_again_by_hand(cluster: Cluster) -> None:
     assert tokens(run_dir) == first
 
 
+@pytest.mark.slow
 def test_failing_rank_fails_the_job(cluster: Cluster) -> None:
     done = cluster.launch("num_nodes=2", "backend.fail_at=generate")
     assert done.code == 1
@@ -130,6 +133,7 @@ def test_failing_rank_fails_the_job(cluster: Cluster) -> None:
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "1:0", "0")
 
 
+@pytest.mark.slow
 def test_killed_rank_fails_the_job(cluster: Cluster) -> None:
     job, run_dir = cluster.submit("num_nodes=2", *FILE, *SLOW)
     cluster.batches(run_dir, 2)
@@ -140,6 +144,7 @@ def test_killed_rank_fails_the_job(cluster: Cluster) -> None:
     assert (record["status"], record["error"]["rank"], record["error"]["type"]) == ("failed", 1, "ProcessDied")
 
 
+@pytest.mark.slow
 def test_hanging_rank_ends_the_run(cluster: Cluster) -> None:
     done = cluster.launch("num_nodes=2", "backend.fail_at=hang", "hang_timeout_s=3", "measure.warmup=0")
     assert done.code == 1
@@ -150,6 +155,7 @@ def test_hanging_rank_ends_the_run(cluster: Cluster) -> None:
     assert record["ranks"][-1]["host"] == "n2"
 
 
+@pytest.mark.slow
 def test_scancel_is_cancelled(cluster: Cluster) -> None:
     job, run_dir = cluster.submit("num_nodes=2", *FILE, *SLOW)
     cluster.batches(run_dir, 2)
@@ -160,6 +166,7 @@ def test_scancel_is_cancelled(cluster: Cluster) -> None:
     assert cluster.slurm.job(job)["JobState"] == "CANCELLED"
 
 
+@pytest.mark.slow
 def test_job_that_never_ran_is_cancelled(cluster: Cluster) -> None:
     job, run_dir = cluster.submit("num_nodes=5")
 
@@ -176,6 +183,7 @@ def job_numbers(cluster: Cluster) -> set[str]:
     return set(cluster.slurm.run("squeue", "-h", "-t", "all", "-o", "%A").stdout.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_hand", [True, False], ids=["scontrol requeue", "pre-emption"])
 def test_requeued_job_completes_the_set(cluster: Cluster, by_hand: bool) -> None:
     job, run_dir = cluster.submit(
@@ -195,6 +203,7 @@ def test_requeued_job_completes_the_set(cluster: Cluster, by_hand: bool) -> None
     assert len(read_json(run_dir / "record.json")["attempts"]) == 2
 
 
+@pytest.mark.slow
 def test_time_limit_is_gone_past(cluster: Cluster) -> None:
     """SLURM looks at time limits each 30 s, so that the warning comes after 28 s of the minute."""
     longer = ("measure.repeats=8", "cluster.time=0:01:00", "cluster.signal_s=30")  # 12 prompts, 0.3 s each
@@ -205,6 +214,7 @@ def test_time_limit_is_gone_past(cluster: Cluster) -> None:
     assert tokens(run_dir) == undisturbed(cluster.folder, *FILE, *SLOW[1:])
 
 
+@pytest.mark.slow
 def test_array_of_six_points_one_of_them_impossible(cluster: Cluster) -> None:
     done = cluster.launch("-m", "sampling.max_new_tokens=4,5,6,7,8,2000", "cluster.array_limit=2", timeout=140)
     assert (done.code, done.last_json["points"]) == (1, {"ok": 5, "refused": 1}), done.err
@@ -225,6 +235,7 @@ def test_array_of_six_points_one_of_them_impossible(cluster: Cluster) -> None:
     assert job_numbers(cluster) == before, "what is done is not submitted"
 
 
+@pytest.mark.slow
 def test_resumed_sweep_stays_with_the_jobs_that_it_has(cluster: Cluster) -> None:
     sweep = ("-m", "sampling.max_new_tokens=16,17", *FILE, *SLOW[:1], *SLOW[2:], "cluster.array_limit=1")
     begun = cluster.launch(*sweep, "launch.wait=false")

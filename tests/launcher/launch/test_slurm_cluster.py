@@ -35,6 +35,7 @@ def test_batch_job_ends_with_the_state_of_its_script(
     assert sorted(printed) == ["n1", "n2"] if state == "COMPLETED" else printed
 
 
+@pytest.mark.slow
 def test_node_that_is_cut_off_is_lost_and_comes_back(tmp_path: Path) -> None:
     if reason := missing():
         pytest.skip(reason)

@@ -31,6 +31,7 @@ def servers(folder: Path) -> list[int]:
     return [one.pid for one in psutil.process_iter(["cmdline"]) if str(folder) in (one.info["cmdline"] or [])]
 
 
+@pytest.mark.slow
 def test_a_server_lives_as_long_as_its_job(slurm: SlurmCluster, tmp_path: Path) -> None:
     env = {name: slurm.env[name] for name in ("SLURM_CONF", "PATH")}
     done = launcher(*asked(tmp_path, 0.001), cwd=tmp_path, **env)

@@ -86,6 +86,7 @@ def _pid(run_dir: Path, rank: int) -> int:
     return progress.pid
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [SLOW_DUMMY, FSDP], ids=["dummy", "fsdp"])
 def test_a_killed_rank_is_named(overrides: tuple[str, ...], tmp_path: Path) -> None:
     before = shared_memory_files()
@@ -112,6 +113,7 @@ def _overwrite(path: Path) -> None:
         file.write(bytes(4096))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "status", "message"),
     [(_cut_short, "failed", "was cut short under it"), (_overwrite, "refused", "changed while it was in use")],
@@ -131,6 +133,7 @@ def test_weights_that_change_in_a_mapped_file_end_the_run(
     assert message in record["error"]["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["5.3", "4.18"])
 def test_the_launching_process_killed_takes_its_ranks_along(kernel: str, tmp_path: Path) -> None:
     old = "import errno, os\ndef pidfd_open(*_):\n    raise OSError(errno.ENOSYS, 'not implemented')\n"
@@ -145,6 +148,7 @@ def test_the_launching_process_killed_takes_its_ranks_along(kernel: str, tmp_pat
     assert record["error"]["stage"].startswith("repeat 1/200")
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_ends_with_the_launching_process(tmp_path: Path) -> None:
     with running(tmp_path, *SLOW_DUMMY, "devices=1", ranks=1) as (process, run_dir):
         os.kill(_pid(run_dir, 0), signal.SIGSTOP)
@@ -153,6 +157,7 @@ def test_a_stopped_rank_ends_with_the_launching_process(tmp_path: Path) -> None:
     assert _record(run_dir)["error"]["message"] == "the launching process is gone"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("between", [(), ("--no-python", "/bin/sh", "-c", '"$@"; exit', "sh", *PLAIN)], ids=["", "sh"])
 def test_ranks_of_a_foreign_launcher_end_with_it(between: Sequence[str], tmp_path: Path) -> None:
     """Also the one that is stopped, and where a shell is between them."""
@@ -212,6 +217,7 @@ def test_signals_of_a_forked_child_end_the_child_and_not_the_rank() -> None:
     assert (own, ended.code, ended.err) == ("received SIGTERM", 143, "")
 
 
+@pytest.mark.slow
 def test_the_process_that_starts_the_ranks_killed_is_a_failure(tmp_path: Path) -> None:
     with running(tmp_path, *SLOW_DUMMY) as (process, run_dir):
         agent = psutil.Process(_pid(run_dir, 0)).ppid()
@@ -223,6 +229,7 @@ def test_the_process_that_starts_the_ranks_killed_is_a_failure(tmp_path: Path) -
     assert record["error"]["message"] == "the process that starts the ranks ended with exit code -9"
 
 
+@pytest.mark.slow
 def test_an_interrupt_from_the_keyboard_is_cancelled(tmp_path: Path) -> None:
     with running(tmp_path, *SLOW_DUMMY) as (process, run_dir):
         process.send_signal(signal.SIGINT)
@@ -233,6 +240,7 @@ def test_an_interrupt_from_the_keyboard_is_cancelled(tmp_path: Path) -> None:
     assert process.returncode == 1
 
 
+@pytest.mark.slow
 def test_signals_after_the_first_do_not_lose_the_record(tmp_path: Path) -> None:
     with running(tmp_path, *SLOW_DUMMY) as (process, run_dir):
         os.kill(_pid(run_dir, 0), signal.SIGSTOP)  # it does not hear of the end, which lasts until it is killed
@@ -262,6 +270,7 @@ def test_a_rank_that_stands_still_is_the_one_that_hangs(tmp_path: Path) -> None:
     assert waits((run_dir / "stacks_rank_0.txt").read_text())
 
 
+@pytest.mark.slow
 def test_an_error_in_a_rank_is_one_line_and_its_traceback_is_kept(tmp_path: Path) -> None:
     ended = launcher("backend=dummy", "backend.fail_at=generate", f"output_dir={tmp_path}")
     assert ended.code == 1

@@ -143,6 +143,7 @@ def test_devices_over_time() -> None:
     assert parts.table.rows == (("run GPU-a", "101 W (100 … 102)", "50% (50% … 50%)", "-", "60 °C (60 … 60)"),)
 
 
+@pytest.mark.slow
 def test_steps_are_traced_and_their_cost_is_told(tmp_path: Path) -> None:
     words = ["backend=transformers", "accelerator=cpu", f"output_dir={tmp_path}", "measure.profile=3", "--json"]
     words += ["cost.device_hour=2", "sampling.max_new_tokens=6", "measure.repeats=1"]

@@ -90,6 +90,7 @@ object.__new__(rank.Rank).run()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spy", [True, False], ids=["py-spy", "the rank itself"])
 def test_who_waits_for_a_card_on_which_others_are_missing_is_not_to_blame(
     spy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -163,6 +164,7 @@ def check_hang(folder: Path, timeout_s: int) -> None:
     assert of_run(RunDir(run_dir).mark) == []
 
 
+@pytest.mark.slow
 def test_a_hang_is_ended_and_its_stacks_are_kept(tmp_path: Path) -> None:
     ended = launcher(*HANG, "hang_timeout_s=10", f"output_dir={tmp_path}", timeout=60)  # torchrun's own start counts
     assert ended.code == 1
@@ -171,12 +173,14 @@ def test_a_hang_is_ended_and_its_stacks_are_kept(tmp_path: Path) -> None:
     check_hang(tmp_path, 10)
 
 
+@pytest.mark.slow
 def test_ranks_that_torchrun_started_watch_themselves(tmp_path: Path) -> None:
     ended = torchrun(2, "-m", "launcher", *HANG, "hang_timeout_s=3", f"output_dir={tmp_path}", timeout=90)
     assert ended.code == 1
     check_hang(tmp_path, 3)
 
 
+@pytest.mark.slow
 def test_a_run_that_takes_too_long_keeps_its_completions(tmp_path: Path) -> None:
     slow = ("backend.step_s=0.05", "measure.repeats=100", "timeout_s=6")
     ended = launcher("backend=dummy", *slow, f"output_dir={tmp_path}", "devices=1", timeout=60)

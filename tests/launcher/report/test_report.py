@@ -16,6 +16,8 @@ from running import ROOT, launcher, run
 from launcher.report.page.figures import Point, Span, merged_spans, pareto_front
 from launcher.report.rows import markdown_text
 
+pytestmark = pytest.mark.slow  # what all share takes seconds to make
+
 POINTS = ("-m", "backend=dummy", "backend.step_s=0.001,0.002", "devices=1,2", "accelerator=cpu")
 TABLES = "return [...document.querySelectorAll('section')].map(s => s.querySelector('h2').innerText)"
 WIDE = """

@@ -34,6 +34,7 @@ def strict(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [("backend=dummy", "backend.fail_at=generate"), ("backend=transformers",)])
 def test_a_real_record_has_the_form_that_the_schema_says(
     overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory

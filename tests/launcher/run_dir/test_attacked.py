@@ -127,6 +127,7 @@ def namespace() -> list[str]:
     pytest.skip("no PID namespace can be made here")
 
 
+@pytest.mark.slow
 def test_no_lie_of_a_run_directory_ends_a_process_of_others(tmp_path: Path) -> None:
     """In a PID namespace of its own, for what would go wrong is that every process that can be seen is killed."""
     ended = run([*namespace(), sys.executable, str(ROOT / "tests" / "programs" / "lying_run_dirs.py"), str(tmp_path)])

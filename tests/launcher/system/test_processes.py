@@ -43,6 +43,7 @@ def test_what_was_there_before_is_never_removed() -> None:
         segment.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "program", ["import time; time.sleep(60)", "import signal,time; signal.signal(15, 1); time.sleep(60)"]
 )

@@ -27,6 +27,7 @@ def run_dir(tmp_path: Path) -> Path:
     return Path(ended.last_json["run_dir"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
 @pytest.mark.parametrize("words", [["launcher", "--help"], RUN, ["launcher.plan", "model=falcon_40b"]])
 def test_a_full_output_is_one_line(words: list[str], tmp_path: Path) -> None:
@@ -38,6 +39,7 @@ def test_a_full_output_is_one_line(words: list[str], tmp_path: Path) -> None:
     assert (ended.returncode, ended.stderr) == (2, FULL_LINE)
 
 
+@pytest.mark.slow
 def test_the_last_line_has_the_figures_of_the_record(run_dir: Path) -> None:
     ended = run([sys.executable, "-m", *RUN, f"output_dir={run_dir.parent}", "backend.step_s=0.0012345678"])
     record = json.loads(Path(ended.last_json["run_dir"], "record.json").read_text())
@@ -46,6 +48,7 @@ def test_the_last_line_has_the_figures_of_the_record(run_dir: Path) -> None:
         assert len(repr(ended.last_json[name]).partition(".")[2].lstrip("0")) <= 4
 
 
+@pytest.mark.slow
 def test_letters_that_are_orders_to_a_terminal_are_not_passed_on(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps("\x1b[31mred\x07\t\x9b2J"))
     prompts = ("prompts=file", f"prompts.path={tmp_path / 'a.jsonl'}")
@@ -54,6 +57,7 @@ def test_letters_that_are_orders_to_a_terminal_are_not_passed_on(tmp_path: Path)
     assert not {"\x1b", "\x07", "\x9b"} & set(ended.out)
 
 
+@pytest.mark.slow
 def test_letters_of_no_locale_are_kept_in_a_path(tmp_path: Path) -> None:
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     ended = launcher(*RUN[1:], f"output_dir={tmp_path}/é", **locale)
@@ -62,6 +66,7 @@ def test_letters_of_no_locale_are_kept_in_a_path(tmp_path: Path) -> None:
     assert f"output_dir={tmp_path}/é" in (run_dir / "command.sh").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_letters_that_an_output_has_not_are_replaced(run_dir: Path) -> None:
     ended = run([sys.executable, "-m", *RUN, f"output_dir={run_dir.parent}"], PYTHONIOENCODING="ascii")
     assert (ended.code, ended.err) == (0, "")
@@ -70,6 +75,7 @@ def test_letters_that_an_output_has_not_are_replaced(run_dir: Path) -> None:
     assert (ended.code, ended.err) == (0, "")
 
 
+@pytest.mark.slow
 def test_prompts_can_be_piped_into_all_points(tmp_path: Path) -> None:
     words = ["-m", "seed=1,2", "prompts=file", "prompts.path=-", f"output_dir={tmp_path}"]
     ended = subprocess.run(
@@ -85,6 +91,7 @@ def history(*words: str | Path) -> Ended:
     return run([sys.executable, "-m", "launcher.status", *map(str, words)])
 
 
+@pytest.mark.slow
 def test_a_folder_of_runs_is_its_history(run_dir: Path) -> None:
     runs = run_dir.parent
     refused = launcher(*RUN[1:], "-m", "sampling.max_new_tokens=5000,8", f"output_dir={runs}").last_json["records"][0]
@@ -160,6 +167,7 @@ def test_ctrl_c_before_a_run_has_begun_is_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_between_two_points_shows_those_that_are_done(tmp_path: Path) -> None:
     first, second = tmp_path / "a.txt", tmp_path / "b.txt"
     for path in (first, second):
@@ -181,6 +189,7 @@ def on_a_disk(size: str, folder: Path, script: str) -> Ended:
 LAUNCH = f"{sys.executable} -m {' '.join(RUN)} output_dir"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["4k", "48k"])
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(size: str, tmp_path: Path) -> None:
     room = f"mount -o remount,size=4m {tmp_path}"
@@ -191,6 +200,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(size: st
     assert line.endswith(": No space left on device. HINT: free some, then resume=true")
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_past_a_full_disk(tmp_path: Path) -> None:
     ended = on_a_disk("24k", tmp_path, f"{LAUNCH}={tmp_path}/r,{tmp_path.parent}/elsewhere -m")
     rows = ended.last_json["records"]
@@ -198,6 +208,7 @@ def test_a_sweep_goes_on_past_a_full_disk(tmp_path: Path) -> None:
     assert "No space left on device." in rows[0]["error"]["message"]
 
 
+@pytest.mark.slow
 def test_a_closed_output_under_torchrun_and_an_inspecting_interpreter_change_nothing(tmp_path: Path) -> None:
     start = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node=1 -m launcher"
     asked = f"backend=dummy prompts.texts=[a] output_dir={tmp_path}"
