@@ -58,7 +58,7 @@ def test_ranks_and_scales_of_a_falcon(settings: dict[str, object], tmp_path: Pat
 @pytest.mark.parametrize(
     ("backend", "more"),
     [
-        ("fsdp", ()), ("tensor_parallel", ()), ("deepspeed", ()), ("transformers", ("quantization=nf4", "devices=1")),
+        ("tensor_parallel", ()), ("deepspeed", ()), ("transformers", ("quantization=nf4", "devices=1")),
         ("fsdp", ("quantization=int8_wo",)),
     ],
 )  # fmt: skip
