@@ -1,4 +1,4 @@
-"""What `shards.machine.probe` measured on this machine, kept in the user's cache folder. No torch."""
+"""What `shards.parallel.probe` measured on this machine, kept in the user's cache folder. No torch."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ TENSORS = {
     "shards.load.quantizers",
     "shards.load.meta",
     "shards.load.meta_shapes",
-    "shards.machine.probe",
+    "shards.parallel.probe",
     "shards.machine.process_group",
     "shards.load.random_weights",
     "shards.load.ring",

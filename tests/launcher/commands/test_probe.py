@@ -45,7 +45,7 @@ def test_two_ranks_are_measured_and_the_figures_kept(capsys: pytest.CaptureFixtu
 
 def test_the_matmul_rate_is_that_of_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
-    from shards.machine import probe as rank
+    from shards.parallel import probe as rank
 
     seen = []
     multiply = torch.mm
@@ -91,7 +91,7 @@ def test_the_rank_that_fails_is_named_at_once_and_none_is_left(
     monkeypatch.setenv("PYTHONPATH", str(cache))
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface)
     assert probe.main(["devices=2", "accelerator=cpu"]) == 2
-    command = r"\S+ -m torch\.distributed\.run .* -m shards\.machine\.probe cpu"
+    command = r"\S+ -m torch\.distributed\.run .* -m shards\.parallel\.probe cpu"
     assert re.fullmatch(
         rf"error: The probe failed: {words} HINT: to see it whole: {command}\n", capsys.readouterr().err
     )

@@ -1,6 +1,6 @@
 """The rates behind `shards.plan.roofline`, measured here: memory, matmul, and the link between the real ranks.
 
-`python -m shards.machine.probe cpu|cuda` is one rank; rank 0 prints the figures as one line of JSON. Takes seconds.
+`python -m shards.parallel.probe cpu|cuda` is one rank; rank 0 prints the figures as one line of JSON. Takes seconds.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 from shards.machine.cards import count_as_nvml, cuda_devices
 from shards.machine.hardware import CPU, MIB, Device, Link
 from shards.machine.process_group import barrier, connect, device_of, disconnect
 from shards.machine.rates import Measured
 from shards.machine.world import World
+from shards.parallel.collectives import collectives
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,13 +69,14 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def link_rates(world: World, device: torch.device) -> Link:
-    """Bytes/s that a rank receives in an all-gather, seconds of a small all-reduce."""
+    """Bytes/s that a rank receives in an all-gather, seconds of a small all-reduce, by what the engines here use."""
+    ways = collectives(world, device)
     part = torch.ones(GATHER_BYTES[device.type] // 4, device=device)
     whole = torch.empty(part.numel() * world.world_size, device=device)
-    gather_s = best_s(lambda: dist.all_gather_into_tensor(whole, part), device)
+    gather_s = best_s(lambda: ways.gather(whole, part), device)
     small = torch.ones(REDUCE_BYTES // 4, device=device)
-    reduce_s = best_s(lambda: dist.all_reduce(small.fill_(1)), device, REDUCE_REPEATS)
-    name = f"{world.world_size} ranks over {'gloo' if device.type == 'cpu' else 'nccl'}"
+    reduce_s = best_s(lambda: ways.add_up(small.fill_(1)), device, REDUCE_REPEATS)
+    name = f"{world.world_size} ranks over {ways.way.partition(',')[0] if device.type == 'cpu' else 'NCCL'}"
     return Link(name, (world.world_size - 1) * part.nbytes / gather_s, reduce_s)
 
 
