@@ -24,8 +24,8 @@ from launcher.composition.compose import command_of
 from launcher.composition.overrides import option_like
 from launcher.config.schema import ConfigError
 from launcher.config.values import to_dict
-from launcher.launch.local import worker_command
 from launcher.launch.nodes import become_node, check_nodes
+from launcher.launch.ranks import worker_command
 from launcher.launch.run import start
 from launcher.launch.slurm import arrays
 from launcher.launch.slurm.arrays import DETACHED, Detached

@@ -27,7 +27,7 @@ from launcher.report.layout import console, fitted
 from launcher.report.rows import csv_text, label_of, swept_keys
 from launcher.report.units import rate
 from launcher.results.changes import change_of, other_circumstances, repeated
-from launcher.run_dir.create import what_is_run
+from launcher.run_dir.lifecycle import what_is_run
 from launcher.run_dir.run_dir import RunDir, run_dirs_in
 from launcher.system.terminal import Parser, run_command
 from shards.errors import UserError

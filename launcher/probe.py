@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from launcher.config.keys import nearest, wrong_value
 from launcher.config.schema import Accelerator, ConfigError
-from launcher.launch.local import rank_environment, worker_command
+from launcher.launch.ranks import rank_environment, worker_command
 from launcher.system import processes
 from launcher.system.terminal import run_command
 from shards.errors import UserError, WorldError

@@ -32,7 +32,7 @@ from launcher.report.tables import error_line
 from launcher.report.units import rate
 from launcher.results.record import Record, RunError
 from launcher.results.verdict import STATUSES
-from launcher.run_dir.finish import unfinished
+from launcher.run_dir.lifecycle import unfinished
 from launcher.run_dir.run_dir import RunDir, run_dirs_in
 from launcher.run_dir.verify import references_in, verdict_of
 from launcher.system.files import absolute

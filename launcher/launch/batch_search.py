@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from launcher.config.values import to_dict
 from launcher.prepare.prepare import prepare
 from launcher.results.record import BatchSearch, BatchTry
-from launcher.run_dir.create import create_run_dir, new_folder, what_is_run
+from launcher.run_dir.lifecycle import create_run_dir, new_folder, what_is_run
 from launcher.run_dir.run_dir import run_dirs_in
 from shards.errors import PlanError, UserError
 

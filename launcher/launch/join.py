@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.prepare.prepare import check_node, prepare
-from launcher.rank.worker import EXIT_CODES, enter_world, redirected_output, run_rank
+from launcher.rank.worker import EXIT_CODES, enter_world, run_rank
 from launcher.run_dir.attempts import ATTEMPT, begin
-from launcher.run_dir.create import directory_of
-from launcher.run_dir.finish import finish
+from launcher.run_dir.lifecycle import directory_of, finish
 from launcher.run_dir.run_dir import RunDir
 from launcher.system.files import writing_in
+from launcher.system.terminal import redirected_output
 from shards.errors import UserError
 from shards.machine.process_group import connect, device_of, disconnect, from_rank_0
 from shards.machine.starter import starter_of

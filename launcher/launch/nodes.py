@@ -15,7 +15,7 @@ import time
 from typing import TYPE_CHECKING, NoReturn
 
 from launcher.config.schema import ConfigError
-from launcher.launch.local import rank_environment
+from launcher.launch.ranks import rank_environment
 from shards.errors import WorldError
 from shards.machine.network import Network, network_of
 from shards.machine.world import World

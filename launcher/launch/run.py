@@ -1,29 +1,46 @@
-"""One run from its configuration to its record: prepared here, started on this machine or by SLURM, watched to its end.
+"""One run from its configuration to its record: prepared, started on this machine or by SLURM, watched to its end.
 
-Its directory is made in `run_dir.create`, its processes are started in `launch.local` or `launch.slurm`, and its record
-is written in `run_dir.finish`.
+Its directory and its record are made in `run_dir.lifecycle`, its processes in `launch.ranks` or `launch.slurm`.
 """
 
 from __future__ import annotations
 
+import os
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.launch.batch_search import run_with_largest_batch
-from launcher.launch.local import run_local
 from launcher.launch.nodes import check_one_node
+from launcher.launch.ranks import Terminated, handled_signals, living, started_ranks, worker_command
 from launcher.launch.slurm.arrays import run_job
 from launcher.prepare.prepare import prepare
+from launcher.rank.watchdog import Watchdog, blame, write_stacks
 from launcher.report.layout import console
 from launcher.report.lengths import lengths_line
 from launcher.report.progress_bars import Bars, Turn
-from launcher.run_dir.create import create_run_dir, directory_of
+from launcher.results.verdict import Outcome
+from launcher.run_dir.attempts import ATTEMPT, begin
+from launcher.run_dir.lifecycle import create_run_dir, directory_of, finish
+from launcher.system import processes
 from launcher.system.files import writing_in
+from launcher.system.gpu_users import neighbours
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from launcher.config.schema import RunConfig
+    from launcher.launch.ranks import StartedRanks
     from launcher.results.record import Record
+    from launcher.run_dir.progress import Progress
+    from launcher.run_dir.run import RunDescription
     from launcher.run_dir.run_dir import RunDir
+
+    Show = Callable[[Sequence[Progress | None]], None]
+
+POLL_S = 0.1
+LOOK_EVERY = 10  # polls between looks at shared memory
 
 
 def run(config: RunConfig, command: tuple[str, ...] = (), turn: Turn | None = None) -> Record:
@@ -71,3 +88,51 @@ def start(run_dir: RunDir, turn: Turn | None = None) -> Record:
     bars = Bars(description.label, err, turn, description.answering_ranks)
     with writing_in(run_dir.path), bars:
         return run_local(run_dir, bars.show)
+
+
+def run_local(run_dir: RunDir, show: Show) -> Record:
+    """Make the next attempt at the run in `run_dir`: start its ranks, watch them to their end, leave nothing behind.
+
+    Gives the record. SIGUSR1 to this process is passed on to the ranks: they save what they have, and the run can go on
+    later. SIGINT and SIGTERM end it at once; all after the first are passed over, until the record is written.
+    UserError where another process has the run in hand.
+    """
+    with run_dir.lock():
+        run = replace(run_dir.read_run(), mark=run_dir.mark)
+        processes.end_run(run.mark)  # what is left of an attempt whose launching process was killed
+        attempt = begin(run_dir)
+        config = run.run_config
+        if run.on_cuda and (notes := neighbours(os.environ, config.devices)):
+            run_dir.write_notes(notes)
+        command = worker_command(str(run_dir), run.world_size, config.backend.python)
+        run_dir.write_attempt(attempt, command)
+        if run.script is not None:
+            run_dir.write_script(run.script)
+        outcome: Outcome | None = None
+        with handled_signals(run_dir, run) as signals:
+            try:
+                with started_ranks(run_dir, run, command, {ATTEMPT: str(attempt)}, signals) as ranks:
+                    outcome = _watch(ranks, run_dir, run, show)
+                    signals.is_ending = True
+            except KeyboardInterrupt as error:
+                by = "received SIGTERM" if isinstance(error, Terminated) else "interrupted from the keyboard"
+                outcome = Outcome("cancelled", by)
+            return finish(run_dir, outcome)
+
+
+def _watch(started: StartedRanks, run_dir: RunDir, run: RunDescription, show: Show) -> Outcome | None:
+    """Poll until the started process ends, or has to be ended; how it did where it was not well."""
+    watchdog = Watchdog(run.run_config)
+    polls = 0
+    while started.process.poll() is None:
+        ranks = run_dir.read_progress(run.world_size)
+        if polls % LOOK_EVERY == 0:
+            started.look_at_memory()
+        show(ranks)
+        if outcome := watchdog.look(ranks):
+            return blame(outcome, ranks, write_stacks(run_dir, living(ranks, run.mark)), run.on_cuda)
+        polls += 1
+        time.sleep(POLL_S)
+    if started.process.returncode == 0:
+        return None
+    return Outcome("failed", f"the process that starts the ranks ended with exit code {started.process.returncode}")

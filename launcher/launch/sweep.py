@@ -14,8 +14,7 @@ from launcher.launch.slurm.arrays import run_points as run_slurm_points
 from launcher.report.layout import console
 from launcher.report.progress_bars import Turn
 from launcher.report.sweep_table import show_point, varied
-from launcher.run_dir.create import refusal
-from launcher.run_dir.finish import never_begun
+from launcher.run_dir.lifecycle import never_begun, refusal
 from shards.errors import UserError
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 COLLECTIVE = re.compile(r"distributed_c10d|shards/parallel/collectives")
 """In the stack of a rank that waits for others, in the process group or in shared memory."""
-MAIN = "launcher/rank/rank.py"  # in the stack of a rank's main thread
+MAIN = re.compile(r'\brun \([^)]*launcher/rank/worker\.py|launcher/rank/worker\.py", line \d+ in run$')
+"""In the stack of a rank's main thread, as py-spy or faulthandler writes it."""
 ON_DEVICE = re.compile(
     r"torch/(?:cuda|nn|autograd|_ops|_tensor|functional)\b|transformers/|launcher/backends/(?:decode|slots)"
 )
@@ -107,7 +108,7 @@ def _innermost_frame(stack: str) -> str:
         if line.startswith(" "):
             frames.append(line)
             continue
-        if any(MAIN in frame for frame in frames):
+        if any(MAIN.search(frame) for frame in frames):
             return frames[0]
         frames = []
     return ""

@@ -83,7 +83,7 @@ class RunDir:
     def __str__(self) -> str:
         return str(self.path)
 
-    # The run: written when the directory is made, by run_dir/create.py.
+    # The run: written when the directory is made, by run_dir/lifecycle.py.
 
     def has_run(self) -> bool:
         """Whether a run was begun here."""
@@ -127,7 +127,7 @@ class RunDir:
         """The script that makes the same run once more, in a directory of its own."""
         write_text(self.path / "command.sh", text)
 
-    # The end of a run: written by run_dir/finish.py.
+    # The end of a run: written by run_dir/lifecycle.py.
 
     def has_record(self) -> bool:
         """Whether there is a record, of whatever status."""

@@ -9,9 +9,6 @@ A batch at a time: requests that come while one is answered wait for its end. Ru
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,15 +19,12 @@ from urllib.request import urlopen
 
 from launcher.composition.compose import command_of, compose_run
 from launcher.config.schema import ConfigError
-from launcher.launch.local import rank_environment, worker_command
+from launcher.launch.ranks import handled_signals, started_ranks, worker_command
 from launcher.prepare.prepare import prepare
-from launcher.rank.worker import PARENT
-from launcher.run_dir.create import create_run_dir
+from launcher.run_dir.lifecycle import create_run_dir
 from launcher.serve.http import ADDRESS, listen
-from launcher.system import processes
 from launcher.system.terminal import Parser, run_command
 from shards.errors import UserError
-from shards.machine.shared_memory import SharedMemoryWatch
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -38,7 +32,7 @@ if TYPE_CHECKING:
 
     from launcher.run_dir.run_dir import RunDir
 
-POLL_S = 0.2
+START_POLL_S, READY_POLL_S = 0.2, 1.0
 LAST_LINES = 15
 
 
@@ -76,35 +70,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(run_dir: RunDir, host: str, port: int) -> int:
     """Start the ranks, say when they answer, and wait for their end or for a signal; nothing of them is left then."""
     run = run_dir.read_run()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    variables = {processes.MARK: run.mark, PARENT: str(os.getpid()), ADDRESS: f"{host}:{port}"}
     command = worker_command(str(run_dir), run.world_size, run.run_config.backend.python, "launcher.serve.rank")
-    memory = SharedMemoryWatch()
     is_ready = False
-    with run_dir.launch_log.open("wb") as log:
-        process = subprocess.Popen(
-            command,
-            env=rank_environment(os.environ, run.world_size, run.on_cuda) | variables,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    with handled_signals(run_dir, run) as signals:
         try:
-            while process.poll() is None:
-                memory.look([item.pid for item in processes.of_run(run.mark)])
-                if not is_ready and (is_ready := _answers(host, port)):
-                    address = f"http://{host}:{port}"
-                    print(json.dumps({"url": address, "model": run.run_config.model.name}), flush=True)
-                time.sleep(POLL_S if not is_ready else 1.0)
+            with started_ranks(run_dir, run, command, {ADDRESS: f"{host}:{port}"}, signals) as ranks:
+                process = ranks.process
+                while process.poll() is None:
+                    ranks.look_at_memory()
+                    if not is_ready and (is_ready := _answers(host, port)):
+                        address = f"http://{host}:{port}"
+                        print(json.dumps({"url": address, "model": run.run_config.model.name}), flush=True)
+                    time.sleep(READY_POLL_S if is_ready else START_POLL_S)
         except KeyboardInterrupt:
             return 0
-        finally:
-            memory.look([item.pid for item in processes.of_run(run.mark)])
-            processes.end_run(run.mark)
-            process.wait()
-            memory.remove()
-            processes.remove_scratch(run.mark)
     print(f"The engine has ended with exit code {process.returncode}; what its ranks said last:", file=sys.stderr)
     for rank in range(run.world_size):
         print(f"rank {rank}:", *run_dir.log_end(rank).splitlines()[-LAST_LINES:], sep="\n  ", file=sys.stderr)

@@ -19,11 +19,12 @@ from launcher.backends.base import StreamingBackend
 from launcher.config.engines import resolve
 from launcher.prompts.batches import split
 from launcher.rank import guard
-from launcher.rank.worker import PARENT, enter_world, redirected_output
+from launcher.rank.worker import PARENT, enter_world
 from launcher.run_dir.run_dir import RunDir
 from launcher.serve.app import Service
 from launcher.serve.batches import Batch, Batches, News
 from launcher.serve.http import ADDRESS, listen, serving
+from launcher.system.terminal import redirected_output
 from shards.machine.process_group import from_rank_0
 from shards.machine.world import World
 from shards.model.config_fields import ConfigFields

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from launcher.config.schema import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 INTERRUPTED = 128 + signal.SIGINT
 PIPE_BROKEN = 128 + signal.SIGPIPE
@@ -84,3 +85,25 @@ def _ended(line: str, code: int) -> int:
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return code
+
+
+@contextlib.contextmanager
+def redirected_output(path: Path) -> Iterator[None]:
+    """All that this process and its children print goes to `path`, native code's words too."""
+    log = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+    saved = os.dup(1), os.dup(2)
+    _point_output(log, log)
+    try:
+        yield
+    finally:
+        _point_output(*saved)
+        for file in (log, *saved):
+            os.close(file)
+
+
+def _point_output(out: int, err: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # as it is where it was closed
+            stream.flush()
+    os.dup2(out, 1)
+    os.dup2(err, 2)

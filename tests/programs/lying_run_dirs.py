@@ -15,7 +15,7 @@ from typing import Any
 from launcher.__main__ import main
 from launcher.composition.compose import compose_run
 from launcher.prepare.prepare import prepare
-from launcher.run_dir.create import create_run_dir
+from launcher.run_dir.lifecycle import create_run_dir
 from launcher.system.processes import MARK
 
 NOBODY = 65534

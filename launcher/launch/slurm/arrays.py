@@ -19,8 +19,7 @@ from launcher.report.layout import console
 from launcher.report.progress_bars import Bars
 from launcher.report.sweep_table import show_point, varied
 from launcher.results.record import Record, read_record
-from launcher.run_dir.create import directory_of, refusal
-from launcher.run_dir.finish import refused, unfinished
+from launcher.run_dir.lifecycle import directory_of, refusal, refused, unfinished
 from launcher.run_dir.run_dir import SLURM_SCRIPT, RunDir
 from launcher.run_dir.typed_files import read_typed, write_typed
 from launcher.system.files import make_folder, write_text, writing_in

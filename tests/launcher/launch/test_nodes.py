@@ -14,8 +14,8 @@ from slurm_config import free_ports
 
 from launcher.__main__ import main
 from launcher.config.values import from_dict
-from launcher.launch.local import rank_environment
 from launcher.launch.nodes import node_command
+from launcher.launch.ranks import rank_environment
 from launcher.system.files import read_json, read_lines
 
 

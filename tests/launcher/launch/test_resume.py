@@ -20,12 +20,12 @@ from running import ROOT, environment, launcher, torchrun
 
 from launcher.backends.base import Prompt
 from launcher.composition.compose import compose_run
-from launcher.launch.local import run_local
+from launcher.launch.run import run_local
 from launcher.prepare.prepare import prepare
 from launcher.rank.loop import schedule
 from launcher.results.completions import Saved, SavedCompletion
 from launcher.run_dir import attempts
-from launcher.run_dir.create import create_run_dir
+from launcher.run_dir.lifecycle import create_run_dir
 from launcher.run_dir.progress import read_progress
 from launcher.run_dir.run_dir import RunDir, SupersededError
 from launcher.system.files import read_lines
@@ -275,7 +275,7 @@ def test_what_was_found_on_the_devices_is_kept_with_its_attempt(
     config = compose_run(["backend=dummy", "devices=1", "accelerator=cpu", f"output_dir={tmp_path}"])
     run_dir = create_run_dir(replace(prepare(config, ()), on_cuda=True, notes=("of the run",)))
     for notes in (["first"], ["second"], []):
-        monkeypatch.setattr("launcher.launch.local.neighbours", lambda *_, notes=notes: notes)
+        monkeypatch.setattr("launcher.launch.run.neighbours", lambda *_, notes=notes: notes)
         record = run_local(run_dir, lambda ranks: None)
         assert (record.status, record.notes) == ("ok", ("of the run", *notes))
     assert [attempt.notes for attempt in record.attempts] == [("first",), ("second",), ()]

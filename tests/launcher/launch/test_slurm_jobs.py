@@ -11,7 +11,7 @@ from launcher import status
 from launcher.composition.compose import compose_run
 from launcher.launch.slurm import arrays, jobs
 from launcher.prepare.prepare import prepare
-from launcher.run_dir.create import create_run_dir
+from launcher.run_dir.lifecycle import create_run_dir
 from launcher.run_dir.run_dir import RunDir
 from shards.errors import UserError
 

@@ -17,7 +17,7 @@ from running import ROOT, environment, run, wait_until_ended
 from launcher.__main__ import main
 from launcher.composition.compose import compose_run
 from launcher.prepare.prepare import prepare
-from launcher.run_dir.create import create_run_dir
+from launcher.run_dir.lifecycle import create_run_dir
 from launcher.run_dir.run_dir import RunDir
 from launcher.system.processes import MARK, end_run, of_run
 

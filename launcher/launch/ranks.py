@@ -1,4 +1,4 @@
-"""Run directory -> processes on this machine, watched to their end. Command lines are values."""
+"""The ranks of this node as child processes: their command, their environment, an end that leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -8,33 +8,21 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from launcher.rank.watchdog import Watchdog, blame, write_stacks
 from launcher.rank.worker import PARENT
-from launcher.results.verdict import Outcome
-from launcher.run_dir.attempts import ATTEMPT, begin
-from launcher.run_dir.finish import finish
 from launcher.system import processes
-from launcher.system.gpu_users import neighbours
 from shards.machine.interpreter import python_path
 from shards.machine.orphans import before_exec
 from shards.machine.shared_memory import SharedMemoryWatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from launcher.results.record import Record
     from launcher.run_dir.progress import Progress
     from launcher.run_dir.run import RunDescription
     from launcher.run_dir.run_dir import RunDir
-
-    Show = Callable[[Sequence[Progress | None]], None]
-
-POLL_S = 0.1
-LOOK_EVERY = 10  # polls between looks at shared memory
 
 
 class Terminated(KeyboardInterrupt):
@@ -65,36 +53,43 @@ def rank_environment(environ: Mapping[str, str], processes: int, on_cuda: bool) 
     return {"OMP_NUM_THREADS": str(threads), **environ, **common, **hidden}
 
 
-def run_local(run_dir: RunDir, show: Show) -> Record:
-    """Make the next attempt at the run in `run_dir`: start its ranks, watch them to their end, leave nothing behind.
+@dataclass(frozen=True, slots=True)
+class StartedRanks:
+    """The process that started the ranks of a run, and the shared memory that they have opened."""
 
-    Gives the record. SIGUSR1 to this process is passed on to the ranks: they save what they have, and the run can go on
-    later. SIGINT and SIGTERM end it at once; all after the first are passed over, until the record is written.
-    UserError where another process has the run in hand.
+    process: subprocess.Popen[bytes]
+    mark: str
+    memory: SharedMemoryWatch
+
+    def look_at_memory(self) -> None:
+        """Note the shared memory that the processes of the run have open now, to be removed behind them."""
+        self.memory.look([item.pid for item in processes.of_run(self.mark)])
+
+
+@dataclass(slots=True)
+class Signals:
+    """Whether the end of a run has begun: a signal must not leave half of it undone."""
+
+    is_ending: bool = False
+
+
+@contextlib.contextmanager
+def started_ranks(
+    run_dir: RunDir, run: RunDescription, command: Sequence[str], variables: Mapping[str, str], signals: Signals
+) -> Iterator[StartedRanks]:
+    """Start the ranks of a run by `command`; whatever ends the block, no process and no shared memory is left of them.
+
+    `variables` are added to their environment.
     """
-    with run_dir.lock():
-        run = replace(run_dir.read_run(), mark=run_dir.mark)
-        processes.end_run(run.mark)  # what is left of an attempt whose launching process was killed
-        return _attempt(run_dir, run, begin(run_dir), show)
-
-
-def _attempt(run_dir: RunDir, run: RunDescription, attempt: int, show: Show) -> Record:
-    config = run.run_config
-    if run.on_cuda and (notes := neighbours(os.environ, config.devices)):
-        run_dir.write_notes(notes)
-    command = worker_command(str(run_dir), run.world_size, config.backend.python)
-    run_dir.write_attempt(attempt, command)
-    if run.script is not None:
-        run_dir.write_script(run.script)
     memory = SharedMemoryWatch()
-    variables = {processes.MARK: run.mark, PARENT: str(os.getpid()), ATTEMPT: str(attempt)}
-    outcome: Outcome | None = None
     process: subprocess.Popen[bytes] | None = None
-    with run_dir.launch_log.open("wb") as log, _signals(run_dir, run) as ending:
+    environ = rank_environment(os.environ, run.world_size, run.on_cuda)
+    environ |= {processes.MARK: run.mark, PARENT: str(os.getpid()), **variables}
+    with run_dir.launch_log.open("wb") as log:
         try:
             process = subprocess.Popen(
                 command,
-                env=rank_environment(os.environ, run.world_size, run.on_cuda) | variables,
+                env=environ,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -102,44 +97,15 @@ def _attempt(run_dir: RunDir, run: RunDescription, attempt: int, show: Show) -> 
                 # One that is stopped goes on, and its guard sees to its end.
                 preexec_fn=before_exec(signal.SIGCONT),  # noqa: PLW1509 - two system calls
             )
-            outcome = _watch(process, run_dir, run, Watchdog(config), memory, show)
-            ending.begun = True
-        except KeyboardInterrupt as error:
-            by = "received SIGTERM" if isinstance(error, Terminated) else "interrupted from the keyboard"
-            outcome = Outcome("cancelled", by)
+            yield StartedRanks(process, run.mark, memory)
         finally:
-            ending.begun = True
+            signals.is_ending = True
             memory.look([item.pid for item in processes.of_run(run.mark)])
             processes.end_run(run.mark)
             if process is not None:
                 process.wait()
             memory.remove()
             processes.remove_scratch(run.mark)
-        return finish(run_dir, outcome)
-
-
-def _watch(
-    process: subprocess.Popen[bytes],
-    run_dir: RunDir,
-    run: RunDescription,
-    watchdog: Watchdog,
-    memory: SharedMemoryWatch,
-    show: Show,
-) -> Outcome | None:
-    """Poll until the started process ends, or has to be ended; how it did where it was not well."""
-    polls = 0
-    while process.poll() is None:
-        ranks = run_dir.read_progress(run.world_size)
-        if polls % LOOK_EVERY == 0:
-            memory.look([item.pid for item in processes.of_run(run.mark)])
-        show(ranks)
-        if outcome := watchdog.look(ranks):
-            return blame(outcome, ranks, write_stacks(run_dir, living(ranks, run.mark)), run.on_cuda)
-        polls += 1
-        time.sleep(POLL_S)
-    if process.returncode == 0:
-        return None
-    return Outcome("failed", f"the process that starts the ranks ended with exit code {process.returncode}")
 
 
 def living(ranks: Sequence[Progress | None], mark: str) -> dict[int, int]:
@@ -148,19 +114,12 @@ def living(ranks: Sequence[Progress | None], mark: str) -> dict[int, int]:
     return {number: rank.pid for number, rank in enumerate(ranks) if rank and rank.pid in pids}
 
 
-@dataclass(slots=True)
-class _Ending:
-    """Whether the end of the run has begun: a signal must not leave half of it undone."""
-
-    begun: bool = False
-
-
 @contextlib.contextmanager
-def _signals(run_dir: RunDir, run: RunDescription) -> Iterator[_Ending]:
+def handled_signals(run_dir: RunDir, run: RunDescription) -> Iterator[Signals]:
     """In here SIGUSR1 goes to the ranks; the first SIGINT or SIGTERM raises, unless the end has begun."""
-    ending = _Ending()
+    signals = Signals()
     if threading.current_thread() is not threading.main_thread():
-        yield ending  # only the main thread may set handlers: a caller in Python sees to its own signals
+        yield signals  # only the main thread may set handlers: a caller in Python sees to its own signals
         return
 
     def pass_on(number: int, _: object) -> None:
@@ -169,8 +128,8 @@ def _signals(run_dir: RunDir, run: RunDescription) -> Iterator[_Ending]:
                 os.kill(pid, number)
 
     def end(number: int, _: object) -> None:
-        if not ending.begun:
-            ending.begun = True
+        if not signals.is_ending:
+            signals.is_ending = True
             raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     handlers = {signal.SIGUSR1: pass_on, signal.SIGTERM: end}
@@ -178,7 +137,7 @@ def _signals(run_dir: RunDir, run: RunDescription) -> Iterator[_Ending]:
         handlers[signal.SIGINT] = end
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield ending
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
