@@ -18,7 +18,7 @@ import sys
 from argparse import ArgumentTypeError
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from argparse import Namespace
     from collections.abc import Sequence
 
+    from shards.untrusted_files import JsonObject
+
 
 def missed_thresholds(comparison: Comparison, min_match: float | None, min_speed_ratio: float | None) -> list[str]:
     """The thresholds that this pair does not reach, a sentence for each."""
@@ -54,7 +56,7 @@ def missed_thresholds(comparison: Comparison, min_match: float | None, min_speed
 
 def to_dict(
     runs: Sequence[FinishedRun], comparisons: Sequence[Comparison], parts: Sequence[Changes], misses: Sequence[str]
-) -> dict[str, Any]:
+) -> JsonObject:
     """Everything that was compared, as plain JSON values."""
     return {
         "base": str(runs[0].run_dir),
@@ -68,7 +70,7 @@ def to_dict(
     }
 
 
-def _memory(run: FinishedRun) -> list[dict[str, Any]]:
+def _memory(run: FinishedRun) -> list[JsonObject]:
     names = ("rank", "device", *COMPARED_MEMORY)
     return [{name: getattr(device, name) for name in names} for device in run.record.devices]
 

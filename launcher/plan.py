@@ -32,7 +32,7 @@ import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -61,6 +61,7 @@ if TYPE_CHECKING:
 
     from shards.model.quantization import Quantization
     from shards.model.shape import ModelShape
+    from shards.untrusted_files import JsonObject
 
 COUNTS = {"num_nodes": 1, "batch_size": 1, "prompt_tokens": 512, "max_new_tokens": 128}
 KEYS = ("model", "machines", "devices", "device", *UNITS, "backend", "link", "precision", "quantization", *COUNTS)
@@ -118,7 +119,7 @@ def parse(items: Sequence[str]) -> dict[str, str]:
     return values
 
 
-def model_config(model: str) -> dict[str, Any]:
+def model_config(model: str) -> JsonObject:
     """The transformers config of a preset, of the config.json in a folder, or of a hub id, whose config is fetched."""
     if Path(model).is_dir():
         return config_of(Path(model))
@@ -129,11 +130,11 @@ def model_config(model: str) -> dict[str, Any]:
         fact = f"model={model} is neither a folder, nor a hub id, nor one of {', '.join(options('model'))}."
         raise ConfigError(fact, f"model={near[0]}")
     preset = yaml.safe_load((conf_dir() / "model" / f"{model}.yaml").read_text(encoding="utf-8"))
-    config: dict[str, Any] | None = preset["config"]
+    config: JsonObject | None = preset["config"]
     return config or config_of(EMBEDDED / str(preset["path"]).removeprefix("embedded:"))
 
 
-def quantizations(values: dict[str, str], config: dict[str, Any]) -> list[Quantization | None]:
+def quantizations(values: dict[str, str], config: JsonObject) -> list[Quantization | None]:
     """Those asked for, or the one of the model's own config."""
     if names := values.get("quantization"):
         return [known_quantization(name) for name in dict.fromkeys(names.split(","))]

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from shards.errors import UserError
 
+JsonObject = dict[str, Any]
+"""A JSON object, or what becomes one: its values are checked where they are read."""
+
 MAX_BYTES = 32 << 20  # the index of a trillion parameters in 384 experts has 23 MiB
 MAX_DEPTH = 50
 MAX_DIGITS = 18
@@ -77,7 +80,7 @@ def parse_json(text: bytes | str, name: str, error: type[UserError], hint: str, 
     """
     try:
         decoded = text.decode() if isinstance(text, bytes) else text
-        hooks: dict[str, Any] = {"object_pairs_hook": _unique} if unique else {}
+        hooks: JsonObject = {"object_pairs_hook": _unique} if unique else {}
         if _UNUSUAL.search(decoded):
             hooks |= {"parse_constant": _refuse_constant, "parse_float": _finite, "parse_int": _whole}
         value = json.loads(decoded, **hooks)
@@ -133,7 +136,7 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> JsonObject:
     counts = collections.Counter(key for key, _ in pairs)
     if repeated := [key for key, count in counts.items() if count > 1]:
         raise ValueError(f"it names {listed(repeated)} twice")

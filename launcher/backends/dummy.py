@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from launcher.backends.base import Completion, DeviceMemory, Generation
 from launcher.config.options import NOT_NEGATIVE, SECONDS, choice, number
@@ -14,11 +14,12 @@ from shards.engines.dummy import DummyPlanner
 from shards.plan.request import EnginePlanner
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from launcher.backends.base import OnStep, Prompt
     from launcher.config.schema import RunConfig, SamplingConfig
     from shards.machine.world import World
+    from shards.model.config_fields import TransformersConfig
     from shards.plan.plan import Plan
 
 VOCAB_SIZE = 256  # ids stay within any real vocabulary
@@ -39,7 +40,7 @@ class DummyConfig(BackendConfig):
     fail_after: int = number(0, NOT_NEGATIVE)  # calls of generate that go well before
     memory_batch: int | None = number(None, NOT_NEGATIVE)  # the largest batch for which its memory is enough
 
-    def refuse(self, config: RunConfig, model_config: Mapping[str, Any], on_cuda: bool, longest: int) -> None:
+    def refuse(self, config: RunConfig, model_config: TransformersConfig, on_cuda: bool, longest: int) -> None:
         if self.fail_after and not self.fail_at:
             fact = f"backend.fail_after={self.fail_after} is read with backend.fail_at= only."
             raise ConfigError(fact, "backend.fail_at=generate")

@@ -17,6 +17,8 @@ from shards.machine.nvml import NvmlError, processes
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from shards.untrusted_files import JsonObject
+
 
 BY_PHASE = ("phases", "fragmented_bytes", "step_growth_bytes")
 
@@ -115,7 +117,7 @@ def module_memory(
 ) -> DeviceMemory:
     """The memory of one device of this process, which holds `model` or a part of it, and its cache from the first if
     that is reserved."""
-    values: dict[str, Any] = {
+    values: JsonObject = {
         "parameter_bytes": parameter_bytes(model, device),
         "kv_cache_bytes": kv_cache_bytes.get(device, 0),
         "host_anonymous_bytes": host_anonymous_bytes(),
@@ -134,11 +136,11 @@ def module_memory(
     return DeviceMemory(rank=rank, device=str(device), reasons=reasons, **values)
 
 
-def _cuda_memory(device: torch.device, peaks: PhasePeaks | None, reasons: dict[str, str]) -> dict[str, Any]:
+def _cuda_memory(device: torch.device, peaks: PhasePeaks | None, reasons: dict[str, str]) -> JsonObject:
     properties = torch.cuda.get_device_properties(device)
     uuid = f"GPU-{properties.uuid}"
     reasons["tensor_bytes"] = "the allocator's own count is peak_allocated_bytes"
-    values: dict[str, Any] = {
+    values: JsonObject = {
         "device_name": properties.name,
         "device_uuid": uuid,
         "nvml_used_bytes": nvml_used(uuid, reasons),

@@ -6,7 +6,7 @@ import os
 import zlib
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from launcher.config.schema import RunConfig, SamplingConfig
     from shards.machine.world import World
     from shards.plan.plan import Plan
+    from shards.untrusted_files import JsonObject
 
     Progress = Callable[[int, int], None]
 
@@ -118,7 +119,7 @@ class ModuleBackend(ABC):
             quantize_layers(model, make_quantizer(self.config.quantization.name, self.dtype))
 
     @property
-    def source(self) -> Path | str | dict[str, Any]:
+    def source(self) -> Path | str | JsonObject:
         model = self.config.model
         return model.config if model.weights is Weights.random and model.config else model.path
 

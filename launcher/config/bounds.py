@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from launcher.config.schema import BackendConfig, PromptsConfig
+    from shards.untrusted_files import JsonObject
 
 
 BOUNDS: dict[str, Bounds] = {
@@ -119,7 +120,7 @@ def _check_texts(config: RunConfig) -> None:
             raise ConfigError(f"{key} has {str(stray[0])[:80]}, which is no text.", f"{key}={example_of(hint)}")
 
 
-def _keys_of_texts(kind: type[BackendConfig]) -> dict[str, Any]:
+def _keys_of_texts(kind: type[BackendConfig]) -> JsonObject:
     """The keys of lists and dicts of texts; each prompt is looked at when it is read."""
     keys = key_types(RunConfig) | key_types(kind, "backend.")
     return {key: hint for key, hint in keys.items() if get_args(hint)[-1:] == (str,) and key != "prompts.texts"}

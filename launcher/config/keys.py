@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from launcher.config.schema import BackendConfig
+    from shards.untrusted_files import JsonObject
 
 ALL = "which shows every key"
 ALL_KEYS = f"python -m launcher --cfg, {ALL}"
@@ -43,10 +44,10 @@ SAME_VALUES = {"gpu": "cuda", "float": "fp32", "half": "fp16"}
 """What other tools call a value of an Enum; its own value, as torch's name of a precision, is known as well."""
 
 
-def key_types(kind: type, prefix: str = "") -> dict[str, Any]:
+def key_types(kind: type, prefix: str = "") -> JsonObject:
     """The type of every key of a dataclass, at every depth, by its dotted path."""
     hints = get_type_hints(kind)
-    types: dict[str, Any] = {}
+    types: JsonObject = {}
     for field in dataclasses.fields(kind):
         path, hint = prefix + field.name, without_none(hints[field.name])
         types[path] = hint
@@ -56,12 +57,12 @@ def key_types(kind: type, prefix: str = "") -> dict[str, Any]:
 
 
 @cache
-def run_keys(engine: str) -> dict[str, Any]:
+def run_keys(engine: str) -> JsonObject:
     """The type of every key that a run with this engine has."""
     return key_types(RunConfig) | key_types(load_engine(engine), "backend.")
 
 
-def known_keys(engine: str | None) -> dict[str, Any]:
+def known_keys(engine: str | None) -> JsonObject:
     """The type of each key that a run can have: of all engines where it is not known with which."""
     names = (engine,) if engine else tuple(engines())
     return {path: hint for name in names for path, hint in run_keys(name).items()}

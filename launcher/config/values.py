@@ -15,6 +15,8 @@ from launcher.system import typed
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from shards.untrusted_files import JsonObject
+
 
 def to_dict(value: Any) -> Any:
     """Plain lists, dicts and scalars; an Enum becomes its name, as on the command line."""
@@ -29,15 +31,15 @@ def to_dict(value: Any) -> Any:
     return value
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> JsonObject:
     """Nested plain values by their dotted keys."""
-    pairs: dict[str, Any] = {}
+    pairs: JsonObject = {}
     for name, value in values.items():
         pairs |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return pairs
 
 
-def from_dict(raw: dict[str, Any]) -> RunConfig:
+def from_dict(raw: JsonObject) -> RunConfig:
     """The inverse of `to_dict` for a whole configuration; the engine's name picks its dataclass.
 
     ConfigError for a key that is not in the schema: a run of another version must not go on as another run.
@@ -51,7 +53,7 @@ def from_dict(raw: dict[str, Any]) -> RunConfig:
     return typing.cast("RunConfig", config)
 
 
-def _build(kind: type, raw: dict[str, Any]) -> Any:
+def _build(kind: type, raw: JsonObject) -> Any:
     hints = typing.get_type_hints(kind)
     return kind(**{key: _convert(hints[key], value) for key, value in raw.items()})
 

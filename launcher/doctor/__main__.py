@@ -16,7 +16,7 @@ import platform
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import launcher
 from launcher.config import engines as registry
@@ -38,6 +38,8 @@ except Exception:  # a broken one is as good as none
 if TYPE_CHECKING:
     from argparse import Namespace
     from collections.abc import Sequence
+
+    from shards.untrusted_files import JsonObject
 
 AT_ONCE = 2  # imports of engines are heavy
 
@@ -67,7 +69,7 @@ def _mend_engine(one: Engine, on_gpus: bool) -> str:
     return kind.install_hint()
 
 
-def check_devices(found: dict[str, Any] | None, reason: str, machine: host.Host) -> list[Check]:
+def check_devices(found: JsonObject | None, reason: str, machine: host.Host) -> list[Check]:
     """The cards and what joins them, then the processor."""
     processor = Check("devices", "processor", "ok", _processor(machine))
     return [*check_cards(found, reason), processor, check_memory(machine)]
@@ -130,7 +132,7 @@ def _slurm() -> Check:
     return Check("system", "SLURM client", "note", ", ".join(tools) or what, "")
 
 
-def examine(timeout_s: float) -> dict[str, Any]:
+def examine(timeout_s: float) -> JsonObject:
     """Everything, as plain JSON values; takes as long as the engines take to import."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         asked = pool.submit(nvml)
@@ -153,7 +155,7 @@ def examine(timeout_s: float) -> dict[str, Any]:
     }
 
 
-def show(found: dict[str, Any]) -> None:
+def show(found: JsonObject) -> None:
     """Print the table; as plain lines where rich is not there to draw it."""
     if Console is None:
         for check in found["checks"]:

@@ -7,7 +7,7 @@ import re
 import sys
 import sysconfig
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launcher.doctor import host
 from launcher.doctor.checks import Check, State, size
@@ -15,6 +15,8 @@ from shards.machine.interpreter import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from shards.untrusted_files import JsonObject
 
 LEAST_DRIVERS = {12: 525, 13: 580}
 """The oldest driver that runs programs built for a major version of CUDA; scripts/setup.sh asks for the same."""
@@ -34,7 +36,7 @@ HIDDEN = 2 << 30
 """From so many bytes in use on, that no process is seen to hold, the card is somebody's."""
 
 
-def check_cards(found: dict[str, Any] | None, reason: str) -> list[Check]:
+def check_cards(found: JsonObject | None, reason: str) -> list[Check]:
     """The cards and what joins them; a note where there are none."""
     if not (found or {}).get("gpus"):
         why = "the driver shows none" if found is not None else f"none: {reason or 'NVML is silent'}"
@@ -47,7 +49,7 @@ def check_cards(found: dict[str, Any] | None, reason: str) -> list[Check]:
     return [*checks, *map(_check_link, found["links"])]
 
 
-def _facts(gpu: dict[str, Any], found: dict[str, Any]) -> list[str]:
+def _facts(gpu: JsonObject, found: JsonObject) -> list[str]:
     cuda = found["cuda_driver"]
     bus = [gpu["pcie_generation"], gpu["pcie_width"], gpu["pcie_generation_max"], gpu["pcie_width_max"]]
     now, width, most, widest = (value or "?" for value in bus)
@@ -61,7 +63,7 @@ def _facts(gpu: dict[str, Any], found: dict[str, Any]) -> list[str]:
     ]
 
 
-def _problems(gpu: dict[str, Any], gpus: Sequence[dict[str, Any]]) -> tuple[State, list[str], str]:
+def _problems(gpu: JsonObject, gpus: Sequence[JsonObject]) -> tuple[State, list[str], str]:
     """What keeps a run off a card or distorts it, the gravest first, with what mends that one."""
     index = gpu["index"]
     findings: list[tuple[State, str, str]] = []
@@ -90,7 +92,7 @@ def _problems(gpu: dict[str, Any], gpus: Sequence[dict[str, Any]]) -> tuple[Stat
     return findings[0][0], [words for _, words, _ in findings], findings[0][2]
 
 
-def _users(gpu: dict[str, Any]) -> str:
+def _users(gpu: JsonObject) -> str:
     """Who holds memory of a card; in a container that may be processes which the driver does not show there."""
     if gpu["processes"]:
         shown = (f"process {pid} ({host.process_name(pid)}, {size(held)})" for pid, held in gpu["processes"])
@@ -100,7 +102,7 @@ def _users(gpu: dict[str, Any]) -> str:
     return f"{size(used)} by processes that are not visible from here" if known and used >= HIDDEN else ""
 
 
-def _check_link(link: dict[str, Any]) -> Check:
+def _check_link(link: JsonObject) -> Check:
     way = "NVLink" if link["nvlink"] else f"PCIe, {link['pcie_path'] or 'path not known'}"
     peers = link["peer_to_peer"]
     state: State = "ok" if peers in ("yes", None) else "note"
@@ -110,7 +112,7 @@ def _check_link(link: dict[str, Any]) -> Check:
     return Check("devices", "GPUs {} and {}".format(*link["gpus"]), state, fact, PEER_MENDS.get(peers, ""))
 
 
-def check_cuda(found: dict[str, Any] | None, built_for: Sequence[str]) -> list[Check]:
+def check_cuda(found: JsonObject | None, built_for: Sequence[str]) -> list[Check]:
     """What engines for CUDA need: a driver that runs them, a compiler with Python's headers, perhaps nvcc.
 
     `built_for` are the CUDA versions of the torch builds that are installed; where there are none, that of the lock.
@@ -127,12 +129,12 @@ def check_cuda(found: dict[str, Any] | None, built_for: Sequence[str]) -> list[C
     ]
 
 
-def _capability(gpu: dict[str, Any]) -> tuple[int, ...]:
+def _capability(gpu: JsonObject) -> tuple[int, ...]:
     """As numbers; of a card that does not tell, that of one yet to come."""
     return tuple(map(int, (gpu["compute_capability"] or "99.0").split(".")))
 
 
-def _too_old(gpu: dict[str, Any], cuda: int | None) -> Check:
+def _too_old(gpu: JsonObject, cuda: int | None) -> Check:
     least = ".".join(map(str, LEAST_CAPABILITIES[cuda or 0]))
     wrong = f"compute capability {gpu['compute_capability']}, and builds for CUDA {cuda} have kernels from {least} on"
     return Check("system", f"GPU {gpu['index']}", "broken", wrong, "LAUNCHER_FLAVOR=cpu bash scripts/setup.sh")

@@ -11,10 +11,13 @@ import importlib.util
 import json
 import os
 import sys
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shards.untrusted_files import JsonObject
 
 
-def attempt(name: str, part: str = "") -> dict[str, Any]:
+def attempt(name: str, part: str = "") -> JsonObject:
     """The version of module `name` once it is imported, or `missing`, or why it cannot be, in one line.
 
     `part` is asked of a module that imports its parts when they are first used.

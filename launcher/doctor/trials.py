@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launcher.config import engines
 from launcher.config.schema import ConfigError
@@ -19,6 +19,8 @@ from shards.machine.orphans import before_exec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from shards.untrusted_files import JsonObject
 
 NVML_S = 20.0
 QUERY = (
@@ -102,7 +104,7 @@ def engine(name: str, timeout_s: float) -> Engine:
     return Engine(name, versions, None, (), cuda)
 
 
-def _objects(lines: Sequence[str]) -> list[dict[str, Any]]:
+def _objects(lines: Sequence[str]) -> list[JsonObject]:
     checks = []
     for line in lines:
         with contextlib.suppress(ValueError):
@@ -119,7 +121,7 @@ def _end(ended: Ended, timeout_s: float) -> str:
     return f"ended with exit code {ended.code}: {ended.last_words}"
 
 
-def nvml() -> tuple[dict[str, Any] | None, str]:
+def nvml() -> tuple[JsonObject | None, str]:
     """What NVML says, or None and why it says nothing. Before pynvml is installed nvidia-smi says some of it."""
     ended = attempt("shards.machine.nvml", (), NVML_S)
     reports = _objects(ended.out)
@@ -130,7 +132,7 @@ def nvml() -> tuple[dict[str, Any] | None, str]:
     return None, ended.last_words if ended.code == 1 else f"NVML {_end(ended, NVML_S)}"
 
 
-def nvidia_smi() -> dict[str, Any] | None:
+def nvidia_smi() -> JsonObject | None:
     """What nvidia-smi tells of the cards, as shards.machine.nvml does; None where it does not run."""
     program = find_tool("nvidia-smi")
     if program is None:
@@ -145,7 +147,7 @@ def nvidia_smi() -> dict[str, Any] | None:
     return {"driver": rows[0].get("driver_version") if rows else None, "cuda_driver": None, "gpus": gpus, "links": []}
 
 
-def _gpu(row: dict[str, str]) -> dict[str, Any]:
+def _gpu(row: dict[str, str]) -> JsonObject:
     def number(key: str) -> int | None:
         return int(row[key]) if row.get(key, "").isdigit() else None
 

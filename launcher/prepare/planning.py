@@ -7,7 +7,7 @@ import importlib.util
 import os
 from dataclasses import replace
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from launcher.backends.base import Prompt
     from launcher.config.schema import RunConfig
     from shards.checkpoint.tensor_files import TensorEntry
+    from shards.model.config_fields import TransformersConfig
+    from shards.untrusted_files import JsonObject
 
 OF_BITSANDBYTES = ("int8", "nf4", "nf4_dq", "fp4")
 FILE_DTYPES = {Precision.fp32: "F32", Precision.fp16: "F16", Precision.bf16: "BF16"}
@@ -42,7 +44,7 @@ FILE_DTYPES = {Precision.fp32: "F32", Precision.fp16: "F16", Precision.bf16: "BF
 
 def plan_of(
     config: RunConfig,
-    model_config: Mapping[str, Any],
+    model_config: TransformersConfig,
     tensors: Mapping[str, TensorEntry] | None,
     prompts: Sequence[Prompt],
     on_cuda: bool,
@@ -125,7 +127,7 @@ def paces(
     return dict(sorted(ceilings.items(), key=lambda item: -item[1]))
 
 
-def quantization_of(config: RunConfig, model_config: Mapping[str, Any], on_cuda: bool) -> Quantization | None:
+def quantization_of(config: RunConfig, model_config: TransformersConfig, on_cuda: bool) -> Quantization | None:
     """The way in which a run holds its weights; PlanError for a quantized checkpoint that its engine cannot read."""
     backend = config.backend
     _check_quantization(config)
@@ -185,7 +187,7 @@ def _devices(config: RunConfig, on_cuda: bool) -> tuple[Device, Link | None]:
     return described(device, given_of(config), config.precision.num_bytes), link
 
 
-def _batches(config: RunConfig, prompts: Sequence[Prompt], request: PlanRequest) -> dict[str, Any]:
+def _batches(config: RunConfig, prompts: Sequence[Prompt], request: PlanRequest) -> JsonObject:
     """The prompts that one rank answers at once, at most and in the mean over its calls, and their mean length: with
     continuous batching all that the engine takes, in slots as many as these, else those of a call, padded to the
     longest of it."""

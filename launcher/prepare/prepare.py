@@ -9,7 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launcher.backends.slots.families import why_static
 from launcher.config.cluster import check_cluster
@@ -40,7 +40,9 @@ if TYPE_CHECKING:
     from launcher.backends.base import Prompt
     from launcher.config.schema import RunConfig
     from shards.checkpoint.tensor_files import TensorEntry
+    from shards.model.config_fields import TransformersConfig
     from shards.plan.plan import Plan
+    from shards.untrusted_files import JsonObject
 
 HEAD = "lm_head.weight"
 WORKER_PACKAGES = ("msgspec", "psutil", "tokenizers", "pynvml")  # what a rank needs beside its engine
@@ -137,7 +139,7 @@ def check_node(config: RunConfig) -> bool:
     return _check_devices(config)
 
 
-def _check_names(config: RunConfig, checkpoint: Checkpoint, model_config: Mapping[str, Any]) -> None:
+def _check_names(config: RunConfig, checkpoint: Checkpoint, model_config: TransformersConfig) -> None:
     """The tensors are those of the model, as far as that is known before transformers has built it."""
     known = model_config.get("model_type") in KNOWN_FAMILIES and not config.model.trust_remote_code
     if not known or not config.backend.loads_by_name or from_config(model_config):
@@ -245,7 +247,7 @@ def _notes_order(config: RunConfig, on_cuda: bool) -> list[str]:
     return [] if alike else [f"CUDA_DEVICE_ORDER={order}: the plan takes the cards in the order of NVML (PCI_BUS_ID)"]
 
 
-def _settle_scheduling(config: RunConfig, model_config: Mapping[str, Any], notes: list[str]) -> RunConfig:
+def _settle_scheduling(config: RunConfig, model_config: TransformersConfig, notes: list[str]) -> RunConfig:
     """A model that cannot have slots is decoded in static batches, and a note says why."""
     asked = config.backend.has_slots and config.is_continuous
     why = why_static(model_config, config.model.trust_remote_code) if asked else None
@@ -285,7 +287,7 @@ def model_folder(config: RunConfig) -> Path | None:
     return resolve(path, config.model.revision, weights=weights)
 
 
-def _model_config(config: RunConfig, folder: Path | None) -> dict[str, Any]:
+def _model_config(config: RunConfig, folder: Path | None) -> JsonObject:
     """The transformers config of the model: of its folder, or of the preset for random weights."""
     if folder is None:
         assert config.model.config is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shards.errors import CheckpointError, PlanError
 from shards.model.any_shape import Built, ask_transformers, shape_from_tensors
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from shards.checkpoint.tensor_files import TensorEntry
+    from shards.model.config_fields import TransformersConfig
+    from shards.untrusted_files import JsonObject
 
 
-def config_of(folder: Path) -> dict[str, Any]:
+def config_of(folder: Path) -> JsonObject:
     """The transformers config of the model in a folder; CheckpointError where it has none that can be read."""
     path = folder / "config.json"
     try:
@@ -44,7 +46,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def built_of(
-    model_config: Mapping[str, Any], tensors: Mapping[str, TensorEntry] | None = None, python: str | None = None
+    model_config: TransformersConfig, tensors: Mapping[str, TensorEntry] | None = None, python: str | None = None
 ) -> Built:
     """Exact from the config alone; from its files' headers where transformers cannot say (a model with its own code).
 
@@ -62,7 +64,7 @@ def built_of(
     return Built(shape_of_files(model_config, tensors), (note,))
 
 
-def shape_of_files(model_config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> ModelShape:
+def shape_of_files(model_config: TransformersConfig, tensors: Mapping[str, TensorEntry]) -> ModelShape:
     """The shape of a model by its checkpoint's headers, quantized matrices as they are when unpacked."""
     shapes = {name: entry.shape for name, entry in tensors.items()}
     quantization = from_config(model_config)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from shards.untrusted_files import JsonObject
+
 TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
 DAY = "2026-01-01"
 """Today, for templates that ask: a prompt is the same on every day."""
@@ -65,7 +67,7 @@ def _text(token: Any) -> Any:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _config(folder: Path) -> JsonObject:
     try:
         values = read_json(folder / CONFIG, CheckpointError, "download the model again")
     except FileNotFoundError:
@@ -73,7 +75,7 @@ def _config(folder: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _template(folder: Path, config: dict[str, Any]) -> str | None:
+def _template(folder: Path, config: JsonObject) -> str | None:
     """The template in a file of its own, else that in the tokenizer's configuration, of several the default one."""
     try:
         return read_bytes(folder / TEMPLATE).decode()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from launcher.results.measured import Quantiles, Spread
     from launcher.results.record import Record
+    from shards.untrusted_files import JsonObject
 
 Row = dict[str, Any]
 
@@ -42,7 +43,7 @@ def swept_keys(records: Sequence[Record]) -> tuple[str, ...]:
     return tuple(key for key in differing if _group(key) not in names or key.endswith(".name"))
 
 
-def flat_values(config: dict[str, Any]) -> dict[str, Any]:
+def flat_values(config: JsonObject) -> JsonObject:
     """The values of a nested configuration by dotted keys, but for those that no sweep is over."""
     settings = {name: value for name, value in flat(config).items() if name not in NOT_SWEPT}
     return {name: value for name, value in settings.items() if not name.startswith("model.config.")}

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from launcher.results.record import Record
+    from shards.untrusted_files import JsonObject
 
 FIGURES = ("new tokens/s", "min … max", "ttft p50", "itl p50", "load", "parameters/device")
 
@@ -67,7 +68,7 @@ def show_sweep(records: Sequence[Record], points: Sequence[Mapping[str, str]], o
 
 def sweep_line(
     records: Sequence[Record], points: Sequence[Mapping[str, str]] = (), more: Sequence[str] = ()
-) -> dict[str, Any]:
+) -> JsonObject:
     """The last line of a sweep as an object: how many points ended how, and of each its JSON line with the values of
     every key that was swept, and `more` of its record."""
     lines = [json_line(record, more) for record in records]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from launcher.run_dir.run import Run
     from shards.plan.plan import Plan
     from shards.plan.roofline import Limit
+    from shards.untrusted_files import JsonObject
 
 SHOWN_COMPLETIONS = 8
 WORDS_OF_OURS = ("ProcessDied", "Ended", "Cancelled")
@@ -54,7 +55,7 @@ LINE_FIELDS = (
 """The fields of a record in its JSON line."""
 
 
-def json_line(record: Record, more: Sequence[str] = ()) -> dict[str, Any]:
+def json_line(record: Record, more: Sequence[str] = ()) -> JsonObject:
     """The last line of stdout as an object: the figures that a program asks for first, and `more` of the record."""
     line = {name: rounded(getattr(record, name)) for name in (*LINE_FIELDS, *more)}
     if record.error is not None:
@@ -258,7 +259,7 @@ def _show_plan(plan: Plan, config: RunConfig, out: Console) -> None:
     columns = ("rank", "parameters", "KV cache", "activations", "buffers", "overhead", "capacity", "free")
     out.print(fitted(out, columns, rows, optional=("buffers", "activations", "overhead")))
     on_host = "not known" if plan.load_host_bytes is None else size(plan.load_host_bytes)
-    facts: dict[str, Any] = {
+    facts: JsonObject = {
         "device": plan.device_name,
         "KV cache a token": f"{plan.kv_bytes_per_token:,} bytes",
         "peak while loading": f"{on_host} on a node's host, {size(plan.load_device_bytes)} on a device",

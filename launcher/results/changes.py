@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from launcher.results.record import Record
+    from shards.untrusted_files import JsonObject
 
 SMALLEST = 0.02
 """A difference of less is none: two starts of one program differ by as much."""
@@ -183,7 +184,7 @@ def _verdict(name: str, ratio: float | None, is_different: bool | None) -> str:
     return text if name in MEMORY else f"{text}, of one value each: the spread is not known"
 
 
-def circumstances(record: Record) -> dict[str, Any]:
+def circumstances(record: Record) -> JsonObject:
     """All that a figure may depend on, by dotted keys: configuration, versions, code, hardware, driver, neighbours."""
     values = flat({name: value for name, value in record.config.items() if name not in HOW_IT_IS_RUN})
     environment = record.environment

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from launcher.results.completions import ReportedCompletion
     from launcher.results.measured import Serving
     from launcher.results.record import Record
+    from shards.untrusted_files import JsonObject
 
 REPEATED_TOKENS = 8
 """So many tokens at the end of a text that only repeat the one or two before them make it degenerate."""
@@ -199,7 +200,7 @@ def _speeds(run: FinishedRun) -> list[float]:
     return [value for value in run.record.metrics.new_tokens_per_s.values if value is not None]
 
 
-def _settings(run: FinishedRun) -> dict[str, Any]:
+def _settings(run: FinishedRun) -> JsonObject:
     """The settings that decide the tokens and how they were timed: all but the engine and the devices."""
     return {name: value for name, value in run.record.config.items() if name not in WHERE_IT_RAN}
 
@@ -251,6 +252,6 @@ def alike(runs: Sequence[FinishedRun]) -> list[list[FinishedRun]]:
     return [group for group in groups if len(group) > 1]
 
 
-def _weights(run: FinishedRun) -> dict[str, Any]:
+def _weights(run: FinishedRun) -> JsonObject:
     """The model of a run, without its name, which is for people."""
     return {name: value for name, value in run.record.config["model"].items() if name != "name"}

@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from launcher.results.record import SCHEMA_VERSION, Record
 
+if TYPE_CHECKING:
+    from shards.untrusted_files import JsonObject
 
-def schema() -> dict[str, Any]:
+
+def schema() -> JsonObject:
     """The JSON schema (draft 2020-12) of a record as it is written now."""
     [reference], definitions = msgspec.json.schema_components([Record], ref_template="#/$defs/{name}")
     definitions["Record"]["properties"]["schema_version"] = {"const": SCHEMA_VERSION}

@@ -9,7 +9,7 @@ whole repeats only, each timed within one attempt; with none, `partial` says of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.backends.base import DeviceMemory
 from launcher.results.cost import Cost
@@ -19,6 +19,9 @@ from launcher.system.environment import Environment
 from launcher.system.typed import decode
 from shards.machine.network import Network
 from shards.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from shards.untrusted_files import JsonObject
 
 SCHEMA_VERSION = 2
 SCHEMES_OF_VERSION_1 = {"fsdp": "gathered", "tensor_parallel": "split"}
@@ -162,7 +165,7 @@ def read_record(values: Any) -> Record:
     return decode(values, Record)
 
 
-def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
+def _from_version_1(values: JsonObject) -> JsonObject:
     """Version 1 counted devices as `world_size`, had the ceiling's tokens/s under the name of the measured ones, and
     called the schemes of the roofline after engines."""
     plan, ceiling = values["plan"], values["ceiling"]
@@ -184,5 +187,5 @@ def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _error_from_version_1(rank: dict[str, Any]) -> dict[str, Any] | None:
+def _error_from_version_1(rank: JsonObject) -> JsonObject | None:
     return rank["error"] and {"rank": rank["rank"], **rank["error"]}

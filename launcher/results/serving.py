@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launcher.results.measured import Serving
 from launcher.results.summaries import quantiles, spread
@@ -14,17 +14,18 @@ if TYPE_CHECKING:
 
     from launcher.config.serving import SloConfig
     from launcher.results.measured import Repeat, ServerRepeat
+    from shards.untrusted_files import JsonObject
 
 MOST_CPU_SHARE = 0.9
 MOST_LAG_SHARE = 0.05
 
 
-def request_metrics(repeats: Sequence[Sequence[Repeat]], slo: SloConfig | None) -> dict[str, Any]:
+def request_metrics(repeats: Sequence[Sequence[Repeat]], slo: SloConfig | None) -> JsonObject:
     """The metrics of requests one by one, from each repeat's measurements by rank."""
     ranks = [rank for repeat in repeats for rank in repeat]
     wall_s = [max(rank.wall_s for rank in repeat) for repeat in repeats]
     answered = [sum(rank.completions for rank in repeat) for repeat in repeats]
-    values: dict[str, Any] = {
+    values: JsonObject = {
         "tpot_s": quantiles(tpot_s(ranks)),
         "e2el_s": quantiles(value for rank in ranks for value in rank.e2el_s),
         "request_throughput": spread(many / time for many, time in zip(answered, wall_s, strict=True)),

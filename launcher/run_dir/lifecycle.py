@@ -12,7 +12,7 @@ import time
 import uuid
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from launcher.results.record import BatchSearch
     from launcher.results.verdict import Outcome
     from launcher.run_dir.run import Run, RunDescription
+    from shards.untrusted_files import JsonObject
 
 
 def directory_of(run: Run) -> RunDir:
@@ -80,7 +81,7 @@ def new_folder(config: RunConfig, suffix: str = "") -> Path:
     return make_folder(Path(config.output_dir), name)
 
 
-def what_is_run(config: dict[str, Any]) -> dict[str, Any]:
+def what_is_run(config: JsonObject) -> JsonObject:
     """The part of a resolved configuration by which two runs are the same point."""
     return {name: value for name, value in config.items() if name not in HOW_IT_IS_RUN}
 

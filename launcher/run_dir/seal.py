@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launcher.results.record import Seal
 from launcher.run_dir.typed_files import MAX_RUN_BYTES
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from launcher.results.record import Record
+    from shards.untrusted_files import JsonObject
 
 FILES = (
     "run.json", "config.yaml", "plan.json", "prompts.jsonl", "completions.jsonl", "rank_*.json",
@@ -37,13 +38,13 @@ def hashes(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): _sha256(path) for path in paths}
 
 
-def digest(values: dict[str, Any]) -> str:
+def digest(values: JsonObject) -> str:
     """SHA-256 of the plain values of a record, whatever the layout of its file; its own is taken as empty."""
     bare = values | {"seal": values["seal"] | {"record": ""}}
     return hashlib.sha256(json.dumps(bare, sort_keys=True).encode()).hexdigest()
 
 
-def broken_seal(values: dict[str, Any], folder: Path) -> list[str]:
+def broken_seal(values: JsonObject, folder: Path) -> list[str]:
     """A sentence for the record, given as the plain values of its file, and for each file, that is not as written."""
     seal = values.get("seal")
     if not isinstance(seal, dict) or not isinstance(seal.get("files"), dict):

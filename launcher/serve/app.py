@@ -7,7 +7,7 @@ import json
 import time
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from launcher.backends.base import FinishReason
+    from shards.untrusted_files import JsonObject
 
 VOCABULARY = "prompt has token ids that the model does not have"
 
@@ -126,7 +127,7 @@ class Service:
             is_last = part.is_last
             yield part
 
-    async def _events(self, wanted: Wanted, parts: AsyncIterator[Part], about: dict[str, Any]) -> AsyncIterator[str]:
+    async def _events(self, wanted: Wanted, parts: AsyncIterator[Part], about: JsonObject) -> AsyncIterator[str]:
         text, count = _Text(self.tokenizer), 0
         async for part in parts:
             if part.error is not None:
@@ -139,7 +140,7 @@ class Service:
             yield _event(about | {"choices": [], "usage": _usage(wanted, count)})
         yield "data: [DONE]\n\n"
 
-    async def _whole(self, wanted: Wanted, parts: AsyncIterator[Part], about: dict[str, Any]) -> Response:
+    async def _whole(self, wanted: Wanted, parts: AsyncIterator[Part], about: JsonObject) -> Response:
         ids: list[int] = []
         async for part in parts:
             if part.error is not None:
@@ -165,8 +166,8 @@ class _Text:
         return "".join(piece for piece in pieces if piece)
 
 
-def _choice(wanted: Wanted, text: str, part: Part, is_first: bool) -> dict[str, Any]:
-    choice: dict[str, Any] = {"index": 0, "text": text, "logprobs": None, "finish_reason": part.finish_reason}
+def _choice(wanted: Wanted, text: str, part: Part, is_first: bool) -> JsonObject:
+    choice: JsonObject = {"index": 0, "text": text, "logprobs": None, "finish_reason": part.finish_reason}
     if wanted.with_ids:
         choice["token_ids"] = list(part.token_ids)
     if wanted.with_ids and is_first:
@@ -179,7 +180,7 @@ def _usage(wanted: Wanted, new_tokens: int) -> dict[str, int]:
     return {"prompt_tokens": read, "completion_tokens": new_tokens, "total_tokens": read + new_tokens}
 
 
-def _event(value: dict[str, Any]) -> str:
+def _event(value: JsonObject) -> str:
     return f"data: {json.dumps(value)}\n\n"
 
 

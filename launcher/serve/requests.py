@@ -10,6 +10,8 @@ from launcher.config.schema import SamplingConfig
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from shards.untrusted_files import JsonObject
+
 DEFAULT_NEW_TOKENS = 16  # as OpenAI's reference says
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,), "best_of": (1,), "echo": (False,), "logprobs": (), "stop": ("", []), "suffix": ("",),
@@ -77,7 +79,7 @@ def _prompt_ids(prompt: Any, encode: Callable[[str], list[int]]) -> tuple[int, .
     return tuple(prompt)
 
 
-def _number(body: dict[str, Any], name: str, kind: type, default: Any, least: float) -> Any:
+def _number(body: JsonObject, name: str, kind: type, default: Any, least: float) -> Any:
     value = body.get(name)
     if value is None:
         return default
@@ -86,7 +88,7 @@ def _number(body: dict[str, Any], name: str, kind: type, default: Any, least: fl
     return kind(value)
 
 
-def _flag(body: dict[str, Any], name: str) -> bool:
+def _flag(body: JsonObject, name: str) -> bool:
     value = body.get(name)
     if value not in (None, True, False):
         raise BadRequestError(f"{name}={value!r} is neither true nor false")

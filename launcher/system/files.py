@@ -17,6 +17,8 @@ from shards.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from shards.untrusted_files import JsonObject
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -97,7 +99,7 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[JsonObject]:
     """The objects of a JSON-lines file, up to its last whole line: what a killed writer left is still readable."""
     try:
         text = path.read_text(encoding="utf-8")

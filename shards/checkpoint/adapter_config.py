@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shards.errors import CheckpointError
 from shards.untrusted_files import read_json
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from shards.untrusted_files import JsonObject
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NOT_MERGED = {
@@ -19,7 +21,7 @@ NOT_MERGED = {
 """Settings of peft that change more than two factors for each matrix, and what they are called."""
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> JsonObject:
     """The adapter_config.json of a folder; CheckpointError for no adapter, or one that is not merged here."""
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
@@ -39,5 +41,5 @@ def read_config(folder: Path) -> dict[str, Any]:
     alpha = config.get("lora_alpha")
     if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
         raise CheckpointError(f"{folder / CONFIG} has lora_alpha={alpha!r}, not a number.", "save the adapter again")
-    loaded: dict[str, Any] = config
+    loaded: JsonObject = config
     return loaded

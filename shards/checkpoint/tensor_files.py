@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from shards.untrusted_files import JsonObject
+
 AGAIN = "the copy is damaged or incomplete: fetch this file again"
 MAX_DIMENSIONS = 64  # of a tensor of torch
 
@@ -38,7 +40,7 @@ class TensorEntry:
     nbytes: int
 
 
-def json_object(text: bytes, name: str) -> dict[str, Any]:
+def json_object(text: bytes, name: str) -> JsonObject:
     """A JSON object in which no key occurs twice."""
     value = parse_json(text, name, CheckpointError, AGAIN, unique=True)
     if not isinstance(value, dict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+
+    from shards.untrusted_files import JsonObject
 
 FACTOR = re.compile(r"^base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight$")
 
@@ -71,7 +73,7 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def _pair(
-    folder: Path, name: str, pair: dict[str, torch.Tensor], config: dict[str, Any]
+    folder: Path, name: str, pair: dict[str, torch.Tensor], config: JsonObject
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Both factors of a matrix and their scale."""
     if pair.keys() != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:

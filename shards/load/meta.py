@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,11 +15,13 @@ from shards.load.blocks import copy_marks
 from shards.load.conversion import note_conversions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
+
+    from shards.model.config_fields import TransformersConfig
 
 
 def build_meta(
-    source: Path | str | Mapping[str, Any] | PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False
+    source: Path | str | TransformersConfig | PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> nn.Module:
     """The causal language model of a folder with a config.json, or of a config, on the meta device, for inference."""
     config = _config(source, trust_remote_code)
@@ -29,7 +31,7 @@ def build_meta(
     return model.eval().requires_grad_(False)
 
 
-def _config(source: Path | str | Mapping[str, Any] | PretrainedConfig, trust_remote_code: bool) -> PretrainedConfig:
+def _config(source: Path | str | TransformersConfig | PretrainedConfig, trust_remote_code: bool) -> PretrainedConfig:
     if isinstance(source, PretrainedConfig):
         return source
     try:

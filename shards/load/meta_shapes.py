@@ -23,7 +23,10 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCac
 from shards.load.meta import build_meta
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
+
+    from shards.model.config_fields import TransformersConfig
+    from shards.untrusted_files import JsonObject
 
 
 SAME_NAME = (
@@ -37,7 +40,7 @@ FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 
 def main() -> int:
     """Answer for the config on stdin."""
-    fields: dict[str, Any] = json.load(sys.stdin)
+    fields: JsonObject = json.load(sys.stdin)
     fields.pop("quantization_config", None)  # shapes are those of the plain model
     obstacle = problem(fields)
     known = fields.get("model_type") in CONFIG_MAPPING
@@ -46,7 +49,7 @@ def main() -> int:
     return 0
 
 
-def problem(fields: Mapping[str, Any]) -> str | None:
+def problem(fields: TransformersConfig) -> str | None:
     """Why transformers itself cannot build a causal LM of a config; None if it can."""
     family, version = fields.get("model_type"), f"transformers {transformers.__version__}"
     if family in CONFIG_MAPPING:
@@ -56,7 +59,7 @@ def problem(fields: Mapping[str, Any]) -> str | None:
     return f"model_type {family!r} is not one of {version}{note}"
 
 
-def describe(model: Any) -> dict[str, Any]:
+def describe(model: Any) -> JsonObject:
     """Sizes, shapes and notes of a model on meta."""
     config: Any = model.config.get_text_config(decoder=True)
     sizes = {name: getattr(config, name, None) for name in SAME_NAME}
@@ -117,7 +120,7 @@ def _cache_layers(model: Any) -> list[CachedLayer] | None:
     return None
 
 
-def cache_sizes(layers: Sequence[CachedLayer]) -> dict[str, Any]:
+def cache_sizes(layers: Sequence[CachedLayer]) -> JsonObject:
     """Heads and their size such that 2 x layers x heads x size is what one token takes; the window of each layer."""
     keys = [layer.keys for layer in layers if layer.keys is not None]
     values = [layer.values for layer in layers if layer.values is not None]

@@ -17,6 +17,8 @@ import pynvml
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from shards.untrusted_files import JsonObject
+
 P2P_READ, P2P_NVLINK = 0, 2  # nvmlGpuP2PCapsIndex_t
 P2P_STATUS = (
     "yes", "no: chipset", "no: GPU", "no: I/O hub topology", "no: disabled in the registry", "no", "unknown",
@@ -135,7 +137,7 @@ def processes(uuid: str) -> tuple[CardProcess, ...]:
             raise NvmlError(str(error)) from error
 
 
-def describe() -> dict[str, Any]:
+def describe() -> JsonObject:
     """Driver, cards and what joins them, as plain values; NvmlError where there is no driver."""
     with _session():
         handles = _handles()
@@ -202,7 +204,7 @@ def _processes(handle: Any) -> tuple[CardProcess, ...]:
     )
 
 
-def _gpu(index: int, handle: Any) -> dict[str, Any]:
+def _gpu(index: int, handle: Any) -> JsonObject:
     memory_bytes, reserved_bytes, free_bytes = _memory(handle)
     capability = _ask(pynvml.nvmlDeviceGetCudaComputeCapability, handle)
     ecc, persistence = _ask(pynvml.nvmlDeviceGetEccMode, handle), _ask(pynvml.nvmlDeviceGetPersistenceMode, handle)
@@ -235,7 +237,7 @@ def _nvlinks(handle: Any) -> int | None:
     return sum(known) if known else None
 
 
-def _link(a: int, b: int, first: Any, second: Any) -> dict[str, Any]:
+def _link(a: int, b: int, first: Any, second: Any) -> JsonObject:
     level = _ask(pynvml.nvmlDeviceGetTopologyCommonAncestor, first, second)
     read = _ask(pynvml.nvmlDeviceGetP2PStatus, first, second, P2P_READ)
     nvlink = _ask(pynvml.nvmlDeviceGetP2PStatus, first, second, P2P_NVLINK)

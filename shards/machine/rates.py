@@ -16,6 +16,8 @@ from shards.machine.hardware import CPU, Device, Link
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from shards.untrusted_files import JsonObject
+
 
 LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -28,7 +30,7 @@ class Measured:
     num_devices: int
     link: Link | None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Plain values."""
         return asdict(self)
 

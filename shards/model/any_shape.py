@@ -9,13 +9,17 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from shards.errors import PlanError
 from shards.machine.interpreter import python_path
 from shards.machine.orphans import before_exec
 from shards.model.config_fields import ConfigFields
 from shards.model.shape import Cut, ModelShape, Parameter, layer_of
+
+if TYPE_CHECKING:
+    from shards.model.config_fields import TransformersConfig
+    from shards.untrusted_files import JsonObject
 
 TIMEOUT_S = 180.0
 HINT = "have its checkpoint on this machine, or backend.python= an interpreter with a transformers that knows it."
@@ -37,7 +41,7 @@ class Built:
         return tuple(f"{self.shape.family}: {note}" for note in notes)
 
 
-def ask_transformers(config: Mapping[str, Any], python: str, timeout_s: float = TIMEOUT_S) -> Built:
+def ask_transformers(config: TransformersConfig, python: str, timeout_s: float = TIMEOUT_S) -> Built:
     """Have the transformers of an interpreter build the model of a config, without memory: exact, and takes seconds.
 
     PlanError, in one line, where it cannot.
@@ -68,13 +72,13 @@ def ask_transformers(config: Mapping[str, Any], python: str, timeout_s: float = 
     return _built(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def _built(answer: dict[str, Any]) -> Built:
+def _built(answer: JsonObject) -> Built:
     if "problem" in answer:
         raise PlanError(f"{answer['problem']}.", "a causal language model." if answer["known"] else HINT)
     return Built(shape_from_tensors(answer["sizes"], answer["tensors"]), tuple(answer["notes"]))
 
 
-def shape_from_tensors(config: Mapping[str, Any], tensors: Mapping[str, Iterable[int]]) -> ModelShape:
+def shape_from_tensors(config: TransformersConfig, tensors: Mapping[str, Iterable[int]]) -> ModelShape:
     """A decoder-only model by sizes under their usual names and by its tensors, say of its checkpoint's headers."""
     fields, shapes = ConfigFields(config), {name: tuple(shape) for name, shape in tensors.items()}
     hidden = fields.size("hidden_size", fields.count("n_embd"))

@@ -8,6 +8,9 @@ from typing import Any
 
 from shards.errors import PlanError
 
+TransformersConfig = Mapping[str, Any]
+"""The fields of a transformers config, as in config.json."""
+
 MOST_LAYERS = 1000
 """A plan of this many takes two seconds; no causal LM has a quarter of it."""
 
@@ -26,7 +29,7 @@ class ConfigFields:
     PlanError, in one line, names a field that is of another kind than it should be, or out of bounds.
     """
 
-    def __init__(self, fields: Mapping[str, Any], name: str = "config") -> None:
+    def __init__(self, fields: TransformersConfig, name: str = "config") -> None:
         self.fields = fields
         self.name = name
 
@@ -72,7 +75,7 @@ class ConfigFields:
         )
 
 
-def check_config(config: Mapping[str, Any]) -> None:
+def check_config(config: TransformersConfig) -> None:
     """PlanError for a config that would take a plan, or transformers, very long: too many layers or experts, anywhere.
 
     Also for a `model_type` that is no text, by which its family is looked up.
@@ -85,7 +88,7 @@ def check_config(config: Mapping[str, Any]) -> None:
                 fields.size(name)
 
 
-def _objects(config: Mapping[str, Any], name: str = "config") -> Iterator[ConfigFields]:
+def _objects(config: TransformersConfig, name: str = "config") -> Iterator[ConfigFields]:
     yield ConfigFields(config, name)
     for key, value in config.items():
         if isinstance(value, Mapping):

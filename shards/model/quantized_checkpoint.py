@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from shards.errors import PlanError
 from shards.model.config_fields import ConfigFields
 from shards.model.quantization import QUANTIZATIONS, Quantization
+
+if TYPE_CHECKING:
+    from shards.model.config_fields import TransformersConfig
 
 _UNQUANTIZED = "use the unquantized checkpoint."
 _REPEATS = re.compile(r"[*+{]")
@@ -23,7 +26,7 @@ _BESIDE = re.compile(
 )
 
 
-def from_config(config: Mapping[str, Any]) -> Quantization | None:
+def from_config(config: TransformersConfig) -> Quantization | None:
     """The quantization that a model's config names, None where it names none.
 
     PlanError, in one line, for a method whose bytes are not known here, or which no engine reads any more.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from shards.errors import PlanError
 from shards.model.config_fields import ConfigFields
+
+if TYPE_CHECKING:
+    from shards.model.config_fields import TransformersConfig
 
 Cut = Literal["whole", "column", "row", "key_value", "query_key_value", "embedding", "head"]
 """How tensor parallelism may cut a parameter: `column` by output rows (dim 0), `row` by inputs (dim 1); `key_value` and
@@ -71,7 +74,7 @@ class ModelShape:
     windows: tuple[int | None, ...] = ()
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
+    def from_config(cls, config: TransformersConfig) -> ModelShape:
         """The shape of a Falcon, Llama, Mistral, Qwen2 or Qwen3, exactly as transformers 5 builds it.
 
         Of other families: `shards.model.any_shape`.

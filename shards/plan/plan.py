@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shards.errors import PlanError
 from shards.machine.hardware import GIB, known_device, usual_link
@@ -24,6 +24,9 @@ from shards.plan.memory import (
 )
 from shards.plan.request import MOST_DEVICES, EnginePlanner, Layout, PlanRequest
 from shards.plan.roofline import Limit, Roofline
+
+if TYPE_CHECKING:
+    from shards.untrusted_files import JsonObject
 
 __all__ = ["DevicePlan", "EnginePlanner", "Plan", "PlanError", "PlanRequest", "make_plan"]
 
@@ -69,7 +72,7 @@ class Plan:
     settings: dict[str, int] = field(default_factory=dict)
     advice: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Plain values, as plan.json keeps them."""
         values = asdict(self)
         for fields, device in zip(values["devices"], self.devices, strict=True):

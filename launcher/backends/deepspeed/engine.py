@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from launcher.backends.deepspeed.requirements import slow_all_reduce
 from launcher.config.options import COUNT, number
@@ -12,9 +12,8 @@ from shards.engines.deepspeed import DeepSpeedPlanner
 from shards.plan.request import EnginePlanner
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from launcher.config.schema import RunConfig
+    from shards.model.config_fields import TransformersConfig
 
 KERNEL_FAMILIES = ("bloom", "gpt2", "gpt_neo", "gpt_neox", "gptj", "internlm", "llama", "opt")
 """Decoder models that DeepSpeed has kernels for. Source: module_inject/replace_policy.py."""
@@ -52,7 +51,7 @@ class DeepSpeedConfig(BackendConfig):
     kernel_inject: bool = False  # refused where DeepSpeed's kernels do not apply
     max_out_tokens: int | None = number(None, COUNT)  # None: as many as the model has positions
 
-    def refuse(self, config: RunConfig, model_config: Mapping[str, Any], on_cuda: bool, longest: int) -> None:
+    def refuse(self, config: RunConfig, model_config: TransformersConfig, on_cuda: bool, longest: int) -> None:
         """Most of it DeepSpeed would get wrong in silence."""
         family = str(model_config.get("model_type"))
         if self.kernel_inject:
@@ -81,7 +80,7 @@ def _without_kernels(family: str, on_cuda: bool) -> str:
     )
 
 
-def _refuse_cut(family: str, model_config: Mapping[str, Any]) -> None:
+def _refuse_cut(family: str, model_config: TransformersConfig) -> None:
     """Refuse what AutoTP would cut wrongly over several devices."""
     elsewhere = "backend=fsdp, or devices=1"
     if reason := UNCUTTABLE.get(family):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from launcher.backends.base import Prompt
     from launcher.config.schema import SamplingConfig
+    from shards.untrusted_files import JsonObject
 
 FinishReason = Literal["stop", "length"]
 FINISHED: dict[str, FinishReason] = {
@@ -54,7 +55,7 @@ class Dialect(ABC):
     ends_with_done: bool
 
     @abstractmethod
-    def body(self, model: str, prompt: Prompt, sampling: SamplingConfig, seed: int, salt: str) -> dict[str, Any]:
+    def body(self, model: str, prompt: Prompt, sampling: SamplingConfig, seed: int, salt: str) -> JsonObject:
         """The request that asks for a stream; `salt` keeps answers apart from those that the server has cached."""
 
     @abstractmethod
@@ -72,7 +73,7 @@ class Completions(Dialect):
     ignores_eos: bool = False
     ends_with_done: bool = True
 
-    def body(self, model: str, prompt: Prompt, sampling: SamplingConfig, seed: int, salt: str) -> dict[str, Any]:
+    def body(self, model: str, prompt: Prompt, sampling: SamplingConfig, seed: int, salt: str) -> JsonObject:
         return {
             "model": model,
             "prompt": prompt.text,
@@ -107,7 +108,7 @@ class TokenCompletions(Completions):
     ignores_eos: bool = True
     no_top_k: int = -1
 
-    def body(self, model: str, prompt: Prompt, sampling: SamplingConfig, seed: int, salt: str) -> dict[str, Any]:
+    def body(self, model: str, prompt: Prompt, sampling: SamplingConfig, seed: int, salt: str) -> JsonObject:
         return Completions.body(self, model, prompt, sampling, seed, salt) | {
             "prompt": list(prompt.token_ids) if self.takes_ids else prompt.text,
             "top_k": sampling.top_k or self.no_top_k,
@@ -126,10 +127,10 @@ class TransformersCompletions(Completions):
     ignores_eos: bool = True
     ends_with_done: bool = False
 
-    def body(self, model: str, prompt: Prompt, sampling: SamplingConfig, seed: int, salt: str) -> dict[str, Any]:
-        asked: dict[str, Any] = {"model": model, "prompt": prompt.text, "max_tokens": sampling.max_new_tokens}
+    def body(self, model: str, prompt: Prompt, sampling: SamplingConfig, seed: int, salt: str) -> JsonObject:
+        asked: JsonObject = {"model": model, "prompt": prompt.text, "max_tokens": sampling.max_new_tokens}
         asked |= {"temperature": sampling.temperature, "stream": True}
-        wanted: dict[str, Any] = {"max_new_tokens": sampling.max_new_tokens, "do_sample": sampling.temperature > 0}
+        wanted: JsonObject = {"max_new_tokens": sampling.max_new_tokens, "do_sample": sampling.temperature > 0}
         if sampling.temperature > 0:
             wanted |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
         if sampling.ignore_eos:
@@ -149,8 +150,8 @@ class GenerateStream(Dialect):
     ignores_eos: bool = False
     ends_with_done: bool = False
 
-    def body(self, model: str, prompt: Prompt, sampling: SamplingConfig, seed: int, salt: str) -> dict[str, Any]:
-        wanted: dict[str, Any] = {
+    def body(self, model: str, prompt: Prompt, sampling: SamplingConfig, seed: int, salt: str) -> JsonObject:
+        wanted: JsonObject = {
             "max_new_tokens": sampling.max_new_tokens,
             "do_sample": sampling.temperature > 0,
             "details": True,

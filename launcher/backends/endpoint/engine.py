@@ -16,9 +16,8 @@ from launcher.config.schema import BackendConfig, ConfigError
 from launcher.models import EMBEDDED
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from launcher.config.schema import RunConfig
+    from shards.model.config_fields import TransformersConfig
 
 OTHER_FILES = 256  # that a client has open beside its connections
 
@@ -74,7 +73,7 @@ class EndpointConfig(BackendConfig):
         known = self.url is None or config.machine is not None
         return (config if known else replace(config, devices=1, num_nodes=1)), []
 
-    def refuse(self, config: RunConfig, model_config: Mapping[str, Any], on_cuda: bool, longest: int) -> None:
+    def refuse(self, config: RunConfig, model_config: TransformersConfig, on_cuda: bool, longest: int) -> None:
         dialect = DIALECTS.get(self.dialect_of(config))
         if dialect is not None and not dialect.takes_ids and config.prompts.input_tokens is not None:
             raise ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launcher.backends.base import Prompt
 from launcher.backends.endpoint.dialects import DIALECTS
@@ -14,6 +14,7 @@ from launcher.config.schema import ConfigError, SamplingConfig
 if TYPE_CHECKING:
     from launcher.backends.endpoint.answers import Answer
     from launcher.backends.endpoint.client import Client
+    from shards.untrusted_files import JsonObject
 
 TRIED = ("vllm", "openai", "transformers")  # the one that asks for most comes first, the most lenient last
 TRIAL, ONE_TOKEN = Prompt(0, "The", (1,)), SamplingConfig(max_new_tokens=1)
@@ -54,7 +55,7 @@ async def recognise(client: Client, dialect: str, model: str | None, path: str) 
     raise ConfigError(fact, hint)
 
 
-async def _software(client: Client, dialect: str, owner: str, about: dict[str, Any]) -> str | None:
+async def _software(client: Client, dialect: str, owner: str, about: JsonObject) -> str | None:
     name = owner if owner in ("vllm", "sglang") else dialect if dialect in ("tgi", "transformers") else None
     told = await _ask_for(client, "/version")
     version = about.get("version") or told.get("version")
@@ -63,7 +64,7 @@ async def _software(client: Client, dialect: str, owner: str, about: dict[str, A
     return f"{name} {version}" if name and version else name
 
 
-async def _ask_for(client: Client, path: str) -> dict[str, Any]:
+async def _ask_for(client: Client, path: str) -> JsonObject:
     """The JSON object that a server has under a path; empty where it has none."""
     exchange = await client.get(path)
     if exchange.failure is not None:

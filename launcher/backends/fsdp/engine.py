@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from launcher.backends.collectives import slow_collectives
 from launcher.config.options import choice
@@ -13,9 +13,8 @@ from shards.machine.main_memory import available_bytes
 from shards.plan.request import EnginePlanner
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from launcher.config.schema import RunConfig
+    from shards.model.config_fields import TransformersConfig
 
 
 @dataclass
@@ -37,7 +36,7 @@ class FsdpConfig(BackendConfig):
     resident_layers: str = "0"  # layers that stay whole on each device: a number, or auto for as many as fit
     shard_over: str = choice("world", "node", "auto")  # node: each node has the whole model
 
-    def planner(self, config: RunConfig, model_config: Mapping[str, Any], on_cuda: bool) -> EnginePlanner | None:
+    def planner(self, config: RunConfig, model_config: TransformersConfig, on_cuda: bool) -> EnginePlanner | None:
         if self.resident_layers != "auto" and not self.resident_layers.isdecimal():
             raise ConfigError(
                 f"backend.resident_layers={self.resident_layers} is neither a number of layers nor auto.",

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from launcher.config.schema import RunConfig, SamplingConfig
     from shards.machine.world import World
     from shards.plan.plan import Plan
+    from shards.untrusted_files import JsonObject
 
 NO_CORE = "vLLM's engine core runs in a process of its own"
 
@@ -88,7 +89,7 @@ class VllmBackend:
         planned = plan.kv_cache_memory_bytes if plan else None
         return planned or self.options.pool_bytes(self.config, fields, self.on_cpu)
 
-    def _start(self, arguments: dict[str, Any]) -> Any:
+    def _start(self, arguments: JsonObject) -> Any:
         try:
             return self.vllm.LLM(**arguments)
         except ValueError as error:  # pydantic's errors are ValueErrors too
@@ -275,7 +276,7 @@ def _completion(index: int, answer: Any, moments: list[float], start: float) -> 
     return Completion(index, tuple(answer.token_ids), reason, moments[0] - start, gaps)
 
 
-def _device_memory(found: dict[str, Any], peak_blocks: int | None) -> DeviceMemory:
+def _device_memory(found: JsonObject, peak_blocks: int | None) -> DeviceMemory:
     num_blocks = found.pop("num_blocks")
     used = None
     if peak_blocks is None:

@@ -20,10 +20,10 @@ from shards.model.shape import ModelShape
 from shards.plan.request import EnginePlanner
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from launcher.config.schema import RunConfig
+    from shards.model.config_fields import TransformersConfig
 
 BLOCK_TOKENS = {"cuda": 16, "cpu": 128}  # DEFAULT_BLOCK_SIZE in vllm/config/cache.py; vllm/platforms/cpu.py
 KV_DTYPE_BYTES = {"auto": None, "float16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
@@ -98,7 +98,7 @@ class VllmConfig(BackendConfig):
             )
         return stored
 
-    def planner(self, config: RunConfig, model_config: Mapping[str, Any], on_cuda: bool) -> EnginePlanner | None:
+    def planner(self, config: RunConfig, model_config: TransformersConfig, on_cuda: bool) -> EnginePlanner | None:
         for name in OTHER_PARALLELISM:
             if self.extra.get(name, 1) != 1:
                 raise PlanError(
@@ -115,7 +115,7 @@ class VllmConfig(BackendConfig):
             max_num_batched_tokens=self.extra.get("max_num_batched_tokens"),
         )
 
-    def pool_bytes(self, config: RunConfig, model_config: Mapping[str, Any], on_cpu: bool) -> int | None:
+    def pool_bytes(self, config: RunConfig, model_config: TransformersConfig, on_cpu: bool) -> int | None:
         """The KV cache that each worker is told to reserve; None where vLLM takes what `gpu_memory_utilization` leaves.
 
         On a CPU it is as large as 64 sequences of the model's context, but together not over a quarter of the memory

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launcher.backends.vllm.extra import ONLINE
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from launcher.backends.vllm.engine import VllmConfig
     from launcher.config.schema import RunConfig
+    from shards.untrusted_files import JsonObject
 
 WORKER = "launcher.backends.vllm.worker.WorkerMemory"
 
@@ -32,7 +33,7 @@ def environment(config: RunConfig, on_cpu: bool) -> dict[str, str]:
     return variables
 
 
-def arguments(config: RunConfig, folder: Path, external: bool, on_cpu: bool, pool: int | None) -> dict[str, Any]:
+def arguments(config: RunConfig, folder: Path, external: bool, on_cpu: bool, pool: int | None) -> JsonObject:
     """The arguments of vllm.LLM for a run with `pool` bytes of KV cache a worker; those of `backend.extra` win."""
     options: VllmConfig = config.backend  # type: ignore[assignment]
     size = config.devices * (config.num_nodes if external else 1)
@@ -63,7 +64,7 @@ def arguments(config: RunConfig, folder: Path, external: bool, on_cpu: bool, poo
 
 def refusal(error: ValueError) -> str:
     """The reason for which vLLM refuses its arguments, with the name of one where pydantic knows it."""
-    problems: list[dict[str, Any]] = getattr(error, "errors", list)()
+    problems: list[JsonObject] = getattr(error, "errors", list)()
     if not problems:
         return str(error)
     return ": ".join(filter(None, (".".join(map(str, problems[0]["loc"])), problems[0]["msg"])))

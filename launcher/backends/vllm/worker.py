@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from launcher.backends.memory import module_memory, parameter_bytes, storage_bytes
 
+if TYPE_CHECKING:
+    from shards.untrusted_files import JsonObject
+
 
 class WorkerMemory:
     """A worker extension: `collective_rpc("device_memory")` gives one entry for each worker."""
 
-    def device_memory(self) -> dict[str, Any]:
+    def device_memory(self) -> JsonObject:
         """The fields of DeviceMemory without `kv_cache_bytes`, and `num_blocks`, the blocks of the KV cache."""
         runner = self.model_runner  # type: ignore[attr-defined]
         memory = asdict(module_memory(runner.model, runner.device, self.rank, {}))  # type: ignore[attr-defined]
