@@ -40,7 +40,8 @@ from launcher.composition.presets import conf_dir, options
 from launcher.config.engines import NO_PLAN, engines, load_engine, names
 from launcher.config.keys import nearest, wrong_value
 from launcher.config.machine import UNITS, described, machine_of
-from launcher.config.schema import ConfigError, Precision
+from launcher.config.schema import ConfigError
+from launcher.config.storage import Precision
 from launcher.models import EMBEDDED
 from launcher.prepare.planning import default_planners
 from launcher.prepare.shapes import built_of, config_of
@@ -88,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
         for note in built.all_notes():
             print(note, file=sys.stderr)
         if "--modules" in argv:
-            show_modules(values["model"], shape, _dtype_bytes(values))
+            show_modules(values["model"], shape, _precision(values).num_bytes)
             return 0
         rows = plans(shape, values, quantizations(values, config))
     except UserError as error:
@@ -144,7 +145,7 @@ def quantizations(values: dict[str, str], config: JsonObject) -> list[Quantizati
 def plans(shape: ModelShape, values: dict[str, str], kinds: Sequence[Quantization | None]) -> list[Row]:
     """One row for every machine, engine and quantization."""
     known = {name: load_engine(name) for name in chosen(values)}
-    width = _dtype_bytes(values)
+    precision = _precision(values)
     rows = []
     for machine, device, link, number in machines(values):
         for (name, kind), quantization in product(known.items(), kinds):
@@ -159,7 +160,8 @@ def plans(shape: ModelShape, values: dict[str, str], kinds: Sequence[Quantizatio
                 devices=number,
                 device=device,
                 link=link,
-                dtype_bytes=width,
+                dtype_bytes=precision.num_bytes,
+                mixed_bytes=precision.mixed_bytes,
                 quantization=quantization,
                 num_nodes=_asked(values, "num_nodes"),
                 batch_size=_asked(values, "batch_size"),
@@ -229,7 +231,7 @@ def machines(values: dict[str, str]) -> list[tuple[str, Device, Link | None, int
     return [
         (
             f"{before}{n}x{name}",
-            described(device, told, _dtype_bytes(values)),
+            described(device, told, _precision(values).products.num_bytes),
             given or (link if nodes == 1 else None),
             n,
         )
@@ -237,12 +239,12 @@ def machines(values: dict[str, str]) -> list[tuple[str, Device, Link | None, int
     ]
 
 
-def _dtype_bytes(values: dict[str, str]) -> int:
-    """Bytes of a weight in the precision that was asked for."""
+def _precision(values: dict[str, str]) -> Precision:
+    """The precision that was asked for."""
     precision = values.get("precision", "bf16")
     if precision not in Precision.__members__:
         raise wrong_value("precision", precision, Precision)
-    return Precision[precision].num_bytes
+    return Precision[precision]
 
 
 def _asked(values: dict[str, str], key: str) -> int:

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from launcher.backends.base import Completion, Generation
 from launcher.backends.memory import Clock, PhasePeaks
 from launcher.backends.sampling import Sampler
+from launcher.backends.slots.cache import as_multiplied
 from launcher.results.metrics import ROWS, SLOTS
 
 if TYPE_CHECKING:
@@ -19,6 +20,16 @@ if TYPE_CHECKING:
 
     from launcher.backends.base import OnStep, Prompt
     from launcher.config.schema import SamplingConfig
+
+
+class GrowingCache(DynamicCache):
+    """transformers' cache, which under autocast keeps keys and values as they are multiplied."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = super().update(as_multiplied(key_states), as_multiplied(value_states), *args, **kwargs)
+        return keys, values
 
 
 @dataclass(slots=True)
@@ -45,7 +56,7 @@ class Decoder:
         generators = [sampler.generator(prompt) for prompt in prompts]
         eos = torch.tensor(() if sampling.ignore_eos else self.eos_token_ids, device=self.device, dtype=torch.long)
         unfinished = torch.full((batch.rows,), bool(prompts), device=self.device)
-        cache = DynamicCache(config=self.model.config)
+        cache = GrowingCache(config=self.model.config)
         tokens, gaps = [], []
         clock = Clock(self.device)
         inputs = batch.input_ids

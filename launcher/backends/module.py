@@ -56,7 +56,8 @@ class ModuleBackend(ABC):
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.dtype = getattr(torch, config.precision.value)
+        self.dtype = getattr(torch, config.precision.weights.value)
+        self.product_dtype = getattr(torch, config.precision.products.value)
         # cuDNN's attention makes a plan for each new length of the cache, which takes longer than a step.
         torch.backends.cuda.enable_cudnn_sdp(False)
         # The cache of static batches is made anew in each step, larger: what CUDA's allocator keeps would fit none.
@@ -124,7 +125,11 @@ class ModuleBackend(ABC):
         return model.config if model.weights is Weights.random and model.config else model.path
 
     def packs(self, model: torch.nn.Module) -> bool:
-        """The ranks of this node have memory for their weights: packed ones are no longer those of the mapped files."""
+        """The ranks of this node have memory for their weights: packed ones are no longer those of the mapped files.
+
+        Autocast does not know packed weights."""
+        if self.config.precision.is_mixed:
+            return False
         nbytes = local_bytes(model) * self.world.local_world_size
         return bool(nbytes < psutil.virtual_memory().available) and model.config.model_type in KNOWN_FAMILIES
 
@@ -139,7 +144,8 @@ class ModuleBackend(ABC):
             self.mapped_files = load_weights(model, self.checkpoint, self.device, progress, adapter).mapped_files
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Generation:
-        generation = self.decoder.generate(prompts, sampling, on_step)
+        with self.autocast():
+            generation = self.decoder.generate(prompts, sampling, on_step)
         if self.mapped_files:
             self.checkpoint.check_mapped(self.mapped_files)
         if not self.config.backend.data_parallel:
@@ -152,9 +158,16 @@ class ModuleBackend(ABC):
             if isinstance(module, VocabularyHead):
                 module.gathering = True
         ids = torch.tensor([token_ids], device=self.device)
-        logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        with self.autocast():
+            logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
         chosen = logits.log_softmax(-1).gather(1, ids[0, 1:, None].to(logits.device))
         return Score(chosen.double().sum().item(), tuple(logits.argmax(-1).tolist()))
+
+    def autocast(self) -> torch.autocast:
+        """With mixed precision products are narrow in here, of weights that are not; else nothing is changed."""
+        return torch.autocast(
+            self.device.type, self.product_dtype, enabled=self.config.precision.is_mixed, cache_enabled=False
+        )
 
     def stream_to(self, on_tokens: Callable[[int, Sequence[int]], None]) -> None:
         """A static batch is read at its end only."""

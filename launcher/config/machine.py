@@ -63,7 +63,7 @@ def given_of(config: RunConfig) -> dict[str, str]:
 
 def settle_machine(config: RunConfig, given: Collection[str]) -> None:
     """Take the number of devices from `machine`; ConfigError where what is said of the machine makes no sense."""
-    described(CPU, given_of(config), config.precision.num_bytes)
+    described(CPU, given_of(config), config.precision.products.num_bytes)
     if config.link is not None:
         known_link(config.link)
     if config.machine is None:

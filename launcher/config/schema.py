@@ -10,6 +10,7 @@ from launcher.config.device import CostConfig, DeviceConfig
 from launcher.config.experiment import MISSING, ExperimentConfig
 from launcher.config.formats import AdapterConfig, WeightFormat, Weights
 from launcher.config.serving import LoadConfig, ServerConfig, SloConfig
+from launcher.config.storage import Precision
 from shards.errors import UserError
 from shards.machine.interpreter import pip_install
 from shards.model.quantization import QUANTIZATIONS, Quantization
@@ -23,19 +24,6 @@ DEFAULT_PREFILL_TOKENS = 2048  # that a module engine with slots reads in a forw
 
 class ConfigError(UserError):
     """A value of the configuration is wrong."""
-
-
-class Precision(Enum):
-    """Data type of weights and activations, by torch's name."""
-
-    fp32 = "float32"
-    fp16 = "float16"
-    bf16 = "bfloat16"
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of one value."""
-        return 4 if self is Precision.fp32 else 2
 
 
 class Accelerator(Enum):

@@ -72,6 +72,7 @@ def published_plan(config: RunConfig, hardware: str) -> Plan | None:
         engine=planner,
         devices=number,
         dtype_bytes=config.precision.num_bytes,
+        mixed_bytes=config.precision.mixed_bytes,
         quantization=config.backend.quantization(config, None, on_cuda=True),
         batch_size=len(texts),
         prompt_tokens=max(len(text) // BYTES_OF_A_LETTER_TOKEN + 1 for text in texts),

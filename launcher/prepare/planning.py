@@ -14,7 +14,8 @@ import psutil
 from launcher.config.engines import engines
 from launcher.config.formats import WeightFormat, Weights
 from launcher.config.machine import described, given_of, other_machine
-from launcher.config.schema import DEFAULT_PREFILL_TOKENS, Precision
+from launcher.config.schema import DEFAULT_PREFILL_TOKENS
+from launcher.config.storage import Precision
 from launcher.prepare.shapes import built_of
 from launcher.prompts.batches import batches, call_count, split
 from launcher.prompts.prompts import sampling_of
@@ -57,6 +58,9 @@ def plan_of(
     """
     quantization = quantization_of(config, model_config, on_cuda)
     planner = config.backend.planner(config, model_config, on_cuda)
+    if planner is None and config.precision.is_mixed:
+        fact = f"precision={config.precision.name}, and backend={config.backend.name} has no mixed precision."
+        raise PlanError(fact, "precision=bf16, or backend=fsdp")
     if planner is None:
         return None
     if isinstance(planner, ModulePlanner) and config.is_continuous:
@@ -68,6 +72,7 @@ def plan_of(
         devices=config.devices,
         num_nodes=config.num_nodes,
         dtype_bytes=config.precision.num_bytes,
+        mixed_bytes=config.precision.mixed_bytes,
         quantization=quantization,
         prompt_tokens=max(len(prompt.token_ids) for prompt in prompts),
         max_new_tokens=sampling_of(config).max_new_tokens,
@@ -91,8 +96,8 @@ def short_memory(config: RunConfig, plan: Plan, tensors: Mapping[str, TensorEntr
     if config.launch.name == "slurm" or config.machine is not None:
         return None
     is_read = config.model.weights is Weights.auto and config.backend.loads_by_name
-    dtypes = {entry.dtype for entry in (tensors or {}).values()} or {FILE_DTYPES[config.precision]}
-    are_mapped = is_read and FILE_DTYPES[config.precision] in dtypes
+    dtypes = {entry.dtype for entry in (tensors or {}).values()} or {FILE_DTYPES[config.precision.weights]}
+    are_mapped = is_read and FILE_DTYPES[config.precision.weights] in dtypes
     needed = sum(
         (0 if are_mapped else device.parameter_bytes)
         + max(device.kv_cache_bytes, device.kv_cache_reserved_bytes)
@@ -184,7 +189,7 @@ def _devices(config: RunConfig, on_cuda: bool) -> tuple[Device, Link | None]:
         link = None
     if config.link is not None:
         link = known_link(config.link)
-    return described(device, given_of(config), config.precision.num_bytes), link
+    return described(device, given_of(config), config.precision.products.num_bytes), link
 
 
 def _batches(config: RunConfig, prompts: Sequence[Prompt], request: PlanRequest) -> JsonObject:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC
 from dataclasses import dataclass
+from math import prod
+from typing import ClassVar
 
 from shards.machine.hardware import MIB
 from shards.model.shape import ModelShape, Parameter
@@ -47,6 +49,15 @@ def layer_activation_bytes(request: PlanRequest, rows: int, cached_heads: int) -
     return rows * request.dtype_bytes * (4 * shape.hidden_size + max(attention, mlp) // n)
 
 
+def narrowed_bytes(request: PlanRequest, cut: Cutter, n: int) -> int:
+    """The largest matrix as autocast copies it into the type of products, of those that `cut` leaves on one of `n`
+    devices; 0 where products have the type of the weights."""
+    shape = request.shape
+    multiplied = [p for p in shape.parameters if len(p.shape) == 2 and (p.cut != "embedding" or shape.tied)]
+    sizes = [prod(piece) for parameter in multiplied for piece in cut(shape, n, 0, parameter)]
+    return (request.mixed_bytes or 0) * max(sizes, default=0)
+
+
 def uneven_heads(request: PlanRequest) -> str | None:
     """The reason for which heads cannot be cut evenly for tensor parallelism, None if they can."""
     heads, n = request.shape.num_attention_heads, request.tensor_parallel_size
@@ -74,6 +85,8 @@ class ModulePlanner(EnginePlanner, ABC):
     grows with each token.
     """
 
+    mixes_precision: ClassVar[bool] = True
+
     kv_heads_only: bool = True
     prefill_tokens: int | None = None
 
@@ -96,8 +109,11 @@ class ModulePlanner(EnginePlanner, ABC):
         return cut_layout(request, self.pieces, ends_only, self.buffer_bytes(request))
 
     def buffer_bytes(self, request: PlanRequest) -> int:
-        """Parameters that a device gathers or widens: of a quantization that widens its weights the largest matrix."""
+        """Parameters that a device gathers, widens or narrows: of a quantization that widens its weights, and of mixed
+        precision, the largest matrix."""
         quantization = request.quantization
+        if request.mixed_bytes is not None:
+            return narrowed_bytes(request, self.pieces, request.num_devices)
         if quantization is None or not quantization.unpacks:
             return 0
         widened = [p.numel for p in request.shape.parameters if quantization.applies(p)]

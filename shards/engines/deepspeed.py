@@ -18,6 +18,7 @@ class DeepSpeedPlanner(TensorParallelModulePlanner):
     """Tensor parallelism over all ranks; a tied model gets a head of its own."""
 
     name: ClassVar[str] = "deepspeed"
+    mixes_precision: ClassVar[bool] = False  # init_inference has one type for weights and products
     plain_only: ClassVar[str] = "AutoTP cuts plain weights only"
 
     def refusal(self, request: PlanRequest) -> str | None:

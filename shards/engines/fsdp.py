@@ -6,18 +6,16 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING, ClassVar
 
-from shards.engines.base import ModulePlanner
-from shards.model.quantization import Quantization
+from shards.engines.base import ModulePlanner, narrowed_bytes
+from shards.model.quantization import Quantization, Storage
 from shards.model.shape import ModelShape, Parameter
 from shards.plan.cuts import Pieces, cut_up, row_chunk, spread_evenly, whole_bytes
 from shards.plan.memory import fits, largest
-from shards.plan.request import Layout, PlanRequest, Traffic
+from shards.plan.request import EnginePlanner, Layout, PlanRequest, Traffic
 from shards.plan.roofline import Scheme
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from shards.model.quantization import Storage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,13 +107,13 @@ class FsdpPlanner(ModulePlanner):
     def buffer_bytes(self, request: PlanRequest) -> int:
         """Gathered parameters: two layers (the next is gathered ahead, or there twice while it is copied out), and
         beside them the root group for good where it is sharded, or the root's own copy while it is gathered."""
-        n = self.shards_over(request)
+        n, narrowed = self.shards_over(request), narrowed_bytes(request, self.pieces, 1)
         if n == 1:
-            return 0
+            return narrowed
         groups = self._sharded(request.shape).groups()
-        sizes = {layer: _gathered_bytes(members, n, request.storage) for layer, members in groups.items()}
+        sizes = {layer: _gathered_bytes(members, n, request) for layer, members in groups.items()}
         root = sizes.pop(None, 0)
-        return root + max(root, 2 * max(sizes.values(), default=0))
+        return narrowed + root + max(root, 2 * max(sizes.values(), default=0))
 
     def scheme(self, request: PlanRequest) -> Scheme | None:
         return "gathered" if request.num_devices > 1 else "pipeline"
@@ -125,10 +123,25 @@ class FsdpPlanner(ModulePlanner):
         if n == 1:
             return Traffic()
         layers = [p for p in self._sharded(request.shape).parameters if p.layer is not None]
-        return Traffic(gathered_bytes=sum(map(request.storage.nbytes, layers)), gathered_over=n)
+        nbytes = sum(gathered_storage(request, parameter).nbytes(parameter) for parameter in layers)
+        return Traffic(gathered_bytes=nbytes, gathered_over=n)
+
+    def unread_bytes(self, request: PlanRequest, table: int) -> int:
+        """Also what is lost of gathered matrices that are narrower than they are stored."""
+        unread = EnginePlanner.unread_bytes(self, request, table)
+        if self.shards_over(request) == 1:
+            return unread
+        gathered = [p for p in self._sharded(request.shape).parameters if p.layer is not None]
+        return unread + sum(request.storage.nbytes(p) - gathered_storage(request, p).nbytes(p) for p in gathered)
 
 
-def _gathered_bytes(parameters: Sequence[Parameter], n: int, storage: Storage) -> int:
+def gathered_storage(request: PlanRequest, parameter: Parameter) -> Storage:
+    """How a parameter is gathered: as it is stored; with mixed precision matrices of layers as they are multiplied."""
+    is_narrowed = request.mixed_bytes is not None and parameter.layer is not None and len(parameter.shape) == 2
+    return Storage(request.product_bytes) if is_narrowed else request.storage
+
+
+def _gathered_bytes(parameters: Sequence[Parameter], n: int, request: PlanRequest) -> int:
     """Bytes of parameters of which each rank has equally many rows."""
     padded = [(p, (ceil((p.shape[0] if p.shape else 1) / n) * n, *p.shape[1:])) for p in parameters]
-    return sum(storage.nbytes(parameter, shape) for parameter, shape in padded)
+    return sum(gathered_storage(request, parameter).nbytes(parameter, shape) for parameter, shape in padded)

@@ -50,7 +50,7 @@ class RowLinear(ProductLinear):
         while self.held:
             total += self.held.pop()
         self.collectives.add_up(total)
-        return total if self.bias is None else total + self.bias
+        return total if self.bias is None else total + self.bias.to(total.dtype)
 
 
 class HeldRowLinear(ProductLinear):

@@ -55,7 +55,7 @@ def _work(request: PlanRequest, layout: Layout) -> Work:
         kv_bytes_per_token=n * kv_bytes_per_token(request),
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
-        dtype_bytes=request.dtype_bytes,
+        dtype_bytes=request.product_bytes,
         gathered_bytes=traffic.gathered_bytes,
         gathered_over=traffic.gathered_over,
         all_reduces=traffic.all_reduces,

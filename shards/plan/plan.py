@@ -134,6 +134,10 @@ def make_plan(request: PlanRequest) -> Plan:
 def _illegal(request: PlanRequest) -> str | None:
     """The reason for which the engine cannot cut the model so, None if it can."""
     engine, quantization = request.engine, request.quantization
+    if request.mixed_bytes is not None and not engine.mixes_precision:
+        return f"{engine.name} multiplies weights in the type that they have, and has no mixed precision."
+    if request.mixed_bytes is not None and quantization is not None:
+        return f"Mixed precision is of fp32 weights, and these are in {quantization.name}."
     if quantization is not None and not engine.runs(quantization):
         return f"{engine.name} cannot run {quantization.name} weights: {engine.plain_only}."
     return engine.refusal(request)
@@ -187,7 +191,7 @@ def _hint(request: PlanRequest) -> str:
             changes.append(f"backend={engine.name}")
         elif not changes and (count := next(_possible_devices(other), None)):
             changes.append(f"backend={engine.name} devices={count}")
-    if request.dtype_bytes == 4 and _possible(replace(request, dtype_bytes=2)):
+    if request.dtype_bytes == 4 and _possible(replace(request, dtype_bytes=2, mixed_bytes=None)):
         changes.append("precision=bf16")
     if not changes and request.quantization and _illegal(request):
         changes = _other_weights(request, request.quantization.bits)
@@ -215,7 +219,8 @@ def _other_weights(request: PlanRequest, bits: int) -> list[str]:
 def _larger(request: PlanRequest) -> str:
     """The smallest machine of common cards that the request fits."""
     for card in ("a6000", "a100_80g", "h200", "b200"):
-        there = replace(request, device=known_device(card), link=usual_link(card), num_nodes=1, dtype_bytes=2)
+        narrow = replace(request, dtype_bytes=2, mixed_bytes=None)
+        there = replace(narrow, device=known_device(card), link=usual_link(card), num_nodes=1)
         for engine in (request.engine, *request.alternatives):
             count = next(_possible_devices(replace(there, engine=engine)), MOST_DEVICES)
             if count <= 8:

@@ -56,7 +56,8 @@ class PlanRequest:
     rank answers prompts of its own.
 
     `mean_batch_size` and `mean_prompt_tokens` are those of all calls of a run, for its ceilings; None where all calls
-    are alike. `alternatives` are the engines that a hint may name.
+    are alike. `mixed_bytes` is the width of products and of the cache where it is not that of the weights.
+    `alternatives` are the engines that a hint may name.
     """
 
     shape: ModelShape
@@ -64,6 +65,7 @@ class PlanRequest:
     devices: int = 1
     num_nodes: int = 1
     dtype_bytes: int = 2
+    mixed_bytes: int | None = None
     quantization: Quantization | None = None
     batch_size: int = 1
     mean_batch_size: float | None = None
@@ -73,6 +75,11 @@ class PlanRequest:
     device: Device = CPU
     link: Link | None = None
     alternatives: tuple[EnginePlanner, ...] = ()
+
+    @property
+    def product_bytes(self) -> int:
+        """The width of what layers make, and of keys and values."""
+        return self.mixed_bytes or self.dtype_bytes
 
     @property
     def storage(self) -> Storage:
@@ -125,6 +132,7 @@ class EnginePlanner(ABC):
 
     name: ClassVar[str]
     plain_only: ClassVar[str] = ""  # why it runs no quantization, or not one that `runs` denies
+    mixes_precision: ClassVar[bool] = False  # True: weights in fp32, multiplied under autocast in a narrower type
     one_process: ClassVar[bool] = False  # True: one process holds all devices, so there is no communicator
     is_monotone: ClassVar[bool] = False  # True: from two on, more devices never need more memory each
 
@@ -189,7 +197,7 @@ class EnginePlanner(ABC):
 
     def kv_value_bytes(self, request: PlanRequest) -> int:
         """The width of a key or value."""
-        return request.dtype_bytes
+        return request.product_bytes
 
     def step_tokens(self, request: PlanRequest) -> int:
         """Tokens of prompts that layers with a window hold beside it while one step reads them."""

@@ -49,6 +49,7 @@ class FsdpBackend(ModuleBackend):
 
         if self.device.type == "cpu":
             keep_freed_pages()
+        narrowed = self.product_dtype if self.config.precision.is_mixed else None
         ways = collectives(world, self.device, within_node=is_hybrid)
         print(f"all-gather: {ways.way}", flush=True)
 
@@ -57,7 +58,7 @@ class FsdpBackend(ModuleBackend):
             if is_hybrid:
                 shape = (world.num_nodes, world.local_world_size)
                 over = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
-            fully_shard_model(module, over, resident, ways)
+            fully_shard_model(module, over, resident, ways, narrowed)
             self.fill(module, progress)  # in here, so that Fabric finds nothing on meta that it would initialise
             return module
 

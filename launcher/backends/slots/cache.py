@@ -37,6 +37,12 @@ class Stepping:
     reach: int
 
 
+def as_multiplied(states: torch.Tensor) -> torch.Tensor:
+    """Keys or values in the type in which attention multiplies with them: under autocast they come in several."""
+    kind = states.device.type
+    return states.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else states
+
+
 class SlotLayer(CacheLayerMixin):
     """One layer: keys and values [slots, kv heads, size, head_dim], zeros until they are written.
 
@@ -166,6 +172,7 @@ class SlotCache(Cache):
     ) -> Pair:
         """Write what a layer made of the tokens of this forward; the keys and values that they are to see."""
         layer: SlotLayer = self.layers[layer_idx]
+        key_states, value_states = as_multiplied(key_states), as_multiplied(value_states)
         if not layer.is_initialized:
             layer.lazy_initialization(key_states, value_states)
         if isinstance(self.doing, Reading):

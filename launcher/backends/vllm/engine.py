@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from launcher.backends.vllm.extra import ONLINE, check_extra, installed_package
 from launcher.config.formats import WeightFormat
 from launcher.config.options import COUNT, MOST_BYTES, SHARE, Bounds, number
-from launcher.config.schema import BackendConfig, Precision
+from launcher.config.schema import BackendConfig
+from launcher.config.storage import Precision
 from shards.engines.vllm import VllmPlanner
 from shards.errors import PlanError
 from shards.machine.hardware import GIB, MIB

@@ -107,7 +107,7 @@ def test_embedded_models_and_folders_are_read_from_their_config(capsys: pytest.C
         ),
         (
             ["model=falcon_7b", "precision=int3"],
-            "error: precision=int3 is not one of fp32, fp16, bf16. HINT: precision=",
+            "error: precision=int3 is not one of fp32, fp16, bf16, fp16_mixed, bf16_mixed. HINT: precision=",
         ),
     ],
 )

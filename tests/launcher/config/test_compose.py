@@ -15,7 +15,8 @@ from launcher.composition.sweeps import expand_sweep
 from launcher.config.bounds import BOUNDS
 from launcher.config.engines import BUILT_IN, load_engine
 from launcher.config.options import BOUND
-from launcher.config.schema import ConfigError, ModelConfig, Precision, PromptsConfig, RunConfig
+from launcher.config.schema import ConfigError, ModelConfig, PromptsConfig, RunConfig
+from launcher.config.storage import Precision
 from launcher.config.values import from_dict, to_dict
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def test_what_would_take_for_ever_is_refused(override: str) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("precision=fp8", ["precision=fp8 is not one of fp32, fp16, bf16. HINT: precision="]),
+        ("precision=fp8", ["precision=fp8 is not one of fp32, fp16, bf16, fp16_mixed, bf16_mixed. HINT: precision="]),
         ("devices=abc", ["devices=abc is not a whole number. HINT: devices=1"]),
         ("devices=null", ["devices=null is not a value. HINT: leave devices out"]),
         ("sampling.temperature=hot", ["sampling.temperature=hot is not a number. HINT: sampling.temperature=1"]),

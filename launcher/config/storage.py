@@ -1,0 +1,42 @@
+"""The types of weights and products. Standard library only."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Precision(Enum):
+    """Data type of weights and activations, by torch's name; of the mixed ones, as Fabric names them, weights are fp32
+    and products are made in the narrow type, under autocast.
+    """
+
+    fp32 = "float32"
+    fp16 = "float16"
+    bf16 = "bfloat16"
+    fp16_mixed = "16-mixed"
+    bf16_mixed = "bf16-mixed"
+
+    @property
+    def is_mixed(self) -> bool:
+        """Products are narrower than the weights."""
+        return self in (Precision.fp16_mixed, Precision.bf16_mixed)
+
+    @property
+    def products(self) -> Precision:
+        """The type of products, and of keys and values."""
+        return Precision[self.name.removesuffix("_mixed")]
+
+    @property
+    def weights(self) -> Precision:
+        """The type of weights."""
+        return Precision.fp32 if self.is_mixed else self
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of a weight."""
+        return 4 if self.weights is Precision.fp32 else 2
+
+    @property
+    def mixed_bytes(self) -> int | None:
+        """Bytes of a value of a product where it has another type than the weights."""
+        return self.products.num_bytes if self.is_mixed else None

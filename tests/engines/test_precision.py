@@ -1,0 +1,88 @@
+"""Mixed precision on every engine that has it: Fabric's own logits, and the planned bytes; the others refuse."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.plugins import MixedPrecision
+from running import ROOT, launcher, run, torchrun
+from transformers import AutoModelForCausalLM
+
+from launcher.config.engines import load_engine
+from launcher.models import EMBEDDED
+
+PROGRAM = str(ROOT / "tests" / "programs" / "precision_program.py")
+MODELS = ("tiny_falcon", "tiny_llama")
+WORLDS = (("transformers", 1), ("fsdp", 1), ("fsdp", 2), ("tensor_parallel", 2))
+IDS = torch.tensor([[5, 77, 301, 12, 9, 44, 130, 8]])
+
+
+@cache
+def ranks(name: str, size: int) -> list[dict[str, Any]]:
+    """What the ranks of one engine saw, by model and type."""
+    with TemporaryDirectory() as out:
+        command = [PROGRAM, name, str(size), out]
+        python = [sys.executable, *command]
+        ended = run(python) if size == 1 else torchrun(size, *command)
+        assert ended.code == 0, ended.err[-3000:]
+        return [torch.load(Path(out) / f"rank_{rank}.pt") for rank in range(size)]
+
+
+@cache
+@torch.inference_mode()
+def of_fabric(model: str, precision: str) -> torch.Tensor:
+    """The logits of transformers' model in Fabric's hands; it does fp16 on a CPU only where its plugin is asked for."""
+    whole = AutoModelForCausalLM.from_pretrained(EMBEDDED / model, dtype=torch.float32)
+    if precision == "fp16_mixed":
+        fabric = Fabric(accelerator="cpu", devices=1, plugins=[MixedPrecision("16-mixed", "cpu")])
+    else:
+        fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    logits: torch.Tensor = fabric.setup(whole)(IDS).logits[0]
+    return logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16_mixed", "fp16_mixed"])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("name", "size"), WORLDS)
+def test_logits_are_those_of_fabric(name: str, size: int, model: str, precision: str) -> None:
+    """To the bit where a rank makes whole products; sums over ranks are rounded otherwise."""
+    expected = of_fabric(model, precision)
+    for rank in ranks(name, size):
+        logits = rank[f"{model} {precision}"]["logits"]
+        if load_engine(name).data_parallel or size == 1:
+            assert torch.equal(logits, expected)
+        else:
+            torch.testing.assert_close(logits, expected, rtol=0.02, atol=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "size"), WORLDS)
+def test_bytes_are_those_of_the_plan(name: str, size: int) -> None:
+    for rank in ranks(name, size):
+        for point in rank.values():
+            for what in ("parameters", "cache", "gathered"):
+                measured, planned = point[what]
+                assert measured == planned, what
+
+
+@pytest.mark.parametrize("backend", ["vllm", "deepspeed", "dummy"])
+def test_an_engine_without_it_names_one_that_has_it(backend: str, tmp_path: Path) -> None:
+    ended = launcher(f"backend={backend}", "precision=bf16_mixed", f"output_dir={tmp_path}", "dry_run=true")
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert f"{backend} multiplies weights in the type that they have" in ended.err
+    assert "HINT: backend=fsdp" in ended.err
+
+
+def test_quantized_weights_are_not_those_of_mixed_precision(tmp_path: Path) -> None:
+    asked = ("backend=transformers", "precision=bf16_mixed", "quantization=nf4", "dry_run=true")
+    ended = launcher(*asked, f"output_dir={tmp_path}")
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert "Mixed precision is of fp32 weights, and these are in nf4. HINT: precision=bf16" in ended.err
