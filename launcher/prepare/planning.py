@@ -60,7 +60,7 @@ def plan_of(
     planner = config.backend.planner(config, model_config, on_cuda)
     if planner is None and config.precision.is_mixed:
         fact = f"precision={config.precision.name}, and backend={config.backend.name} has no mixed precision."
-        raise PlanError(fact, "precision=bf16, or backend=fsdp")
+        raise PlanError(fact, "precision=bf16")
     if planner is None:
         return None
     if isinstance(planner, ModulePlanner) and config.is_continuous:
