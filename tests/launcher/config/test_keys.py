@@ -192,7 +192,7 @@ def test_in_processes_of_their_own(tmp_path: Path) -> None:
         (["dry_run"], "dry_run has no value. HINT: dry_run=true"),
         (["falcon_40b"], "falcon_40b has no value. HINT: model=falcon_40b"),
         (["accelerator=gpu"], "accelerator=gpu is not one of auto, cpu, cuda. HINT: accelerator=cuda"),
-        (["precision=bfloat16"], ", fp16, bf16, fp16_mixed, bf16_mixed. HINT: precision=bf16"),
+        (["precision=bfloat16"], "precision=bfloat16 is not one of fp32, fp16, bf16, fp16_mixed, bf16_mixed."),
         (["model=/models/mine"], "HINT: model.path=/models/mine"),
         (["model=mistralai/Mixtral-8x7B-v0.1"], "HINT: model.path=mistralai/Mixtral-8x7B-v0.1"),
         (["prompts=questions.txt"], "HINT: prompts=file prompts.path=questions.txt"),
