@@ -42,7 +42,7 @@ from launcher.run_dir.finished import read_finished
 from launcher.run_dir.run import describe
 from launcher.run_dir.run_dir import RunDir
 from launcher.system.files import absolute, make_folder
-from launcher.system.terminal import run_command
+from launcher.system.terminal import Parser, run_command
 from shards.errors import UserError, WorldError
 from shards.machine.world import World
 
@@ -53,41 +53,37 @@ if TYPE_CHECKING:
     from launcher.launch.sweep import Point
     from launcher.results.record import Record
 
-FLAGS = {
-    "-m": "multirun", "--multirun": "multirun", "-h": "help", "--help": "help", "--cfg": "cfg", "--version": "version",
-    "--json": "json",
-}  # fmt: skip
-
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """The command line: flags, and the overrides of the configuration in their order."""
+    """The command line: flags, which may stand anywhere, and the overrides of the configuration in their order."""
 
     overrides: tuple[str, ...]
-    config_dirs: tuple[str, ...] = ()
-    multirun: bool = False
-    help: bool = False
-    version: bool = False
-    cfg: bool = False
-    json: bool = False
+    config_dirs: tuple[str, ...]
+    multirun: bool
+    help: bool
+    version: bool
+    cfg: bool
+    json: bool
 
     @classmethod
     def parse(cls, argv: Sequence[str]) -> Arguments:
-        """Flags may stand anywhere; ConfigError for an unknown one. `--local_rank=N` of deepspeed is passed over."""
-        overrides: list[str] = []
-        dirs: list[str] = []
-        flags: set[str] = set()
-        rest = iter(argv)
-        for item in rest:
-            if item in FLAGS:
-                flags.add(FLAGS[item])
-            elif item.partition("=")[0] == "--config-dir":
-                dirs.append(item.partition("=")[2] or next(rest, ""))
-            elif not item.startswith("-"):
-                overrides.append(item)
-            elif not item.startswith("--local_rank"):
-                raise ConfigError(f"{item} is not an option.", option_like(item))
-        return cls(tuple(overrides), tuple(dirs), **dict.fromkeys(flags, True))
+        """ConfigError for an unknown flag. `--local_rank=N`, which the launcher of deepspeed adds, is ignored."""
+        parser = Parser(prog="python -m launcher", add_help=False)
+        parser.add_argument("overrides", nargs="*")
+        parser.add_argument("--config-dir", action="append", dest="config_dirs", default=[])
+        parser.add_argument("-m", "--multirun", action="store_true")
+        parser.add_argument("-h", "--help", action="store_true")
+        for flag in ("--version", "--cfg", "--json"):
+            parser.add_argument(flag, action="store_true")
+        parsed, unknown = parser.parse_known_intermixed_args(argv)
+        for word in unknown:
+            if not word.startswith("--local_rank"):
+                raise ConfigError(f"{word} is not an option.", option_like(word))
+        return cls(
+            tuple(parsed.overrides), tuple(parsed.config_dirs), parsed.multirun, parsed.help, parsed.version, parsed.cfg,
+            parsed.json,
+        )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -86,7 +86,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         "--fail-if", metavar="RULE", action="append", default=[], help=f"a ratio that must not be: '{EXAMPLE}'"
     )
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def readable(base: Path, others: Sequence[Path], is_strict: bool) -> list[FinishedRun]:

@@ -48,7 +48,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--markdown", action="store_true", help="print docs/reproduce.md")
     kind.add_argument("--json", action="store_true", help="print everything as one JSON object")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def runs_here(config: RunConfig, cards: Sequence[str]) -> str:

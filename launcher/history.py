@@ -71,7 +71,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--json", action="store_true", help="print the series as JSON")
     kind.add_argument("--csv", action="store_true", help="print a row for each run as CSV")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def read_measured(folders: Sequence[Path]) -> list[Record]:

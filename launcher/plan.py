@@ -10,9 +10,6 @@
     quantization=..,..    none fp8 fp8_channel fp8_block int8 int8_wo nf4 nf4_dq fp4 int4_g128, a row each; if left
                           out, what the model's own config.json says
     num_nodes=1  precision=bf16  batch_size=1  prompt_tokens=512  max_new_tokens=128
-    --markdown            print the table as Markdown
-    --json                print one JSON object with the whole plans
-    --modules             print instead what the model is made of: its parameters by module
 
 Nothing is loaded or downloaded, and torch is not imported. For a family that is not known here, transformers is asked
 in another process, which takes seconds.
@@ -29,6 +26,7 @@ import difflib
 import os
 import re
 import sys
+from argparse import RawDescriptionHelpFormatter
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -46,7 +44,7 @@ from launcher.models import EMBEDDED
 from launcher.prepare.planning import default_planners
 from launcher.prepare.shapes import built_of, config_of
 from launcher.report.plan_table import Row, as_json, markdown, show, show_modules
-from launcher.system.terminal import run_command
+from launcher.system.terminal import Parser, run_command
 from shards.checkpoint.hub import resolve
 from shards.errors import PlanError, UserError
 from shards.machine.cards import cuda_devices
@@ -66,7 +64,6 @@ if TYPE_CHECKING:
 
 COUNTS = {"num_nodes": 1, "batch_size": 1, "prompt_tokens": 512, "max_new_tokens": 128}
 KEYS = ("model", "machines", "devices", "device", *UNITS, "backend", "link", "precision", "quantization", *COUNTS)
-FLAGS = ("--markdown", "--json", "--modules")
 SOURCES = {
     "fp8": "an fp8 checkpoint, or a run with quantization=fp8",
     "fp8_channel": "an fp8 checkpoint, or a run with quantization=fp8_channel",
@@ -78,17 +75,20 @@ SOURCES = {
 
 def main(argv: Sequence[str]) -> int:
     """Print the table; 2 and one line for what is wrong with the arguments."""
-    if "--help" in argv or "-h" in argv:
-        print(__doc__)
-        return 0
+    parser = Parser(prog="python -m launcher.plan", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as above, in any order")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    parser.add_argument("--json", action="store_true", help="print one JSON object with the whole plans")
+    parser.add_argument("--modules", action="store_true", help="print what the model is made of: parameters by module")
     try:
-        values = parse([item for item in argv if item not in FLAGS])
+        arguments, unknown = parser.parse_known_intermixed_args(argv)
+        values = parse([*unknown, *arguments.words])
         config = model_config(values["model"])
         built = built_of(config)
         shape = built.shape
         for note in built.all_notes():
             print(note, file=sys.stderr)
-        if "--modules" in argv:
+        if arguments.modules:
             show_modules(values["model"], shape, _precision(values).num_bytes)
             return 0
         rows = plans(shape, values, quantizations(values, config))
@@ -96,9 +96,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     model, text = f"{shape.num_parameters:,} parameters", caption(values, rows)
-    if "--json" in argv:
+    if arguments.json:
         print(as_json(values["model"], shape.num_parameters, rows))
-    elif "--markdown" in argv:
+    elif arguments.markdown:
         print(markdown(values["model"], model, text, rows), end="")
     else:
         show(values["model"], model, text, rows)

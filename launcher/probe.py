@@ -19,13 +19,14 @@ import signal
 import subprocess
 import sys
 import uuid
+from argparse import RawDescriptionHelpFormatter
 from typing import TYPE_CHECKING
 
 from launcher.config.keys import nearest, wrong_value
 from launcher.config.schema import Accelerator, ConfigError
 from launcher.launch.ranks import rank_environment, worker_command
 from launcher.system import processes
-from launcher.system.terminal import run_command
+from launcher.system.terminal import Parser, run_command
 from shards.errors import UserError, WorldError
 from shards.machine.cards import cuda_devices
 from shards.machine.orphans import before_exec
@@ -40,11 +41,11 @@ ARGUMENTS = {"devices": "2", "accelerator": "cpu"}
 
 def main(argv: Sequence[str]) -> int:
     """Measure, print and keep the figures; 2 and one line for what is wrong."""
-    if "--help" in argv or "-h" in argv:
-        print(__doc__)
-        return 0
+    parser = Parser(prog="python -m launcher.probe", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="devices=N, accelerator=cpu|cuda")
     try:
-        devices, accelerator = parse(argv)
+        arguments, unknown = parser.parse_known_intermixed_args(argv)
+        devices, accelerator = parse([*unknown, *arguments.words])
         measured = measure(devices, accelerator)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

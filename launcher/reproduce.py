@@ -44,7 +44,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("run", type=Path, metavar="RUN_DIR")
     parser.add_argument("--output-dir", default="runs", metavar="DIR", help="where the new run gets its directory")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def objections(before: FinishedRun, again: FinishedRun, changes: Changes) -> list[str]:

@@ -79,7 +79,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("folders", type=Path, metavar="DIR", nargs="+", help="a run directory, or a folder of runs")
     parser.add_argument("--follow", action="store_true", help="follow the jobs of SLURM to their end")
     parser.add_argument("--json", action="store_true", help="print one JSON object only")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def _points_or_why(folder: Path, alone: bool) -> list[Point]:

@@ -44,7 +44,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("runs", type=Path, metavar="RUN_DIR", nargs="+")
     parser.add_argument("--reference", type=Path, metavar="RUN_DIR", help="a run whose tokens are the right ones")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def show(path: Path, validity: Validity, out: Console) -> None:

@@ -180,7 +180,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser = Parser(prog="python -m launcher.doctor", description="What works here, and what would mend the rest.")
     parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="for the import of one engine")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

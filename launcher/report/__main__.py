@@ -48,7 +48,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     kind.add_argument("--csv", action="store_true", help="print a row for each run as CSV")
     kind.add_argument("--json", action="store_true", help="print the rows as JSON")
     kind.add_argument("--markdown", action="store_true", help="print the rows as Markdown (the default)")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def read_runs(paths: Sequence[Path]) -> list[tuple[RunDir, Record]]:

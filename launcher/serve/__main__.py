@@ -43,7 +43,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for everybody who can reach this machine")
     parser.add_argument("--port", type=int, default=8000, help="0: a free one")
     parser.add_argument("--config-dir", action="append", default=[], metavar="FOLDER")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
