@@ -168,7 +168,7 @@ class StreamingBackend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How well an engine foretold a text: the log-likelihood (natural logarithm) of all its tokens but the first, and
+    """How well an engine predicted a text: the log-likelihood (natural logarithm) of all its tokens but the first, and
     the token that it held most likely in the place of each."""
 
     log_likelihood: float

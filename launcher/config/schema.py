@@ -64,7 +64,7 @@ class BackendConfig:
     needs_device: ClassVar[bool] = True  # False: nothing of it runs on the devices of this machine
     needs_weights: ClassVar[bool] = True  # False: of a model only config and tokenizer are looked at
     loads_by_name: ClassVar[bool] = False  # True: `shards.load` gives it every tensor by the name in the model
-    can_score: ClassVar[bool] = False  # True: measure.quality has it foretell a text
+    can_score: ClassVar[bool] = False  # True: measure.quality lets it score a text
     can_trace: ClassVar[bool] = False  # True: measure.profile traces the steps of a rank
     is_reference: ClassVar[bool] = False  # True: others are held against its tokens
     own_random_weights: ClassVar[bool] = False  # True: model.weights=random makes others than in other engines
@@ -172,7 +172,7 @@ class MeasureConfig:
     warmup: int = 1  # batches that are run and not counted
     repeats: int = 3  # times that the whole prompt set is answered
     find_batch_size: bool = False  # first try which batch is the largest that fits
-    quality: str | None = None  # builtin, or a file: text to be foretold after the repeats
+    quality: str | None = None  # builtin, or a file: text to be scored after the repeats
     profile: int | None = None  # so many decode steps are traced by torch's profiler, after all repeats
 
 

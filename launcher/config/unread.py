@@ -29,7 +29,7 @@ def check_read(config: RunConfig, given: Collection[str]) -> None:
     _check_profile(config)
     _check_adapter(config)
     if config.measure.quality is not None and not config.backend.can_score:
-        fact = f"measure.quality={config.measure.quality}, and backend={config.backend.name} foretells no text."
+        fact = f"measure.quality={config.measure.quality}, and backend={config.backend.name} scores no text."
         raise ConfigError(fact, "measure.quality=null, or backend=fsdp")
     _check_model(config, given)
     _check_batch_size(config, given)

@@ -1,4 +1,4 @@
-"""What a model makes of a text that it is shown token by token: how well it foretells it, whatever its speed."""
+"""What a model makes of a text that it is shown token by token: how well it predicts it, whatever its speed."""
 
 from __future__ import annotations
 

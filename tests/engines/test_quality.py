@@ -21,7 +21,7 @@ ONCE = ("measure.repeats=1", "measure.warmup=0", "sampling.max_new_tokens=2", "a
 
 
 @pytest.mark.slow
-def test_every_engine_foretells_a_text_as_transformers_does(tmp_path: Path) -> None:
+def test_every_engine_scores_a_text_as_transformers_does(tmp_path: Path) -> None:
     asked = ("model=tiny_llama", "measure.quality=builtin")
     cut = windows(compose_run(list(asked)), EMBEDDED / "tiny_llama", 2048)
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED / "tiny_llama", dtype=torch.float32)
@@ -55,7 +55,7 @@ def test_agreement_is_of_one_text_only() -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (["backend=dummy", "measure.quality=builtin"], "backend=dummy foretells no text. HINT: measure.quality=null"),
+        (["backend=dummy", "measure.quality=builtin"], "backend=dummy scores no text. HINT: measure.quality=null"),
         (["backend=fsdp", "measure.quality=/dev/zero"], "/dev/zero"),
         (["backend=fsdp", "measure.quality=/nowhere.txt"], "/nowhere.txt"),
     ],
