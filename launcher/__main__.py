@@ -80,10 +80,8 @@ class Arguments:
         for word in unknown:
             if not word.startswith("--local_rank"):
                 raise ConfigError(f"{word} is not an option.", option_like(word))
-        return cls(
-            tuple(parsed.overrides), tuple(parsed.config_dirs), parsed.multirun, parsed.help, parsed.version, parsed.cfg,
-            parsed.json,
-        )  # fmt: skip
+        overrides, config_dirs = tuple(parsed.overrides), tuple(parsed.config_dirs)
+        return cls(overrides, config_dirs, parsed.multirun, parsed.help, parsed.version, parsed.cfg, parsed.json)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
