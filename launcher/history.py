@@ -109,7 +109,10 @@ def moments(name: str, records: Sequence[Record]) -> list[Moment]:
         values = repeated(record)[FIGURE]
         median = statistics.median(values)
         before = [row.new_tokens_per_s for row in rows]
-        change = change_of(FIGURE, repeated(records[place - 1])[FIGURE], values) if place else None
+        if place:
+            change = change_of(FIGURE, repeated(records[place - 1])[FIGURE], values)
+        else:
+            change = None
         git = record.environment.git if record.environment else None
         differs = other_circumstances(records[place - 1], record) if place else []
         rows.append(
@@ -134,7 +137,10 @@ def show(rows: Sequence[Moment], out: Console) -> None:
     """Print one series."""
     cells = []
     for row in rows:
-        moment = time.strftime("%Y-%m-%d %H:%M", time.localtime(row.started_at)) if row.started_at else "-"
+        if row.started_at:
+            moment = time.strftime("%Y-%m-%d %H:%M", time.localtime(row.started_at))
+        else:
+            moment = "-"
         named = ", ".join(row.differs[:MOST_NAMED]) + (" …" if len(row.differs) > MOST_NAMED else "")
         ratio = "-" if row.against_median is None else f"{row.against_median:.3f}"
         speeds = (rate(row.new_tokens_per_s), f"{rate(row.min)} … {rate(row.max)}")

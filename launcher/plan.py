@@ -112,7 +112,10 @@ def parse(items: Sequence[str]) -> dict[str, str]:
         key, equals, value = item.partition("=")
         if key not in KEYS or not equals or not value:
             near = nearest(key.lstrip("-"), KEYS)
-            hint = f"{near}={value or 'VALUE'}" if near else "python -m launcher.plan --help"
+            if near:
+                hint = f"{near}={value or 'VALUE'}"
+            else:
+                hint = "python -m launcher.plan --help"
             raise ConfigError(f"{item} is not an argument of the plan.", hint)
         values[key] = value
     if "model" not in values:
@@ -149,7 +152,10 @@ def plans(shape: ModelShape, values: dict[str, str], kinds: Sequence[Quantizatio
     rows = []
     for machine, device, link, number in machines(values):
         for (name, kind), quantization in product(known.items(), kinds):
-            shown = "" if kinds == [None] and "quantization" not in values else _name(quantization)
+            if kinds == [None] and "quantization" not in values:
+                shown = ""
+            else:
+                shown = _name(quantization)
             if kind.planner_class is None:
                 rows.append(Row(machine, name, "", shown, problem=NO_PLAN))
                 continue
@@ -191,7 +197,10 @@ def _row(machine: str, quantization: str, request: PlanRequest, is_named: bool) 
     link = request.link.name if request.link and request.num_devices > 1 else ""
     try:
         plan = make_plan(request)
-        full = make_plan(replace(request, batch_size=plan.largest_batch)) if plan.largest_batch else None
+        if plan.largest_batch:
+            full = make_plan(replace(request, batch_size=plan.largest_batch))
+        else:
+            full = None
     except PlanError as error:
         hint = error.hint.replace("measure.batch_size=", "batch_size=")
         hint = re.sub(r"\bmachine=(\S+) precision=bf16 dry_run=true", r"machines=\1", hint)
@@ -224,7 +233,10 @@ def machines(values: dict[str, str]) -> list[tuple[str, Device, Link | None, int
             chosen = [(device.name, device, link, n) for device, link, n in here]
     if (most := nodes * max(n for *_, n in chosen)) > MOST_DEVICES:
         limit = MOST_DEVICES // nodes
-        hint = f"machines={limit}x{chosen[0][0]}" if "machines" in values else f"devices={limit}"
+        if "machines" in values:
+            hint = f"machines={limit}x{chosen[0][0]}"
+        else:
+            hint = f"devices={limit}"
         raise ConfigError(f"{most} devices are more than {MOST_DEVICES}.", hint)
     before = f"{nodes} x " if nodes > 1 else ""
     told = {key: values[key] for key in UNITS if key in values}
@@ -262,9 +274,14 @@ def caption(values: dict[str, str], rows: Sequence[Row]) -> str:
     tokens = f"{_asked(values, 'prompt_tokens')} + {_asked(values, 'max_new_tokens')} tokens"
     batch, precision = _asked(values, "batch_size"), values.get("precision", "bf16")
     links = ", ".join(dict.fromkeys(f"{row.machine} {row.link}" for row in rows if row.link))
-    between = " What joins the nodes is not known, and so no ceiling: link=NAME." if _is_link_missing(values) else ""
-    asked = dict.fromkeys(row.quantization for row in rows if row.plan) if "quantization" in values else ()
-    sources = "".join(f" {name}: {SOURCES[name]}." for name in asked if name in SOURCES)
+    if _is_link_missing(values):
+        between = " What joins the nodes is not known, and so no ceiling: link=NAME."
+    else:
+        between = ""
+    sources = ""
+    if "quantization" in values:
+        asked = dict.fromkeys(row.quantization for row in rows if row.plan)
+        sources = "".join(f" {name}: {SOURCES[name]}." for name in asked if name in SOURCES)
     return (
         f"Of the fullest device, for {tokens} in batches of {batch}, {precision}. Other: activations, gathered layers, "
         "what engine and driver keep. Batch: the largest that fits (of each rank where ranks answer apart). "

@@ -67,7 +67,10 @@ def parse(argv: Sequence[str]) -> tuple[int, str]:
         word = min(unknown)
         bare = word.lstrip("-")
         near = nearest(bare, ARGUMENTS) or "devices"
-        hint = f"accelerator={bare}" if bare in Accelerator.__members__ else f"{near}={values[word] or ARGUMENTS[near]}"
+        if bare in Accelerator.__members__:
+            hint = f"accelerator={bare}"
+        else:
+            hint = f"{near}={values[word] or ARGUMENTS[near]}"
         raise ConfigError(f"{word!r} is not an argument of the probe.", hint)
     accelerator = values.get("accelerator", "auto")
     if accelerator not in Accelerator.__members__:
@@ -114,7 +117,9 @@ def reason(said: str) -> str:
     ended = re.search(r"exitcode: (-?\d+)\) local_rank: (\d+)", said)
     if ended and (error is None or ended[1] != "1"):
         return f"rank {ended[2]} ended with exit code {ended[1]}"
-    return error[1] if error else (said.strip().splitlines() or ["no message"])[-1]
+    if error:
+        return error[1]
+    return (said.strip().splitlines() or ["no message"])[-1]
 
 
 def lines(measured: Measured) -> list[str]:

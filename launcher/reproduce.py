@@ -81,9 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = console()
         show_changes([changes], [before.run_dir.name, again.run_dir.name], out)
         out.print(f"the new run: {escape(validity.line)}", soft_wrap=True)
-        verdict = (
-            f"[bold yellow]NOT REPRODUCED[/]: {escape('; '.join(others))}" if others else "[bold green]REPRODUCED[/]"
-        )
+        if others:
+            verdict = f"[bold yellow]NOT REPRODUCED[/]: {escape('; '.join(others))}"
+        else:
+            verdict = "[bold green]REPRODUCED[/]"
         out.print(verdict, soft_wrap=True)
     line = {"reproduced": not others, "objections": others, "run_dir": record.run_dir, "verified": validity.badge}
     print_json({**line, "figures": to_plain(changes.figures)}, arguments.json)

@@ -126,7 +126,9 @@ def _show(points: Sequence[Point], only_json: bool) -> int:
         _show_tables(points, records, layout.console())
     layout.print_json(sweep_line(records, more=("started_at",)), only_json)
     bad = {UNREADABLE_RUN, *STATUSES} - {"ok"}
-    return 1 if any(record.status in bad for record in records) else 0
+    if any(record.status in bad for record in records):
+        return 1
+    return 0
 
 
 def _show_tables(points: Sequence[Point], records: Sequence[Record], out: Console) -> None:
@@ -142,7 +144,10 @@ def _show_tables(points: Sequence[Point], records: Sequence[Record], out: Consol
         show_sweep(records, varied([point.overrides for point in points]), out)
     for name, record in zip(names, records, strict=True):
         if record.error:
-            why = record.error.message if record.status == UNREADABLE_RUN else error_line(record)
+            if record.status == UNREADABLE_RUN:
+                why = record.error.message
+            else:
+                why = error_line(record)
             out.print(f"{name}: {why}", markup=False, soft_wrap=True)
             if record.run_dir and (log := RunDir(Path(record.run_dir)).slurm_log).exists():
                 out.print(f"  the output of its job is in {log}", markup=False, soft_wrap=True)
@@ -155,7 +160,10 @@ def history(names: Sequence[str], records: Sequence[Record], badges: Sequence[st
         moment = record.started_at
         started = "-"
         with contextlib.suppress(OverflowError, OSError):  # of no year that there is
-            started = time.strftime("%Y-%m-%d %H:%M", time.localtime(moment)) if moment else "-"
+            if moment:
+                started = time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))
+            else:
+                started = "-"
         devices, batch = str(record.num_devices or "-"), str(record.batch_size or "-")
         speed, engine = rate(record.new_tokens_per_s), (escape(record.model), record.backend, devices, batch)
         rows.append([escape(name), started, *engine, record.status, badge or "-", speed])
@@ -198,7 +206,9 @@ def _record(point: Point, states: Mapping[RunDir, jobs.State]) -> Record:
     point.run_dir.read_job()  # one that is no number is an error of this run
     state = states.get(point.run_dir)
     if state is not None:
-        return jobs.close(point.run_dir, state) if state.is_end else unfinished(point.run_dir, str(state))
+        if state.is_end:
+            return jobs.close(point.run_dir, state)
+        return unfinished(point.run_dir, str(state))
     return point.run_dir.read_record() or unfinished(point.run_dir, _without_record(point.run_dir))
 
 
@@ -209,7 +219,9 @@ def _without_record(run_dir: RunDir) -> str:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return "running"
-    return "not finished" if run_dir.read_attempt() else "never started"
+    if run_dir.read_attempt():
+        return "not finished"
+    return "never started"
 
 
 if __name__ == "__main__":

@@ -75,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             show(path, validity, console())
     lines = [{"run_dir": str(path), "valid": one.is_valid, **asdict(one)} for path, one in checked.items()]
     print_json({"valid": all(one.is_valid for one in checked.values()), "runs": lines}, arguments.json)
-    return 0 if all(one.is_valid for one in checked.values()) else 1
+    if all(one.is_valid for one in checked.values()):
+        return 0
+    return 1
 
 
 if __name__ == "__main__":

@@ -76,7 +76,9 @@ def _readable(item: str, engine: str | None, known: Mapping[str, Any]) -> str:
         raise _unreadable(key, value, known.get(key, str), error) from None
     if key.startswith(NAMED_BY_THE_USER) and not written.startswith("~"):
         return f"+{item.lstrip('+')}"
-    return item if is_entry or key not in known or is_open(known[key]) else item.lstrip("+")
+    if is_entry or key not in known or is_open(known[key]):
+        return item
+    return item.lstrip("+")
 
 
 NAMED_BY_THE_USER = ("backend.extra", "cluster.environment")

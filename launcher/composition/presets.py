@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 def conf_dir() -> Path:
     """The folder of configuration files: inside an installed package, beside it in a checkout."""
     package = Path(__file__).parents[1]
-    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+    if (package / "conf").is_dir():
+        return package / "conf"
+    return package.parent / "conf"
 
 
 def folders(config_dirs: Sequence[str]) -> list[Path]:

@@ -22,4 +22,6 @@ def for_shell(override: str) -> str:
     if re.fullmatch(r"[\w@%+=:,./-]+", override, re.ASCII):
         return override
     plain = f'"{override}"'
-    return shlex.quote(override) if set('"`$!') & set(override) or shlex.split(plain) != [override] else plain
+    if set('"`$!') & set(override) or shlex.split(plain) != [override]:
+        return shlex.quote(override)
+    return plain

@@ -39,7 +39,10 @@ HIDDEN = 2 << 30
 def check_cards(found: JsonObject | None, reason: str) -> list[Check]:
     """The cards and what joins them; a note where there are none."""
     if not (found or {}).get("gpus"):
-        why = "the driver shows none" if found is not None else f"none: {reason or 'NVML is silent'}"
+        if found is not None:
+            why = "the driver shows none"
+        else:
+            why = f"none: {reason or 'NVML is silent'}"
         return [Check("devices", "GPUs", "note", why)]
     assert found is not None
     checks = []
@@ -99,7 +102,9 @@ def _users(gpu: JsonObject) -> str:
         return ", ".join(shown)
     used = (gpu["memory_bytes"] or 0) - (gpu["free_bytes"] or 0)
     known = gpu["memory_bytes"] is not None and gpu["free_bytes"] is not None
-    return f"{size(used)} by processes that are not visible from here" if known and used >= HIDDEN else ""
+    if known and used >= HIDDEN:
+        return f"{size(used)} by processes that are not visible from here"
+    return ""
 
 
 def _check_link(link: JsonObject) -> Check:
@@ -177,7 +182,10 @@ def _check_nvcc(cuda: int | None) -> Check:
 def check_compiler() -> list[Check]:
     """A C compiler and Python's headers: vLLM on CUDA compiles its kernels' launchers, DeepSpeed its CPU operation."""
     named = os.environ.get("CC")
-    compiler = host.find_tool(named) if named else host.find_tool("gcc") or host.find_tool("clang")
+    if named:
+        compiler = host.find_tool(named)
+    else:
+        compiler = host.find_tool("gcc") or host.find_tool("clang")
     headers = Path(sysconfig.get_path("include")) / "Python.h"
     if compiler:
         checks = [Check("system", "C compiler", "ok", compiler)]

@@ -25,4 +25,6 @@ def size(value: int | None) -> str:
     """GiB for a reader, MiB where that would be nothing."""
     if value is None:
         return "?"
-    return f"{value / GIB:,.1f} GiB" if value >= GIB // 2 else f"{value / 1024**2:,.1f} MiB"
+    if value >= GIB // 2:
+        return f"{value / GIB:,.1f} GiB"
+    return f"{value / 1024**2:,.1f} MiB"

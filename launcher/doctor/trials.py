@@ -149,7 +149,9 @@ def nvidia_smi() -> JsonObject | None:
 
 def _gpu(row: dict[str, str]) -> JsonObject:
     def number(key: str) -> int | None:
-        return int(row[key]) if row.get(key, "").isdigit() else None
+        if row.get(key, "").isdigit():
+            return int(row[key])
+        return None
 
     def switch(key: str) -> bool | None:
         return {"Enabled": True, "Disabled": False}.get(row.get(key, ""))

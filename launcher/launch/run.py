@@ -115,7 +115,10 @@ def run_local(run_dir: RunDir, show: Show) -> Record:
                     outcome = _watch(ranks, run_dir, run, show)
                     signals.is_ending = True
             except KeyboardInterrupt as error:
-                by = "received SIGTERM" if isinstance(error, Terminated) else "interrupted from the keyboard"
+                if isinstance(error, Terminated):
+                    by = "received SIGTERM"
+                else:
+                    by = "interrupted from the keyboard"
                 outcome = Outcome("cancelled", by)
             return finish(run_dir, outcome)
 

@@ -19,7 +19,9 @@ def split(prompts: Sequence[Prompt], world: World, config: RunConfig) -> list[Pr
     batches at the same time, and where memory does not suffice, that is seen at once.
     """
     ordered = sorted(prompts, key=lambda prompt: -len(prompt.token_ids))
-    return ordered[world.rank :: world.world_size] if config.splits_prompts else ordered
+    if config.splits_prompts:
+        return ordered[world.rank :: world.world_size]
+    return ordered
 
 
 def batches(prompts: Sequence[Prompt], size: int, calls: int) -> Iterator[list[Prompt]]:
@@ -32,7 +34,10 @@ def warm_up_batch(prompts: Sequence[Prompt], world: World, config: RunConfig) ->
     share = split(prompts, world, config)
     if config.backend.continuous_batching:
         return share
-    ranks = world.world_size if config.backend.data_parallel and not config.splits_prompts else 1
+    if config.backend.data_parallel and not config.splits_prompts:
+        ranks = world.world_size
+    else:
+        ranks = 1
     return share[: config.measure.batch_size * ranks]
 
 

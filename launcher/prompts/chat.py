@@ -64,7 +64,9 @@ def _to_json(value: Any, indent: int | None = None) -> str:
 
 def _text(token: Any) -> Any:
     """A special token, which may be an object with its text in it."""
-    return token.get("content") if isinstance(token, dict) else token
+    if isinstance(token, dict):
+        return token.get("content")
+    return token
 
 
 def _config(folder: Path) -> JsonObject:

@@ -66,7 +66,10 @@ def read_arrivals(wanted: PromptsConfig) -> list[float]:
     moments: list[float] = []
     for row in _rows(path):
         earliest = moments[-1] if moments else 0.0
-        moment = _number(row.value.get("arrival_s")) if isinstance(row.value, dict) else None
+        if isinstance(row.value, dict):
+            moment = _number(row.value.get("arrival_s"))
+        else:
+            moment = None
         if moment is None or not earliest <= moment <= MOST_SECONDS:
             fact = f'{row.place} has no "arrival_s" of {earliest:g} or more.'
             raise ConfigError(fact, 'seconds from the start, in order: {"prompt": "...", "arrival_s": 0.5}')
@@ -173,7 +176,9 @@ def _field_like(field: str, rows: Sequence[Row]) -> str | None:
     first = next((row.value for row in rows if isinstance(row.value, dict)), {})
     names = [name for name, value in first.items() if name and name != field and _question(value)]
     near = difflib.get_close_matches(field, names, 1, cutoff=0)
-    return for_shell(f"prompts.field={near[0] if near[0].isidentifier() else quoted(near[0])}") if near else None
+    if near:
+        return for_shell(f"prompts.field={near[0] if near[0].isidentifier() else quoted(near[0])}")
+    return None
 
 
 def _content(path: Path) -> str:
@@ -185,11 +190,10 @@ def _content(path: Path) -> str:
         raise ConfigError(f"Cannot read the prompts in {path}: {error}.", hint) from None
     except OSError as error:
         near = sibling(path)
-        hint = (
-            for_shell(f"prompts.path={near}")
-            if near
-            else "prompts=seed prompts.path=null, or prompts.path= a file of texts"
-        )
+        if near:
+            hint = for_shell(f"prompts.path={near}")
+        else:
+            hint = "prompts=seed prompts.path=null, or prompts.path= a file of texts"
         raise ConfigError(f"Cannot read the prompts in {path}: {error.strerror}.", hint) from None
 
 

@@ -76,11 +76,10 @@ def read_texts(wanted: PromptsConfig) -> list[str]:
     else:
         texts = read_file(wanted)
     if not texts:
-        hint = (
-            for_shell("prompts.texts=[Hello]")
-            if wanted.path is None
-            else f"a prompt in {wanted.path}, or prompts=seed prompts.path=null"
-        )
+        if wanted.path is None:
+            hint = for_shell("prompts.texts=[Hello]")
+        else:
+            hint = f"a prompt in {wanted.path}, or prompts=seed prompts.path=null"
         raise ConfigError(f"The prompt set is empty ({wanted.path or wanted.name}).", hint)
     if len(texts) > MOST_PROMPTS:
         raise ConfigError(f"There are {len(texts):,} prompts, more than {MOST_PROMPTS:,}.", f"the first {MOST_PROMPTS}")

@@ -67,7 +67,9 @@ def out_of_memory(error: RunError, text: str) -> RunError:
 
 def _size(pattern: str, text: str) -> int | None:
     size = re.search(pattern, text)
-    return int(float(size.group(1)) * UNITS[size.group(2)]) if size else None
+    if size:
+        return int(float(size.group(1)) * UNITS[size.group(2)])
+    return None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

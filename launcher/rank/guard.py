@@ -98,7 +98,10 @@ class _Guard:
                 OSError, AttributeError
             ):  # gone already; Linux before 5.3; forbidden; not built in
                 self.parent_fd = os.pidfd_open(watched_pid)
-        sources = [self.signals] if self.parent_fd is None else [self.signals, self.parent_fd]
+        if self.parent_fd is None:
+            sources = [self.signals]
+        else:
+            sources = [self.signals, self.parent_fd]
         while True:
             if self._parent_is_gone():
                 self._end(GONE)
@@ -119,7 +122,10 @@ class _Guard:
         """Seconds until there is something to see to; None: nothing but signals."""
         looks = [self.watched.look_s] if self.watched.look else []
         looks += [PARENT_S] if self.parent is not None and self.parent_fd is None else []
-        left = [max(self.deadline - time.monotonic(), 0.0)] if self.deadline is not None else []
+        if self.deadline is not None:
+            left = [max(self.deadline - time.monotonic(), 0.0)]
+        else:
+            left = []
         return min(looks + left, default=None)
 
     def _on_signal(self, number: int) -> None:

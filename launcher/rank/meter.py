@@ -55,7 +55,10 @@ class Meter:
         on_cuda = config.accelerator.value == "cuda"
         devices: Sequence[Device] = ()
         with contextlib.suppress(UserError):  # which the engine will say
-            devices = cuda_devices(os.environ)[: config.devices] if on_cuda and self.is_meter else ()
+            if on_cuda and self.is_meter:
+                devices = cuda_devices(os.environ)[: config.devices]
+            else:
+                devices = ()
         self.uuids = [device.uuid for device in devices if device.uuid is not None]
         self.packages = [] if on_cuda or not self.is_meter else packages()
         self.phase = START
@@ -112,7 +115,9 @@ class Meter:
             return OTHER_RANK
         if self.uuids:
             return "the driver does not tell"
-        return "no NVIDIA device" if self.packages else f"no NVIDIA device, and no energy counter in {POWERCAP}"
+        if self.packages:
+            return "no NVIDIA device"
+        return f"no NVIDIA device, and no energy counter in {POWERCAP}"
 
     def _now(self) -> Moment:
         user_s, system_s = cpu_times()

@@ -77,7 +77,9 @@ def _blaming(ranks: Sequence[Progress | None], outcome: Outcome, of: Sequence[in
 def _last_step(progress: Progress | None) -> float:
     if progress is None:
         return 0.0
-    return float("inf") if progress.stage == "end" else progress.time
+    if progress.stage == "end":
+        return float("inf")
+    return progress.time
 
 
 def blame(
@@ -143,7 +145,9 @@ def _read_dump(dump: subprocess.Popen[bytes], deadline: float) -> str:
     except subprocess.TimeoutExpired:
         dump.kill()
         out, _ = dump.communicate()
-    return out.decode(errors="replace") if b"Thread" in out else ""
+    if b"Thread" in out:
+        return out.decode(errors="replace")
+    return ""
 
 
 def _own_stacks(pid: int, log: Path) -> str:

@@ -67,7 +67,9 @@ def shown(name: str, values: Values) -> str:
     if name in MEMORY:
         return size(int(values.median))
     middle = unit(values.median)
-    return middle if values.repeats < 2 else f"{middle} ({unit(values.min)} … {unit(values.max)})"
+    if values.repeats < 2:
+        return middle
+    return f"{middle} ({unit(values.min)} … {unit(values.max)})"
 
 
 def differences_table(differences: Sequence[Difference], names: Sequence[str], out: Console) -> Table:

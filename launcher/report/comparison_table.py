@@ -96,11 +96,15 @@ def _gap(divergence: Divergence | None) -> str:
     """The difference of the two largest logits where the answers part."""
     if divergence is None:
         return "-"
-    return "not known" if divergence.gap is None else f"{divergence.gap:.3g}"
+    if divergence.gap is None:
+        return "not known"
+    return f"{divergence.gap:.3g}"
 
 
 def _degenerate(indices: Sequence[int], prompts: int) -> str:
-    return f"[red]{len(indices)} of {prompts}[/]" if indices else "no"
+    if indices:
+        return f"[red]{len(indices)} of {prompts}[/]"
+    return "no"
 
 
 def devices(runs: Sequence[FinishedRun], names: Sequence[str], out: Console) -> Table:

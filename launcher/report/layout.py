@@ -26,7 +26,9 @@ LEAST_TEXT = 14
 def console(stderr: bool = False) -> Console:
     """A console that does not break its tables at 80 columns where there is no terminal."""
     usual = Console(stderr=stderr, highlight=False)
-    return usual if usual.is_terminal else Console(stderr=stderr, highlight=False, width=WIDTH_WITHOUT_TERMINAL)
+    if usual.is_terminal:
+        return usual
+    return Console(stderr=stderr, highlight=False, width=WIDTH_WITHOUT_TERMINAL)
 
 
 def print_json(values: Any, always: bool) -> None:
@@ -56,7 +58,10 @@ class _Measured:
         return max(self.least, len(self.name))
 
     def column(self, folded: bool) -> Column:
-        heading = textwrap.fill(self.name, self.least) if folded and not self.is_text else self.name
+        if folded and not self.is_text:
+            heading = textwrap.fill(self.name, self.least)
+        else:
+            heading = self.name
         return Column(heading, overflow="fold", no_wrap=not self.is_text)
 
 
@@ -106,7 +111,9 @@ def counted(number: int, thing: str, several: str | None = None) -> str:
 
 def rounded(value: Any) -> Any:
     """A figure to the fourth digit behind the point, a smaller one to four digits that are not leading zeros."""
-    return round(value, max(4, 3 - math.floor(math.log10(abs(value))))) if isinstance(value, float) and value else value
+    if isinstance(value, float) and value:
+        return round(value, max(4, 3 - math.floor(math.log10(abs(value)))))
+    return value
 
 
 def shown(text: str) -> str:

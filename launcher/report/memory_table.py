@@ -62,15 +62,23 @@ def phase_table(records: Sequence[Record], out: Console, names: Sequence[str] = 
     rows = []
     for number, record in enumerate(records):
         run = [escape(names[number])] if names else []
-        planned = {device.rank: device for device in record.plan.devices} if record.plan else {}
+        if record.plan:
+            planned = {device.rank: device for device in record.plan.devices}
+        else:
+            planned = {}
         for device in record.devices:
             for phase in device.phases:
                 plan = planned.get(device.rank)
-                expected = f" [dim]({size(plan.peak_bytes(phase.phase))})[/]" if plan else ""
+                if plan:
+                    expected = f" [dim]({size(plan.peak_bytes(phase.phase))})[/]"
+                else:
+                    expected = ""
                 peaks = size(phase.peak_allocated_bytes) + expected, size(phase.peak_reserved_bytes)
                 rows.append([*run, str(device.rank), phase.phase, *peaks])
     columns = [*(["run"] if names else []), "rank", "phase", "peak allocated", "peak reserved"]
-    return fitted(out, columns, rows, texts=("run",), caption="in brackets: as planned") if rows else None
+    if rows:
+        return fitted(out, columns, rows, texts=("run",), caption="in brackets: as planned")
+    return None
 
 
 def _bytes(name: str, device: DeviceMemory, planned: Mapping[int, DevicePlan]) -> str:

@@ -50,7 +50,9 @@ class Row:
     @property
     def pace(self) -> float:
         """Tokens/s for one sequence at the batch asked for; 0 where not known."""
-        return 1 / self.plan.limit.seconds if self.plan and self.plan.limit else 0.0
+        if self.plan and self.plan.limit:
+            return 1 / self.plan.limit.seconds
+        return 0.0
 
 
 def cells(row: Row) -> list[str]:
@@ -113,9 +115,12 @@ def markdown(name: str, model: str, caption: str, rows: Sequence[Row]) -> str:
     texts = columns.index("weights")
     rules = ["---"] * texts + ["---:"] * (len(columns) - texts - 1) + ["---"]
     lines = [f"**{name}**: {model}.", "", _pipes(columns), _pipes(rules)]
+    best = (columns.index("backend"), columns.index("tokens/s, one prompt"))
     for number, row in enumerate(rows):
-        bold = (columns.index("backend"), columns.index("tokens/s, one prompt")) if number in marked else ()
-        lines.append(_pipes([f"**{cell}**" if at in bold else cell for at, cell in enumerate(cells(row))]))
+        texts_of_row = cells(row)
+        if number in marked:
+            texts_of_row = [f"**{cell}**" if at in best else cell for at, cell in enumerate(texts_of_row)]
+        lines.append(_pipes(texts_of_row))
     lines += ["", caption, ""]
     why = [f"- {line}" for line in problems(rows)]
     return "\n".join([*lines, *why, *([""] if why else [])])

@@ -89,13 +89,19 @@ class Bars:
         if begun is None:
             return
         now = time.monotonic()
-        counted = ranks if self.answering is None else [ranks[rank] for rank in self.answering]
+        if self.answering is None:
+            counted = ranks
+        else:
+            counted = [ranks[rank] for rank in self.answering]
         self._rate.look(sum(rank.tokens for rank in counted if rank is not None), now)
         share = begun.measured
         if share and self._measuring is None:
             self._measuring = now
         speed = f"{rate(self._rate.value)} tokens/s" if self._rate.value else ""
-        left = _left(seconds) if (seconds := self.seconds_left(share, now)) is not None else ""
+        if (seconds := self.seconds_left(share, now)) is not None:
+            left = _left(seconds)
+        else:
+            left = ""
         overall = (self.turn.number - 1 + share) / self.turn.total
         self._bar.update(self._task, description=begun.stage, completed=overall, speed=speed, left=left)
         if self._bar.disable and now - self._said >= LINE_S:
@@ -117,4 +123,6 @@ def _left(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.0f} s left"
     minutes = round(seconds / 60)
-    return f"{minutes} min left" if minutes < 120 else f"{minutes / 60:.1f} h left"
+    if minutes < 120:
+        return f"{minutes} min left"
+    return f"{minutes / 60:.1f} h left"

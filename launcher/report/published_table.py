@@ -46,7 +46,10 @@ def published_beside(record: Record) -> PublishedBeside | None:
     is_rehearsal = config.model.config is None
     preset = config
     with contextlib.suppress(ConfigError):  # of a preset in a folder that is not known any more
-        preset = compose_run([f"experiment={config.experiment.name}"]) if is_rehearsal else config
+        if is_rehearsal:
+            preset = compose_run([f"experiment={config.experiment.name}"])
+        else:
+            preset = config
     rows: list[tuple[str, ...]] = []
     speeds: dict[str, float] = {}
     for figure in published_figures(preset):

@@ -44,8 +44,14 @@ def time_rows(metrics: Metrics) -> list[Row]:
 def serving_rows(serving: Serving) -> list[Row]:
     """The server, what of its answers was checked, what failed, and what the client took."""
     name = serving.software or serving.dialect
-    otherwise = f", {serving.read_otherwise} prompts read otherwise" if serving.read_otherwise else ""
-    together = f", {serving.bunched:.0%} of the parts came together" if (serving.bunched or 0) >= MANY_TOGETHER else ""
+    if serving.read_otherwise:
+        otherwise = f", {serving.read_otherwise} prompts read otherwise"
+    else:
+        otherwise = ""
+    if (serving.bunched or 0) >= MANY_TOGETHER:
+        together = f", {serving.bunched:.0%} of the parts came together"
+    else:
+        together = ""
     rows: list[Row] = [["server", name, "", "", f"checked: {serving.tokens_checked}{otherwise}{together}"]]
     if serving.failures:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(serving.failures.items()))

@@ -145,7 +145,9 @@ def _row(record: Record, swept: Sequence[str]) -> Row:
 
 
 def _plain(value: Any) -> Any:
-    return json.dumps(value) if isinstance(value, list | dict) else value
+    if isinstance(value, list | dict):
+        return json.dumps(value)
+    return value
 
 
 def _spread(name: str, spread: Spread | None) -> Row:

@@ -39,7 +39,10 @@ def named(point: Mapping[str, str]) -> str:
 
 def show_point(point: Mapping[str, str], record: Record, out: Console) -> None:
     """Print one line as soon as a point of a sweep has ended."""
-    outcome = f"ok, {rate(record.new_tokens_per_s)} new tokens/s" if record.status == "ok" else error_line(record)
+    if record.status == "ok":
+        outcome = f"ok, {rate(record.new_tokens_per_s)} new tokens/s"
+    else:
+        outcome = error_line(record)
     out.print(escape(f"{named(point)}: {outcome}" if point else outcome), soft_wrap=True)
 
 

@@ -70,7 +70,10 @@ def error_line(record: Record) -> str:
     if error is None:
         return record.status
     hint = f" HINT: {error.hint}" if error.hint else ""
-    kind = "" if error.type in WORDS_OF_OURS or record.status == "refused" else f"{error.type}: "
+    if error.type in WORDS_OF_OURS or record.status == "refused":
+        kind = ""
+    else:
+        kind = f"{error.type}: "
     rank = "" if error.rank is None else f" rank {error.rank} in {error.stage}:"
     return shown(" ".join(f"{record.status}:{rank} {kind}{error.message}{hint}".split()))
 
@@ -153,8 +156,14 @@ def _remarks(record: Record, began: float) -> list[str]:
 def batch_line(search: BatchSearch) -> str:
     """The result of the search for the largest batch, and how far the plan was from it."""
     largest, planned = search.largest_batch, search.planned
-    more = "" if search.limited_by == "memory" else ", and the prompts suffice for no larger one"
-    plan = f"; the plan allowed {planned}, {planned / largest - 1:+.0%}" if planned else "; the plan knew no limit"
+    if search.limited_by == "memory":
+        more = ""
+    else:
+        more = ", and the prompts suffice for no larger one"
+    if planned:
+        plan = f"; the plan allowed {planned}, {planned / largest - 1:+.0%}"
+    else:
+        plan = "; the plan knew no limit"
     return f"largest batch: {largest} by {counted(len(search.tries), 'try', 'tries')}{more}{plan}"
 
 
@@ -174,7 +183,9 @@ def range_of(spread: Spread | None) -> str:
     if spread is None or not spread.min or not spread.max:
         return "-"
     text = f"{rate(spread.min)} … {rate(spread.max)}"
-    return f"[yellow]{text}[/]" if spread.max / spread.min > STEADY else text
+    if spread.max / spread.min > STEADY:
+        return f"[yellow]{text}[/]"
+    return text
 
 
 def _speed(record: Record, out: Console) -> Table:
@@ -218,7 +229,10 @@ def _speed(record: Record, out: Console) -> Table:
         limit = f"of {rate(ceiling.tokens_per_s)} tokens/s, bound by {ceiling.bound}"
         rows.append(["share of the ceiling", _share(ceiling), "", "", limit])
     if used := record.mbu:
-        of = used.reason if used.bandwidth is None else f"of {used.bandwidth / 1e9:,.1f} GB/s a device"
+        if used.bandwidth is None:
+            of = used.reason
+        else:
+            of = f"of {used.bandwidth / 1e9:,.1f} GB/s a device"
         rows.append(["memory bandwidth used (MBU)", _share(used), "", "", of or ""])
     return fitted(out, ("measure", "median", "min", "max", "of"), rows, texts=("measure", "of"))
 
@@ -231,7 +245,9 @@ def percent(value: float | None) -> str:
 def _share(measured: CeilingShare | BandwidthUse) -> str:
     if measured.share is None:
         return "-"
-    return f"[red]{measured.share:.1%}, impossible[/]" if measured.impossible else f"{measured.share:.1%}"
+    if measured.impossible:
+        return f"[red]{measured.share:.1%}, impossible[/]"
+    return f"{measured.share:.1%}"
 
 
 def show_plan(run: Run, out: Console) -> None:

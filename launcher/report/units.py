@@ -9,14 +9,18 @@ def size(value: int | None) -> str:
     """Bytes for a reader, in MiB or GiB; a dash for what is not known."""
     if value is None:
         return "-"
-    return f"{value / GIB:,.2f} GiB" if value >= GIB else f"{value / MIB:,.2f} MiB"
+    if value >= GIB:
+        return f"{value / GIB:,.2f} GiB"
+    return f"{value / MIB:,.2f} MiB"
 
 
 def seconds(value: float | None) -> str:
     """Seconds for a reader, in ms below one."""
     if value is None:
         return "-"
-    return f"{value:,.2f} s" if value >= 1 else f"{value * 1000:,.2f} ms"
+    if value >= 1:
+        return f"{value:,.2f} s"
+    return f"{value * 1000:,.2f} ms"
 
 
 def rate(value: float | None) -> str:

@@ -181,7 +181,9 @@ def _verdict(name: str, ratio: float | None, is_different: bool | None) -> str:
     text = f"{size} {words[0] if ratio > 1 else words[1]}"
     if is_different:
         return f"{text}, outside the spread of both"
-    return text if name in MEMORY else f"{text}, of one value each: the spread is not known"
+    if name in MEMORY:
+        return text
+    return f"{text}, of one value each: the spread is not known"
 
 
 def circumstances(record: Record) -> JsonObject:
@@ -204,7 +206,10 @@ def circumstances(record: Record) -> JsonObject:
             "cuda_driver": gpus and gpus.cuda_driver,
         }
     cost = record.cost
-    clocks = [one.sm_clock_mhz for one in cost.samples if one.phase == REPEATS and one.sm_clock_mhz] if cost else []
+    if cost:
+        clocks = [one.sm_clock_mhz for one in cost.samples if one.phase == REPEATS and one.sm_clock_mhz]
+    else:
+        clocks = []
     if cost is not None and clocks:  # to 50 MHz: they are never the same
         values["clock of the repeats"] = f"{round(statistics.median(clocks) / 50) * 50} MHz"
         values["clocks slowed by"] = ", ".join(cost.slowed_by) or None

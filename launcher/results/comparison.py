@@ -50,7 +50,9 @@ class FinishedRun:
     @property
     def serving(self) -> Serving | None:
         """What was seen of a server, where one answered."""
-        return self.record.metrics.serving if self.record.metrics else None
+        if self.record.metrics:
+            return self.record.metrics.serving
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +163,9 @@ def _other_weights(base: FinishedRun, other: FinishedRun) -> list[str]:
 def _divergence(index: int, base: ReportedCompletion, other: ReportedCompletion) -> Divergence | None:
     if base.is_text_only or other.is_text_only:
         position = _parting(base.text, other.text)
-        return None if position is None else Divergence(index, position, None, None, None, is_of_texts=True)
+        if position is None:
+            return None
+        return Divergence(index, position, None, None, None, is_of_texts=True)
     ours, theirs = base.token_ids, other.token_ids
     if (position := _parting(ours, theirs)) is None:
         return None

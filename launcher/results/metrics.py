@@ -67,12 +67,16 @@ class RepeatTotal:
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
-        return self.prompt_tokens / self.prefill_s if self.prefill_s else None
+        if self.prefill_s:
+            return self.prompt_tokens / self.prefill_s
+        return None
 
     @property
     def decode_tokens_per_s(self) -> float | None:
         """The first token of each prompt is prefill's."""
-        return (self.new_tokens - self.completions) / self.decode_s if self.decode_s else None
+        if self.decode_s:
+            return (self.new_tokens - self.completions) / self.decode_s
+        return None
 
 
 def figures(
@@ -260,4 +264,6 @@ def against_ceiling(plan: Plan | None, metrics: Metrics | None, hint: str = "pyt
 
 
 def _not_measured(decode: Decoding | None) -> str:
-    return "no decode step was measured" if decode is None else "a step gave several tokens"
+    if decode is None:
+        return "no decode step was measured"
+    return "a step gave several tokens"

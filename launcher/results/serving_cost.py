@@ -31,4 +31,6 @@ def serving_cost(base: Record, other: Record, speed: float) -> tuple[float | Non
 def _devices(endpoint: Record, engine: Record) -> int:
     """Those of a server that was started; the ones behind an address are not known, and taken to be the engine's."""
     is_started = endpoint.config.get("server", {}).get("name", "none") != "none"
-    return endpoint.num_devices if is_started else engine.num_devices
+    if is_started:
+        return endpoint.num_devices
+    return engine.num_devices

@@ -47,12 +47,16 @@ class Validity:
     @property
     def badge(self) -> str:
         """VALID, or INVALID with the number of reasons."""
-        return "VALID" if self.is_valid else f"INVALID ({len(self.reasons)})"
+        if self.is_valid:
+            return "VALID"
+        return f"INVALID ({len(self.reasons)})"
 
     @property
     def line(self) -> str:
         """The badge and the reasons in one line."""
-        return "VALID" if self.is_valid else f"INVALID: {'; '.join(self.reasons)}"
+        if self.is_valid:
+            return "VALID"
+        return f"INVALID: {'; '.join(self.reasons)}"
 
 
 def of_the_record(record: Record, parameter_tolerance: float) -> list[Check]:

@@ -66,7 +66,10 @@ def verdict(
         number = _earliest(silent)
         if outcome is not None and outcome.status != "failed":
             return outcome.status, RunError(number, silent[number].stage, "Ended", outcome.message)
-        seen = f"; rank {first.rank} then saw {first.error.type}" if first and first.error else ""
+        if first and first.error:
+            seen = f"; rank {first.rank} then saw {first.error.type}"
+        else:
+            seen = ""
         message = f"rank {number} ended without a word: {_death(log_end(number))}{seen}"
         return "failed", RunError(number, silent[number].stage, "ProcessDied", message)
     if first:

@@ -113,7 +113,10 @@ def finish(run_dir: RunDir, outcome: Outcome | None = None) -> Record:
 
     attempts = [*run_dir.earlier_attempts(), (run_dir.read_attempt(), run_dir)]
     repeats = {number: folder.read_repeats(run.answering_ranks) for number, folder in attempts}
-    counted = [ranks for numbered in repeats.values() for ranks in numbered.values()] if status == "ok" else []
+    if status == "ok":
+        counted = [ranks for numbered in repeats.values() for ranks in numbered.values()]
+    else:
+        counted = []
     measured = figures(counted, len(prompts), run.num_devices, plan.windows if plan else (), run.run_config.slo)
     metrics = measured.metrics if measured else None
     hint = how_to_know_rates(run.run_config)

@@ -75,7 +75,9 @@ def read_progress(path: Path) -> Progress | None:
     """The last state, or None where the rank has not begun, or what it wrote cannot be read now."""
     try:
         values = parse_json(read_bytes(path, SIZE), str(path), UserError, "")
-        return decode(values, Progress) if values.keys() == NAMES else None
+        if values.keys() == NAMES:
+            return decode(values, Progress)
+        return None
     except (OSError, ValueError, AttributeError, UserError):
         # not there; a stale handle of NFS; half of it; of another version
         return None

@@ -49,7 +49,10 @@ def broken_seal(values: JsonObject, folder: Path) -> list[str]:
     seal = values.get("seal")
     if not isinstance(seal, dict) or not isinstance(seal.get("files"), dict):
         return ["the record has no hashes, as those of older versions"]
-    problems = [] if seal.get("record") == digest(values) else ["the record is not as it was written"]
+    if seal.get("record") == digest(values):
+        problems = []
+    else:
+        problems = ["the record is not as it was written"]
     before, now = seal["files"], hashes(folder)
     for name in sorted(before.keys() | now.keys()):
         if name not in now:

@@ -60,7 +60,9 @@ def verdict_of(run_dir: RunDir, references: Iterable[RunDir] = ()) -> str:
     """The badge of a run, `unreadable` where its files cannot be read, and nothing for one that did not end well."""
     try:
         record = run_dir.read_record()
-        return verify(run_dir, references).badge if record is not None and record.status == "ok" else ""
+        if record is not None and record.status == "ok":
+            return verify(run_dir, references).badge
+        return ""
     except UserError:
         return "unreadable"
 

@@ -52,9 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parse(argv)
         config = compose_run(arguments.overrides, tuple(arguments.config_dir))
         if config.backend.starts_servers or config.launch.name != "local":
-            setting = (
-                f"backend={config.backend.name}" if config.backend.starts_servers else f"launch={config.launch.name}"
-            )
+            if config.backend.starts_servers:
+                setting = f"backend={config.backend.name}"
+            else:
+                setting = f"launch={config.launch.name}"
             raise ConfigError(f"{setting}: only an engine on this machine is served.", "backend=fsdp launch=local")
         run = prepare(config, command_of(arguments.overrides, arguments.config_dir))
         with listen(arguments.host, arguments.port) as probe:

@@ -76,7 +76,10 @@ class Batches:
         """Hand new tokens to those who asked for them."""
         for new in news:
             with self._change:
-                give = self._asked.pop(new.index) if new.finish_reason else self._asked[new.index]
+                if new.finish_reason:
+                    give = self._asked.pop(new.index)
+                else:
+                    give = self._asked[new.index]
             give(Part(new.token_ids, new.finish_reason))
 
     def fail(self, message: str) -> None:

@@ -36,7 +36,10 @@ def is_of_a_neighbour(note: str) -> bool:
 
 def sentence(uuid: str, process: CardProcess) -> str:
     """What is to be said of one process."""
-    memory = "memory" if process.memory_bytes is None else f"{process.memory_bytes / GIB:.2f} GiB"
+    if process.memory_bytes is None:
+        memory = "memory"
+    else:
+        memory = f"{process.memory_bytes / GIB:.2f} GiB"
     try:
         name = psutil.Process(process.pid).name()
     except psutil.Error:

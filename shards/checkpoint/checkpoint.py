@@ -141,7 +141,10 @@ def _open(folder: Path, read_torch_file: Reader) -> Checkpoint:
     for name, legacy, indexed in layouts:
         if os.path.lexists(folder / name):  # a link to nowhere is named when it is read
             mapping = _weight_map(folder / name) if indexed else None
-            files = [folder / file for file in sorted(set(mapping.values()))] if mapping else [folder / name]
+            if mapping:
+                files = [folder / file for file in sorted(set(mapping.values()))]
+            else:
+                files = [folder / name]
             return _read(folder, files, mapping, read_torch_file if legacy else read_safetensors)
     raise _nothing_found(folder)
 

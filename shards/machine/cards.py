@@ -53,7 +53,10 @@ def cuda_devices(environ: Mapping[str, str]) -> tuple[Device, ...]:
     shown = visible(devices, setting)
     cut = next((card.name for card in shown if _is_among(card, in_parts)), None)
     if cut or (setting or "").strip().startswith("MIG-"):
-        which = f"{cut} is cut into parts" if cut else f"CUDA_VISIBLE_DEVICES={setting} is a part of a card"
+        if cut:
+            which = f"{cut} is cut into parts"
+        else:
+            which = f"CUDA_VISIBLE_DEVICES={setting} is a part of a card"
         raise PlanError(f"{which} (MIG), and a run takes whole cards.", "accelerator=cpu, or other cards")
     return shown
 
@@ -80,7 +83,9 @@ def _is_among(device: Device, devices: list[Device]) -> bool:
 
 def _entry(devices: list[Device], entry: str) -> Device | None:
     if entry.isdigit():
-        return devices[int(entry)] if int(entry) < len(devices) else None
+        if int(entry) < len(devices):
+            return devices[int(entry)]
+        return None
     named = [device for device in devices if entry and (device.uuid or "").startswith(entry)]
     return named[0] if len(named) == 1 else None
 

@@ -27,7 +27,9 @@ class Device:
 
     def flops(self, dtype_bytes: int) -> float | None:
         """Dense matmul rate at the width of the weights."""
-        return self.flops_32 if dtype_bytes >= 4 else self.flops_16
+        if dtype_bytes >= 4:
+            return self.flops_32
+        return self.flops_16
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,10 @@ def network_of(world: World, environ: Mapping[str, str], kind: str) -> Network:
     else:
         interface, address = _towards(world, addresses)
     may_use = kind == "cuda" and environ.get("NCCL_IB_DISABLE", "0") == "0"
-    adapters = tuple(sorted(path.name for path in INFINIBAND.iterdir())) if may_use and INFINIBAND.is_dir() else ()
+    if may_use and INFINIBAND.is_dir():
+        adapters = tuple(sorted(path.name for path in INFINIBAND.iterdir()))
+    else:
+        adapters = ()
     return Network(interface, address, adapters)
 
 

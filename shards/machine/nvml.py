@@ -168,7 +168,9 @@ def _ask(call: Callable[..., Any], *arguments: Any) -> Any:
         answer = call(*arguments)
     except pynvml.NVMLError:
         return None
-    return answer.decode() if isinstance(answer, bytes) else answer
+    if isinstance(answer, bytes):
+        return answer.decode()
+    return answer
 
 
 def _handles() -> list[Any]:

@@ -49,7 +49,9 @@ def missing_operators(ranks: int, threads: int = 1) -> str | None:
 
 def shared_memory_files() -> set[Path]:
     """All files in shared memory now."""
-    return set(SHARED_MEMORY.iterdir()) if SHARED_MEMORY.is_dir() else set()
+    if SHARED_MEMORY.is_dir():
+        return set(SHARED_MEMORY.iterdir())
+    return set()
 
 
 def shared_memory_of(pids: list[int]) -> set[Path]:

@@ -209,4 +209,6 @@ def tasks_per_node(text: str) -> list[int]:
 def first_host(nodelist: str) -> str:
     """The first host of SLURM's short form: "gpu[07-09,12],cpu1" is gpu07, "rack[1-2]n[3-4]" is rack1n3."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)
-    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first.group()) if first else nodelist
+    if first:
+        return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first.group())
+    return nodelist

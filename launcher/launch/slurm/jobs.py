@@ -146,7 +146,9 @@ def position(job: str) -> str:
     rows = [tuple(line.split("|", 1)) for line in waiting]
     partition = next((row[1] for row in rows if row[0] == job), None)
     line = [row[0] for row in rows if row[1:] == (partition,)]
-    return f", place {line.index(job) + 1} of {len(line)} in the queue" if partition else ""
+    if partition:
+        return f", place {line.index(job) + 1} of {len(line)} in the queue"
+    return ""
 
 
 def close(run_dir: RunDir, state: State) -> Record:

@@ -48,7 +48,9 @@ class Job:
         """Cores of a task: of the cluster's own number, or as many as its cards need."""
         if self.cluster.cpus_per_task is not None:
             return self.cluster.cpus_per_task
-        return CORES_OF_A_CARD * self.devices // self.tasks_per_node if self.on_cuda else 1
+        if self.on_cuda:
+            return CORES_OF_A_CARD * self.devices // self.tasks_per_node
+        return 1
 
 
 def job_of(run: RunDescription) -> Job:
@@ -112,8 +114,13 @@ def _directives(job: Job, name: str, points: int) -> list[str]:
 def _gpus(job: Job) -> dict[str, str]:
     if not job.on_cuda or job.cluster.gpus_flag == "none":
         return {}
-    count = f"{job.cluster.gpu_type}:{job.devices}" if job.cluster.gpu_type else str(job.devices)
-    return {"gres": f"gpu:{count}"} if job.cluster.gpus_flag == "gres" else {"gpus-per-node": count}
+    if job.cluster.gpu_type:
+        count = f"{job.cluster.gpu_type}:{job.devices}"
+    else:
+        count = str(job.devices)
+    if job.cluster.gpus_flag == "gres":
+        return {"gres": f"gpu:{count}"}
+    return {"gpus-per-node": count}
 
 
 def _place(points: Sequence[str]) -> Iterator[str]:

@@ -77,7 +77,10 @@ class Report:
                     seconds(record.itl_s),
                     "-" if ceiling is None or ceiling.share is None else f"{ceiling.share:.1%}",
                 )
-            state = record.status if record.error is None else f"{record.status}: {record.error.message[:80]}"
+            if record.error is None:
+                state = record.status
+            else:
+                state = f"{record.status}: {record.error.message[:80]}"
             rows.append((label, state, badge or "-", *figures, seconds(record.load_s)))
         headings = (
             "run",
