@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from launcher.backends.base import Score
 from launcher.backends.decode import Decoder, eos_token_ids
+from launcher.backends.drafts import make_guesser, with_draft
 from launcher.backends.memory import PhasePeaks, module_memory
 from launcher.backends.slots.decoder import SlotDecoder
 from launcher.backends.trace import Tracer
@@ -78,9 +79,13 @@ class ModuleBackend(ABC):
         self.peaks.end("load")
         if plan is not None:
             self._check_share(plan)
-        if self.device.type == "cpu" and self.packs(self.model):
-            pack_weights(self.model)
+        self._pack(self.model)
+        self.guesser = make_guesser(self.config.speculative, self.dtype, self.device, self._pack)
         self.decoder = self._decoder(plan)
+
+    def _pack(self, model: torch.nn.Module) -> None:
+        if self.device.type == "cpu" and self.packs(model):
+            pack_weights(model)
 
     def _decoder(self, plan: Plan | None) -> Decoder | SlotDecoder:
         apart, eos, seed = self.config.backend.data_parallel, eos_token_ids(self.model), self.config.seed
@@ -93,6 +98,8 @@ class ModuleBackend(ABC):
             length=plan.slot_tokens if plan and plan.slot_tokens else 0,
             prefill_tokens=measure.prefill_tokens or DEFAULT_PREFILL_TOKENS,
             splits_prompts=apart,
+            guesser=self.guesser,
+            ahead=self.config.speculative.most,
         )  # fmt: skip
 
     @property
@@ -183,10 +190,11 @@ class ModuleBackend(ABC):
     def memory(self) -> list[DeviceMemory]:
         is_reserved = isinstance(self.decoder, SlotDecoder)
         first = self.world.rank
-        return [
+        devices = [
             module_memory(self.model, device, rank, self.decoder.kv_cache_bytes, self.peaks, is_reserved)
             for rank, device in enumerate(self.devices, first)
         ]
+        return [with_draft(devices[0], self.guesser), *devices[1:]]
 
     def close(self) -> None:
         disconnect()

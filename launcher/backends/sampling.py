@@ -44,13 +44,29 @@ class Sampler:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The chosen token of each row of `logits` [rows, vocabulary], and the gap between the two largest of them."""
         best, gaps = self.best(logits)
+        return (best if self.is_greedy else self.draw(logits, generators)[0]), gaps
+
+    def draw(
+        self, logits: torch.Tensor, generators: Sequence[torch.Generator | None]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A token for each row of a whole vocabulary, and what it was drawn from; None where it is the best."""
         if self.is_greedy:
-            return best, gaps
-        weights = self.processors(None, logits).softmax(-1)
+            return best_of(logits)[0], None
+        weights = self.weights(logits)
+        return (weights / self.noise(weights, generators)).argmax(-1), weights
+
+    def weights(self, logits: torch.Tensor) -> torch.Tensor:
+        """The probability with which each token is drawn."""
+        weights: torch.Tensor = self.processors(None, logits).softmax(-1)
+        return weights
+
+    def noise(self, weights: torch.Tensor, generators: Sequence[torch.Generator | None]) -> torch.Tensor:
+        """What makes a draw of weights [rows, vocabulary]: exponential, of each row's own generator if it has one."""
         noise = torch.ones_like(weights)
         for row, generator in zip(noise, generators, strict=False):
-            row.exponential_(generator=generator)
-        return (weights / noise).argmax(-1), gaps
+            if generator is not None:
+                row.exponential_(generator=generator)
+        return noise
 
 
 def _processors(sampling: SamplingConfig) -> LogitsProcessorList:

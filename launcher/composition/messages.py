@@ -26,7 +26,11 @@ from launcher.config.schema import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-EXAMPLES = {"prompts.path": "questions.txt", "model.path": "tiiuae/falcon-7b"}
+EXAMPLES = {
+    "prompts.path": "questions.txt",
+    "model.path": "tiiuae/falcon-7b",
+    "speculative.model": "embedded:tiny_draft",
+}
 
 UNREADABLE = (
     HydraException, OmegaConfBaseException, MarkedYAMLError, AttributeError, ValueError, AssertionError, RecursionError,

@@ -27,12 +27,14 @@ from launcher.config.options import (
     Bounds,
 )
 from launcher.config.schema import ConfigError, RunConfig, Scheduling
+from launcher.config.speculative import KEYS
 from shards.plan.request import MOST_DEVICES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from launcher.config.schema import BackendConfig, PromptsConfig
+    from launcher.config.speculative import SpeculativeConfig
     from shards.untrusted_files import JsonObject
 
 
@@ -62,6 +64,9 @@ BOUNDS: dict[str, Bounds] = {
     "slo.tpot": POSITIVE_SECONDS,
     "slo.e2el": POSITIVE_SECONDS,
     "server.ready_timeout_s": POSITIVE_SECONDS,
+    "speculative.tokens": Bounds(1, 64),
+    "speculative.ngram_max": Bounds(1, 64),
+    "speculative.ngram_min": Bounds(1, 64),
     "launch.poll_s": POSITIVE_SECONDS,
     "launch.node_rank": NOT_NEGATIVE,
     "cluster.cpus_per_task": COUNT,
@@ -94,6 +99,7 @@ def check(config: RunConfig) -> None:
         raise ConfigError("measure.find_batch_size needs launch=local: each try waits for the last.", "launch=local")
     _check_scheduling(config)
     _check_load(config)
+    _check_speculative(config)
     _check_prompts(config.prompts)
     _check_shared(config.prompts)
 
@@ -150,6 +156,39 @@ def _check_load(config: RunConfig) -> None:
         raise ConfigError(
             f"backend={backend.name} asks no server, and server={config.server.name} starts one.", "server=none"
         )
+
+
+def _check_speculative(config: RunConfig) -> None:
+    """Guesses of a kind that is known, for an engine with slots or vLLM."""
+    wanted, name = config.speculative, config.backend.name
+    if wanted.name not in KEYS:
+        fact = f"speculative.name={wanted.name} is not one of {', '.join(KEYS)}."
+        raise ConfigError(fact, f"speculative={difflib.get_close_matches(wanted.name, KEYS, 1, cutoff=0)[0]}")
+    if (key := next((key for key, value in vars(wanted).items() if _is_unread(wanted, key, value)), None)) is not None:
+        reader = next(kind for kind, keys in KEYS.items() if key in keys)
+        fact = f"speculative.{key}={getattr(wanted, key)} is not read with speculative={wanted.name}."
+        raise ConfigError(fact, f"speculative={reader}, or speculative.{key}=null")
+    if wanted.is_on and not config.backend.speculates:
+        fact = f"speculative={wanted.name}, and backend={name} takes no guesses."
+        raise ConfigError(fact, "speculative=none, or backend=transformers")
+    if wanted.is_on and not config.is_continuous:
+        fact = f"speculative={wanted.name}: rows gain unlike numbers of tokens, which a static batch has no places for."
+        raise ConfigError(fact, "measure.scheduling=continuous")
+    missing = [key for key in KEYS[wanted.name] if getattr(wanted, key) is None]
+    if missing:
+        value = "embedded:tiny_draft" if missing[0] == "model" else 1
+        fact = f"speculative.{missing[0]} has no value, and speculative={wanted.name} reads it."
+        raise ConfigError(fact, f"speculative.{missing[0]}={value}")
+    if wanted.ngram_max is not None and wanted.ngram_min is not None and wanted.ngram_min > wanted.ngram_max:
+        fact = f"speculative.ngram_min={wanted.ngram_min} is above speculative.ngram_max={wanted.ngram_max}."
+        raise ConfigError(fact, f"speculative.ngram_min={wanted.ngram_max}")
+    if wanted.is_on and (steps := config.measure.profile) is not None:
+        fact = f"measure.profile={steps} are steps of a token a row, and with speculative={wanted.name} they are not."
+        raise ConfigError(fact, "measure.profile=null, or speculative=none")
+
+
+def _is_unread(wanted: SpeculativeConfig, key: str, value: object) -> bool:
+    return key != "name" and value is not None and key not in KEYS[wanted.name]
 
 
 def _check_backend(backend: BackendConfig) -> dict[str, Bounds]:

@@ -10,6 +10,7 @@ from launcher.config.device import CostConfig, DeviceConfig
 from launcher.config.experiment import MISSING, ExperimentConfig
 from launcher.config.formats import AdapterConfig, WeightFormat, Weights
 from launcher.config.serving import LoadConfig, ServerConfig, SloConfig
+from launcher.config.speculative import SpeculativeConfig
 from launcher.config.storage import Precision
 from shards.errors import UserError
 from shards.machine.interpreter import pip_install
@@ -64,6 +65,7 @@ class BackendConfig:
     needs_device: ClassVar[bool] = True  # False: nothing of it runs on the devices of this machine
     needs_weights: ClassVar[bool] = True  # False: of a model only config and tokenizer are looked at
     loads_by_name: ClassVar[bool] = False  # True: `shards.load` gives it every tensor by the name in the model
+    speculates: ClassVar[bool] = False  # True: it can check several guessed tokens in a step
     can_score: ClassVar[bool] = False  # True: measure.quality lets it score a text
     can_trace: ClassVar[bool] = False  # True: measure.profile traces the steps of a rank
     is_reference: ClassVar[bool] = False  # True: others are held against its tokens
@@ -242,6 +244,7 @@ class RunConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
     output_dir: str = "runs"
     resume: bool = False
     run_dir: str | None = None

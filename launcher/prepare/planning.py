@@ -17,6 +17,7 @@ from launcher.config.machine import described, given_of, other_machine
 from launcher.config.schema import DEFAULT_PREFILL_TOKENS
 from launcher.config.storage import Precision
 from launcher.prepare.shapes import built_of
+from launcher.prepare.speculative import draft_shape
 from launcher.prompts.batches import batches, call_count, split
 from launcher.prompts.prompts import sampling_of
 from shards.engines.base import ModulePlanner
@@ -76,6 +77,8 @@ def plan_of(
         quantization=quantization,
         prompt_tokens=max(len(prompt.token_ids) for prompt in prompts),
         max_new_tokens=sampling_of(config).max_new_tokens,
+        guessed_tokens=config.speculative.most,
+        draft=draft_shape(config),
         device=device,
         link=link,
         alternatives=default_planners(),

@@ -22,6 +22,7 @@ from launcher.models import EMBEDDED
 from launcher.prepare.experiments import check_experiment
 from launcher.prepare.planning import paces, plan_of, short_memory
 from launcher.prepare.shapes import built_of, config_of
+from launcher.prepare.speculative import settle_guesses
 from launcher.prompts.prompts import check_context, guessed_prompts, has_tokenizer, load_prompts, sampling_of
 from launcher.prompts.quality import windows
 from launcher.run_dir.run import Run
@@ -63,7 +64,6 @@ def prepare(config: RunConfig, command: tuple[str, ...], given: Sequence[Prompt]
     model_config = _model_config(config, folder)
     config = _with_adapter(_settle_scheduling(config, model_config, notes))
     fields = ConfigFields(model_config)
-    vocab_size = fields.size("vocab_size")
     tensors = None
     if folder is not None and config.model.weights is Weights.auto and config.backend.uses_weights:
         checkpoint = None if config.dry_run and not has_weights(folder) else Checkpoint.open(folder)
@@ -72,8 +72,9 @@ def prepare(config: RunConfig, command: tuple[str, ...], given: Sequence[Prompt]
         elif checkpoint.tensors:  # those of pytorch_model*.bin only a rank can tell, by torch
             _check_names(config, checkpoint, model_config)
             tensors = checkpoint.tensors
-    prompts = list(given) or _prompts(config, folder, vocab_size, notes)
+    prompts = list(given) or _prompts(config, folder, fields.size("vocab_size"), notes)
     longest = _longest(config, fields, prompts)
+    config = settle_guesses(config, model_config, longest)
     config.backend.refuse(config, model_config, on_cuda, longest)
     notes += [*_notes_batch_size(config), *_notes_order(config, on_cuda), *config.backend.notes(config, on_cuda)]
 
@@ -249,7 +250,7 @@ def _notes_order(config: RunConfig, on_cuda: bool) -> list[str]:
 
 def _settle_scheduling(config: RunConfig, model_config: TransformersConfig, notes: list[str]) -> RunConfig:
     """A model that cannot have slots is decoded in static batches, and a note says why."""
-    asked = config.backend.has_slots and config.is_continuous
+    asked = config.backend.has_slots and config.is_continuous and not config.speculative.is_on
     why = why_static(model_config, config.model.trust_remote_code) if asked else None
     if why is None:
         return config

@@ -32,7 +32,14 @@ if TYPE_CHECKING:
     from shards.plan.plan import Plan
 
 SLOTS, ROWS = "slots_in_decode_steps", "rows_in_decode_steps"
-COUNTERS: dict[str, str] = {SLOTS: "slots, of all decode steps", ROWS: "rows computed in decode steps"}
+GUESSED, ACCEPTED, GUESSING = "guessed_tokens", "accepted_guesses", "guessing_s"
+COUNTERS: dict[str, str] = {
+    SLOTS: "slots, of all decode steps",
+    ROWS: "rows computed in decode steps",
+    GUESSED: "guessed tokens",
+    ACCEPTED: "guessed tokens that were accepted",
+    GUESSING: "seconds of guessing",
+}
 """The label in the report of each number that an engine may count: calls and ranks add up."""
 
 

@@ -138,7 +138,7 @@ class ModulePlanner(EnginePlanner, ABC):
         if self.prefill_tokens is not None:
             rows = min(rows, self.prefill_tokens)
         layer = layer_activation_bytes(request, rows, shape.cached_heads(self.kv_heads_only))
-        logits = request.batch_size * shape.vocab_size * (e + 4)
+        logits = request.batch_size * (1 + request.guessed_tokens) * shape.vocab_size * (e + 4)
         mask = rows * request.context * (1 + e)
         again = 2 * request.batch_size * request.context * shape.num_attention_heads * shape.head_dim * e // n
         return max(layer + mask + again, again + logits)

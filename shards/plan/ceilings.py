@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from shards.plan.cuts import whole_bytes
+from shards.plan.drafts import with_guesses
 from shards.plan.memory import device_plans, kv_bytes_per_token
 from shards.plan.request import Layout, PlanRequest
 from shards.plan.roofline import Limit, Machine, Roofline, Scheme, Work, decode_step, prefill
@@ -30,7 +31,7 @@ def ceilings(request: PlanRequest, layout: Layout) -> tuple[Limit | None, Limit 
         pool = min(device.kv_cache_reserved_bytes for device in device_plans(request, layout))
         batch = min(batch, pool / (context * kv_bytes_per_token(request)))
     return (
-        decode_step(work, machine, scheme, batch=batch, context=context),
+        with_guesses(request, decode_step(work, machine, scheme, batch=batch, context=context)),
         prefill(work, machine, scheme, batch=batch, tokens=prompt),
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from shards.plan.drafts import draft_bytes
 from shards.plan.request import Layout, PlanRequest
 
 
@@ -15,6 +16,7 @@ class DevicePlan:
 
     `kv_cache_bytes` is what the sequences of a batch need, `kv_cache_reserved_bytes` what the engine sets aside;
     `buffer_bytes` are parameters gathered, widened or packed; `overhead_bytes` lie outside the engine's tensors.
+    The bytes of a draft model, and of its cache, come on top.
     """
 
     rank: int
@@ -25,11 +27,14 @@ class DevicePlan:
     buffer_bytes: int
     overhead_bytes: int
     capacity_bytes: int | None
+    draft_parameter_bytes: int = 0
+    draft_cache_bytes: int = 0
 
     @property
     def used_bytes(self) -> int:
         cache = max(self.kv_cache_bytes, self.kv_cache_reserved_bytes)
-        return self.parameter_bytes + cache + self.activation_bytes + self.buffer_bytes + self.overhead_bytes
+        draft = self.draft_parameter_bytes + self.draft_cache_bytes
+        return self.parameter_bytes + cache + self.activation_bytes + self.buffer_bytes + self.overhead_bytes + draft
 
     @property
     def nvml_used_bytes(self) -> int:
@@ -43,7 +48,8 @@ class DevicePlan:
 
     def peak_bytes(self, phase: Literal["load", "prefill", "decode"]) -> int:
         """The most that tensors take in a phase of a run."""
-        return self.parameter_bytes if phase == "load" else self.peak_allocated_bytes
+        loaded = self.parameter_bytes + self.draft_parameter_bytes
+        return loaded if phase == "load" else self.peak_allocated_bytes
 
     @property
     def free_bytes(self) -> int | None:
@@ -66,7 +72,8 @@ def device_plans(request: PlanRequest, layout: Layout) -> tuple[DevicePlan, ...]
     plans = []
     for rank, (parameters, part) in enumerate(zip(layout.parameter_bytes, layout.layers, strict=True)):
         needed, unsliced = caches[part]
-        others = parameters + activations + unsliced + layout.buffer_bytes + overhead
+        draft, draft_cache = draft_bytes(request, rank)
+        others = parameters + activations + unsliced + layout.buffer_bytes + overhead + draft + draft_cache
         reserved = _reserved_bytes(request, others)
         plans.append(
             DevicePlan(
@@ -78,6 +85,8 @@ def device_plans(request: PlanRequest, layout: Layout) -> tuple[DevicePlan, ...]
                 buffer_bytes=layout.buffer_bytes,
                 overhead_bytes=overhead,
                 capacity_bytes=request.capacity_bytes,
+                draft_parameter_bytes=draft,
+                draft_cache_bytes=draft_cache,
             )
         )
     return tuple(plans)

@@ -125,7 +125,7 @@ def make_plan(request: PlanRequest) -> Plan:
         windows=request.shape.windows,
         quantization=request.quantization.name if request.quantization else None,
         slots=request.batch_size if request.engine.has_slots else None,
-        slot_tokens=request.context if request.engine.has_slots else None,
+        slot_tokens=request.slot_tokens if request.engine.has_slots else None,
         settings=request.engine.settings(),
         advice=request.engine.advice(request),
     )

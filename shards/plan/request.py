@@ -56,7 +56,8 @@ class PlanRequest:
     rank answers prompts of its own.
 
     `mean_batch_size` and `mean_prompt_tokens` are those of all calls of a run, for its ceilings; None where all calls
-    are alike. `mixed_bytes` is the width of products and of the cache where it is not that of the weights.
+    are alike. `mixed_bytes` is the width of products and of the cache where it is not that of the weights. In a step
+    `guessed_tokens` of each sequence are checked at most, which `draft` has guessed or which were looked up.
     `alternatives` are the engines that a hint may name.
     """
 
@@ -72,6 +73,8 @@ class PlanRequest:
     prompt_tokens: int = 512
     mean_prompt_tokens: float | None = None
     max_new_tokens: int = 128
+    guessed_tokens: int = 0
+    draft: ModelShape | None = None
     device: Device = CPU
     link: Link | None = None
     alternatives: tuple[EnginePlanner, ...] = ()
@@ -105,13 +108,19 @@ class PlanRequest:
     def context(self) -> int:
         return self.prompt_tokens + self.max_new_tokens
 
+    @property
+    def slot_tokens(self) -> int:
+        """Tokens of a sequence at most, with guesses behind it."""
+        return self.context + self.guessed_tokens
+
     def kept_tokens(self, window: int | None) -> int:
         """Tokens of a sequence for which a layer has cache at its end. A window does not begin where a block does."""
+        whole = self._in_blocks(self.slot_tokens)
         if window is None:
-            return self._in_blocks(self.context)
+            return whole
         block = self.engine.block_tokens
         more = block if block > 1 else 0
-        return min(self._in_blocks(self.context), self._in_blocks(self.engine.window_tokens(window)) + more)
+        return min(whole, self._in_blocks(self.engine.window_tokens(window) + self.guessed_tokens) + more)
 
     def lost_tokens(self, window: int | None) -> int:
         """Tokens of a prompt for which a layer has no cache any more once it was read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +18,8 @@ from launcher.backends.decode import Decoder
 from launcher.backends.memory import PhasePeaks
 from launcher.backends.sampling import Sampler
 from launcher.backends.slots.decoder import Queue, SlotDecoder
-from launcher.backends.slots.families import FAMILIES, why_static
+from launcher.backends.slots.families import FAMILIES, why_no_guesses, why_static
+from launcher.backends.slots.guesses import Draft, Lookup
 from launcher.backends.slots.schedule import Read, Schedule, Step
 from launcher.config.schema import SamplingConfig
 from shards.machine.world import World
@@ -124,6 +126,20 @@ def test_a_family_in_slots_gives_the_tokens_of_generate(family: str, config: dic
         engine = decoder(model, slots, 40, prefill_tokens)
         generation = answered(engine, prompts, SamplingConfig(max_new_tokens=new_tokens, ignore_eos=True))
         assert [item.token_ids for item in generation.completions] == expected, (slots, prefill_tokens)
+    if why_no_guesses(model.config.to_dict()) is None:
+        for guesser in (Lookup(3, 1, torch.device("cpu")), Draft(disturbed(model), torch.device("cpu"))):
+            engine = decoder(model, 4, 43, 7)
+            engine.guesser, engine.ahead = guesser, 3
+            generation = answered(engine, prompts, SamplingConfig(max_new_tokens=new_tokens, ignore_eos=True))
+            assert [item.token_ids for item in generation.completions] == expected, guesser
+
+
+def disturbed(model: Any) -> Any:
+    """A model that often, but not always, makes the same tokens."""
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape) * float(parameter.data.float().std(correction=0))
+    return other
 
 
 @pytest.mark.parametrize("is_continuous", [True, False], ids=["slots", "static"])

@@ -44,6 +44,7 @@ class DeepSpeedConfig(BackendConfig):
     pip_extra: ClassVar[str | None] = "deepspeed"
     has_slots: ClassVar[bool] = True
     can_score: ClassVar[bool] = True
+    speculates: ClassVar[bool] = True
     can_trace: ClassVar[bool] = True
     loads_by_name: ClassVar[bool] = True
 

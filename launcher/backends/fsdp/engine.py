@@ -28,6 +28,7 @@ class FsdpConfig(BackendConfig):
     data_parallel: ClassVar[bool] = True
     has_slots: ClassVar[bool] = True
     can_score: ClassVar[bool] = True
+    speculates: ClassVar[bool] = True
     can_trace: ClassVar[bool] = True
     loads_by_name: ClassVar[bool] = True
     quantizations: ClassVar[tuple[str, ...]] = ("int8_wo",)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 NAME = "slots"
+FEW = 256
+"""No more queries than these of a group are laid beside each other, each with a mask of its own."""
 
 
 def attention(
@@ -35,6 +37,10 @@ def attention(
             query = query.reshape(rows, heads // group, group, dim)
         attended = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
         return attended.reshape(rows, 1, heads, value.shape[3]), None
+    if group > 1 and mask is not None and tokens * group <= FEW:  # a step with guesses: the same, token by token
+        query = query.reshape(rows, heads // group, group * tokens, dim)
+        attended = scaled_dot_product_attention(query, key, value, attn_mask=mask.repeat(1, 1, group, 1), scale=scaling)
+        return attended.reshape(rows, heads, tokens, value.shape[3]).transpose(1, 2), None
     if group > 1:  # of CUDA's kernels for groups only that of newer cards and 16 bits writes no scores down
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     attended = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, is_causal=mask is None)

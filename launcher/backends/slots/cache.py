@@ -47,13 +47,14 @@ class SlotLayer(CacheLayerMixin):
     """One layer: keys and values [slots, kv heads, size, head_dim], zeros until they are written.
 
     A layer with a window has as many places as the window, used in turn: token n lies at place n modulo the size, so
-    that a row holds the last `size` tokens, all of which the newest may see.
+    that a row holds the last `size` tokens, all of which the newest may see. `spare` places more take tokens that may
+    be given up again, in place of none that is still seen.
     """
 
-    def __init__(self, slots: int, length: int, window: int | None) -> None:
+    def __init__(self, slots: int, length: int, window: int | None, spare: int = 0) -> None:
         super().__init__()
         self.slots, self.window = slots, window
-        self.size = length if window is None else min(length, window)
+        self.size = length if window is None else min(length, window + spare)
         self.is_sliding = window is not None
         self.doing: Reading | Stepping | None = None
         self.views: tuple[int, int, Pair] | None = None
@@ -122,7 +123,7 @@ class SlotLayer(CacheLayerMixin):
             case Reading(start=start):
                 return start
             case Stepping(reach=reach):
-                return reach - 1
+                return reach - self.doing.positions.shape[1]
         return 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -150,13 +151,13 @@ class SlotLayer(CacheLayerMixin):
 class SlotCache(Cache):
     """The cache of `slots` sequences of at most `length` tokens. `do` says what the next forward is for."""
 
-    def __init__(self, config: PretrainedConfig, slots: int, length: int) -> None:
+    def __init__(self, config: PretrainedConfig, slots: int, length: int, spare: int = 0) -> None:
         self.slots, self.length = slots, length
         windows = [
             layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
             for layer in DynamicCache(config=config).layers
         ]
-        super().__init__(layers=[SlotLayer(slots, length, window) for window in windows])
+        super().__init__(layers=[SlotLayer(slots, length, window, spare) for window in windows])
         self.doing: Reading | Stepping | None = None
         self._index: dict[tuple[torch.device, int, int], torch.Tensor] = {}
         self._bases: dict[tuple[torch.device, int, int], torch.Tensor] = {}

@@ -15,17 +15,23 @@ from launcher.backends.base import Completion, Generation
 from launcher.backends.memory import Clock, PhasePeaks
 from launcher.backends.sampling import Sampler
 from launcher.backends.slots.device import Slots
+from launcher.backends.slots.guesses import AheadSlots, Guesses
 from launcher.backends.slots.schedule import NEAR, Read, Schedule, Step
-from launcher.results.metrics import ROWS, SLOTS
+from launcher.backends.slots.speculation import Speculation
+from launcher.results.metrics import GUESSING, ROWS, SLOTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from collections.abc import Sequence as SequenceOf
 
     from launcher.backends.base import OnStep, Prompt
+    from launcher.backends.slots.guesses import Guesser
     from launcher.backends.slots.schedule import Sequence
+    from launcher.backends.slots.speculation import Checked
     from launcher.config.schema import SamplingConfig
     from shards.machine.world import World
+
+    Kind = type[Read | Step | Guesses]
 
 LATE = {"cpu": 0, "cuda": 4}
 """So many forwards later it is read which tokens one has made: before, the host would have to wait for the device."""
@@ -83,10 +89,10 @@ class Made:
         copied.record()
         return cls(forward, number, tokens, gaps, copied)
 
-    def values(self) -> tuple[list[int], list[float]]:
+    def values(self) -> tuple[list[list[int]], list[list[float]]]:
         if self.copied is not None:
             self.copied.synchronize()
-        return self.tokens.tolist(), self.gaps.tolist()
+        return self.tokens[:, None].tolist(), self.gaps[:, None].tolist()
 
 
 @dataclass(slots=True)
@@ -103,10 +109,12 @@ class SlotDecoder:
     length: int
     prefill_tokens: int
     splits_prompts: bool
+    guesser: Guesser | None = None
+    ahead: int = 0  # tokens that are guessed for a row in a step
     on_tokens: Callable[[int, SequenceOf[int]], None] | None = None
     slots: Slots | None = None
     must_clear: bool = False
-    made: deque[Made] = field(default_factory=deque)
+    made: deque[Made | Checked] = field(default_factory=deque)
 
     @property
     def kv_cache_bytes(self) -> dict[torch.device, int]:
@@ -120,7 +128,7 @@ class SlotDecoder:
         self.made.clear()
         while call.queue.fill():
             call.forward()
-            while len(self.made) > LATE[self.device.type]:
+            while len(self.made) > (0 if self.guesser else LATE[self.device.type]):
                 call.take(self.made.popleft())
             call.report()
         while self.made:
@@ -133,7 +141,10 @@ class SlotDecoder:
         if self.slots is None or longest > self.slots.cache.length:
             self.length = max(longest, self.length)
             self.slots = None
-            self.slots = Slots(self.model, self.num_slots, self.length, self.device)
+            if self.guesser is None:
+                self.slots = Slots(self.model, self.num_slots, self.length, self.device)
+            else:
+                self.slots = AheadSlots(self.model, self.num_slots, self.length, self.device, self.ahead)
         return self.slots
 
 
@@ -145,17 +156,23 @@ class _Call:
     ) -> None:
         self.decoder, self.sampling, self.on_step = decoder, sampling, on_step
         most = sampling.max_new_tokens
-        self.slots = decoder.ready(max((len(prompt.token_ids) for prompt in prompts), default=1) + most)
+        longest = max((len(prompt.token_ids) for prompt in prompts), default=1)
+        self.slots = decoder.ready(longest + most + decoder.ahead)
         ranks, rank = (decoder.world.world_size, decoder.world.rank) if decoder.splits_prompts else (1, 0)
         near = NEAR[decoder.device.type]
         schedules = [Schedule(decoder.num_slots, most, decoder.prefill_tokens, near) for _ in range(ranks)]
         self.schedule = schedules[rank]
-        self.queue = Queue(prompts, schedules, rank, votes=ranks > 1 and not sampling.ignore_eos)
+        is_told = sampling.ignore_eos and decoder.guesser is None  # when answers end
+        self.queue = Queue(prompts, schedules, rank, votes=ranks > 1 and not is_told)
         self.sampler = Sampler(sampling, decoder.seed, decoder.device, decoder.model.get_output_embeddings())
+        self.speculation: Speculation | None = None
+        if decoder.guesser is not None and isinstance(self.slots, AheadSlots):
+            decoder.guesser.ready(decoder.num_slots, self.slots.cache.length, decoder.ahead)
+            self.speculation = Speculation(decoder.guesser, self.slots, self.sampler, sampling, decoder.ahead)
         self.eos = frozenset(() if sampling.ignore_eos else decoder.eos_token_ids)
         self.order = {prompt.index: place for place, prompt in enumerate(prompts)}
         self.generators: dict[int, torch.Generator | None] = {}
-        self.kinds: list[type[Read | Step] | None] = []  # of each forward
+        self.kinds: list[Kind | None] = []  # of each forward
         self.rows = 0
         self.ended: list[Sequence] = []
         self.new_tokens, self.reported = 0, 0
@@ -170,42 +187,65 @@ class _Call:
             self.slots.idle()
             self.clock.mark()
             return
+        if isinstance(forward, Step):
+            self.rows += len(forward.sequences)
+        elif self.speculation is not None:
+            self.speculation.guesser.read(forward)
+        if isinstance(forward, Step) and self.speculation is not None:
+            self._check_guesses(self.speculation, forward)
+        else:
+            self._choose(forward)
+        self.schedule.begin(forward)
+        self.clock.mark()
+        self.decoder.peaks.end("prefill" if isinstance(forward, Read) else "decode")
+
+    def _choose(self, forward: Read | Step) -> None:
+        """A token for each row, of which nobody waits to hear."""
         if isinstance(forward, Read):
             if self.decoder.must_clear and not forward.start:
                 self.slots.clear(forward.sequences)
             logits = self.slots.read(forward)
         else:
-            self.rows += len(forward.sequences)
             logits = self.slots.step(forward)
         if isinstance(forward, Step) or forward.is_last:
             tokens, gaps = self.sampler.choose(logits, [self._generator(one) for one in forward.sequences])
             self.slots.keep(forward, tokens)
             self.decoder.made.append(Made.of(forward, len(self.kinds) - 1, tokens, gaps))
-        self.schedule.begin(forward)
+
+    def _check_guesses(self, speculation: Speculation, forward: Step) -> None:
+        """Several tokens for a row, as many as were guessed right and one more."""
+        generators = [self._generator(one) for one in forward.sequences]
+        guesses = speculation.guess(forward, generators)
+        self.kinds.insert(-1, Guesses)
         self.clock.mark()
-        self.decoder.peaks.end("prefill" if isinstance(forward, Read) else "decode")
+        self.decoder.made.append(speculation.check(forward, len(self.kinds) - 1, guesses, generators))
 
     def _generator(self, sequence: Sequence) -> torch.Generator | None:
         if sequence.begun == 0:
             self.generators[sequence.prompt.index] = self.sampler.generator(sequence.prompt)
         return self.generators[sequence.prompt.index]
 
-    def take(self, made: Made) -> None:
+    def take(self, made: Made | Checked) -> None:
         """Read what a forward has chosen. What a sequence was given after its end is left out."""
-        for sequence, token, gap in zip(made.forward.sequences, *made.values(), strict=True):
-            if sequence.is_ended:
-                continue
-            sequence.token_ids.append(token)
-            sequence.gaps.append(gap)
-            sequence.forwards.append(made.number)
-            self.decoder.must_clear |= not math.isfinite(gap)
-            self.new_tokens += 1
-            if self.decoder.on_tokens is not None:
-                self.decoder.on_tokens(sequence.prompt.index, (token,))
-            if token in self.eos or len(sequence.token_ids) == self.sampling.max_new_tokens:
-                sequence.is_ended = True
-                self.schedule.end(sequence)
-                self.ended.append(sequence)
+        for sequence, tokens, gaps in zip(made.forward.sequences, *made.values(), strict=True):
+            for token, gap in zip(tokens, gaps, strict=True):
+                if not sequence.is_ended:
+                    self._give(sequence, made.number, token, gap)
+            sequence.begun = max(sequence.begun, len(sequence.token_ids))
+
+    def _give(self, sequence: Sequence, number: int, token: int, gap: float) -> None:
+        """A sequence has a new token, by the forward of a number."""
+        sequence.token_ids.append(token)
+        sequence.gaps.append(gap)
+        sequence.forwards.append(number)
+        self.decoder.must_clear |= not math.isfinite(gap)
+        self.new_tokens += 1
+        if self.decoder.on_tokens is not None:
+            self.decoder.on_tokens(sequence.prompt.index, (token,))
+        if token in self.eos or len(sequence.token_ids) == self.sampling.max_new_tokens:
+            sequence.is_ended = True
+            self.schedule.end(sequence)
+            self.ended.append(sequence)
 
     def report(self) -> None:
         """Say what is new since the last time."""
@@ -228,15 +268,16 @@ class _Call:
     def generation(self) -> Generation:
         """All completions, with their times."""
         marks = self.clock.marks()
-        spent: dict[type[Read | Step] | None, float] = {Read: 0.0, Step: 0.0, None: 0.0}
+        spent: dict[Kind | None, float] = {Read: 0.0, Step: 0.0, Guesses: 0.0, None: 0.0}
         for kind, before, after in zip(self.kinds, (0.0, *marks), marks, strict=False):
             spent[kind] += after - before
         steps = self.kinds.count(Step)
+        more = {} if self.speculation is None else {**self.speculation.counters, GUESSING: spent[Guesses]}
         ordered = sorted(self.ended, key=lambda sequence: self.order[sequence.prompt.index])
         return Generation(
             tuple(self._completion(sequence, marks) for sequence in ordered),
             prefill_s=spent[Read],
-            decode_s=spent[Step],
+            decode_s=spent[Step] + spent[Guesses],
             decode_steps=steps,
-            counters={SLOTS: steps * self.decoder.num_slots, ROWS: self.rows},
+            counters={SLOTS: steps * self.decoder.num_slots, ROWS: self.rows, **more},
         )

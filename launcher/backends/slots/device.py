@@ -27,10 +27,10 @@ class Slots:
     `read` and `step` give logits [rows, vocabulary] in fp32; `keep` takes what was chosen from them.
     """
 
-    def __init__(self, model: Any, slots: int, length: int, device: torch.device) -> None:
+    def __init__(self, model: Any, slots: int, length: int, device: torch.device, spare: int = 0) -> None:
         self.model, self.device = model, device
         use_slots(model)
-        self.cache = SlotCache(model.config, slots, length)
+        self.cache = SlotCache(model.config, slots, length, spare)
         self.tokens = torch.zeros(slots, dtype=torch.long, device=device)
         self.positions = torch.zeros(slots, dtype=torch.long, device=device)
         self.places = torch.arange(length, device=device)
@@ -43,7 +43,7 @@ class Slots:
 
     def read(self, forward: Read) -> torch.Tensor:
         """Read prompts, or a chunk of one; the logits of the last token of each."""
-        self._move(forward.moves)
+        self.move(forward)
         prompts = [one.prompt.token_ids[forward.start : forward.start + forward.width] for one in forward.sequences]
         ids = torch.tensor([list(one) + [0] * (forward.width - len(one)) for one in prompts], device=self.device)
         ends = torch.tensor([forward.start + len(one) for one in prompts], device=self.device)
@@ -58,7 +58,7 @@ class Slots:
 
     def step(self, forward: Step) -> torch.Tensor:
         """Decode a token of each row."""
-        self._move(forward.moves)
+        self.move(forward)
         rows = len(forward.sequences)
         lengths = {one.length + 1 for one in forward.sequences}
         is_even = len(lengths) == 1 and not self.needs_mask
@@ -87,13 +87,17 @@ class Slots:
         for one in sequences:
             self.cache.clear(one.row)
 
-    def _move(self, moves: tuple[tuple[int, int], ...]) -> None:
-        for source, target in moves:
+    def move(self, forward: Read | Step) -> None:
+        """Make the moves of a forward."""
+        for source, target in forward.moves:
             self.cache.move(source, target)
             for tensor in (self.tokens, self.positions):
                 tensor[target].copy_(tensor[source])
 
     def _logits(self, ids: torch.Tensor, positions: torch.Tensor, mask: Any, kept: int) -> torch.Tensor:
+        return self._all_logits(ids, positions, mask, kept)[:, -1]
+
+    def _all_logits(self, ids: torch.Tensor, positions: torch.Tensor, mask: Any, kept: int) -> torch.Tensor:
         options = {"position_ids": positions} if self.takes_positions else {}
         output = self.model(
             input_ids=ids,
@@ -104,7 +108,7 @@ class Slots:
             **options,
         )
         logits: torch.Tensor = output.logits
-        return logits[:, -1].float()
+        return logits[:, -kept:].float()
 
     def _mask(self, positions: torch.Tensor, reach: int) -> Any:
         """What a step may see: of each row all to its newest token, [rows, 1, 1, reach], by kinds of layers if several.

@@ -32,3 +32,11 @@ def why_static(config: Mapping[str, Any], is_remote_code: bool = False) -> str |
     if shared := kinds & SHARED_FREQUENCIES:
         return f"rotary frequencies of type {sorted(shared)[0]} depend on the longest sequence of a batch"
     return None
+
+
+def why_no_guesses(config: Mapping[str, Any]) -> str | None:
+    """Why a model that decodes in slots takes one token of a row in a step; None where it takes several."""
+    family = config.get("model_type")
+    if family in ("bloom", "mpt") or config.get("alibi"):
+        return f"the biases of a {family} with ALiBi are those of one new token"
+    return None

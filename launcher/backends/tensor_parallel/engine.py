@@ -24,6 +24,7 @@ class TensorParallelConfig(BackendConfig):
     pip_extra: ClassVar[str | None] = "tensor_parallel"
     has_slots: ClassVar[bool] = True
     can_score: ClassVar[bool] = True
+    speculates: ClassVar[bool] = True
     can_trace: ClassVar[bool] = True
     loads_by_name: ClassVar[bool] = True
     quantizations: ClassVar[tuple[str, ...]] = ("int8_wo", "int8", "nf4", "nf4_dq", "fp4")

@@ -30,6 +30,7 @@ class TransformersConfig(BackendConfig):
     joins_ranks: ClassVar[bool] = False
     has_slots: ClassVar[bool] = True
     can_score: ClassVar[bool] = True
+    speculates: ClassVar[bool] = True
     can_trace: ClassVar[bool] = True
     loads_by_name: ClassVar[bool] = True
     is_reference: ClassVar[bool] = True

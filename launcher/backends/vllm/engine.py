@@ -47,6 +47,7 @@ class VllmConfig(BackendConfig):
     one_process_per_device: ClassVar[bool] = False
     continuous_batching: ClassVar[bool] = True
     can_score: ClassVar[bool] = True
+    speculates: ClassVar[bool] = True
     most_at_once_key: ClassVar[str | None] = "backend.max_num_seqs"
     takes_load: ClassVar[bool] = True
     own_random_weights: ClassVar[bool] = True  # load_format=dummy, which depend on how the model is cut

@@ -1,0 +1,49 @@
+"""The guesser of an engine that is a transformers module: a draft model, whole on the first device of each process, or
+prompt lookup, which needs none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from launcher.backends.memory import parameter_bytes
+from launcher.backends.slots.guesses import Draft, Guesser, Lookup
+from launcher.config.speculative import DRAFT, NGRAM
+from shards.checkpoint.checkpoint import Checkpoint
+from shards.load.load import load_weights
+from shards.load.meta import build_meta
+from shards.parallel.families import keep_kv_heads_only
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from launcher.backends.base import DeviceMemory
+    from launcher.config.speculative import SpeculativeConfig
+
+
+def make_guesser(
+    wanted: SpeculativeConfig, dtype: torch.dtype, device: torch.device, prepare: Callable[[torch.nn.Module], None]
+) -> Guesser | None:
+    """What guesses for a run; `prepare` is given a draft model once it has its weights. None where nothing does."""
+    if wanted.name == NGRAM:
+        return Lookup(wanted.ngram_max or 1, wanted.ngram_min or 1, device)
+    if wanted.name != DRAFT:
+        return None
+    folder = Path(wanted.model or "")
+    model = build_meta(folder, dtype, False)
+    keep_kv_heads_only(model)
+    load_weights(model, Checkpoint.open(folder), device, lambda done, total: None)
+    prepare(model)
+    return Draft(model, device)
+
+
+def with_draft(memory: DeviceMemory, guesser: Guesser | None) -> DeviceMemory:
+    """The memory of a device with that of the draft model on it."""
+    if not isinstance(guesser, Draft):
+        return memory
+    cache = guesser.slots.cache.num_bytes() if guesser.slots else {}
+    parameters = parameter_bytes(guesser.model, guesser.device)
+    return replace(memory, draft_parameter_bytes=parameters, draft_cache_bytes=sum(cache.values()))

@@ -1,0 +1,56 @@
+"""Which guessed tokens hold, and the token behind them: the target's own choice, or its own distribution."""
+
+from __future__ import annotations
+
+import torch
+
+
+def greedy(best: torch.Tensor, guesses: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens [rows, 1 + width], guesses accepted [rows]) where `best` [rows, 1 + width] has the target's own choices
+    at the newest token and at each of `guesses` [rows, width], of which a row has `counts` [rows].
+
+    Of a row's tokens as many count as were accepted, and the one behind them.
+    """
+    holds = guesses == best[:, :-1]
+    return best, _leading(holds, counts)
+
+
+def sampled(
+    target: torch.Tensor,
+    guesses: torch.Tensor,
+    counts: torch.Tensor,
+    drafted: torch.Tensor | None,
+    uniform: torch.Tensor,
+    noise: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `greedy`, by rejection: the tokens are distributed as if each had been drawn from `target` [rows, 1 + width,
+    vocabulary].
+
+    `drafted` [rows, width, vocabulary] are the distributions that the guesses were drawn from; None where they were no
+    matter of chance. `uniform` [rows, width] is drawn from [0, 1), `noise` [rows, vocabulary] exponentially. A guess is
+    accepted with the probability p / q at most 1; in place of the first that is not a token is drawn from what p has
+    more than q.
+    """
+    rows = torch.arange(len(guesses), device=guesses.device)
+    p = target[:, :-1].gather(2, guesses[..., None])[..., 0]
+    q = torch.ones_like(p) if drafted is None else drafted.gather(2, guesses[..., None])[..., 0]
+    accepted = _leading(uniform * q < p, counts)
+    weights = target[rows, accepted]
+    if guesses.shape[1]:
+        refused = accepted.clamp(max=guesses.shape[1] - 1)
+        if drafted is None:
+            taken = torch.zeros_like(weights).scatter_(1, guesses[rows, refused][:, None], 1.0)
+        else:
+            taken = drafted[rows, refused]
+        left = (weights - taken).clamp_(min=0)
+        is_refused = (accepted < counts)[:, None] & (left.sum(1, keepdim=True) > 0)
+        weights = torch.where(is_refused, left, weights)
+    token = (weights / noise).argmax(-1)
+    tokens = torch.cat((guesses, token[:, None]), 1).scatter_(1, accepted[:, None], token[:, None])
+    return tokens, accepted
+
+
+def _leading(holds: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """The number of guesses of each row up to the first that does not hold."""
+    is_there = torch.arange(holds.shape[1], device=holds.device) < counts[:, None]
+    return (holds & is_there).long().cumprod(1).sum(1)

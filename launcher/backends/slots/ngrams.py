@@ -1,0 +1,37 @@
+"""Prompt lookup: what followed the newest tokens of a sequence when it last had them. Plain bookkeeping: no tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+@dataclass(slots=True)
+class Ngrams:
+    """The tokens of a sequence, and for each run of `least` to `most` of them where it was last followed by another."""
+
+    most: int
+    least: int
+    tokens: list[int] = field(default_factory=list)
+    followed_at: dict[tuple[int, ...], int] = field(default_factory=dict)
+
+    def add(self, new: Iterable[int]) -> None:
+        """Append tokens."""
+        for token in new:
+            here = len(self.tokens)
+            for length in range(self.least, min(self.most, here) + 1):
+                self.followed_at[tuple(self.tokens[here - length :])] = here
+            self.tokens.append(token)
+
+    def guess(self, count: int) -> list[int]:
+        """So many tokens that may come next, of the longest run that was there before; none where none was."""
+        here = len(self.tokens)
+        for length in range(min(self.most, here), self.least - 1, -1) if count else ():
+            start = self.followed_at.get(tuple(self.tokens[here - length :]))
+            if start is not None:
+                known = self.tokens[start : start + count]
+                return (known * -(-count // len(known)))[:count]  # what repeats goes on doing so
+        return []

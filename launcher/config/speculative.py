@@ -1,0 +1,29 @@
+"""Speculative decoding, as a part of a configuration. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NONE, NGRAM, DRAFT = "none", "ngram", "draft"
+KEYS = {NONE: (), NGRAM: ("tokens", "ngram_max", "ngram_min"), DRAFT: ("tokens", "model")}
+"""What is read with each kind of guesses."""
+
+
+@dataclass
+class SpeculativeConfig:
+    """Tokens that are guessed ahead, and checked all at once in a step of the model."""
+
+    name: str = NONE
+    tokens: int | None = None  # the most that are guessed for a row in a step
+    ngram_max: int | None = None  # ngram: so many newest tokens are looked up, at first
+    ngram_min: int | None = None  # ngram: and no fewer than these
+    model: str | None = None  # draft: a folder, a hub id, or embedded:NAME
+
+    @property
+    def is_on(self) -> bool:
+        return self.name != NONE
+
+    @property
+    def most(self) -> int:
+        """The most tokens that are guessed for a row in a step."""
+        return self.tokens or 0

@@ -1,0 +1,72 @@
+"""What guesses tokens ahead of a run's model: whether it can, and a draft model's folder and shape."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.backends.slots.families import why_no_guesses, why_static
+from launcher.config.schema import ConfigError
+from launcher.config.speculative import DRAFT
+from launcher.models import EMBEDDED
+from launcher.prepare.shapes import built_of, config_of
+from shards.checkpoint.hub import resolve
+from shards.model.config_fields import ConfigFields
+from shards.model.quantized_checkpoint import from_config
+
+if TYPE_CHECKING:
+    from launcher.config.schema import RunConfig
+    from shards.model.config_fields import TransformersConfig
+    from shards.model.shape import ModelShape
+
+
+def settle_guesses(config: RunConfig, model_config: TransformersConfig, longest: int) -> RunConfig:
+    """The run with the folder of its draft model; ConfigError for a model or a draft that cannot be had together.
+
+    `longest` is the most tokens of a prompt and its answer.
+    """
+    wanted, backend = config.speculative, config.backend
+    if not wanted.is_on:
+        return config
+    remote = config.model.trust_remote_code
+    if backend.has_slots and (why := why_static(model_config, remote) or why_no_guesses(model_config)) is not None:
+        raise ConfigError(f"speculative={wanted.name}, and {why}.", "speculative=none")
+    if wanted.name != DRAFT:
+        return config
+    folder = _folder(config)
+    fields, path = config_of(folder), wanted.model
+    ours, theirs = (ConfigFields(one).size("vocab_size") for one in (model_config, fields))
+    if ours != theirs:
+        fact = f"The draft {path} has a vocabulary of {theirs} tokens, and {config.model.name} one of {ours}."
+        raise ConfigError(fact, "speculative=ngram speculative.model=null")
+    if backend.has_slots and (why := why_static(fields) or why_no_guesses(fields)) is not None:
+        raise ConfigError(f"The draft {path} cannot guess: {why}.", "speculative=ngram speculative.model=null")
+    if (stored := from_config(fields)) is not None and backend.has_slots:
+        fact = f"The draft {path} is quantized ({stored.name}), and a draft is loaded as plain weights only."
+        raise ConfigError(fact, "speculative=ngram speculative.model=null")
+    context = ConfigFields(fields).count("max_position_embeddings") or ConfigFields(fields).count("n_positions")
+    if context is not None and longest > context:
+        fact = f"The draft {path} has {context} positions, and the longest prompt with its answer {longest} tokens."
+        raise ConfigError(fact, "speculative=ngram speculative.model=null")
+    return replace(config, speculative=replace(wanted, model=str(folder)))
+
+
+def draft_shape(config: RunConfig) -> ModelShape | None:
+    """The shape of the draft model of a run that has one."""
+    if config.speculative.name != DRAFT:
+        return None
+    return built_of(config_of(_folder(config)), None, config.backend.python).shape
+
+
+def _folder(config: RunConfig) -> Path:
+    path = config.speculative.model or ""
+    if not path.startswith("embedded:"):
+        return resolve(path, None, weights=not config.dry_run).absolute()
+    name = path.removeprefix("embedded:")
+    if not (EMBEDDED / name / "config.json").is_file():
+        known = sorted(path.parent.name for path in EMBEDDED.glob("*/config.json"))
+        near = difflib.get_close_matches(name, known, 1, cutoff=0)[0]
+        raise ConfigError(f"There is no embedded model {name!r}.", f"speculative.model=embedded:{near}")
+    return EMBEDDED / name
