@@ -35,9 +35,11 @@ part() {
     "$@" || failed+=("$1 $2")
 }
 
-# What fails beside other tests is tried once more, alone: some tests wait for processes that a busy machine holds up.
+# A worker more than there are cores, since tests of faults and of SLURM mostly wait. What fails beside other tests is
+# tried once more, alone: some tests wait for processes that a busy machine holds up.
 run_tests() {
-    pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations=25 "$@" && return
+    local workers=$(($(nproc) + 1))
+    pytest -n "$((workers < 5 ? workers : 5))" --dist loadfile --no-loadscope-reorder --durations=25 "$@" && return
     echo "== once more, one at a time, what has failed"
     pytest --last-failed --last-failed-no-failures none "$@"
 }

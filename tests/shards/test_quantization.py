@@ -316,6 +316,6 @@ def test_the_command_names_the_quantizations_there_are(capsys: pytest.CaptureFix
     assert main(["model=falcon_7b", "quantization=int3"]) == 2
     known = ", ".join(QUANTIZATIONS)
     assert capsys.readouterr().err == f"error: quantization=int3 is not one of none, {known}. HINT: quantization=int8\n"
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main(["--help"])
     assert set(QUANTIZATIONS) <= set(re.findall(r"\w+", capsys.readouterr().out))
