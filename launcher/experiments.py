@@ -52,7 +52,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 
 def runs_here(config: RunConfig, cards: Sequence[str]) -> str:
-    """Whether this machine can make the experiment as it was, in a word or two."""
+    """A word or two on whether this machine can run the experiment as published."""
     experiment = config.experiment
     if experiment.needs:
         return f"needs {', '.join(experiment.needs)}"

@@ -139,7 +139,7 @@ def model_config(model: str) -> JsonObject:
 
 
 def quantizations(values: dict[str, str], config: JsonObject) -> list[Quantization | None]:
-    """Those asked for, or the one of the model's own config."""
+    """The quantizations asked for, or that of the model's own config."""
     if names := values.get("quantization"):
         return [known_quantization(name) for name in dict.fromkeys(names.split(","))]
     return [from_config(config)]

@@ -112,7 +112,7 @@ def measure(devices: int, accelerator: str) -> Measured:
 
 
 def reason(said: str) -> str:
-    """Why ranks failed, by their stderr: the first error in it, or how torchrun saw the first of them end."""
+    """The reason for the failure of ranks from their stderr: the first error, or the first death as torchrun saw it."""
     error = re.search(r"^(?:\[rank\d+\]: *)?([\w.]*(?:Error|Exception): .+)", said, re.MULTILINE)
     ended = re.search(r"exitcode: (-?\d+)\) local_rank: (\d+)", said)
     if ended and (error is None or ended[1] != "1"):

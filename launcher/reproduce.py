@@ -48,7 +48,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 
 def objections(before: FinishedRun, again: FinishedRun, changes: Changes) -> list[str]:
-    """What of the second run is not as in the first."""
+    """The differences between the second run and the first."""
     comparison = compare(before, again)
     differences = [f"{change.name} is {change.verdict}" for change in changes.figures if change.is_different]
     if (others := comparison.prompts - comparison.matching) > 0:

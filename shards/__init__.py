@@ -1,1 +1,1 @@
-"""How a model is cut up and put on devices: shapes, bytes, checkpoints, ranks. Knows nothing of runs."""
+"""Sharding of a model over devices: shapes, bytes, checkpoints, ranks. Knows nothing of runs."""

@@ -55,7 +55,7 @@ def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
 
 
 def bounded(stream: BinaryIO, name: str, most: int = MAX_BYTES) -> bytes:
-    """What is left in a stream; OSError where that is more than `most` bytes."""
+    """The rest of a stream; OSError if that is more than `most` bytes."""
     content = stream.read(most + 1)
     if len(content) > most:
         raise OSError(errno.EOVERFLOW, f"it has more than {most:,} bytes", name)

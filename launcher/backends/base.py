@@ -55,7 +55,7 @@ class Completion:
 
     @property
     def answer(self) -> tuple[int, ...] | str:
-        """What is compared: the tokens, or the text where there are none."""
+        """The part that is compared: the tokens, or the text where there are none."""
         return self.token_ids if self.text is None else self.text
 
     @property
@@ -126,7 +126,8 @@ class OnStep(Protocol):
     """Called after each step of an engine."""
 
     def __call__(self, new_tokens: int, finished: Sequence[Completion] = ()) -> None:
-        """So many tokens are new, and these answers are whole, where an engine says so before its call returns.
+        """Report `new_tokens` new tokens, and the answers that are complete, where an engine does so before its call
+        returns.
 
         It may raise, to end the call.
         """
@@ -165,13 +166,13 @@ class StreamingBackend(Protocol):
     """An engine that knows the tokens of an answer before it is whole."""
 
     def stream_to(self, on_tokens: Callable[[int, Sequence[int]], None]) -> None:
-        """From now on call it with new tokens by the index of their prompt, before `on_step` of their step."""
+        """Call `on_tokens` with new tokens by the index of their prompt, before `on_step` of their step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How well an engine predicted a text: the log-likelihood (natural logarithm) of all its tokens but the first, and
-    the token that it held most likely in the place of each."""
+    """The score of a text by an engine: the log-likelihood (natural logarithm) of all its tokens but the first, and the
+    most likely token in the place of each."""
 
     log_likelihood: float
     best_tokens: tuple[int, ...]

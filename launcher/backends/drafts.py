@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def make_guesser(
     wanted: SpeculativeConfig, dtype: torch.dtype, device: torch.device, prepare: Callable[[torch.nn.Module], None]
 ) -> Guesser | None:
-    """What guesses for a run; `prepare` is given a draft model once it has its weights. None where nothing does."""
+    """The guesser of a run, None without one; `prepare` is given a draft model once it has its weights."""
     if wanted.name == NGRAM:
         return Lookup(wanted.ngram_max or 1, wanted.ngram_min or 1, device)
     if wanted.name != DRAFT:

@@ -47,7 +47,7 @@ class DummyConfig(BackendConfig):
 
 
 class OutOfMemoryError(RuntimeError):
-    """As torch's own, in name and words."""
+    """Stands in for torch's error, with the same name and message."""
 
 
 class DummyBackend:

@@ -71,7 +71,7 @@ def parameter_bytes(model: torch.nn.Module, device: torch.device) -> int:
 
 
 class PhasePeaks:
-    """What CUDA's allocator held in each phase of a run, on the CUDA devices among some; nothing for others.
+    """Peaks of CUDA's allocator in each phase of a run, for the CUDA devices among those given.
 
     The allocator keeps its books when memory is asked for, not when the device comes to use it: so no phase has to wait
     for the device.
@@ -162,7 +162,7 @@ def _cuda_memory(device: torch.device, peaks: PhasePeaks | None, reasons: dict[s
 
 
 def nvml_used(uuid: str, reasons: dict[str, str]) -> int | None:
-    """What the driver says that this process holds of a card; None, with the reason, where it does not."""
+    """Bytes of a card in use by this process according to the driver; None with the reason where it does not say."""
     try:
         own = next((process for process in processes(uuid) if process.pid == os.getpid()), None)
     except NvmlError as error:

@@ -1,4 +1,4 @@
-"""What the engines that run a transformers module have in common: one decode loop over whatever they made of it."""
+"""The base class of engines that run a transformers module: loading, the decode loop, memory."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Sampler:
         self.seed, self.device = seed, device
 
     def generator(self, prompt: Prompt) -> torch.Generator | None:
-        """What the tokens of a prompt are drawn with, from its first; None where nothing is left to chance."""
+        """The random generator for the tokens of a prompt; None for greedy decoding."""
         if self.is_greedy:
             return None
         return torch.Generator(self.device).manual_seed((self.seed << 32) + prompt.index)
@@ -61,7 +61,7 @@ class Sampler:
         return weights
 
     def noise(self, weights: torch.Tensor, generators: Sequence[torch.Generator | None]) -> torch.Tensor:
-        """What makes a draw of weights [rows, vocabulary]: exponential, of each row's own generator if it has one."""
+        """Exponential noise for a draw from weights [rows, vocabulary], by each row's own generator if it has one."""
         noise = torch.ones_like(weights)
         for row, generator in zip(noise, generators, strict=False):
             if generator is not None:

@@ -1,1 +1,1 @@
-"""From what a user writes, on the command line and in files, to a configuration."""
+"""Composition of a configuration from command-line words and files."""

@@ -53,7 +53,7 @@ def compose_run(overrides: list[str], config_dirs: tuple[str, ...] = (), for_oth
 
 
 def typed(composed: DictConfig, config_dirs: Sequence[str]) -> RunConfig:
-    """What was composed as dataclasses; ConfigError for a key that they do not have."""
+    """The composed values as dataclasses; ConfigError for an unknown key."""
     kind = OmegaConf.get_type(composed, "backend") or BackendConfig
     tree = cast("dict[str, Any]", OmegaConf.to_container(composed))
     options = tree.pop("backend", None) or {}

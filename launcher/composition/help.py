@@ -1,4 +1,4 @@
-"""What `--help` says: the groups and their options as they are in `conf/`, and commands to begin with."""
+"""The text of `--help`: the groups and their options as they are in `conf/`, and example commands."""
 
 from __future__ import annotations
 

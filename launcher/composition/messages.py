@@ -1,5 +1,5 @@
-"""What Hydra and OmegaConf raise for what a user has written, as one line: by the fields of their errors and the
-types of our schema, not by their prose."""
+"""Errors of Hydra and OmegaConf in one line: by the fields of the errors and the types of our schema, not by their
+prose."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ that is null, AssertionError for an entry of a null dict."""
 
 
 def in_one_line(error: Exception, overrides: Sequence[str], config_dirs: Sequence[str]) -> ConfigError:
-    """What is wrong with one of the overrides, or with a file."""
+    """The error in one of the overrides, or in a file."""
     if isinstance(error, RecursionError):
         return ConfigError("A file of the configuration has too many levels.", "fewer of [ and { in one another")
     causes = (error.__cause__, error.__context__)  # Hydra raises its own error from, or beside, that of OmegaConf

@@ -62,7 +62,7 @@ def _count(override: Override, config_dirs: Sequence[str]) -> int:
 
 
 def _range_count(start: float, stop: float, step: float) -> int:
-    """How many numbers there are in a range; 0 where it never ends."""
+    """The number of values in a range; 0 for one without end."""
     if not all(map(math.isfinite, (start, stop, step))) or step == 0:
         return 0
     try:

@@ -1,1 +1,1 @@
-"""What is asked: the schema of a run, how it is composed, checked and explained."""
+"""The configuration: the schema of a run, its checks and its error messages."""

@@ -133,7 +133,7 @@ def _keys_of_texts(kind: type[BackendConfig]) -> JsonObject:
 
 
 def _check_scheduling(config: RunConfig) -> None:
-    """What the engine or the scheduling does not read is refused."""
+    """Refuse options that the engine or the scheduling does not read."""
     name, measure = config.backend.name, config.measure
     if config.backend.continuous_batching and measure.scheduling is Scheduling.static:
         raise ConfigError(f"{name} has a scheduler of its own, which is continuous.", "measure.scheduling=continuous")
@@ -225,7 +225,7 @@ def _check_prompts(wanted: PromptsConfig) -> None:
 
 
 def _check_shared(wanted: PromptsConfig) -> None:
-    """What only some prompt sets read."""
+    """Refuse options that only some prompt sets read."""
     shared, length = wanted.shared_tokens, wanted.input_tokens
     if shared is not None and length is None:
         fact = f"prompts.shared_tokens={shared} is of random prompts, and prompts={wanted.name} has others."

@@ -1,4 +1,4 @@
-"""What the user says of a device: what it can do, and what it costs."""
+"""Devices as the user describes them: rates, memory and price."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class DeviceConfig:
-    """What a device can do, where that is not known here or is to be tried; with its unit."""
+    """The memory and rates of a device that is not known, or in place of known ones; with their units."""
 
     memory: str | None = None  # 48GiB
     bandwidth: str | None = None  # 768GB/s

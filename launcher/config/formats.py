@@ -1,4 +1,4 @@
-"""Where weights come from, how they are held, and what is merged into them. Standard library only."""
+"""Sources and storage formats of weights, and adapters. Standard library only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class WeightFormat(Enum):
-    """How linear layers are stored that are quantized while they are loaded, by the names of `shards.model`."""
+    """Storage formats for linear layers that are quantized while they are loaded, by the names of `shards.model`."""
 
     none = "none"
     int8_wo = "int8_wo"

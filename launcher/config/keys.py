@@ -81,12 +81,12 @@ def without_none(hint: Any) -> Any:
 
 
 def is_open(hint: Any) -> bool:
-    """Whether what is below a key of this type is the user's to name."""
+    """True if the keys below one of this type are chosen by the user."""
     return get_origin(hint) in (dict, list)
 
 
 def has_key(key: str, known: Mapping[str, Any]) -> bool:
-    """Whether a dotted key is one of `known`, an entry of one whose entries are the user's to name, or of a list."""
+    """True if a dotted key is one of `known`, an entry below one whose entries the user names, or an item of a list."""
     if key in known:
         return True
     parts = key.split(".")

@@ -56,7 +56,7 @@ def described(device: Device, given: Mapping[str, str], dtype_bytes: int) -> Dev
 
 
 def given_of(config: RunConfig) -> dict[str, str]:
-    """What a run says of its devices, by the keys of UNITS."""
+    """The figures of devices that a run gives, by the keys of UNITS."""
     values = {key: getattr(config.device, key.removeprefix("device.")) for key in UNITS}
     return {key: text for key, text in values.items() if text is not None}
 
@@ -84,7 +84,7 @@ def other_machine(config: RunConfig) -> tuple[Device, Link] | None:
 
 
 def how_to_know_rates(config: RunConfig) -> str:
-    """What makes the rates known that the ceilings of a run need."""
+    """The command or key that provides the missing rates for the ceilings of a run."""
     if config.num_nodes > 1 and config.link is None:
         return "link= names what joins the nodes, as link=infiniband_hdr"
     if config.machine is not None or config.launch.name == "slurm":

@@ -9,14 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Of a finite number: from `least`, which `is_open` leaves out, to `most`."""
+    """Bounds of a finite number: from `least`, exclusive if `is_open`, to `most`."""
 
     least: int
     most: int | None = None
     is_open: bool = False
 
     def has(self, value: float) -> bool:
-        """Whether a value is within them."""
+        """True if a value is within the bounds."""
         is_enough = value > self.least if self.is_open else value >= self.least
         return math.isfinite(value) and is_enough and (self.most is None or value <= self.most)
 

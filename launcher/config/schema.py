@@ -28,7 +28,7 @@ class ConfigError(UserError):
 
 
 class Accelerator(Enum):
-    """Where the ranks run; `auto` is CUDA where there is a GPU."""
+    """The kind of device of the ranks; `auto` is CUDA if there is a GPU."""
 
     auto = "auto"
     cpu = "cpu"
@@ -36,7 +36,8 @@ class Accelerator(Enum):
 
 
 class Scheduling(Enum):
-    """When a prompt begins: as soon as a slot is free, or with a batch that waits for its longest answer."""
+    """The moment at which a prompt begins: as soon as a slot is free, or with a batch that waits for its longest
+    answer."""
 
     continuous = "continuous"
     static = "static"
@@ -78,12 +79,12 @@ class BackendConfig:
 
     @property
     def uses_devices(self) -> bool:
-        """Whether with these options something of it runs on the devices of this machine."""
+        """True if the engine, with these options, runs on devices of this machine."""
         return self.needs_device
 
     @property
     def uses_weights(self) -> bool:
-        """Whether with these options it needs the weights of the model here."""
+        """True if the engine, with these options, needs the weights of the model here."""
         return self.needs_weights
 
     @classmethod
@@ -180,7 +181,7 @@ class MeasureConfig:
 
 @dataclass
 class LaunchConfig:
-    """Who starts the ranks."""
+    """The way of starting the ranks."""
 
     name: str = "local"  # local | slurm
     wait: bool = True  # slurm: follow the job to its end; False: return once it is submitted
@@ -192,7 +193,7 @@ class LaunchConfig:
 
 @dataclass
 class ClusterConfig:
-    """What a SLURM wants to be told; None and empty leave a line out. Times as SLURM writes them, in quotes."""
+    """Settings of a SLURM job; None and empty leave a line out. Times as SLURM writes them, in quotes."""
 
     name: str = "default"
     partition: str | None = None
@@ -270,13 +271,13 @@ class RunConfig:
 
     @property
     def is_continuous(self) -> bool:
-        """Whether the engine is given the whole prompt set in one call."""
+        """True if the engine is given the whole prompt set in one call."""
         backend = self.backend
         return backend.continuous_batching or (backend.has_slots and self.measure.scheduling is Scheduling.continuous)
 
     @property
     def splits_prompts(self) -> bool:
-        """Whether each rank has prompts of its own from the first, and no rank is given another's."""
+        """True if each rank has prompts of its own from the start and takes none of another."""
         return self.backend.data_parallel and not self.is_continuous
 
 

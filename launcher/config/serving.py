@@ -1,4 +1,4 @@
-"""How requests come, what makes one a good one, and a server that is started for them: parts of a configuration."""
+"""Parts of a configuration for servers: arrivals of requests, objectives for their latency, the server to start."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class LoadConfig:
-    """When prompts are sent to an engine that schedules them itself; all at once where nothing is set.
+    """The arrival times of prompts, for an engine that schedules them itself; all at once by default.
 
     Closed loop: `concurrency` prompts are being answered at any time. Open loop: they come at `request_rate`, or at the
     times of the prompt set, whatever becomes of those before them.

@@ -1,1 +1,1 @@
-"""Which engines work on this machine, tried one by one, each in a process of its own: `python -m launcher.doctor`."""
+"""Try each engine on this machine in a process of its own: `python -m launcher.doctor`."""

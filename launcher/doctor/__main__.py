@@ -91,7 +91,7 @@ def check_memory(machine: host.Host) -> Check:
 
 
 def check_system(machine: host.Host) -> list[Check]:
-    """What engines and clusters need beside Python packages."""
+    """Check what engines and clusters need beside Python packages."""
     shared, locked = machine.shared_memory_bytes, machine.locked_memory_bytes
     small = shared is None or shared < host.SHARED_MEMORY_WANTED
     bound = locked is not None and bool(machine.infiniband)

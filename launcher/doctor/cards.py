@@ -67,7 +67,7 @@ def _facts(gpu: JsonObject, found: JsonObject) -> list[str]:
 
 
 def _problems(gpu: JsonObject, gpus: Sequence[JsonObject]) -> tuple[State, list[str], str]:
-    """What keeps a run off a card or distorts it, the gravest first, with what mends that one."""
+    """Problems that keep a run off a card or distort it, the gravest first, with the remedy for that one."""
     index = gpu["index"]
     findings: list[tuple[State, str, str]] = []
     if gpu["mig"]:
@@ -96,7 +96,7 @@ def _problems(gpu: JsonObject, gpus: Sequence[JsonObject]) -> tuple[State, list[
 
 
 def _users(gpu: JsonObject) -> str:
-    """Who holds memory of a card; in a container that may be processes which the driver does not show there."""
+    """The processes that hold memory of a card; in a container the driver may not show all of them."""
     if gpu["processes"]:
         shown = (f"process {pid} ({host.process_name(pid)}, {size(held)})" for pid, held in gpu["processes"])
         return ", ".join(shown)
@@ -118,7 +118,7 @@ def _check_link(link: JsonObject) -> Check:
 
 
 def check_cuda(found: JsonObject | None, built_for: Sequence[str]) -> list[Check]:
-    """What engines for CUDA need: a driver that runs them, a compiler with Python's headers, perhaps nvcc.
+    """Check what CUDA engines need: a driver that runs them, a compiler with Python's headers, perhaps nvcc.
 
     `built_for` are the CUDA versions of the torch builds that are installed; where there are none, that of the lock.
     """
@@ -135,7 +135,7 @@ def check_cuda(found: JsonObject | None, built_for: Sequence[str]) -> list[Check
 
 
 def _capability(gpu: JsonObject) -> tuple[int, ...]:
-    """As numbers; of a card that does not tell, that of one yet to come."""
+    """The compute capability as numbers; above all known ones for a card that does not tell."""
     return tuple(map(int, (gpu["compute_capability"] or "99.0").split(".")))
 
 

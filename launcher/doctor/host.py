@@ -1,4 +1,4 @@
-"""What this machine is, as a doctor looks at it: processor, memory, tools, limits. Standard library only."""
+"""A description of this machine: processor, memory, tools, limits. Standard library only."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ QUERY = (
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """What became of importing an engine; `error` is None where it can be imported."""
+    """The result of importing an engine; `error` is None if it can be imported."""
 
     name: str
     versions: dict[str, str | None]
@@ -113,7 +113,7 @@ def _objects(lines: Sequence[str]) -> list[JsonObject]:
 
 
 def _end(ended: Ended, timeout_s: float) -> str:
-    """How a process ended that did not say so itself."""
+    """A description of the end of a process that left no message."""
     if ended.code is None:
         return f"took more than {timeout_s:g} s"
     if ended.code < 0:
@@ -122,7 +122,7 @@ def _end(ended: Ended, timeout_s: float) -> str:
 
 
 def nvml() -> tuple[JsonObject | None, str]:
-    """What NVML says, or None and why it says nothing. Before pynvml is installed nvidia-smi says some of it."""
+    """The answer of NVML, or None with the reason. Before pynvml is installed nvidia-smi tells some of it."""
     ended = attempt("shards.machine.nvml", (), NVML_S)
     reports = _objects(ended.out)
     if ended.code == 0 and reports:
@@ -133,7 +133,7 @@ def nvml() -> tuple[JsonObject | None, str]:
 
 
 def nvidia_smi() -> JsonObject | None:
-    """What nvidia-smi tells of the cards, as shards.machine.nvml does; None where it does not run."""
+    """The cards as nvidia-smi lists them, in the form of shards.machine.nvml; None if it does not run."""
     program = find_tool("nvidia-smi")
     if program is None:
         return None

@@ -95,7 +95,7 @@ class Tries:
         self.records: dict[int, Record] = {}
 
     def fits(self, batch: int) -> bool:
-        """Whether a batch of this size runs to its end."""
+        """True if a run with a batch of this size ends well."""
         config = self.run.config
         measure = replace(config.measure, batch_size=batch, warmup=0, repeats=1, find_batch_size=False)
         sampling = replace(config.sampling, ignore_eos=True)

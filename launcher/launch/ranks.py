@@ -68,7 +68,7 @@ class StartedRanks:
 
 @dataclass(slots=True)
 class Signals:
-    """Whether the end of a run has begun: a signal must not leave half of it undone."""
+    """The state of the signal handlers: once the end of a run has begun, signals are ignored."""
 
     is_ending: bool = False
 
@@ -116,7 +116,7 @@ def living(ranks: Sequence[Progress | None], mark: str) -> dict[int, int]:
 
 @contextlib.contextmanager
 def handled_signals(run_dir: RunDir, run: RunDescription) -> Iterator[Signals]:
-    """In here SIGUSR1 goes to the ranks; the first SIGINT or SIGTERM raises, unless the end has begun."""
+    """Pass SIGUSR1 on to the ranks; raise at the first SIGINT or SIGTERM, unless the end has begun."""
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():
         yield signals  # only the main thread may set handlers: a caller in Python sees to its own signals

@@ -133,7 +133,7 @@ def _against(
 
 
 def measured_figure(name: str, record: Record) -> float | None:
-    """What a run has measured of a published figure, in the figure's unit; None where it was not measured."""
+    """The measured counterpart of a published figure, in the figure's unit; None if it was not measured."""
     metrics = record.metrics
     if name == "new_tokens_per_s":
         return record.new_tokens_per_s

@@ -226,7 +226,7 @@ def _check_devices(config: RunConfig) -> bool:
 def _notes_plan(
     config: RunConfig, plan: Plan | None, tensors: Mapping[str, TensorEntry] | None, on_cuda: bool
 ) -> list[str]:
-    """What the plan advises, and memory that is short."""
+    """The plan's advice, and a warning if memory is short."""
     if plan is None:
         return []
     tight = None if on_cuda else short_memory(config, plan, tensors)

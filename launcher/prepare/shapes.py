@@ -74,7 +74,7 @@ def shape_of_files(model_config: TransformersConfig, tensors: Mapping[str, Tenso
 
 @lru_cache(maxsize=16)
 def _asked(config: str, python: str) -> Built | PlanError:
-    """What transformers says of a config; an error is an answer as well, which is not asked for twice."""
+    """The answer of transformers for a config, an error included: it is asked once."""
     fields = json.loads(config)
     line = f"model_type {fields.get('model_type')}: asking transformers for its shapes, which takes seconds"
     print(line, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What guesses tokens ahead of a run's model: whether it can, and a draft model's folder and shape."""
+"""Prepare speculative decoding: check that the model can, and find a draft model's folder and shape."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What is answered: prompt sets as token ids, and how they are divided into calls."""
+"""Prompts: prompt sets as token ids, and their division into calls."""

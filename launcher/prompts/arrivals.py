@@ -1,4 +1,4 @@
-"""When the prompts of a set come to an engine that takes them at any time."""
+"""Arrival times of the prompts of a set, for an engine that accepts them at any time."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def poisson_arrivals(count: int, rate: float, seed: int) -> tuple[float, ...]:
 
 @dataclass(slots=True)
 class Pacing:
-    """Which prompts of a call may begin by now, for an engine that runs in this process.
+    """The prompts of a call whose time has come, for an engine that runs in this process.
 
     `begun` of `count` have; moments are seconds from the start of the call.
     """
@@ -76,7 +76,7 @@ class Pacing:
         return indices
 
     def wait_s(self, moment: float) -> float:
-        """How long it is until the next prompt comes."""
+        """Seconds until the next prompt is due."""
         if self.arrivals is None or self.begun == self.count:
             return 0.0
         return max(self.arrivals[self.begun] - moment, 0.0)

@@ -1,4 +1,4 @@
-"""How prompts are divided over ranks and calls."""
+"""The division of prompts over ranks and calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def split(prompts: Sequence[Prompt], world: World, config: RunConfig) -> list[Prompt]:
-    """What this rank is given: every world_size-th prompt where ranks have prompts of their own, else all of them.
+    """The prompts of this rank: every world_size-th where ranks have prompts of their own, else all of them.
 
     The longest come first: prompts of like lengths share a batch, which then has the least padding, ranks have like
     batches at the same time, and where memory does not suffice, that is seen at once.
@@ -30,7 +30,7 @@ def batches(prompts: Sequence[Prompt], size: int, calls: int) -> Iterator[list[P
 
 
 def warm_up_batch(prompts: Sequence[Prompt], world: World, config: RunConfig) -> list[Prompt]:
-    """What is answered before the clocks start: a batch, of slots as many as there are, of vLLM all."""
+    """The prompts of a warm-up: one batch, as many as there are slots, or all of them for vLLM."""
     share = split(prompts, world, config)
     if config.backend.continuous_batching:
         return share

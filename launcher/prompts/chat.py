@@ -46,7 +46,7 @@ def chats(texts: Sequence[str], system: str | None, folder: Path) -> list[str]:
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """As transformers' own, so that the texts are the same."""
+    """A Jinja environment like transformers' own, so that the texts are the same."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse

@@ -199,6 +199,6 @@ def _content(path: Path) -> str:
 
 @cache
 def _stdin() -> bytes:
-    """What is piped in, read once for all points of a sweep."""
+    """Standard input, read once for all points of a sweep."""
     with open(0, "rb", closefd=False) as file:
         return bounded(file, "stdin")

@@ -54,7 +54,7 @@ def load_prompts(config: RunConfig, folder: Path | None, vocab_size: int) -> lis
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a model's folder has the file that prompts are encoded by."""
+    """True if a model's folder has the file that prompts are encoded by."""
     return (folder / "tokenizer.json").is_file()
 
 

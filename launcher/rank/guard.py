@@ -31,7 +31,7 @@ GONE = Outcome("failed", "the launching process is gone")
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """What the guard of a rank calls. None of these runs in the main thread.
+    """Callbacks of a rank's guard. None of them runs in the main thread.
 
     `interrupt(reason)` asks the main thread to end once what it does is saved, and says whether that can be soon;
     `end(outcome, parent_is_gone)` leaves the rank's last word; `look()` is how the rank should end now, if it should.
@@ -44,7 +44,7 @@ class Watched:
 
 
 def start(watched_pid: int | None, watched: Watched, term_interrupts: bool = False) -> None:
-    """From now on these end the process tree, in this order of patience:
+    """Start the guard. From now on these end the process tree, in this order of patience:
 
     SIGTERM, SIGINT and the end of `watched_pid` at once; SIGUSR1 (and with `term_interrupts` SIGTERM) as soon as the
     main thread has saved its batch, but after a few seconds at the latest.
@@ -69,7 +69,8 @@ def _pass(number: int, frame: object) -> None:
 
 
 def _forget_guard() -> None:
-    """In a forked child: its signals must not go into the pipe that it has inherited, or they would end the rank."""
+    """Detach a forked child from the guard: its signals must not go into the inherited pipe, or they would end the
+    rank."""
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
         if signal.getsignal(number) is _pass:
@@ -158,7 +159,7 @@ class _Guard:
 
 
 def _lives(pid: int) -> bool:
-    """Whether a process has not ended; one of another user may be hidden in /proc, and lives."""
+    """True if a process has not ended; one of another user may be hidden in /proc, and counts as alive."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

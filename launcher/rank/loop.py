@@ -54,7 +54,7 @@ def schedule(
 
 
 class Keeper(Protocol):
-    """What becomes of the loop's results; any of these may raise, and ends the loop by it."""
+    """The receiver of the loop's results; any of its methods may raise, which ends the loop."""
 
     def save(self, completions: Sequence[Completion], failures: Sequence[RequestFailure] = ()) -> None:
         """Keep completions, none of which was saved before, and the prompts that were not answered."""
@@ -119,8 +119,8 @@ class Loop:
     def _call(
         self, stage: str, batch: list[Prompt], keep: Callable[[Sequence[Completion]], None]
     ) -> tuple[Generation, int]:
-        """What the engine made of a batch, and the number of its steps that gave a token; `keep` is given what the
-        engine has finished after each step. A call for the whole set can be ended between two steps."""
+        """Call the engine with a batch: its Generation, and the number of steps that gave a token; `keep` is given the
+        answers that are complete after each step. A call for the whole set can be ended between two steps."""
         is_continuous = self.config.is_continuous
         self.progress.enter(stage, len(batch) if is_continuous else self.sampling.max_new_tokens)
         steps = fruitful = done = 0

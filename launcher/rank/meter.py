@@ -1,4 +1,4 @@
-"""What a rank costs while it works: the time of its processes, the energy and the state of the node's devices."""
+"""The cost of a rank while it works: processor time, energy, and the state of the node's devices."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Meter:
         )
 
     def _reason(self) -> str:
-        """Why nothing is known of the devices."""
+        """The reason for missing figures of the devices."""
         if not self.is_meter:
             return OTHER_RANK
         if self.uuids:

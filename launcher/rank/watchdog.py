@@ -50,11 +50,11 @@ class Watchdog:
 
     @property
     def look_s(self) -> float:
-        """How long to wait between two looks, for the limits to be kept to a hundredth."""
+        """Seconds between two looks, for the limits to be kept to a hundredth."""
         return max(min(filter(None, (self.hang_timeout_s, self.timeout_s)), default=100.0) / 100, 0.5)
 
     def look(self, ranks: Sequence[Progress | None]) -> Outcome | None:
-        """How the run is to end now, if it is."""
+        """The outcome if the run is to end now, else None."""
         moment = self.now()
         ticks = tuple(rank.ticks if rank else 0 for rank in ranks)
         if ticks != self.ticks:
@@ -96,7 +96,7 @@ def blame(
 
 
 def waits(stack: str, on_cuda: bool = False) -> bool:
-    """Whether a rank with this stack waits for other ranks.
+    """True if a rank with this stack waits for other ranks.
 
     A collective of NCCL only goes into the queue of the card; the rank waits where it next needs something of the card.
     """
@@ -104,7 +104,8 @@ def waits(stack: str, on_cuda: bool = False) -> bool:
 
 
 def _innermost_frame(stack: str) -> str:
-    """Where the main thread of a rank is, by what py-spy or faulthandler wrote of it; empty where neither shows it."""
+    """The innermost frame of a rank's main thread, from the output of py-spy or faulthandler; empty if neither shows
+    it."""
     frames: list[str] = []
     for line in [*stack.splitlines(), ""]:
         if line.startswith(" "):
@@ -139,7 +140,7 @@ def _start_dump(spy: str, pid: int) -> subprocess.Popen[bytes]:
 
 
 def _read_dump(dump: subprocess.Popen[bytes], deadline: float) -> str:
-    """What py-spy saw; nothing where it failed or took too long."""
+    """The output of py-spy; empty if it failed or took too long."""
     try:
         out, _ = dump.communicate(timeout=max(deadline - time.monotonic(), 0.1))
     except subprocess.TimeoutExpired:

@@ -181,7 +181,7 @@ class Rank:
         self._give_way()
 
     def _may_save(self) -> bool:
-        """Whether what is saved now will be in the record: not after the rank's last word."""
+        """True if what is saved now will be in the record: not after the rank's last word."""
         if self._is_ending or not self.answers:
             return False
         self.run_dir.check_attempt(self.attempt)

@@ -32,7 +32,7 @@ FORMATS = ("svg", "png", "pdf")
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """What is read back of a row of a sweep."""
+    """A row of a sweep, as read from its file."""
 
     run_dir: str | None
 

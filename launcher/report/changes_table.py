@@ -73,7 +73,7 @@ def shown(name: str, values: Values) -> str:
 
 
 def differences_table(differences: Sequence[Difference], names: Sequence[str], out: Console) -> Table:
-    """What is not the same of two runs."""
+    """A table of the settings in which two runs differ."""
     rows = [[escape(one.key), escape(str(one.base)), escape(str(one.other))] for one in differences]
     columns = ("what differs", *map(escape, names))
     return fitted(out, columns, rows, texts=columns)

@@ -75,7 +75,7 @@ def table(comparisons: Sequence[Comparison], runs: Sequence[FinishedRun], names:
 
 
 def _quality(base: FinishedRun, other: FinishedRun, comparison: Comparison) -> str:
-    """What a text says of two runs that were shown it."""
+    """The perplexities of two runs on the same text, and their agreement."""
     left, right = base.record.quality, other.record.quality
     assert left is not None
     assert right is not None
@@ -86,7 +86,7 @@ def _quality(base: FinishedRun, other: FinishedRun, comparison: Comparison) -> s
 
 
 def _place(divergence: Divergence | None) -> str:
-    """Where the answers part."""
+    """The token or character at which two answers diverge."""
     if divergence is None:
         return "none"
     return f"prompt {divergence.prompt}, {'letter' if divergence.is_of_texts else 'token'} {divergence.position}"

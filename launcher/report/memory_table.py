@@ -1,4 +1,4 @@
-"""What the devices of runs held, as measured and as planned."""
+"""Tables of the memory of devices, as measured and as planned."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LEAST_WANTED = (
 
 
 def device_table(record: Record, out: Console) -> Table:
-    """What each device of a run held, as measured and as planned."""
+    """A table of the memory of each device of a run, as measured and as planned."""
     named = [name for name in MEMORY if any(getattr(device, name) is not None for device in record.devices)]
     planned = {device.rank: device for device in record.plan.devices} if record.plan else {}
     rows = []

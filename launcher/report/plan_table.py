@@ -89,7 +89,7 @@ def headings(rows: Sequence[Row]) -> list[str]:
 
 
 def problems(rows: Sequence[Row]) -> list[str]:
-    """Why some choices have no plan, a line each."""
+    """The reasons for choices without a plan, a line each."""
     lines = []
     for row in rows:
         if row.problem:

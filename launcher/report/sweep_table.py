@@ -23,7 +23,7 @@ FIGURES = ("new tokens/s", "min … max", "ttft p50", "itl p50", "load", "parame
 
 
 def varied(points: Sequence[Sequence[str]]) -> list[dict[str, str]]:
-    """What was swept: of each point the overrides that not all points have, by their keys."""
+    """The swept values: of each point the overrides that not all points have, by their keys."""
     common = set.intersection(*map(set, points)) if len(points) > 1 else set()
     swept = []
     for point in points:

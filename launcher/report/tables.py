@@ -65,7 +65,7 @@ def json_line(record: Record, more: Sequence[str] = ()) -> JsonObject:
 
 
 def error_line(record: Record) -> str:
-    """Why a run did not end well, in one line."""
+    """The error of a run in one line."""
     error = record.error
     if error is None:
         return record.status
@@ -116,7 +116,7 @@ def show_record(record: Record, out: Console, began: float = 0.0) -> None:
 
 
 def badge_line(run_dir: RunDir) -> str:
-    """Whether the figures of a run can be relied on, and what speaks against it."""
+    """The verdict on the figures of a run, VALID or INVALID, with the reasons."""
     try:
         validity = verify(run_dir)
     except UserError as error:
@@ -136,7 +136,7 @@ def _batching(record: Record) -> str:
 
 
 def _remarks(record: Record, began: float) -> list[str]:
-    """What a reader should know of the figures before they are read."""
+    """Remarks that a reader should see before the figures."""
     remarks = []
     if record.ended_at is not None and record.ended_at < began:
         ended = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.ended_at))

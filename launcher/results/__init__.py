@@ -1,1 +1,1 @@
-"""From what the ranks left to a record and its figures."""
+"""The way from the files of the ranks to a record and its figures."""

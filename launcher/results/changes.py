@@ -74,7 +74,8 @@ class FigureChange:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What must not be: a ratio (new over base) of a figure below or above a number, as in `new_tokens_per_s<0.95`."""
+    """A limit that must not be passed: a ratio (new over base) of a figure below or above a number, as in
+    `new_tokens_per_s<0.95`."""
 
     name: str
     sign: str
@@ -218,7 +219,7 @@ def circumstances(record: Record) -> JsonObject:
 
 
 def other_circumstances(base: Record, new: Record) -> list[Difference]:
-    """What is not the same of two runs, in the order of `circumstances`."""
+    """The differences between two runs, in the order of `circumstances`."""
     ours: Mapping[str, Any] = circumstances(base)
     theirs: Mapping[str, Any] = circumstances(new)
     keys = dict.fromkeys((*ours, *theirs))

@@ -49,7 +49,7 @@ class FinishedRun:
 
     @property
     def serving(self) -> Serving | None:
-        """What was seen of a server, where one answered."""
+        """The measurements of a server, if one answered."""
         if self.record.metrics:
             return self.record.metrics.serving
         return None
@@ -57,7 +57,7 @@ class FinishedRun:
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Where the completions of a prompt part: from here a token is another one, or (None) not there.
+    """The point at which the completions of a prompt diverge: from here a token differs, or is missing (None).
 
     Where a server gave no ids, the texts part at the letter `position`. `gap` is the difference of the two largest
     logits there, by the base if it shows logits, else by the other run.
@@ -183,7 +183,7 @@ def _parting(ours: Sequence[Any], theirs: Sequence[Any]) -> int | None:
 
 
 def is_degenerate(token_ids: Sequence[int], finish_reason: str) -> bool:
-    """Whether the last REPEATED_TOKENS tokens, the EOS token left out, are one token, or two in turn."""
+    """True if the last REPEATED_TOKENS tokens, the EOS token left out, are one token, or two in turn."""
     text = token_ids[:-1] if finish_reason == "stop" else token_ids
     tail = list(text[-REPEATED_TOKENS:])
     return len(tail) == REPEATED_TOKENS and tail[2:] == tail[:-2]
@@ -233,7 +233,7 @@ def labels(runs: Sequence[FinishedRun]) -> list[str]:
 
 
 def _distinctions(runs: Sequence[FinishedRun]) -> list[str]:
-    """Of runs with one label the settings that are not the same in all of them."""
+    """For runs with one label, the settings that differ between them."""
     settings = [flat({k: v for k, v in run.record.config.items() if k not in HOW_IT_IS_RUN}) for run in runs]
     keys = [key for key in settings[0] if any(other.get(key) != settings[0][key] for other in settings)]
     return [" ".join(f"{key}={values.get(key)}" for key in keys[:MOST_DISTINCTIONS]) for values in settings]

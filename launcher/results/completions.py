@@ -22,7 +22,7 @@ class SavedCompletion:
 
     @property
     def answer(self) -> tuple[int, ...] | str:
-        """What is compared: the tokens, or the text where there are none."""
+        """The part that is compared: the tokens, or the text where there are none."""
         return self.token_ids if self.text is None else self.text
 
 
@@ -45,7 +45,7 @@ class ReportedCompletion:
 
     @property
     def is_text_only(self) -> bool:
-        """Whether there are tokens whose ids are not known."""
+        """True if there are tokens whose ids are not known."""
         return self.new_tokens > len(self.token_ids)
 
 

@@ -1,4 +1,4 @@
-"""What a model makes of a text that it is shown token by token: how well it predicts it, whatever its speed."""
+"""The quality of a model on a text, by teacher forcing: how well it predicts each token, whatever its speed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """Of `tokens` tokens of a text, each after all before it in its window (teacher forcing): the perplexity, and the
-    token that the model held most likely in the place of each.
+    """The score on `tokens` tokens of a text, each after all before it in its window (teacher forcing): the perplexity,
+    and the most likely token in the place of each.
 
     The perplexity is exp(-sum(log p) / tokens); it compares runs of one tokenizer only.
     """

@@ -15,7 +15,7 @@ from shards.machine.network import Network
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankResult:
-    """How one rank of an attempt ended, its measurements and its devices.
+    """The end of one rank of an attempt, with its measurements and its devices.
 
     `answers` says whether it saved completions of its own; `waits` whether a rank that hangs waits for another.
     """

@@ -29,7 +29,7 @@ SCHEMES_OF_VERSION_1 = {"fsdp": "gathered", "tensor_parallel": "split"}
 
 @dataclass(frozen=True, slots=True)
 class RunError:
-    """Why a run, or one rank, did not end well: the rank and the stage it was in, the error and a hint.
+    """The error of a run, or of one rank: the rank and its stage, the error and a hint.
 
     Of memory that ran out `device`, `asked_bytes` and `free_bytes` are as the allocator's message says them.
     """

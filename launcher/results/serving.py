@@ -96,7 +96,7 @@ def _worst(lags: Iterable[tuple[float, float]]) -> tuple[float, float]:
 
 
 def _client_bound(seen: Sequence[ServerRepeat], e2el_s: Sequence[float]) -> str | None:
-    """Why the figures may be those of the client."""
+    """The reason to suspect that the figures are those of the client, None without one."""
     share, (lag, _) = max(one.cpu_share for one in seen), _worst(one.loop_lag_s for one in seen)
     if share > MOST_CPU_SHARE:
         return f"the client took {share:.0%} of a core"

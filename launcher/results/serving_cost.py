@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def serving_cost(base: Record, other: Record, speed: float) -> tuple[float | None, str | None]:
-    """What HTTP, the server's scheduler and the client take of the engine's tokens/s, as a share.
+    """The share of the engine's tokens/s that is lost to HTTP, the server's scheduler and the client.
 
     One of the runs asked a server and the other did not; `speed` is that of `other` over that of `base`. None and the
     reason where the two differ in more than the server, None and None where it is not a question.
@@ -29,7 +29,7 @@ def serving_cost(base: Record, other: Record, speed: float) -> tuple[float | Non
 
 
 def _devices(endpoint: Record, engine: Record) -> int:
-    """Those of a server that was started; the ones behind an address are not known, and taken to be the engine's."""
+    """The number of devices of a server that was started; for an address it is taken to be the engine's."""
     is_started = endpoint.config.get("server", {}).get("name", "none") != "none"
     if is_started:
         return endpoint.num_devices

@@ -1,4 +1,4 @@
-"""Whether the figures of a run can be relied on: one check for each thing that would make them say something else."""
+"""The checks that decide whether the figures of a run can be relied on, one for each known source of error."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Validity:
 
     @property
     def reasons(self) -> list[str]:
-        """What speaks against the run."""
+        """The reasons against the run."""
         return [check.text for check in self.checks if check.is_met is False]
 
     @property

@@ -17,7 +17,7 @@ STATUSES = ("ok", "oom", "timeout", "hang", "failed", "refused", "cancelled")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How the processes of a run ended, as their watcher saw it, with the rank to blame and its stage if it knows.
+    """The end of a run's processes as their watcher saw it, with the rank to blame and its stage if known.
 
     If a rank reported its own error, that is used instead. `interrupted` is for ranks only; the run's record then says
     `cancelled` and can be resumed.
@@ -94,7 +94,7 @@ def _earliest(silent: Mapping[int, LastStep]) -> int:
 
 
 def _death(log_end: str) -> str:
-    """How a rank ended that left no word, as far as the last of its log tells."""
+    """The end of a rank that left no word, as far as the end of its log tells."""
     if "Fatal Python error: Bus error" in log_end:
         return "a file that was its memory was cut short under it, or cannot be read (SIGBUS)"
     return "killed, or crashed in native code"

@@ -1,1 +1,1 @@
-"""What a run leaves on disk, and how it is written and read."""
+"""The files of a run on disk, written and read."""

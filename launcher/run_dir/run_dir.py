@@ -86,7 +86,7 @@ class RunDir:
     # The run: written when the directory is made, by run_dir/lifecycle.py.
 
     def has_run(self) -> bool:
-        """Whether a run was begun here."""
+        """True if a run was begun here."""
         return (self.path / RUN).is_file()
 
     def read_run(self) -> RunDescription:
@@ -130,7 +130,7 @@ class RunDir:
     # The end of a run: written by run_dir/lifecycle.py.
 
     def has_record(self) -> bool:
-        """Whether there is a record, of whatever status."""
+        """True if there is a record, of whatever status."""
         return (self.path / RECORD).exists()
 
     def read_record(self) -> Record | None:
@@ -144,7 +144,7 @@ class RunDir:
         return record
 
     def is_done(self) -> bool:
-        """Whether the run has ended well; False too where its record cannot be read."""
+        """True if the run has ended well; False also if its record cannot be read."""
         with contextlib.suppress(UserError):
             record = self.read_record()
             return record is not None and record.status == "ok"
@@ -202,7 +202,7 @@ class RunDir:
 
     @property
     def mark(self) -> str:
-        """What every process of the run has in its environment, and those of a copy of this directory do not."""
+        """The value in the environment of every process of the run; a copy of this directory has another one."""
         status = self.path.stat()
         return f"{self.read_run().mark}-{status.st_dev:x}-{status.st_ino:x}"
 
@@ -229,7 +229,7 @@ class RunDir:
         return [self.read_rank(rank) for rank in range(count)]
 
     def has_last_words(self, count: int) -> bool:
-        """Whether each of the first `count` ranks has left its last word."""
+        """True if each of the first `count` ranks has left its last word."""
         return all((self.path / f"rank_{rank}.json").exists() for rank in range(count))
 
     def write_rank(self, result: RankResult) -> None:
@@ -259,7 +259,7 @@ class RunDir:
         return {number: [repeats[number] for repeats in by_rank] for number in numbers}
 
     def has_saved_work(self) -> bool:
-        """Whether some rank has saved a completion or a repeat."""
+        """True if some rank has saved a completion or a repeat."""
         patterns = ("rank_*.completions.jsonl", "rank_*.repeats.jsonl")
         return any(path.stat().st_size for pattern in patterns for path in self.path.glob(pattern))
 

@@ -78,7 +78,7 @@ def references_in(folder: Path) -> list[RunDir]:
 
 
 def is_reference(engine: str) -> bool:
-    """Whether others are held against the tokens of an engine."""
+    """True if other engines are compared with the tokens of this one."""
     kind = engines().get(engine)
     return kind is not None and kind.is_reference
 

@@ -43,14 +43,14 @@ class Part:
 
 
 class Engine(Protocol):
-    """What answers; its threads are its own."""
+    """The interface of the engine behind the server; its threads are its own."""
 
     def submit(self, wanted: Wanted, deliver: Callable[[Part], None]) -> None:
         """Answer a request, and give its parts to `deliver` as they come, from whichever thread."""
 
     @property
     def failure(self) -> str | None:
-        """Why it answers no more, if it does not."""
+        """The reason why it no longer answers, None while it does."""
 
 
 @dataclass(frozen=True, slots=True)

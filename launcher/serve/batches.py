@@ -94,7 +94,8 @@ class Batches:
 
 
 class News:
-    """What is new of a batch with every step, and hands it on: each token once, with its prompt's last the reason."""
+    """Collects the new tokens of a batch at each step and passes them on: each token once, with a prompt's last one the
+    reason."""
 
     def __init__(self, hand_on: Callable[[Sequence[Tokens]], None]) -> None:
         self.hand_on = hand_on

@@ -1,4 +1,4 @@
-"""Who else holds memory on the devices of a run, by UUID: a measure beside them is not of the whole device."""
+"""Other processes that hold memory on the devices of a run, by UUID: they distort measurements."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ HELD = "when the run began"
 
 
 def is_of_a_neighbour(note: str) -> bool:
-    """Whether a note of a run is a sentence about a foreign process."""
+    """True if a note of a run is a sentence about a foreign process."""
     return note.endswith(HELD)
 
 
 def sentence(uuid: str, process: CardProcess) -> str:
-    """What is to be said of one process."""
+    """The sentence about one process."""
     if process.memory_bytes is None:
         memory = "memory"
     else:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def end_quietly_when_interrupted() -> None:
-    """From now on an interrupt that nobody catches is one line and exit code 130."""
+    """Make an uncaught interrupt one line and exit code 130 from now on."""
     sys.excepthook = _without_traceback
 
 

@@ -55,7 +55,7 @@ def end_run(mark: str, variable: str = MARK, grace_s: float = GRACE_S) -> int:
 
 
 def scratch_prefix(mark: str) -> str:
-    """How the scratch folders of a run in the temporary directory begin."""
+    """The prefix of a run's scratch folders in the temporary directory."""
     return f"launcher_{hashlib.sha256(mark.encode()).hexdigest()[:12]}_"
 
 

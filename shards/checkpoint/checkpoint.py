@@ -25,7 +25,7 @@ LEGACY_SINGLE, LEGACY_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json
 
 @dataclass(frozen=True, slots=True)
 class FileStamp:
-    """What tells a file from a later one under the same name."""
+    """The identity of a file's content: it tells a file from a later one under the same name."""
 
     size: int
     mtime_ns: int
@@ -128,7 +128,7 @@ def changed(path: Path) -> CheckpointError:
 
 
 def is_derived(name: str) -> bool:
-    """Whether old checkpoints hold it and today's models compute it."""
+    """True if old checkpoints hold the tensor and today's models compute it."""
     return re.search(DERIVED, name) is not None
 
 
@@ -150,7 +150,7 @@ def _open(folder: Path, read_torch_file: Reader) -> Checkpoint:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder has files of weights, or some that look so."""
+    """True if a folder has files of weights, or some that look so."""
     return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", INDEX, "pytorch_model*.bin*"))
 
 

@@ -102,7 +102,7 @@ class OpenFiles:
 
 
 def _is_cached(descriptor: int, offset: int, nbytes: int) -> bool:
-    """Whether a range of a file is in the page cache, by some of its bytes: asking for it all takes longer."""
+    """True if a range of a file is in the page cache, judged by a sample of its pages: asking for all takes longer."""
     try:
         for at in range(offset, offset + nbytes, nbytes // CACHE_PROBES + 1):
             os.preadv(descriptor, [bytearray(1)], at, os.RWF_NOWAIT)

@@ -1,4 +1,4 @@
-"""Where the tensors of one checkpoint file lie: read from its header, checked, without torch."""
+"""The tensors of one checkpoint file: read from its header, checked, without torch."""
 
 from __future__ import annotations
 

@@ -95,7 +95,8 @@ class ModulePlanner(EnginePlanner, ABC):
         return self.prefill_tokens is not None
 
     def window_tokens(self, window: int) -> int:
-        """In a slot the newest token takes the place of the one that no later token will see."""
+        """The tokens that a layer with a window keeps: in a slot the newest takes the place of the one that no later
+        token will see."""
         return window if self.has_slots else window - 1
 
     def refusal(self, request: PlanRequest) -> str | None:

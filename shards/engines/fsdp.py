@@ -136,7 +136,8 @@ class FsdpPlanner(ModulePlanner):
 
 
 def gathered_storage(request: PlanRequest, parameter: Parameter) -> Storage:
-    """How a parameter is gathered: as it is stored; with mixed precision matrices of layers as they are multiplied."""
+    """The storage of a parameter while it is gathered: as it is stored; with mixed precision the matrices of layers in
+    the type of the products."""
     is_narrowed = request.mixed_bytes is not None and parameter.layer is not None and len(parameter.shape) == 2
     return Storage(request.product_bytes) if is_narrowed else request.storage
 

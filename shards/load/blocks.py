@@ -1,4 +1,4 @@
-"""What a rank holds of a model: its parameters and buffers as blocks of the uncut tensors."""
+"""The part of a model that a rank holds: its parameters and buffers as blocks of the uncut tensors."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def whole(name: str, tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
 
 
 def local_block(tensor: torch.Tensor) -> tuple[tuple[int, ...], torch.Tensor]:
-    """Where in the whole tensor the local part begins, and the local part itself."""
+    """The local part of a tensor, and its start in the whole tensor."""
     if not isinstance(tensor, DTensor):
         block = block_of(tensor)
         return (0,) * tensor.dim() if block is None else block.start, tensor.detach()
@@ -65,7 +65,7 @@ def local_block(tensor: torch.Tensor) -> tuple[tuple[int, ...], torch.Tensor]:
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor: the shard of a DTensor, a plain tensor itself."""
+    """The local part of a tensor: the shard of a DTensor, a plain tensor itself."""
     with torch.no_grad():
         local: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         return local.detach()

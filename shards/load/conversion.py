@@ -1,4 +1,4 @@
-"""What a checkpoint calls and how it lays out its tensors -> the names and shapes of today's transformers modules.
+"""Conversion of a checkpoint's names and layouts to the names and shapes of today's transformers modules.
 
 transformers renames tensors of older layouts while it loads them, and merges some: the matrices of a layer's experts
 into one of three dimensions, gate and up projections into one. Here that is a matter of names and places only, so that
@@ -104,7 +104,7 @@ def _merged(name: str, converter: Any, found: Mapping[str, list[TensorEntry]]) -
 
 
 def _layout(name: str, operations: Sequence[Any]) -> tuple[bool, int]:
-    """Whether tensors are stacked, and along which axis the results are joined."""
+    """The layout of merged tensors: True if they are stacked, and the axis along which the results are joined."""
     kinds = [(type(operation).__name__, getattr(operation, "dim", None)) for operation in operations]
     match kinds:
         case [("MergeModulelist", 0)]:
@@ -120,7 +120,7 @@ def _layout(name: str, operations: Sequence[Any]) -> tuple[bool, int]:
 
 
 def part_targets(entry: MergedEntry, start: Sequence[int], out: torch.Tensor) -> Iterator[Target]:
-    """What is to be read of each part for the block `out` of the merged tensor that begins at `start`."""
+    """The reads of each part for the block `out` of the merged tensor that begins at `start`."""
     for part in entry.parts:
         low = [max(a, b) for a, b in zip(start, part.start, strict=True)]
         ends = zip(start, out.shape, part.start, part.shape, strict=True)

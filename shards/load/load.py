@@ -160,7 +160,7 @@ def _check_dtype(entry: TensorEntry, dtype: torch.dtype) -> None:
 
 
 def _targets(files: OpenFiles, entry: TensorEntry, tensor: torch.Tensor, may_map: bool) -> list[Target]:
-    """What is to be read for a tensor, which is put into the mapped file where that serves it and `may_map`."""
+    """The reads for a tensor, which is put into the mapped file if that serves it and `may_map`."""
     start, local = local_block(tensor)
     if isinstance(entry, MergedEntry):
         return list(part_targets(entry, start, local))

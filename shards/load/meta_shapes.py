@@ -50,7 +50,7 @@ def main() -> int:
 
 
 def problem(fields: TransformersConfig) -> str | None:
-    """Why transformers itself cannot build a causal LM of a config; None if it can."""
+    """The reason why transformers itself cannot build a causal LM of a config; None if it can."""
     family, version = fields.get("model_type"), f"transformers {transformers.__version__}"
     if family in CONFIG_MAPPING:
         is_causal = CONFIG_MAPPING[family] in MODEL_FOR_CAUSAL_LM_MAPPING
@@ -97,7 +97,7 @@ def _is_tied(model: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class CachedLayer:
-    """What a layer of a cache holds; one without attention has neither keys nor values."""
+    """One layer of a cache; one without attention has neither keys nor values."""
 
     keys: torch.Tensor | None
     values: torch.Tensor | None

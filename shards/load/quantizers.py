@@ -36,7 +36,7 @@ class Quantizer(ABC):
 
     @abstractmethod
     def parameters(self, outputs: int, inputs: int) -> dict[str, torch.Tensor]:
-        """What is stored of a matrix, on meta."""
+        """The stored tensors of a matrix, on meta."""
 
     @abstractmethod
     def pack(self, layer: nn.Module, values: torch.Tensor) -> None:
@@ -118,7 +118,7 @@ def part_bytes(layer: nn.Module) -> int:
 
 
 def part_of(layer: nn.Module) -> tuple[tuple[int, ...], torch.Tensor]:
-    """Where this rank's part of the matrix of a layer begins, and a tensor without values for it, on its device."""
+    """The start of this rank's part in the matrix of a layer, and an empty tensor for it on its device."""
     start, local = local_block(layer.weight)
     shape = local.shape if isinstance(layer.weight, DTensor) else layer.packed_shape
     return start, torch.empty(*shape, dtype=layer.quantizer.dtype, device=local.device)

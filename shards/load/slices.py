@@ -61,7 +61,7 @@ class _Piece:
         return math.prod(self.shape) * DTYPE_BYTES[self.entry.dtype]
 
     def cut(self, stored: torch.Tensor) -> torch.Tensor:
-        """What `out` takes of the elements as they are stored."""
+        """The part of the stored elements that `out` takes."""
         for dim, first in enumerate(self.start, start=1):
             stored = stored.narrow(dim, first, self.out.shape[dim])
         return stored

@@ -1,4 +1,4 @@
-"""Where the tensors of a pytorch_model.bin lie: torch reads its index, and runs no code that is pickled in it."""
+"""The tensors of a pytorch_model.bin: torch reads its index, and runs no code that is pickled in it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _entry(path: Path, name: Any, value: Any, size: int) -> TensorEntry:
 
 
 def _reason(error: BaseException) -> str:
-    """What torch says is wrong, without its advice to load such a file all the same."""
+    """The fault in torch's message, without its advice to load such a file all the same."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     line_of_torch = next((line for line in lines if line.startswith(("Unsupported", "WeightsUnpickler error"))), "")
     return line_of_torch.removeprefix("WeightsUnpickler error: ") or (lines[0] if lines else type(error).__name__)

@@ -1,1 +1,1 @@
-"""What the model is put on: devices, links, measured rates, and the ranks that take part."""
+"""The machine: devices, links, measured rates, and the ranks that take part."""

@@ -34,7 +34,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What joins devices: bytes/s that a device sends and receives at once, and the time of a small all-reduce."""
+    """A link between devices: bytes/s that a device sends and receives at once, and the time of a small all-reduce."""
 
     name: str
     bandwidth: float
@@ -113,7 +113,7 @@ def known_link(name: str) -> Link:
 
 
 def usual_link(device: str) -> Link:
-    """What mostly joins the devices of this short name in one machine."""
+    """The usual link between devices of this short name in one machine."""
     return LINKS[_USUAL_LINKS.get(device.lower(), "pcie4")]
 
 

@@ -1,4 +1,4 @@
-"""What the driver of NVIDIA's cards says, through NVML; nothing else asks it. No CUDA context is made.
+"""NVIDIA cards as the driver describes them, through NVML; nothing else asks it. No CUDA context is made.
 
 `python -m shards.machine.nvml` prints all of it as one JSON object, for a process of its own: NVML can hang or crash
 where a driver is broken. What a driver does not tell is None.
@@ -129,7 +129,7 @@ def versions() -> tuple[str | None, int | None] | None:
 
 
 def processes(uuid: str) -> tuple[CardProcess, ...]:
-    """Who computes on a card, of all users; NvmlError where the driver does not tell."""
+    """The processes that compute on a card, of all users; NvmlError if the driver does not tell."""
     with _session():
         try:
             return _processes(pynvml.nvmlDeviceGetHandleByUUID(uuid))
@@ -163,7 +163,7 @@ def _session() -> Iterator[None]:
 
 
 def _ask(call: Callable[..., Any], *arguments: Any) -> Any:
-    """What NVML answers, None where it does not know."""
+    """The answer of NVML, None if it does not know."""
     try:
         answer = call(*arguments)
     except pynvml.NVMLError:
@@ -233,7 +233,7 @@ def _gpu(index: int, handle: Any) -> JsonObject:
 
 
 def _nvlinks(handle: Any) -> int | None:
-    """How many NVLinks of the card are up; None where it has none to ask about."""
+    """The number of NVLinks of the card that are up; None if it has none."""
     states = [_ask(pynvml.nvmlDeviceGetNvLinkState, handle, link) for link in range(pynvml.NVML_NVLINK_MAX_LINKS)]
     known = [state for state in states if state is not None]
     return sum(known) if known else None

@@ -125,7 +125,7 @@ def barrier() -> None:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on some rank; every rank must ask."""
+    """True if the flag is set on some rank; every rank must ask."""
     if not dist.is_initialized():
         return flag
     vote = torch.tensor([flag], dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""What `shards.parallel.probe` measured on this machine, kept in the user's cache folder. No torch."""
+"""The figures that `shards.parallel.probe` measured on this machine, kept in the user's cache folder. No torch."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Measured:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Measured:
-        """What `to_dict` gave."""
+        """The inverse of `to_dict`."""
         link = values["link"]
         return cls(Device(**values["device"]), values["num_devices"], link and Link(**link))
 
 
 def cache_file(environ: Mapping[str, str], device: Device, num_devices: int) -> Path:
-    """Where the figures of so many of this device are kept, on this host."""
+    """The file with the figures of this number of this device on this host."""
     home = environ.get("XDG_CACHE_HOME") or str(Path(environ.get("HOME", "~")).expanduser() / ".cache")
     name = "".join(letter if letter.isalnum() else "_" for letter in device.name.lower())
     return Path(home) / "multi-gpu-launcher" / f"probe_{os.uname().nodename}_{name}_{num_devices}.json"

@@ -1,4 +1,4 @@
-"""Which rank am I, among how many: read from the environment that a launcher left."""
+"""The rank of this process and the number of ranks: read from the environment that a launcher left."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def _from_mpi(environ: Mapping[str, str]) -> World | None:
 
 
 def _master(environ: Mapping[str, str], launcher: str, size: int, local_size: int, port: int) -> tuple[str, int]:
-    """Where rank 0 listens; WorldError where it may be on another node and nobody says on which."""
+    """The address of rank 0; WorldError if it may be on another node and the environment does not name it."""
     if local_size < size and not environ.get("MASTER_ADDR"):
         hint = "export MASTER_ADDR=<host of rank 0>"
         if launcher == "mpirun":

@@ -34,7 +34,7 @@ class Built:
     notes: tuple[str, ...] = ()
 
     def all_notes(self) -> tuple[str, ...]:
-        """What is not exact in a plan, a line each."""
+        """Remarks on what is not exact in a plan, a line each."""
         notes, (experts, used) = list(self.notes), self.shape.experts
         if used < experts:
             notes.append(f"a decode step is taken to read {used} of {experts} experts, as one prompt does")

@@ -69,7 +69,7 @@ class ConfigFields:
         return ConfigFields(value, f"{self.name}.{name}")
 
     def wrong(self, name: str, what: str) -> PlanError:
-        """What is wrong with a field."""
+        """The error for a field."""
         return PlanError(
             f"The model's {self.name} gives {name}={what}.", f"mend {name} in config.json, or download the model again."
         )

@@ -1,4 +1,4 @@
-"""How a quantization stores the linear layers of a model: packed values, scales, zero points, to the byte. No torch."""
+"""The storage of quantized linear layers: packed values, scales, zero points, to the byte. No torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ _JOINED = (".k_proj.weight", ".v_proj.weight", ".up_proj.weight")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
-    """How the matrix [outputs, inputs] of a linear layer is stored; embeddings, norms and biases keep the model's type.
+    """The storage of the matrix [outputs, inputs] of a linear layer; embeddings, norms and biases keep the model's
+    type.
 
     `block` are the outputs and inputs that share a scale, 0 for all of them; `flat` instead so many values in a row,
     across outputs. A scale has `scale_bytes`, None for the width of the model's type; `nested` scales of one byte share
@@ -55,11 +56,11 @@ class Quantization:
     only: tuple[str, ...] = ()
 
     def while_loading(self) -> Quantization:
-        """What there is until all weights are loaded."""
+        """The storage until all weights are loaded."""
         return replace(self, zero_points=True) if self.zeros_to_load else self
 
     def applies(self, parameter: Parameter) -> bool:
-        """Whether a parameter is stored quantized: matrices of decoder layers, but for those that are left out."""
+        """True if a parameter is stored quantized: matrices of decoder layers, but for those that are left out."""
         module, _, leaf = parameter.name.rpartition(".")
         inside = parameter.layer is not None or (self.head and parameter.cut == "head")
         return inside and leaf == "weight" and len(parameter.shape) == 2 and _is_chosen(self.skipped, self.only, module)
@@ -88,8 +89,8 @@ class Quantization:
         return scales * (self.scale_bytes or dtype_bytes) + zeros
 
     def misfit(self, parameter: Parameter, held: tuple[int, ...]) -> str | None:
-        """Why vLLM cannot cut a quantized matrix to `held`: whole groups and whole words stay together, and, once it
-        cuts, whole blocks. Sources: can_implement of its kernels, validate_fp8_block_shape of fp8_utils.py."""
+        """The reason why vLLM cannot cut a quantized matrix to `held`: whole groups and whole words stay together, and,
+        once it cuts, whole blocks. Sources: can_implement of its kernels, validate_fp8_block_shape of fp8_utils.py."""
         per_word = 8 * self.word // self.bits
         for what, size, whole, together in (
             ("outputs", held[0], parameter.shape[0], self.block[0]),
@@ -116,7 +117,7 @@ class Storage:
         return self.quantization.nbytes(parameter, piece, self.dtype_bytes)
 
     def kind(self, parameter: Parameter) -> str:
-        """What parameters of equal shape must have in common to have equal bytes."""
+        """The kind that parameters of equal shape must share to have equal bytes."""
         if self.quantization is None or not self.quantization.applies(parameter):
             return ""
         return "joined" if parameter.name.endswith(_JOINED) else "quantized"

@@ -1,4 +1,4 @@
-"""What the `quantization_config` of a checkpoint's config.json says of its weights. No torch."""
+"""The quantization of a checkpoint, from the `quantization_config` of its config.json. No torch."""
 
 from __future__ import annotations
 

@@ -104,7 +104,8 @@ class ModelShape:
 
     @property
     def idle(self) -> tuple[Parameter, ...]:
-        """Of each stack of experts, a tensor of three dimensions, the part that a token is not sent to."""
+        """Parameters that a token does not use: of each stack of experts, a tensor of three dimensions, the part that
+        it is not sent to."""
         number, used = self.experts
         stacks = (p for p in self.parameters if p.layer is not None and len(p.shape) == 3 and p.shape[0] == number)
         return tuple(replace(p, shape=(number - used, *p.shape[1:])) for p in stacks if used < number)
@@ -249,7 +250,7 @@ def _llama(config: ConfigFields) -> ModelShape:
 
 
 def _windows(config: ConfigFields, family: str, layers: int) -> tuple[int | None, ...]:
-    """As transformers' configs settle it; a Mistral that says nothing of its window has one."""
+    """The window of each layer by the rules of transformers' configs; a Mistral that names none has one."""
     if family == "llama" or (family != "mistral" and not config.flag("use_sliding_window", False)):
         return ()
     if not config.fields.get("sliding_window", 4096):  # null and 0 are none

@@ -1,1 +1,1 @@
-"""How a module is cut over ranks."""
+"""Parallel execution of a module that is cut over ranks."""

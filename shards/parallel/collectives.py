@@ -1,4 +1,5 @@
-"""How ranks add up and gather tensors: through shared memory on one machine, between cards, or by the process group."""
+"""Collectives that add up and gather tensors: through shared memory on one machine, between cards, or by the process
+group."""
 
 from __future__ import annotations
 
@@ -79,7 +80,8 @@ def _load_operators() -> str | None:
 
 
 def _library() -> str:
-    """As vLLM chooses it, by what this CPU has. Source: import_kernels in vllm/platforms/cpu.py."""
+    """The library of shared-memory kernels that vLLM chooses for this CPU. Source: import_kernels in
+    vllm/platforms/cpu.py."""
     if not torch.cpu._is_avx2_supported() or torch.cpu._is_avx512_bf16_supported():
         return "_C"
     return "_C_AVX512" if torch.cpu._is_avx512_supported() else "_C_AVX2"

@@ -1,5 +1,5 @@
-"""What is special to a family of models: an attention for Falcon that keeps keys and values of its kv heads only, and
-that is given a mask only where one says more than that tokens see those before them."""
+"""Special treatment of families of models: an attention for Falcon that keeps keys and values of its kv heads only, and
+that is given a mask only if the causal order alone does not suffice."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ class _Gather(AllGather):
 
 
 class _Done(Work):
-    """What has been gathered at once, as FSDP2 sees one that it waits for: then it frees the buffer after the copy."""
+    """A finished gather in the form that FSDP2 waits for: it then frees the buffer after the copy."""
 
     def wait(self, timeout: object = None) -> bool:
         return True
@@ -149,7 +149,7 @@ def reset_bookkeeping(model: nn.Module) -> None:
 
 
 def bookkeeping_entries(model: nn.Module) -> int:
-    """How many forwards FSDP2 has noted since the last reset, over all groups."""
+    """The number of forwards that FSDP2 has noted since the last reset, over all groups."""
     return sum(
         len(group._post_forward_indices)
         for module in model.modules()

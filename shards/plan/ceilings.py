@@ -18,8 +18,8 @@ def roofline(request: PlanRequest, layout: Layout) -> Roofline | None:
 
 
 def ceilings(request: PlanRequest, layout: Layout) -> tuple[Limit | None, Limit | None]:
-    """Of a decode step halfway through answers of full length, and of the prefill of a batch; None where no rates are
-    known. No step reads more cache than the pool of the engine holds."""
+    """Ceilings of a decode step halfway through answers of full length, and of the prefill of a batch; None if no rates
+    are known. No step reads more cache than the pool of the engine holds."""
     roof = roofline(request, layout)
     if roof is None:
         return None, None

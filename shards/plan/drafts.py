@@ -1,4 +1,4 @@
-"""What a draft model adds to a plan: the memory that it takes on each device, and the time that it takes a step."""
+"""The draft model in a plan: its memory on each device, and its time in a step."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class DevicePlan:
 
     @property
     def nvml_used_bytes(self) -> int:
-        """As the driver would show it."""
+        """Bytes in use as the driver would show them."""
         return self.used_bytes
 
     @property

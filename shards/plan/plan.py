@@ -144,7 +144,7 @@ def _illegal(request: PlanRequest) -> str | None:
 
 
 def _too_large(request: PlanRequest) -> str | None:
-    """Why it does not fit a device, None if it does or if no capacity is known."""
+    """The reason why it does not fit a device, None if it does or if no capacity is known."""
     worst = max(device_plans(request, make_layout(request)), key=lambda device: missing_bytes(request, device))
     if (missing := missing_bytes(request, worst)) <= 0:
         return None

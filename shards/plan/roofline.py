@@ -1,4 +1,4 @@
-"""How fast a plan can be at best: the roofline of one decode step and of one prefill, from bytes, FLOPs and links.
+"""The roofline of a plan: the best time of one decode step and of one prefill, from bytes, FLOPs and links.
 
 The formulas count what must move or be multiplied whatever the code does, so a measured rate above them is an error
 of the measurement: a device reads the weights it uses and the cache once a step, and a link carries (N-1)/N of what is

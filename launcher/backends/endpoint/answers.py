@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a server made of one prompt.
+    """The answer of a server to one prompt.
 
     `pieces_s` are the moments at which the parts of the answer came, in seconds from the sending of the request.
     `new_tokens` are counted by their ids, else by the server's own word, else by the parts that came.
@@ -78,7 +78,7 @@ class Reading:
             self.deltas.append((moment - self.exchange.sent_at, self.dialect.read(json.loads(data))))
 
     def answer(self) -> Answer:
-        """What has been read."""
+        """The answer that has been read."""
         deltas = [delta for _, delta in self.deltas]
         pieces = tuple(moment for moment, delta in self.deltas if delta.is_piece)
         ids = tuple(token for delta in deltas for token in delta.token_ids or ()) if self.dialect.gives_ids else None
@@ -100,7 +100,7 @@ class Reading:
         return replace(answer, failure=self._fault(answer, reasons, counted))
 
     def _fault(self, answer: Answer, reasons: list[str], counted: list[int]) -> Failure | None:
-        """What is wrong with a stream that ended in order."""
+        """The fault of a stream that ended in order, None without one."""
         new, most = answer.new_tokens, self.max_new_tokens
         if not reasons:
             return Failure("incomplete", "the stream ended without a reason")

@@ -1,4 +1,4 @@
-"""When bytes reached this machine, by the kernel's clock: not when Python came to read them."""
+"""Arrival times of bytes by the kernel's clock, rather than the times at which Python read them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class ArrivalClock:
         self.offset = time.time() - self.earliest
 
     def receive(self) -> tuple[float, bytes]:
-        """What has come, and when; nothing at the end of the connection. BlockingIOError where nothing waits."""
+        """Bytes that have arrived, with their arrival time; empty at the end of the connection. BlockingIOError if
+        there are none."""
         data, ancillary, _, _ = self.socket.recvmsg(READ_BYTES, socket.CMSG_SPACE(TIMESPEC.size))
         moment = now = time.perf_counter()
         for level, kind, content in ancillary:

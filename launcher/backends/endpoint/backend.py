@@ -183,7 +183,7 @@ class EndpointBackend:
         return answered
 
     def _samples(self) -> dict[str, float]:
-        """What the server has counted so far, where it says that."""
+        """The server's own counters, as far as it publishes them."""
         exchange = self._run(self.client.get("/metrics"))
         return samples(exchange.body) if exchange.failure is None else {}
 
@@ -195,7 +195,7 @@ class EndpointBackend:
         """A client is alone."""
 
     def memory(self) -> list[DeviceMemory]:
-        """Of a server that was started: what its processes hold on each device; of another one nothing is known."""
+        """Memory of each device by the processes of a server that was started; empty for any other server."""
         if self.started is None:
             return []
         anonymous = self.started.anonymous_bytes()

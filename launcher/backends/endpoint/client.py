@@ -119,7 +119,7 @@ class Client:
         return one_line(text.replace(self._key, "***") if self._key else text)
 
     async def is_listening(self) -> bool:
-        """Whether somebody takes connections at the server's address."""
+        """True if the server's address accepts connections."""
         try:
             connection = await self._connect()
         except ssl.SSLError:

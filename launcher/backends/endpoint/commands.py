@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ServerCommand:
-    """How a server is started, with what in its environment, and what is run when it has ended."""
+    """The command that starts a server, its environment, and the command that is run when it has ended."""
 
     words: tuple[str, ...]
     environment: dict[str, str]

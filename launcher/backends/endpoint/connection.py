@@ -21,7 +21,7 @@ HEAD_BYTES = 64 * 1024  # of a response, before its body
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a server may take: seconds for a whole request, and seconds without a byte."""
+    """Time limits of a server: seconds for a whole request, and seconds without a byte."""
 
     timeout_s: float = 600.0
     stall_s: float = 120.0
@@ -43,7 +43,7 @@ class Exchange:
 
 
 class _Response:
-    """What httptools calls while it reads one response; `moment` is that of the bytes that it reads now."""
+    """Callbacks of httptools for one response; `moment` is the arrival time of the bytes that are being parsed."""
 
     def __init__(self, exchange: Exchange, most_bytes: int) -> None:
         self.exchange, self.bytes_left = exchange, most_bytes + HEAD_BYTES
@@ -151,7 +151,7 @@ class Connection:
             self._end(Failure("closed", "the server closed the connection") if is_cut else None)
 
     def _decrypt(self, data: bytes) -> bytes:
-        """What encrypted bytes say; nothing where they end the connection, SSLWantReadError where more are needed."""
+        """Decrypt bytes; empty if they end the connection, SSLWantReadError if more are needed."""
         assert self._tls is not None
         self._received.write(data)
         parts = [self._tls.read(len(data))]

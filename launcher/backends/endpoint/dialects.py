@@ -29,7 +29,7 @@ class ServerError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one event adds to an answer. A server that does not give token ids leaves them None."""
+    """The part of an answer in one event. Token ids are None if the server sends none."""
 
     text: str = ""
     token_ids: tuple[int, ...] | None = None
@@ -60,7 +60,7 @@ class Dialect(ABC):
 
     @abstractmethod
     def read(self, event: Any) -> Delta:
-        """What an event says; MalformedError where it is none of this dialect, ServerError where it is an error."""
+        """Parse an event; MalformedError if it is not of this dialect, ServerError if it reports an error."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,7 @@ class EndpointConfig(BackendConfig):
             raise ConfigError(f"There is no ${self.key_variable} in the environment.", f"export {self.key_variable}=")
 
     def settle(self, config: RunConfig, on_cuda: bool) -> tuple[RunConfig, list[str]]:
-        """What a server runs on is its own affair: nothing is known of the devices behind an address."""
+        """Refuse no server or two; the devices behind an address stay unknown."""
         if config.server.name == "none" and self.url is None:
             raise ConfigError("backend=endpoint needs a server.", "backend.url=http://127.0.0.1:8000, or server=vllm")
         if config.server.name != "none" and self.url is not None:

@@ -1,4 +1,4 @@
-"""How a request can fail: a name for each way, so that failures can be counted."""
+"""The kinds of failed requests, each with a name, so that failures can be counted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a request has no answer.
+    """The reason for a request without an answer.
 
     `kind` is one of:
         unreachable   no connection could be made

@@ -17,7 +17,7 @@ Work = TypeVar("Work")
 
 @dataclass(slots=True)
 class ClientCost:
-    """What the client took for itself: seconds, and how late its own clock and its requests were."""
+    """The client's own cost: seconds of its processor, and the delays of its clock and its requests."""
 
     wall_s: float = 0.0
     cpu_s: float = 0.0
@@ -73,7 +73,7 @@ class Load(Generic[Work]):
             group.create_task(self.send(item))
 
     async def _tick(self) -> None:
-        """How late the loop comes back to whoever sleeps: every answer can be stamped as late as that."""
+        """Measure the delay of the event loop: the time stamp of every answer can be late by as much."""
         while True:
             due = perf_counter() + TICK_S
             await asyncio.sleep(TICK_S)

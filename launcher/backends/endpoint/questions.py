@@ -31,7 +31,8 @@ class ServerGoneError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Questions:
-    """How a server is asked. `extra` is added to each request; `retries` is how often one that failed is sent again."""
+    """The settings of requests. `extra` is added to each request; `retries` is the number of times a failed one is sent
+    again."""
 
     client: Client
     dialect: Dialect

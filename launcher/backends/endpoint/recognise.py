@@ -1,4 +1,5 @@
-"""What a server is: its dialect, the name of its model, and whether it makes the same tokens of a text as we do."""
+"""Recognise a server: its dialect, the name of its model, and whether it encodes a text into the same tokens as we
+do."""
 
 from __future__ import annotations
 

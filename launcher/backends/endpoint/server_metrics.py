@@ -1,4 +1,4 @@
-"""What a server has measured itself, from its Prometheus metrics before and after."""
+"""A server's own measurements: its Prometheus metrics before and after a run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def samples(text: bytes) -> dict[str, float]:
 
 
 def between(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-    """What a server counted between two readings, and the means of what it timed; only what it has."""
+    """Counts of a server between two readings, and the means of its timings, as far as it publishes them."""
     grown = {name: value - before.get(name, 0.0) for name, value in after.items()}
     measured: dict[str, float] = {}
     for name, histograms in MEANS.items():

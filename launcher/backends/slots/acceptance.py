@@ -1,4 +1,4 @@
-"""Which guessed tokens hold, and the token behind them: the target's own choice, or its own distribution."""
+"""Acceptance of guessed tokens, and the token after them: the target's own choice, or a draw from its distribution."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def sampled(
     uniform: torch.Tensor,
     noise: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `greedy`, by rejection: the tokens are distributed as if each had been drawn from `target` [rows, 1 + width,
-    vocabulary].
+    """Accept by rejection sampling, with the results of `greedy`: the tokens are distributed as if each had been drawn
+    from `target` [rows, 1 + width, vocabulary].
 
     `drafted` [rows, width, vocabulary] are the distributions that the guesses were drawn from; None where they were no
     matter of chance. `uniform` [rows, width] is drawn from [0, 1), `noise` [rows, vocabulary] exponentially. A guess is

@@ -26,7 +26,8 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers' own functions compute for `query` [rows, heads, tokens, dim], as [rows, tokens, heads, dim].
+    """Attention as transformers' own functions compute it, for `query` [rows, heads, tokens, dim], as [rows, tokens,
+    heads, dim].
 
     transformers copies keys and values to all query heads wherever there is a mask, in slots at most steps.
     """

@@ -114,7 +114,7 @@ class SlotLayer(CacheLayerMixin):
         return self.views[2]
 
     def _num_before(self, start: int) -> int:
-        """How many of `start` tokens the next one may see."""
+        """The number of tokens among the first `start` that the next one may see."""
         return start if self.window is None else min(start, self.window - 1)
 
     def get_seq_length(self) -> int:
@@ -181,7 +181,7 @@ class SlotCache(Cache):
         return layer.step(key_states, value_states, self._index_of(layer))
 
     def _index_of(self, layer: SlotLayer) -> torch.Tensor:
-        """Where in [slots, heads, size], laid flat, the tokens of this step go; layers that are alike share it."""
+        """Indices of this step's tokens in [slots, heads, size], flattened; layers of equal shape share them."""
         assert isinstance(self.doing, Stepping)
         kind = layer.keys.device, layer.keys.shape[1], layer.size
         if kind not in self._index:

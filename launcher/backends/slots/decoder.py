@@ -72,7 +72,7 @@ class Queue:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What one forward has chosen, on its way to the host."""
+    """The tokens chosen in one forward, on their way to the host."""
 
     forward: Read | Step
     number: int

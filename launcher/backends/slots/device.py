@@ -111,7 +111,8 @@ class Slots:
         return logits[:, -kept:].float()
 
     def _mask(self, positions: torch.Tensor, reach: int) -> Any:
-        """What a step may see: of each row all to its newest token, [rows, 1, 1, reach], by kinds of layers if several.
+        """The mask of a step: each row sees all up to its newest token, [rows, 1, 1, reach]; a mask for each kind of
+        layer if there are several.
 
         Families with ALiBi make biases of a mask [rows, reach] themselves.
         """

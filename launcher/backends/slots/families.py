@@ -1,4 +1,4 @@
-"""Which models decode in slots, told from their transformers config alone."""
+"""Models that can decode in slots, judged by their transformers config alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHARED_FREQUENCIES = {"dynamic", "longrope"}
 
 
 def why_static(config: Mapping[str, Any], is_remote_code: bool = False) -> str | None:
-    """Why a model is decoded in static batches only; None where it can have slots."""
+    """The reason for decoding a model in static batches only; None if it can have slots."""
     family = config.get("model_type")
     if family not in FAMILIES or (is_remote_code and "auto_map" in config):
         return f"{family} is not among the families whose cache is known to lie in slots"
@@ -35,7 +35,7 @@ def why_static(config: Mapping[str, Any], is_remote_code: bool = False) -> str |
 
 
 def why_no_guesses(config: Mapping[str, Any]) -> str | None:
-    """Why a model that decodes in slots takes one token of a row in a step; None where it takes several."""
+    """The reason for decoding one token of a row in a step; None if the model can check several."""
     family = config.get("model_type")
     if family in ("bloom", "mpt") or config.get("alibi"):
         return f"the biases of a {family} with ALiBi are those of one new token"

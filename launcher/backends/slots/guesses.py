@@ -31,7 +31,7 @@ class Guesses:
 
 
 class Guesser(Protocol):
-    """What makes guesses; it sees each forward of the target, in their order."""
+    """The interface of guessers; a guesser sees each forward of the target, in order."""
 
     def ready(self, slots: int, length: int, ahead: int) -> None:
         """Be ready for sequences of at most `length` tokens, `ahead` of them guessed, in so many slots."""
@@ -68,7 +68,7 @@ class AheadSlots(Slots):
         return self._all_logits(ids, shown, self._mask(positions, reach), count)
 
     def _mask(self, positions: torch.Tensor, reach: int) -> Any:
-        """What the tokens at `positions` [rows, tokens] may see, [rows, 1, tokens, reach], by kinds of layers."""
+        """The mask for tokens at `positions` [rows, tokens], [rows, 1, tokens, reach], by kinds of layers."""
         now, newest = positions[..., None], positions[:, -1:, None]
         masks = {}
         for kind, size in self.mask_sizes.items():
@@ -130,8 +130,8 @@ class Draft:
         self.slots.read(forward)
 
     def guess(self, forward: Step, most: SequenceOf[int], sampler: Sampler, generators: Generators) -> Guesses:
-        """As many forwards as the row with most guesses needs. The first has two tokens of each row: the draft has not
-        seen the newest but one where all its guesses were accepted, and writes it once more where it has."""
+        """Guess by as many forwards as the row with most guesses needs. The first forward has two tokens of each row:
+        if all its guesses were accepted, the draft has not seen the last but one; otherwise it is written again."""
         assert self.slots is not None
         self.slots.move(forward)
         last = [(one.prompt.token_ids + tuple(one.token_ids[-2:]))[-2:] for one in forward.sequences]

@@ -27,7 +27,7 @@ class Ngrams:
             self.tokens.append(token)
 
     def guess(self, count: int) -> list[int]:
-        """So many tokens that may come next, of the longest run that was there before; none where none was."""
+        """The tokens, at most `count`, that followed the longest matching n-gram; empty without a match."""
         here = len(self.tokens)
         for length in range(min(self.most, here), self.least - 1, -1) if count else ():
             start = self.followed_at.get(tuple(self.tokens[here - length :]))

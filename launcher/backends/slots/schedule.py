@@ -1,4 +1,4 @@
-"""Who is in which slot, and what the next forward of a process is for. Plain bookkeeping: no tensor, no device."""
+"""The assignment of prompts to slots, and the order of the forwards. Plain bookkeeping: no tensor, no device."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Read:
 
     @property
     def is_last(self) -> bool:
-        """Whether the prompts are then read to their ends, and each has its first new token."""
+        """True if this forward reads the prompts to their ends and so gives each its first new token."""
         return self.start + self.width >= len(self.sequences[0].prompt.token_ids)
 
 
@@ -84,7 +84,7 @@ class Schedule:
         self.waiting.append(Sequence(prompt))
 
     def next(self) -> Read | Step | None:
-        """What the next forward is for; None where there is nothing to do."""
+        """The next forward; None if there is nothing to do."""
         if self.waiting and (self.budget > 0 or not self.decoding):
             return self._read()
         if not self.decoding:

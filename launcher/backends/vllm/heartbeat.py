@@ -23,7 +23,7 @@ COMPUTING_S = 1800.0  # of computing alone: compiling and capturing graphs ends,
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What processes have done since they began: bytes read, by calls and by mapped pages, and seconds of computing."""
+    """The work of processes since they began: bytes read, by calls and by mapped pages, and seconds of computing."""
 
     read_bytes: float = 0.0
     cpu_s: float = 0.0
@@ -33,14 +33,14 @@ class Work:
 
 
 class Activity:
-    """Whether processes work, judged by what they have done since the last look."""
+    """Tells working processes from idle ones by the work that they have done since the last look."""
 
     def __init__(self, now: float, done: dict[int, Work]) -> None:
         self.last_look = self.last_read = now
         self.before = done
 
     def look(self, now: float, done: dict[int, Work]) -> bool:
-        """Whether there is life, by the work of each process up to this moment."""
+        """True if some process has worked since the last look."""
         work = sum(done.values(), Work())
         known = sum((self.before[pid] for pid in done if pid in self.before), Work())
         elapsed, self.last_look, self.before = now - self.last_look, now, done
@@ -71,7 +71,7 @@ def _beat(beat: Callable[[], object], over: threading.Event) -> None:
 
 
 def work_of_tree() -> dict[int, Work]:
-    """What this process and its children have done, by process id; one that ends meanwhile is left out."""
+    """The work of this process and its children, by process id; one that ends meanwhile is left out."""
     parent = psutil.Process()
     work = {}
     for process in (parent, *parent.children(recursive=True)):

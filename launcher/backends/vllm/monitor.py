@@ -1,4 +1,4 @@
-"""When vLLM's tokens come, and how much of its KV cache is in use."""
+"""Times of vLLM's tokens, and the use of its KV cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What vLLM's workers tell about their memory; vLLM mixes this class into its own worker, in the worker's process."""
+"""Memory figures of vLLM's workers; vLLM mixes this class into its own worker, in the worker's process."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def follow(
 
 
 def how_to_go_on(runs: Mapping[str, RunDir], where: Path) -> str:
-    """How to see what becomes of the jobs of a folder that run on, and how to end them."""
+    """The commands that follow the remaining jobs of a folder, and that cancel them."""
     arrays = " ".join(dict.fromkeys(job.partition("_")[0] for job in runs))
     see = f"python -m launcher.status --follow {shlex.quote(str(where))}"
     return f"job {arrays} goes on. See it: {see}   End it: scancel {arrays}"

@@ -55,14 +55,14 @@ def _statuses(run_dir: RunDir) -> list[str | None]:
 
 
 def is_stopped(ranks: Sequence[str | None], code: int) -> bool:
-    """Whether the ranks were stopped from outside: none of them is to blame, and not all had finished."""
+    """True if the ranks were stopped from outside: none of them is to blame, and not all had finished."""
     if not set(ranks) <= {"ok", "interrupted", "cancelled", None} or all(rank == "ok" for rank in ranks):
         return False
     return "interrupted" in ranks or code in STOPPED
 
 
 def _may_go_on(run_dir: RunDir, environ: Mapping[str, str]) -> bool:
-    """Whether the job may be queued again: it is allowed to, and of its last two attempts one made some progress."""
+    """True if the job may be queued again: that is allowed, and one of its last two attempts made some progress."""
     cluster = run_dir.read_run().run_config.cluster
     if not cluster.requeue or int(environ.get("SLURM_RESTART_COUNT", 0)) >= cluster.max_requeues:
         return False
@@ -71,7 +71,7 @@ def _may_go_on(run_dir: RunDir, environ: Mapping[str, str]) -> bool:
 
 
 def _at_time_limit(environ: Mapping[str, str]) -> bool:
-    """Whether the job has used up its time, as SLURM says; False where it does not answer."""
+    """True if SLURM says that the job has used up its time; False if SLURM does not answer."""
     command = ["squeue", "-h", "-j", environ.get("SLURM_JOB_ID", ""), "-o", "%L"]
     try:
         left = subprocess.run(command, capture_output=True, text=True, timeout=2, check=True).stdout.strip()

@@ -52,7 +52,7 @@ class State:
 
     @property
     def is_end(self) -> bool:
-        """Whether the job is over; one that waits for its next attempt is not."""
+        """True if the job is over; False for one that waits for its next attempt."""
         return self.name in ENDS
 
     def __str__(self) -> str:
@@ -98,7 +98,7 @@ def look(jobs: Sequence[str]) -> dict[str, State] | None:
 
 
 def settled(jobs: Sequence[str], sure: Collection[str] = ()) -> dict[str, State] | None:
-    """As `look`, but a job is over only if it is so twice: one that is queued again passes through such states.
+    """The states of `look`, where a job is over only if it is so twice: a requeued job passes through such states.
 
     Those in `sure` are believed at once.
     """
@@ -125,7 +125,7 @@ def active(run_dirs: Sequence[RunDir]) -> dict[RunDir, tuple[str, State]]:
 
 
 def _squeue(*options: str) -> str | None:
-    """What squeue prints; "" where it knows none of the jobs, None where it does not answer."""
+    """The output of squeue; "" if it knows none of the jobs, None if it does not answer."""
     try:
         done = subprocess.run(
             ["squeue", "-h", *options], env=environment(os.environ), stdin=subprocess.DEVNULL, capture_output=True,
@@ -141,7 +141,7 @@ def _squeue(*options: str) -> str | None:
 
 
 def position(job: str) -> str:
-    """How many jobs wait before this one, as far as SLURM shows others' jobs; "" where that cannot be told."""
+    """The number of jobs that wait before this one, as far as SLURM shows other users' jobs; "" if it does not."""
     waiting = (_squeue("-t", "PD", "--array", "--priority", "--sort=-p,i", "-o", "%i|%P") or "").splitlines()
     rows = [tuple(line.split("|", 1)) for line in waiting]
     partition = next((row[1] for row in rows if row[0] == job), None)

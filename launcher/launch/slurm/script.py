@@ -124,7 +124,7 @@ def _gpus(job: Job) -> dict[str, str]:
 
 
 def _place(points: Sequence[str]) -> Iterator[str]:
-    """Where the run is, and what becomes of the script's own words: the ranks have a log each."""
+    """The lines with the run directory and the log of the script itself; the ranks have logs of their own."""
     yield "# Submit it from the directory that it is in: sbatch " + SLURM_SCRIPT
     if points:
         yield "points=(" + " ".join(map(shlex.quote, points)) + ")"
@@ -177,5 +177,5 @@ def _work(job: Job) -> Iterator[str]:
 
 
 def not_found(program: str) -> UserError:
-    """What is said where SLURM's programs are not there."""
+    """The error for missing SLURM programs."""
     return UserError(f"{program} is not found: this machine cannot submit to a SLURM.", "launch=local, or a login node")

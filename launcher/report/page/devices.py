@@ -27,7 +27,7 @@ class DevicesOverTime:
 
 
 def devices_over_time(costs: Sequence[tuple[str, Cost]]) -> DevicesOverTime:
-    """Of each run, by its label, the devices that were sampled."""
+    """The sampled devices of each run, by the run's label."""
     series, rows = [], []
     for label, cost in costs:
         for uuid in dict.fromkeys(sample.uuid for sample in cost.samples):

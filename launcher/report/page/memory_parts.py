@@ -15,7 +15,7 @@ def cache_of(device: DeviceMemory) -> int:
 
 
 def measured_parts(device: DeviceMemory, unit: int) -> dict[str, float]:
-    """What a device held, by its parts; the rest of the allocator's peak where that is known."""
+    """The parts of a device's measured memory, and the rest of the allocator's peak if that is known."""
     parts = {"parameters": (device.parameter_bytes or 0) / unit, "KV cache": cache_of(device) / unit}
     if device.peak_allocated_bytes is not None:
         parts["other"] = max(device.peak_allocated_bytes / unit - sum(parts.values()), 0.0)
@@ -23,7 +23,7 @@ def measured_parts(device: DeviceMemory, unit: int) -> dict[str, float]:
 
 
 def planned_parts(plan: DevicePlan, device: DeviceMemory, unit: int) -> dict[str, float]:
-    """What a device was planned to hold, by the parts that were measured."""
+    """The parts of a device's planned memory, by the names of the measured parts."""
     cache = max(plan.kv_cache_bytes, plan.kv_cache_reserved_bytes)
     parts = {"parameters": plan.parameter_bytes / unit, "KV cache": cache / unit}
     if device.peak_allocated_bytes is not None:
