@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from multiprocessing.connection import Client
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from launcher.backends.base import Prompt, backend_class  # noqa: E402
+from launcher.backends.base import Prompt  # noqa: E402
 from launcher.composition.compose import compose_run  # noqa: E402
+from launcher.config.engines import resolve  # noqa: E402
 from launcher.prepare.planning import plan_of  # noqa: E402
 from launcher.system.files import read_json  # noqa: E402
 from shards.checkpoint.checkpoint import Checkpoint  # noqa: E402
@@ -37,9 +38,10 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """`benchmark_contestant.py ADDRESS KEY`; what is to be done comes over the connection."""
+    """`benchmark_contestant.py DESCRIPTOR`; what is to be done comes over the connection that this is."""
     signal_when_orphaned(signal.SIGKILL)
-    with Client(sys.argv[1], authkey=bytes.fromhex(sys.argv[2])) as driver:
+    os.set_inheritable(int(sys.argv[1]), False)
+    with Connection(int(sys.argv[1])) as driver:
         job = driver.recv()
         began = time.perf_counter()
         answer, meet = CONTESTANTS[job["kind"]](job, World.from_env(os.environ))
@@ -66,7 +68,7 @@ def ours(job: dict[str, Any], world: World) -> tuple[Answer, Callable[[], None]]
     ])  # fmt: skip
     config.model.path, config.measure.batch_size = job["folder"], len(job["prompts"])
     prompts = prompts_of(job)
-    backend = backend_class(config.backend.name)(config)
+    backend = resolve(config.backend.implementation)(config)
     fields = read_json(Path(job["folder"]) / "config.json")
     plan = plan_of(config, fields, Checkpoint.open(Path(job["folder"])).tensors, prompts, False)
     backend.load(plan, world, lambda done, total: None)

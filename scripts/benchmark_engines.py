@@ -1,6 +1,6 @@
 """All engines beside what one would write without this project, in one run, in turns.
 
-    python scripts/benchmark_engines.py [--models tiny_llama,random_1gb] [--engines fsdp,fabric] [--precisions fp32]
+    python scripts/benchmark_engines.py [--models tiny_llama,random_1gb] [--engines fsdp,vllm] [--precisions fp32]
                                         [--repeats 5] [--new-tokens 32] [--ranks 2] [--output benchmarks/NAME]
 
 For each model and precision every contestant is started once and answers the same prompts, all at once, with the same
@@ -90,7 +90,7 @@ CONTESTANTS = (
     ours("fsdp x1", "transformers", "backend=fsdp", devices=1),
     Contestant("Fabric FSDP2 + generate", "fabric", "model.generate", ("backend=fsdp",), ranks=True),
     ours("fsdp", "Fabric FSDP2 + generate", "backend=fsdp", ranks=True),
-    ours("fsdp, all resident", "Fabric FSDP2 + generate", "backend=fsdp", "backend.resident_layers=all", ranks=True),
+    ours("fsdp all resident", "Fabric FSDP2 + generate", "backend=fsdp", "backend.resident_layers=all", ranks=True),
     Contestant("deepspeed.init_inference", "deepspeed", "model.generate", ("backend=deepspeed",), ranks=True),
     ours("deepspeed", "deepspeed.init_inference", "backend=deepspeed", ranks=True),
     Contestant("vllm.LLM", "vllm", "model.generate", ("backend=vllm",), needs="vllm",

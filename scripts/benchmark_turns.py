@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
-from multiprocessing.connection import Connection, Listener
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from launcher.system.processes import SharedMemoryWatch
+from shards.machine.shared_memory import SharedMemoryWatch
 
 PROGRAM = Path(__file__).with_name("benchmark_contestant.py")
 LIMIT_S = 900
@@ -35,10 +35,9 @@ class Group:
 
     def start(self) -> None:
         """Start the processes, let them load, and stop them."""
-        key, address = secrets.token_bytes(16), str(self.log.with_suffix(".socket"))
         cores = len(os.sched_getaffinity(0))
         port = free_port()
-        with Listener(address, authkey=key) as listener, self.log.open("wb") as log:
+        with self.log.open("wb") as log:
             for rank in range(self.processes):
                 place = {
                     "RANK": rank,
@@ -47,17 +46,19 @@ class Group:
                     "LOCAL_WORLD_SIZE": self.processes,
                 }
                 world = {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if self.processes > 1 else {}
+                connection, theirs = Pipe()
                 child = subprocess.Popen(
-                    [sys.executable, str(PROGRAM), address, key.hex()], stdin=subprocess.DEVNULL, stdout=log,
-                    stderr=log, start_new_session=True, env={
+                    [sys.executable, str(PROGRAM), str(theirs.fileno())], stdin=subprocess.DEVNULL, stdout=log,
+                    stderr=log, start_new_session=True, pass_fds=(theirs.fileno(),), env={
                         **os.environ, **{name: str(value) for name, value in world.items()},
                         "OMP_NUM_THREADS": str(max(1, cores // self.processes)), "TOKENIZERS_PARALLELISM": "false",
                     },
                 )  # fmt: skip
+                theirs.close()  # so that nothing is left to wait for when the process has ended
                 self.children.append(child)
-            for _ in self.children:
-                self.connections.append(listener.accept())
-                self.connections[-1].send(self.job)
+                self.connections.append(connection)
+                with contextlib.suppress(BrokenPipeError):
+                    connection.send(self.job)
         loaded = self._answers()
         self._look_at_shared_memory()
         self._signal(signal.SIGSTOP)
@@ -85,7 +86,7 @@ class Group:
                     self.failure = f"no answer within {LIMIT_S} s"
                     return None
                 answers.append(connection.recv())
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             lines = self.log.read_text(errors="replace").strip().splitlines() or ["without a word"]
             self.failure = lines[-1][:200]
             return None
