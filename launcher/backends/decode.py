@@ -64,8 +64,8 @@ class Decoder:
             logits = self._forward(inputs, batch, step, cache)
             chosen, gap = sampler.choose(logits, generators)
             unfinished = unfinished & ~torch.isin(chosen, eos)
-            tokens.append(chosen)
-            gaps.append(gap)
+            tokens.append(chosen.clone())  # the sampler uses its tensors again
+            gaps.append(gap.clone())
             more = sampling.ignore_eos or self.any_unfinished(bool(unfinished.any()))
             clock.mark()
             self.peaks.end("decode" if step else "prefill")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from shards.parallel.tensor_parallel import VocabularyHead, best_of
+from shards.parallel.tensor_parallel import Best, VocabularyHead, best_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,13 +25,20 @@ class Sampler:
 
     def __init__(self, sampling: SamplingConfig, seed: int, device: torch.device, head: object = None) -> None:
         self.is_greedy = sampling.temperature == 0
-        self.best: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = best_of
+        self.best: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = self._best
+        self.buffers: Best | None = None
         if isinstance(head, VocabularyHead):
             head.gathering = not self.is_greedy
             if self.is_greedy:
                 self.best = head.best
         self.processors = _processors(sampling)
         self.seed, self.device = seed, device
+
+    def _best(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.buffers is None or len(logits) > len(self.buffers[0]) or logits.dtype is not self.buffers[0].dtype:
+            value = logits.new_empty(len(logits), 1)
+            self.buffers = value, value.new_empty(value.shape, dtype=torch.long), torch.empty_like(value)
+        return best_of(logits, self.buffers)
 
     def generator(self, prompt: Prompt) -> torch.Generator | None:
         """The random generator for the tokens of a prompt; None for greedy decoding."""

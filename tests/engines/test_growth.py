@@ -9,8 +9,18 @@ from pathlib import Path
 import pytest
 from running import ROOT, run, torchrun
 
+from launcher.models import EMBEDDED
+
 MIB = 1024**2
 PROGRAM = str(ROOT / "tests" / "programs" / "growth_program.py")
+
+
+SLOTS, LENGTH = 1, 3 + 1000  # of each rank: as many as it has prompts, and as long as a prompt and its answer
+
+
+def kv_bytes_per_token() -> int:
+    fields = json.loads((EMBEDDED / "tiny_draft" / "config.json").read_text())
+    return int(2 * 4 * fields["num_hidden_layers"] * fields["num_key_value_heads"] * fields["head_dim"])
 
 
 @pytest.mark.slow
@@ -21,5 +31,6 @@ def test_host_memory_does_not_grow_with_decode_steps(ranks: int, tmp_path: Path)
     assert ended.code == 0, ended.err[-3000:]
     for rank in range(ranks):
         held = json.loads((tmp_path / f"rank_{rank}.json").read_text())
-        assert len(held) == 10
-        assert held[-1] - held[0] <= 5 * MIB, [value // MIB for value in held]
+        assert len(held["host"]) == 10
+        assert held["host"][-1] - held["host"][0] <= 5 * MIB, [value // MIB for value in held["host"]]
+        assert held["cache"] == [SLOTS * LENGTH * kv_bytes_per_token()] * 10

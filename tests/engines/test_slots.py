@@ -11,6 +11,7 @@ import pytest
 import torch
 from handed import Handed
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.backends.base import Completion, Generation, Prompt
@@ -21,6 +22,7 @@ from launcher.backends.slots.decoder import Queue, SlotDecoder
 from launcher.backends.slots.families import FAMILIES, why_no_guesses, why_static
 from launcher.backends.slots.guesses import Draft, Lookup
 from launcher.backends.slots.schedule import Read, Schedule, Step
+from launcher.backends.slots.static import Compiled
 from launcher.config.schema import SamplingConfig
 from shards.machine.world import World
 from shards.parallel.families import keep_kv_heads_only
@@ -122,10 +124,13 @@ def test_a_family_in_slots_gives_the_tokens_of_generate(family: str, config: dic
     expected = [by_generate(model, prompt, new_tokens) for prompt in prompts]
     assert len({token for tokens in expected for token in tokens}) > 5, "a model that says nothing shows nothing"
     keep_kv_heads_only(model)
-    for slots, prefill_tokens in ((3, 2048), (4, 7)):
+    for slots, prefill_tokens, is_static in ((3, 2048, False), (4, 7, False), (4, 7, True)):
         engine = decoder(model, slots, 40, prefill_tokens)
+        if is_static:  # all rows in each step, also those that are free or in the middle of a prompt
+            ready = engine.ready(40)
+            ready.static = Compiled(ready, ready.forward)
         generation = answered(engine, prompts, SamplingConfig(max_new_tokens=new_tokens, ignore_eos=True))
-        assert [item.token_ids for item in generation.completions] == expected, (slots, prefill_tokens)
+        assert [item.token_ids for item in generation.completions] == expected, (slots, prefill_tokens, is_static)
     if why_no_guesses(model.config.to_dict()) is None:
         for guesser in (Lookup(3, 1, torch.device("cpu")), Draft(disturbed(model), torch.device("cpu"))):
             engine = decoder(model, 4, 43, 7)
@@ -361,7 +366,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(sampling: SamplingConfig) 
     likely[likely < likely.topk(sampling.top_k or 8).values[-1]] = -torch.inf
     expected = likely.softmax(0) * 20_000
     generator = sampler.generator(Prompt(0, "", (1,)))
-    tokens, _ = sampler.choose(logits.expand(20_000, -1), [generator] * 20_000)
+    tokens, _ = sampler.choose(logits.repeat(20_000, 1), [generator] * 20_000)
     drawn = tokens.bincount(minlength=8)
     possible = expected > 0
     assert drawn[~possible].sum() == 0
@@ -400,6 +405,52 @@ def test_nothing_waits_for_the_device(model: Any, lengths: tuple[int, ...], samp
         answered(engine, prompts_of(lengths), SamplingConfig(max_new_tokens=4, **sampling))
     assert "aten::linear" in operators.names
     assert operators.names & READ_A_VALUE == set()
+
+
+class Allocations(TorchDispatchMode):
+    """The operators that gave new memory to the loop or to the cache, not to the model between them."""
+
+    def __init__(self, engine: SlotDecoder) -> None:
+        super().__init__()
+        assert engine.slots is not None
+        self.names: list[str] = []
+        self.in_model = False
+        update = engine.slots.cache.update
+
+        def updated(*args: Any, **kwargs: Any) -> Any:
+            self.in_model = False
+            found = update(*args, **kwargs)
+            self.in_model = True
+            return found
+
+        engine.slots.cache.update = updated
+        engine.model.register_forward_pre_hook(lambda *_: setattr(self, "in_model", True))
+        engine.model.register_forward_hook(lambda *_: setattr(self, "in_model", False))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = {each.untyped_storage().data_ptr() for each in tree_leaves((args, kwargs)) if torch.is_tensor(each)}
+        new = [each for each in tree_leaves(made) if torch.is_tensor(each)]
+        if not self.in_model and any(each.untyped_storage().data_ptr() not in given for each in new):
+            self.names.append(func.name())
+        return made
+
+
+@pytest.mark.parametrize("family", ["llama", "falcon", "mistral", "bloom"])
+@pytest.mark.parametrize("lengths", [(7, 7, 7), (7, 5, 9)], ids=["even", "uneven"])
+def test_no_step_allocates(family: str, lengths: tuple[int, ...]) -> None:
+    """Greedy decoding. What the modules of transformers allocate for their activations is theirs and not counted."""
+    model = made(family, fields(family))
+    keep_kv_heads_only(model)
+    engine = decoder(model, 3, 40, 2048)
+    sampling = SamplingConfig(max_new_tokens=20, ignore_eos=True)
+    answered(engine, prompts_of(lengths), sampling)
+    counted: list[int] = []
+    with Allocations(engine) as allocations:
+        engine.generate(prompts_of(lengths), sampling, lambda *_: counted.append(len(allocations.names)))
+    first = len(counted) - 18  # behind the prompts, and a step in which the sampler's tensors are made
+    assert counted[0] > 0, "reading prompts does allocate"
+    assert counted[first:] == [counted[first]] * 18, allocations.names[counted[first] :]
 
 
 def test_a_static_batch_of_one_length_waits_for_nothing_either(model: Any) -> None:

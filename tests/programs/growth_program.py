@@ -1,4 +1,4 @@
-"""`growth_program.py OUT RANKS`: anonymous memory of a rank of fsdp after each 1,000 of 10,000 decode steps."""
+"""`growth_program.py OUT RANKS`: anonymous memory and cache of a rank of fsdp after each 1,000 of 10,000 decode steps."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ def main() -> None:
     world = World.from_env(os.environ)
     prompt = Prompt(world.rank, "", (1, 2, 3))
     backend, _ = loaded(configured("fsdp", "tiny_draft", int(ranks)), world, [prompt])
-    held = []
+    host, cache = [], []
     for _ in range(10):
         backend.generate([prompt], STEPS, lambda tokens, finished=(): None)
         assert bookkeeping_entries(backend.model) == 0
         ctypes.CDLL(None).malloc_trim(0)  # what is free in the heap goes back: what is held is left
-        held.append(host_anonymous_bytes())
-    (out / f"rank_{world.rank}.json").write_text(json.dumps(held))
+        host.append(host_anonymous_bytes())
+        cache.append(backend.memory()[0].kv_cache_bytes)
+    (out / f"rank_{world.rank}.json").write_text(json.dumps({"host": host, "cache": cache}))
     backend.close()
     os._exit(0)
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     Pair = tuple[torch.Tensor, torch.Tensor]
+    Kind = tuple[torch.device, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,14 +160,18 @@ class SlotCache(Cache):
         ]
         super().__init__(layers=[SlotLayer(slots, length, window, spare) for window in windows])
         self.doing: Reading | Stepping | None = None
-        self._index: dict[tuple[torch.device, int, int], torch.Tensor] = {}
-        self._bases: dict[tuple[torch.device, int, int], torch.Tensor] = {}
+        self._kinds: dict[Kind, bool] = {}  # those of layers that have run, and whether they have windows
+        self._index: dict[Kind, torch.Tensor] = {}
+        self._bases: dict[Kind, torch.Tensor] = {}
+        self._buffers: dict[tuple[Kind, int], Pair] = {}
 
     def do(self, what: Reading | Stepping) -> None:
         self.doing = what
         self._index.clear()
         for layer in self.layers:
             layer.doing = what
+        if isinstance(what, Stepping):
+            self._index.update({kind: self._places(kind) for kind in self._kinds})
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -182,16 +187,29 @@ class SlotCache(Cache):
 
     def _index_of(self, layer: SlotLayer) -> torch.Tensor:
         """Indices of this step's tokens in [slots, heads, size], flattened; layers of equal shape share them."""
-        assert isinstance(self.doing, Stepping)
         kind = layer.keys.device, layer.keys.shape[1], layer.size
         if kind not in self._index:
-            device, heads, size = kind
-            if kind not in self._bases:
-                self._bases[kind] = torch.arange(self.slots * heads, device=device).view(-1, heads, 1) * size
-            positions = self.doing.positions.to(device)[:, None]
-            positions = positions % size if layer.is_sliding else positions
-            self._index[kind] = (self._bases[kind][: self.doing.rows] + positions).view(-1)
+            self._kinds[kind] = layer.is_sliding
+            self._index[kind] = self._places(kind)
         return self._index[kind]
+
+    def _places(self, kind: Kind) -> torch.Tensor:
+        assert isinstance(self.doing, Stepping)
+        device, heads, size = kind
+        rows, positions = self.doing.rows, self.doing.positions.to(device)[:, None]
+        if kind not in self._bases:
+            self._bases[kind] = torch.arange(self.slots * heads, device=device).view(-1, heads, 1) * size
+        width = positions.shape[2]
+        if (kind, width) not in self._buffers:
+            bases = self._bases[kind]
+            self._buffers[kind, width] = (
+                bases.new_empty(self.slots, heads, width),
+                bases.new_empty(self.slots, 1, width),
+            )
+        index, wrapped = (buffer[:rows] for buffer in self._buffers[kind, width])
+        if self._kinds[kind]:  # a window's places are used in turn
+            positions = torch.remainder(positions, size, out=wrapped)
+        return torch.add(self._bases[kind][:rows], positions, out=index).view(-1)
 
     def move(self, source: int, target: int) -> None:
         """Copy what one slot holds to another."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,24 +16,32 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from launcher.backends.slots.schedule import Read, Sequence, Step
+    from launcher.backends.slots.static import Static
 
 BLOCK = 64
 """Attention spans as many positions as the longest row has, rounded up to a multiple of these, and a mask hides what
 lies behind the others. Rows of one length need neither: without a mask CUDA has flash attention."""
 
+Forward = Callable[[int, int], torch.Tensor]
+"""Logits for so many rows whose attention reaches so far, as `Slots.forward` gives them."""
+
 
 class Slots:
     """The cache of a model, and of each row its newest token and the position where that will lie.
 
-    `read` and `step` give logits [rows, vocabulary] in fp32; `keep` takes what was chosen from them.
+    `read` and `step` give logits [rows, vocabulary] in fp32; `keep` takes what was chosen from them. All that a step
+    needs beside the model's own activations lies in tensors that are made once: its inputs are at the same addresses
+    in every step. `static` are forwards for certain numbers of rows and reaches only, where there are any.
     """
 
     def __init__(self, model: Any, slots: int, length: int, device: torch.device, spare: int = 0) -> None:
         self.model, self.device = model, device
         use_slots(model)
         self.cache = SlotCache(model.config, slots, length, spare)
+        self.static: Static | None = None
         self.tokens = torch.zeros(slots, dtype=torch.long, device=device)
         self.positions = torch.zeros(slots, dtype=torch.long, device=device)
+        self.places_now = torch.zeros(slots, 1, dtype=torch.long, device=device)
         self.places = torch.arange(length, device=device)
         self.seen, self.hidden = (torch.tensor(value, dtype=model.dtype, device=device) for value in (0.0, -torch.inf))
         self.takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
@@ -40,6 +49,10 @@ class Slots:
         kinds = {layer.is_sliding: layer.size for layer in self.cache.layers}
         self.needs_mask = self.is_alibi or True in kinds  # transformers' own would not know the order in a window
         self.mask_sizes = {"sliding_attention" if kind else "full_attention": size for kind, size in kinds.items()}
+        width = -(-length // BLOCK) * BLOCK  # kernels want rows of a mask to begin at multiples of 16 bytes
+        self.is_seen = torch.zeros(slots, width, dtype=torch.bool, device=device)
+        self.mask = torch.zeros(slots, width, dtype=torch.long if self.is_alibi else model.dtype, device=device)
+        self.wide_logits: torch.Tensor | None = None
 
     def read(self, forward: Read) -> torch.Tensor:
         """Read prompts, or a chunk of one; the logits of the last token of each."""
@@ -61,14 +74,32 @@ class Slots:
         self.move(forward)
         rows = len(forward.sequences)
         lengths = {one.length + 1 for one in forward.sequences}
-        is_even = len(lengths) == 1 and not self.needs_mask
-        reach = max(lengths) if is_even else min(-(-max(lengths) // BLOCK) * BLOCK, self.cache.length)
-        positions = self.positions[:rows, None]
-        self.cache.do(Stepping(rows, positions, reach))
-        mask = None if is_even else self._mask(positions, reach)
-        logits = self._logits(self.tokens[:rows, None], positions, mask, 1)
+        longest = max(lengths)
+        if self.static is not None:
+            logits = self.static(rows, longest)[:rows]
+        elif len(lengths) == 1 and not self.needs_mask:
+            logits = self.lay_out(rows, longest).forward(rows, longest, is_masked=False)
+        else:
+            reach = min(-(-longest // BLOCK) * BLOCK, self.cache.length)
+            logits = self.lay_out(rows, reach).forward(rows, reach)
         self.positions[:rows].add_(1)
         return logits
+
+    def lay_out(self, rows: int, reach: int) -> Slots:
+        """Write down where the newest tokens of the first `rows` rows go; rows that decode nothing may be among them.
+
+        These write where their next token will lie, or at the end of their slot, where none will.
+        """
+        positions = self.places_now[:rows]
+        torch.clamp(self.positions[:rows, None], max=self.cache.length - 1, out=positions)
+        self.cache.do(Stepping(rows, positions, reach))
+        return self
+
+    def forward(self, rows: int, reach: int, is_masked: bool = True) -> torch.Tensor:
+        """The logits of what was laid out."""
+        positions = self.places_now[:rows]
+        mask = self._mask(positions, reach) if is_masked else None
+        return self._logits(self.tokens[:rows, None], positions, mask, 1)
 
     def keep(self, forward: Read | Step, chosen: torch.Tensor) -> None:
         """Note the newest tokens of the rows of a forward."""
@@ -107,8 +138,13 @@ class Slots:
             logits_to_keep=kept,
             **options,
         )
-        logits: torch.Tensor = output.logits
-        return logits[:, -kept:].float()
+        logits: torch.Tensor = output.logits[:, -kept:]
+        if logits.dtype is torch.float32:
+            return logits
+        size = self.wide_logits.shape[1:] if self.wide_logits is not None else None
+        if self.wide_logits is None or size != logits.shape[1:]:
+            self.wide_logits = torch.empty(self.cache.slots, *logits.shape[1:], device=logits.device)
+        return self.wide_logits[: len(logits)].copy_(logits)
 
     def _mask(self, positions: torch.Tensor, reach: int) -> Any:
         """The mask of a step: each row sees all up to its newest token, [rows, 1, 1, reach]; a mask for each kind of
@@ -116,10 +152,13 @@ class Slots:
 
         Families with ALiBi make biases of a mask [rows, reach] themselves.
         """
-        is_seen = self.places[:reach] <= positions
+        rows = len(positions)
+        is_seen, mask = self.is_seen[:rows, :reach], self.mask[:rows, :reach]
+        torch.le(self.places[:reach], positions, out=is_seen)
         if self.is_alibi:
-            return is_seen.long()
-        mask = torch.where(is_seen, self.seen, self.hidden)[:, None, None]
+            return mask.copy_(is_seen)
+        torch.where(is_seen, self.seen, self.hidden, out=mask)
+        mask = mask[:, None, None]
         masks = {kind: mask[..., :size] for kind, size in self.mask_sizes.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
