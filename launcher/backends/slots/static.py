@@ -1,4 +1,4 @@
-"""A decode step for a few numbers of rows and reaches, made before the clocks start: CUDA graphs, or inductor's code."""
+"""A decode step of a few fixed sizes, made before the clocks start: as CUDA graphs, or as code of inductor."""
 
 from __future__ import annotations
 
