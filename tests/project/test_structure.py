@@ -43,6 +43,7 @@ TENSORS = {
     "launcher.backends.slots.cache",
     "launcher.backends.slots.decoder",
     "launcher.backends.slots.device",
+    "launcher.backends.slots.static",
     "launcher.backends.trace",
     "launcher.launch.join",
     "launcher.serve.rank",

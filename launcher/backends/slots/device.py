@@ -16,14 +16,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from launcher.backends.slots.schedule import Read, Sequence, Step
-    from launcher.backends.slots.static import Static
 
 BLOCK = 64
 """Attention spans as many positions as the longest row has, rounded up to a multiple of these, and a mask hides what
 lies behind the others. Rows of one length need neither: without a mask CUDA has flash attention."""
 
 Forward = Callable[[int, int], torch.Tensor]
-"""Logits for so many rows whose attention reaches so far, as `Slots.forward` gives them."""
+"""Gives the logits of so many rows, and perhaps of others behind them, whose attention reaches so far or farther."""
 
 
 class Slots:
@@ -38,7 +37,7 @@ class Slots:
         self.model, self.device = model, device
         use_slots(model)
         self.cache = SlotCache(model.config, slots, length, spare)
-        self.static: Static | None = None
+        self.static: Forward | None = None
         self.tokens = torch.zeros(slots, dtype=torch.long, device=device)
         self.positions = torch.zeros(slots, dtype=torch.long, device=device)
         self.places_now = torch.zeros(slots, 1, dtype=torch.long, device=device)

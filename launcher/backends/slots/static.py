@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,13 +13,6 @@ REACHES = 128
 """A graph spans as many positions as the longest row has, rounded up to a multiple of these."""
 
 SIDE_RUNS = 2  # forwards on a stream of their own before one is captured: libraries make their workspaces in these
-
-
-class Static(Protocol):
-    """Steps of certain sizes."""
-
-    def __call__(self, rows: int, longest: int) -> torch.Tensor:
-        """The logits of the first `rows` rows, of which the longest has so many tokens, and of others behind them."""
 
 
 def up_to(value: int, sizes: list[int]) -> int:
