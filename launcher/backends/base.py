@@ -100,6 +100,7 @@ class DeviceMemory:
     `phases` are empty where the allocator was not watched by phase. `fragmented_bytes` are the most that were free in
     blocks of which another part was in use, `step_growth_bytes` the most by which a decode step made the allocator
     reserve more. `draft_parameter_bytes` and `draft_cache_bytes` are those of a draft model, 0 where there is none.
+    `offloaded_bytes` are parameters that lie in main memory or on a disk, and in none of the others.
     """
 
     rank: int
@@ -119,6 +120,7 @@ class DeviceMemory:
     host_anonymous_bytes: int | None = None
     draft_parameter_bytes: int = 0
     draft_cache_bytes: int = 0
+    offloaded_bytes: int = 0
     reasons: dict[str, str] = field(default_factory=dict)
 
 

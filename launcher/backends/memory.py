@@ -70,6 +70,11 @@ def parameter_bytes(model: torch.nn.Module, device: torch.device) -> int:
     return sum(shard.nbytes for shard in shards if shard.device == device)
 
 
+def is_elsewhere(parameter: torch.Tensor, device: torch.device) -> bool:
+    """A parameter is on no device: on a disk, or in main memory beside a card."""
+    return parameter.is_meta or (parameter.device.type == "cpu" and device.type != "cpu")
+
+
 class PhasePeaks:
     """Peaks of CUDA's allocator in each phase of a run, for the CUDA devices among those given.
 
@@ -121,6 +126,7 @@ def module_memory(
         "parameter_bytes": parameter_bytes(model, device),
         "kv_cache_bytes": kv_cache_bytes.get(device, 0),
         "host_anonymous_bytes": host_anonymous_bytes(),
+        "offloaded_bytes": sum(p.nbytes for p in map(local_tensor, model.parameters()) if is_elsewhere(p, device)),
     }
     reasons: dict[str, str] = {}
     if device.type == "cuda":

@@ -20,9 +20,10 @@ from launcher.backends.slots.decoder import SlotDecoder
 from launcher.backends.trace import Tracer
 from launcher.config.formats import WeightFormat, Weights
 from launcher.config.schema import DEFAULT_PREFILL_TOKENS
+from launcher.config.storage import Offload
 from shards.checkpoint.checkpoint import Checkpoint
 from shards.errors import PlanError
-from shards.load.adapter import read_adapter
+from shards.load.adapter import Adapter, read_adapter
 from shards.load.blocks import local_bytes, local_tensor
 from shards.load.load import load_weights
 from shards.load.meta import build_meta
@@ -109,7 +110,7 @@ class ModuleBackend(ABC):
 
     def _check_share(self, plan: Plan) -> None:
         """The tensors of this process are the share that the plan gave it; an engine that did not shard ends here."""
-        shares = [device.parameter_bytes for device in plan.devices]
+        shares = [device.parameter_bytes + device.offloaded_bytes for device in plan.devices]
         planned = shares[self.world.rank] if self.config.backend.one_process_per_device else sum(shares)
         nbytes = sum(local_tensor(parameter).nbytes for parameter in self.model.parameters())
         tolerance = plan_tolerance(getattr(self.model.config, "model_type", None))
@@ -134,21 +135,31 @@ class ModuleBackend(ABC):
     def packs(self, model: torch.nn.Module) -> bool:
         """The ranks of this node have memory for their weights: packed ones are no longer those of the mapped files.
 
-        Autocast does not know packed weights."""
-        if self.config.precision.is_mixed:
+        Autocast does not know packed weights, and no offload does."""
+        if self.config.precision.is_mixed or self.config.offload is not Offload.none:
             return False
         nbytes = local_bytes(model) * self.world.local_world_size
         return bool(nbytes < psutil.virtual_memory().available) and model.config.model_type in KNOWN_FAMILIES
 
     def fill(self, model: torch.nn.Module, progress: Progress) -> None:
-        """Give every local shard its values: this rank's bytes of the checkpoint, or random ones."""
+        """Give every local shard its values: this rank's bytes of the checkpoint, or random ones.
+
+        Of what is offloaded to main memory only the buffers come to the device."""
+        is_away = self.config.offload is Offload.cpu
+        device = torch.device("cpu") if is_away else self.device
         if self.config.model.weights is Weights.random:
-            fill_random(model, self.config.seed, self.device, progress)
+            fill_random(model, self.config.seed, device, progress)
         else:
             self.checkpoint = Checkpoint.open(self.config.model.path)
-            folder = self.config.adapter.path
-            adapter = read_adapter(Path(folder)) if folder else None
-            self.mapped_files = load_weights(model, self.checkpoint, self.device, progress, adapter).mapped_files
+            self.mapped_files = load_weights(model, self.checkpoint, device, progress, self.adapter()).mapped_files
+        for module in model.modules() if is_away else ():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(self.device)
+
+    def adapter(self) -> Adapter | None:
+        """What is added to the weights."""
+        folder = self.config.adapter.path
+        return read_adapter(Path(folder)) if folder else None
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Generation:
         with self.autocast():

@@ -11,7 +11,7 @@ from launcher.config.experiment import MISSING, ExperimentConfig
 from launcher.config.formats import AdapterConfig, WeightFormat, Weights
 from launcher.config.serving import LoadConfig, ServerConfig, SloConfig
 from launcher.config.speculative import SpeculativeConfig
-from launcher.config.storage import Precision
+from launcher.config.storage import Offload, Precision
 from shards.errors import UserError
 from shards.machine.interpreter import pip_install
 from shards.model.quantization import QUANTIZATIONS, Quantization
@@ -228,6 +228,7 @@ class RunConfig:
     prompts: PromptsConfig = MISSING
     precision: Precision = Precision.fp32
     quantization: WeightFormat = WeightFormat.none
+    offload: Offload = Offload.none
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     devices: int = 2
     num_nodes: int = 1

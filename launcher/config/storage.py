@@ -1,4 +1,4 @@
-"""The types of weights and products. Standard library only."""
+"""The types of weights and products, and where weights lie. Standard library only."""
 
 from __future__ import annotations
 
@@ -40,3 +40,11 @@ class Precision(Enum):
     def mixed_bytes(self) -> int | None:
         """Bytes of a value of a product where it has another type than the weights."""
         return self.products.num_bytes if self.is_mixed else None
+
+
+class Offload(Enum):
+    """Where weights lie between the passes of a model: on the devices, in main memory, or in their files."""
+
+    none = None
+    cpu = "cpu"
+    disk = "disk"

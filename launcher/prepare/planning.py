@@ -14,8 +14,8 @@ import psutil
 from launcher.config.engines import engines
 from launcher.config.formats import WeightFormat, Weights
 from launcher.config.machine import described, given_of, other_machine
-from launcher.config.schema import DEFAULT_PREFILL_TOKENS
-from launcher.config.storage import Precision
+from launcher.config.schema import DEFAULT_PREFILL_TOKENS, Accelerator
+from launcher.config.storage import Offload, Precision
 from launcher.prepare.shapes import built_of
 from launcher.prepare.speculative import draft_shape
 from launcher.prompts.batches import batches, call_count, split
@@ -59,10 +59,8 @@ def plan_of(
     """
     quantization = quantization_of(config, model_config, on_cuda)
     planner = config.backend.planner(config, model_config, on_cuda)
-    if planner is None and config.precision.is_mixed:
-        fact = f"precision={config.precision.name}, and backend={config.backend.name} has no mixed precision."
-        raise PlanError(fact, "precision=bf16")
     if planner is None:
+        _check_unplanned(config)
         return None
     if isinstance(planner, ModulePlanner) and config.is_continuous:
         planner = replace(planner, prefill_tokens=config.measure.prefill_tokens or DEFAULT_PREFILL_TOKENS)
@@ -75,6 +73,7 @@ def plan_of(
         dtype_bytes=config.precision.num_bytes,
         mixed_bytes=config.precision.mixed_bytes,
         quantization=quantization,
+        offload=config.offload.value,
         prompt_tokens=max(len(prompt.token_ids) for prompt in prompts),
         max_new_tokens=sampling_of(config).max_new_tokens,
         guessed_tokens=config.speculative.most,
@@ -90,23 +89,32 @@ def plan_of(
     return make_plan(replace(request, **shares))
 
 
+def _check_unplanned(config: RunConfig) -> None:
+    """Raise PlanError for what only engines with a plan do."""
+    if config.precision.is_mixed:
+        fact = f"precision={config.precision.name}, and backend={config.backend.name} has no mixed precision."
+        raise PlanError(fact, "precision=bf16")
+    if config.offload is not Offload.none:
+        fact = f"offload={config.offload.name}, and backend={config.backend.name} offloads no weights."
+        raise PlanError(fact, "offload=none")
+
+
 def short_memory(config: RunConfig, plan: Plan, tensors: Mapping[str, TensorEntry] | None) -> str | None:
     """A line on the memory of the ranks of this node without GPUs, where less of it is free.
 
     Weights that `shards.load` reads stay in their files, mapped, if they need no cast; activations are estimates, and
-    not counted.
+    not counted. On CUDA that is what is offloaded to main memory.
     """
     if config.launch.name == "slurm" or config.machine is not None:
         return None
     is_read = config.model.weights is Weights.auto and config.backend.loads_by_name
     dtypes = {entry.dtype for entry in (tensors or {}).values()} or {FILE_DTYPES[config.precision.weights]}
     are_mapped = is_read and FILE_DTYPES[config.precision.weights] in dtypes
-    needed = sum(
-        (0 if are_mapped else device.parameter_bytes)
-        + max(device.kv_cache_bytes, device.kv_cache_reserved_bytes)
-        + device.buffer_bytes
-        for device in plan.devices[: config.devices]
-    )
+    here = plan.devices[: config.devices]
+    needed = sum(device.offloaded_bytes for device in here) if config.offload is Offload.cpu else 0
+    for device in here if config.accelerator is Accelerator.cpu else ():
+        needed += 0 if are_mapped else device.parameter_bytes
+        needed += max(device.kv_cache_bytes, device.kv_cache_reserved_bytes) + device.buffer_bytes
     memory: int = psutil.virtual_memory().available
     if needed <= memory:
         return None

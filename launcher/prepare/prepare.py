@@ -83,7 +83,7 @@ def prepare(config: RunConfig, command: tuple[str, ...], given: Sequence[Prompt]
 
     plan = plan_for(config)
     notes += [NO_PLAN] if plan is None else built_of(model_config, tensors, config.backend.python).all_notes()
-    notes += _notes_plan(config, plan, tensors, on_cuda)
+    notes += _notes_plan(config, plan, tensors)
     run = Run(
         config=config,
         command=command,
@@ -223,13 +223,11 @@ def _check_devices(config: RunConfig) -> bool:
     return bool(cards)
 
 
-def _notes_plan(
-    config: RunConfig, plan: Plan | None, tensors: Mapping[str, TensorEntry] | None, on_cuda: bool
-) -> list[str]:
+def _notes_plan(config: RunConfig, plan: Plan | None, tensors: Mapping[str, TensorEntry] | None) -> list[str]:
     """The plan's advice, and a warning if memory is short."""
     if plan is None:
         return []
-    tight = None if on_cuda else short_memory(config, plan, tensors)
+    tight = short_memory(config, plan, tensors)
     return [line for line in (plan.advice, tight) if line]
 
 

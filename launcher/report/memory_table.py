@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MEMORY = {
     "parameter_bytes": "parameters",
+    "offloaded_bytes": "offloaded",
     "kv_cache_bytes": "KV cache",
     "kv_cache_reserved_bytes": "KV reserved",
     "tensor_bytes": "tensors",
@@ -44,6 +45,8 @@ LEAST_WANTED = (
 def device_table(record: Record, out: Console) -> Table:
     """A table of the memory of each device of a run, as measured and as planned."""
     named = [name for name in MEMORY if any(getattr(device, name) is not None for device in record.devices)]
+    if not any(device.offloaded_bytes for device in record.devices):
+        named.remove("offloaded_bytes")
     planned = {device.rank: device for device in record.plan.devices} if record.plan else {}
     rows = []
     for device in record.devices:

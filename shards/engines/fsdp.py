@@ -11,7 +11,7 @@ from shards.model.quantization import Quantization, Storage
 from shards.model.shape import ModelShape, Parameter
 from shards.plan.cuts import Pieces, cut_up, row_chunk, spread_evenly, whole_bytes
 from shards.plan.memory import fits, largest
-from shards.plan.request import EnginePlanner, Layout, PlanRequest, Traffic
+from shards.plan.request import EnginePlanner, Layout, Offload, PlanRequest, Traffic
 from shards.plan.roofline import Scheme
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class FsdpPlanner(ModulePlanner):
     name: ClassVar[str] = "fsdp"
     plain_only: ClassVar[str] = "FSDP2 cuts by rows, which of quantized weights only int8_wo has"
     is_monotone: ClassVar[bool] = True
+    offloads: ClassVar[tuple[Offload, ...]] = ("cpu",)
 
     resident_layers: int | None = 0
     within_node: bool | None = False
@@ -65,7 +66,7 @@ class FsdpPlanner(ModulePlanner):
 
     def advice(self, request: PlanRequest) -> str | None:
         """Layers that could stay whole, where none was asked for."""
-        if self.resident_layers != 0 or self.shards_over(request) == 1:
+        if self.resident_layers != 0 or self.shards_over(request) == 1 or request.offload:
             return None
         most = replace(self, resident_layers=None).settled(request).resident_layers
         if not most:
@@ -74,6 +75,8 @@ class FsdpPlanner(ModulePlanner):
 
     def refusal(self, request: PlanRequest) -> str | None:
         layers = request.shape.num_layers
+        if request.offload and self.shards_over(request) == 1:
+            return "fsdp on one device has no shards that it could offload."
         if (self.resident_layers or 0) > layers:
             return f"The model has {layers} layers, of which not {self.resident_layers} can stay whole."
         known = request.capacity_bytes or self.host_bytes
@@ -114,6 +117,19 @@ class FsdpPlanner(ModulePlanner):
         sizes = {layer: _gathered_bytes(members, n, request) for layer, members in groups.items()}
         root = sizes.pop(None, 0)
         return narrowed + root + max(root, 2 * max(sizes.values(), default=0))
+
+    def sent_bytes(self, request: PlanRequest, layout: Layout) -> int:
+        """The root group stays, once it is gathered."""
+        if not request.offload:
+            return 0
+        layers = [p for p in self._sharded(request.shape).parameters if p.layer is not None]
+        return sum(map(request.storage.nbytes, layers)) // self.shards_over(request)
+
+    def streamed_bytes(self, request: PlanRequest) -> int:
+        """This rank's part of two layers, on their way into the gather."""
+        n = self.shards_over(request)
+        groups = self._sharded(request.shape).groups()
+        return 2 * max(sum(map(request.storage.nbytes, members)) for members in groups.values()) // n
 
     def scheme(self, request: PlanRequest) -> Scheme | None:
         return "gathered" if request.num_devices > 1 else "pipeline"

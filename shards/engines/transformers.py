@@ -9,7 +9,7 @@ from typing import ClassVar
 from shards.engines.base import ModulePlanner
 from shards.model.quantization import Quantization
 from shards.plan.cuts import spread
-from shards.plan.request import Layout, PlanRequest
+from shards.plan.request import Layout, Offload, PlanRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +19,7 @@ class TransformersPlanner(ModulePlanner):
     name: ClassVar[str] = "transformers"
     plain_only: ClassVar[str] = "a transformers model is planned with int8_wo and those of bitsandbytes only"
     one_process: ClassVar[bool] = True
+    offloads: ClassVar[tuple[Offload, ...]] = ("disk", "cpu")
 
     def runs(self, quantization: Quantization) -> bool:
         return not quantization.fused
@@ -26,7 +27,17 @@ class TransformersPlanner(ModulePlanner):
     def refusal(self, request: PlanRequest) -> str | None:
         if request.num_nodes > 1:
             return f"The transformers engine is one process and cannot reach over {request.num_nodes} nodes."
+        if request.offload and request.num_devices > 1:
+            return f"An offloaded model runs on one device, not on {request.num_devices}."
         return None
+
+    def streamed_bytes(self, request: PlanRequest) -> int:
+        """The parameters of one module: accelerate brings those of each for its forward."""
+        modules: dict[str, int] = {}
+        for parameter in request.shape.parameters:
+            module = parameter.name.rpartition(".")[0]
+            modules[module] = modules.get(module, 0) + request.storage.nbytes(parameter)
+        return max(modules.values(), default=0)
 
     def num_devices(self, request: PlanRequest) -> int:
         return 1 if request.device.kind == "cpu" else request.devices * request.num_nodes

@@ -11,7 +11,7 @@ from shards.machine.hardware import GIB, MIB
 from shards.model.quantization import Quantization
 from shards.model.shape import ModelShape, Parameter
 from shards.plan.cuts import Pieces, parameter_kinds
-from shards.plan.request import EnginePlanner, Layout, PlanRequest, Pool, Traffic
+from shards.plan.request import EnginePlanner, Layout, Offload, PlanRequest, Pool, Traffic
 from shards.plan.roofline import Scheme
 
 _VOCABULARY_PADDING = 64  # vllm/model_executor/layers/vocab_parallel_embedding.py
@@ -26,6 +26,7 @@ class VllmPlanner(EnginePlanner):
 
     name: ClassVar[str] = "vllm"
     plain_only: ClassVar[str] = "vLLM no longer has bitsandbytes"  # release 0.32, layers/quantization/__init__.py
+    offloads: ClassVar[tuple[Offload, ...]] = ("cpu",)
 
     gpu_memory_utilization: float = 0.92
     kv_cache_memory_bytes: int | None = None
@@ -93,6 +94,15 @@ class VllmPlanner(EnginePlanner):
 
     def layout(self, request: PlanRequest, ends_only: bool) -> Layout:
         return cut_layout(request, self.pieces, ends_only, self._packed_bytes(request))
+
+    def offloaded(self, request: PlanRequest, layout: Layout) -> Layout:
+        """The decoder layers lie in main memory, which the card reads (vllm/model_executor/offloader/uva.py)."""
+        shape = request.shape
+        outside = replace(shape, parameters=tuple(p for p in shape.parameters if p.layer is None))
+        kept = cut_layout(replace(request, shape=outside), self.pieces, False, layout.buffer_bytes)
+        parts = kept.parameter_bytes[: len(layout.parameter_bytes)]
+        away = tuple(whole - part for whole, part in zip(layout.parameter_bytes, parts, strict=True))
+        return replace(layout, parameter_bytes=parts, offloaded_bytes=away)
 
     def _packed_bytes(self, request: PlanRequest) -> int:
         """On a CPU embedding and head are packed for its kernels, also tied ones, and both are kept

@@ -65,7 +65,7 @@ def load_weights(
     began = time.perf_counter()
     if checkpoint.legacy and not checkpoint.tensors:
         checkpoint = Checkpoint.open(checkpoint.folder, read_torch_file)
-    matched = _match(model, checkpoint)
+    matched = match_tensors(model, checkpoint)
     adapted = set(adapter.factors) if adapter else set()
     if adapter is not None:
         adapter.check({whole(name, tensor)[0]: whole(name, tensor)[1] for name, tensor in stored_tensors(model)})
@@ -91,7 +91,8 @@ def load_weights(
     return LoadStats(bytes_read, local_bytes(model), time.perf_counter() - began, mapped)
 
 
-def _match(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[TensorEntry, ...]]:
+def match_tensors(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[TensorEntry, ...]]:
+    """Where the values of each parameter and stored buffer lie, tied ones in several places; all is checked."""
     tensors, packed = dict(stored_tensors(model)), packed_layers(model)
     first = {id(tensor): name for name, tensor in tensors.items()}
     tied: dict[str, list[str]] = {}

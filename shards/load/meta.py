@@ -60,7 +60,7 @@ def materialize(model: nn.Module, device: torch.device | str) -> None:
             if id(old) not in replaced:
                 replaced[id(old)] = old, _with_memory(old, device)
             setattr(module, name, replaced[id(old)][1])
-        _materialize_buffers(model, module, torch.device(device))
+        materialize_buffers(model, module, torch.device(device))
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not left, f"still on meta: {left}"
 
@@ -71,7 +71,8 @@ def _with_memory(old: nn.Parameter, device: torch.device | str) -> nn.Parameter:
     return new
 
 
-def _materialize_buffers(model: nn.Module, module: nn.Module, device: torch.device) -> None:
+def materialize_buffers(model: nn.Module, module: nn.Module, device: torch.device) -> None:
+    """Give the buffers of a module on meta memory on `device`; computed ones their values."""
     computed = [name for name in module._non_persistent_buffers_set if _on_meta(module._buffers.get(name))]
     for name, buffer in module._buffers.items():
         if _on_meta(buffer) and name not in computed:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from shards.errors import PlanError
 from shards.machine import nvml
-from shards.machine.hardware import DEVICES, Device
+from shards.machine.hardware import DEVICES, Device, preset
 
 SEE_ALL_CARDS = "srun --gpus-per-node=N, by which each rank sees all cards of its node, not --gpus-per-task"
 
@@ -97,6 +97,6 @@ def short_name(name: str) -> str:
 
 def _from_nvml(card: nvml.Card) -> Device:
     name = card.name or f"GPU {card.index}"
-    preset = DEVICES.get(short_name(name), Device(name))
-    capacity = preset.capacity_bytes if card.memory_bytes is None else card.memory_bytes
-    return replace(preset, name=name, capacity_bytes=capacity, uuid=card.uuid)
+    known = preset(short_name(name)) if short_name(name) in DEVICES else Device(name)
+    capacity = known.capacity_bytes if card.memory_bytes is None else card.memory_bytes
+    return replace(known, name=name, capacity_bytes=capacity, uuid=card.uuid)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from shards.errors import PlanError
@@ -15,7 +15,10 @@ MIB = 1024**2
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A device as a plan sees it: bytes, bytes/s, multiply-adds counted as two FLOP/s. None is not known."""
+    """A device as a plan sees it: bytes, bytes/s, multiply-adds counted as two FLOP/s. None is not known.
+
+    `host_bandwidth` is that of what joins it to main memory.
+    """
 
     name: str
     kind: Literal["cuda", "cpu"] = "cuda"
@@ -24,6 +27,7 @@ class Device:
     flops_16: float | None = None
     flops_32: float | None = None
     uuid: str | None = None
+    host_bandwidth: float | None = None
 
     def flops(self, dtype_bytes: int) -> float | None:
         """Dense matmul rate at the width of the weights."""
@@ -76,6 +80,7 @@ DEVICES: dict[str, Device] = {
 # the 448 that a MI300X sends to its seven neighbours. The times of a small all-reduce are assumptions.
 # `python -m launcher.probe` measures both.
 LINKS: dict[str, Link] = {
+    "pcie3": Link("PCIe 3.0 x16", 12.5e9, 30e-6),
     "pcie4": Link("PCIe 4.0 x16", 25e9, 30e-6),
     "pcie5": Link("PCIe 5.0 x16", 50e9, 30e-6),
     "nvlink_bridge": Link("NVLink bridge", 50e9, 20e-6),
@@ -85,6 +90,16 @@ LINKS: dict[str, Link] = {
     "infinity_fabric": Link("Infinity Fabric", 340e9, 15e-6),
     "infiniband_hdr": Link("InfiniBand HDR", 23e9, 15e-6),
     "ethernet_10g": Link("10 Gbit/s Ethernet", 1.1e9, 50e-6),
+}
+
+_HOST_LINKS = {
+    "t4": "pcie3",
+    "titan_rtx": "pcie3",
+    "rtx5090": "pcie5",
+    "h100": "pcie5",
+    "h200": "pcie5",
+    "b200": "pcie5",
+    "mi300x": "pcie5",
 }
 
 _USUAL_LINKS = {
@@ -102,7 +117,14 @@ def known_device(name: str) -> Device:
     """A preset by its short name, in letters of either size; PlanError names the others."""
     if name.lower() not in DEVICES:
         raise PlanError(f"{name} is not one of the devices {', '.join(DEVICES)}.", _nearest(name, DEVICES))
-    return DEVICES[name.lower()]
+    return preset(name.lower())
+
+
+def preset(name: str) -> Device:
+    """The preset of a short name, with what a card reads from main memory in its slot of 16 lanes."""
+    device = DEVICES[name]
+    is_bare = device.kind == "cpu" or device.bandwidth is None
+    return device if is_bare else replace(device, host_bandwidth=LINKS[_HOST_LINKS.get(name, "pcie4")].bandwidth)
 
 
 def known_link(name: str) -> Link:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.distributed import Work
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 
 from shards.errors import PlanError
@@ -45,6 +45,7 @@ def fully_shard_model(
     resident_layers: int = 0,
     collectives: Collectives | None = None,
     gather_dtype: torch.dtype | None = None,
+    offload: bool = False,
 ) -> nn.Module:
     """Shard `model` in place over the last dimension of `mesh`, each layer gathered only while it runs.
 
@@ -52,20 +53,22 @@ def fully_shard_model(
     on each rank, and with them what is outside the layers (embeddings, last norm, head; tied weights once). Without any
     that is the group of the root: needed first and last in every step, it is gathered once and stays, until `reshard`.
     With `collectives` the layers are gathered through them, and their matrices in `gather_dtype`. A mesh without ranks
-    to shard over leaves the model as it is. Works on meta, so that loading never holds more than the shard.
+    to shard over leaves the model as it is. Works on meta, so that loading never holds more than the shard. With
+    `offload` shards lie in pinned main memory, where they are to be loaded, and are copied to the device for a gather.
     """
     layers = decoder_layers(model)
     resident = spread_evenly(resident_layers, len(layers))
     sharded = [layer for number, layer in enumerate(layers) if number not in resident]
     if mesh.size(-1) == 1 or not sharded:
         return model
+    policy = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
     for layer in sharded:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
         if gather_dtype is not None:
             _narrow_gathered(layer, gather_dtype)
     elsewhere = {parameter for layer in sharded for parameter in layer.parameters()}
     kept = set(model.parameters()) - elsewhere if resident else set()
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=kept)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=kept, offload_policy=policy)
     if collectives is not None and collectives.is_immediate:
         for module in (model, *sharded):
             if _groups(module):

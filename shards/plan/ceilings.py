@@ -43,7 +43,8 @@ def step_bytes(request: PlanRequest, layout: Layout) -> int:
         return 0
     table = sum(p.numel for p in shape.parameters if p.cut == "embedding") * request.dtype_bytes
     idle = sum(map(request.storage.nbytes, shape.idle))
-    weights = whole_bytes(shape, request.storage) if n == 1 else layout.parameter_bytes[0]
+    held = layout.parameter_bytes[0] + (layout.offloaded_bytes[0] if layout.offloaded_bytes else 0)
+    weights = whole_bytes(shape, request.storage) if n == 1 else held
     return weights - request.engine.unread_bytes(request, table) - idle // n
 
 
@@ -61,6 +62,7 @@ def _work(request: PlanRequest, layout: Layout) -> Work:
         gathered_over=traffic.gathered_over,
         all_reduces=traffic.all_reduces,
         gathered_logits=traffic.gathered_logits,
+        offloaded_bytes=request.engine.sent_bytes(request, layout),
     )
 
 

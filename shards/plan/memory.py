@@ -17,6 +17,7 @@ class DevicePlan:
     `kv_cache_bytes` is what the sequences of a batch need, `kv_cache_reserved_bytes` what the engine sets aside;
     `buffer_bytes` are parameters gathered, widened or packed; `overhead_bytes` lie outside the engine's tensors.
     The bytes of a draft model, and of its cache, come on top.
+    `offloaded_bytes` are the device's parameters that lie in main memory or on a disk, and in none of the others.
     """
 
     rank: int
@@ -29,6 +30,7 @@ class DevicePlan:
     capacity_bytes: int | None
     draft_parameter_bytes: int = 0
     draft_cache_bytes: int = 0
+    offloaded_bytes: int = 0
 
     @property
     def used_bytes(self) -> int:
@@ -58,7 +60,8 @@ class DevicePlan:
 
 def make_layout(request: PlanRequest, ends_only: bool = False) -> Layout:
     """The engine's cut of the model; `ends_only` where the fullest rank is enough."""
-    return request.engine.layout(request, ends_only)
+    layout = request.engine.layout(request, ends_only)
+    return request.engine.offloaded(request, layout) if request.offload else layout
 
 
 def device_plans(request: PlanRequest, layout: Layout) -> tuple[DevicePlan, ...]:
@@ -87,6 +90,7 @@ def device_plans(request: PlanRequest, layout: Layout) -> tuple[DevicePlan, ...]
                 capacity_bytes=request.capacity_bytes,
                 draft_parameter_bytes=draft,
                 draft_cache_bytes=draft_cache,
+                offloaded_bytes=layout.offloaded_bytes[rank] if layout.offloaded_bytes else 0,
             )
         )
     return tuple(plans)
@@ -116,7 +120,10 @@ def load_peaks(request: PlanRequest, layout: Layout) -> tuple[int | None, int]:
     if request.quantization is not None:
         layout = make_layout(replace(request, quantization=request.quantization.while_loading()))
     device = max(layout.parameter_bytes) + request.engine.overhead_bytes(request)
-    return request.engine.load_host_bytes(request), device
+    host = request.engine.load_host_bytes(request)
+    if host is not None and request.offload == "cpu":
+        host += sum(layout.offloaded_bytes[: request.devices])
+    return host, device
 
 
 def usable_bytes(request: PlanRequest, capacity: int) -> int:

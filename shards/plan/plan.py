@@ -22,7 +22,8 @@ from shards.plan.memory import (
     missing_bytes,
     usable_bytes,
 )
-from shards.plan.request import MOST_DEVICES, EnginePlanner, Layout, PlanRequest
+from shards.plan.refusals import illegal, no_offload
+from shards.plan.request import MOST_DEVICES, EnginePlanner, Layout, Offload, PlanRequest
 from shards.plan.roofline import Limit, Roofline
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Plan:
     roofline: Roofline | None
     windows: tuple[int | None, ...]
     quantization: str | None = None
+    offload: str | None = None
     slots: int | None = None
     slot_tokens: int | None = None
     settings: dict[str, int] = field(default_factory=dict)
@@ -97,7 +99,7 @@ class Plan:
 def make_plan(request: PlanRequest) -> Plan:
     """The plan for `request`; PlanError for what the engine cannot do or what does not fit, with hints that hold."""
     asked, request = request, replace(request, engine=request.engine.settled(request))
-    problem = _illegal(request) or _too_large(request)
+    problem = illegal(request) or _too_large(request)
     if problem is not None:
         raise PlanError(problem, _hint(request))
     layout, ends = make_layout(request), make_layout(request, ends_only=True)
@@ -124,23 +126,12 @@ def make_plan(request: PlanRequest) -> Plan:
         roofline=roofline(request, layout),
         windows=request.shape.windows,
         quantization=request.quantization.name if request.quantization else None,
+        offload=request.offload,
         slots=request.batch_size if request.engine.has_slots else None,
         slot_tokens=request.slot_tokens if request.engine.has_slots else None,
         settings=request.engine.settings(),
         advice=request.engine.advice(request),
     )
-
-
-def _illegal(request: PlanRequest) -> str | None:
-    """The reason for which the engine cannot cut the model so, None if it can."""
-    engine, quantization = request.engine, request.quantization
-    if request.mixed_bytes is not None and not engine.mixes_precision:
-        return f"{engine.name} multiplies weights in the type that they have, and has no mixed precision."
-    if request.mixed_bytes is not None and quantization is not None:
-        return f"Mixed precision is of fp32 weights, and these are in {quantization.name}."
-    if quantization is not None and not engine.runs(quantization):
-        return f"{engine.name} cannot run {quantization.name} weights: {engine.plain_only}."
-    return engine.refusal(request)
 
 
 def _too_large(request: PlanRequest) -> str | None:
@@ -171,7 +162,7 @@ def _too_large(request: PlanRequest) -> str | None:
 
 
 def _possible(request: PlanRequest) -> bool:
-    return _illegal(request) is None and fits(request)
+    return illegal(request) is None and fits(request)
 
 
 def _hint(request: PlanRequest) -> str:
@@ -181,7 +172,7 @@ def _hint(request: PlanRequest) -> str:
     fewer = [count for count in counts if count <= request.devices]
     if counts:
         changes.append(f"devices={fewer[-1] if fewer else counts[0]}")
-    if _illegal(request) is None:
+    if illegal(request) is None:
         changes += _smaller(request, make_layout(request, ends_only=True))
     for engine in request.alternatives:
         if engine.name == request.engine.name or not engine.is_offered(request.quantization):
@@ -193,7 +184,11 @@ def _hint(request: PlanRequest) -> str:
             changes.append(f"backend={engine.name} devices={count}")
     if request.dtype_bytes == 4 and _possible(replace(request, dtype_bytes=2, mixed_bytes=None)):
         changes.append("precision=bf16")
-    if not changes and request.quantization and _illegal(request):
+    if request.offload and no_offload(request):
+        elsewhere: tuple[Offload | None, ...] = ("disk", "cpu", None)
+        others = [other for other in elsewhere if _possible(replace(request, offload=other))]
+        changes += [f"offload={other or 'none'}" for other in others[:1]]
+    if not changes and request.quantization and illegal(request):
         changes = _other_weights(request, request.quantization.bits)
     return ", or ".join(changes or [_larger(request)])
 
@@ -219,7 +214,7 @@ def _other_weights(request: PlanRequest, bits: int) -> list[str]:
 def _larger(request: PlanRequest) -> str:
     """The smallest machine of common cards that the request fits."""
     for card in ("a6000", "a100_80g", "h200", "b200"):
-        narrow = replace(request, dtype_bytes=2, mixed_bytes=None)
+        narrow = replace(request, dtype_bytes=2, mixed_bytes=None, offload=None)
         there = replace(narrow, device=known_device(card), link=usual_link(card), num_nodes=1)
         for engine in (request.engine, *request.alternatives):
             count = next(_possible_devices(replace(there, engine=engine)), MOST_DEVICES)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from shards.machine.hardware import CPU, Device, Link
 from shards.model.quantization import Quantization, Storage
@@ -16,14 +16,20 @@ MOST_DEVICES = 4096
 """More devices of all nodes together than these are not planned."""
 
 
+Offload = Literal["cpu", "disk"]
+"""Where weights lie that a device is sent for each pass."""
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """The part of a plan that does not depend on batch and lengths, by rank: bytes of parameters, and the decoder
-    layers from the first to before the end; `buffer_bytes` are the parameters that each gathers, widens or packs."""
+    layers from the first to before the end; `buffer_bytes` are the parameters that each gathers, widens or packs, and
+    `offloaded_bytes` those of each that lie in main memory or on a disk instead."""
 
     parameter_bytes: tuple[int, ...]
     layers: tuple[tuple[int, int], ...]
     buffer_bytes: int = 0
+    offloaded_bytes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,7 @@ class PlanRequest:
     dtype_bytes: int = 2
     mixed_bytes: int | None = None
     quantization: Quantization | None = None
+    offload: Offload | None = None
     batch_size: int = 1
     mean_batch_size: float | None = None
     prompt_tokens: int = 512
@@ -142,6 +149,7 @@ class EnginePlanner(ABC):
     name: ClassVar[str]
     plain_only: ClassVar[str] = ""  # why it runs no quantization, or not one that `runs` denies
     mixes_precision: ClassVar[bool] = False  # True: weights in fp32, multiplied under autocast in a narrower type
+    offloads: ClassVar[tuple[Offload, ...]] = ()  # where it can leave weights that a device is sent for each pass
     one_process: ClassVar[bool] = False  # True: one process holds all devices, so there is no communicator
     is_monotone: ClassVar[bool] = False  # True: from two on, more devices never need more memory each
 
@@ -199,6 +207,20 @@ class EnginePlanner(ABC):
     def layout(self, request: PlanRequest, ends_only: bool) -> Layout:
         """The cut of the model, bytes of parameters exact. `ends_only`: of the first and the last rank where the engine
         cuts every layer, one of which is always the fullest."""
+
+    def offloaded(self, request: PlanRequest, layout: Layout) -> Layout:
+        """The layout of a request with offload: all parameters lie elsewhere."""
+        nothing = (0,) * len(layout.parameter_bytes)
+        buffers = layout.buffer_bytes + self.streamed_bytes(request)
+        return replace(layout, parameter_bytes=nothing, buffer_bytes=buffers, offloaded_bytes=layout.parameter_bytes)
+
+    def sent_bytes(self, request: PlanRequest, layout: Layout) -> int:
+        """Offloaded bytes that each device is sent in every pass."""
+        return max(layout.offloaded_bytes, default=0)
+
+    def streamed_bytes(self, request: PlanRequest) -> int:
+        """The most bytes of offloaded parameters that a device has at a time."""
+        return 0
 
     def kv_heads(self, request: PlanRequest) -> int:
         """Heads of one layer whose keys and values a device keeps."""

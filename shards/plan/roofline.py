@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from shards.machine.hardware import Device, Link
 
-Bound = Literal["memory", "compute", "link"]
+Bound = Literal["memory", "compute", "link", "host"]
 Scheme = Literal["single", "split", "pipeline", "gathered"]
 """The way in which N devices share a step: `split` each its part of each layer; `pipeline` one device after the other;
 `gathered` each the whole model for prompts of its own, gathered layer by layer."""
@@ -35,7 +35,8 @@ class Work:
     `step_bytes` are the weights that a decode step reads, `gathered_bytes` those of them that travel under FSDP,
     over so many devices as `gathered_over` says (0: all).
     `all_reduces` are those of hidden states in one pass through the model, `gathered_logits` the numbers for each
-    sequence that come together at its end.
+    sequence that come together at its end. `offloaded_bytes` are the weights that each device is sent from main memory
+    in every pass.
     """
 
     step_bytes: int
@@ -49,6 +50,7 @@ class Work:
     gathered_over: int = 0
     all_reduces: int = 0
     gathered_logits: int = 0
+    offloaded_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,21 +84,22 @@ def decode_step(work: Work, machine: Machine, scheme: Scheme, *, batch: float, c
 
     Of steps that are not alike, the mean batch and the mean context of their tokens give no more than their mean time.
     None where the device or the link has no known rates. t = max(bytes / bandwidth, FLOPs / rate) of the devices that
-    work at once, plus the all-reduces (tensor parallel), or the gather if that is longer (FSDP).
+    work at once, plus the all-reduces (tensor parallel), or the gather if that is longer (FSDP); and no less than what
+    comes from main memory takes.
     """
     rates = _rates(work, machine)
     if rates is None:
         return None
-    bandwidth, flops = rates
+    bandwidth, flops, host = rates
     n = 1 if scheme in ("single", "pipeline") else machine.num_devices
     cache = batch * context * work.kv_bytes_per_token
     compute = 2 * work.step_parameters * batch / flops
     if scheme == "gathered":
         memory = (work.step_bytes + _copied_bytes(work, machine) + cache) / bandwidth
-        return _overlapped(memory, compute, _gather_s(work, machine), n * batch)
+        return _overlapped(memory, compute, _gather_s(work, machine), host, n * batch)
     memory, compute = (work.step_bytes + cache) / (n * bandwidth), compute / n
     talk = _collectives_s(work, machine, batch, batch) if scheme == "split" else 0.0
-    return _then_link(memory, compute, talk, batch)
+    return _then_link(memory, compute, talk, host, batch)
 
 
 def prefill(work: Work, machine: Machine, scheme: Scheme, *, batch: float, tokens: float) -> Limit | None:
@@ -104,22 +107,26 @@ def prefill(work: Work, machine: Machine, scheme: Scheme, *, batch: float, token
     rates = _rates(work, machine)
     if rates is None:
         return None
-    bandwidth, flops = rates
+    bandwidth, flops, host = rates
     n = 1 if scheme in ("single", "pipeline") else machine.num_devices
     per_prompt = 2 * work.layer_parameters * tokens + 2 * work.num_layers * tokens**2 * work.hidden_size
     memory, compute = work.step_bytes / bandwidth, batch * per_prompt / flops
     if scheme == "gathered":
         memory += _copied_bytes(work, machine) / bandwidth
-        return _overlapped(memory, compute, _gather_s(work, machine), n * batch * tokens)
+        return _overlapped(memory, compute, _gather_s(work, machine), host, n * batch * tokens)
     talk = _collectives_s(work, machine, batch * tokens, batch) if scheme == "split" else 0.0
-    return _then_link(memory / n, compute / n, talk, batch * tokens)
+    return _then_link(memory / n, compute / n, talk, host, batch * tokens)
 
 
-def _rates(work: Work, machine: Machine) -> tuple[float, float] | None:
-    bandwidth, flops = machine.device.bandwidth, machine.device.flops(work.dtype_bytes)
+def _rates(work: Work, machine: Machine) -> tuple[float, float, float] | None:
+    """Bytes/s, FLOP/s, and the seconds that each pass waits for main memory; that of a CPU is the device's own."""
+    device, host = machine.device, machine.device.host_bandwidth
+    bandwidth, flops = device.bandwidth, device.flops(work.dtype_bytes)
     if bandwidth is None or flops is None or (machine.num_devices > 1 and machine.link is None):
         return None
-    return bandwidth, flops
+    if not work.offloaded_bytes or device.kind == "cpu":
+        return bandwidth, flops, 0.0
+    return None if host is None else (bandwidth, flops, work.offloaded_bytes / host)
 
 
 def _gathered_over(work: Work, machine: Machine) -> int:
@@ -154,15 +161,17 @@ def _collectives_s(work: Work, machine: Machine, rows: float, sequences: float) 
     return work.all_reduces * reduce + gather
 
 
-def _overlapped(memory: float, compute: float, link: float, tokens: float) -> Limit:
-    """The link works while the devices do: the slowest of the three sets the pace."""
-    bounds: tuple[tuple[float, Bound], ...] = ((memory, "memory"), (compute, "compute"), (link, "link"))
+def _overlapped(memory: float, compute: float, link: float, host: float, tokens: float) -> Limit:
+    """The links work while the devices do: the slowest of all sets the pace."""
+    bounds: tuple[tuple[float, Bound], ...] = (
+        (memory, "memory"), (compute, "compute"), (link, "link"), (host, "host")
+    )  # fmt: skip
     seconds, bound = max(bounds, key=lambda pair: pair[0])
     return Limit(seconds, bound, tokens / seconds)
 
 
-def _then_link(memory: float, compute: float, link: float, tokens: float) -> Limit:
-    """Devices wait for the link: its time comes on top of theirs."""
-    busy = _overlapped(memory, compute, 0.0, tokens)
+def _then_link(memory: float, compute: float, link: float, host: float, tokens: float) -> Limit:
+    """Devices wait for the link between them: its time comes on top of theirs."""
+    busy = _overlapped(memory, compute, 0.0, host, tokens)
     seconds = busy.seconds + link
     return Limit(seconds, "link" if link > busy.seconds else busy.bound, tokens / seconds)

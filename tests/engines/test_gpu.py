@@ -142,6 +142,27 @@ def test_layers_on_whichever_card_give_the_tokens_of_the_cpu(way: str) -> None:
     same_tokens(found, ran("transformers", "tiny_falcon", 1, "cpu")[1])
 
 
+@pytest.mark.parametrize(("engine", "place"), [("transformers", "cpu"), ("transformers", "disk"), ("vllm", "cpu")])
+def test_offloaded_weights_give_the_tokens_of_the_cpu(engine: str, place: str) -> None:
+    check_offload(engine, 1, place)
+
+
+@several
+def test_offloaded_shards_give_the_tokens_of_the_cpu() -> None:
+    check_offload("fsdp", 2, "cpu")
+
+
+def check_offload(engine: str, devices: int, place: str) -> None:
+    """What is not on the cards is as planned, and so is what is."""
+    if not has(engine):
+        pytest.skip(f"backend={engine} is not installed for CUDA")
+    record, completions = ran(engine, "tiny_falcon", devices, "cuda", f"offload={place}")
+    same_tokens(completions, ran("transformers", "tiny_falcon", 1, "cpu")[1])
+    for device, planned in zip(record["devices"], record["plan"]["devices"], strict=True):
+        assert device["parameter_bytes"] == planned["parameter_bytes"]
+        assert device["offloaded_bytes"] == planned["offloaded_bytes"] > 0
+
+
 @several
 def test_random_weights_on_cards_do_not_depend_on_the_sharding() -> None:
     alone, shared = (ran("fsdp", "tiny_falcon", size, "cuda", "model.weights=random")[1] for size in (1, 2))

@@ -95,6 +95,14 @@ def resident(folder: Path, world: World, layers: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def offloaded(folder: Path, world: World) -> list[int]:
+    """Tokens with shards in main memory, by FSDP2's own policy."""
+    model = build_meta(folder, torch.float32)
+    fully_shard_model(model, init_device_mesh("cpu", (world.world_size,)), offload=True)
+    load_weights(model, Checkpoint.open(folder), "cpu")
+    return greedy(model)
+
+
 def answer(folder: Path, world_size: int) -> dict[str, Any]:
     checkpoint = Checkpoint.open(folder)
     largest = max(entry.nbytes for entry in checkpoint.tensors.values())
@@ -141,6 +149,7 @@ def main() -> None:
         report = {folder.name: answer(folder, world.world_size) for folder in folders}
     products.LEAST_VALUES[torch.float32] = 1  # the matrices here are too small for it to pay
     for folder in folders:
+        report[folder.name]["offloaded"] = offloaded(folder, world)
         report[folder.name]["resident"] = [resident(folder, world, count) for count in range(4)]
     (root / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(report))
     dist.destroy_process_group()

@@ -235,6 +235,7 @@ CASES: tuple[tuple[Check, list[str]], ...] = (
     ),
     (prepared, ["backend=fsdp", "accelerator=cuda"]),
     (prepared, [*ENDPOINT, "precision=bf16_mixed"]),
+    (prepared, [*ENDPOINT, "offload=cpu"]),
     (prepared, [*ENDPOINT, "accelerator=cuda"]),
     (prepared, ["backend=fsdp", "accelerator=cpu", "prompts.chat=true"]),
     (prepared, ["backend=deepspeed", "accelerator=cpu", "quantization=int8_wo"]),

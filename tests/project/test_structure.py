@@ -55,6 +55,7 @@ TENSORS = {
     "shards.parallel.fully_shard",
     "shards.parallel.products",
     "shards.load.bitsandbytes_quantizers",
+    "shards.load.disk",
     "shards.load.load",
     "shards.load.quantizers",
     "shards.load.meta",

@@ -525,6 +525,7 @@ def test_ranks_with_whole_layers_answer_as_one_model_and_hold_what_is_planned(
     expected = {name: greedy(plain(checkpoints / name)) for name in CONFIGS}
     for report in run_ranks(world_size, checkpoints):
         for name in CONFIGS:
+            assert report[name]["offloaded"] == expected[name]
             for found in report[name]["resident"]:
                 assert found["tokens"] == expected[name]
                 assert found["held"] == found["planned"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from shards.machine.hardware import DEVICES, LINKS, Device, Link
+from shards.machine.hardware import DEVICES, LINKS, Device, Link, known_device
 from shards.plan.roofline import Limit, Machine, Scheme, Work, decode_step, prefill
 
 FALCON = Work(
@@ -147,3 +149,18 @@ def test_every_collective_costs_its_latency_and_its_bytes() -> None:
 def test_no_limit_is_given_where_a_rate_is_not_known(machine: Machine) -> None:
     assert decode_step(FALCON, machine, "split", batch=1, context=1) is None
     assert prefill(FALCON, machine, "split", batch=1, tokens=1) is None
+
+
+@pytest.mark.parametrize("scheme", ["single", "gathered"])
+def test_what_lies_in_main_memory_comes_through_the_slot(scheme: Scheme) -> None:
+    """Half of 82.6 GB over PCIe 4.0 at 25 GB/s for each of two cards, whatever the batch; a CPU's memory is its own."""
+    work = replace(FALCON, offloaded_bytes=FALCON.step_bytes // 2)
+    machine = Machine(known_device("a6000"), 2, LINKS["nvlink3"])
+    seconds, sequences = FALCON.step_bytes / 2 / 25e9, 8 if scheme == "gathered" else 4
+    assert decode_step(work, machine, scheme, batch=4, context=512) == Limit(seconds, "host", sequences / seconds)
+    unknown = Machine(Device("card", bandwidth=1e12, flops_16=1e14))
+    assert decode_step(work, unknown, "single", batch=4, context=512) is None
+    cpu = Machine(Device("CPU", "cpu", bandwidth=1e10, flops_16=1e12))
+    limit = decode_step(work, cpu, "single", batch=1, context=0)
+    assert limit is not None
+    assert limit.bound == "memory"

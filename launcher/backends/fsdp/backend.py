@@ -15,6 +15,7 @@ from lightning.fabric.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
 
 from launcher.backends.module import ModuleBackend
+from launcher.config.storage import Offload
 from shards.machine.heap import keep_freed_pages
 from shards.parallel.collectives import collectives
 from shards.parallel.fully_shard import fully_shard_model, reset_bookkeeping, reshard
@@ -58,7 +59,7 @@ class FsdpBackend(ModuleBackend):
             if is_hybrid:
                 shape = (world.num_nodes, world.local_world_size)
                 over = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
-            fully_shard_model(module, over, resident, ways, narrowed)
+            fully_shard_model(module, over, resident, ways, narrowed, self.config.offload is Offload.cpu)
             self.fill(module, progress)  # in here, so that Fabric finds nothing on meta that it would initialise
             return module
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from launcher.backends.collectives import slow_collectives
 from launcher.config.options import choice
 from launcher.config.schema import BackendConfig, ConfigError
+from launcher.config.storage import Offload
 from shards.engines.fsdp import FsdpPlanner
 from shards.machine.main_memory import available_bytes
 from shards.plan.request import EnginePlanner
@@ -43,6 +44,11 @@ class FsdpConfig(BackendConfig):
                 f"backend.resident_layers={self.resident_layers} is neither a number of layers nor auto.",
                 "backend.resident_layers=auto",
             )
+        if config.offload is not Offload.none and self.resident_layers != "0":
+            fact = (
+                f"backend.resident_layers={self.resident_layers}, and offload={config.offload.name} leaves none whole."
+            )
+            raise ConfigError(fact, "backend.resident_layers=0")
         is_here = not on_cuda and config.launch.name != "slurm"
         return FsdpPlanner(
             resident_layers=None if self.resident_layers == "auto" else int(self.resident_layers),

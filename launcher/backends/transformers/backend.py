@@ -6,13 +6,20 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, attach_align_device_hook
 from accelerate.utils import get_balanced_memory
 
 from launcher.backends.module import ModuleBackend
+from launcher.config.storage import Offload
+from shards.checkpoint.checkpoint import Checkpoint
 from shards.errors import PlanError
+from shards.load.disk import leave_on_disk
 from shards.parallel.fully_shard import decoder_layers
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from launcher.backends.base import DeviceMemory
     from launcher.backends.module import Progress
     from launcher.backends.transformers.engine import TransformersConfig
     from shards.machine.world import World
@@ -25,10 +32,35 @@ class TransformersBackend(ModuleBackend):
     def place(self, plan: Plan | None, world: World, progress: Progress) -> torch.nn.Module:
         model = self.meta_model()
         self.quantize(model)
+        if self.config.offload is not Offload.none:
+            return self._offloaded(model, progress)
         if len(self.devices) == 1:
             self.fill(model, progress)
             return model
         return self._spread(model, progress)
+
+    def _offloaded(self, model: torch.nn.Module, progress: Progress) -> torch.nn.Module:
+        """The parameters of each module come to the device for its forward, by accelerate's hooks."""
+        weights: Mapping[str, torch.Tensor]
+        if self.config.offload is Offload.disk:
+            stored = leave_on_disk(model, Checkpoint.open(self.config.model.path), self.device, self.adapter())
+            self.checkpoint, self.mapped_files = stored.checkpoint, stored.files
+            weights = stored
+        else:
+            self.fill(model, progress)
+            weights = pinned(model)
+        skipped = getattr(model, "_skip_keys_device_placement", None)
+        add_hook_to_module(model, AlignDevicesHook(io_same_device=True, skip_keys=skipped), append=True)
+        attach_align_device_hook(
+            model, execution_device=self.device, offload=True, weights_map=weights, skip_keys=skipped
+        )
+        progress(1, 1)
+        return model
+
+    def memory(self) -> list[DeviceMemory]:
+        if self.config.offload is not Offload.none:
+            self.model.tie_weights()  # accelerate's hooks leave two parameters without memory where there was one
+        return super().memory()
 
     @property
     def devices(self) -> list[torch.device]:
@@ -56,6 +88,16 @@ class TransformersBackend(ModuleBackend):
         model.tie_weights()
         self.fill(model, progress)
         return dispatch_model(model, placed, force_hooks=True)  # they bring the inputs, even where one card has it all
+
+
+def pinned(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters of a model in main memory by all of their names, where a card can read them by itself."""
+    copies: dict[int, torch.Tensor] = {}
+    named = list(model.named_parameters(remove_duplicate=False))
+    for _, parameter in named:
+        if id(parameter) not in copies:
+            copies[id(parameter)] = parameter.detach().pin_memory()
+    return {name: copies[id(parameter)] for name, parameter in named}
 
 
 def allocate_parameters(module: torch.nn.Module, device: torch.device) -> None:

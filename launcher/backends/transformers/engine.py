@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from launcher.config.formats import Weights
 from launcher.config.options import choice
-from launcher.config.schema import BackendConfig
+from launcher.config.schema import BackendConfig, ConfigError
+from launcher.config.storage import Offload
 from shards.engines.transformers import TransformersPlanner
 from shards.plan.request import EnginePlanner
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from launcher.config.schema import RunConfig
 
 
@@ -50,4 +54,12 @@ class TransformersConfig(BackendConfig):
                 f"devices={config.devices}, but plain transformers has one device without GPUs: the machine's memory"
             )
             config = replace(config, devices=1)
+        if config.offload is not Offload.none and config.devices > 1:
+            notes.append(f"devices={config.devices}, but an offloaded model runs on one device")
+            config = replace(config, devices=1)
         return config, notes
+
+    def refuse(self, config: RunConfig, model_config: Mapping[str, Any], on_cuda: bool, longest: int) -> None:
+        """Random weights are in no file."""
+        if config.offload is Offload.disk and config.model.weights is Weights.random:
+            raise ConfigError("offload=disk, and model.weights=random are in no file.", "offload=none")

@@ -77,7 +77,8 @@ class VllmBackend:
         with _temporary_files_in(self.scratch.name, self.on_cpu), heartbeat(lambda: progress(0, 1)):
             folder = self._model_folder()
             pool = self._pool_bytes(plan, folder)
-            self.llm = self._start(arguments(self.config, folder, self.external, self.on_cpu, pool))
+            away = plan.devices[0].offloaded_bytes if plan else 0
+            self.llm = self._start(arguments(self.config, folder, self.external, self.on_cpu, pool, away))
         children = psutil.Process().children(recursive=True)
         self.shared_memory = shared_memory_of([os.getpid(), *(child.pid for child in children)]) - before
         self.watch = Watch(self.llm.llm_engine)

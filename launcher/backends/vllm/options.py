@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from launcher.backends.vllm.extra import ONLINE
+from shards.machine.hardware import GIB
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,14 +34,18 @@ def environment(config: RunConfig, on_cpu: bool) -> dict[str, str]:
     return variables
 
 
-def arguments(config: RunConfig, folder: Path, external: bool, on_cpu: bool, pool: int | None) -> JsonObject:
-    """The arguments of vllm.LLM for a run with `pool` bytes of KV cache a worker; those of `backend.extra` win."""
+def arguments(
+    config: RunConfig, folder: Path, external: bool, on_cpu: bool, pool: int | None, offloaded_bytes: int = 0
+) -> JsonObject:
+    """The arguments of vllm.LLM for a run with `pool` bytes of KV cache and `offloaded_bytes` of weights in main memory
+    for each worker; those of `backend.extra` win."""
     options: VllmConfig = config.backend  # type: ignore[assignment]
     size = config.devices * (config.num_nodes if external else 1)
     methods = {name: method for method, name in ONLINE.items()}
     optional = {
         "quantization": methods.get(config.quantization.name),
         "kv_cache_memory_bytes": pool,
+        "cpu_offload_gb": offloaded_bytes / GIB or None,
         "max_num_seqs": options.max_num_seqs,
         "distributed_executor_backend": options.distributed_executor_backend
         or ("external_launcher" if external else None),

@@ -22,6 +22,7 @@ class WorkerMemory:
         memory = asdict(module_memory(runner.model, runner.device, self.rank, {}))  # type: ignore[attr-defined]
         del memory["kv_cache_bytes"]
         memory["parameter_bytes"] = held_bytes(runner.model, runner.device)
+        memory["offloaded_bytes"] = offloaded_bytes(runner.model)
         if memory["parameter_bytes"] is None:
             memory["reasons"]["parameter_bytes"] = "quantized weights were repacked into memory that no tensor shows"
         if runner.device.type == "cpu":
@@ -48,7 +49,12 @@ def held_bytes(model: torch.nn.Module, device: torch.device) -> int | None:
         if sizes is None:
             return None
         packed += sizes[0] * sizes[1] * weight.element_size()
-    return parameter_bytes(model, device) + packed
+    return parameter_bytes(model, device) + packed - offloaded_bytes(model)
+
+
+def offloaded_bytes(model: torch.nn.Module) -> int:
+    """Bytes of parameters in main memory that a card reads as if they were its own."""
+    return sum(p.nbytes for p in model.parameters() if getattr(p, "_vllm_is_uva_offloaded", False))
 
 
 def _matrix(module: torch.nn.Module) -> tuple[int, int] | None:

@@ -1,0 +1,32 @@
+"""Reasons for which an engine cannot do what a request asks for, whatever the memory of the devices."""
+
+from __future__ import annotations
+
+from shards.plan.request import PlanRequest
+
+
+def illegal(request: PlanRequest) -> str | None:
+    """The reason for which the engine cannot cut the model so, None if it can."""
+    engine, quantization = request.engine, request.quantization
+    if request.mixed_bytes is not None and not engine.mixes_precision:
+        return f"{engine.name} multiplies weights in the type that they have, and has no mixed precision."
+    if request.mixed_bytes is not None and quantization is not None:
+        return f"Mixed precision is of fp32 weights, and these are in {quantization.name}."
+    if quantization is not None and not engine.runs(quantization):
+        return f"{engine.name} cannot run {quantization.name} weights: {engine.plain_only}."
+    return no_offload(request) or engine.refusal(request)
+
+
+def no_offload(request: PlanRequest) -> str | None:
+    """The reason for which weights cannot lie elsewhere, None if they can or are not to."""
+    engine, where = request.engine, request.offload
+    if where is None:
+        return None
+    if where not in engine.offloads:
+        others = f", but to {engine.offloads[0]}" if engine.offloads else ""
+        return f"{engine.name} offloads no weights to {where}{others}."
+    if where == "cpu" and request.device.kind == "cpu":
+        return "offload=cpu is of no use here: the device is the CPU already."
+    if request.quantization is not None:
+        return f"Weights are offloaded as they are stored, and these are in {request.quantization.name}."
+    return None
