@@ -277,7 +277,6 @@ def _show_plan(plan: Plan, config: RunConfig, out: Console) -> None:
     on_host = "not known" if plan.load_host_bytes is None else size(plan.load_host_bytes)
     facts: JsonObject = {
         "device": plan.device_name,
-        **({"offloaded": _offloaded(plan)} if plan.offload else {}),
         "KV cache a token": f"{plan.kv_bytes_per_token:,} bytes",
         "peak while loading": f"{on_host} on a node's host, {size(plan.load_device_bytes)} on a device",
         "largest batch": plan.largest_batch or "not bounded by a known capacity",
@@ -286,13 +285,11 @@ def _show_plan(plan: Plan, config: RunConfig, out: Console) -> None:
         "decode ceiling": _limit(plan.limit, config, ", if every answer has its full length"),
         "prefill ceiling": _limit(plan.prefill_limit, config),
     }
+    if plan.offload:
+        where = "main memory" if plan.offload == "cpu" else "files"
+        facts["offloaded"] = f"{size(plan.devices[0].offloaded_bytes)} of each device in {where}, read in each step"
     for name, value in facts.items():
         out.print(f"  {name}: {value}", soft_wrap=True)
-
-
-def _offloaded(plan: Plan) -> str:
-    most = max(device.offloaded_bytes for device in plan.devices)
-    return f"{size(most)} of each device {'in main memory' if plan.offload == 'cpu' else 'on disk'}, read in each step"
 
 
 def _limit(limit: Limit | None, config: RunConfig, more: str = "") -> str:
