@@ -7,8 +7,8 @@
     backend=..,..         engines by name; if left out all that have weights
     link=NAME             between the devices; if left out, the usual one of the device, and none between nodes
                           With neither machines nor device: this machine, with what launcher.probe measured on it.
-    quantization=..,..    none fp8 fp8_channel fp8_block int8 int8_wo nf4 nf4_dq fp4 int4_g128, a row each; if left
-                          out, what the model's own config.json says
+    quantization=..,..    none fp8 fp8_channel fp8_block int8 int8_wo int8_dyn int4_wo nf4 nf4_dq fp4 int4_g128, a row
+                          each; if left out, what the model's own config.json says
     num_nodes=1  precision=bf16  batch_size=1  prompt_tokens=512  max_new_tokens=128
 
 Nothing is loaded or downloaded, and torch is not imported. For a family that is not known here, transformers is asked

@@ -163,6 +163,25 @@ class Backend(Protocol):
         """Give back what the process holds outside itself (workers, shared memory, process groups)."""
 
 
+@dataclass(frozen=True, slots=True)
+class LoadTimes:
+    """Seconds of one process for its part of a model: to join the other ranks, to read the checkpoint (or to make
+    random values), to quantize what was read, and to build, cut and allocate the model and to lay out its weights."""
+
+    join_s: float
+    read_s: float
+    quantize_s: float
+    place_s: float
+
+
+@runtime_checkable
+class TimedBackend(Protocol):
+    """An engine that knows the parts of the time that `load` took."""
+
+    def load_times(self) -> LoadTimes:
+        """The parts, which add up to all of it."""
+
+
 @runtime_checkable
 class StreamingBackend(Protocol):
     """An engine that knows the tokens of an answer before it is whole."""

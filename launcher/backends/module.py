@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import zlib
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -12,7 +13,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from launcher.backends.base import Score
+from launcher.backends.base import LoadTimes, Score
 from launcher.backends.decode import Decoder, eos_token_ids
 from launcher.backends.drafts import make_guesser, with_draft
 from launcher.backends.memory import PhasePeaks, module_memory
@@ -71,10 +72,12 @@ class ModuleBackend(ABC):
         """The model with this rank's part of its weights on `self.device`."""
 
     def load(self, plan: Plan | None, world: World, progress: Progress) -> None:
+        began = time.perf_counter()
         self.world = world
         self.device = device_of(world, self.config.accelerator.value)
         connect(world, self.device, self.config.join_s)
         connect_cards(world, self.device, self.config.join_s)
+        self.joined_s = time.perf_counter() - began
         self.peaks = PhasePeaks(self.devices)
         self.model = self.place(plan, world, progress)
         self.peaks.end("load")
@@ -83,6 +86,11 @@ class ModuleBackend(ABC):
         self._pack(self.model)
         self.guesser = make_guesser(self.config.speculative, self.dtype, self.device, self._pack)
         self.decoder = self._decoder(plan)
+        self.loaded_s = time.perf_counter() - began
+
+    def load_times(self) -> LoadTimes:
+        read_s, quantize_s = self.stats.read_s, self.stats.quantize_s
+        return LoadTimes(self.joined_s, read_s, quantize_s, self.loaded_s - self.joined_s - read_s - quantize_s)
 
     def _pack(self, model: torch.nn.Module) -> None:
         if self.device.type == "cpu" and self.packs(model):
@@ -148,10 +156,11 @@ class ModuleBackend(ABC):
         is_away = self.config.offload is Offload.cpu
         device = torch.device("cpu") if is_away else self.device
         if self.config.model.weights is Weights.random:
-            fill_random(model, self.config.seed, device, progress)
+            self.stats = fill_random(model, self.config.seed, device, progress)
         else:
             self.checkpoint = Checkpoint.open(self.config.model.path)
-            self.mapped_files = load_weights(model, self.checkpoint, device, progress, self.adapter()).mapped_files
+            self.stats = load_weights(model, self.checkpoint, device, progress, self.adapter())
+            self.mapped_files = self.stats.mapped_files
         for module in model.modules() if is_away else ():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(self.device)

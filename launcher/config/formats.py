@@ -11,6 +11,8 @@ class WeightFormat(Enum):
 
     none = "none"
     int8_wo = "int8_wo"
+    int8_dyn = "int8_dyn"
+    int4_wo = "int4_wo"
     int8 = "int8"
     nf4 = "nf4"
     nf4_dq = "nf4_dq"
@@ -18,6 +20,10 @@ class WeightFormat(Enum):
     fp8 = "fp8"
     fp8_channel = "fp8_channel"
     fp8_block = "fp8_block"
+
+
+OWN_QUANTIZATIONS = ("int8_wo", "int8_dyn", "int4_wo", "int8", "nf4", "nf4_dq", "fp4")
+"""Those that layers of our own have, on the engines that run the module of transformers."""
 
 
 class Weights(Enum):

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher.backends.base import TimedBackend
 from launcher.config.engines import resolve
 from launcher.config.schema import Accelerator
 from launcher.rank import guard
@@ -42,7 +43,7 @@ from shards.machine.world import World
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from launcher.backends.base import Backend, Completion, DeviceMemory
+    from launcher.backends.base import Backend, Completion, DeviceMemory, LoadTimes
     from launcher.config.schema import RunConfig
     from launcher.results.cost import RankCost
     from launcher.results.measured import Repeat, RequestFailure
@@ -89,6 +90,7 @@ class Rank:
         self.interruption: str | None = None
         self.repeats: list[Repeat] = []
         self.load_s: float | None = None
+        self.load_times: LoadTimes | None = None
         self.devices: tuple[DeviceMemory, ...] = ()
         self.environment: Environment | None = None
         self.waits = False  # for other ranks, where this one hangs
@@ -141,6 +143,8 @@ class Rank:
         start = time.perf_counter()
         backend.load(self.run_dir.read_plan(), world, progress.advance)
         self.load_s = time.perf_counter() - start
+        if isinstance(backend, TimedBackend):
+            self.load_times = backend.load_times()
 
         loop = Loop(backend, config, world, progress, self)
         prompts = self.run_dir.read_prompts()
@@ -230,6 +234,7 @@ class Rank:
                     ended_at=time.time(),
                     error=error,
                     load_s=self.load_s,
+                    load_times=self.load_times,
                     repeats=tuple(self.repeats),
                     devices=self.devices,
                     environment=self.environment,

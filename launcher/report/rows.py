@@ -9,6 +9,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from launcher.config.values import flat
+from launcher.report.load_rows import LOAD_PARTS
 from launcher.system.files import write_text
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ def _row(record: Record, swept: Sequence[str]) -> Row:
         **_quantiles("ttft_s", metrics.ttft_s if metrics else None),
         **_quantiles("itl_s", metrics.itl_s if metrics else None),
         "load_s": record.load_s,
+        **{f"load_{name}": record.load_times and getattr(record.load_times, name) for name in LOAD_PARTS},
         "ceiling_tokens_per_s": ceiling and ceiling.tokens_per_s,
         "ceiling_share": ceiling and ceiling.share,
         "ceiling_bound": ceiling and ceiling.bound,

@@ -15,6 +15,7 @@ from launcher.config.schema import Scheduling
 from launcher.report.cost_rows import cost_rows
 from launcher.report.layout import console, counted, fitted, print_json, rounded, shown
 from launcher.report.lengths import lengths_line
+from launcher.report.load_rows import load_rows
 from launcher.report.memory_table import device_table, phase_table
 from launcher.report.published_table import published_table
 from launcher.report.request_rows import rate_rows, serving_rows, time_rows
@@ -220,6 +221,7 @@ def _speed(record: Record, out: Console) -> Table:
     rows += [None, *serving_rows(metrics.serving)] if metrics.serving else []
     sums = (counted(totals.prompts, "prompt"), f"{totals.prompt_tokens:,} prompt tokens", f"{totals.new_tokens:,} new")
     rows += [None, ["load", seconds(record.load_s), "", "", ", ".join(sums)]]
+    rows += load_rows(record.load_times)
     if record.cost is not None:
         rows += cost_rows(record.cost)
     if (quality := record.quality) is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launcher.backends.base import DeviceMemory
+from launcher.backends.base import DeviceMemory, LoadTimes
 from launcher.results.cost import RankCost
 from launcher.results.measured import Repeat
 from launcher.results.quality import Quality
@@ -30,6 +30,7 @@ class RankResult:
     ended_at: float
     error: RunError | None = None
     load_s: float | None = None
+    load_times: LoadTimes | None = None
     repeats: tuple[Repeat, ...] = ()
     devices: tuple[DeviceMemory, ...] = ()
     environment: Environment | None = None
@@ -42,5 +43,6 @@ class RankResult:
     def record(self) -> RankRecord:
         """The part that the record of the run keeps of each rank."""
         return RankRecord(
-            self.rank, self.status, self.host, self.pid, self.error, self.load_s, self.repeats, self.network
-        )
+            self.rank, self.status, self.host, self.pid, self.error, self.load_s, self.repeats, self.network,
+            self.load_times,
+        )  # fmt: skip

@@ -3,7 +3,8 @@
 A run may take several attempts: interrupted or killed, it goes on later in the same directory. What each attempt made
 is in `attempts`: its hosts, how it ended, and its repeats of the prompt set. The headline figures are medians over
 whole repeats only, each timed within one attempt; with none, `partial` says of how many prompts they are. `load_s`,
-`ranks`, `devices` and `environment` are of the last attempt; `notes` are of the run and the last attempt.
+`load_times` (of the slowest rank), `ranks`, `devices` and `environment` are of the last attempt; `notes` are of the
+run and the last attempt.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from launcher.backends.base import DeviceMemory
+from launcher.backends.base import DeviceMemory, LoadTimes
 from launcher.results.cost import Cost
 from launcher.results.measured import BandwidthUse, CeilingShare, Metrics, Partial, Repeat, Totals
 from launcher.results.quality import Quality
@@ -57,6 +58,7 @@ class RankRecord:
     load_s: float | None = None
     repeats: tuple[Repeat, ...] = ()
     network: Network | None = None
+    load_times: LoadTimes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,7 @@ class Record:
     started_at: float | None = None
     ended_at: float | None = None
     load_s: float | None = None
+    load_times: LoadTimes | None = None
     new_tokens_per_s: float | None = None
     ttft_s: float | None = None
     itl_s: float | None = None

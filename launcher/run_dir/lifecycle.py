@@ -121,10 +121,9 @@ def finish(run_dir: RunDir, outcome: Outcome | None = None) -> Record:
     metrics = measured.metrics if measured else None
     hint = how_to_know_rates(run.run_config)
     record = replace(
-        unfinished(run_dir, status),
+        _with_load(unfinished(run_dir, status), present),
         error=error,
         ended_at=time.time(),
-        load_s=max(rank.load_s or 0.0 for rank in present) if status == "ok" else None,
         ceiling=against_ceiling(plan, metrics, hint),
         mbu=bandwidth_used(plan, metrics, hint),
         cost=cost_of(
@@ -155,6 +154,14 @@ def finish(run_dir: RunDir, outcome: Outcome | None = None) -> Record:
         )
     _write_completions(run_dir, run, prompts)
     return run_dir.write_record(record)
+
+
+def _with_load(record: Record, ranks: Sequence[RankResult]) -> Record:
+    """The record with the time that the slowest rank took to load, if all went well."""
+    if record.status != "ok":
+        return record
+    slowest = max(ranks, key=lambda rank: rank.load_s or 0.0)
+    return replace(record, load_s=slowest.load_s or 0.0, load_times=slowest.load_times)
 
 
 def refused(config: RunConfig, error: UserError, moment: float, run_dir: RunDir | None = None) -> Record:

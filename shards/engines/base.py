@@ -49,6 +49,15 @@ def layer_activation_bytes(request: PlanRequest, rows: int, cached_heads: int) -
     return rows * request.dtype_bytes * (4 * shape.hidden_size + max(attention, mlp) // n)
 
 
+def widened_bytes(request: PlanRequest) -> int:
+    """The largest matrix of a quantization that widens its weights to multiply with them."""
+    quantization = request.quantization
+    if quantization is None or not quantization.unpacks:
+        return 0
+    widened = [p.numel for p in request.shape.parameters if quantization.applies(p)]
+    return request.dtype_bytes * max(widened, default=0)
+
+
 def narrowed_bytes(request: PlanRequest, cut: Cutter, n: int) -> int:
     """The largest matrix as autocast copies it into the type of products, of those that `cut` leaves on one of `n`
     devices; 0 where products have the type of the weights."""
@@ -100,6 +109,18 @@ class ModulePlanner(EnginePlanner, ABC):
         return window if self.has_slots else window - 1
 
     def refusal(self, request: PlanRequest) -> str | None:
+        return self.split_group(request)
+
+    def split_group(self, request: PlanRequest) -> str | None:
+        """Why a quantization cannot store the pieces of the matrices, None if it can."""
+        quantization, n = request.quantization, self.tensor_parallel_size(request)
+        if quantization is None:
+            return None
+        for parameter in request.shape.parameters:
+            pieces = self.pieces(request.shape, n, 0, parameter) if quantization.applies(parameter) else ()
+            for piece in pieces:
+                if reason := quantization.split_group(piece):
+                    return reason
         return None
 
     def pieces(self, shape: ModelShape, n: int, rank: int, parameter: Parameter) -> Pieces:
@@ -112,13 +133,7 @@ class ModulePlanner(EnginePlanner, ABC):
     def buffer_bytes(self, request: PlanRequest) -> int:
         """Parameters that a device gathers, widens or narrows: of a quantization that widens its weights, and of mixed
         precision, the largest matrix."""
-        quantization = request.quantization
-        if request.mixed_bytes is not None:
-            return narrowed_bytes(request, self.pieces, request.num_devices)
-        if quantization is None or not quantization.unpacks:
-            return 0
-        widened = [p.numel for p in request.shape.parameters if quantization.applies(p)]
-        return request.dtype_bytes * max(widened, default=0)
+        return widened_bytes(request) + narrowed_bytes(request, self.pieces, request.num_devices)
 
     def kv_heads(self, request: PlanRequest) -> int:
         return max(1, request.shape.cached_heads(self.kv_heads_only) // request.tensor_parallel_size)

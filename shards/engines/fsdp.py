@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING, ClassVar
 
-from shards.engines.base import ModulePlanner, narrowed_bytes
+from shards.engines.base import ModulePlanner, narrowed_bytes, widened_bytes
 from shards.model.quantization import Quantization, Storage
 from shards.model.shape import ModelShape, Parameter
 from shards.plan.cuts import Pieces, cut_up, row_chunk, spread_evenly, whole_bytes
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+SHARDED_BY_ROWS = ("int8_wo", "int8_dyn", "int8", "nf4", "fp4")
+"""Quantizations of which rows of the packed matrix, with their scales, are rows of the matrix."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FsdpPlanner(ModulePlanner):
     """`resident_layers` stay whole on each device, and with them what is outside the layers; None: as many as fit.
@@ -27,7 +31,7 @@ class FsdpPlanner(ModulePlanner):
     """
 
     name: ClassVar[str] = "fsdp"
-    plain_only: ClassVar[str] = "FSDP2 cuts by rows, which of quantized weights only int8_wo has"
+    plain_only: ClassVar[str] = "FSDP2 cuts by rows, and their scales have to go with them"
     is_monotone: ClassVar[bool] = True
     offloads: ClassVar[tuple[Offload, ...]] = ("cpu",)
 
@@ -36,7 +40,7 @@ class FsdpPlanner(ModulePlanner):
     host_bytes: int | None = None
 
     def runs(self, quantization: Quantization) -> bool:
-        return quantization.name == "int8_wo"
+        return quantization.name in SHARDED_BY_ROWS
 
     def is_offered(self, quantization: Quantization | None) -> bool:
         return quantization is None or self.runs(quantization)
@@ -82,6 +86,17 @@ class FsdpPlanner(ModulePlanner):
         known = request.capacity_bytes or self.host_bytes
         if known is None and (self.resident_layers is None or self.within_node is None):
             return "What fits a device cannot be known here, where the memory of the devices is not known."
+        return self._split_row(request)
+
+    def _split_row(self, request: PlanRequest) -> str | None:
+        """Why rows of quantized values cannot be sharded: a scale would be for values of two rows."""
+        quantization = request.quantization
+        if quantization is None or not quantization.flat or self.shards_over(request) == 1:
+            return None
+        for parameter in request.shape.parameters:
+            if quantization.applies(parameter) and parameter.shape[1] % quantization.flat:
+                inputs = parameter.shape[1]
+                return f"{inputs} inputs cannot be divided by the {quantization.flat} that {quantization.name} scales."
         return None
 
     def shards_over(self, request: PlanRequest) -> int:
@@ -110,13 +125,14 @@ class FsdpPlanner(ModulePlanner):
     def buffer_bytes(self, request: PlanRequest) -> int:
         """Gathered parameters: two layers (the next is gathered ahead, or there twice while it is copied out), and
         beside them the root group for good where it is sharded, or the root's own copy while it is gathered."""
-        n, narrowed = self.shards_over(request), narrowed_bytes(request, self.pieces, 1)
+        n = self.shards_over(request)
+        beside = narrowed_bytes(request, self.pieces, 1) + widened_bytes(request)
         if n == 1:
-            return narrowed
+            return beside
         groups = self._sharded(request.shape).groups()
         sizes = {layer: _gathered_bytes(members, n, request) for layer, members in groups.items()}
         root = sizes.pop(None, 0)
-        return narrowed + root + max(root, 2 * max(sizes.values(), default=0))
+        return beside + root + max(root, 2 * max(sizes.values(), default=0))
 
     def sent_bytes(self, request: PlanRequest, layout: Layout) -> int:
         """The root group stays, once it is gathered."""

@@ -20,13 +20,13 @@ class TensorParallelPlanner(TensorParallelModulePlanner):
     """Tensor parallelism over all ranks, of the families that `shards.parallel.tensor_parallel` cuts."""
 
     name: ClassVar[str] = "tensor_parallel"
-    plain_only: ClassVar[str] = "its layers multiply plain weights, int8_wo and those of bitsandbytes"
+    plain_only: ClassVar[str] = "its layers multiply plain weights and those that they quantize"
 
     def runs(self, quantization: Quantization) -> bool:
         return not quantization.fused
 
     def refusal(self, request: PlanRequest) -> str | None:
-        return uncuttable(request.shape, request.tensor_parallel_size)
+        return uncuttable(request.shape, request.tensor_parallel_size) or self.split_group(request)
 
     def pieces(self, shape: ModelShape, n: int, rank: int, parameter: Parameter) -> Pieces:
         sizes, cut = parameter.shape, parameter.cut

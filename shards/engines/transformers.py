@@ -17,7 +17,7 @@ class TransformersPlanner(ModulePlanner):
     """A pipeline of whole layers in one process; on a CPU one device."""
 
     name: ClassVar[str] = "transformers"
-    plain_only: ClassVar[str] = "a transformers model is planned with int8_wo and those of bitsandbytes only"
+    plain_only: ClassVar[str] = "a transformers model is planned with the quantizations of its layers only"
     one_process: ClassVar[bool] = True
     offloads: ClassVar[tuple[Offload, ...]] = ("disk", "cpu")
 
@@ -29,7 +29,7 @@ class TransformersPlanner(ModulePlanner):
             return f"The transformers engine is one process and cannot reach over {request.num_nodes} nodes."
         if request.offload and request.num_devices > 1:
             return f"An offloaded model runs on one device, not on {request.num_devices}."
-        return None
+        return self.split_group(request)
 
     def streamed_bytes(self, request: PlanRequest) -> int:
         """The parameters of one module: accelerate brings those of each for its forward."""

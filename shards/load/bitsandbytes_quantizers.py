@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from bitsandbytes.autograd._functions import MatmulLtState, matmul, matmul_4bit
-from bitsandbytes.functional import QuantState, int8_vectorwise_quant, quantize_4bit
+from bitsandbytes.functional import QuantState, int8_vectorwise_quant, quantize_4bit, quantize_blockwise
 
-from shards.load.quantizers import Quantizer, set_parameters
+from shards.load.blocks import local_tensor
+from shards.load.quantizers import PIECE_VALUES, Quantizer, row_pieces
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,6 +24,11 @@ BLOCK, NESTED_BLOCK = 64, 256
 class LlmInt8(Quantizer):
     """A byte a value and an fp32 scale for each output; inputs are quantized row by row, but for outliers."""
 
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        super().__init__(name, dtype)
+        # It tells of each product of other inputs than fp16 that it casts them.
+        logging.getLogger(matmul.__module__).setLevel(logging.ERROR)
+
     def parameters(self, outputs: int, inputs: int) -> dict[str, torch.Tensor]:
         return {
             "weight": torch.empty(outputs, inputs, dtype=torch.int8, device="meta"),
@@ -29,9 +36,9 @@ class LlmInt8(Quantizer):
         }
 
     def pack(self, layer: nn.Module, values: torch.Tensor) -> None:
-        packed, scale, _ = int8_vectorwise_quant(values.to(torch.float16))
-        layer.weight.copy_(packed)
-        layer.weight_scale.copy_(scale)
+        weight, scales = local_tensor(layer.weight), local_tensor(layer.weight_scale)
+        for rows in row_pieces(values):
+            weight[rows], scales[rows], _ = int8_vectorwise_quant(values[rows].to(torch.float16))
 
     def multiply(self, layer: nn.Module, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         state = MatmulLtState()
@@ -42,7 +49,12 @@ class LlmInt8(Quantizer):
 
 
 class FourBit(Quantizer):
-    """Half a byte a value and a maximum for each 64 in a row; with `dq` the maxima are quantized as well."""
+    """Half a byte a value and a maximum for each 64 in a row; with `dq` the maxima are quantized as well.
+
+    Where rows are whole blocks, rows are what is stored, and can be sharded.
+    """
+
+    whole: ClassVar[frozenset[str]] = frozenset({"weight_code"})
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         super().__init__(name, dtype)
@@ -51,10 +63,13 @@ class FourBit(Quantizer):
 
     def parameters(self, outputs: int, inputs: int) -> dict[str, torch.Tensor]:
         values = outputs * inputs
-        blocks = -(-values // BLOCK)
+        blocks, rows = -(-values // BLOCK), inputs % BLOCK == 0
         sizes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "weight": ((-(-values // 2), 1), torch.uint8),
-            "weight_absmax": ((blocks,), torch.uint8 if self.is_nested else torch.float32),
+            "weight": ((outputs, inputs // 2) if rows else (-(-values // 2), 1), torch.uint8),
+            "weight_absmax": (
+                (outputs, inputs // BLOCK) if rows else (blocks,),
+                torch.uint8 if self.is_nested else torch.float32,
+            ),
             "weight_code": ((16,), torch.float32),
         }
         if self.is_nested:
@@ -66,14 +81,20 @@ class FourBit(Quantizer):
         return {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in sizes.items()}
 
     def pack(self, layer: nn.Module, values: torch.Tensor) -> None:
-        packed, state = quantize_4bit(
-            values.contiguous(), blocksize=BLOCK, compress_statistics=self.is_nested, quant_type=self.kind
-        )
-        tensors = {"weight": packed, "weight_absmax": state.absmax, "weight_code": state.code}
+        weight, stored = local_tensor(layer.weight).view(-1), local_tensor(layer.weight_absmax).view(-1)
+        absmax = torch.empty_like(stored, dtype=torch.float32) if self.is_nested else stored
+        for number, piece in enumerate(values.reshape(-1).split(PIECE_VALUES)):
+            packed, state = quantize_4bit(piece, blocksize=BLOCK, quant_type=self.kind)
+            first = number * PIECE_VALUES
+            weight[first // 2 : first // 2 + len(packed)] = packed[:, 0]
+            absmax[first // BLOCK : first // BLOCK + len(state.absmax)] = state.absmax
+            layer.weight_code.copy_(state.code)
         if self.is_nested:
-            nested = {"weight_nested_absmax": state.state2.absmax, "weight_nested_code": state.state2.code}
-            tensors |= {**nested, "weight_offset": state.offset}
-        set_parameters(layer, tensors)
+            layer.weight_offset.copy_(absmax.mean())
+            packed, state = quantize_blockwise(absmax - layer.weight_offset, blocksize=NESTED_BLOCK)
+            stored.copy_(packed)
+            layer.weight_nested_absmax.copy_(state.absmax)
+            layer.weight_nested_code.copy_(state.code)
 
     def multiply(self, layer: nn.Module, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         nested = None
@@ -85,7 +106,7 @@ class FourBit(Quantizer):
                 dtype=torch.float32,
             )
         state = QuantState(  # type: ignore[no-untyped-call]
-            absmax=layer.weight_absmax,
+            absmax=layer.weight_absmax.view(-1),
             shape=torch.Size(layer.packed_shape),
             code=layer.weight_code,
             blocksize=BLOCK,
@@ -94,5 +115,5 @@ class FourBit(Quantizer):
             offset=layer.weight_offset if self.is_nested else None,
             state2=nested,
         )
-        product: torch.Tensor = matmul_4bit(rows, layer.weight.t(), quant_state=state, bias=bias)
+        product: torch.Tensor = matmul_4bit(rows, layer.weight.view(-1, 1).t(), quant_state=state, bias=bias)
         return product

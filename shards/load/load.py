@@ -16,7 +16,7 @@ from shards.errors import CheckpointError
 from shards.load.blocks import local_block, local_bytes, stored_tensors, whole
 from shards.load.conversion import MergedEntry, converted, part_targets
 from shards.load.meta import materialize
-from shards.load.quantizers import packed_layers, part_bytes, part_of
+from shards.load.quantizers import packed_layers, part_bytes, part_of, whole_shape
 from shards.load.slices import PIECE_BYTES, TORCH_DTYPES, Target, map_target, read_targets
 from shards.load.torch_files import read_torch_file
 
@@ -39,12 +39,15 @@ UNPACKED_BYTES = 128 << 20
 class LoadStats:
     """`bytes_read` from disk-backed files by this rank, `local_bytes` that its parameters and buffers take.
 
+    Of the `seconds` so many were for reading (on a CPU or onto the device) and for packing what was read.
     `mapped_files` are those that its parameters still are, in part.
     """
 
     bytes_read: int
     local_bytes: int
     seconds: float
+    read_s: float = 0.0
+    quantize_s: float = 0.0
     mapped_files: frozenset[Path] = frozenset()
 
 
@@ -79,6 +82,7 @@ def load_weights(
             for target in _targets(files, matched[name][0], tensor, may_map=whole(name, tensor)[0] not in adapted)
         ]
         later = sum(map(part_bytes, packed.values()))
+        read_began = time.perf_counter()
         bytes_read = read_targets(files, targets, lambda done, total: progress(done, total + later))
         bytes_read += sum(_check_copies(files, matched[name], tensor) for name, tensor in tensors.items())
         if adapter is not None:
@@ -86,9 +90,13 @@ def load_weights(
                 adapter.add(whole(name, tensor)[0], *local_block(tensor))
         entries = {name: matched[name][0] for name in packed}
         plain = bytes_read
-        bytes_read += _read_packed(files, entries, packed, adapter, lambda done: progress(plain + done, plain + later))
+        packed_read, quantize_s = _read_packed(
+            files, entries, packed, adapter, lambda done: progress(plain + done, plain + later)
+        )
+        read_s = time.perf_counter() - read_began - quantize_s
     mapped = frozenset(target.entry.file for target in targets if target.mapped)
-    return LoadStats(bytes_read, local_bytes(model), time.perf_counter() - began, mapped)
+    seconds = time.perf_counter() - began
+    return LoadStats(plain + packed_read, local_bytes(model), seconds, read_s, quantize_s, mapped)
 
 
 def match_tensors(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[TensorEntry, ...]]:
@@ -101,6 +109,7 @@ def match_tensors(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[T
             tied.setdefault(source, []).append(name)
             tied.setdefault(name, []).append(source)
     shapes = {name: whole(name, tensor)[1] for name, tensor in tensors.items()}
+    shapes |= {name: whole_shape(layer) for name, layer in packed.items()}
     checkpoint = converted(model, checkpoint, {*shapes, *tied})
     matched = checkpoint.verify(shapes, tied, getattr(model, "base_model_prefix", ""), _ignored(model))
     for name, (entry, *_) in matched.items():
@@ -115,12 +124,13 @@ def _read_packed(
     layers: dict[str, nn.Module],
     adapter: Adapter | None,
     progress: Callable[[int], None],
-) -> int:
+) -> tuple[int, float]:
     """Read this rank's parts of the matrices of layers, some at a time, and keep what their quantizers make of them.
 
-    Gives the bytes read.
+    Gives the bytes read, and the seconds that the quantizers took.
     """
     bytes_read = done = 0
+    quantize_s = 0.0
     waiting: list[tuple[str, tuple[int, ...], torch.Tensor]] = []
     targets: list[Target] = []
     last = next(reversed(layers), None)
@@ -135,14 +145,18 @@ def _read_packed(
         if name != last and sum(tensor.nbytes for *_, tensor in waiting) < UNPACKED_BYTES:
             continue
         bytes_read += read_targets(files, targets)
+        began = time.perf_counter()
         for name_read, begin, values_read in waiting:
             if adapter is not None:
                 adapter.add(name_read, begin, values_read)
             layers[name_read].quantizer.pack(layers[name_read], values_read)
             done += values_read.nbytes
+        if values.device.type == "cuda":
+            torch.cuda.synchronize(values.device)
+        quantize_s += time.perf_counter() - began
         waiting, targets = [], []
         progress(done)
-    return bytes_read
+    return bytes_read, quantize_s
 
 
 def _ignored(model: nn.Module) -> Callable[[str], bool]:

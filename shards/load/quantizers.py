@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 IMPLEMENTATIONS = {
     "int8_wo": "shards.load.quantizers:RowsInt8",
+    "int8_dyn": "shards.load.integer_quantizers:DynamicInt8",
+    "int4_wo": "shards.load.integer_quantizers:GroupsInt4",
     "int8": "shards.load.bitsandbytes_quantizers:LlmInt8",
     "nf4": "shards.load.bitsandbytes_quantizers:FourBit",
     "nf4_dq": "shards.load.bitsandbytes_quantizers:FourBit",
@@ -28,8 +30,11 @@ IMPLEMENTATIONS = {
 class Quantizer(ABC):
     """A way to store the matrix [outputs, inputs] of a linear layer, and to multiply with it.
 
-    What is stored are parameters of the layer: `weight`, and others whose names begin with `weight_`.
+    What is stored are parameters of the layer: `weight`, and others whose names begin with `weight_`. Those `whole`
+    every rank keeps where the others are sharded by rows.
     """
+
+    whole: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         self.name, self.dtype = name, dtype
@@ -68,11 +73,12 @@ class RowsInt8(Quantizer):
         }
 
     def pack(self, layer: nn.Module, values: torch.Tensor) -> None:
-        if not values.numel():
-            return
-        scale = values.abs().amax(1).float().div_(127.5).clamp_(min=torch.finfo(torch.float32).tiny)
-        local_tensor(layer.weight).copy_(values.float().div_(scale[:, None]).round_().clamp_(-128, 127))
-        local_tensor(layer.weight_scale).copy_(scale)
+        weight, scales = local_tensor(layer.weight), local_tensor(layer.weight_scale)
+        for rows in row_pieces(values):
+            piece = values[rows]
+            scale = piece.abs().amax(1).float().div_(127.5).clamp_(min=torch.finfo(torch.float32).tiny)
+            weight[rows] = piece.float().div_(scale[:, None]).round_().clamp_(-128, 127).to(torch.int8)
+            scales[rows] = scale.to(scales.dtype)
 
     def multiply(self, layer: nn.Module, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if rows.device.type == "cpu":
@@ -82,6 +88,16 @@ class RowsInt8(Quantizer):
         else:
             product = linear(rows, layer.weight.to(rows.dtype)) * layer.weight_scale
         return product if bias is None else product + bias
+
+
+PIECE_VALUES = 1 << 20
+"""So many values are packed at a time: what is made on the way takes several times their bytes."""
+
+
+def row_pieces(values: torch.Tensor) -> Iterator[slice]:
+    """Rows of a matrix, some at a time."""
+    step = max(1, PIECE_VALUES // max(1, values.shape[1]))
+    return (slice(first, first + step) for first in range(0, len(values), step))
 
 
 def set_parameters(layer: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -100,6 +116,19 @@ def set_quantizer(layer: nn.Module, name: str, quantizer: Quantizer) -> None:
     layer.quantizer = quantizer
 
 
+def whole_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """What every rank keeps whole of the packed layers."""
+    layers = [module for module in model.modules() if getattr(module, "quantizer", None) is not None]
+    return {getattr(layer, name) for layer in layers for name in layer.quantizer.whole}
+
+
+def whole_shape(layer: nn.Module) -> tuple[int, ...]:
+    """The shape of the matrix of a layer in the uncut model."""
+    block = block_of(layer.weight)
+    shape: tuple[int, ...] = layer.packed_shape if block is None else block.shape
+    return shape
+
+
 def packed_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that have a quantizer, by the name that their matrix has in the uncut model."""
     layers = {}
@@ -111,8 +140,7 @@ def packed_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def part_bytes(layer: nn.Module) -> int:
     """Bytes of this rank's part of the matrix of a layer before it is packed."""
-    weight = layer.weight
-    rows, columns = local_tensor(weight).shape if isinstance(weight, DTensor) else layer.packed_shape
+    rows, columns = _part_shape(layer)
     nbytes: int = rows * columns * layer.quantizer.dtype.itemsize
     return nbytes
 
@@ -120,5 +148,10 @@ def part_bytes(layer: nn.Module) -> int:
 def part_of(layer: nn.Module) -> tuple[tuple[int, ...], torch.Tensor]:
     """The start of this rank's part in the matrix of a layer, and an empty tensor for it on its device."""
     start, local = local_block(layer.weight)
-    shape = local.shape if isinstance(layer.weight, DTensor) else layer.packed_shape
-    return start, torch.empty(*shape, dtype=layer.quantizer.dtype, device=local.device)
+    return start, torch.empty(*_part_shape(layer), dtype=layer.quantizer.dtype, device=local.device)
+
+
+def _part_shape(layer: nn.Module) -> tuple[int, int]:
+    """Of a sharded layer this rank has some rows."""
+    outputs, inputs = layer.packed_shape
+    return (len(local_tensor(layer.weight)) if isinstance(layer.weight, DTensor) else outputs), inputs

@@ -12,7 +12,7 @@ import torch
 from shards.load.blocks import local_block, local_bytes, stored_tensors, whole
 from shards.load.load import LoadStats
 from shards.load.meta import materialize
-from shards.load.quantizers import packed_layers, part_of
+from shards.load.quantizers import packed_layers, part_of, whole_shape
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,19 +39,32 @@ def fill_random(
     materialize(model, device)
     tensors, packed = dict(stored_tensors(model)), packed_layers(model)
     total, done = sum(local_block(tensor)[1].nbytes for tensor in tensors.values()), 0
+    on_card, quantize_s, fill_began = torch.device(device).type == "cuda", 0.0, time.perf_counter()
     with torch.no_grad():
         for name, tensor in tensors.items():
             uncut, shape = whole(name, tensor)
             layer = packed.get(uncut)
             start, local = local_block(tensor) if layer is None else part_of(layer)
-            _fill(uncut, shape, start, local, seed)
+            _fill(uncut, shape if layer is None else whole_shape(layer), start, local, seed)
             if layer is not None:
-                layer.quantizer.pack(layer, local)
+                quantize_s += _timed_pack(layer, local)
             done += local_block(tensor)[1].nbytes
             progress(done, total)
-    if torch.device(device).type == "cuda":
+    if on_card:
         torch.cuda.synchronize(device)
-    return LoadStats(0, local_bytes(model), time.perf_counter() - began)
+    ended = time.perf_counter()
+    return LoadStats(0, local_bytes(model), ended - began, ended - fill_began - quantize_s, quantize_s)
+
+
+def _timed_pack(layer: nn.Module, values: torch.Tensor) -> float:
+    """Pack the values of a layer; the seconds that it took on their device."""
+    if values.device.type == "cuda":
+        torch.cuda.synchronize(values.device)
+    began = time.perf_counter()
+    layer.quantizer.pack(layer, values)
+    if values.device.type == "cuda":
+        torch.cuda.synchronize(values.device)
+    return time.perf_counter() - began
 
 
 def _fill(name: str, shape: tuple[int, ...], start: tuple[int, ...], local: torch.Tensor, seed: int) -> None:

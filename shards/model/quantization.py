@@ -19,16 +19,21 @@ _JOINED = (".k_proj.weight", ".v_proj.weight", ".up_proj.weight")
 """Matrices that vLLM appends to another: what there is once a layer, they do not have."""
 
 
+INT4_GROUP, INT4_OUTPUTS = 64, 16
+"""Inputs that share a scale in `int4_wo`, and outputs that torch's kernel takes at once."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
     """The storage of the matrix [outputs, inputs] of a linear layer; embeddings, norms and biases keep the model's
     type.
 
     `block` are the outputs and inputs that share a scale, 0 for all of them; `flat` instead so many values in a row,
-    across outputs. A scale has `scale_bytes`, None for the width of the model's type; `nested` scales of one byte share
-    an fp32 scale. Rows are padded to `word` bytes. `zero_points` are packed like values; `zeros_to_load`: the engine
-    drops them once it has loaded. `part_bytes` are there for each matrix (three where queries, keys and values are
-    fused), `layer_bytes` once for each layer of the engine.
+    across outputs. There are so many `scales` (with the value of the middle, two), of `scale_bytes` each, None for the
+    width of the model's type; `nested` scales of one byte share an fp32 scale. Rows are padded to `word` bytes.
+    `zero_points` are packed like values; `zeros_to_load`: the engine drops them once it has loaded. `part_bytes` are
+    there for each matrix (three where queries, keys and values are fused), `layer_bytes` once for each layer of the
+    engine.
     `fused`: its layers join queries, keys and values, or gate and up, in one matrix (vLLM's kernels; those of
     bitsandbytes do not). `unpacks`: they widen a matrix to multiply with it; `eight_bit_products`: they
     multiply in 8 bits, at up to twice the rate; `with_fp32`: activations may be fp32. `head`: the language model's head
@@ -42,6 +47,7 @@ class Quantization:
     block: tuple[int, int] = (0, 0)
     flat: int = 0
     scale_bytes: int | None = 4
+    scales: int = 1
     nested: int = 0
     word: int = 1
     zero_points: bool = False
@@ -86,7 +92,14 @@ class Quantization:
         zeros = across * 4 * ceil(rows * self.bits / 32) if self.zero_points else 0
         if self.nested:
             return scales + 4 * ceil(scales / self.nested) + zeros
-        return scales * (self.scale_bytes or dtype_bytes) + zeros
+        return self.scales * scales * (self.scale_bytes or dtype_bytes) + zeros
+
+    def split_group(self, held: tuple[int, ...]) -> str | None:
+        """Why layers of ours cannot store a piece of a matrix: it is not made of whole groups."""
+        if self.name != "int4_wo" or (held[0] % INT4_OUTPUTS == 0 and held[1] % INT4_GROUP == 0):
+            return None
+        units = f"{INT4_OUTPUTS} outputs and {INT4_GROUP} inputs"
+        return f"int4_wo keeps {units} together, and a device would have {held[0]} x {held[1]} of a matrix."
 
     def misfit(self, parameter: Parameter, held: tuple[int, ...]) -> str | None:
         """The reason why vLLM cannot cut a quantized matrix to `held`: whole groups and whole words stay together, and,
@@ -139,10 +152,12 @@ QUANTIZATIONS: Mapping[str, Quantization] = {
     "fp8_channel": replace(_FP8, name="fp8_channel", block=(1, 0)),
     "fp8_block": replace(_FP8, name="fp8_block", block=(128, 128)),
     "int8": Quantization(name="int8", bits=8, block=(1, 0), eight_bit_products=True),
+    "int8_dyn": Quantization(name="int8_dyn", bits=8, block=(1, 0), eight_bit_products=True),
     "int8_wo": Quantization(name="int8_wo", bits=8, block=(1, 0), scale_bytes=None),
     "nf4": _NF4,
     "fp4": replace(_NF4, name="fp4"),
     "nf4_dq": replace(_NF4, name="nf4_dq", nested=256, part_bytes=16 * 4 + 4 + 256 * 4),
+    "int4_wo": Quantization(name="int4_wo", bits=4, block=(1, INT4_GROUP), scale_bytes=None, scales=2),
     "int4_g128": _INT4,
 }
 """Schemes by name.
@@ -150,7 +165,8 @@ QUANTIZATIONS: Mapping[str, Quantization] = {
 fp8: a byte a value, an fp32 scale a matrix (each of queries, keys and values), output, or block of 128 x 128. Source:
 create_fp8_weight_parameter, create_fp8_scale_parameter in vllm/model_executor/layers/quantization/utils/fp8_utils.py.
 int8: LLM.int8, a byte a value and an fp32 scale an output (Int8Params.CB and SCB in bitsandbytes/nn/modules.py).
-int8_wo: the same with a scale of the model's type (shards/load/quantizers.py).
+int8_wo: the same with a scale of the model's type (shards/load/quantizers.py). int8_dyn: as int8. int4_wo: half a byte
+a value, and for each 64 inputs of an output a scale and the value of the middle (shards/load/integer_quantizers.py).
 nf4, fp4: half a byte a value, an fp32 maximum for each 64 values, a table of 16 fp32. nf4_dq: the maxima in a byte
 each, an fp32 scale for each 256 of them, their fp32 offset, another table of 256 fp32 (quantize_4bit in
 bitsandbytes/functional.py). A matrix is widened for prompts, not for single tokens (gemm_4bit in backends/cuda/ops.py).

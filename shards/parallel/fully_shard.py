@@ -13,6 +13,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 
 from shards.errors import PlanError
+from shards.load.quantizers import whole_parameters
 from shards.plan.cuts import spread_evenly
 
 if TYPE_CHECKING:
@@ -63,11 +64,12 @@ def fully_shard_model(
         return model
     policy = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
     for layer in sharded:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
+        whole = whole_parameters(layer)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole, offload_policy=policy)
         if gather_dtype is not None:
             _narrow_gathered(layer, gather_dtype)
     elsewhere = {parameter for layer in sharded for parameter in layer.parameters()}
-    kept = set(model.parameters()) - elsewhere if resident else set()
+    kept = set(model.parameters()) - elsewhere if resident else whole_parameters(model)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=kept, offload_policy=policy)
     if collectives is not None and collectives.is_immediate:
         for module in (model, *sharded):

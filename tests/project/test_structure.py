@@ -56,6 +56,7 @@ TENSORS = {
     "shards.parallel.products",
     "shards.load.bitsandbytes_quantizers",
     "shards.load.disk",
+    "shards.load.integer_quantizers",
     "shards.load.load",
     "shards.load.quantizers",
     "shards.load.meta",

@@ -242,23 +242,23 @@ LLAMA2_7B = preset("llama2_7b")
     [
         (
             *(FALCON_40B, "fsdp", 2, "fp8"),
-            "fsdp cannot run fp8 weights: FSDP2 cuts by rows, which of quantized weights only int8_wo has. "
+            "fsdp cannot run fp8 weights: FSDP2 cuts by rows, and their scales have to go with them. "
             "HINT: backend=vllm",
         ),
         (
             *(FALCON_40B, "deepspeed", 1, "nf4"),
             "deepspeed cannot run nf4 weights: AutoTP cuts plain weights only. HINT: "
-            "backend=tensor_parallel, or backend=transformers",
+            "backend=fsdp, or backend=tensor_parallel, or backend=transformers",
         ),
         (
             *(FALCON_40B, "vllm", 1, "int8"),
-            "vllm cannot run int8 weights: vLLM no longer has bitsandbytes. HINT: backend=tensor_parallel, "
-            "or backend=transformers",
+            "vllm cannot run int8 weights: vLLM no longer has bitsandbytes. HINT: backend=fsdp, "
+            "or backend=tensor_parallel, or backend=transformers",
         ),
         (
             *(LLAMA2_70B, "transformers", 1, "fp8"),
-            "transformers cannot run fp8 weights: a transformers model is planned with int8_wo and those of "
-            "bitsandbytes only. HINT: backend=vllm devices=2",
+            "transformers cannot run fp8 weights: a transformers model is planned with the quantizations of "
+            "its layers only. HINT: backend=vllm devices=2",
         ),
         (
             *(LLAMA2_7B, "vllm", 4, "int4_g128"),

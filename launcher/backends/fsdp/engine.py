@@ -32,7 +32,7 @@ class FsdpConfig(BackendConfig):
     speculates: ClassVar[bool] = True
     can_trace: ClassVar[bool] = True
     loads_by_name: ClassVar[bool] = True
-    quantizations: ClassVar[tuple[str, ...]] = ("int8_wo",)
+    quantizations: ClassVar[tuple[str, ...]] = ("int8_wo", "int8_dyn", "int8", "nf4", "fp4")
 
     name: str = "fsdp"
     resident_layers: str = "0"  # layers that stay whole on each device: a number, or auto for as many as fit

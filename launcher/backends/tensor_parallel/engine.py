@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from launcher.backends.collectives import slow_collectives
+from launcher.config.formats import OWN_QUANTIZATIONS
 from launcher.config.schema import BackendConfig
 from shards.engines.tensor_parallel import TensorParallelPlanner
 from shards.plan.request import EnginePlanner
@@ -27,7 +28,7 @@ class TensorParallelConfig(BackendConfig):
     speculates: ClassVar[bool] = True
     can_trace: ClassVar[bool] = True
     loads_by_name: ClassVar[bool] = True
-    quantizations: ClassVar[tuple[str, ...]] = ("int8_wo", "int8", "nf4", "nf4_dq", "fp4")
+    quantizations: ClassVar[tuple[str, ...]] = OWN_QUANTIZATIONS
 
     name: str = "tensor_parallel"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from launcher.config.formats import Weights
+from launcher.config.formats import OWN_QUANTIZATIONS, Weights
 from launcher.config.options import choice
 from launcher.config.schema import BackendConfig, ConfigError
 from launcher.config.storage import Offload
@@ -38,7 +38,7 @@ class TransformersConfig(BackendConfig):
     can_trace: ClassVar[bool] = True
     loads_by_name: ClassVar[bool] = True
     is_reference: ClassVar[bool] = True
-    quantizations: ClassVar[tuple[str, ...]] = ("int8_wo", "int8", "nf4", "nf4_dq", "fp4")
+    quantizations: ClassVar[tuple[str, ...]] = OWN_QUANTIZATIONS
 
     name: str = "transformers"
     device_map: str = choice("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's, for several GPUs

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+from launcher.report.load_rows import LOAD_PARTS, load_cells
 from launcher.report.page.devices import devices_over_time
 from launcher.report.page.document import DataTable, Section
 from launcher.report.page.figures import (
@@ -77,11 +78,8 @@ class Report:
                     seconds(record.itl_s),
                     "-" if ceiling is None or ceiling.share is None else f"{ceiling.share:.1%}",
                 )
-            if record.error is None:
-                state = record.status
-            else:
-                state = f"{record.status}: {record.error.message[:80]}"
-            rows.append((label, state, badge or "-", *figures, seconds(record.load_s)))
+            state = record.status if record.error is None else f"{record.status}: {record.error.message[:80]}"
+            rows.append((label, state, badge or "-", *figures, seconds(record.load_s), *load_cells(record.load_times)))
         headings = (
             "run",
             "status",
@@ -92,6 +90,7 @@ class Report:
             "itl p50",
             "of the ceiling",
             "load",
+            *LOAD_PARTS.values(),
         )
         notes = tuple(dict.fromkeys(f"{r.backend} x{r.num_devices}: {note}" for r in self.records for note in r.notes))
         return Section("Runs", "Medians over the repeats of each run.", None, DataTable(headings, tuple(rows)), notes)

@@ -1,0 +1,115 @@
+"""Quantizers of torch's own integer kernels, with torchao's arithmetic: bytes for both factors, and four bits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from shards.errors import PlanError
+from shards.load.blocks import local_tensor
+from shards.load.quantizers import Quantizer, row_pieces
+from shards.model.quantization import INT4_GROUP, INT4_OUTPUTS
+
+if TYPE_CHECKING:
+    from torch import nn
+
+LEAST_ROWS = 32
+"""cuBLAS multiplies no fewer rows of bytes than 17, of a count that it can align."""
+
+
+def rows_in_bytes(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows in int8 and their fp32 scales [rows, 1]: the largest magnitude of each over 127.5."""
+    scale = rows.abs().amax(1, keepdim=True).div(127.5).clamp_(min=torch.finfo(torch.float32).eps).float()
+    return (rows * (1 / scale)).round_().clamp_(-128, 127).to(torch.int8), scale
+
+
+class DynamicInt8(Quantizer):
+    """A byte a value and an fp32 scale for each output; each row of inputs is quantized alike, and bytes multiplied."""
+
+    def parameters(self, outputs: int, inputs: int) -> dict[str, torch.Tensor]:
+        return {
+            "weight": torch.empty(outputs, inputs, dtype=torch.int8, device="meta"),
+            "weight_scale": torch.empty(outputs, dtype=torch.float32, device="meta"),
+        }
+
+    def pack(self, layer: nn.Module, values: torch.Tensor) -> None:
+        weight, scale = local_tensor(layer.weight), local_tensor(layer.weight_scale)
+        for rows in row_pieces(values):
+            packed, row_scale = rows_in_bytes(values[rows])
+            weight[rows] = packed
+            scale[rows] = row_scale[:, 0]
+
+    def multiply(self, layer: nn.Module, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        flat = rows.reshape(-1, rows.shape[-1])
+        packed, scale = rows_in_bytes(flat)
+        missing = LEAST_ROWS - len(flat)
+        if rows.device.type == "cuda" and missing > 0:
+            packed = torch.cat([packed, packed.new_zeros(missing, packed.shape[1])])
+        total = torch._int_mm(packed, layer.weight.t())[: len(flat)]
+        product = (total.float() * scale).to(rows.dtype) * layer.weight_scale
+        if bias is not None:
+            product = product + bias
+        return product.to(rows.dtype).view(*rows.shape[:-1], -1)
+
+
+class GroupsInt4(Quantizer):
+    """Half a byte a value; each 64 inputs of an output share a scale and the value of the middle.
+
+    What is stored has the order of the kernel of the device that it was packed on.
+    """
+
+    def parameters(self, outputs: int, inputs: int) -> dict[str, torch.Tensor]:
+        if inputs % INT4_GROUP or outputs % INT4_OUTPUTS:
+            raise PlanError(
+                f"A matrix of {outputs} outputs and {inputs} inputs is not whole groups of {INT4_OUTPUTS} and "
+                f"{INT4_GROUP}, as int4_wo needs.",
+                "quantization=nf4",
+            )
+        return {
+            "weight": torch.empty(outputs, inputs // 2, dtype=torch.uint8, device="meta"),
+            "weight_scale": torch.empty(inputs // INT4_GROUP, outputs, 2, dtype=self.dtype, device="meta"),
+        }
+
+    def pack(self, layer: nn.Module, values: torch.Tensor) -> None:
+        self._check(values.device)
+        outputs, inputs = layer.packed_shape
+        integers = torch.empty(outputs, inputs, dtype=torch.int32, device=values.device)
+        for rows in row_pieces(values):
+            groups = values[rows].reshape(-1, inputs // INT4_GROUP, INT4_GROUP)
+            low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+            scale = ((high - low) / 15).clamp_(min=1e-6)
+            middle = low + scale * 8
+            integers[rows] = ((groups - (middle - scale * 8)) / scale).round_().clamp_(0, 15).int().view(-1, inputs)
+            layer.weight_scale[:, rows] = torch.cat([scale, middle], -1).transpose(0, 1)
+        layer.weight.copy_(packed_int4(integers).view(outputs, -1))
+
+    def multiply(self, layer: nn.Module, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        flat = rows.reshape(-1, rows.shape[-1])
+        if rows.device.type == "cpu":
+            product = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, layer.weight, INT4_GROUP, layer.weight_scale)
+        else:
+            weight = layer.weight.view(torch.int32).view(*tiles(*layer.packed_shape))
+            product = torch._weight_int4pack_mm(flat, weight, INT4_GROUP, layer.weight_scale)
+        product = product.view(*rows.shape[:-1], -1)
+        return product if bias is None else product + bias
+
+    def _check(self, device: torch.device) -> None:
+        if device.type == "cuda" and self.dtype is not torch.bfloat16:
+            raise PlanError("The int4 kernels of a GPU multiply bf16 only.", "precision=bf16")
+
+
+def packed_int4(integers: torch.Tensor) -> torch.Tensor:
+    """Integers from 0 to 15 [outputs, inputs] as the kernel of their device reads them, as bytes."""
+    if integers.device.type == "cpu":
+        packed: torch.Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers, 1)
+        return packed
+    halves = (integers[:, ::2] << 4 | integers[:, 1::2]).to(torch.uint8)
+    inner = tiles(*integers.shape)[3] * 2
+    return torch._convert_weight_to_int4pack(halves, inner).view(torch.uint8)
+
+
+def tiles(outputs: int, inputs: int) -> tuple[int, int, int, int]:
+    """The shape of packed words on a GPU: of 8 outputs and as many times 16 inputs as divide them, up to 8."""
+    inner = next(count for count in (8, 4, 2) if inputs % (16 * count) == 0)
+    return outputs // 8, inputs // (16 * inner), 32, inner // 2
