@@ -55,8 +55,7 @@ PARENT = "LAUNCHER_PARENT"  # process id of the launching process, where there i
 WATCH = "LAUNCHER_WATCH"  # set where the parent does not look at the ranks' progress: they do
 EXIT_CODES = {"ok": 0, "refused": 2, "interrupted": guard.EXIT_CODES["interrupted"]}
 WORTH_WAITING = ("repeat", "memory", "close", "end")  # stages in which something is about to be saved
-LAST_WORD_S = 5.0
-OTHERS_S = 0.3
+LAST_WORD_S, OTHERS_S = 5.0, 0.3
 
 
 def enter_world(world: World) -> None:
@@ -143,9 +142,7 @@ class Rank:
         start = time.perf_counter()
         backend.load(self.run_dir.read_plan(), world, progress.advance)
         self.load_s = time.perf_counter() - start
-        if isinstance(backend, TimedBackend):
-            self.load_times = backend.load_times()
-
+        self.load_times = backend.load_times() if isinstance(backend, TimedBackend) else None
         loop = Loop(backend, config, world, progress, self)
         prompts = self.run_dir.read_prompts()
         self.meter.enter(WARM_UP)
