@@ -26,7 +26,7 @@ from shards.checkpoint.checkpoint import Checkpoint
 from shards.errors import PlanError
 from shards.load.adapter import Adapter, read_adapter
 from shards.load.blocks import local_bytes, local_tensor
-from shards.load.load import load_weights
+from shards.load.load import LoadStats, load_weights
 from shards.load.meta import build_meta
 from shards.load.quantizers import make_quantizer
 from shards.load.random_weights import fill_random
@@ -56,6 +56,7 @@ class ModuleBackend(ABC):
     """An engine that is a torch module with transformers' forward; `place` is all that differs."""
 
     mapped_files: frozenset[Path] = frozenset()  # that the weights of this process are
+    stats = LoadStats(0, 0, 0.0)  # of weights that stay where they are
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
