@@ -27,6 +27,7 @@ from launcher.config.schema import ConfigError
 from launcher.launch.slurm import arrays, jobs
 from launcher.launch.slurm.arrays import Point
 from launcher.report import layout
+from launcher.report.speculation import COLUMN, cell, has_guesses
 from launcher.report.sweep_table import show_sweep, sweep_line, varied
 from launcher.report.tables import error_line
 from launcher.report.units import rate
@@ -156,6 +157,7 @@ def _show_tables(points: Sequence[Point], records: Sequence[Record], out: Consol
 def history(names: Sequence[str], records: Sequence[Record], badges: Sequence[str], out: Console) -> Table:
     """A row a run: when it was, of what, what became of it, and whether its figures can be relied on."""
     rows = []
+    guesses = [COLUMN] if has_guesses(records) else []
     for name, record, badge in zip(names, records, badges, strict=True):
         moment = record.started_at
         started = "-"
@@ -167,7 +169,9 @@ def history(names: Sequence[str], records: Sequence[Record], badges: Sequence[st
         devices, batch = str(record.num_devices or "-"), str(record.batch_size or "-")
         speed, engine = rate(record.new_tokens_per_s), (escape(record.model), record.backend, devices, batch)
         rows.append([escape(name), started, *engine, record.status, badge or "-", speed])
-    columns = ("run", "started", "model", "backend", "devices", "batch size", "status", "verified", "new tokens/s")
+        rows[-1] += [cell(record) for _ in guesses]
+    columns = ["run", "started", "model", "backend", "devices", "batch size", "status", "verified", "new tokens/s"]
+    columns += guesses
     optional = ("devices", "batch size", "model", "started")
     return layout.fitted(out, columns, rows, texts=("run", "model"), optional=optional)
 

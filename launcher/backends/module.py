@@ -84,8 +84,8 @@ class ModuleBackend(ABC):
         self.peaks.end("load")
         if plan is not None:
             self._check_share(plan)
-        self._pack(self.model)
-        self.guesser = make_guesser(self.config.speculative, self.dtype, self.device, self._pack)
+        self.pack(self.model)
+        self.guesser = make_guesser(self.config.speculative, self.dtype, self.device, self.pack)
         self.decoder = self._decoder(plan)
         self.loaded_s = time.perf_counter() - began
 
@@ -93,7 +93,8 @@ class ModuleBackend(ABC):
         read_s, quantize_s = self.stats.read_s, self.stats.quantize_s
         return LoadTimes(self.joined_s, read_s, quantize_s, self.loaded_s - self.joined_s - read_s - quantize_s)
 
-    def _pack(self, model: torch.nn.Module) -> None:
+    def pack(self, model: torch.nn.Module) -> None:
+        """Lay the weights of a model out as the products of a CPU want them, where that is of use."""
         if self.device.type == "cpu" and self.packs(model):
             pack_weights(model)
 

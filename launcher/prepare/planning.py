@@ -115,6 +115,7 @@ def short_memory(config: RunConfig, plan: Plan, tensors: Mapping[str, TensorEntr
     for device in here if config.accelerator is Accelerator.cpu else ():
         needed += 0 if are_mapped else device.parameter_bytes
         needed += max(device.kv_cache_bytes, device.kv_cache_reserved_bytes) + device.buffer_bytes
+        needed += device.draft_parameter_bytes + device.draft_cache_bytes
     memory: int = psutil.virtual_memory().available
     if needed <= memory:
         return None

@@ -35,6 +35,9 @@ MEMORY = {
 }
 """The label of each figure of a device's memory."""
 
+DRAFT = {"draft_parameter_bytes": "draft", "draft_cache_bytes": "draft's KV cache"}
+"""Those of a draft model, where there is one."""
+
 
 LEAST_WANTED = (
     "host anonymous", "tensors", "growth of a step", "fragmented", "KV reserved", "peak reserved", "NVML used",
@@ -47,13 +50,15 @@ def device_table(record: Record, out: Console) -> Table:
     named = [name for name in MEMORY if any(getattr(device, name) is not None for device in record.devices)]
     if not any(device.offloaded_bytes for device in record.devices):
         named.remove("offloaded_bytes")
+    named += [name for name in DRAFT if any(getattr(device, name) for device in record.devices)]
+    labels = MEMORY | DRAFT
     planned = {device.rank: device for device in record.plan.devices} if record.plan else {}
     rows = []
     for device in record.devices:
         label = f"{device.device} {device.device_name}".strip()
         rows.append([str(device.rank), label, *(_bytes(name, device, planned) for name in named)])
     caption = "in brackets: as planned" if record.plan else NO_PLAN
-    columns = ["rank", "device", *(MEMORY[name] for name in named)]
+    columns = ["rank", "device", *(labels[name] for name in named)]
     return fitted(out, columns, rows, texts=("device",), optional=LEAST_WANTED, caption=caption)
 
 

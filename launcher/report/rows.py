@@ -105,6 +105,7 @@ def _cell(value: Any) -> str:
 def _row(record: Record, swept: Sequence[str]) -> Row:
     values = flat_values(record.config)
     metrics, totals, ceiling, mbu = record.metrics, record.totals, record.ceiling, record.mbu
+    guesses = metrics and metrics.speculation
     row: Row = {key: _plain(values.get(key)) for key in swept}
     row |= {
         "status": record.status,
@@ -125,6 +126,8 @@ def _row(record: Record, swept: Sequence[str]) -> Row:
         "decode_tokens_per_s": metrics and metrics.decode_tokens_per_s.median,
         **_quantiles("ttft_s", metrics.ttft_s if metrics else None),
         **_quantiles("itl_s", metrics.itl_s if metrics else None),
+        "accepted_guesses": guesses and guesses.acceptance.median,
+        "tokens_per_step": guesses and guesses.tokens_per_step.median,
         "load_s": record.load_s,
         **{f"load_{name}": record.load_times and getattr(record.load_times, name) for name in LOAD_PARTS},
         "ceiling_tokens_per_s": ceiling and ceiling.tokens_per_s,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from launcher.report.layout import fitted
+from launcher.report.speculation import COLUMN, cell, has_guesses
 from launcher.report.tables import error_line, json_line, range_of
 from launcher.report.units import rate, seconds, size
 
@@ -49,6 +50,7 @@ def show_point(point: Mapping[str, str], record: Record, out: Console) -> None:
 def show_sweep(records: Sequence[Record], points: Sequence[Mapping[str, str]], out: Console) -> None:
     """Print one row a point of a sweep, whatever became of it, with a column for each key that was swept."""
     keys = list(dict.fromkeys(key for point in points for key in point))
+    guesses = [COLUMN] if has_guesses(records) else []
     rows = []
     for record, point in zip(records, points, strict=True):
         speed = record.metrics.new_tokens_per_s if record.metrics else None
@@ -63,9 +65,10 @@ def show_sweep(records: Sequence[Record], points: Sequence[Mapping[str, str]], o
                 seconds(record.itl_s),
                 seconds(record.load_s),
                 size(max(parameters)) if parameters else "-",
+                *(cell(record) for _ in guesses),
             ]
         )
-    columns = [*keys, "status", *FIGURES]
+    columns = [*keys, "status", *FIGURES, *guesses]
     out.print(fitted(out, columns, rows, texts=keys, optional=FIGURES[:0:-1]))
 
 

@@ -19,8 +19,10 @@ from launcher.report.load_rows import load_rows
 from launcher.report.memory_table import device_table, phase_table
 from launcher.report.published_table import published_table
 from launcher.report.request_rows import rate_rows, serving_rows, time_rows
-from launcher.report.units import count, rate, seconds, size
+from launcher.report.speculation import draft_facts, speculation_rows
+from launcher.report.units import count, percent, rate, seconds, size
 from launcher.results.metrics import COUNTERS, ROWS, SLOTS
+from launcher.results.speculation import COUNTED
 from launcher.results.validity import STEADY
 from launcher.run_dir.run_dir import COMPLETIONS, RANK_LOGS, RunDir
 from launcher.run_dir.verify import verify
@@ -206,12 +208,13 @@ def _speed(record: Record, out: Console) -> Table:
     shows_requests = any((metrics.serving, metrics.request_goodput, *record.config.get("load", {}).values()))
     rows += rate_rows(metrics, repeats) if shows_requests else []
     for name, spread in metrics.counters.items():
-        if name in (SLOTS, ROWS):
+        if name in (SLOTS, ROWS, *COUNTED):
             continue  # told as shares
         rows.append([COUNTERS.get(name, name), count(spread.median), count(spread.min), count(spread.max), repeats])
     for label, share in (("slots in use", metrics.slots_in_use), ("computed rows in use", metrics.rows_in_use)):
         if share is not None:
             rows.append([label, percent(share.median), percent(share.min), percent(share.max), repeats])
+    rows += speculation_rows(metrics.speculation)
     rows += [None, ["[dim]latency[/]", "[dim]p50[/]", "[dim]p90[/]", "[dim]p99[/]", ""]]
     latencies: dict[str, Quantiles] = {"time to first token": metrics.ttft_s, "inter-token latency": metrics.itl_s}
     for label, times in latencies.items():
@@ -236,11 +239,6 @@ def _speed(record: Record, out: Console) -> Table:
             of = f"of {used.bandwidth / 1e9:,.1f} GB/s a device"
         rows.append(["memory bandwidth used (MBU)", _share(used), "", "", of or ""])
     return fitted(out, ("measure", "median", "min", "max", "of"), rows, texts=("measure", "of"))
-
-
-def percent(value: float | None) -> str:
-    """A share for a reader."""
-    return "-" if value is None else f"{value:.1%}"
 
 
 def _share(measured: CeilingShare | BandwidthUse) -> str:
@@ -280,6 +278,7 @@ def _show_plan(plan: Plan, config: RunConfig, out: Console) -> None:
         "device": plan.device_name,
         "KV cache a token": f"{plan.kv_bytes_per_token:,} bytes",
         "peak while loading": f"{on_host} on a node's host, {size(plan.load_device_bytes)} on a device",
+        **draft_facts(plan),
         "largest batch": plan.largest_batch or "not bounded by a known capacity",
         "longest context": plan.longest_context,
         "smallest number of devices": plan.smallest_devices or "not bounded by a known capacity",

@@ -33,3 +33,8 @@ def rate(value: float | None) -> str:
 def count(value: float | None) -> str:
     """A number of things for a reader."""
     return "-" if value is None else f"{value:,.10g}"
+
+
+def percent(value: float | None) -> str:
+    """A share for a reader."""
+    return "-" if value is None else f"{value:.1%}"

@@ -95,8 +95,9 @@ class Decoding:
     """The decode steps of some repeats, the first token of each prompt left out.
 
     `sequences_at_once` that a rank had in a step, and `cached_tokens` that each of them had in the cache of a layer,
-    are means: of true lengths, without padding and without what came after an end. With continuous batching `seconds`
-    are all from the first token to the last.
+    are means: of true lengths, without padding and without what came after an end. With guesses a sequence may gain
+    several tokens in a step, `tokens_per_row` in the mean; else one that gave several is several steps. With continuous
+    batching `seconds` are all from the first token to the last.
     """
 
     steps: int
@@ -105,6 +106,17 @@ class Decoding:
     sequences_at_once: float
     cached_tokens: float
     several_tokens_a_step: bool
+    tokens_per_row: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """Guesses over the repeats: the share of them that was `acceptance`, the tokens that a step gave each row in the
+    mean, and the share of decoding that `guessing` took, None where the engine does not tell."""
+
+    acceptance: Spread
+    tokens_per_step: Spread
+    guessing: Spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +173,7 @@ class Metrics:
     request_throughput: Spread | None = None
     request_goodput: Spread | None = None
     slo_attainment: Spread | None = None
+    speculation: Speculation | None = None
     serving: Serving | None = None
 
 

@@ -21,6 +21,7 @@ from launcher.results.measured import (
     Totals,
 )
 from launcher.results.serving import request_metrics
+from launcher.results.speculation import COUNTED, GUESSED, rows_of, speculates, speculation_of
 from launcher.results.summaries import quantiles, spread
 from shards.plan.roofline import decode_step
 
@@ -32,14 +33,7 @@ if TYPE_CHECKING:
     from shards.plan.plan import Plan
 
 SLOTS, ROWS = "slots_in_decode_steps", "rows_in_decode_steps"
-GUESSED, ACCEPTED, GUESSING = "guessed_tokens", "accepted_guesses", "guessing_s"
-COUNTERS: dict[str, str] = {
-    SLOTS: "slots, of all decode steps",
-    ROWS: "rows computed in decode steps",
-    GUESSED: "guessed tokens",
-    ACCEPTED: "guessed tokens that were accepted",
-    GUESSING: "seconds of guessing",
-}
+COUNTERS: dict[str, str] = {SLOTS: "slots, of all decode steps", ROWS: "rows computed in decode steps", **COUNTED}
 """The label in the report of each number that an engine may count: calls and ranks add up."""
 
 
@@ -117,6 +111,7 @@ def figures(
         decode=decoding(counted, windows),
         slots_in_use=in_use(totals, SLOTS),
         rows_in_use=in_use(totals, ROWS),
+        speculation=speculation_of(counted),
         counters={name: spread(repeat.counters.get(name) for repeat in totals) for name in totals[0].counters},
         **request_metrics(counted, slo),
     )
@@ -171,9 +166,12 @@ def summed(counters: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def in_use(totals: Sequence[RepeatTotal], name: str) -> Spread | None:
-    """The part of what a counter counts in decode steps that gave a token of an answer."""
+    """The part of what a counter counts in decode steps that gave a token of an answer; where rows gain several, the
+    part of the slots in which there was one."""
     if not all(one.counters.get(name) for one in totals):
         return None
+    if any(GUESSED in one.counters for one in totals):
+        return spread(one.counters[ROWS] / one.counters[SLOTS] for one in totals) if name == SLOTS else None
     return spread((one.new_tokens - one.completions) / one.counters[name] for one in totals)
 
 
@@ -185,14 +183,20 @@ def decoding(repeats: Sequence[Sequence[Repeat]], windows: Sequence[int | None])
     seconds = sum(max(map(_decode_s, repeat)) for repeat in repeats)
     if not steps or not tokens or not seconds:
         return None
-    cached = sum(_cached_tokens(prompt, new, windows) for rank in ranks for prompt, new in rank.lengths)
+    is_guessing, rows = speculates(ranks), tokens
+    if is_guessing:
+        found = [number for rank in ranks for number in rows_of(rank)]
+        rows, cached = len(found), sum(_seen_tokens(number, windows) for number in found)
+    else:
+        cached = sum(_cached_tokens(prompt, new, windows) for rank in ranks for prompt, new in rank.lengths)
     return Decoding(
         steps=steps,
         seconds=seconds,
         tokens=tokens,
-        sequences_at_once=tokens / steps / len(repeats[0]),
-        cached_tokens=cached / tokens,
-        several_tokens_a_step=any(gap == 0 for rank in ranks for gap in rank.itl_s),
+        sequences_at_once=rows / steps / len(repeats[0]),
+        cached_tokens=cached / rows,
+        several_tokens_a_step=not is_guessing and any(gap == 0 for rank in ranks for gap in rank.itl_s),
+        tokens_per_row=tokens / rows,
     )
 
 
@@ -213,6 +217,12 @@ def _cached_tokens(prompt: int, new: int, windows: Sequence[int | None]) -> floa
         kept = 0 if window is None else (steps - growing) * (window - 1)
         total += layers * (growing * prompt + growing * (growing + 1) // 2 + kept)
     return total / max(len(windows), 1)
+
+
+def _seen_tokens(tokens: int, windows: Sequence[int | None]) -> float:
+    """The tokens in the cache of a layer that a row sees which has so many, a mean of the layers."""
+    seen = [tokens if window is None else min(tokens, window - 1) for window in windows or (None,)]
+    return sum(seen) / len(seen)
 
 
 def bandwidth_used(plan: Plan | None, metrics: Metrics | None, hint: str = "python -m launcher.probe") -> BandwidthUse:
@@ -266,8 +276,8 @@ def against_ceiling(plan: Plan | None, metrics: Metrics | None, hint: str = "pyt
         )
     if limit is None:
         return CeilingShare(reason=f"no rates are known of this machine: {hint}")
-    share = decode.steps * limit.seconds / decode.seconds
-    return CeilingShare(share=share, impossible=share > 1, tokens_per_s=limit.tokens_per_s, bound=limit.bound)
+    share, pace = decode.steps * limit.seconds / decode.seconds, limit.tokens_per_s * decode.tokens_per_row
+    return CeilingShare(share=share, impossible=share > 1, tokens_per_s=pace, bound=limit.bound)
 
 
 def _not_measured(decode: Decoding | None) -> str:

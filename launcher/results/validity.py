@@ -122,11 +122,13 @@ def check_memory(record: Record, parameter_tolerance: float) -> Check:
         if plan is None or device.parameter_bytes is None:
             continue
         seen += 1
-        if abs(device.parameter_bytes - plan.parameter_bytes) > parameter_tolerance * plan.parameter_bytes:
-            fact = f"{device.parameter_bytes:,} bytes of parameters, and {plan.parameter_bytes:,} were planned"
+        held = device.parameter_bytes + device.draft_parameter_bytes
+        planned_bytes = plan.parameter_bytes + plan.draft_parameter_bytes
+        if abs(held - planned_bytes) > parameter_tolerance * planned_bytes:
+            fact = f"{held:,} bytes of parameters, and {planned_bytes:,} were planned"
             return Check("memory", False, f"rank {device.rank} held {fact}")
-        cache = max(device.kv_cache_bytes or 0, device.kv_cache_reserved_bytes or 0)
-        most = max(plan.kv_cache_bytes, plan.kv_cache_reserved_bytes)
+        cache = max(device.kv_cache_bytes or 0, device.kv_cache_reserved_bytes or 0) + device.draft_cache_bytes
+        most = max(plan.kv_cache_bytes, plan.kv_cache_reserved_bytes) + plan.draft_cache_bytes
         if cache > (1 + CACHE_TOLERANCE) * most:
             return Check(
                 "memory", False, f"rank {device.rank} had {cache:,} bytes of KV cache, and {most:,} were planned"

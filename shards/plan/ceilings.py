@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from shards.plan.cuts import whole_bytes
-from shards.plan.drafts import with_guesses
 from shards.plan.memory import device_plans, kv_bytes_per_token
 from shards.plan.request import Layout, PlanRequest
 from shards.plan.roofline import Limit, Machine, Roofline, Scheme, Work, decode_step, prefill
@@ -31,9 +30,26 @@ def ceilings(request: PlanRequest, layout: Layout) -> tuple[Limit | None, Limit 
         pool = min(device.kv_cache_reserved_bytes for device in device_plans(request, layout))
         batch = min(batch, pool / (context * kv_bytes_per_token(request)))
     return (
-        with_guesses(request, decode_step(work, machine, scheme, batch=batch, context=context)),
+        _with_guesses(request, decode_step(work, machine, scheme, batch=batch, context=context)),
         prefill(work, machine, scheme, batch=batch, tokens=prompt),
     )
+
+
+def _with_guesses(request: PlanRequest, limit: Limit | None) -> Limit | None:
+    """The limit of a decode step in which all guesses hold, or of one without if guessing takes too long.
+
+    A draft is read once for each guess, before the step that checks them all.
+    """
+    guesses = request.guessed_tokens
+    if limit is None or not guesses:
+        return limit
+    bandwidth = request.device.bandwidth
+    drafting = 0.0
+    if request.draft is not None and bandwidth:
+        drafting = guesses * request.draft.step_parameters * request.dtype_bytes / bandwidth
+    seconds = limit.seconds + drafting
+    tokens_per_s = limit.tokens_per_s * (guesses + 1) * limit.seconds / seconds
+    return Limit(seconds, limit.bound, tokens_per_s) if tokens_per_s > limit.tokens_per_s else limit
 
 
 def step_bytes(request: PlanRequest, layout: Layout) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from shards.plan.drafts import draft_bytes
+from shards.plan.cuts import whole_bytes
 from shards.plan.request import Layout, PlanRequest
 
 
@@ -76,6 +76,8 @@ def device_plans(request: PlanRequest, layout: Layout) -> tuple[DevicePlan, ...]
     for rank, (parameters, part) in enumerate(zip(layout.parameter_bytes, layout.layers, strict=True)):
         needed, unsliced = caches[part]
         draft, draft_cache = draft_bytes(request, rank)
+        if engine.pool(request) is not None:
+            needed, draft_cache = needed + draft_cache, 0
         others = parameters + activations + unsliced + layout.buffer_bytes + overhead + draft + draft_cache
         reserved = _reserved_bytes(request, others)
         plans.append(
@@ -94,6 +96,22 @@ def device_plans(request: PlanRequest, layout: Layout) -> tuple[DevicePlan, ...]
             )
         )
     return tuple(plans)
+
+
+def draft_bytes(request: PlanRequest, rank: int) -> tuple[int, int]:
+    """Parameters, and keys and values, of a draft model on a device: it is whole in every process, on its first device.
+
+    An engine with a pool cuts the draft as it does the model, and keeps what it caches in the pool.
+    """
+    if request.draft is None or (request.engine.one_process and rank > 0):
+        return 0, 0
+    alone = replace(request, shape=request.draft, quantization=None)
+    if request.engine.pool(request) is not None:
+        return request.engine.layout(alone, ends_only=True).parameter_bytes[0], cache_bytes(alone, request.batch_size)
+    windows = request.draft.windows or (None,) * request.draft.num_layers
+    places = request.batch_size * sum(map(alone.kept_tokens, windows))
+    width = 2 * request.draft.cached_heads() * request.draft.head_dim * request.product_bytes
+    return whole_bytes(request.draft, alone.storage), places * width
 
 
 def kv_bytes_per_token(request: PlanRequest) -> int:
@@ -119,7 +137,7 @@ def load_peaks(request: PlanRequest, layout: Layout) -> tuple[int | None, int]:
     """Bytes at the worst moment of loading: of anonymous memory on the host of one node, and on one device."""
     if request.quantization is not None:
         layout = make_layout(replace(request, quantization=request.quantization.while_loading()))
-    device = max(layout.parameter_bytes) + request.engine.overhead_bytes(request)
+    device = max(layout.parameter_bytes) + draft_bytes(request, 0)[0] + request.engine.overhead_bytes(request)
     host = request.engine.load_host_bytes(request)
     if host is not None and request.offload == "cpu":
         host += sum(layout.offloaded_bytes[: request.devices])

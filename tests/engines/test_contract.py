@@ -69,6 +69,21 @@ def test_every_engine_gives_the_tokens_of_the_reference(name: str, size: int, mo
 
 
 @pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("name", "size"), [world for world in REAL if load_engine(world[0]).has_slots])
+def test_guesses_change_no_token(name: str, size: int, model: str) -> None:
+    """Looked up or made by a draft, with answers that end and without; each engine against itself without guesses."""
+    for kind in ("ngram", "draft"):
+        for scenario in ("greedy", "ignore_eos"):
+            with_guesses = completions(name, size, model, f"{kind} {scenario}")
+            assert [item["token_ids"] for item in with_guesses] == tokens(name, size, model, scenario), kind
+            ends = [item["finish_reason"] for item in completions(name, size, model, scenario)]
+            assert [item["finish_reason"] for item in with_guesses] == ends
+            assert any(gap == 0 for item in with_guesses for gap in item["itl_s"]), "no step gave several tokens"
+        sampled = tokens("transformers", 1, model, f"{kind} sampled")
+        assert tokens(name, size, model, f"{kind} sampled") == sampled, "whatever the ranks"
+
+
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("name", "size"), REAL)
 def test_lengths_and_ends(name: str, size: int, model: str) -> None:
     stopped = completions(name, size, model, "greedy")

@@ -18,7 +18,8 @@ from launcher.backends.slots.decoder import SlotDecoder
 from launcher.backends.slots.guesses import Draft, Guesser, Lookup
 from launcher.backends.slots.ngrams import Ngrams
 from launcher.config.schema import SamplingConfig
-from launcher.results.metrics import ACCEPTED, GUESSED, ROWS
+from launcher.results.metrics import ROWS
+from launcher.results.speculation import ACCEPTED, GUESSED
 from shards.machine.world import World
 
 CPU = torch.device("cpu")

@@ -10,11 +10,14 @@ import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from launcher.backends.base import Backend, Completion, Prompt
+from launcher.backends.drafts import make_guesser
 from launcher.composition.compose import compose_run
 from launcher.config.engines import resolve
 from launcher.config.schema import RunConfig, SamplingConfig
+from launcher.config.speculative import SpeculativeConfig
 from launcher.models import EMBEDDED
 from launcher.prepare.planning import plan_of
 from launcher.prompts.batches import batches, call_count, split
@@ -62,6 +65,21 @@ def loaded(config: RunConfig, world: World, prompts: list[Prompt]) -> tuple[Back
     return backend, seen
 
 
+def guessed(backend: Any, config: RunConfig, world: World, prompts: list[Prompt]) -> dict[str, list[Completion]]:
+    """The same with guesses, by a backend that was loaded without."""
+    found = {}
+    for wanted in (
+        SpeculativeConfig("ngram", 4, 3, 1),
+        SpeculativeConfig("draft", 4, model=str(EMBEDDED / "tiny_draft")),
+    ):
+        decoder = backend.decoder
+        decoder.guesser, decoder.ahead = make_guesser(wanted, backend.dtype, backend.device, backend.pack), 4
+        decoder.slots = None
+        for scenario in ("greedy", "ignore_eos", "sampled"):
+            found[f"{wanted.name} {scenario}"] = answer(backend, config, world, prompts, SCENARIOS[scenario])
+    return found
+
+
 def main() -> None:
     name, model, out, devices = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
     world = World.from_env(os.environ)
@@ -74,6 +92,8 @@ def main() -> None:
     result["ended prompt"] = answer(backend, config, world, ended, GREEDY)
     backend.barrier()
     memory = [asdict(device) for device in backend.memory()]
+    if config.backend.has_slots:
+        result |= guessed(backend, config, world, prompts)
     backend.close()
     value = {
         "progress": seen[-1:],

@@ -18,7 +18,8 @@ from launcher.backends.slots.device import Slots
 from launcher.backends.slots.guesses import AheadSlots, Guesses
 from launcher.backends.slots.schedule import NEAR, Read, Schedule, Step
 from launcher.backends.slots.speculation import Speculation
-from launcher.results.metrics import GUESSING, ROWS, SLOTS
+from launcher.results.metrics import ROWS, SLOTS
+from launcher.results.speculation import GUESSING
 
 if TYPE_CHECKING:
     from collections.abc import Callable

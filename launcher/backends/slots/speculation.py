@@ -10,7 +10,7 @@ import torch
 
 from launcher.backends.sampling import Sampler
 from launcher.backends.slots.acceptance import greedy, sampled
-from launcher.results.metrics import ACCEPTED, GUESSED
+from launcher.results.speculation import ACCEPTED, GUESSED
 
 if TYPE_CHECKING:
     from launcher.backends.slots.guesses import AheadSlots, Generators, Guesser, Guesses

@@ -20,6 +20,7 @@ from launcher.backends.vllm.monitor import Watch
 from launcher.backends.vllm.options import arguments, environment, refusal
 from launcher.config.schema import Accelerator, ConfigError
 from launcher.prompts.arrivals import Pacing
+from launcher.results.speculation import ACCEPTED, GUESSED
 from launcher.system.files import read_json, write_json
 from launcher.system.processes import MARK, scratch_prefix
 from shards.errors import PlanError
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from shards.plan.plan import Plan
     from shards.untrusted_files import JsonObject
 
+GUESSES = {GUESSED: "vllm:spec_decode_num_draft_tokens", ACCEPTED: "vllm:spec_decode_num_accepted_tokens"}
 NO_CORE = "vLLM's engine core runs in a process of its own"
 
 
@@ -137,6 +139,7 @@ class VllmBackend:
         self.indices.clear()
         starts: list[float] = []
         completions: dict[int, Completion] = {}
+        before = self._guesses()
         start = self.watch.restart()
         while len(completions) < len(prompts):
             now = perf_counter()
@@ -155,7 +158,15 @@ class VllmBackend:
                 completions[place] = _completion(prompts[place].index, output.outputs[0], moments, starts[place])
                 finished.append(completions[place])
             on_step(self.watch.take_new(), finished)
-        return Generation(tuple(completions[place] for place in range(len(prompts))))
+        counters = {name: count - before[name] for name, count in self._guesses().items()}
+        return Generation(tuple(completions[place] for place in range(len(prompts))), counters=counters)
+
+    def _guesses(self) -> dict[str, float]:
+        """Tokens guessed and accepted since the engine started; nothing where it does not guess."""
+        if not self.config.speculative.is_on:
+            return {}
+        counts = {metric.name: getattr(metric, "value", 0) for metric in self.llm.get_metrics()}
+        return {name: float(counts.get(theirs, 0)) for name, theirs in GUESSES.items()}
 
     def score(self, token_ids: Sequence[int]) -> Score:
         wanted = self.vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, detokenize=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from launcher.backends.vllm.extra import ONLINE
+from launcher.config.speculative import DRAFT
 from shards.machine.hardware import GIB
 
 if TYPE_CHECKING:
@@ -63,8 +64,22 @@ def arguments(
         "skip_tokenizer_init": True,
         "worker_extension_cls": WORKER,
         **{name: value for name, value in optional.items() if value is not None},
+        **speculation(config),
         **options.extra,
     }
+
+
+def speculation(config: RunConfig) -> JsonObject:
+    """What vLLM is told of guesses, which it counts where its statistics are on."""
+    wanted = config.speculative
+    if not wanted.is_on:
+        return {}
+    told: JsonObject = {"num_speculative_tokens": wanted.tokens}
+    if wanted.name == DRAFT:
+        told |= {"method": "draft_model", "model": wanted.model}
+    else:
+        told |= {"method": "ngram", "prompt_lookup_max": wanted.ngram_max, "prompt_lookup_min": wanted.ngram_min}
+    return {"speculative_config": told, "disable_log_stats": False}
 
 
 def refusal(error: ValueError) -> str:

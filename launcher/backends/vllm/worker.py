@@ -30,6 +30,9 @@ class WorkerMemory:
             memory["reasons"]["tensor_bytes"] = "linear weights are packed into memory that tensors do not show"
         del memory["reasons"]["kv_cache_reserved_bytes"]
         memory["kv_cache_reserved_bytes"] = storage_bytes(runner.kv_caches)
+        draft = getattr(getattr(runner, "drafter", None), "model", None)
+        if isinstance(draft, torch.nn.Module):
+            memory["draft_parameter_bytes"] = held_bytes(draft, runner.device) or 0
         memory["num_blocks"] = runner.kv_cache_config.num_blocks
         return memory
 

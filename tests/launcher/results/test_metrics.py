@@ -212,3 +212,44 @@ def test_counters_of_an_engine_add_up_over_calls_and_ranks(monkeypatch: pytest.M
     assert (spread.median, spread.min, spread.max, spread.values) == (7, 6, 8, (6, 8))
     with pytest.raises(ValueError, match="accepted is not a counter"):
         metrics.summed([{"accepted": 1}])
+
+
+def guessed(rank: Repeat, **counters: float) -> Repeat:
+    return replace(rank, counters={"guessed_tokens": 0, "accepted_guesses": 0, "guessing_s": 0.0, **counters})
+
+
+def test_tokens_of_one_step_are_one_step() -> None:
+    """Two rows of 6 and 3 tokens after their first, in 3 steps of 0.1 s: 7 tokens and 8, then 10 and 10, then 12."""
+    rank = guessed(
+        one_repeat((6, [0.1, 0.0, 0.0, 0.1, 0.0, 0.1]), (7, [0.1, 0.0, 0.1]), decode_s=0.3, steps=3),
+        guessed_tokens=12, accepted_guesses=4, guessing_s=0.06, slots_in_decode_steps=6, rows_in_decode_steps=5,
+    )  # fmt: skip
+    measured = metrics_of([[rank]], 2)
+    decode, guesses = measured.decode, measured.speculation
+    assert decode is not None
+    assert guesses is not None
+    assert (decode.tokens, decode.sequences_at_once, decode.tokens_per_row) == (9, 5 / 3, 9 / 5)
+    assert decode.cached_tokens == (7 + 8 + 10 + 10 + 12) / 5
+    assert guesses.acceptance.median == pytest.approx(4 / 12)
+    assert guesses.tokens_per_step.median == pytest.approx(9 / 5)
+    assert guesses.guessing.median == pytest.approx(0.2)
+    assert measured.slots_in_use is not None
+    assert measured.slots_in_use.median == pytest.approx(5 / 6)
+    assert measured.rows_in_use is None
+    assert metrics_of([[rank]], 2, (None, 10)).decode != decode, "a window sees less"
+    assert metrics_of([[one_repeat((6, [0.1]), decode_s=0.1)]], 1).speculation is None
+
+
+def test_a_run_with_guesses_is_held_against_the_steps_that_it_made() -> None:
+    """At the memory's own speed a row that gains 4 tokens a step is at its ceiling, which is 4 times as high."""
+    seconds = [(WORK.step_bytes + (7 + found) * WORK.kv_bytes_per_token) / BANDWIDTH for found in (1, 5, 9)]
+    gaps = [gap for step in seconds for gap in (step, 0.0, 0.0, 0.0)]
+    rank = guessed(one_repeat((7, gaps), decode_s=sum(seconds), steps=3))
+    planned = replace(plan(WORK.step_bytes, 10**6, BANDWIDTH), roofline=Roofline(WORK, Machine(CARD), "single"))
+    measured = metrics_of([[rank]], 1)
+    ceiling = against_ceiling(planned, measured)
+    assert (ceiling.share, ceiling.impossible) == (pytest.approx(1), ceiling.impossible)
+    assert ceiling.tokens_per_s == pytest.approx(12 / sum(seconds))
+    assert bandwidth_used(planned, measured).share == pytest.approx(1)
+    assert measured.speculation is not None
+    assert measured.speculation.acceptance.median is None, "nothing was guessed"

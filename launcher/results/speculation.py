@@ -1,0 +1,58 @@
+"""The figures of speculative decoding: guesses that held, tokens that a row gained in a step, the time of guessing."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from launcher.results.measured import Speculation
+from launcher.results.summaries import spread
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from launcher.results.measured import Repeat
+
+GUESSED, ACCEPTED, GUESSING = "guessed_tokens", "accepted_guesses", "guessing_s"
+COUNTED = {
+    GUESSED: "guessed tokens",
+    ACCEPTED: "guessed tokens that were accepted",
+    GUESSING: "seconds of guessing",
+}
+"""The counters of an engine that guesses, with their labels; not all can tell how long guessing took."""
+
+
+def speculates(ranks: Sequence[Repeat]) -> bool:
+    """Whether guesses were made."""
+    return any(GUESSED in rank.counters for rank in ranks)
+
+
+def rows_of(rank: Repeat) -> Iterator[int]:
+    """Of each row of each decode step of a rank the tokens that it found, those of the prompt among them: tokens of one
+    step come at one moment."""
+    gaps = iter(rank.itl_s)
+    for prompt, new in rank.lengths:
+        for number, gap in enumerate(islice(gaps, new - 1), 1):
+            if gap != 0:
+                yield prompt + number
+
+
+def speculation_of(repeats: Sequence[Sequence[Repeat]]) -> Speculation | None:
+    """The figures over some repeats, each from its ranks; None where nothing was guessed."""
+    if not any(map(speculates, repeats)):
+        return None
+    counted = [
+        {name: sum(rank.counters.get(name, 0) for rank in ranks) for name in (GUESSED, ACCEPTED, GUESSING)}
+        for ranks in repeats
+    ]
+    rows = [sum(1 for rank in ranks for _ in rows_of(rank)) for ranks in repeats]
+    tokens = [sum(new - 1 for rank in ranks for _, new in rank.lengths) for ranks in repeats]
+    decode = [sum(rank.decode_s or 0 for rank in ranks) for ranks in repeats]
+    return Speculation(
+        acceptance=spread(one[ACCEPTED] / one[GUESSED] if one[GUESSED] else None for one in counted),
+        tokens_per_step=spread(new / made if made else None for new, made in zip(tokens, rows, strict=True)),
+        guessing=spread(
+            one[GUESSING] / seconds if seconds and one[GUESSING] else None
+            for one, seconds in zip(counted, decode, strict=True)
+        ),
+    )
