@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -208,7 +209,11 @@ CASES: tuple[tuple[Check, list[str]], ...] = (
             ("prompts=synthetic", "prompts.chat=true"), ("prompts.system=a",), ("backend=vllm", "measure.profile=2"),
             ("measure.profile=100",),
             ("num_nodes=2", "launch.rendezvous=a"), ("num_nodes=2", "launch.rendezvous=a:1"),
-            ("launch.rendezvous=a:1", "launch.node_rank=1"),
+            ("launch.rendezvous=a:1", "launch.node_rank=1"), ("speculative.tokens=3",), ("speculative=draft",),
+            ("speculative=ngram", "speculative.model=a"), ("speculative=ngrm",), ("speculative.name=a",),
+            ("speculative=ngram", "backend=dummy"), ("speculative=ngram", "measure.scheduling=static"),
+            ("speculative=ngram", "speculative.ngram_min=4"), ("speculative=ngram", "speculative.tokens=null"),
+            ("speculative=ngram", "measure.profile=2"), ("speculative=ngram", "speculative.tokens=100"),
         )
     ),
     *(
@@ -242,6 +247,15 @@ CASES: tuple[tuple[Check, list[str]], ...] = (
     (prepared, ["backend=vllm", "accelerator=cpu", "quantization=fp8"]),
     (prepared, ["backend=vllm", "load.arrivals=true", "accelerator=cpu"]),
     *(
+        (prepared, ["backend=transformers", "accelerator=cpu", *words]) for words in (
+            ("speculative=draft", "speculative.model=embedded:tiny"),
+            ("speculative=draft", "speculative.model=OTHER_VOCABULARY"),
+            ("speculative=draft", "speculative.model=OTHER_FAMILY"), ("speculative=draft", "speculative.model=SHORT"),
+            ("speculative=draft", "speculative.model=QUANTIZED"),
+            ("speculative=ngram", "model.path=OTHER_FAMILY", "model.weights=random"),
+        )
+    ),
+    *(
         (swept, ["-m", *words]) for words in (
             ("seed=range(0,30000)",), ("seed=range(0,inf)",), ("seed=interval(0,1)",), ("model=glob(tiny*)",),
         )
@@ -273,6 +287,15 @@ ELSEWHERE = (
 """What takes cards, a taken port, minutes, a run directory of others or a server."""
 
 
+DRAFTS = {
+    "OTHER_VOCABULARY": {"vocab_size": 7},
+    "OTHER_FAMILY": {"model_type": "mamba"},
+    "SHORT": {"max_position_embeddings": 8},
+    "QUANTIZED": {"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}},
+}
+"""What is wrong with drafts."""
+
+
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to be in, with prompt files and models in it that are not as they should be."""
@@ -283,6 +306,10 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("EMPTY", "NO_VOCABULARY"):
         (tmp_path / name).mkdir()
     (tmp_path / "NO_VOCABULARY" / "config.json").write_text("{}")
+    for name, change in DRAFTS.items():
+        shutil.copytree(EMBEDDED / "tiny_draft", tmp_path / name)
+        fields = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(fields | change))
     (tmp_path / "EMPTY_FILE").touch()
     (tmp_path / "LATIN").write_bytes(b"\xe9t\xe9")
     (tmp_path / "questions.txt").write_text("What is your return policy?\n")
