@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 NONE, NGRAM, DRAFT = "none", "ngram", "draft"
 KEYS = {NONE: (), NGRAM: ("tokens", "ngram_max", "ngram_min"), DRAFT: ("tokens", "model")}
-"""What is read with each kind of guesses."""
+"""The keys that are read with each kind of guesses."""
 
 
 @dataclass

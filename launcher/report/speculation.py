@@ -37,7 +37,7 @@ def draft_facts(plan: Plan) -> dict[str, str]:
 
 
 def has_guesses(records: Sequence[Record]) -> bool:
-    """Whether a table of runs has a column for it."""
+    """True if a table of runs has a column for it."""
     return any(record.metrics is not None and record.metrics.speculation is not None for record in records)
 
 

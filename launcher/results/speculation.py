@@ -23,7 +23,7 @@ COUNTED = {
 
 
 def speculates(ranks: Sequence[Repeat]) -> bool:
-    """Whether guesses were made."""
+    """True if guesses were made."""
     return any(GUESSED in rank.counters for rank in ranks)
 
 

@@ -70,7 +70,7 @@ def arguments(
 
 
 def speculation(config: RunConfig) -> JsonObject:
-    """What vLLM is told of guesses, which it counts where its statistics are on."""
+    """Arguments for guesses, which vLLM counts where its statistics are on."""
     wanted = config.speculative
     if not wanted.is_on:
         return {}
