@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 NONE, NGRAM, DRAFT = "none", "ngram", "draft"
 KEYS = {NONE: (), NGRAM: ("tokens", "ngram_max", "ngram_min"), DRAFT: ("tokens", "model")}
@@ -27,3 +31,12 @@ class SpeculativeConfig:
     def most(self) -> int:
         """The most tokens that are guessed for a row in a step."""
         return self.tokens or 0
+
+
+def without_others(overrides: Sequence[str]) -> list[str]:
+    """The words of a command line, less the keys that only kinds of guesses other than its own read."""
+    kind = next((item.partition("=")[2] for item in reversed(overrides) if item.startswith("speculative=")), NONE)
+    others = {f"speculative.{key}" for keys in KEYS.values() for key in keys}.difference(
+        f"speculative.{key}" for key in KEYS.get(kind, ())
+    )
+    return [item for item in overrides if item.partition("=")[0] not in others]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from launcher.composition.compose import command_of, compose_run
 from launcher.composition.sweeps import expand_sweep
+from launcher.config.speculative import without_others
 from launcher.launch.run import run
 from launcher.launch.slurm.arrays import run_points as run_slurm_points
 from launcher.report.layout import console
@@ -42,6 +43,8 @@ class Point:
 def points_of(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> list[Point]:
     """The points of `a=1,2 b=x,y`, composed, the last key fastest."""
     expanded = expand_sweep(list(overrides), config_dirs)
+    if len({item for point in expanded for item in point if item.startswith("speculative=")}) > 1:
+        expanded = [without_others(point) for point in expanded]
     asked = {item for point in expanded for item in point if item.startswith("backend=")}
     for_others = ONE_FOR_ALL_ENGINES if len(asked) > 1 else ()
     return [

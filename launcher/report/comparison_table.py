@@ -8,6 +8,7 @@ from rich.markup import escape
 
 from launcher.report.layout import fitted
 from launcher.report.memory_table import LEAST_WANTED, MEMORY, phase_table
+from launcher.report.speculation import COLUMN, cell, has_guesses
 from launcher.report.units import rate, size
 from launcher.results.comparison import Comparison, Divergence, FinishedRun, compare, labels
 
@@ -41,6 +42,9 @@ def show(runs: Sequence[FinishedRun], out: Console) -> list[Comparison]:
             if cost < 0:
                 line = f"behind the server the engine is {-cost:.1%} faster than in process"
             out.print(escape(f"{other} against {base}: {line}"), soft_wrap=True)
+    for name, run in zip(names, runs, strict=True):
+        if has_guesses([run.record]):
+            out.print(escape(f"{name}: {COLUMN} {cell(run.record)}"), soft_wrap=True)
     if any(run.record.devices for run in runs):
         out.print(devices(runs, names, out))
     if (phases := phase_table([run.record for run in runs], out, names)) is not None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from running import ROOT, launcher
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from launcher.backends.base import Generation, Prompt
@@ -17,6 +21,7 @@ from launcher.backends.slots.acceptance import greedy, sampled
 from launcher.backends.slots.decoder import SlotDecoder
 from launcher.backends.slots.guesses import Draft, Guesser, Lookup
 from launcher.backends.slots.ngrams import Ngrams
+from launcher.config.engines import load_engine
 from launcher.config.schema import SamplingConfig
 from launcher.results.metrics import ROWS
 from launcher.results.speculation import ACCEPTED, GUESSED
@@ -220,3 +225,63 @@ def _sequences(model: Any, ids: tuple[int, ...], sampling: SamplingConfig) -> It
             for place, share in zip(row, shares, strict=True)
         ]
     yield from states
+
+
+RAGGED = str(ROOT / "tests" / "ragged_prompts.txt")
+ENGINES = tuple(
+    name for name in ("transformers", "fsdp", "tensor_parallel", "deepspeed", "vllm")
+    if all(find_spec(package) for package in load_engine(name).modules())
+)  # fmt: skip
+
+
+def sweep(folder: Path, *overrides: str) -> dict[str, tuple[dict[str, Any], list[list[int]]]]:
+    """Real runs on the prompts of the contract: the record and the tokens of each, by engine and kind of guesses."""
+    ended = launcher(
+        "-m", "devices=2", "accelerator=cpu", f"output_dir={folder}", "prompts=file", f"prompts.path={RAGGED}",
+        "measure.warmup=0", "measure.repeats=1", *overrides, timeout=650,
+    )  # fmt: skip
+    assert ended.code == 0, ended.out[-3000:] + ended.err[-3000:]
+    found = {}
+    for path in folder.glob("*/record.json"):
+        record = json.loads(path.read_text())
+        lines = map(json.loads, (path.parent / "completions.jsonl").read_text().splitlines())
+        tokens = [line["token_ids"] for line in sorted(lines, key=lambda line: line["index"])]
+        found[f"{record['backend']} {record['config']['speculative']['name']}"] = record, tokens
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+def test_runs_hold_what_was_planned_and_say_what_guesses_gave(tmp_path: Path) -> None:
+    """A draft under each engine: its bytes as planned, as many tokens a step as guesses held, and the same answers."""
+    draft = ("speculative=draft", "speculative.model=embedded:tiny_draft", "model=tiny_llama")
+    runs = sweep(tmp_path, f"backend={','.join(ENGINES)}", *draft)
+    assert set(runs) == {f"{name} draft" for name in ENGINES}
+    expected = runs["transformers draft"][1]
+    for name, (record, tokens) in runs.items():
+        assert tokens == expected, name
+        for planned, held in zip(record["plan"]["devices"], record["devices"], strict=True):
+            for key in ("parameter_bytes", "draft_parameter_bytes", "draft_cache_bytes", "kv_cache_bytes"):
+                assert held[key] == planned[key], (name, key)
+            assert held["draft_parameter_bytes"] > 0
+            assert (held["draft_cache_bytes"] > 0) == (name != "vllm draft"), "vLLM keeps it in its pool"
+        figures = record["metrics"]["speculation"]
+        assert 0.5 < figures["acceptance"]["median"] < 1
+        assert 2 < figures["tokens_per_step"]["median"] < 5
+        assert record["metrics"]["decode"]["tokens_per_row"] == pytest.approx(figures["tokens_per_step"]["median"])
+        assert not record["ceiling"]["impossible"]
+        assert not record["mbu"]["impossible"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+@pytest.mark.skipif("vllm" not in ENGINES, reason="vllm is not installed")
+def test_vllm_looks_up_by_the_same_keys(tmp_path: Path) -> None:
+    """A sweep over kinds of guesses takes the keys of all of them."""
+    runs = sweep(tmp_path, "backend=vllm", "speculative=none,ngram", "speculative.tokens=3", "model=tiny_falcon")
+    (plain, tokens), (guessed, others) = runs["vllm none"], runs["vllm ngram"]
+    assert tokens == others
+    assert guessed["config"]["speculative"]["tokens"] == 3
+    assert plain["metrics"]["speculation"] is None
+    assert guessed["metrics"]["counters"]["guessed_tokens"]["median"] > 0
+    assert guessed["metrics"]["speculation"]["tokens_per_step"]["median"] >= 1
