@@ -100,7 +100,7 @@ def test_embedded_models_and_folders_are_read_from_their_config(capsys: pytest.C
             "error: 8192 devices are more than 4096. HINT: devices=2048",
         ),
         (["model=falcon_7b", "machines=2xb300"], "error: machines=2xb300: b300 is not one of the devices t4, l4, "),
-        (["model=falcon_7b", "link=string"], "error: string is not one of the links pcie4, "),
+        (["model=falcon_7b", "link=string"], "error: string is not one of the links pcie3, "),
         (
             ["model=falcon_7b", "backend=tgi"],
             "error: backend=tgi cannot be planned. HINT: backend=fsdp,deepspeed,tensor_parallel,",
