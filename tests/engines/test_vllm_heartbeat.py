@@ -80,8 +80,8 @@ def test_a_slow_load_of_the_engine_beats_while_it_works(
     monkeypatch.setattr(type(engine.options), "check_extra", lambda *_: None)
     monkeypatch.setattr(engine, "_model_folder", lambda: tmp_path)
     monkeypatch.setattr(engine, "_start", load)
+    plan = SimpleNamespace(kv_cache_memory_bytes=1, devices=[SimpleNamespace(offloaded_bytes=0)])
     with pytest.raises(Loaded):
-        plan = SimpleNamespace(kv_cache_memory_bytes=1, devices=[SimpleNamespace(offloaded_bytes=0)])
         engine.load(plan, World(), lambda done, total: beats.append(done))
     assert bool(beats) == is_alive
     assert "heartbeat" not in [thread.name for thread in threading.enumerate()]
