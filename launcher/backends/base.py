@@ -182,6 +182,24 @@ class TimedBackend(Protocol):
         """The parts, which add up to all of it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Compilation:
+    """The outcome of `measure.compile`: the way of decode steps (none, inductor, cudagraph), the seconds that it took
+    to make them, which are in no measure and not in `load_s`, and what is to be known of it."""
+
+    way: str
+    seconds: float
+    note: str | None = None
+
+
+@runtime_checkable
+class CompilingBackend(Protocol):
+    """An engine that can make its decode steps ahead."""
+
+    def compile(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Compilation | None:
+        """Make them as configured, and compare what comes of a batch; None where there is nothing to be made."""
+
+
 @runtime_checkable
 class StreamingBackend(Protocol):
     """An engine that knows the tokens of an answer before it is whole."""

@@ -17,6 +17,7 @@ from launcher.backends.base import LoadTimes, Score
 from launcher.backends.decode import Decoder, eos_token_ids
 from launcher.backends.drafts import make_guesser, with_draft
 from launcher.backends.memory import PhasePeaks, module_memory
+from launcher.backends.slots.compilation import compile_steps
 from launcher.backends.slots.decoder import SlotDecoder
 from launcher.backends.trace import Tracer
 from launcher.config.formats import WeightFormat, Weights
@@ -40,7 +41,7 @@ from shards.parallel.tensor_parallel import VocabularyHead
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from launcher.backends.base import DeviceMemory, Generation, OnStep, Prompt
+    from launcher.backends.base import Compilation, DeviceMemory, Generation, OnStep, Prompt
     from launcher.config.schema import RunConfig, SamplingConfig
     from shards.machine.world import World
     from shards.plan.plan import Plan
@@ -180,6 +181,12 @@ class ModuleBackend(ABC):
         if not self.config.backend.data_parallel:
             _check_agreement(generation)
         return generation
+
+    def compile(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Compilation | None:
+        decoder = self.decoder
+        if not isinstance(decoder, SlotDecoder):
+            return None
+        return compile_steps(decoder, self.config, lambda: self.generate(prompts, sampling, on_step))
 
     @torch.inference_mode()
     def score(self, token_ids: Sequence[int]) -> Score:

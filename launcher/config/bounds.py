@@ -8,6 +8,7 @@ import math
 import operator
 from typing import TYPE_CHECKING, Any, get_args
 
+from launcher.config.compiling import Compile
 from launcher.config.experiment import FIGURES, ExperimentConfig
 from launcher.config.keys import example_of, key_types
 from launcher.config.machine import machine_of
@@ -137,8 +138,14 @@ def _check_scheduling(config: RunConfig) -> None:
     name, measure = config.backend.name, config.measure
     if config.backend.continuous_batching and measure.scheduling is Scheduling.static:
         raise ConfigError(f"{name} has a scheduler of its own, which is continuous.", "measure.scheduling=continuous")
-    if measure.prefill_tokens is not None and not (config.backend.has_slots and config.is_continuous):
-        reader = "measure.scheduling=static" if config.backend.has_slots else f"backend={name}"
+    reads = config.backend.has_slots and config.is_continuous
+    reader = "measure.scheduling=static" if config.backend.has_slots else f"backend={name}"
+    if measure.compile is not Compile.auto and not reads:
+        raise ConfigError(f"measure.compile={measure.compile.name}: {reader} does not read it.", "measure.compile=auto")
+    if measure.compile in (Compile.inductor, Compile.cudagraph) and config.speculative.is_on:
+        fact = f"measure.compile={measure.compile.name}: steps with guesses are not made ahead."
+        raise ConfigError(fact, "measure.compile=auto, or speculative=none")
+    if measure.prefill_tokens is not None and not reads:
         fact = f"measure.prefill_tokens={measure.prefill_tokens}: {reader} does not read it."
         raise ConfigError(fact, "measure.prefill_tokens=null")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from launcher.config.compiling import Compile
 from launcher.config.device import CostConfig, DeviceConfig
 from launcher.config.experiment import MISSING, ExperimentConfig
 from launcher.config.formats import AdapterConfig, WeightFormat, Weights
@@ -172,6 +173,7 @@ class MeasureConfig:
     scheduling: Scheduling = Scheduling.continuous  # of module engines; others batch in their own way
     batch_size: int = 4  # prompts at a time; for a data-parallel engine on each rank
     prefill_tokens: int | None = None  # the most prompt tokens of a forward of a module engine with slots; None: 2048
+    compile: Compile = Compile.auto  # of the decode steps of a module engine with slots
     warmup: int = 1  # batches that are run and not counted
     repeats: int = 3  # times that the whole prompt set is answered
     find_batch_size: bool = False  # first try which batch is the largest that fits

@@ -19,6 +19,7 @@ from launcher.config.machine import other_machine
 from launcher.config.schema import Accelerator, ConfigError, MeasureConfig, Scheduling
 from launcher.config.unread import unread_batch_size
 from launcher.models import EMBEDDED
+from launcher.prepare.compiling import check_compile
 from launcher.prepare.experiments import check_experiment
 from launcher.prepare.planning import paces, plan_of, short_memory
 from launcher.prepare.shapes import built_of, config_of
@@ -75,6 +76,7 @@ def prepare(config: RunConfig, command: tuple[str, ...], given: Sequence[Prompt]
     prompts = list(given) or _prompts(config, folder, fields.size("vocab_size"), notes)
     longest = _longest(config, fields, prompts)
     config = settle_guesses(config, model_config, longest)
+    check_compile(config, on_cuda)
     config.backend.refuse(config, model_config, on_cuda, longest)
     notes += [*_notes_batch_size(config), *_notes_order(config, on_cuda), *config.backend.notes(config, on_cuda)]
 

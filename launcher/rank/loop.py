@@ -10,7 +10,7 @@ from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
-from launcher.backends.base import ScoringBackend, TracingBackend
+from launcher.backends.base import CompilingBackend, ScoringBackend, TracingBackend
 from launcher.prompts.batches import batches, call_count, split, warm_up_batch
 from launcher.prompts.prompts import sampling_of
 from launcher.results.measured import Repeat
@@ -20,7 +20,7 @@ from launcher.results.quality import quality_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from launcher.backends.base import Backend, Completion, Generation, Prompt, Trace
+    from launcher.backends.base import Backend, Compilation, Completion, Generation, Prompt, Trace
     from launcher.config.schema import RunConfig
     from launcher.results.completions import Saved
     from launcher.results.measured import RequestFailure
@@ -110,11 +110,23 @@ class Loop:
         for number, calls in schedule(prompts, self.world, self.config, saved):
             self.keeper.save_repeat(self._repeat(number, calls, first))
 
-    def warm_up(self, prompts: Sequence[Prompt]) -> None:
-        """Answer a batch as often as is asked for, before the clocks start."""
-        batch = warm_up_batch(prompts, self.world, self.config)
+    def warm_up(self, prompts: Sequence[Prompt]) -> Compilation | None:
+        """Have the engine make its decode steps ahead where it can, and answer a batch as often as is asked for, before
+        the clocks start."""
+        batch, compilation = warm_up_batch(prompts, self.world, self.config), None
+        if isinstance(self.backend, CompilingBackend):
+            steps = 0
+
+            def on_step(new_tokens: int, finished: Sequence[Completion] = ()) -> None:
+                nonlocal steps
+                steps += 1
+                self.progress.advance(steps)
+
+            self.progress.enter("compile")
+            compilation = self.backend.compile(batch, self.sampling, on_step)
         for number in range(self.config.measure.warmup):
             self._call(f"warmup {number + 1}/{self.config.measure.warmup}", batch, lambda finished: None)
+        return compilation
 
     def _call(
         self, stage: str, batch: list[Prompt], keep: Callable[[Sequence[Completion]], None]

@@ -43,7 +43,7 @@ from shards.machine.world import World
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from launcher.backends.base import Backend, Completion, DeviceMemory, LoadTimes
+    from launcher.backends.base import Backend, Compilation, Completion, DeviceMemory, LoadTimes
     from launcher.config.schema import RunConfig
     from launcher.results.cost import RankCost
     from launcher.results.measured import Repeat, RequestFailure
@@ -90,6 +90,7 @@ class Rank:
         self.repeats: list[Repeat] = []
         self.load_s: float | None = None
         self.load_times: LoadTimes | None = None
+        self.compilation: Compilation | None = None
         self.devices: tuple[DeviceMemory, ...] = ()
         self.environment: Environment | None = None
         self.waits = False  # for other ranks, where this one hangs
@@ -146,7 +147,7 @@ class Rank:
         loop = Loop(backend, config, world, progress, self)
         prompts = self.run_dir.read_prompts()
         self.meter.enter(WARM_UP)
-        loop.warm_up(prompts)
+        self.compilation = loop.warm_up(prompts)
         self.meter.enter(REPEATS)
         loop.run(prompts, self.run_dir.read_saved())
         self.cost = self.meter.end()
@@ -232,6 +233,7 @@ class Rank:
                     error=error,
                     load_s=self.load_s,
                     load_times=self.load_times,
+                    compilation=self.compilation,
                     repeats=tuple(self.repeats),
                     devices=self.devices,
                     environment=self.environment,

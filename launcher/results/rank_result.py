@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launcher.backends.base import DeviceMemory, LoadTimes
+from launcher.backends.base import Compilation, DeviceMemory, LoadTimes
 from launcher.results.cost import RankCost
 from launcher.results.measured import Repeat
 from launcher.results.quality import Quality
@@ -31,6 +31,7 @@ class RankResult:
     error: RunError | None = None
     load_s: float | None = None
     load_times: LoadTimes | None = None
+    compilation: Compilation | None = None
     repeats: tuple[Repeat, ...] = ()
     devices: tuple[DeviceMemory, ...] = ()
     environment: Environment | None = None

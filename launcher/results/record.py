@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from launcher.backends.base import DeviceMemory, LoadTimes
+from launcher.backends.base import Compilation, DeviceMemory, LoadTimes
 from launcher.results.cost import Cost
 from launcher.results.measured import BandwidthUse, CeilingShare, Metrics, Partial, Repeat, Totals
 from launcher.results.quality import Quality
@@ -135,6 +135,7 @@ class Record:
     ended_at: float | None = None
     load_s: float | None = None
     load_times: LoadTimes | None = None
+    compilation: Compilation | None = None
     new_tokens_per_s: float | None = None
     ttft_s: float | None = None
     itl_s: float | None = None

@@ -124,6 +124,7 @@ def finish(run_dir: RunDir, outcome: Outcome | None = None) -> Record:
         _with_load(unfinished(run_dir, status), present),
         error=error,
         ended_at=time.time(),
+        compilation=next((rank.compilation for rank in present if rank.compilation), None),
         ceiling=against_ceiling(plan, metrics, hint),
         mbu=bandwidth_used(plan, metrics, hint),
         cost=cost_of(

@@ -96,6 +96,11 @@ def _init_as(init: Callable[[MixedPrecisionPolicy], None], own: MixedPrecisionPo
     init(own)
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether forwards gather something."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
 def _prefetch(model: nn.Module, sharded: Sequence[nn.Module], last: nn.Module) -> None:
     """Gather each layer while the one before it runs, and the first while the head does, for the next step.
 

@@ -41,6 +41,7 @@ TENSORS = {
     "launcher.backends.slots.guesses",
     "launcher.backends.slots.speculation",
     "launcher.backends.slots.cache",
+    "launcher.backends.slots.compilation",
     "launcher.backends.slots.decoder",
     "launcher.backends.slots.device",
     "launcher.backends.slots.static",

@@ -51,6 +51,7 @@ class Slots:
         width = -(-length // BLOCK) * BLOCK  # kernels want rows of a mask to begin at multiples of 16 bytes
         self.is_seen = torch.zeros(slots, width, dtype=torch.bool, device=device)
         self.mask = torch.zeros(slots, width, dtype=torch.long if self.is_alibi else model.dtype, device=device)
+        self.shown: Any = None
         self.wide_logits: torch.Tensor | None = None
 
     def read(self, forward: Read) -> torch.Tensor:
@@ -77,28 +78,28 @@ class Slots:
         if self.static is not None:
             logits = self.static(rows, longest)[:rows]
         elif len(lengths) == 1 and not self.needs_mask:
-            logits = self.lay_out(rows, longest).forward(rows, longest, is_masked=False)
+            logits = self.lay_out(rows, longest, is_masked=False).forward(rows, longest)
         else:
             reach = min(-(-longest // BLOCK) * BLOCK, self.cache.length)
             logits = self.lay_out(rows, reach).forward(rows, reach)
         self.positions[:rows].add_(1)
         return logits
 
-    def lay_out(self, rows: int, reach: int) -> Slots:
-        """Write down where the newest tokens of the first `rows` rows go; rows that decode nothing may be among them.
+    def lay_out(self, rows: int, reach: int, is_masked: bool = True) -> Slots:
+        """Write down where the newest tokens of the first `rows` rows go, and what they may see. Rows that decode
+        nothing may be among them.
 
         These write where their next token will lie, or at the end of their slot, where none will.
         """
         positions = self.places_now[:rows]
         torch.clamp(self.positions[:rows, None], max=self.cache.length - 1, out=positions)
         self.cache.do(Stepping(rows, positions, reach))
+        self.shown = self._mask(positions, reach) if is_masked else None
         return self
 
-    def forward(self, rows: int, reach: int, is_masked: bool = True) -> torch.Tensor:
-        """The logits of what was laid out."""
-        positions = self.places_now[:rows]
-        mask = self._mask(positions, reach) if is_masked else None
-        return self._logits(self.tokens[:rows, None], positions, mask, 1)
+    def forward(self, rows: int, reach: int) -> torch.Tensor:
+        """The logits of what was laid out so."""
+        return self._logits(self.tokens[:rows, None], self.places_now[:rows], self.shown, 1)
 
     def keep(self, forward: Read | Step, chosen: torch.Tensor) -> None:
         """Note the newest tokens of the rows of a forward."""

@@ -1,0 +1,110 @@
+"""`measure.compile`: decode steps of fixed sizes made ahead, and taken where the tokens of a batch stay the same."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+
+from launcher.backends.base import Compilation
+from launcher.backends.slots.static import Compiled, Graphs
+from launcher.config.compiling import Compile
+from shards.errors import UserError
+from shards.machine.process_group import any_rank
+from shards.parallel.fully_shard import decoder_layers, is_sharded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from launcher.backends.base import Generation
+    from launcher.backends.slots.decoder import SlotDecoder
+    from launcher.backends.slots.device import Forward, Slots
+    from launcher.config.schema import RunConfig
+
+MOST_VERSIONS = 4096  # of the code of a layer: inductor makes one for each layer and reach
+
+
+def settled(config: RunConfig, device: torch.device) -> Compile:
+    """What `auto` is: CUDA graphs where one process has one card. Elsewhere nothing is known to be faster: inductor's
+    step takes a minute to make, and on a CPU no less time to run."""
+    asked = config.measure.compile
+    if asked is not Compile.auto:
+        return asked
+    is_worth_it = device.type == "cuda" and config.num_devices == 1 and not config.speculative.is_on
+    return Compile.cudagraph if is_worth_it else Compile.none
+
+
+@torch.inference_mode()
+def compile_steps(decoder: SlotDecoder, config: RunConfig, generate: Callable[[], Generation]) -> Compilation:
+    """Let the slots of a decoder make steps as configured. `generate` answers a batch, first without, then with them.
+
+    With `auto` they are given up again where they fail or lead to other tokens; what was asked for by name is kept,
+    and what fails then ends the run.
+    """
+    way, is_asked = settled(config, decoder.device), config.measure.compile is not Compile.auto
+    if way is Compile.none:
+        return Compilation(way.name, 0.0)
+    start = perf_counter()
+    before = _tokens(generate())
+    assert decoder.slots is not None
+    obstacle: str | None = None
+    other = 0
+    try:
+        decoder.slots.static = make_static(way, decoder.slots)
+        after = _tokens(generate())
+        other = sum(after[index] != tokens for index, tokens in before.items())
+    except RuntimeError as error:  # whatever compilers and captures raise is one
+        decoder.slots.static = None
+        obstacle = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    if is_asked and obstacle is not None:
+        raise UserError(f"measure.compile={way.name} fails: {obstacle}", "measure.compile=none")
+    if not is_asked and any_rank(obstacle is not None or other > 0):
+        decoder.slots.static = None
+        why = obstacle or f"with measure.compile={way.name} {other} of {len(before)} prompts had other tokens"
+        return Compilation(Compile.none.name, perf_counter() - start, why)
+    note = f"{other} of {len(before)} prompts had other tokens than without it" if other else None
+    return Compilation(way.name, perf_counter() - start, note)
+
+
+def make_static(way: Compile, slots: Slots) -> Forward:
+    """The steps of slots that have answered something before, in one of the ways."""
+    if way is Compile.cudagraph:
+        return Graphs(slots)
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MOST_VERSIONS
+    if slots.device.type == "cpu":
+        torch._inductor.config.compile_threads = 1  # no further processes
+    if not is_sharded(slots.model):
+        return Compiled(slots, torch.compile(slots.forward, dynamic=False))
+    switch = Switch(slots)
+    for layer in decoder_layers(slots.model):  # a sharded one is gathered by hooks around its forward, which stay
+        switch.add(layer)
+    return Compiled(slots, switch.forward)
+
+
+class Switch:
+    """Layers whose forwards are compiled for the steps of slots, and as they were for all else."""
+
+    def __init__(self, slots: Slots) -> None:
+        self.slots, self.is_on = slots, False
+
+    def add(self, layer: torch.nn.Module) -> None:
+        plain = layer.forward
+        compiled = torch.compile(plain, dynamic=False)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return (compiled if self.is_on else plain)(*args, **kwargs)
+
+        layer.forward = forward
+
+    def forward(self, rows: int, reach: int) -> torch.Tensor:
+        self.is_on = True
+        try:
+            return self.slots.forward(rows, reach)
+        finally:
+            self.is_on = False
+
+
+def _tokens(generation: Generation) -> dict[int, tuple[int, ...]]:
+    return {item.index: item.token_ids for item in generation.completions}
