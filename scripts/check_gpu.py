@@ -93,7 +93,8 @@ def points(rehearse: bool, cards: int) -> list[Point]:
         return [Point("transformers", "tiny_falcon", 1), Point("fsdp", "tiny_llama", 2, devices=2)]
     vllm = ("vllm",) if importlib.util.find_spec("vllm") else ()
     alone = [Point(engine, model, batch) for batch in BATCHES for model in MODELS for engine in ("transformers", *vllm)]
-    together = [
+    alone += [Point("transformers", model, 1, compile=way) for model in MODELS[1:3] for way in ("none", "inductor")]
+    together = [Point("tensor_parallel", model, 1, devices=2, compile="cudagraph") for model in MODELS] + [
         Point(engine, model, batch, devices=2)
         for batch in (1, 8)
         for model in MODELS
@@ -112,6 +113,8 @@ def _run(point: Point, out: Path, rehearse: bool) -> Step:
         f"prompts.output_tokens={lengths[1]}", f"measure.repeats={REPEATS}",
         f"output_dir={out / 'runs'}",
     ]  # fmt: skip
+    if point.compile:
+        overrides.append(f"measure.compile={point.compile}")
     if point.engine != "vllm":
         overrides.append(f"measure.batch_size={point.batch}")
     else:

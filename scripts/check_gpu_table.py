@@ -26,16 +26,18 @@ additions differs, and so may tokens.
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A run of an engine, and the number of prompts that it answers at once."""
+    """A run of an engine, the number of prompts that it answers at once, and how its steps are made (none: auto)."""
 
     engine: str
     model: str
     batch: int
     devices: int = 1
+    compile: str | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.model}_{self.engine}_x{self.devices}_b{self.batch}"
+        name = f"{self.model}_{self.engine}_x{self.devices}_b{self.batch}"
+        return f"{name}_{self.compile}" if self.compile else name
 
 
 def write_table(out: Path, rows: list[tuple[str, Point | None, dict[str, Any]]]) -> None:

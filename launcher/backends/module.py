@@ -20,6 +20,7 @@ from launcher.backends.memory import PhasePeaks, module_memory
 from launcher.backends.slots.compilation import compile_steps
 from launcher.backends.slots.decoder import SlotDecoder
 from launcher.backends.trace import Tracer
+from launcher.config.compiling import Compile
 from launcher.config.formats import WeightFormat, Weights
 from launcher.config.schema import DEFAULT_PREFILL_TOKENS
 from launcher.config.storage import Offload
@@ -146,8 +147,9 @@ class ModuleBackend(ABC):
     def packs(self, model: torch.nn.Module) -> bool:
         """The ranks of this node have memory for their weights: packed ones are no longer those of the mapped files.
 
-        Autocast does not know packed weights, and no offload does."""
-        if self.config.precision.is_mixed or self.config.offload is not Offload.none:
+        Autocast and inductor do not know packed weights, and no offload does."""
+        is_compiled = self.config.measure.compile is Compile.inductor
+        if self.config.precision.is_mixed or is_compiled or self.config.offload is not Offload.none:
             return False
         nbytes = local_bytes(model) * self.world.local_world_size
         return bool(nbytes < psutil.virtual_memory().available) and model.config.model_type in KNOWN_FAMILIES
@@ -186,7 +188,8 @@ class ModuleBackend(ABC):
         decoder = self.decoder
         if not isinstance(decoder, SlotDecoder):
             return None
-        return compile_steps(decoder, self.config, lambda: self.generate(prompts, sampling, on_step))
+        with self.autocast():
+            return compile_steps(decoder, self.config, lambda: self.generate(prompts, sampling, on_step))
 
     @torch.inference_mode()
     def score(self, token_ids: Sequence[int]) -> Score:

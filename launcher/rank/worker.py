@@ -134,10 +134,8 @@ class Rank:
         try:
             backend: Backend = resolve(config.backend.implementation)(config)
         except ImportError as error:
-            raise UserError(
-                f"backend={config.backend.name} cannot be imported: {error}.",
-                f"{config.backend.install_hint()}, or backend.python=INTERPRETER",
-            ) from error
+            hint = f"{config.backend.install_hint()}, or backend.python=INTERPRETER"
+            raise UserError(f"backend={config.backend.name} cannot be imported: {error}.", hint) from error
         progress.enter("load")
         self.meter.enter(LOAD)
         start = time.perf_counter()
@@ -152,10 +150,9 @@ class Rank:
         loop.run(prompts, self.run_dir.read_saved())
         self.cost = self.meter.end()
         self.quality = loop.score(self.quality_windows)
-        if config.measure.profile is not None:
-            trace = loop.trace(prompts, config.measure.profile, world.rank == 0)
-            if trace is not None:
-                trace.write(self.run_dir.trace(world.rank))
+        steps = config.measure.profile
+        if steps is not None and (trace := loop.trace(prompts, steps, world.rank == 0)) is not None:
+            trace.write(self.run_dir.trace(world.rank))
         progress.enter("memory")
         self.devices = tuple(backend.memory())
         self.environment = describe()

@@ -22,6 +22,7 @@ from launcher.backends.base import Prompt
 from launcher.backends.memory import PhasePeaks
 from launcher.backends.sampling import Sampler
 from launcher.backends.slots.decoder import SlotDecoder
+from launcher.backends.slots.static import Graphs
 from launcher.config.engines import engines
 from launcher.config.schema import SamplingConfig
 from launcher.models import EMBEDDED
@@ -259,6 +260,51 @@ def test_prompts_of_one_length_are_answered_with_flash_attention_alone(model: st
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         found = decoder.generate(prompts, SamplingConfig(max_new_tokens=8, ignore_eos=True), lambda *_: None)
     assert [len(item.token_ids) for item in found.completions] == [8, 8, 8]
+
+
+@pytest.mark.parametrize("model", ["tiny_falcon", "tiny_llama"])
+@pytest.mark.parametrize("way", ["cudagraph", "inductor"])
+def test_steps_that_are_made_ahead_give_the_tokens_of_others(way: str, model: str) -> None:
+    plain = ran("transformers", model, 1, "cuda", "measure.compile=none")
+    record, completions = ran("transformers", model, 1, "cuda", f"measure.compile={way}")
+    same_tokens(completions, plain[1])
+    assert (record["compilation"]["way"], plain[0]["compilation"]["way"]) == (way, "none")
+    assert record["compilation"]["seconds"] > 0
+    assert ran("transformers", model, 1, "cuda")[0]["compilation"]["way"] == "cudagraph", "what auto is on a card"
+
+
+@several
+@pytest.mark.parametrize("model", ["tiny_falcon", "tiny_llama"])
+def test_graphs_of_several_cards_give_the_tokens_of_others(model: str) -> None:
+    record, completions = ran("tensor_parallel", model, 2, "cuda", "measure.compile=cudagraph")
+    same_tokens(completions, ran("tensor_parallel", model, 2, "cuda", "measure.compile=none")[1])
+    assert record["compilation"]["way"] == "cudagraph"
+
+
+def test_a_replay_launches_the_kernels_of_a_step_at_once() -> None:
+    """Prompts of unlike lengths, more than there are slots, of which some end early; then one step is counted."""
+    model = build_meta(EMBEDDED / "tiny_llama", torch.float32).to_empty(device="cuda").eval()
+    fill_random(model, 0, torch.device("cuda", 0))
+    cuda = torch.device("cuda", 0)
+    engine = SlotDecoder(model, (), cuda, World(), 0, PhasePeaks(()), 4, 300, 2048, splits_prompts=False)
+    prompts = [Prompt(index, "", tuple(range(5, 5 + length))) for index, length in enumerate((7, 200, 3, 90, 12, 5))]
+    sampling = SamplingConfig(max_new_tokens=40, ignore_eos=True)
+
+    def answers() -> list[tuple[int, ...]]:
+        return [item.token_ids for item in engine.generate(prompts, sampling, lambda *_: None).completions]
+
+    expected = answers()
+    assert engine.slots is not None
+    with torch.inference_mode():
+        engine.slots.static = graphs = Graphs(engine.slots)
+    assert sorted(graphs.graphs) == [(rows, reach) for rows in (1, 2, 4) for reach in (128, 256, 300)]
+    assert answers() == expected
+    with torch.inference_mode(), torch.profiler.profile() as profile:
+        graphs(4, 200)
+        torch.cuda.synchronize()
+    launches = [event.name for event in profile.events() if event.name.startswith("cudaLaunchKernel")]
+    assert [event.name for event in profile.events()].count("cudaGraphLaunch") == 1
+    assert len(launches) < 10, "where the tokens go, and the mask"
 
 
 def test_a_prompt_in_falcons_attention_keeps_no_scores() -> None:

@@ -1,0 +1,59 @@
+"""Decode steps that are made ahead: whole by inductor, layer by layer where these are sharded, or not at all."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from running import ROOT, launcher, run, torchrun
+
+PROGRAM = str(ROOT / "tests" / "programs" / "compile_program.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "ranks"), [("transformers", 1), ("tensor_parallel", 2), ("fsdp", 2)])
+def test_steps_by_inductor_give_the_same_tokens(backend: str, ranks: int, tmp_path: Path) -> None:
+    command = [PROGRAM, backend, str(ranks), str(tmp_path)]
+    ended = run([sys.executable, *command], 280) if ranks == 1 else torchrun(ranks, *command, timeout=280)
+    assert ended.code == 0, ended.err[-3000:]
+    for rank in range(ranks):
+        seen = json.loads((tmp_path / f"rank_{rank}.json").read_text())
+        assert seen["compilation"]["way"] == "inductor"
+        assert seen["compilation"]["note"] is None
+        assert seen["compilation"]["seconds"] > 0
+        assert seen["compiled"] == seen["eager"]
+        assert seen["graphs"] > 0, "something was compiled"
+        assert seen["graphs in a measure"] == 0, "and nothing when the clocks run"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["backend=transformers", "measure.compile=cudagraph"], "captures kernels of CUDA, and this run is on CPUs."),
+        (["backend=vllm", "measure.compile=none"], "measure.compile=none: backend=vllm does not read it."),
+        (
+            ["backend=fsdp", "measure.scheduling=static", "measure.compile=inductor"],
+            "measure.compile=inductor: measure.scheduling=static does not read it.",
+        ),
+        (
+            ["backend=fsdp", "speculative=ngram", "measure.compile=inductor"],
+            "measure.compile=inductor: steps with guesses are not made ahead.",
+        ),
+    ],
+)
+def test_what_cannot_be_made_is_refused(overrides: list[str], line: str, tmp_path: Path) -> None:
+    ended = launcher(*overrides, "model=tiny_llama", "accelerator=cpu", f"output_dir={tmp_path / 'runs'}")
+    assert ended.code == 2
+    assert line in ended.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_inductor_needs_a_compiler(tmp_path: Path) -> None:
+    ended = launcher(
+        "backend=transformers", "model=tiny_llama", "accelerator=cpu", "devices=1", "measure.compile=inductor",
+        f"output_dir={tmp_path / 'runs'}", PATH=str(tmp_path), CXX="",
+    )  # fmt: skip
+    assert ended.code == 2
+    assert "writes C++, and there is no compiler (g++ or clang++). HINT: apt-get install g++" in ended.err
