@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from launcher.config.compiling import Compile
 from launcher.config.schema import ConfigError
+from launcher.config.storage import Offload
 
 if TYPE_CHECKING:
     from launcher.config.schema import RunConfig
@@ -29,6 +30,9 @@ def check_compile(config: RunConfig, on_cuda: bool) -> None:
     if backend.data_parallel and config.num_devices > 1:
         fact = f"measure.compile=cudagraph: backend={backend.name} gathers layers into other memory in each step."
         raise ConfigError(fact, "measure.compile=inductor, or backend=tensor_parallel")
+    if config.offload is not Offload.none:
+        fact = f"measure.compile=cudagraph: offload={config.offload.name} brings weights to other memory in each step."
+        raise ConfigError(fact, "measure.compile=auto, or offload=none")
     if not backend.one_process_per_device and config.num_devices > 1:
         fact = f"measure.compile=cudagraph captures one card, and backend={backend.name} is one process for all."
         raise ConfigError(fact, "measure.compile=auto, or backend=tensor_parallel")

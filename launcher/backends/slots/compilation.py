@@ -10,6 +10,7 @@ import torch
 from launcher.backends.base import Compilation
 from launcher.backends.slots.static import Compiled, Graphs
 from launcher.config.compiling import Compile
+from launcher.config.storage import Offload
 from shards.errors import UserError
 from shards.machine.process_group import any_rank
 from shards.parallel.fully_shard import decoder_layers, is_sharded
@@ -32,8 +33,8 @@ def settled(config: RunConfig, device: torch.device) -> Compile:
     asked = config.measure.compile
     if asked is not Compile.auto:
         return asked
-    is_worth_it = device.type == "cuda" and config.num_devices == 1 and not config.speculative.is_on
-    return Compile.cudagraph if is_worth_it else Compile.none
+    is_plain = config.num_devices == 1 and config.offload is Offload.none and not config.speculative.is_on
+    return Compile.cudagraph if is_plain and device.type == "cuda" else Compile.none
 
 
 @torch.inference_mode()
