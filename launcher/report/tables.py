@@ -223,10 +223,11 @@ def _speed(record: Record, out: Console) -> Table:
     rows += time_rows(metrics) if shows_requests else []
     rows += [None, *serving_rows(metrics.serving)] if metrics.serving else []
     sums = (counted(totals.prompts, "prompt"), f"{totals.prompt_tokens:,} prompt tokens", f"{totals.new_tokens:,} new")
-    rows += [None, ["load", seconds(record.load_s), "", "", ", ".join(sums)], *load_rows(record.load_times)]
-    if (made := record.compilation) is not None and made.seconds:
-        note = escape(made.note or "made before all measures")
-        rows.append([f"steps by {made.way}", seconds(made.seconds), "", "", note])
+    rows += [
+        None,
+        ["load", seconds(record.load_s), "", "", ", ".join(sums)],
+        *load_rows(record.load_times, record.compilation),
+    ]
     if record.cost is not None:
         rows += cost_rows(record.cost)
     if (quality := record.quality) is not None:
