@@ -223,11 +223,8 @@ def _speed(record: Record, out: Console) -> Table:
     rows += time_rows(metrics) if shows_requests else []
     rows += [None, *serving_rows(metrics.serving)] if metrics.serving else []
     sums = (counted(totals.prompts, "prompt"), f"{totals.prompt_tokens:,} prompt tokens", f"{totals.new_tokens:,} new")
-    rows += [
-        None,
-        ["load", seconds(record.load_s), "", "", ", ".join(sums)],
-        *load_rows(record.load_times, record.compilation),
-    ]
+    rows += [None, ["load", seconds(record.load_s), "", "", ", ".join(sums)]]
+    rows += load_rows(record.load_times, record.compilation)
     if record.cost is not None:
         rows += cost_rows(record.cost)
     if (quality := record.quality) is not None:
