@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import zlib
@@ -32,8 +33,11 @@ from shards.load.load import LoadStats, load_weights
 from shards.load.meta import build_meta
 from shards.load.quantizers import make_quantizer
 from shards.load.random_weights import fill_random
+from shards.load.stored import make_stored
 from shards.machine.hardware import MIB
 from shards.machine.process_group import any_rank, barrier, connect, connect_cards, device_of, disconnect
+from shards.model.quantization import as_kept
+from shards.model.quantized_checkpoint import from_config
 from shards.model.shape import KNOWN_FAMILIES, plan_tolerance
 from shards.parallel.families import keep_kv_heads_only
 from shards.parallel.products import pack_weights, quantize_layers
@@ -138,6 +142,17 @@ class ModuleBackend(ABC):
         """Let the layers of a model on meta store what `quantization` says; before it is sharded or filled."""
         if self.config.quantization is not WeightFormat.none:
             quantize_layers(model, make_quantizer(self.config.quantization.name, self.dtype))
+        elif self.config.model.weights is Weights.auto:
+            self._keep_stored(model)
+
+    def _keep_stored(self, model: torch.nn.Module) -> None:
+        """Let the layers of a checkpoint that is quantized already keep what it has."""
+        fields = json.loads((Path(self.config.model.path) / "config.json").read_text(encoding="utf-8"))
+        stored = from_config(fields)
+        kept = None if stored is None else as_kept(stored)
+        if kept is not None:
+            zeros_from = 0 if fields["quantization_config"].get("checkpoint_format") == "gptq_v2" else 1
+            quantize_layers(model, make_stored(kept, self.dtype, zeros_from), kept.chooses)
 
     @property
     def source(self) -> Path | str | JsonObject:

@@ -59,16 +59,18 @@ class GroupsInt4(Quantizer):
     What is stored has the order of the kernel of the device that it was packed on.
     """
 
+    group = INT4_GROUP
+
     def parameters(self, outputs: int, inputs: int) -> dict[str, torch.Tensor]:
-        if inputs % INT4_GROUP or outputs % INT4_OUTPUTS:
+        if inputs % self.group or outputs % INT4_OUTPUTS:
             raise PlanError(
                 f"A matrix of {outputs} outputs and {inputs} inputs is not whole groups of {INT4_OUTPUTS} and "
-                f"{INT4_GROUP}, as int4_wo needs.",
+                f"{self.group}, as int4_wo needs.",
                 "quantization=nf4",
             )
         return {
             "weight": torch.empty(outputs, inputs // 2, dtype=torch.uint8, device="meta"),
-            "weight_scale": torch.empty(inputs // INT4_GROUP, outputs, 2, dtype=self.dtype, device="meta"),
+            "weight_scale": torch.empty(inputs // self.group, outputs, 2, dtype=self.dtype, device="meta"),
         }
 
     def pack(self, layer: nn.Module, values: torch.Tensor) -> None:
@@ -76,7 +78,7 @@ class GroupsInt4(Quantizer):
         outputs, inputs = layer.packed_shape
         integers = torch.empty(outputs, inputs, dtype=torch.int32, device=values.device)
         for rows in row_pieces(values):
-            groups = values[rows].reshape(-1, inputs // INT4_GROUP, INT4_GROUP)
+            groups = values[rows].reshape(-1, inputs // self.group, self.group)
             low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
             scale = ((high - low) / 15).clamp_(min=1e-6)
             middle = low + scale * 8
@@ -87,10 +89,10 @@ class GroupsInt4(Quantizer):
     def multiply(self, layer: nn.Module, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         flat = rows.reshape(-1, rows.shape[-1])
         if rows.device.type == "cpu":
-            product = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, layer.weight, INT4_GROUP, layer.weight_scale)
+            product = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, layer.weight, self.group, layer.weight_scale)
         else:
             weight = layer.weight.view(torch.int32).view(*tiles(*layer.packed_shape))
-            product = torch._weight_int4pack_mm(flat, weight, INT4_GROUP, layer.weight_scale)
+            product = torch._weight_int4pack_mm(flat, weight, self.group, layer.weight_scale)
         product = product.view(*rows.shape[:-1], -1)
         return product if bias is None else product + bias
 

@@ -18,6 +18,7 @@ from shards.load.conversion import MergedEntry, converted, part_targets
 from shards.load.meta import materialize
 from shards.load.quantizers import packed_layers, part_bytes, part_of, whole_shape
 from shards.load.slices import PIECE_BYTES, TORCH_DTYPES, Target, map_target, read_targets
+from shards.load.stored import read_stored, with_stored
 from shards.load.torch_files import read_torch_file
 
 if TYPE_CHECKING:
@@ -90,9 +91,11 @@ def load_weights(
                 adapter.add(whole(name, tensor)[0], *local_block(tensor))
         entries = {name: matched[name][0] for name in packed}
         plain = bytes_read
-        packed_read, quantize_s = _read_packed(
-            files, entries, packed, adapter, lambda done: progress(plain + done, plain + later)
-        )
+        done_of = lambda done: progress(plain + done, plain + later)  # noqa: E731
+        if any(layer.quantizer.stored for layer in packed.values()):
+            packed_read, quantize_s = read_stored(files, entries, packed, done_of)
+        else:
+            packed_read, quantize_s = _read_packed(files, entries, packed, adapter, done_of)
         read_s = time.perf_counter() - read_began - quantize_s
     mapped = frozenset(target.entry.file for target in targets if target.mapped)
     seconds = time.perf_counter() - began
@@ -110,7 +113,7 @@ def match_tensors(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[T
             tied.setdefault(name, []).append(source)
     shapes = {name: whole(name, tensor)[1] for name, tensor in tensors.items()}
     shapes |= {name: whole_shape(layer) for name, layer in packed.items()}
-    checkpoint = converted(model, checkpoint, {*shapes, *tied})
+    checkpoint = converted(model, with_stored(checkpoint, packed), {*shapes, *tied})
     matched = checkpoint.verify(shapes, tied, getattr(model, "base_model_prefix", ""), _ignored(model))
     for name, (entry, *_) in matched.items():
         for stored in [part.entry for part in entry.parts] if isinstance(entry, MergedEntry) else [entry]:

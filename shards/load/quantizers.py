@@ -24,6 +24,7 @@ IMPLEMENTATIONS = {
     "nf4": "shards.load.bitsandbytes_quantizers:FourBit",
     "nf4_dq": "shards.load.bitsandbytes_quantizers:FourBit",
     "fp4": "shards.load.bitsandbytes_quantizers:FourBit",
+    "fp4_dq": "shards.load.bitsandbytes_quantizers:FourBit",
 }
 
 
@@ -35,6 +36,8 @@ class Quantizer(ABC):
     """
 
     whole: ClassVar[frozenset[str]] = frozenset()
+    stored: str = ""  # the quantization of the checkpoint that it keeps as it is
+    zeros_from: int = 0
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         self.name, self.dtype = name, dtype

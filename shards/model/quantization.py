@@ -19,8 +19,8 @@ _JOINED = (".k_proj.weight", ".v_proj.weight", ".up_proj.weight")
 """Matrices that vLLM appends to another: what there is once a layer, they do not have."""
 
 
-INT4_GROUP, INT4_OUTPUTS = 64, 16
-"""Inputs that share a scale in `int4_wo`, and outputs that torch's kernel takes at once."""
+INT4_GROUP, INT4_GROUPS, INT4_OUTPUTS = 64, (32, 64, 128, 256), 16
+"""Inputs that share a scale in `int4_wo`, and all that torch's kernel knows; the outputs that it takes at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +65,10 @@ class Quantization:
         """The storage until all weights are loaded."""
         return replace(self, zero_points=True) if self.zeros_to_load else self
 
+    def chooses(self, module: str) -> bool:
+        """Whether a module of the decoder layers is stored quantized, by its name."""
+        return _is_chosen(self.skipped, self.only, module)
+
     def applies(self, parameter: Parameter) -> bool:
         """True if a parameter is stored quantized: matrices of decoder layers, but for those that are left out."""
         module, _, leaf = parameter.name.rpartition(".")
@@ -96,10 +100,10 @@ class Quantization:
 
     def split_group(self, held: tuple[int, ...]) -> str | None:
         """Why layers of ours cannot store a piece of a matrix: it is not made of whole groups."""
-        if self.name != "int4_wo" or (held[0] % INT4_OUTPUTS == 0 and held[1] % INT4_GROUP == 0):
+        if self.scales != 2 or (held[0] % INT4_OUTPUTS == 0 and held[1] % self.block[1] == 0):
             return None
-        units = f"{INT4_OUTPUTS} outputs and {INT4_GROUP} inputs"
-        return f"int4_wo keeps {units} together, and a device would have {held[0]} x {held[1]} of a matrix."
+        units = f"{INT4_OUTPUTS} outputs and {self.block[1]} inputs"
+        return f"{self.name} keeps {units} together, and a device would have {held[0]} x {held[1]} of a matrix."
 
     def misfit(self, parameter: Parameter, held: tuple[int, ...]) -> str | None:
         """The reason why vLLM cannot cut a quantized matrix to `held`: whole groups and whole words stay together, and,
@@ -113,6 +117,19 @@ class Quantization:
             if unit > 1 and size % unit and (self.word > 1 or size != whole):
                 return f"{size} {what} on each device cannot be divided by the {unit} that {self.name} keeps together"
         return None
+
+
+def as_kept(stored: Quantization) -> Quantization | None:
+    """How layers of ours keep matrices that a checkpoint brings in this form; None for a form that they cannot."""
+    if not stored.fused:
+        return stored  # bitsandbytes
+    if stored.name == "int8_channel" and stored.layer_bytes == 0:
+        kept = QUANTIZATIONS["int8_dyn"]
+    elif stored.bits == 4 and stored.block[1] in INT4_GROUPS and not stored.head:
+        kept = replace(QUANTIZATIONS["int4_wo"], block=stored.block)
+    else:
+        return None
+    return replace(kept, name=stored.name, skipped=stored.skipped, only=stored.only)
 
 
 @dataclass(frozen=True, slots=True)

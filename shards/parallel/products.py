@@ -16,7 +16,7 @@ from shards.load.quantizers import set_quantizer
 from shards.parallel.fully_shard import decoder_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from shards.load.quantizers import Quantizer
 
@@ -114,8 +114,11 @@ def _fuse(module: nn.Module, name: str, names: Sequence[str], layers: Sequence[n
         setattr(module, each, taken)
 
 
-def quantize_layers(model: nn.Module, quantizer: Quantizer) -> None:
-    """Let a quantizer store the matrices of the decoder layers, in place; embeddings and the head stay as they are.
+def quantize_layers(
+    model: nn.Module, quantizer: Quantizer, chooses: Callable[[str], bool] = lambda module: True
+) -> None:
+    """Let a quantizer store the matrices of the decoder layers, in place; embeddings and the head stay as they are, and
+    modules that are not chosen by name.
 
     The model is on meta, whole or cut for tensor parallelism but not yet sharded. PlanError where matrices of its
     layers are not those of linear layers.
@@ -124,14 +127,15 @@ def quantize_layers(model: nn.Module, quantizer: Quantizer) -> None:
     inside = set(layers.modules())
     for name, module in model.named_modules():
         is_plain = type(module) in (nn.Linear, FalconLinear)
-        if module not in inside or not (is_plain or isinstance(module, ProductLinear)):
+        if module not in inside or not chooses(name) or not (is_plain or isinstance(module, ProductLinear)):
             continue
         if is_plain:
             module.__class__ = ProductLinear
         set_quantizer(module, name, quantizer)
     for name, parameter in layers.named_parameters():
         owner = layers.get_submodule(name.rpartition(".")[0])
-        if parameter.dim() == 2 and name.endswith(".weight") and getattr(owner, "quantizer", None) is None:
+        is_left = parameter.dim() == 2 and name.endswith(".weight") and getattr(owner, "quantizer", None) is None
+        if is_left and not isinstance(owner, nn.Linear):
             raise PlanError(
                 f"{name} of a {type(model).__name__} is a {type(owner).__name__}, which is not quantized here.",
                 "quantization=none",

@@ -58,6 +58,7 @@ TENSORS = {
     "shards.load.bitsandbytes_quantizers",
     "shards.load.disk",
     "shards.load.integer_quantizers",
+    "shards.load.stored",
     "shards.load.load",
     "shards.load.quantizers",
     "shards.load.meta",

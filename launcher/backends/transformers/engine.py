@@ -10,6 +10,8 @@ from launcher.config.options import choice
 from launcher.config.schema import BackendConfig, ConfigError
 from launcher.config.storage import Offload
 from shards.engines.transformers import TransformersPlanner
+from shards.errors import PlanError
+from shards.model.quantization import Quantization, as_kept
 from shards.plan.request import EnginePlanner
 
 if TYPE_CHECKING:
@@ -40,8 +42,19 @@ class TransformersConfig(BackendConfig):
     is_reference: ClassVar[bool] = True
     quantizations: ClassVar[tuple[str, ...]] = OWN_QUANTIZATIONS
 
+    stored_weights: ClassVar[str] = "reads GPTQ, AWQ and W4A16 in groups, W8A8 and bitsandbytes"
+
     name: str = "transformers"
     device_map: str = choice("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's, for several GPUs
+
+    @classmethod
+    def reads(cls, quantization: Quantization) -> bool:
+        return as_kept(quantization) is not None
+
+    def quantization(self, config: RunConfig, stored: Quantization | None, on_cuda: bool) -> Quantization | None:
+        if stored is not None and config.adapter.path is not None:
+            raise PlanError(f"Weights that are quantized already ({stored.name}) take no adapter.", "adapter.path=null")
+        return as_kept(stored) if stored is not None else super().quantization(config, stored, on_cuda)
 
     def settle(self, config: RunConfig, on_cuda: bool) -> tuple[RunConfig, list[str]]:
         """One node, and without GPUs one device, so that the reference has its row in every sweep."""

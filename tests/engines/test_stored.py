@@ -1,0 +1,186 @@
+"""Checkpoints that are quantized already: kept as they are stored, with the logits of what they stand for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import launcher
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from launcher.models import EMBEDDED
+from shards.checkpoint.checkpoint import Checkpoint
+from shards.errors import CheckpointError
+from shards.load.load import load_weights
+from shards.load.meta import build_meta
+from shards.load.stored import make_stored
+from shards.model.quantization import as_kept
+from shards.model.quantized_checkpoint import from_config
+from shards.parallel.products import quantize_layers
+
+IDS = torch.tensor([[5, 77, 301, 12, 9, 44, 130, 8]])
+LLAMA = EMBEDDED / "tiny_llama"
+GROUP = 64
+AWQ_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)  # the output of each four bits of a word, lowest first
+WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
+BYTES = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+ROWS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
+    "w4a16": {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": WEIGHTS}},
+    },
+    "w8a8": {
+        "quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": BYTES, "input_activations": ROWS}},
+    },
+}  # fmt: skip
+
+
+def words(integers: torch.Tensor) -> torch.Tensor:
+    """Eight integers a word, along the last dimension, the first in the lowest bits."""
+    parts = integers.long().view(*integers.shape[:-1], -1, 8)
+    total = sum(parts[..., place] << (4 * place) for place in range(8))
+    assert isinstance(total, torch.Tensor)
+    return torch.where(total >= 1 << 31, total - (1 << 32), total).int()
+
+
+def packed(method: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """What a method stores of a matrix, and the values that this stands for."""
+    if method == "w8a8":
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        integers = (weight / scale).round()
+        return {"weight": integers.to(torch.int8), "weight_scale": scale}, integers * scale
+    groups = weight.view(len(weight), -1, GROUP)
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    if method == "awq":
+        scale = ((high - low) / 15).half().float()
+        zero = (-low / scale).round().clamp(0, 15)
+    else:
+        scale = (groups.abs().amax(-1, keepdim=True) / 7.5).half().float()
+        zero = torch.full_like(scale, 8)
+    integers = (groups / scale + zero).round().clamp(0, 15)
+    values = ((integers - zero) * scale).view_as(weight)
+    integers, scale, zero = integers.view_as(weight), scale[..., 0], zero[..., 0]
+    if method == "w4a16":
+        return {
+            "weight_packed": words(integers),
+            "weight_scale": scale,
+            "weight_shape": torch.tensor(weight.shape),
+        }, values
+    if method == "gptq":
+        inputs = torch.arange(weight.shape[1]) // GROUP
+        return {
+            "qweight": words(integers).t().contiguous(), "qzeros": words((zero - 1).t().contiguous()),
+            "scales": scale.t().half().contiguous(), "g_idx": inputs.int(),
+        }, values  # fmt: skip
+    order = [8 * word + place for word in range(len(weight) // 8) for place in AWQ_OUTPUTS]
+    return {
+        "qweight": words(integers.t()[:, order]), "qzeros": words(zero.t()[:, order]),
+        "scales": scale.t().half().contiguous(),
+    }, values  # fmt: skip
+
+
+def write(method: str, folder: Path) -> torch.nn.Module:
+    """A quantized tiny_llama in a folder; gives the plain model with the values that it stands for."""
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, weight in model.model.layers.named_parameters():
+        if weight.dim() == 2:
+            prefix = f"model.layers.{name.removesuffix('weight')}"
+            parts, values = packed(method, tensors.pop(f"{prefix}weight"))
+            tensors |= {f"{prefix}{leaf}": tensor.contiguous() for leaf, tensor in parts.items()}
+            weight.data.copy_(values)
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(LLAMA / name, folder)
+    config = json.loads((LLAMA / "config.json").read_text()) | {"quantization_config": CONFIGS[method]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return model
+
+
+def kept(folder: Path) -> torch.nn.Module:
+    stored = from_config(json.loads((folder / "config.json").read_text()))
+    assert stored is not None
+    form = as_kept(stored)
+    assert form is not None
+    model = build_meta(folder, torch.float32)
+    quantize_layers(model, make_stored(form, torch.float32, zeros_from=1), form.chooses)
+    load_weights(model, Checkpoint.open(folder), "cpu")
+    return model
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("method", ["gptq", "awq", "w4a16"])
+def test_logits_are_those_of_the_values_that_are_stored(method: str, tmp_path: Path) -> None:
+    plain = write(method, tmp_path / "model")
+    torch.testing.assert_close(kept(tmp_path / "model")(IDS).logits, plain(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_bytes_are_multiplied_with_bytes(tmp_path: Path) -> None:
+    """The stored integers and scales as they are; inputs are rounded too, which moves the logits a little."""
+    plain = write("w8a8", tmp_path / "model")
+    model = kept(tmp_path / "model")
+    layer = model.model.layers[1].mlp.down_proj
+    values = layer.weight * layer.weight_scale[:, None]
+    torch.testing.assert_close(values, plain.model.layers[1].mlp.down_proj.weight)
+    difference = (model(IDS).logits - plain(IDS).logits).abs().max()
+    assert 0 < difference < 0.5
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bitsandbytes_is_read_as_it_was_saved(bits: int, tmp_path: Path) -> None:
+    kinds = {8: {"load_in_8bit": True}, 4: {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}}
+    config = BitsAndBytesConfig(**kinds[bits])
+    theirs = AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32, quantization_config=config)
+    theirs.save_pretrained(tmp_path)
+    model = kept(tmp_path)
+    if bits == 8:
+        torch.testing.assert_close(model(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-4)
+    stored = load_file(tmp_path / "model.safetensors")
+    layer = model.model.layers[2].self_attn.v_proj
+    prefix = "model.layers.2.self_attn.v_proj"
+    assert torch.equal(layer.weight.view(-1), stored[f"{prefix}.weight"].view(-1))
+    if bits == 4:
+        assert torch.equal(layer.weight_nested_absmax, stored[f"{prefix}.weight.nested_absmax"])
+        expected = AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32)(IDS).logits
+        assert (model(IDS).logits - expected).abs().mean() < 0.5
+
+
+def test_reordered_inputs_are_refused(tmp_path: Path) -> None:
+    write("gptq", tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.0.mlp.up_proj.g_idx"
+    save_file(tensors | {name: tensors[name].flip(0).contiguous()}, path)
+    with pytest.raises(CheckpointError, match="its inputs are reordered"):
+        kept(tmp_path / "model")
+
+
+@pytest.mark.slow
+def test_a_run_holds_the_planned_bytes_and_others_name_who_can(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    write("gptq", folder)
+    asked = ["model=tiny_llama", f"model.path={folder}", "devices=1", f"output_dir={tmp_path / 'runs'}"]
+    ended = launcher(*asked, "backend=transformers", "measure.repeats=1", "measure.warmup=0")
+    assert ended.code == 0, ended.err
+    record = json.loads((Path(ended.last_json["run_dir"]) / "record.json").read_text())
+    [device], [planned] = record["devices"], record["plan"]["devices"]
+    assert device["parameter_bytes"] == planned["parameter_bytes"]
+    for backend in ("fsdp", "tensor_parallel"):
+        ended = launcher(*asked, f"backend={backend}")
+        assert (ended.code, ended.err.count("\n")) == (2, 1)
+        assert "The checkpoint is quantized (gptq_int4_g64)" in ended.err
+        assert "backend=vllm, or backend=transformers" in ended.err
+    ended = launcher(*asked, "backend=transformers", "adapter.path=embedded:tiny_llama_adapter")
+    assert "quantized already (gptq_int4_g64) take no adapter. HINT: adapter.path=null" in ended.err
