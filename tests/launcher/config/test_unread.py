@@ -114,3 +114,13 @@ def test_a_sweep_over_engines_may_give_all_of_them_what_some_read() -> None:
     assert [point.config.measure.batch_size for point in points] == [8, 8]
     with pytest.raises(ConfigError, match=r"measure\.batch_size=8 is not read: backend=vllm"):
         points_of(["backend=vllm", "devices=1,2", "measure.batch_size=8"])
+
+
+def test_a_sweep_over_guesses_takes_the_keys_of_all_their_kinds() -> None:
+    """Each point is given those that it reads, so that its command can be given alone."""
+    shared = ["speculative.tokens=3", "speculative.model=embedded:tiny_draft", "seed=1"]
+    points = points_of(["speculative=none,ngram,draft", *shared])
+    assert [point.config.speculative.name for point in points] == ["none", "ngram", "draft"]
+    assert [point.overrides[1:] for point in points] == [("seed=1",), (shared[0], "seed=1"), tuple(shared)]
+    with pytest.raises(ConfigError, match="is not read with speculative=none"):
+        points_of(["seed=1,2", "speculative.tokens=3"])
