@@ -22,6 +22,7 @@ BUILT_IN = {
     "tensor_parallel": "launcher.backends.tensor_parallel.engine:TensorParallelConfig",
     "vllm": "launcher.backends.vllm.engine:VllmConfig",
     "transformers": "launcher.backends.transformers.engine:TransformersConfig",
+    "litgpt": "launcher.backends.litgpt.engine:LitgptConfig",
     "endpoint": "launcher.backends.endpoint.engine:EndpointConfig",
 }
 

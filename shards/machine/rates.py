@@ -41,11 +41,16 @@ class Measured:
         return cls(Device(**values["device"]), values["num_devices"], link and Link(**link))
 
 
+def cache_folder(environ: Mapping[str, str]) -> Path:
+    """The user's cache folder for this project."""
+    home = environ.get("XDG_CACHE_HOME") or str(Path(environ.get("HOME", "~")).expanduser() / ".cache")
+    return Path(home) / "multi-gpu-launcher"
+
+
 def cache_file(environ: Mapping[str, str], device: Device, num_devices: int) -> Path:
     """The file with the figures of this number of this device on this host."""
-    home = environ.get("XDG_CACHE_HOME") or str(Path(environ.get("HOME", "~")).expanduser() / ".cache")
     name = "".join(letter if letter.isalnum() else "_" for letter in device.name.lower())
-    return Path(home) / "multi-gpu-launcher" / f"probe_{os.uname().nodename}_{name}_{num_devices}.json"
+    return cache_folder(environ) / f"probe_{os.uname().nodename}_{name}_{num_devices}.json"
 
 
 def save(environ: Mapping[str, str], measured: Measured) -> Path:

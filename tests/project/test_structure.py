@@ -22,13 +22,15 @@ PACKAGES = ("launcher", "shards")
 MOST_LINES_OF_A_FILE = 299
 MOST_LINES_OF_A_FUNCTION = 60
 
-HEAVY = {"torch", "transformers", "accelerate", "lightning", "deepspeed", "vllm"}
+HEAVY = {"torch", "transformers", "accelerate", "lightning", "litgpt", "deepspeed", "vllm"}
 """What takes seconds to import, and is not there on a machine that only plans or reports."""
 
 TENSORS = {
     "launcher.backends.deepspeed.backend",
     "launcher.backends.deepspeed.all_reduce",
     "launcher.backends.fsdp.backend",
+    "launcher.backends.litgpt.backend",
+    "launcher.backends.litgpt.convert",
     "launcher.backends.module",
     "launcher.backends.tensor_parallel.backend",
     "launcher.backends.transformers.backend",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from launcher.backends.base import Completion, DeviceMemory, Generation, Score
-from launcher.backends.vllm.heartbeat import heartbeat
+from launcher.backends.heartbeat import heartbeat
 from launcher.backends.vllm.monitor import Watch
 from launcher.backends.vllm.options import arguments, environment, refusal
 from launcher.config.schema import Accelerator, ConfigError

@@ -1,4 +1,4 @@
-"""Signs of life while vLLM loads: it does so in one call, which says nothing until it is over."""
+"""Signs of life while an engine loads in one call, which says nothing until it is over."""
 
 from __future__ import annotations
 

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from launcher.backends import heartbeat
+from launcher.backends.heartbeat import COMPUTING_S, READING, Activity, Work
 from launcher.backends.vllm import backend as module
-from launcher.backends.vllm import heartbeat
-from launcher.backends.vllm.heartbeat import COMPUTING_S, READING, Activity, Work
 from launcher.composition.compose import compose_run
 from shards.machine.world import World
 

@@ -1,0 +1,190 @@
+"""LitGPT's own modules and loop: `generate/sequentially.py` in one process, or `generate/tp.py` over several ranks."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric import Fabric
+from lightning.fabric.plugins import BitsandbytesPrecision
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from litgpt.config import Config
+from litgpt.generate import tp
+from litgpt.generate.base import generate_fn
+from litgpt.generate.sequentially import sequential
+from litgpt.model import GPT, build_mask_cache
+
+from launcher.backends.base import Completion, Generation
+from launcher.backends.heartbeat import heartbeat
+from launcher.backends.litgpt.convert import MODEL, converted
+from launcher.backends.litgpt.engine import SEQUENTIAL
+from launcher.backends.litgpt.shapes import litgpt_config
+from launcher.backends.memory import PhasePeaks, module_memory
+from launcher.config.storage import Precision
+from launcher.system.files import read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from launcher.backends.base import DeviceMemory, OnStep, Prompt
+    from launcher.backends.litgpt.engine import LitgptConfig
+    from launcher.config.schema import RunConfig, SamplingConfig
+    from shards.machine.world import World
+    from shards.plan.plan import Plan
+
+PRECISIONS = {Precision.fp32: "32-true", Precision.fp16: "16-true", Precision.bf16: "bf16-true"}
+LEAST_LENGTH = 16  # of the cache until the first prompts come
+
+
+class LitgptBackend:
+    """One prompt after the other, as LitGPT's scripts answer one; token ids in, token ids out."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.options: LitgptConfig = config.backend  # type: ignore[assignment]
+        self.folder = Path(config.model.path)
+        self.model: Any = None
+
+    def load(self, plan: Plan | None, world: World, progress: Callable[[int, int], None]) -> None:
+        self.world = world
+        kind, dtype = self.config.accelerator.value, getattr(torch, self.config.precision.value)
+        cards = self.config.devices if kind == "cuda" and self.options.generate == SEQUENTIAL else 1
+        place = torch.device(kind, world.local_rank) if kind == "cuda" else torch.device(kind)
+        self.devices = [torch.device("cuda", card) for card in range(cards)] if cards > 1 else [place]
+        self.peaks = PhasePeaks(self.devices)
+        quantize = self.options.quantize
+        plugins: list[Any] = [] if quantize == "none" else [BitsandbytesPrecision(quantize.removeprefix("bnb."), dtype)]
+        fabric = Fabric(
+            accelerator=kind,
+            devices=world.local_world_size,
+            num_nodes=world.num_nodes,
+            precision=None if plugins else PRECISIONS[self.config.precision],
+            strategy="ddp" if world.world_size > 1 else "auto",
+            plugins=[*plugins, *([TorchElasticEnvironment()] if world.world_size > 1 else [])],
+        )
+        with heartbeat(lambda: progress(0, 1)):
+            fabric.launch()
+            self.model = self._placed(fabric, self._read(fabric, dtype), cards)
+        self.root = fabric.device
+        self.peaks.end("load")
+        progress(1, 1)
+
+    def _read(self, fabric: Any, dtype: torch.dtype) -> Any:
+        """The model in main memory; rank 0 of each node converts the checkpoint if that was never done."""
+        fields = read_json(self.folder / "config.json")
+        if fabric.local_rank == 0:
+            converted(self.folder, litgpt_config(fields))
+        fabric.barrier()
+        folder = converted(self.folder, litgpt_config(fields))
+        with fabric.init_tensor(), torch.device("meta"):
+            model = GPT(Config.from_file(folder / "model_config.yaml"))
+        state = torch.load(folder / MODEL, mmap=True, map_location="cpu")
+        if "lm_head.weight" not in state:  # tied in transformers, and never in LitGPT
+            state["lm_head.weight"] = state["transformer.wte.weight"].clone()
+        model.load_state_dict(state, assign=True)
+        return model.to(dtype).eval()
+
+    def _placed(self, fabric: Any, model: Any, cards: int) -> Any:
+        """The model on its devices, by the functions of LitGPT's scripts, in their order."""
+        if self.options.generate == SEQUENTIAL:
+            return sequential(fabric.setup_module(model, move_to_device=False), fabric.device, LEAST_LENGTH, cards)
+        model = fabric._precision.convert_module(model)
+        if fabric.world_size > 1:
+            order_heads(model, fabric.world_size)
+            model = tp.tensor_parallel(fabric, model)
+        with fabric.init_tensor():
+            model.max_seq_length = LEAST_LENGTH
+            model.cos, model.sin = model.rope_cache()
+            model.set_kv_cache(batch_size=1)
+        return fabric.to_device(model)
+
+    @torch.inference_mode()
+    def _make_room(self, length: int) -> None:
+        """A cache and masks for so many tokens, where there were fewer."""
+        if length <= self.model.max_seq_length:
+            return
+        self.model.max_seq_length = length
+        for block in self.model.transformer.h:
+            device = block.attn.proj.weight.device
+            block.attn.kv_cache = block.attn.build_kv_cache(1, length, self.model.rope_cache_length(), device)
+        self.model.mask_cache = build_mask_cache(length, self.root)
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Generation:
+        longest = max(len(prompt.token_ids) for prompt in prompts)
+        self._make_room(longest + sampling.max_new_tokens)
+        completions: list[Completion] = []
+        prefill_s = decode_s = 0.0
+        start = perf_counter()
+        for prompt in prompts:
+            began, moments = perf_counter(), list[float]()
+            tokens = []
+            for token in self._tokens(prompt, sampling):
+                tokens.append(int(token))
+                moments.append(perf_counter())
+                self.peaks.end("decode" if len(tokens) > 1 else "prefill")
+                on_step(1)
+            gaps = tuple(later - earlier for earlier, later in pairwise(moments))
+            is_ended = not sampling.ignore_eos and tokens[-1] in self._eos_token_ids()
+            reason = "stop" if is_ended else "length"
+            ended = Completion(prompt.index, tuple(tokens), reason, moments[0] - start, gaps)  # type: ignore[arg-type]
+            completions.append(ended)
+            on_step(0, (ended,))
+            prefill_s, decode_s = prefill_s + moments[0] - began, decode_s + sum(gaps)
+        steps = sum(len(completion.itl_s) for completion in completions)
+        return Generation(tuple(completions), prefill_s, decode_s, steps)
+
+    def _tokens(self, prompt: Prompt, sampling: SamplingConfig) -> Any:
+        """What LitGPT's loop yields for a prompt, its EOS included."""
+        torch.manual_seed(self.config.seed + prompt.index)
+        for block in self.model.transformer.h:
+            block.attn.kv_cache.reset_parameters()
+        return generate_fn(
+            self.model,
+            torch.tensor(prompt.token_ids, device=self.root),
+            len(prompt.token_ids) + sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k or None,
+            top_p=sampling.top_p,
+            stop_tokens=() if sampling.ignore_eos else tuple([token] for token in self._eos_token_ids()),
+            include_prompt=False,
+            include_eos=True,
+        )
+
+    def _eos_token_ids(self) -> tuple[int, ...]:
+        eos = (read_json(self.folder / "generation_config.json") or {}).get("eos_token_id")
+        eos = read_json(self.folder / "config.json").get("eos_token_id") if eos is None else eos
+        return tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
+
+    def barrier(self) -> None:
+        if dist.is_initialized():
+            dist.barrier()
+
+    def memory(self) -> list[DeviceMemory]:
+        caches: dict[torch.device, int] = {}
+        for block in self.model.transformer.h:
+            for buffer in (block.attn.kv_cache.k, block.attn.kv_cache.v):
+                caches[buffer.device] = caches.get(buffer.device, 0) + buffer.nbytes
+        return [
+            module_memory(self.model, device, rank, caches, self.peaks, is_reserved=True)
+            for rank, device in enumerate(self.devices, self.world.rank)
+        ]
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def order_heads(model: Any, ranks: int) -> None:
+    """Put queries, keys and values of each rank together: LitGPT's tensor_parallel cuts their joint matrix into equal
+    blocks of rows, and its converter has written all queries before all keys (release 0.5.13)."""
+    config = model.config
+    sizes = [heads * config.head_size for heads in (config.n_head, config.n_query_groups, config.n_query_groups)]
+    for block in model.transformer.h:
+        weight = block.attn.qkv.weight
+        parts = [part.chunk(ranks) for part in weight.data.split(sizes)]
+        weight.data = torch.cat([kind[rank] for rank in range(ranks) for kind in parts])

@@ -1,0 +1,84 @@
+"""LitGPT as the launcher knows it: it answers one prompt after the other, in an environment of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from launcher.backends.litgpt.shapes import ELSEWHERE, litgpt_config
+from launcher.config.formats import Weights
+from launcher.config.options import choice
+from launcher.config.schema import BackendConfig, ConfigError
+
+if TYPE_CHECKING:
+    from launcher.config.schema import RunConfig
+    from shards.model.config_fields import TransformersConfig
+
+INSTALL = (
+    "python -m venv litgpt-env && litgpt-env/bin/pip install torch==2.13.0 litgpt==0.5.13 bitsandbytes msgspec "
+    "nvidia-ml-py"
+)
+"""An environment of its own: LitGPT takes huggingface_hub below 1.4 only, which is too old for transformers."""
+
+SEQUENTIAL, TENSOR_PARALLEL = "sequential", "tensor_parallel"
+
+
+@dataclass
+class LitgptConfig(BackendConfig):
+    """The tool of the articles: its own modules and loop over a checkpoint that it has converted."""
+
+    implementation: ClassVar[str] = "launcher.backends.litgpt.backend:LitgptBackend"
+    packages: ClassVar[tuple[str, ...]] = ("torch", "litgpt:GPT", "lightning:Fabric")
+    continuous_batching: ClassVar[bool] = True
+
+    name: str = "litgpt"
+    generate: str = choice(SEQUENTIAL, TENSOR_PARALLEL)  # its scripts: layers one after the other, or each cut
+    quantize: str = choice("none", "bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq")  # on CUDA
+
+    @property
+    def one_process_per_device(self) -> bool:  # type: ignore[override]
+        """A rank for each device where layers are cut."""
+        return self.generate == TENSOR_PARALLEL
+
+    @property
+    def joins_ranks(self) -> bool:  # type: ignore[override]
+        """Only ranks that share each layer are several."""
+        return self.generate == TENSOR_PARALLEL
+
+    @classmethod
+    def install_hint(cls, missing: Sequence[str] = ()) -> str:
+        return f"{INSTALL}, and backend.python=litgpt-env/bin/python"
+
+    def most_at_once(self, config: RunConfig) -> int | None:
+        return 1
+
+    def settle(self, config: RunConfig, on_cuda: bool) -> tuple[RunConfig, list[str]]:
+        """Layers are spread over cards only."""
+        if self.generate == SEQUENTIAL and config.devices > 1 and not on_cuda:
+            note = f"devices={config.devices}, but litgpt's sequential has one device without GPUs"
+            return replace(config, devices=1), [note]
+        return config, []
+
+    def refuse(self, config: RunConfig, model_config: TransformersConfig, on_cuda: bool, longest: int) -> None:
+        """What LitGPT would get wrong, or ends with a traceback."""
+        values, devices = litgpt_config(model_config), config.devices * config.num_nodes
+        if config.model.weights is Weights.random:
+            raise ConfigError("backend=litgpt converts a checkpoint, and model.weights=random is none.", ELSEWHERE)
+        if self.quantize != "none" and not on_cuda:
+            fact = f"backend.quantize={self.quantize}: LitGPT quantizes through Fabric on CUDA only."
+            raise ConfigError(fact, "backend.quantize=none, or backend=transformers quantization=nf4")
+        if self.quantize != "none" and self.generate == TENSOR_PARALLEL and devices > 1:
+            fact = f"backend.quantize={self.quantize}: what is packed is not cut by heads."
+            raise ConfigError(fact, "backend.generate=sequential, or backend.quantize=none")
+        if self.generate == SEQUENTIAL:
+            if config.num_nodes > 1:
+                raise ConfigError("litgpt's sequential is one process on one node.", "num_nodes=1")
+            if devices > values["n_layer"]:
+                fact = f"devices={devices}, and the model has {values['n_layer']} layers to put on them."
+                raise ConfigError(fact, f"devices={values['n_layer']}")
+            return
+        for unit in ("n_head", "n_query_groups", "n_embd", "intermediate_size"):
+            if values[unit] % devices:
+                fact = f"litgpt's tensor_parallel cannot divide {unit}={values[unit]} by {devices} devices."
+                raise ConfigError(fact, "backend.generate=sequential, or devices=1")

@@ -1,0 +1,78 @@
+"""The config of transformers -> that of LitGPT. No LitGPT, no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from launcher.config.schema import ConfigError
+from shards.model.config_fields import ConfigFields
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+ELSEWHERE = "backend=transformers"
+
+
+def litgpt_config(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of litgpt.Config; ConfigError for what LitGPT would read otherwise, or not at all.
+
+    Its converter goes by the name of a Falcon: those of 7b have one norm in a layer, those of 40b two.
+    """
+    family, config = str(fields.get("model_type")), ConfigFields(fields)
+    if family not in ("falcon", "llama"):
+        raise ConfigError(f"backend=litgpt converts a falcon and a llama here, and no {family}.", ELSEWHERE)
+    heads = config.size("num_attention_heads")
+    hidden, vocabulary = config.size("hidden_size"), config.size("vocab_size")
+    values: dict[str, Any] = {
+        "n_layer": config.size("num_hidden_layers"),
+        "n_embd": hidden,
+        "n_head": heads,
+        "head_size": config.count("head_dim") or hidden // heads,
+        "vocab_size": vocabulary,
+        "padded_vocab_size": vocabulary,
+        "block_size": config.count("max_position_embeddings") or 2048,
+        "rotary_percentage": 1.0,
+        "bias": False,
+        **_rope(fields),
+    }
+    for name in ("bias", "alibi", "attention_bias", "mlp_bias"):
+        if fields.get(name):
+            raise ConfigError(f"backend=litgpt converts no {family} with {name}=true here.", ELSEWHERE)
+    if family == "llama":
+        return values | {
+            "name": "llama",
+            "n_query_groups": config.count("num_key_value_heads") or heads,
+            "intermediate_size": config.size("intermediate_size"),
+            "norm_class_name": "RMSNorm",
+            "norm_eps": fields.get("rms_norm_eps", 1e-6),
+            "mlp_class_name": "LLaMAMLP",
+            "parallel_residual": False,
+        }
+    is_new = bool(fields.get("new_decoder_architecture"))
+    norms = fields.get("num_ln_in_parallel_attn") or 2
+    if is_new and norms != 2:
+        raise ConfigError(f"backend=litgpt converts no Falcon with {norms} norms in a layer here.", ELSEWHERE)
+    if not is_new and not (fields.get("multi_query", True) and fields.get("parallel_attn", True)):
+        raise ConfigError("backend=litgpt converts no Falcon with as many keys as queries here.", ELSEWHERE)
+    return values | {
+        "name": "falcon-40b" if is_new else "falcon-7b",
+        "n_query_groups": config.size("num_kv_heads") if is_new else 1,
+        "intermediate_size": config.count("ffn_hidden_size") or 4 * hidden,
+        "norm_eps": fields.get("layer_norm_epsilon", 1e-5),
+        "shared_attention_norm": not is_new,
+    }
+
+
+def _rope(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary embedding, plain or as Llama 3.1 stretches it."""
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    base = {"rope_base": int(rope.get("rope_theta") or fields.get("rope_theta") or 10000)}
+    match rope.get("rope_type", rope.get("type", "default")):
+        case "default":
+            return base
+        case "llama3":
+            names = ("factor", "low_freq_factor", "high_freq_factor")
+            length = rope["original_max_position_embeddings"]
+            return base | {"rope_adjustments": {name: rope[name] for name in names} | {"original_max_seq_len": length}}
+        case kind:
+            raise ConfigError(f"backend=litgpt has no rotary embedding of type {kind} here.", ELSEWHERE)
