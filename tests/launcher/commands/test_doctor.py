@@ -31,6 +31,7 @@ MODULES = {
     "transformers": "__version__ = '8.8'\nAutoModelForCausalLM = 1",
     "accelerate": "raise SystemExit(3)",
     "lightning": "__version__ = '7.7'",
+    "litgpt": "__version__ = '5.5'\nGPT = 1",
     "deepspeed": "import os\nprint('noise')\nos.abort()",
     "vllm": "print('noise')\nraise RuntimeError('''\nlibcuda.so.1: cannot open\nsecond line''')",
     "pynvml": "import os\nos.abort()",
@@ -44,6 +45,7 @@ ENGINES = [
     Engine("tensor_parallel", BOTH),
     Engine("vllm", {"torch": "9.9"}, "vllm: RuntimeError: libcuda.so.1: cannot open"),
     Engine("transformers", BOTH, "accelerate: SystemExit: 3"),
+    Engine("litgpt", {"torch": "9.9", "litgpt": "5.5"}, "importing lightning took more than 4 s"),
     Engine("endpoint", {"httptools": "6.6"}),
 ]
 
