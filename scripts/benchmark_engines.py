@@ -90,7 +90,7 @@ CONTESTANTS = (
     ours("fsdp x1", "transformers", "backend=fsdp", devices=1),
     Contestant("Fabric FSDP2 + generate", "fabric", "model.generate", ("backend=fsdp",), ranks=True),
     ours("fsdp", "Fabric FSDP2 + generate", "backend=fsdp", ranks=True),
-    ours("fsdp all resident", "Fabric FSDP2 + generate", "backend=fsdp", "backend.resident_layers=all", ranks=True),
+    ours("fsdp all resident", "Fabric FSDP2 + generate", "backend=fsdp", "backend.resident_layers=auto", ranks=True),
     Contestant("deepspeed.init_inference", "deepspeed", "model.generate", ("backend=deepspeed",), ranks=True),
     ours("deepspeed", "deepspeed.init_inference", "backend=deepspeed", ranks=True),
     Contestant("vllm.LLM", "vllm", "model.generate", ("backend=vllm",), needs="vllm",

@@ -279,6 +279,23 @@ def test_ranks_that_know_when_answers_end_follow_each_other() -> None:
     assert max(map(len, given)) - min(map(len, given)) <= 3
 
 
+def test_ranks_that_need_no_other_end_with_their_own_answers() -> None:
+    """As many prompts are given to each as to ranks in step, and none makes a forward for another."""
+    pictures = [[Schedule(3, 6, 16, near=4) for _ in range(2)] for _ in range(2)]
+    queues = [Queue(PROMPTS[:7], schedules, rank, False, is_apart=True) for rank, schedules in enumerate(pictures)]
+    given: list[list[int]] = [[], []]
+    for rank, queue in enumerate(queues):
+        while queue.fill():
+            forward = queue.own.next()
+            queue.follow()
+            assert forward is not None
+            if isinstance(forward, Read) and forward.is_last:
+                given[rank] += [one.prompt.index for one in forward.sequences]
+            queue.own.begin(forward)
+    assert sorted(given[0] + given[1]) == list(range(7))
+    assert min(map(len, given)) == 3
+
+
 @pytest.fixture(scope="module")
 def model() -> Any:
     return made("llama", USUAL)

@@ -20,6 +20,7 @@ from launcher.backends.slots.schedule import NEAR, Read, Schedule, Step
 from launcher.backends.slots.speculation import Speculation
 from launcher.results.metrics import ROWS, SLOTS
 from launcher.results.speculation import GUESSING
+from shards.parallel.fully_shard import is_sharded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,15 +43,25 @@ class Queue:
     """The prompts of a call, and which rank is given each: the one that has most free slots, the first of several.
 
     Alone, or where ranks answer together, there is one schedule. Ranks that answer apart keep in step: where it is
-    known when answers end each follows the schedules of all, else they tell each other how many slots are free.
+    known when answers end each follows the schedules of all, else they tell each other how many slots are free. Where
+    their forwards need no other rank (`is_apart`) they do so no longer once all prompts are given.
     """
 
-    def __init__(self, prompts: SequenceOf[Prompt], schedules: SequenceOf[Schedule], rank: int, votes: bool) -> None:
+    def __init__(
+        self,
+        prompts: SequenceOf[Prompt],
+        schedules: SequenceOf[Schedule],
+        rank: int,
+        votes: bool,
+        is_apart: bool = False,
+    ) -> None:
         self.prompts = deque(prompts)
-        self.schedules, self.own, self.votes = schedules, schedules[rank], votes
+        self.schedules, self.own, self.votes, self.is_apart = schedules, schedules[rank], votes, is_apart
 
     def fill(self) -> bool:
-        """Give prompts to free slots; whether any rank has something to do."""
+        """Give prompts to free slots; whether this rank has something to do, or any for which it is needed."""
+        if self.is_apart and not self.prompts:
+            return self.own.free < len(self.own.seats)
         free = [schedule.free for schedule in self.schedules]
         if self.votes:
             told = [torch.zeros(1, dtype=torch.long) for _ in free]
@@ -164,7 +175,8 @@ class _Call:
         schedules = [Schedule(decoder.num_slots, most, decoder.prefill_tokens, near) for _ in range(ranks)]
         self.schedule = schedules[rank]
         is_told = sampling.ignore_eos and decoder.guesser is None  # when answers end
-        self.queue = Queue(prompts, schedules, rank, votes=ranks > 1 and not is_told)
+        is_apart = ranks > 1 and not is_sharded(decoder.model)
+        self.queue = Queue(prompts, schedules, rank, votes=ranks > 1 and not is_told, is_apart=is_apart)
         self.sampler = Sampler(sampling, decoder.seed, decoder.device, decoder.model.get_output_embeddings())
         self.speculation: Speculation | None = None
         if decoder.guesser is not None and isinstance(self.slots, AheadSlots):
@@ -185,7 +197,8 @@ class _Call:
         self.queue.follow()
         self.kinds.append(None if forward is None else type(forward))
         if forward is None:
-            self.slots.idle()
+            if not self.queue.is_apart:
+                self.slots.idle()
             self.clock.mark()
             return
         if isinstance(forward, Step):
