@@ -136,6 +136,8 @@ def paces(
     """
     ceilings = {}
     for name, kind in engines().items():
+        if kind.planner_class is None and name != config.backend.name:
+            continue
         other = config if name == config.backend.name else replace(config, backend=kind(python=config.backend.python))
         with contextlib.suppress(PlanError):
             plan = plan_for(other, at_once)

@@ -32,7 +32,11 @@ def ran(folder: Path, *asked: str) -> tuple[dict[str, Any], list[list[int]]]:
     assert ended.code == 0, ended.err
     run_dir = Path(ended.last_json["run_dir"])
     lines = (run_dir / "completions.jsonl").read_text().splitlines()
-    return json.loads((run_dir / "record.json").read_text()), [json.loads(line)["token_ids"] for line in lines]
+    record = json.loads((run_dir / "record.json").read_text())
+    for device, planned in zip(record["devices"], record["plan"]["devices"], strict=True):
+        for name in ("parameter_bytes", "kv_cache_bytes"):
+            assert device[name] == planned[name], name
+    return record, [json.loads(line)["token_ids"] for line in lines]
 
 
 @real

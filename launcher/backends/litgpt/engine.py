@@ -10,6 +10,8 @@ from launcher.backends.litgpt.shapes import ELSEWHERE, litgpt_config
 from launcher.config.formats import Weights
 from launcher.config.options import choice
 from launcher.config.schema import BackendConfig, ConfigError
+from shards.engines.litgpt import LitgptPlanner
+from shards.plan.request import EnginePlanner
 
 if TYPE_CHECKING:
     from launcher.config.schema import RunConfig
@@ -52,6 +54,10 @@ class LitgptConfig(BackendConfig):
 
     def most_at_once(self, config: RunConfig) -> int | None:
         return 1
+
+    def planner(self, config: RunConfig, model_config: TransformersConfig, on_cuda: bool) -> EnginePlanner | None:
+        """None where Fabric packs the weights in its own way."""
+        return LitgptPlanner(cuts_layers=self.generate == TENSOR_PARALLEL) if self.quantize == "none" else None
 
     def settle(self, config: RunConfig, on_cuda: bool) -> tuple[RunConfig, list[str]]:
         """Layers are spread over cards only."""

@@ -1,0 +1,86 @@
+"""LitGPT: whole layers one device after the other, or each layer cut; embedding and head whole, and never tied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from shards.engines.base import driver_bytes, layer_activation_bytes
+from shards.model.shape import ModelShape, Parameter
+from shards.plan.cuts import Pieces, cut_up
+from shards.plan.memory import cache_bytes
+from shards.plan.request import EnginePlanner, Layout, PlanRequest, Pool, Traffic
+from shards.plan.roofline import Scheme
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LitgptPlanner(EnginePlanner):
+    """Its `generate/sequentially.py`, or with `cuts_layers` its `generate/tp.py`: one prompt at a time in both."""
+
+    name: ClassVar[str] = "litgpt"
+    plain_only: ClassVar[str] = "it converts plain weights"
+
+    cuts_layers: bool = False
+
+    def refusal(self, request: PlanRequest) -> str | None:
+        return None
+
+    def num_devices(self, request: PlanRequest) -> int:
+        is_alone = request.device.kind == "cpu" and not self.cuts_layers
+        return 1 if is_alone else request.devices * request.num_nodes
+
+    def tensor_parallel_size(self, request: PlanRequest) -> int:
+        return request.num_devices if self.cuts_layers else 1
+
+    def most_devices(self, request: PlanRequest) -> int:
+        return request.shape.num_attention_heads if self.cuts_layers else request.shape.num_layers
+
+    def pieces(self, shape: ModelShape, n: int, rank: int, parameter: Parameter) -> Pieces:
+        """The matrices of layers by columns or rows; a tied embedding has a copy for the head."""
+        sizes, cut = parameter.shape, parameter.cut
+        if cut == "embedding" and shape.tied:
+            return (sizes, sizes)
+        if parameter.layer is None or cut == "whole":
+            return (sizes,)
+        return ((sizes[0], sizes[1] // n),) if cut == "row" else ((sizes[0] // n, *sizes[1:]),)
+
+    def layout(self, request: PlanRequest, ends_only: bool) -> Layout:
+        n, shape = request.num_devices, request.shape
+        if self.cuts_layers:
+            parts = cut_up(shape, self.pieces, n, request.storage)
+            return Layout(parts, ((0, shape.num_layers),) * n)
+        least, more = divmod(shape.num_layers, n)  # the last devices have one more: chunk_sizes of sequentially.py
+        counts = [least + (device >= n - more) for device in range(n)]
+        ends = [sum(counts[: device + 1]) for device in range(n)]
+        parameters = [0] * n
+        for layer, members in shape.groups().items():
+            device = 0 if layer is None else next(place for place, end in enumerate(ends) if layer < end)
+            pieces = ((p, piece) for p in members for piece in self.pieces(shape, 1, 0, p))
+            parameters[device] += sum(request.storage.nbytes(parameter, piece) for parameter, piece in pieces)
+        return Layout(tuple(parameters), tuple(zip([0, *ends], ends, strict=False)))
+
+    def pool(self, request: PlanRequest) -> Pool | None:
+        """The cache of one prompt with its answer, from the first."""
+        return Pool(1, nbytes=cache_bytes(request, 1))
+
+    def activation_bytes(self, request: PlanRequest) -> int:
+        """The prefill of a layer, or the logits of all tokens of a prompt."""
+        layer = layer_activation_bytes(request, request.prompt_tokens, request.shape.num_key_value_heads)
+        return max(layer, request.prompt_tokens * request.shape.vocab_size * request.dtype_bytes)
+
+    def overhead_bytes(self, request: PlanRequest) -> int:
+        return driver_bytes(request)
+
+    def load_host_bytes(self, request: PlanRequest) -> int | None:
+        """Its script converts a checkpoint in the same process, where that was never done."""
+        return None
+
+    def scheme(self, request: PlanRequest) -> Scheme | None:
+        return "split" if request.tensor_parallel_size > 1 else "pipeline"
+
+    def traffic(self, request: PlanRequest) -> Traffic:
+        """Attention and MLP of each layer are added up; logits are whole on every rank."""
+        return Traffic(2 * request.shape.num_layers if request.tensor_parallel_size > 1 else 0)
+
+    def unread_bytes(self, request: PlanRequest, table: int) -> int:
+        return table if request.tensor_parallel_size > 1 or not request.shape.tied else 0
