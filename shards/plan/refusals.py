@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from shards.plan.request import PlanRequest
 
 
@@ -14,7 +16,15 @@ def illegal(request: PlanRequest) -> str | None:
         return f"Mixed precision is of fp32 weights, and these are in {quantization.name}."
     if quantization is not None and not engine.runs(quantization):
         return f"{engine.name} cannot run {quantization.name} weights: {engine.plain_only}."
-    return no_offload(request) or engine.refusal(request)
+    return no_offload(request) or engine.refusal(request) or _uncut_draft(request)
+
+
+def _uncut_draft(request: PlanRequest) -> str | None:
+    """The reason for which an engine with a pool, which cuts a draft as it does the model, cannot; None if it can."""
+    if request.draft is None or request.engine.pool(request) is None:
+        return None
+    problem = request.engine.refusal(replace(request, shape=request.draft, draft=None, quantization=None))
+    return f"The draft model: {problem}" if problem else None
 
 
 def no_offload(request: PlanRequest) -> str | None:

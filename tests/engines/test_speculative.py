@@ -177,6 +177,12 @@ def test_a_draft_that_is_the_target_is_right_each_time() -> None:
     assert found.counters[ROWS] == 5 * 4, "16 tokens after the first by fours"
 
 
+def test_what_was_looked_up_for_answers_that_ended_is_forgotten() -> None:
+    lookup = Lookup(3, 1, CPU)
+    answered(small_model(3), lookup, prompts_of((4,) * 30), SamplingConfig(max_new_tokens=3, ignore_eos=True), slots=2)
+    assert 0 < len(lookup.known) <= 2
+
+
 @pytest.mark.parametrize("kind", ["lookup", "draft"])
 def test_a_sample_depends_on_the_seed_and_its_prompt_only(kind: str) -> None:
     model, prompts = small_model(3), prompts_of((5, 24, 1, 17, 16, 2))

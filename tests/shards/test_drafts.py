@@ -10,6 +10,7 @@ import yaml
 from planners import PLANNERS
 from running import ROOT
 
+from shards.errors import PlanError
 from shards.machine.hardware import DEVICES, LINKS
 from shards.model.shape import ModelShape
 from shards.plan.plan import Plan, make_plan
@@ -81,3 +82,21 @@ def test_the_ceiling_is_that_of_guesses_which_all_hold() -> None:
     slow = planned("transformers", 1, LARGE, 5).limit
     assert slow is not None
     assert slow.tokens_per_s <= plain.tokens_per_s * 1.05, "a draft as large as its target gains nothing"
+
+
+def test_vllm_cuts_a_draft_as_it_does_the_model_and_keeps_its_cache_in_the_pool() -> None:
+    request = PlanRequest(
+        shape=LARGE, engine=PLANNERS["vllm"], devices=2, device=DEVICES["h200"], link=LINKS["nvlink4"],
+        guessed_tokens=GUESSES, draft=DRAFT,
+    )  # fmt: skip
+    plan, plain = make_plan(request), make_plan(replace(request, draft=None))
+    for device, before in zip(plan.devices, plain.devices, strict=True):
+        assert DRAFT.num_parameters < device.draft_parameter_bytes < 1.01 * DRAFT.num_parameters, (
+            "half, and norms whole"
+        )
+        assert device.draft_cache_bytes == 0
+        assert device.kv_cache_bytes > before.kv_cache_bytes
+        assert device.kv_cache_reserved_bytes < before.kv_cache_reserved_bytes - device.draft_parameter_bytes + 1
+    uneven = replace(DRAFT, num_attention_heads=31)
+    with pytest.raises(PlanError, match="The draft model: 31 attention heads cannot be divided by 2 devices"):
+        make_plan(replace(request, draft=uneven))

@@ -88,7 +88,7 @@ class Lookup:
 
     def __init__(self, most: int, least: int, device: torch.device) -> None:
         self.most, self.least, self.device = most, least, device
-        self.known: dict[int, tuple[Sequence, Ngrams]] = {}  # by row
+        self.known: dict[int, Ngrams] = {}  # of the prompts that decode, by their indices
 
     def ready(self, slots: int, length: int, ahead: int) -> None:
         self.known.clear()
@@ -97,19 +97,20 @@ class Lookup:
         """Prompts are looked at when their rows first step."""
 
     def guess(self, forward: Step, most: SequenceOf[int], sampler: Sampler, generators: Generators) -> Guesses:
-        guessed = [self._of(one).guess(count) for one, count in zip(forward.sequences, most, strict=True)]
+        self.known = {one.prompt.index: self._tokens_of(one) for one in forward.sequences}
+        guessed = [ngrams.guess(count) for ngrams, count in zip(self.known.values(), most, strict=True)]
         counts = tuple(map(len, guessed))
         width = max(counts)
         rows = [tokens + [0] * (width - len(tokens)) for tokens in guessed]
         return Guesses(torch.tensor(rows, dtype=torch.long, device=self.device).view(len(rows), width), counts)
 
-    def _of(self, sequence: Sequence) -> Ngrams:
-        owner, ngrams = self.known.get(sequence.prompt.index, (None, None))
-        if ngrams is None or owner is not sequence:
+    def _tokens_of(self, sequence: Sequence) -> Ngrams:
+        prompt = sequence.prompt.token_ids
+        ngrams = self.known.get(sequence.prompt.index)
+        if ngrams is None:
             ngrams = Ngrams(self.most, self.least)
-            ngrams.add(sequence.prompt.token_ids)
-            self.known[sequence.prompt.index] = sequence, ngrams
-        ngrams.add(sequence.token_ids[len(ngrams.tokens) - len(sequence.prompt.token_ids) :])
+            ngrams.add(prompt)
+        ngrams.add(sequence.token_ids[len(ngrams.tokens) - len(prompt) :])
         return ngrams
 
 
