@@ -41,16 +41,16 @@ def main() -> None:
     """`benchmark_contestant.py DESCRIPTOR`; what is to be done comes over the connection that this is."""
     signal_when_orphaned(signal.SIGKILL)
     os.set_inheritable(int(sys.argv[1]), False)
-    with Connection(int(sys.argv[1])) as driver:
-        job = driver.recv()
+    driver = Connection(int(sys.argv[1]))  # closed by the end of the process, behind an error's last word
+    job = driver.recv()
+    began = time.perf_counter()
+    answer, meet = CONTESTANTS[job["kind"]](job, World.from_env(os.environ))
+    driver.send({"load_s": time.perf_counter() - began})
+    while driver.recv() == "go":
+        meet()
         began = time.perf_counter()
-        answer, meet = CONTESTANTS[job["kind"]](job, World.from_env(os.environ))
-        driver.send({"load_s": time.perf_counter() - began})
-        while driver.recv() == "go":
-            meet()
-            began = time.perf_counter()
-            answers = answer()
-            driver.send({"seconds": time.perf_counter() - began, "answers": answers})
+        answers = answer()
+        driver.send({"seconds": time.perf_counter() - began, "answers": answers})
     sys.stdout.flush()
     os._exit(0)  # engines leave threads that can hang the interpreter's own exit
 

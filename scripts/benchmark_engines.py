@@ -1,13 +1,15 @@
 """All engines beside what one would write without this project, in one run, in turns.
 
     python scripts/benchmark_engines.py [--models tiny_llama,random_1gb] [--engines fsdp,vllm] [--precisions fp32]
-                                        [--repeats 5] [--new-tokens 32] [--ranks 2] [--output benchmarks/NAME]
+                                        [--repeats 5] [--new-tokens 32] [--ranks 2] [--within SECONDS]
+                                        [--output docs/benchmarks]
 
 For each model and precision every contestant is started once and answers the same prompts, all at once, with the same
 number of slots. They take turns, each in a new order every round, and those that are not at their turn are stopped, so
 that what disturbs one disturbs all; the first round is not counted. The embedded models answer tests/ragged_prompts.txt
-to their EOS, the random Llamas prompts of 8 to 80 tokens with as many new ones each.
-Ratios are medians of the ratios of each round. With --output, NAME.json has every figure and NAME.md the tables.
+to their EOS, the random Llamas prompts of 8 to 80 tokens with as many new ones each (that of 1 GB a quarter).
+Ratios are medians of the ratios of each round. With --output, NAME.json has every figure and NAME.md the tables. With
+--within no round is begun that would not end in time, as long as that of before, and no model without a share of it.
 """
 
 from __future__ import annotations
@@ -15,16 +17,16 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import random
-import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmark_engines_table import markdown, write  # noqa: E402
 from benchmark_turns import LIMIT_S, Group  # noqa: E402
 
 from launcher.backends.base import Prompt  # noqa: E402
@@ -41,9 +44,6 @@ from launcher.composition.compose import compose_run  # noqa: E402
 from launcher.models import EMBEDDED  # noqa: E402
 from launcher.prepare.planning import plan_of  # noqa: E402
 from launcher.prompts.prompts import encode  # noqa: E402
-from launcher.system.environment import describe  # noqa: E402
-from launcher.system.typed import to_plain  # noqa: E402
-from shards.machine.rates import this_machine  # noqa: E402
 
 FIRST, LONGEST = 8, 80  # tokens of the shortest and of the longest prompt of a random model
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 2048}
@@ -60,9 +60,11 @@ RANDOM = {
 """Named by their bytes in fp32."""
 
 BASE = "model.generate"
-HEADER = "| contestant | tokens/s (min … max) | of model.generate | of its reference | of the ceiling | same | load |"
-RULE = "|---|---|---|---|---|---|---|"
 MODELS = ("tiny_falcon", "tiny_llama", *RANDOM)
+FEWER = {"random_1gb": 4}
+"""Of a large model each contestant makes so many times fewer tokens."""
+WEIGHTS = {"random_100mb": 2, "random_1gb": 3}
+"""Shares of the time of models that take more of it than the embedded ones."""
 
 
 @dataclass(frozen=True)
@@ -145,10 +147,14 @@ def ceiling(like: tuple[str, ...], job: dict[str, Any]) -> float | None:
     return None if plan is None or plan.limit is None else plan.limit.tokens_per_s
 
 
-def measure(groups: list[Group], repeats: int, tick: Callable[[], None]) -> list[dict[str, Any]]:
-    """One entry a round: seconds and answers of each contestant by its name."""
+def measure(groups: list[Group], repeats: int, end: float, tick: Callable[[], None]) -> list[dict[str, Any]]:
+    """One entry a round: seconds and answers of each contestant by its name. At least one is made, also after `end`."""
     rounds, chance = [], random.Random(0)
+    began = time.monotonic()
     for number in range(repeats + 1):
+        before, began = began, time.monotonic()
+        if rounds and began + (began - before) > end:
+            break
         row = {"load_average": os.getloadavg()[0]}
         for group in chance.sample(groups, len(groups)):
             found = None if group.failure else group.turn()
@@ -193,23 +199,8 @@ def ratio(rounds: list[dict[str, Any]], name: str, other: str) -> float | None:
     return statistics.median(ratios) if ratios else None
 
 
-def markdown(points: list[dict[str, Any]]) -> str:
-    """A table for each model and precision."""
-    lines = []
-    for point in points:
-        lines += ["", f"{point['model']}, {point['precision']}, {point['prompts']} prompts", "", HEADER, RULE]
-        for row in point["rows"]:
-            if "failure" in row:
-                lines.append(f"| {row['name']} | {row['failure']} | | | | | |")
-                continue
-            of_reference = f"{row['of_reference']:.2f} of {row['reference']}" if row["of_reference"] else ""
-            same = "" if row["same_answers"] is None else f"{row['same_answers']}/{row['answers']}"
-            speed = f"{row['tokens_per_s']:,.1f} ({min(row['rounds']):,.1f} … {max(row['rounds']):,.1f})"
-            of_base = f"{row['of_base']:.2f}" if row["of_base"] else ""
-            share = f"{row['share_of_ceiling']:.1%}" if row["share_of_ceiling"] else ""
-            cells = (row["name"], speed, of_base, of_reference, share, same, f"{row['load_s']:.1f} s")
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines).strip() + "\n"
+def weight_of(points: list[tuple[str, str]]) -> float:
+    return sum(WEIGHTS.get(model, 1) for model, _ in points)
 
 
 def parse() -> argparse.Namespace:
@@ -221,6 +212,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--prompts", type=int, default=16, help="of the random models")
     parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--within", type=float, default=math.inf, help="seconds for everything")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     for text, known in ((options.models, MODELS), (options.engines, [one.name for one in CONTESTANTS])):
@@ -236,23 +228,35 @@ def main() -> None:
         for one in CONTESTANTS
         if one.name in options.engines.split(",") and (not one.needs or importlib.util.find_spec(one.needs))
     ]
-    points = [(model, kind) for model in options.models.split(",") for kind in options.precisions.split(",")]
-    out, results = Console(stderr=True), []
+    points = [(model, kind) for kind in options.precisions.split(",") for model in options.models.split(",")]
+    out, results, end = Console(stderr=True), [], time.monotonic() + options.within
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=out) as progress:
         task = progress.add_task("", total=len(points) * len(chosen) * (options.repeats + 2))
-        for model, precision in points:
+        spent = 0.0
+        for number, (model, precision) in enumerate(points):
+            now = time.monotonic()
+            share = now + (end - now) * WEIGHTS.get(model, 1) / weight_of(points[number:])
+            if now + spent / 2 > end:
+                print(f"{model}, {precision}: not run, no time was left", flush=True)
+                continue
             progress.update(task, description=f"{model} {precision}")
-            results.append(run_point(model, precision, chosen, options, lambda: progress.advance(task)))
+            results.append(run_point(model, precision, chosen, options, share, lambda: progress.advance(task)))
+            spent = time.monotonic() - now
             print(markdown(results[-1:]), flush=True)
-    if options.output:
-        write(options.output, results)
+            if options.output:
+                write(options.output, results)
 
 
 def run_point(
-    model: str, precision: str, chosen: list[Contestant], options: argparse.Namespace, tick: Callable[[], None]
+    model: str,
+    precision: str,
+    chosen: list[Contestant],
+    options: argparse.Namespace,
+    end: float,
+    tick: Callable[[], None],
 ) -> dict[str, Any]:
-    """Start all contestants, let them take turns, and end them."""
+    """Start all contestants, let them take turns until `end`, and end them."""
     groups: list[Group] = []
     with tempfile.TemporaryDirectory(prefix="benchmark_engines_") as scratch:
         folder = EMBEDDED / model
@@ -260,7 +264,8 @@ def run_point(
             folder = Path(scratch) / model
             folder.mkdir()
             write_random(folder, RANDOM[model], precision)
-        job = job_of(model, folder, precision, options.prompts, options.new_tokens)
+        new_tokens = options.new_tokens // FEWER.get(model, 1)
+        job = job_of(model, folder, precision, options.prompts, new_tokens)
         try:
             for number, one in enumerate(chosen):
                 own = {"kind": one.kind, "devices": one.devices or options.ranks, "overrides": one.like, **one.more}
@@ -268,31 +273,13 @@ def run_point(
                 groups.append(Group(one.name, {**job, **own}, processes, Path(scratch) / f"{number}.log"))
                 groups[-1].start()
                 tick()
-            rounds = measure(groups, options.repeats, tick)
+            rounds = measure(groups, options.repeats, end, tick)
             rows = rows_of(groups, rounds)
         finally:
             for group in groups:
                 group.end()
     loads = [row["load_average"] for row in rounds]
     return {"model": model, "precision": precision, "prompts": len(job["prompts"]), "load_average": loads, "rows": rows}
-
-
-def write(output: Path, results: list[dict[str, Any]]) -> None:
-    """NAME.json and NAME.md."""
-    device, link = this_machine(os.environ, 2, False)
-    environment = to_plain(describe())
-    del environment["host"], environment["executable"]
-    head = {
-        "command": f"python scripts/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}", "date": f"{date.today()}",
-        "environment": environment, "device": to_plain(device), "link": to_plain(link),
-    }  # fmt: skip
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps({**head, "points": results}, indent=1) + "\n")
-    packages = ", ".join(f"{name} {number}" for name, number in environment["packages"].items())
-    text = (
-        f"{environment['cpu']}, {environment['cpu_count']} cores; {packages}; {head['date']}\n\n    {head['command']}\n"
-    )
-    output.with_suffix(".md").write_text(f"{text}\n{markdown(results)}")
 
 
 if __name__ == "__main__":

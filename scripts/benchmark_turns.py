@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +81,15 @@ class Group:
     def _answers(self) -> list[dict[str, Any]] | None:
         end, answers = time.monotonic() + LIMIT_S, []
         try:
-            for connection in self.connections:
-                if not connection.poll(max(0, end - time.monotonic())):
+            waiting = list(self.connections)
+            while waiting:  # for whichever comes first: where one process has ended the others may wait for it
+                ready = wait(waiting, max(0, end - time.monotonic()))
+                if not ready:
                     self.failure = f"no answer within {LIMIT_S} s"
                     return None
-                answers.append(connection.recv())
+                for connection in ready:
+                    waiting.remove(connection)
+                    answers.append(connection.recv())
         except (EOFError, ConnectionResetError):
             lines = self.log.read_text(errors="replace").strip().splitlines() or ["without a word"]
             self.failure = lines[-1][:200]

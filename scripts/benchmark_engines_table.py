@@ -1,0 +1,62 @@
+"""The files of benchmark_engines.py: every figure, and its tables."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from launcher.system.environment import describe
+from launcher.system.files import write_json, write_text
+from launcher.system.typed import to_plain
+from shards.machine.rates import this_machine
+
+TITLE = """# All engines beside what one would write without this project
+
+tokens/s: new tokens of all prompts by the time from the first to the last of a call, median of the rounds with minimum
+and maximum. Contestants take turns and stand still meanwhile; ratios are medians of those of each round. The ceiling is
+what the measured rates of the machine allow for the steps by the plan of a run. Same: prompts with the answer of
+model.generate; in bf16 additions in another order may choose otherwise. Load: until the first prompt can come.
+"""
+HEADER = "| contestant | tokens/s (min … max) | of model.generate | of its reference | of the ceiling | same | load |"
+RULE = "|---|---|---|---|---|---|---|"
+
+
+def markdown(points: list[dict[str, Any]]) -> str:
+    """A table for each model and precision."""
+    lines = []
+    for point in points:
+        lines += ["", f"{point['model']}, {point['precision']}, {point['prompts']} prompts", "", HEADER, RULE]
+        for row in point["rows"]:
+            if "failure" in row:
+                lines.append(f"| {row['name']} | {row['failure']} | | | | | |")
+                continue
+            of_reference = f"{row['of_reference']:.2f} of {row['reference']}" if row["of_reference"] else ""
+            same = "" if row["same_answers"] is None else f"{row['same_answers']}/{row['answers']}"
+            speed = f"{row['tokens_per_s']:,.1f} ({min(row['rounds']):,.1f} … {max(row['rounds']):,.1f})"
+            of_base = f"{row['of_base']:.2f}" if row["of_base"] else ""
+            share = f"{row['share_of_ceiling']:.1%}" if row["share_of_ceiling"] else ""
+            cells = (row["name"], speed, of_base, of_reference, share, same, f"{row['load_s']:.1f} s")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines).strip() + "\n"
+
+
+def write(output: Path, results: list[dict[str, Any]]) -> None:
+    """NAME.json and NAME.md."""
+    device, link = this_machine(os.environ, 2, False)
+    environment = to_plain(describe())
+    del environment["host"], environment["executable"]
+    head = {
+        "command": f"python scripts/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}", "date": f"{date.today()}",
+        "environment": environment, "device": to_plain(device), "link": to_plain(link),
+    }  # fmt: skip
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output.with_suffix(".json"), {**head, "points": results})
+    packages = ", ".join(f"{name} {number}" for name, number in environment["packages"].items())
+    text = (
+        f"{environment['cpu']}, {environment['cpu_count']} cores; {packages}; {head['date']}\n\n    {head['command']}\n"
+    )
+    write_text(output.with_suffix(".md"), f"{TITLE}\n{text}\n{markdown(results)}")
