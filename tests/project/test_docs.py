@@ -16,6 +16,7 @@ from launcher.__main__ import Arguments
 from launcher.composition.compose import compose_run
 from launcher.composition.help import EXAMPLES
 from launcher.composition.sweeps import expand_sweep
+from launcher.compress.request import read_request
 from launcher.config.schema import ConfigError
 from launcher.doctor.__main__ import parse as parse_doctor
 from launcher.experiments import parse as parse_experiments
@@ -58,6 +59,7 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
     "launcher": compose, "launcher.plan": show_plan, "launcher.probe": probe.parse, "launcher.compare": compare.parse,
     "launcher.doctor": parse_doctor, "launcher.report": parse_report,
     "launcher.experiments": parse_experiments, "launcher.status": status.parse, "launcher.serve": parse_serve,
+    "launcher.compress": lambda words: words and read_request(words),
     "launcher.history": parse_history,
     "launcher.verify": parse_verify,
     "launcher.reproduce": parse_reproduce,

@@ -26,6 +26,7 @@ from launcher.__main__ import Arguments
 from launcher.composition.compose import compose_run
 from launcher.composition.presets import groups
 from launcher.composition.sweeps import expand_sweep
+from launcher.compress import request as compress
 from launcher.config.keys import has_key, known_keys
 from launcher.launch.nodes import check_nodes, check_one_node
 from launcher.models import EMBEDDED
@@ -49,8 +50,8 @@ FOLLOWED = (
 """Where every hint with a key in it is provoked below."""
 
 OTHER_KEYS = {
-    *plan.KEYS, *probe.ARGUMENTS, "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "XDG_CACHE_HOME", "MASTER_ADDR",
-    "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "ntasks-per-node", "desc_act",
+    *plan.KEYS, *probe.ARGUMENTS, *compress.KEYS, "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "XDG_CACHE_HOME",
+    "MASTER_ADDR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "ntasks-per-node", "desc_act",
 }  # fmt: skip
 """Keys of the other commands, of the environment, of srun and of a checkpoint."""
 

@@ -1,0 +1,1 @@
+"""Smaller checkpoints made of a checkpoint: pruned, or quantized, before any run."""

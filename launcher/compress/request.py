@@ -1,0 +1,170 @@
+"""What is asked of a compression, checked, and what it will hold. No torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.config.schema import ConfigError
+from shards.model.quantization import INT4_GROUPS
+from shards.model.shape import layer_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from shards.checkpoint.tensor_files import TensorEntry
+    from shards.model.shape import ModelShape, Parameter
+
+METHODS = {
+    "magnitude": "the smallest values become zeros",
+    "structured": "the weakest inner MLP columns, and with a Llama heads, are cut out: smaller shapes",
+    "rtn": "values are rounded to the nearest of their scheme",
+    "wanda": "values that matter least for the calibration prompts become zeros (llm-compressor)",
+    "sparsegpt": "the same, and what is left makes up for them (llm-compressor)",
+    "gptq": "rounded one column after the other, the next making up for the last (llm-compressor)",
+    "awq": "scaled before they are rounded, by the calibration prompts (llm-compressor)",
+}
+CALIBRATED = ("wanda", "sparsegpt", "gptq", "awq")
+PRUNING = ("magnitude", "wanda", "sparsegpt")
+SCHEMES = {"rtn": ("w4a16", "w8a8"), "gptq": ("w4a16", "w8a8"), "awq": ("w4a16",)}
+KEYS = ("model", "method", "out", "ratio", "pattern", "scheme", "prompts", "python")
+EXAMPLE = "python -m launcher.compress model=tiny_llama method=magnitude ratio=0.5 out=smaller"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """`ratio` of the values (or columns and heads) go; `scheme` is that of quantized weights."""
+
+    model: str
+    method: str
+    out: Path
+    ratio: float = 0.5
+    pattern: str = "unstructured"
+    scheme: str = "w4a16"
+    prompts: Path | None = None
+    python: str | None = None
+
+
+def read_request(items: Sequence[str]) -> Request:
+    """The request in `key=value` arguments; ConfigError for one that cannot be."""
+    values: dict[str, str] = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if key not in KEYS or not equals or not value:
+            raise ConfigError(f"{item} is not an argument of launcher.compress ({', '.join(KEYS)}).", EXAMPLE)
+        values[key] = value
+    for key in ("model", "method", "out"):
+        if key not in values:
+            raise ConfigError(f"{key}= is missing.", EXAMPLE)
+    method = values["method"]
+    if method not in METHODS:
+        raise ConfigError(f"method={method} is not one of {', '.join(METHODS)}.", "method=magnitude")
+    _check_read(method, values)
+    out = Path(values["out"])
+    if out.exists():
+        raise ConfigError(f"{out} is there already, and nothing is written over.", f"out={out}_2")
+    prompts = Path(values["prompts"]) if "prompts" in values else None
+    if prompts is not None and not prompts.is_file():
+        raise ConfigError(f"prompts={prompts} is not a file.", "prompts= with a text file, one prompt a line")
+    return Request(
+        model=values["model"],
+        method=method,
+        out=out,
+        ratio=_ratio(values.get("ratio", "0.5"), values.get("pattern", "unstructured")),
+        pattern=values.get("pattern", "unstructured"),
+        scheme=values.get("scheme", "w4a16"),
+        prompts=prompts,
+        python=values.get("python"),
+    )
+
+
+def _check_read(method: str, values: dict[str, str]) -> None:
+    """ConfigError for an argument that the method does not read, or that it lacks."""
+    read = {"model", "method", "out"}
+    read |= {"ratio", "pattern"} if method in PRUNING else set()
+    read |= {"ratio"} if method == "structured" else set()
+    read |= {"scheme"} if method in SCHEMES else set()
+    read |= {"prompts", "python"} if method in CALIBRATED else set()
+    for key in values.keys() - read:
+        raise ConfigError(f"method={method} does not read {key}=.", f"leave {key}= out")
+    if values.get("pattern", "2:4") not in ("2:4", "unstructured"):
+        raise ConfigError(f"pattern={values['pattern']} is neither unstructured nor 2:4.", "pattern=2:4")
+    if "scheme" in values and values["scheme"] not in SCHEMES[method]:
+        known = SCHEMES[method]
+        raise ConfigError(f"scheme={values['scheme']} is not one of {', '.join(known)}.", f"scheme={known[0]}")
+    if method in CALIBRATED and "python" not in values:
+        raise ConfigError(
+            f"method={method} is llm-compressor's, whose packages do not fit those of the engines here.",
+            "python=INTERPRETER of an environment with llmcompressor, or method=magnitude, or method=rtn",
+        )
+    if method in CALIBRATED and "prompts" not in values:
+        raise ConfigError(f"method={method} needs prompts to calibrate with.", "prompts=FILE, one prompt a line")
+
+
+def _ratio(text: str, pattern: str) -> float:
+    try:
+        ratio = float(text)
+    except ValueError:
+        ratio = -1.0
+    if not 0 < ratio < 1:
+        raise ConfigError(f"ratio={text} is no share between 0 and 1.", "ratio=0.5")
+    if pattern == "2:4" and ratio != 0.5:
+        raise ConfigError(f"ratio={text}, and pattern=2:4 leaves two of four values.", "ratio=0.5")
+    return ratio
+
+
+def matrices(shape: ModelShape, tensors: dict[str, TensorEntry]) -> dict[str, Parameter]:
+    """The matrices of the decoder layers, by their names in the checkpoint; ConfigError where they have others."""
+    named = {p.name: p for p in shape.parameters if p.layer is not None and len(p.shape) == 2}
+    missing = [name for name in named if name not in tensors]
+    if missing:
+        raise ConfigError(
+            f"The checkpoint has no {missing[0]}: its tensors have other names than today's modules.",
+            "save it again with transformers 5 (from_pretrained, save_pretrained)",
+        )
+    return named
+
+
+def check_shapes(request: Request, chosen: dict[str, Parameter]) -> None:
+    """ConfigError for a matrix that the method cannot make smaller."""
+    for name, parameter in chosen.items():
+        inputs = parameter.shape[1]
+        if request.pattern == "2:4" and inputs % 4:
+            raise ConfigError(f"{name} has {inputs} inputs, which are no groups of four.", "pattern=unstructured")
+        if request.method == "rtn" and request.scheme == "w4a16" and group_of(inputs) is None:
+            raise ConfigError(f"{name} has {inputs} inputs, which are no groups of 32.", "scheme=w8a8")
+
+
+def group_of(*inputs: int) -> int | None:
+    """The largest group of a scale, up to 128, that divides all inputs; None for none."""
+    groups = [group for group in INT4_GROUPS if group <= 128 and all(count % group == 0 for count in inputs)]
+    return max(groups, default=None)
+
+
+def planned(request: Request, chosen: dict[str, Parameter], tensors: dict[str, TensorEntry]) -> list[str]:
+    """Lines on what will be read, held and written, and what is to be expected of it."""
+    total = sum(entry.nbytes for entry in tensors.values())
+    inside = sum(tensors[name].nbytes for name in chosen)
+    values = sum(prod(parameter.shape) for parameter in chosen.values())
+    largest = max(prod(parameter.shape) for parameter in chosen.values())
+    layers: Counter[int | None] = Counter()
+    for name, entry in tensors.items():
+        layers[layer_of(name)] += entry.nbytes
+    lines = [f"{request.method}: {METHODS[request.method]}", f"reads {total / 1e6:,.1f} MB, {len(tensors)} tensors"]
+    if request.method in CALIBRATED:
+        lines.append(f"holds the whole model ({total / 1e6:,.1f} MB) and the activations of a layer for all prompts")
+    else:
+        held = max(layers.values()) + 12 * largest
+        lines.append(f"holds one layer at a time, and its largest matrix in fp32: up to about {held / 1e6:,.1f} MB")
+    written = total
+    if request.method in SCHEMES:
+        written = total - inside + int(values * (1.0 if request.scheme == "w8a8" else 0.53))
+    elif request.method == "structured":
+        written = total - int(request.ratio * inside)
+    lines.append(f"writes about {written / 1e6:,.1f} MB to {request.out}")
+    if request.method in PRUNING:
+        lines.append("zeros are stored and multiplied like other values: no fewer bytes, and no engine here is faster")
+    return lines
