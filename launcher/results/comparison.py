@@ -233,10 +233,12 @@ def labels(runs: Sequence[FinishedRun]) -> list[str]:
 
 
 def _distinctions(runs: Sequence[FinishedRun]) -> list[str]:
-    """For runs with one label, the settings that differ between them."""
+    """For runs with one label, the settings that differ between them; of a group with another option only that."""
     settings = [flat({k: v for k, v in run.record.config.items() if k not in HOW_IT_IS_RUN}) for run in runs]
     keys = [key for key in settings[0] if any(other.get(key) != settings[0][key] for other in settings)]
-    return [" ".join(f"{key}={values.get(key)}" for key in keys[:MOST_DISTINCTIONS]) for values in settings]
+    options = {key.removesuffix(".name") for key in keys if key.endswith(".name")}
+    told = [key for key in keys if key.endswith(".name") or key.rpartition(".")[0] not in options][:MOST_DISTINCTIONS]
+    return [" ".join(f"{key.removesuffix('.name')}={values.get(key)}" for key in told) for values in settings]
 
 
 def _directories(runs: Sequence[FinishedRun]) -> list[str]:

@@ -183,6 +183,10 @@ def test_runs_of_one_engine_are_told_apart() -> None:
     twice = [run("a", [1]), run("a", [1]), run("b", [1])]
     twice[1] = replace(twice[1], run_dir=Path("/runs/later"))
     assert labels(twice) == ["a x1 a", "a x1 later", "b x1"]
+    guesses = [
+        run("a", [1], speculative={"name": kind, "tokens": tokens}) for kind, tokens in (("none", 0), ("draft", 4))
+    ]
+    assert labels(guesses) == ["a x1 speculative=none", "a x1 speculative=draft"]
 
 
 def test_a_note_names_the_model_that_each_run_had() -> None:
