@@ -245,6 +245,24 @@ def test_every_prompt_is_read_and_answered_in_a_slot_of_its_own(slots: int, pref
     assert steps >= -(-rows // slots)
 
 
+def test_prompts_of_like_lengths_are_read_together_wherever_they_wait() -> None:
+    schedule = Schedule(6, 30, 20, near=4)
+    for prompt in prompts_of((10, 3, 12, 30, 9, 5)):
+        schedule.add(prompt)
+    reads = []
+    while isinstance(forward := schedule.next(), Read):
+        reads.append(([one.prompt.index for one in forward.sequences], forward.start, forward.width))
+        schedule.begin(forward)
+        schedule.budget = 24  # as if there were steps between them
+    assert reads == [([0], 0, 10), ([1, 5], 0, 5), ([2], 0, 12), ([3], 0, 20), ([3], 20, 10), ([4], 0, 9)]
+    schedule = Schedule(6, 30, 40, near=4)
+    for prompt in prompts_of((10, 3, 12, 30, 9, 5)):
+        schedule.add(prompt)
+    forward = schedule.next()
+    assert isinstance(forward, Read)
+    assert ([one.prompt.index for one in forward.sequences], forward.width) == ([0, 2, 4], 12)
+
+
 def test_answers_of_unlike_lengths_leave_few_slots_empty() -> None:
     """Answers of 10 to 100 tokens in 8 slots, and in batches of 8 that wait for their longest."""
     draw = random.Random(0)

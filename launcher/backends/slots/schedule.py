@@ -62,8 +62,9 @@ class Schedule:
     """The slots of one process.
 
     `next` says what to do, `begin` takes note that it was begun, `end` that a sequence has met its end. Between two
-    steps of the others no more than `prefill_tokens` tokens of prompts are read. A prompt takes the first free slot,
-    one that is read in several forwards the last; for a step those that decode close ranks.
+    steps of the others no more than `prefill_tokens` tokens of prompts are read. The first that waits is next, with
+    all others of about its length. A prompt takes the first free slot, one that is read in several forwards the last;
+    for a step those that decode close ranks.
     """
 
     def __init__(self, slots: int, max_new_tokens: int, prefill_tokens: int, near: int) -> None:
@@ -98,15 +99,15 @@ class Schedule:
         if first.read or left > self.prefill_tokens:
             first.row = len(self.seats) - 1
             return Read((first,), first.read, min(left, self.prefill_tokens), tuple(self._close_ranks()))
-        most = max(min(self.budget, self.prefill_tokens) // left, 1)
+        limit = min(left + self.near, self.prefill_tokens)  # longer ones are read in several forwards
+        longest = max(n for n in (len(one.prompt.token_ids) for one in self.waiting) if n <= limit)
+        alike = [one for one in self.waiting if longest - self.near <= len(one.prompt.token_ids) <= longest]
+        most = max(min(self.budget, self.prefill_tokens) // longest, 1)
         rows = [row for row, one in enumerate(self.seats) if one is None]
-        group = []
-        for one, row in zip(list(self.waiting)[:most], rows, strict=False):
-            if not left - self.near <= len(one.prompt.token_ids) <= left:
-                break
+        group = list(zip(alike[:most], rows, strict=False))
+        for one, row in group:
             one.row = row
-            group.append(one)
-        return Read(tuple(group), 0, left)
+        return Read(tuple(one for one, _ in group), 0, max(len(one.prompt.token_ids) for one, _ in group))
 
     def _close_ranks(self) -> Iterator[tuple[int, int]]:
         """Move sequences that decode from the last slots to free ones among the first."""
@@ -130,7 +131,7 @@ class Schedule:
             for one in forward.sequences:
                 one.read = min(forward.start + forward.width, len(one.prompt.token_ids))
                 if forward.is_last:
-                    self.waiting.popleft()
+                    self.waiting.remove(one)
                     self.seats[one.row] = one
                     self.decoding += 1
                     one.begun = 1
