@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 
 NAME = "grouped_falcon"
+FEW = 256
+"""No more queries than these of a group are laid beside each other, each with a mask of its own."""
 
 
 class GroupedFalconAttention(FalconAttention):
@@ -64,6 +66,11 @@ def attend(
     if length == 1:  # the queries of a group see the same keys, as those of a sequence do
         rows = query.reshape(batch, heads // group, group, head_dim)
         return scaled_dot_product_attention(rows, key, value, attn_mask=mask).reshape(batch, 1, heads, head_dim)
+    is_step = length < key.shape[2] and length * group <= FEW
+    if is_step and group > 1 and mask is not None:  # one with guesses: the same for each token
+        rows = query.reshape(batch, heads // group, group * length, head_dim)
+        attended = scaled_dot_product_attention(rows, key, value, attn_mask=mask.repeat(1, 1, group, 1))
+        return attended.reshape(batch, heads, length, head_dim).transpose(1, 2)
     if query.is_cuda:  # its kernels that write no scores down have no groups, or are for few cards and 16 bits only
         key, value, group = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), 1
     attended = scaled_dot_product_attention(

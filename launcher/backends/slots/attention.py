@@ -9,12 +9,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from shards.parallel.families import FEW
+
 if TYPE_CHECKING:
     from torch import nn
 
 NAME = "slots"
-FEW = 256
-"""No more queries than these of a group are laid beside each other, each with a mask of its own."""
 
 
 def attention(
@@ -38,7 +38,8 @@ def attention(
             query = query.reshape(rows, heads // group, group, dim)
         attended = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
         return attended.reshape(rows, 1, heads, value.shape[3]), None
-    if group > 1 and mask is not None and tokens * group <= FEW:  # a step with guesses: the same, token by token
+    is_step = tokens < key.shape[2] and tokens * group <= FEW
+    if is_step and group > 1 and mask is not None:  # one with guesses: the same for each token
         query = query.reshape(rows, heads // group, group * tokens, dim)
         attended = scaled_dot_product_attention(query, key, value, attn_mask=mask.repeat(1, 1, group, 1), scale=scaling)
         return attended.reshape(rows, heads, tokens, value.shape[3]).transpose(1, 2), None
