@@ -39,6 +39,7 @@ from shards.machine.process_group import any_rank, barrier, connect, connect_car
 from shards.model.quantization import as_kept
 from shards.model.quantized_checkpoint import from_config
 from shards.model.shape import KNOWN_FAMILIES, plan_tolerance
+from shards.parallel.adapters import attach_adapter, fill_adapter
 from shards.parallel.families import keep_kv_heads_only
 from shards.parallel.products import pack_weights, quantize_layers
 from shards.parallel.tensor_parallel import VocabularyHead
@@ -139,7 +140,10 @@ class ModuleBackend(ABC):
         return model
 
     def quantize(self, model: torch.nn.Module) -> None:
-        """Let the layers of a model on meta store what `quantization` says; before it is sharded or filled."""
+        """Let the layers of a model on meta have the factors of an adapter that is not merged, and store what
+        `quantization` says; before it is sharded or filled."""
+        if not self.config.adapter.merge and (adapter := self.adapter()) is not None:
+            attach_adapter(model, adapter)
         if self.config.quantization is not WeightFormat.none:
             quantize_layers(model, make_quantizer(self.config.quantization.name, self.dtype))
         elif self.config.model.weights is Weights.auto:
@@ -179,8 +183,11 @@ class ModuleBackend(ABC):
             self.stats = fill_random(model, self.config.seed, device, progress)
         else:
             self.checkpoint = Checkpoint.open(self.config.model.path)
-            self.stats = load_weights(model, self.checkpoint, device, progress, self.adapter())
+            adapter, is_merged = self.adapter(), self.config.adapter.merge
+            self.stats = load_weights(model, self.checkpoint, device, progress, adapter if is_merged else None)
             self.mapped_files = self.stats.mapped_files
+            if adapter is not None and not is_merged:
+                fill_adapter(model, adapter)
         for module in model.modules() if is_away else ():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(self.device)

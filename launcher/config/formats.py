@@ -35,4 +35,5 @@ class Weights(Enum):
 
 @dataclass
 class AdapterConfig:
-    path: str | None = None  # a folder that peft has saved, or embedded:NAME: a LoRA adapter to merge into the weights
+    path: str | None = None  # a folder that peft has saved, or embedded:NAME: a LoRA adapter
+    merge: bool = True  # into the weights while they are read; else its factors are beside them

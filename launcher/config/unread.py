@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.config.formats import Weights
 from launcher.config.schema import ClusterConfig, ConfigError, LaunchConfig, SamplingConfig
 from launcher.config.serving import ServerConfig
+from launcher.config.storage import Offload
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -71,9 +72,18 @@ def _check_sampling(config: RunConfig, given: Collection[str]) -> None:
 
 
 def _check_adapter(config: RunConfig) -> None:
-    path = config.adapter.path
+    path, is_merged = config.adapter.path, config.adapter.merge
     if path is None:
+        if not is_merged:
+            raise ConfigError("adapter.merge=false, and there is no adapter.", "leave adapter.merge out")
         return
+    if not is_merged and not config.backend.takes_adapters:
+        able = "adapter.merge=true" if config.backend.loads_by_name else "backend=fsdp"
+        fact = f"adapter.merge=false, and backend={config.backend.name} keeps no adapter beside its weights."
+        raise ConfigError(fact, able)
+    if not is_merged and config.offload is not Offload.none:
+        fact = f"adapter.merge=false, and offload={config.offload.name} takes merged weights only."
+        raise ConfigError(fact, "adapter.merge=true")
     if not config.backend.loads_by_name:
         fact = f"adapter.path={path}, and backend={config.backend.name} merges no adapter."
         raise ConfigError(fact, "adapter.path=null, or backend=fsdp")

@@ -7,6 +7,7 @@ import importlib.util
 import os
 from dataclasses import replace
 from math import ceil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -20,6 +21,7 @@ from launcher.prepare.shapes import built_of
 from launcher.prepare.speculative import draft_shape
 from launcher.prompts.batches import batches, call_count, split
 from launcher.prompts.prompts import sampling_of
+from shards.checkpoint.adapter_config import factor_shapes
 from shards.engines.base import ModulePlanner
 from shards.errors import PlanError
 from shards.machine.hardware import CPU, GIB, Device, Link, known_device, known_link, usual_link
@@ -28,6 +30,7 @@ from shards.machine.rates import this_machine
 from shards.machine.world import World
 from shards.model.quantization import Quantization
 from shards.model.quantized_checkpoint import from_config
+from shards.model.shape import ModelShape, Parameter
 from shards.plan.plan import Plan, make_plan
 from shards.plan.request import EnginePlanner, PlanRequest
 
@@ -66,7 +69,7 @@ def plan_of(
         planner = replace(planner, prefill_tokens=config.measure.prefill_tokens or DEFAULT_PREFILL_TOKENS)
     device, link = _devices(config, on_cuda)
     request = PlanRequest(
-        shape=built_of(model_config, tensors, config.backend.python).shape,
+        shape=_with_factors(config, built_of(model_config, tensors, config.backend.python).shape),
         engine=planner,
         devices=config.devices,
         num_nodes=config.num_nodes,
@@ -97,6 +100,19 @@ def _check_unplanned(config: RunConfig) -> None:
     if config.offload is not Offload.none:
         fact = f"offload={config.offload.name}, and backend={config.backend.name} offloads no weights."
         raise PlanError(fact, "offload=none")
+
+
+def _with_factors(config: RunConfig, shape: ModelShape) -> ModelShape:
+    """The model with the factors of an adapter that is not merged, cut like the matrices that they are for."""
+    if config.adapter.path is None or config.adapter.merge:
+        return shape
+    cuts = {p.name.removesuffix(".weight"): p.cut for p in shape.parameters if len(p.shape) == 2}
+    factors = []
+    for (module, factor), sizes in factor_shapes(Path(config.adapter.path)).items():
+        cut = cuts.get(module, "whole")
+        is_cut = (factor == "A") == (cut == "row")
+        factors.append(Parameter(f"{module}.weight_lora_{factor.lower()}", sizes, cut if is_cut else "whole"))
+    return replace(shape, parameters=(*shape.parameters, *factors))
 
 
 def short_memory(config: RunConfig, plan: Plan, tensors: Mapping[str, TensorEntry] | None) -> str | None:

@@ -1,9 +1,11 @@
-"""The folder of a LoRA adapter as peft saves it, and what of it can be merged here. No torch."""
+"""The folder of a LoRA adapter as peft saves it: what of it can be used here, and its shapes. No torch."""
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
+from shards.checkpoint.tensor_files import read_safetensors
 from shards.errors import CheckpointError
 from shards.untrusted_files import read_json
 
@@ -19,6 +21,15 @@ NOT_MERGED = {
     "target_parameters": "target_parameters",
 }  # fmt: skip
 """Settings of peft that change more than two factors for each matrix, and what they are called."""
+
+
+FACTOR = re.compile(r"^base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight$")
+
+
+def factor_shapes(folder: Path) -> dict[tuple[str, str], tuple[int, ...]]:
+    """The shapes of the factors A [r, inputs] and B [outputs, r] of each module, by its name and theirs."""
+    entries = {FACTOR.match(entry.name): entry.shape for entry in read_safetensors(folder / WEIGHTS)}
+    return {(match[1], match[2]): shape for match, shape in entries.items() if match is not None}
 
 
 def read_config(folder: Path) -> JsonObject:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file
 
-from shards.checkpoint.adapter_config import CONFIG, WEIGHTS, read_config
+from shards.checkpoint.adapter_config import CONFIG, FACTOR, WEIGHTS, read_config
 from shards.checkpoint.tensor_files import read_safetensors
 from shards.errors import CheckpointError
 
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     import torch
 
     from shards.untrusted_files import JsonObject
-
-FACTOR = re.compile(r"^base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight$")
 
 
 @dataclass(frozen=True, slots=True)

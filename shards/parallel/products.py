@@ -39,12 +39,17 @@ class ProductLinear(nn.Linear):
     """A linear layer whose weight may be packed, for the kernels of a CPU or by a quantizer."""
 
     quantizer: Quantizer | None = None
+    lora_scale: float | None = None  # of the factors of an adapter, where there are some
 
     def product(self, rows: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """`rows` times the transposed weight, and a bias."""
+        """`rows` times the transposed weight, and a bias; with what the factors of an adapter add."""
         if self.quantizer is not None:
-            return self.quantizer.multiply(self, rows, bias)
-        return product(rows, self.weight, bias)
+            made = self.quantizer.multiply(self, rows, bias)
+        else:
+            made = product(rows, self.weight, bias)
+        if self.lora_scale is None:
+            return made
+        return made + linear(linear(rows, self.weight_lora_a), self.weight_lora_b) * self.lora_scale
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         return self.product(rows, self.bias)

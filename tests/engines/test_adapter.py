@@ -17,6 +17,7 @@ from shards.checkpoint.checkpoint import Checkpoint
 from shards.load.adapter import read_adapter
 from shards.load.load import load_weights
 from shards.load.meta import build_meta
+from shards.parallel.adapters import attach_adapter, fill_adapter
 
 ADAPTER = EMBEDDED / "tiny_llama_adapter"
 IDS = torch.tensor([[5, 77, 301, 12, 9, 44, 130, 8]])
@@ -39,6 +40,19 @@ def test_logits_are_those_of_peft() -> None:
     assert (logits - plain).abs().max() > 1
 
 
+@torch.inference_mode()
+def test_factors_beside_the_weights_give_the_logits_of_peft() -> None:
+    base = AutoModelForCausalLM.from_pretrained(EMBEDDED / "tiny_llama", dtype=torch.float32)
+    expected = PeftModel.from_pretrained(base, ADAPTER)(IDS).logits
+    module, adapter = build_meta(EMBEDDED / "tiny_llama", torch.float32), read_adapter(ADAPTER)
+    attach_adapter(module, adapter)
+    load_weights(module, Checkpoint.open(EMBEDDED / "tiny_llama"), "cpu")
+    fill_adapter(module, adapter)
+    torch.testing.assert_close(module(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+    factors = [name for name, _ in module.named_parameters() if "weight_lora" in name]
+    assert len(factors) == 2 * len(adapter.factors)
+
+
 @pytest.mark.parametrize("settings", [{"use_rslora": True}, {"rank_pattern": {"dense": 2}}], ids=["rslora", "ranks"])
 def test_ranks_and_scales_of_a_falcon(settings: dict[str, object], tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -59,7 +73,8 @@ def test_ranks_and_scales_of_a_falcon(settings: dict[str, object], tmp_path: Pat
     ("backend", "more"),
     [
         ("tensor_parallel", ()), ("deepspeed", ()), ("transformers", ("quantization=nf4", "devices=1")),
-        ("fsdp", ("quantization=int8_wo",)),
+        ("fsdp", ("quantization=int8_wo",)), ("transformers", ("adapter.merge=false", "devices=1")),
+        ("tensor_parallel", ("adapter.merge=false",)), ("fsdp", ("adapter.merge=false", "quantization=nf4")),
     ],
 )  # fmt: skip
 def test_every_engine_answers_by_the_adapter(backend: str, more: tuple[str, ...], tmp_path: Path) -> None:
@@ -71,7 +86,10 @@ def test_every_engine_answers_by_the_adapter(backend: str, more: tuple[str, ...]
     [run_dir] = tmp_path.iterdir()
     [completion] = map(json.loads, (run_dir / "completions.jsonl").read_text().splitlines())
     assert completion["text"] == ANSWER
-    assert json.loads((run_dir / "record.json").read_text())["config"]["adapter"]["path"] == str(ADAPTER)
+    record = json.loads((run_dir / "record.json").read_text())
+    assert record["config"]["adapter"]["path"] == str(ADAPTER)
+    held = [device["parameter_bytes"] for device in record["devices"]]
+    assert held == [device["parameter_bytes"] for device in record["plan"]["devices"]]
 
 
 def _set(**values: object):  # type: ignore[no-untyped-def]
@@ -98,6 +116,7 @@ LLAMA, NOTHING = "model=tiny_llama", _set()
         (_without_weights, [LLAMA], "has no adapter_model.safetensors. HINT: a folder that peft has saved"),
         (NOTHING, ["model=tiny_falcon"], "which the model does not have. HINT: the adapter of this model"),
         (NOTHING, [LLAMA, "backend=vllm"], "backend=vllm merges no adapter. HINT: adapter.path=null, or backend=fsdp"),
+        (NOTHING, [LLAMA, "backend=deepspeed", "adapter.merge=false"], "its weights. HINT: adapter.merge=true"),
         (NOTHING, [LLAMA, "model.weights=random"], "model.weights=random are not. HINT: adapter.path=null"),
     ],
 )

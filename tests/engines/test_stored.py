@@ -183,4 +183,4 @@ def test_a_run_holds_the_planned_bytes_and_others_name_who_can(tmp_path: Path) -
         assert "The checkpoint is quantized (gptq_int4_g64)" in ended.err
         assert "backend=vllm, or backend=transformers" in ended.err
     ended = launcher(*asked, "backend=transformers", "adapter.path=embedded:tiny_llama_adapter")
-    assert "quantized already (gptq_int4_g64) take no adapter. HINT: adapter.path=null" in ended.err
+    assert "is not merged into weights that are quantized already (gptq_int4_g64). HINT: adapter.merge=" in ended.err

@@ -55,6 +55,7 @@ TENSORS = {
     "launcher.backends.memory",
     "shards.load.blocks",
     "shards.load.conversion",
+    "shards.parallel.adapters",
     "shards.parallel.collectives",
     "shards.parallel.families",
     "shards.parallel.fully_shard",

@@ -32,6 +32,7 @@ class FsdpConfig(BackendConfig):
     speculates: ClassVar[bool] = True
     can_trace: ClassVar[bool] = True
     loads_by_name: ClassVar[bool] = True
+    takes_adapters: ClassVar[bool] = True
     quantizations: ClassVar[tuple[str, ...]] = ("int8_wo", "int8_dyn", "int8", "nf4", "fp4")
 
     name: str = "fsdp"

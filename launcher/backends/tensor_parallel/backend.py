@@ -27,12 +27,9 @@ class TensorParallelBackend(ModuleBackend):
             ways = collectives(world, self.device)
             print(f"all-reduce: {ways.way}", flush=True)
             tensor_parallel_model(model, world.rank, world.world_size, ways)
-        if self.config.quantization is not WeightFormat.none:
-            self.quantize(model)
-            self.fill(model, progress)
-            return model
+        self.quantize(model)
         least = 0 if self.device.type == "cuda" else least_packed(self.dtype)
-        if least is not None and self.packs(model):
+        if self.config.quantization is WeightFormat.none and least is not None and self.packs(model):
             fuse_projections(model, least)
         self.fill(model, progress)
         return model

@@ -39,6 +39,7 @@ class TransformersConfig(BackendConfig):
     speculates: ClassVar[bool] = True
     can_trace: ClassVar[bool] = True
     loads_by_name: ClassVar[bool] = True
+    takes_adapters: ClassVar[bool] = True
     is_reference: ClassVar[bool] = True
     quantizations: ClassVar[tuple[str, ...]] = OWN_QUANTIZATIONS
 
@@ -52,8 +53,9 @@ class TransformersConfig(BackendConfig):
         return as_kept(quantization) is not None
 
     def quantization(self, config: RunConfig, stored: Quantization | None, on_cuda: bool) -> Quantization | None:
-        if stored is not None and config.adapter.path is not None:
-            raise PlanError(f"Weights that are quantized already ({stored.name}) take no adapter.", "adapter.path=null")
+        if stored is not None and config.adapter.path is not None and config.adapter.merge:
+            fact = f"An adapter is not merged into weights that are quantized already ({stored.name})."
+            raise PlanError(fact, "adapter.merge=false")
         return as_kept(stored) if stored is not None else super().quantization(config, stored, on_cuda)
 
     def settle(self, config: RunConfig, on_cuda: bool) -> tuple[RunConfig, list[str]]:
