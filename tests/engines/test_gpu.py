@@ -24,6 +24,7 @@ from launcher.backends.sampling import Sampler
 from launcher.backends.slots.decoder import SlotDecoder
 from launcher.backends.slots.static import Graphs
 from launcher.config.engines import engines
+from launcher.config.formats import OWN_QUANTIZATIONS
 from launcher.config.schema import SamplingConfig
 from launcher.models import EMBEDDED
 from launcher.rank.failures import explain
@@ -32,12 +33,14 @@ from shards.checkpoint.open_files import OpenFiles
 from shards.errors import PlanError
 from shards.load.load import load_weights
 from shards.load.meta import build_meta
+from shards.load.quantizers import make_quantizer
 from shards.load.random_weights import fill_random
 from shards.load.slices import Target, read_targets
 from shards.machine.cards import cuda_devices
 from shards.machine.hardware import MIB, Device
 from shards.machine.world import World
 from shards.parallel.families import attend, keep_kv_heads_only
+from shards.parallel.products import quantize_layers
 
 
 def cards() -> tuple[Device, ...]:
@@ -224,6 +227,21 @@ def test_random_weights_on_a_card_are_sane_and_the_same_again() -> None:
     assert torch.equal(*made)
     assert made[0].device == torch.device("cuda", 0)
     assert abs(made[0].std().item() - 0.02) < 0.001
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("quantization", OWN_QUANTIZATIONS)
+def test_a_card_packs_and_multiplies_as_the_processor_does(quantization: str) -> None:
+    """Of both models, in bf16: the mean difference of their logits is far below the step of the quantization."""
+    for name in ("tiny_llama", "tiny_falcon"):
+        logits = []
+        for place in ("cpu", "cuda:0"):
+            model = build_meta(EMBEDDED / name, torch.bfloat16)
+            quantize_layers(model, make_quantizer(quantization, torch.bfloat16))
+            load_weights(model, Checkpoint.open(EMBEDDED / name), place)
+            ids = torch.tensor([[5, 77, 301, 12, 9, 44, 130, 8]], device=place)
+            logits.append(model(ids).logits.float().cpu())
+        assert (logits[0] - logits[1]).abs().mean() < 0.1, name
 
 
 def attention(length: int, keys: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
