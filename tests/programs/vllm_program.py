@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from rank_program import PROMPTS
 
 from launcher.backends.base import Generation, Prompt
 from launcher.backends.vllm.backend import VllmBackend
@@ -28,6 +27,7 @@ from launcher.prompts.prompts import encode
 from shards.machine.world import World
 from shards.plan.plan import Plan
 
+PROMPTS = Path(__file__).parents[1] / "ragged_prompts.txt"
 FOLDER = EMBEDDED / "tiny_falcon"
 POOL_BYTES = 50_000_000  # no whole number of blocks
 FULL = SamplingConfig(max_new_tokens=40, ignore_eos=True)
