@@ -26,7 +26,6 @@ import difflib
 import os
 import re
 import sys
-from argparse import RawDescriptionHelpFormatter
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -75,7 +74,7 @@ SOURCES = {
 
 def main(argv: Sequence[str]) -> int:
     """Print the table; 2 and one line for what is wrong with the arguments."""
-    parser = Parser(prog="python -m launcher.plan", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m launcher.plan", description=__doc__)
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as above, in any order")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--json", action="store_true", help="print one JSON object with the whole plans")

@@ -19,7 +19,6 @@ import signal
 import subprocess
 import sys
 import uuid
-from argparse import RawDescriptionHelpFormatter
 from typing import TYPE_CHECKING
 
 from launcher.config.keys import nearest, wrong_value
@@ -41,7 +40,7 @@ ARGUMENTS = {"devices": "2", "accelerator": "cpu"}
 
 def main(argv: Sequence[str]) -> int:
     """Measure, print and keep the figures; 2 and one line for what is wrong."""
-    parser = Parser(prog="python -m launcher.probe", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m launcher.probe", description=__doc__)
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="devices=N, accelerator=cpu|cuda")
     try:
         arguments, unknown = parser.parse_known_intermixed_args(argv)

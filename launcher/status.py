@@ -17,7 +17,7 @@ import contextlib
 import fcntl
 import sys
 import time
-from argparse import SUPPRESS, RawDescriptionHelpFormatter
+from argparse import SUPPRESS
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,7 +74,6 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser = Parser(
         prog="python -m launcher.status",
         description=__doc__,
-        formatter_class=RawDescriptionHelpFormatter,
         usage=SUPPRESS,
     )
     parser.add_argument("folders", type=Path, metavar="DIR", nargs="+", help="a run directory, or a folder of runs")

@@ -34,7 +34,7 @@ from launcher.compress.request import CALIBRATED, check_shapes, matrices, planne
 from launcher.config.schema import ConfigError
 from launcher.prepare.prepare import model_folder
 from launcher.prepare.shapes import built_of, config_of
-from launcher.system.terminal import run_command
+from launcher.system.terminal import Parser, run_command
 from shards.checkpoint.checkpoint import Checkpoint
 from shards.errors import UserError
 
@@ -49,11 +49,11 @@ COPIED = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "ch
 
 def main(argv: Sequence[str]) -> int:
     """Make the checkpoint; 2 and one line for what is wrong with the arguments or the model."""
-    if not argv or "--help" in argv or "-h" in argv:
-        print(__doc__)
-        return 0
+    parser = Parser(prog="python -m launcher.compress", description=__doc__)
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as above, in any order")
     try:
-        request = read_request(argv)
+        arguments, unknown = parser.parse_known_intermixed_args(argv)
+        request = read_request([*unknown, *arguments.words])
         folder = Path(request.model)
         if not folder.is_dir():
             is_preset = "/" not in request.model

@@ -7,7 +7,7 @@ import io
 import os
 import signal
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from launcher.config.schema import ConfigError
@@ -21,10 +21,11 @@ PIPE_BROKEN = 128 + signal.SIGPIPE
 
 
 class Parser(ArgumentParser):
-    """One that raises ConfigError for wrong arguments, and takes no shortened names."""
+    """A parser that raises ConfigError for wrong arguments, takes no shortened names, and prints its description as
+    it is."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, **settings)
+        super().__init__(allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter, **settings)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}.", f"{self.prog} --help")

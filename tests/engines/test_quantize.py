@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from running import ROOT, launcher, run, torchrun
+from running import launcher, run, torchrun
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from launcher.config.engines import engines
-from launcher.config.formats import WeightFormat
 from launcher.models import EMBEDDED
 from launcher.prepare.shapes import built_of
 from shards.checkpoint.checkpoint import Checkpoint
@@ -193,23 +191,6 @@ def test_other_layers_than_linear_ones_are_refused() -> None:
     config = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 64}
     with pytest.raises(PlanError, match="Conv1D, which is not quantized here"):
         quantize_layers(build_meta(config, torch.float32), make_quantizer("int8_wo", torch.float32))
-
-
-def test_the_table_of_the_readme_is_that_of_the_engines() -> None:
-    rows = [line.split("|")[1:-1] for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `")]
-    heading = ["fsdp", "tensor_parallel", "transformers", "vllm"]
-    shown = {
-        name: {engine for engine, cell in zip(heading, cells, strict=True) if cell.strip()}
-        for first, _, *cells in rows
-        if any(part in first for part in ("int8", "int4", "nf4", "fp8"))
-        for name in re.findall("`(\\w+)`", first)
-    }
-    made = {
-        name: {engine for engine, kind in engines().items() if name in kind.quantizations}
-        for name in WeightFormat.__members__
-        if name != "none"
-    }
-    assert shown == made
 
 
 @pytest.mark.slow

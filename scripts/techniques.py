@@ -1,0 +1,70 @@
+#!/usr/bin/env python3
+"""The table of techniques in the README: `python scripts/techniques.py` prints it, by asking what each engine accepts.
+
+Each cell is a dry run of a small Llama, on this machine's CPU and on a machine of two H200. Nothing is started.
+"""
+
+from __future__ import annotations
+
+from launcher import compose
+from launcher.config.schema import ConfigError
+from launcher.prepare.prepare import prepare
+from shards.errors import UserError
+
+ENGINES = {"transformers": 1, "fsdp": 2, "tensor_parallel": 2, "deepspeed": 2, "vllm": 2}
+"""Engines, and the number of devices that each is asked for."""
+
+TECHNIQUES = {
+    "quantization=int8_wo": "a byte a value, a scale for each output; products in `precision`",
+    "quantization=int8_dyn": "the same, and each row of inputs in 8 bits (torchao's dynamic activations)",
+    "quantization=int4_wo": "half a byte a value, a scale and a middle for each 64 inputs (torchao's arithmetic)",
+    "quantization=int8": "LLM.int8 of bitsandbytes: as `int8_wo`, and inputs in 8 bits but for outliers",
+    "quantization=nf4": "bitsandbytes: half a byte a value, a scale for each 64",
+    "quantization=fp4": "the same, in floating point",
+    "quantization=nf4_dq": "`nf4` with scales in a byte",
+    "quantization=fp8 precision=bf16": "vLLM's own; so are `fp8_channel` and `fp8_block`",
+    "precision=bf16_mixed": "weights in fp32, products under autocast; so is `fp16_mixed`",
+    "offload=cpu": "weights in main memory",
+    "offload=disk": "weights in their files",
+    "adapter.path=embedded:tiny_llama_adapter": "a LoRA adapter, merged while weights are read",
+    "adapter.path=embedded:tiny_llama_adapter adapter.merge=false": "its factors beside the weights",
+    "speculative=ngram": "guesses by prompt lookup",
+    "speculative=draft speculative.model=embedded:tiny_draft": "guesses by a draft model",
+    "measure.compile=inductor": "steps compiled by torch.compile",
+    "measure.compile=cudagraph": "steps captured as CUDA graphs",
+    "measure.quality=builtin": "perplexity, and agreement with the base of a comparison",
+}
+"""What is said on the command line, and what it means."""
+
+
+def accepts(*overrides: str) -> bool:
+    """True if a dry run is not refused."""
+    try:
+        prepare(compose("model=tiny_llama", "dry_run=true", *overrides), ())
+    except UserError:
+        return False
+    return True
+
+
+def cell(engine: str, devices: int, technique: str) -> str:
+    """`yes`, `CUDA` or `CPU` where only there, and nothing where the engine refuses the technique on both."""
+    asked = (f"backend={engine}", f"devices={devices}", *technique.split())
+    on_cpu = accepts("accelerator=cpu", *asked)
+    on_cuda = accepts(f"machine={devices}xh200", *asked)
+    return {(True, True): "yes", (False, True): "CUDA", (True, False): "CPU", (False, False): ""}[on_cpu, on_cuda]
+
+
+def table() -> str:
+    """The table as Markdown."""
+    lines = [f"| | | {' | '.join(ENGINES)} |", f"|---|---|{'---|' * len(ENGINES)}"]
+    for technique, meaning in TECHNIQUES.items():
+        cells = [cell(engine, devices, technique) for engine, devices in ENGINES.items()]
+        lines.append(f"| `{technique}` | {meaning} |{''.join(f' {text} |' if text else ' |' for text in cells)}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    for engine, devices in ENGINES.items():
+        if not accepts(f"backend={engine}", f"devices={devices}"):
+            raise SystemExit(ConfigError(f"backend={engine} does not run here.", "python -m launcher.doctor"))
+    print(table())
