@@ -256,7 +256,7 @@ def _dry_run(config: RunConfig, command: tuple[str, ...]) -> int:
         description = describe(prepared)
         print(sbatch_text(job_of(description), name_of(description)))
         return 0
-    words = worker_command("RUN_DIR", prepared.world_size, config.backend.python)
+    words = worker_command("launcher.rank.worker", "RUN_DIR", prepared.world_size, config.backend.python)
     out.print("command: " + " ".join(words), soft_wrap=True)
     return 0
 

@@ -89,7 +89,7 @@ def parse(argv: Sequence[str]) -> tuple[int, str]:
 
 def measure(devices: int, accelerator: str) -> Measured:
     """Start a rank a device and read what rank 0 found; none is left behind. WorldError if one fails."""
-    command, mark = worker_command(accelerator, devices, None, "shards.parallel.probe"), uuid.uuid4().hex
+    command, mark = worker_command("shards.parallel.probe", accelerator, devices, None), uuid.uuid4().hex
     environ = rank_environment(os.environ, devices, accelerator == "cuda") | {processes.MARK: mark}
     try:
         done = subprocess.run(

@@ -29,12 +29,10 @@ class Terminated(KeyboardInterrupt):
     """This process received SIGTERM."""
 
 
-def worker_command(
-    argument: str, processes: int, python: str | None, module: str = "launcher.rank.worker"
-) -> tuple[str, ...]:
-    """The command that starts ranks on this machine, a run's (`argument` is its directory) or those of another module.
+def worker_command(module: str, argument: str, processes: int, python: str | None) -> tuple[str, ...]:
+    """The command that starts so many ranks of a module on this machine, torchrun's own for several.
 
-    It is torchrun's own for several, a plain one for one.
+    Each rank is given `argument`, for a run its directory.
     """
     interpreter = python or sys.executable
     if processes == 1:

@@ -104,7 +104,7 @@ def run_local(run_dir: RunDir, show: Show) -> Record:
         config = run.run_config
         if run.on_cuda and (notes := neighbours(os.environ, config.devices)):
             run_dir.write_notes(notes)
-        command = worker_command(str(run_dir), run.world_size, config.backend.python)
+        command = worker_command("launcher.rank.worker", str(run_dir), run.world_size, config.backend.python)
         run_dir.write_attempt(attempt, command)
         if run.script is not None:
             run_dir.write_script(run.script)

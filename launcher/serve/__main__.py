@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(run_dir: RunDir, host: str, port: int) -> int:
     """Start the ranks, say when they answer, and wait for their end or for a signal; nothing of them is left then."""
     run = run_dir.read_run()
-    command = worker_command(str(run_dir), run.world_size, run.run_config.backend.python, "launcher.serve.rank")
+    command = worker_command("launcher.serve.rank", str(run_dir), run.world_size, run.run_config.backend.python)
     is_ready = False
     with handled_signals(run_dir, run) as signals:
         try:
