@@ -206,7 +206,7 @@ def test_requeued_job_completes_the_set(cluster: Cluster, by_hand: bool) -> None
 @pytest.mark.slow
 def test_time_limit_is_gone_past(cluster: Cluster) -> None:
     """SLURM looks at time limits each 30 s, so that the warning comes after 28 s of the minute."""
-    longer = ("measure.repeats=8", "cluster.time=0:01:00", "cluster.signal_s=30")  # 12 prompts, 0.3 s each
+    longer = ("measure.repeats=12", "cluster.time=0:01:00", "cluster.signal_s=30")  # 12 prompts, 0.3 s each
     job, run_dir = cluster.submit(*FILE, *SLOW, *longer)
     seen = cluster.status("--follow", str(run_dir), timeout=140)
     assert (seen.code, seen.last_json["points"]) == (0, {"ok": 1}), log(run_dir)
