@@ -84,8 +84,8 @@ def _quality(base: FinishedRun, other: FinishedRun, comparison: Comparison) -> s
     assert left is not None
     assert right is not None
     return (
-        f"perplexity {right.perplexity:,.4g} after {left.perplexity:,.4g}, and of {left.tokens:,} tokens of {left.text}"
-        f" {comparison.agreement:.1%} with the same one held most likely"
+        f"perplexity {right.perplexity:,.4g} after {left.perplexity:,.4g}; the most likely token is the same for"
+        f" {comparison.agreement:.1%} of {left.tokens:,} tokens of {left.text}"
     )
 
 

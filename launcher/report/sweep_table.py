@@ -11,15 +11,18 @@ from launcher.report.layout import fitted
 from launcher.report.speculation import COLUMN, cell, has_guesses
 from launcher.report.tables import error_line, json_line, range_of
 from launcher.report.units import rate, seconds, size
+from launcher.results.quality import agreement
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from rich.console import Console
 
+    from launcher.results.quality import Quality
     from launcher.results.record import Record
     from shards.untrusted_files import JsonObject
 
+QUALITY = ("perplexity", "same top-1")
 FIGURES = ("new tokens/s", "min … max", "ttft p50", "itl p50", "load", "parameters/device")
 
 
@@ -51,6 +54,8 @@ def show_sweep(records: Sequence[Record], points: Sequence[Mapping[str, str]], o
     """Print one row a point of a sweep, whatever became of it, with a column for each key that was swept."""
     keys = list(dict.fromkeys(key for point in points for key in point))
     guesses = [COLUMN] if has_guesses(records) else []
+    base = next((record.quality for record in records if record.quality), None)
+    qualities = QUALITY if base else ()
     rows = []
     for record, point in zip(records, points, strict=True):
         speed = record.metrics.new_tokens_per_s if record.metrics else None
@@ -66,10 +71,19 @@ def show_sweep(records: Sequence[Record], points: Sequence[Mapping[str, str]], o
                 seconds(record.load_s),
                 size(max(parameters)) if parameters else "-",
                 *(cell(record) for _ in guesses),
+                *(_quality_cells(base, record) if base else ()),
             ]
         )
-    columns = [*keys, "status", *FIGURES, *guesses]
+    columns = [*keys, "status", *FIGURES, *guesses, *qualities]
     out.print(fitted(out, columns, rows, texts=keys, optional=FIGURES[:0:-1]))
+
+
+def _quality_cells(base: Quality, record: Record) -> tuple[str, str]:
+    """The perplexity of a point, and its agreement with the first that scored a text."""
+    if record.quality is None:
+        return "-", "-"
+    share = agreement(base, record.quality)
+    return f"{record.quality.perplexity:,.4g}", "-" if share is None else f"{share:.1%}"
 
 
 def sweep_line(

@@ -34,7 +34,7 @@ def quality_of(text: str, scores: Sequence[Score]) -> Quality:
 
 
 def agreement(base: Quality | None, other: Quality | None) -> float | None:
-    """The share of tokens in whose place both held the same one most likely; None for other texts or other windows."""
+    """The share of places with the same most likely token (top-1 agreement); None for other texts or other windows."""
     if base is None or other is None or (base.text, base.tokens) != (other.text, other.tokens):
         return None
     same = sum(left == right for left, right in zip(base.best_tokens, other.best_tokens, strict=True))

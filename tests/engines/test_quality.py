@@ -42,7 +42,10 @@ def test_every_engine_scores_a_text_as_transformers_does(tmp_path: Path) -> None
         assert record["quality"]["perplexity"] == pytest.approx(math.exp(-sum(likelihoods) / len(best)), rel=1e-3)
         same = sum(left == right for left, right in zip(record["quality"]["best_tokens"], best, strict=True))
         assert same >= len(best) - 2, record["backend"]  # two logits may be one last bit apart
-    assert ended.out.count(f"of {len(best):,} tokens of builtin") >= 4
+    assert " ".join(ended.out.split()).count(f"of {len(best):,} tokens of builtin") == 4
+    lines = ended.out.splitlines()
+    assert "perplexity ┃ same top-1" in next(line for line in lines if line.startswith("┃ backend"))
+    assert next(line for line in lines if line.startswith("│ transformers")).split("│")[-2].strip() == "100.0%"
 
 
 def test_agreement_is_of_one_text_only() -> None:
