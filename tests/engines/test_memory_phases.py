@@ -105,6 +105,7 @@ def test_what_is_not_watched_is_null_with_a_reason(allocator: Allocator) -> None
         assert {device.reasons[name] for name in memory.BY_PHASE} == {reason}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_continuous", [True, False], ids=["slots", "static"])
 def test_a_decode_loop_ends_a_phase_with_each_step(is_continuous: bool) -> None:
     """Of two prompts in two slots the second is read in chunks of two tokens, between which the first is decoded."""

@@ -45,6 +45,7 @@ def test_llm_int8_is_that_of_from_pretrained() -> None:
     torch.testing.assert_close(loaded("tiny_llama", "int8")(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("quantization", ["nf4", "nf4_dq", "fp4"])
@@ -76,6 +77,7 @@ def test_int8_of_rows_is_the_model_with_its_rows_rounded(model: str) -> None:
     torch.testing.assert_close(module(IDS).logits, rounded(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("model", MODELS)
 def test_int4_of_groups_is_the_model_with_its_groups_rounded(model: str) -> None:

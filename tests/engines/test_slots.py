@@ -110,6 +110,7 @@ def by_generate(model: Any, prompt: Prompt, new_tokens: int) -> tuple[int, ...]:
     return tuple(found[0, ids.shape[1] :].tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "config"),
     [pytest.param(family, fields(family), id=family) for family in sorted(FAMILIES)]

@@ -118,6 +118,7 @@ def kept(folder: Path) -> torch.nn.Module:
     return model
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("method", ["gptq", "awq", "w4a16"])
 def test_logits_are_those_of_the_values_that_are_stored(method: str, tmp_path: Path) -> None:

@@ -198,6 +198,7 @@ HEADER = {
 }
 
 
+@pytest.mark.slow
 @fuzz(2, 400)
 @given(
     content=mutated(HEADER),
@@ -244,6 +245,7 @@ def prompt_files(draw: st.DrawFn) -> tuple[str, bytes]:
     return name, b"\n".join(draw(st.lists(mutated(row), max_size=3)))
 
 
+@pytest.mark.slow
 @fuzz(4, 340)
 @given(file=prompt_files(), field=st.sampled_from([None, None, None, "prompt", "id", "x"]))
 def test_prompt_files(offline: Path, file: tuple[str, bytes], field: str | None) -> None:

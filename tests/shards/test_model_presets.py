@@ -62,6 +62,7 @@ def test_every_preset_is_checked() -> None:
     assert sorted(PRESETS) == sorted(PUBLISHED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_has_the_published_parameters(name: str) -> None:
     config = config_of(name)

@@ -73,6 +73,7 @@ def test_what_is_cut_out_is_what_could_have_been_zeros(name: str, tmp_path: Path
     torch.testing.assert_close(smaller(IDS).logits, whole(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("scheme", ["w4a16", "w8a8"])
 def test_rounded_values_are_within_half_a_step(scheme: str, tmp_path: Path) -> None:

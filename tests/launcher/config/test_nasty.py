@@ -45,6 +45,7 @@ PROMPTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["model.path", "prompts.path", "output_dir"])
 def test_a_path_is_taken_as_it_is_written(key: str) -> None:
     name, _, field = key.partition(".")
