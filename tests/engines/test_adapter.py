@@ -30,6 +30,7 @@ def merged(model: str, folder: Path) -> torch.nn.Module:
     return module
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_logits_are_those_of_peft() -> None:
     base = AutoModelForCausalLM.from_pretrained(EMBEDDED / "tiny_llama", dtype=torch.float32)
@@ -40,6 +41,7 @@ def test_logits_are_those_of_peft() -> None:
     assert (logits - plain).abs().max() > 1
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_factors_beside_the_weights_give_the_logits_of_peft() -> None:
     base = AutoModelForCausalLM.from_pretrained(EMBEDDED / "tiny_llama", dtype=torch.float32)

@@ -174,6 +174,7 @@ def test_one_device_cuts_nothing(model_config: dict[str, Any]) -> None:
     config.backend.refuse(config, model_config, False, longest=40)
 
 
+@pytest.mark.slow
 def test_a_refusal_is_one_line_and_exit_code_2() -> None:
     ended = launcher("backend=deepspeed", "backend.kernel_inject=true")
     assert ended.code == 2

@@ -59,6 +59,7 @@ def waiting(path: Path, beats: list[int]) -> None:
     threading.Event().wait(0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("work", "is_alive"), [(reading, True), (waiting, False)])
 def test_a_slow_load_of_the_engine_beats_while_it_works(
     work: Callable[[Path, list[int]], None], is_alive: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

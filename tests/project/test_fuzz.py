@@ -222,6 +222,7 @@ def test_headers_are_read_as_the_safetensors_library_reads_them(
             pass
 
 
+@pytest.mark.slow
 @fuzz(3, 200)
 @given(content=mutated({"metadata": {"total_size": 9}, "weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}))
 def test_indexes(offline: Path, content: bytes) -> None:

@@ -222,6 +222,7 @@ def test_ends_most_of_what_was_begun(talkers: dict[str, Talker], name: str) -> N
     assert right / RAGGED >= 0.85
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_goes_on_after_the_end(talkers: dict[str, Talker], name: str) -> None:
     talker = talkers[name]

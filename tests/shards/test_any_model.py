@@ -278,6 +278,7 @@ FORMS: list[tuple[str, Callable[[str, Path], Path], str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "form", "has"), FORMS)
 def test_stored_names_and_layouts_give_what_transformers_loads(
     tmp_path: Path, family: str, form: Callable[[str, Path], Path], has: str

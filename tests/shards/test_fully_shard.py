@@ -79,6 +79,7 @@ def asked(config: dict[str, Any], **options: Any) -> PlanRequest:
     return PlanRequest(shape=shape, engine=FsdpPlanner(**options), devices=2, dtype_bytes=4, prompt_tokens=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ways", [IMMEDIATE, AHEAD], ids=["immediate", "ahead"])
 @pytest.mark.parametrize("resident", [0, 1, 3, 4, LAYERS])
 @pytest.mark.parametrize("config", [LLAMA, FALCON], ids=["llama", "falcon"])

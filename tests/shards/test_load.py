@@ -86,6 +86,7 @@ def same_state(ours: nn.Module, theirs: nn.Module) -> None:
         assert torch.equal(mine[name], tensor), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_one_device_holds_what_transformers_loads(checkpoints: Path, name: str, dtype: torch.dtype) -> None:

@@ -128,6 +128,7 @@ def test_vllm_pads_the_vocabulary_to_64_rows() -> None:
     assert cut_up(ModelShape.from_config(padded), cut, 2) == cut_up(ModelShape.from_config(wide), cut, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3, 7, 60, 100_000])
 @pytest.mark.parametrize("shape", [FALCON_7B, LLAMA_30B], ids=["falcon_7b", "llama_30b"])
 def test_fsdp_ranks_hold_the_model_once(shape: ModelShape, size: int) -> None:

@@ -33,6 +33,7 @@ def matrices(model: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in layers.named_parameters() if tensor.dim() == 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_the_smallest_values_are_zeros_and_the_others_as_they_were(
     pattern: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -16,6 +16,7 @@ from shards.plan.plan import Plan
 SECTION = re.compile(r"```\npython -m launcher\.plan ([^\n]*)\n```\n\n(.*?)(?=\n##+ |\Z)", re.DOTALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("page", "models"),
     [

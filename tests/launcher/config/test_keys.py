@@ -211,6 +211,7 @@ def test_a_plus_before_a_key_that_is_there_changes_it() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", "+", "++"])
 def test_entries_that_are_the_users_to_name_need_no_plus(prefix: str) -> None:
     for override in ("backend.extra.block_size=32", "backend.extra={block_size: 32}"):

@@ -116,6 +116,7 @@ def test_a_sweep_over_engines_may_give_all_of_them_what_some_read() -> None:
         points_of(["backend=vllm", "devices=1,2", "measure.batch_size=8"])
 
 
+@pytest.mark.slow
 def test_a_sweep_over_guesses_takes_the_keys_of_all_their_kinds() -> None:
     """Each point is given those that it reads, so that its command can be given alone."""
     shared = ["speculative.tokens=3", "speculative.model=embedded:tiny_draft", "seed=1"]

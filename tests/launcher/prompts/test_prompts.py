@@ -45,6 +45,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
         read_texts(PromptsConfig(name="file", path=str(tmp_path / "a.txt")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "fact"),
     [
