@@ -38,14 +38,16 @@ part() {
 # A worker more than there are cores, since tests of faults and of SLURM mostly wait. What fails beside other tests is
 # tried once more, alone: some tests wait for processes that a busy machine holds up.
 run_tests() {
-    local workers=$(($(nproc) + 1))
+    local workers=$(($(nproc) + spare))
     pytest -n "$((workers < 5 ? workers : 5))" --dist loadfile --no-loadscope-reorder --durations=25 "$@" && return
     echo "== once more, one at a time, what has failed"
     pytest --last-failed --last-failed-no-failures none "$@"
 }
 
 select=()
+spare=1
 if [[ ${1:-} == --fast ]]; then
+    spare=0 # nothing waits there, and each worker takes seconds to collect
     select=(-m "not slow and not slurm and not gpu")
 elif [[ $# -gt 0 ]]; then
     add_packages
