@@ -193,7 +193,7 @@ class ModuleBackend(ABC):
                 module._buffers[name] = None if buffer is None else buffer.to(self.device)
 
     def adapter(self) -> Adapter | None:
-        """What is added to the weights."""
+        """The adapter that is added to the weights."""
         folder = self.config.adapter.path
         return read_adapter(Path(folder)) if folder else None
 

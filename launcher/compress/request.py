@@ -1,4 +1,4 @@
-"""What is asked of a compression, checked, and what it will hold. No torch."""
+"""The request for a compression, checked, and the bytes that it will hold. No torch."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def pruned(weight: torch.Tensor, ratio: float, pattern: str) -> torch.Tensor:
 
 
 def rounded(name: str, weight: torch.Tensor, scheme: str, group: int) -> Tensors:
-    """What compressed-tensors stores of a matrix, its values rounded to the nearest."""
+    """The tensors that compressed-tensors stores of a matrix, its values rounded to the nearest."""
     prefix, values = name.removesuffix("weight"), weight.float()
     if scheme == "w8a8":
         scale = (values.abs().amax(1, keepdim=True) / 127.5).clamp_(min=torch.finfo(torch.float32).tiny)

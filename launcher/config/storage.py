@@ -43,7 +43,7 @@ class Precision(Enum):
 
 
 class Offload(Enum):
-    """Where weights lie between the passes of a model: on the devices, in main memory, or in their files."""
+    """The place of weights between the passes of a model: on the devices, in main memory, or in their files."""
 
     none = None
     cpu = "cpu"

@@ -39,5 +39,5 @@ def check_compile(config: RunConfig, on_cuda: bool) -> None:
 
 
 def has_compiler() -> bool:
-    """Whether torch's inductor finds a C++ compiler: that of CXX, or one of those that are usual."""
+    """True if torch's inductor finds a C++ compiler: that of CXX, or one of the usual ones."""
     return any(shutil.which(name) for name in (os.environ.get("CXX"), *COMPILERS) if name)

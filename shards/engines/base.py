@@ -112,7 +112,7 @@ class ModulePlanner(EnginePlanner, ABC):
         return self.split_group(request)
 
     def split_group(self, request: PlanRequest) -> str | None:
-        """Why a quantization cannot store the pieces of the matrices, None if it can."""
+        """The reason why a quantization cannot store the pieces of the matrices, None if it can."""
         quantization, n = request.quantization, self.tensor_parallel_size(request)
         if quantization is None:
             return None

@@ -89,7 +89,7 @@ class FsdpPlanner(ModulePlanner):
         return self._split_row(request)
 
     def _split_row(self, request: PlanRequest) -> str | None:
-        """Why rows of quantized values cannot be sharded: a scale would be for values of two rows."""
+        """The reason why rows of quantized values cannot be sharded: a scale would be for values of two rows."""
         quantization = request.quantization
         if quantization is None or not quantization.flat or self.shards_over(request) == 1:
             return None

@@ -43,7 +43,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
 
     @property
     def files(self) -> frozenset[Path]:
-        """Those in which the values lie."""
+        """The files with the values."""
         entries = (entry for entries in self.matched.values() for entry in entries[:1])
         return frozenset(part.file for entry in entries for part in _parts(entry))
 

@@ -103,7 +103,7 @@ def load_weights(
 
 
 def match_tensors(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[TensorEntry, ...]]:
-    """Where the values of each parameter and stored buffer lie, tied ones in several places; all is checked."""
+    """The source of each parameter and stored buffer, several for tied ones; all is checked."""
     tensors, packed = dict(stored_tensors(model)), packed_layers(model)
     first = {id(tensor): name for name, tensor in tensors.items()}
     tied: dict[str, list[str]] = {}

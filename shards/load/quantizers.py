@@ -120,7 +120,7 @@ def set_quantizer(layer: nn.Module, name: str, quantizer: Quantizer) -> None:
 
 
 def whole_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """What every rank keeps whole of the packed layers."""
+    """The tensors of the packed layers that every rank keeps whole."""
     layers = [module for module in model.modules() if getattr(module, "quantizer", None) is not None]
     return {getattr(layer, name) for layer in layers for name in layer.quantizer.whole}
 
@@ -155,6 +155,6 @@ def part_of(layer: nn.Module) -> tuple[tuple[int, ...], torch.Tensor]:
 
 
 def _part_shape(layer: nn.Module) -> tuple[int, int]:
-    """Of a sharded layer this rank has some rows."""
+    """The shape of this rank's rows of a sharded layer."""
     outputs, inputs = layer.packed_shape
     return (len(local_tensor(layer.weight)) if isinstance(layer.weight, DTensor) else outputs), inputs

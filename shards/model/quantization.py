@@ -66,7 +66,7 @@ class Quantization:
         return replace(self, zero_points=True) if self.zeros_to_load else self
 
     def chooses(self, module: str) -> bool:
-        """Whether a module of the decoder layers is stored quantized, by its name."""
+        """True if a module of the decoder layers, by its name, is stored quantized."""
         return _is_chosen(self.skipped, self.only, module)
 
     def applies(self, parameter: Parameter) -> bool:
@@ -99,7 +99,7 @@ class Quantization:
         return self.scales * scales * (self.scale_bytes or dtype_bytes) + zeros
 
     def split_group(self, held: tuple[int, ...]) -> str | None:
-        """Why layers of ours cannot store a piece of a matrix: it is not made of whole groups."""
+        """The reason why our layers cannot store a piece of a matrix: it is not made of whole groups."""
         if self.scales != 2 or (held[0] % INT4_OUTPUTS == 0 and held[1] % self.block[1] == 0):
             return None
         units = f"{INT4_OUTPUTS} outputs and {self.block[1]} inputs"
@@ -120,7 +120,8 @@ class Quantization:
 
 
 def as_kept(stored: Quantization) -> Quantization | None:
-    """How layers of ours keep matrices that a checkpoint brings in this form; None for a form that they cannot."""
+    """The form in which our layers keep matrices that a checkpoint brings in this one; None for a form that they
+    cannot."""
     if not stored.fused:
         return stored  # bitsandbytes
     if stored.name == "int8_channel" and stored.layer_bytes == 0:

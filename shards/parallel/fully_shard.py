@@ -97,7 +97,7 @@ def _init_as(init: Callable[[MixedPrecisionPolicy], None], own: MixedPrecisionPo
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether forwards gather something."""
+    """True if forwards gather something."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 

@@ -139,7 +139,7 @@ class LitgptBackend:
         return Generation(tuple(completions), prefill_s, decode_s, steps)
 
     def _tokens(self, prompt: Prompt, sampling: SamplingConfig) -> Any:
-        """What LitGPT's loop yields for a prompt, its EOS included."""
+        """The tokens of a prompt as LitGPT's loop yields them, EOS included."""
         torch.manual_seed(self.config.seed + prompt.index)
         for block in self.model.transformer.h:
             block.attn.kv_cache.reset_parameters()

@@ -67,7 +67,7 @@ class LitgptConfig(BackendConfig):
         return config, []
 
     def refuse(self, config: RunConfig, model_config: TransformersConfig, on_cuda: bool, longest: int) -> None:
-        """What LitGPT would get wrong, or ends with a traceback."""
+        """Refuse what LitGPT would get wrong, or ends with a traceback."""
         values, devices = litgpt_config(model_config), config.devices * config.num_nodes
         if config.model.weights is Weights.random:
             raise ConfigError("backend=litgpt converts a checkpoint, and model.weights=random is none.", ELSEWHERE)
