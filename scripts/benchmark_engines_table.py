@@ -19,7 +19,9 @@ TITLE = """# All engines beside what one would write without this project
 tokens/s: new tokens of all prompts by the time from the first to the last of a call, median of the rounds with minimum
 and maximum. Contestants take turns and stand still meanwhile; ratios are medians of those of each round. The ceiling is
 what the measured rates of the machine allow for the steps by the plan of a run. Same: prompts with the answer of
-model.generate; in bf16 additions in another order may choose otherwise. Load: until the first prompt can come.
+model.generate; in bf16 additions in another order may choose otherwise. Load: until the first prompt can come. vllm.LLM
+has its own defaults, and so as many threads in each worker as there are cores; backend=vllm shares the cores out, and
+scripts/benchmark_vllm.py compares the two with the same threads.
 """
 HEADER = "| contestant | tokens/s (min … max) | of model.generate | of its reference | of the ceiling | same | load |"
 RULE = "|---|---|---|---|---|---|---|"

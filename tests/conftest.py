@@ -33,3 +33,14 @@ def slurm() -> Iterator[SlurmCluster]:
         pytest.skip(reason)
     with SlurmCluster() as cluster:
         yield cluster
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread of torch for models that are too small for two, which would wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

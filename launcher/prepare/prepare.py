@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import os
 import subprocess
@@ -22,7 +21,7 @@ from launcher.models import EMBEDDED
 from launcher.prepare.compiling import check_compile
 from launcher.prepare.experiments import check_experiment
 from launcher.prepare.planning import paces, plan_of, short_memory
-from launcher.prepare.shapes import built_of, config_of
+from launcher.prepare.shapes import built_of, config_of, embedded_folder
 from launcher.prepare.speculative import settle_guesses
 from launcher.prompts.prompts import check_context, guessed_prompts, has_tokenizer, load_prompts, sampling_of
 from launcher.prompts.quality import windows
@@ -272,13 +271,8 @@ def model_folder(config: RunConfig) -> Path | None:
     """The folder of the model on this machine; None where shapes are enough (random weights, dry run, random tokens for
     a server)."""
     path = config.model.path
-    if path.startswith("embedded:"):
-        name = path.removeprefix("embedded:")
-        if not (EMBEDDED / name / "config.json").is_file():
-            known = sorted(path.parent.name for path in EMBEDDED.glob("*/config.json"))
-            near = difflib.get_close_matches(name, known, 1, cutoff=0)[0]
-            raise ConfigError(f"There is no embedded model {name!r}.", f"model.path=embedded:{near}")
-        return EMBEDDED / name
+    if folder := embedded_folder(path, "model.path"):
+        return folder
     needs_tokenizer = config.prompts.input_tokens is None
     is_real = config.model.weights is Weights.auto and not config.dry_run
     needs_folder = is_real and (config.backend.uses_weights or needs_tokenizer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,8 +9,7 @@ from typing import TYPE_CHECKING
 from launcher.backends.slots.families import why_no_guesses, why_static
 from launcher.config.schema import ConfigError
 from launcher.config.speculative import DRAFT
-from launcher.models import EMBEDDED
-from launcher.prepare.shapes import built_of, config_of
+from launcher.prepare.shapes import built_of, config_of, embedded_folder
 from shards.checkpoint.hub import resolve
 from shards.model.config_fields import ConfigFields
 from shards.model.quantized_checkpoint import from_config
@@ -62,11 +60,5 @@ def draft_shape(config: RunConfig) -> ModelShape | None:
 
 def _folder(config: RunConfig) -> Path:
     path = config.speculative.model or ""
-    if not path.startswith("embedded:"):
-        return resolve(path, None, weights=not config.dry_run).absolute()
-    name = path.removeprefix("embedded:")
-    if not (EMBEDDED / name / "config.json").is_file():
-        known = sorted(path.parent.name for path in EMBEDDED.glob("*/config.json"))
-        near = difflib.get_close_matches(name, known, 1, cutoff=0)[0]
-        raise ConfigError(f"There is no embedded model {name!r}.", f"speculative.model=embedded:{near}")
-    return EMBEDDED / name
+    folder = embedded_folder(path, "speculative.model")
+    return folder or resolve(path, None, weights=not config.dry_run).absolute()
