@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 
 from launcher.report.layout import fitted
-from launcher.report.units import rate, seconds, size
+from launcher.report.units import figure, rate, seconds, size
 from launcher.results.changes import MEMORY, SPEEDS
 
 if TYPE_CHECKING:
@@ -51,10 +51,13 @@ def changes_table(changes: Sequence[FigureChange], names: Sequence[str], out: Co
     """A row for each figure; `names` are those of the base and the new run."""
     rows = []
     for change in changes:
-        label = NAMES[change.name] + ("" if change.rank is None else f", rank {change.rank}")
-        ratio = "-" if change.ratio is None else f"{change.ratio:,.3f}"
-        verdict = f"[bold]{change.verdict}[/]" if change.is_different else change.verdict
-        rows.append([label, shown(change.name, change.base), shown(change.name, change.new), ratio, verdict])
+        label, verdict = NAMES[change.name], change.verdict
+        if change.rank is not None:
+            label += f", rank {change.rank}"
+        if change.is_different:
+            verdict = f"[bold]{verdict}[/]"
+        values = (shown(change.name, change.base), shown(change.name, change.new))
+        rows.append([label, *values, figure(change.ratio, ",.3f"), verdict])
     columns = ("figure", *map(escape, names), "new/base", "verdict")
     return fitted(out, columns, rows, texts=("figure", "verdict", *columns[1:3]))
 

@@ -30,8 +30,8 @@ def show(runs: Sequence[FinishedRun], out: Console) -> list[Comparison]:
     base, *others = names = labels(runs)
     out.print(table(comparisons, runs, names, out))
     for comparison, other in zip(comparisons, others, strict=True):
-        for found in comparison.differences:
-            line = f"{other} has {found.key}={found.other}, {base} has {found.key}={found.base}"
+        for setting in comparison.differences:
+            line = f"{other} has {setting.key}={setting.other}, {base} has {setting.key}={setting.base}"
             out.print(f"[yellow]note:[/] {escape(line)}", soft_wrap=True)
         for note in comparison.notes:
             out.print(f"[yellow]note:[/] {escape(f'{other} and {base}: {note}')}", soft_wrap=True)
@@ -58,7 +58,7 @@ def table(comparisons: Sequence[Comparison], runs: Sequence[FinishedRun], names:
     degenerate = _degenerate(comparisons[0].base_degenerate, len(base.prompts))
     rows = [[f"{escape(names[0])} (base)", "", "", "", degenerate, rate(base.record.new_tokens_per_s), "", ""]]
     for comparison, run, name in zip(comparisons, runs[1:], names[1:], strict=True):
-        first = comparison.divergences[0] if comparison.divergences else None
+        first = next(iter(comparison.divergences), None)
         rows.append(
             [
                 escape(name),
@@ -93,7 +93,10 @@ def _place(divergence: Divergence | None) -> str:
     """The token or character at which two answers diverge."""
     if divergence is None:
         return "none"
-    return f"prompt {divergence.prompt}, {'letter' if divergence.is_of_texts else 'token'} {divergence.position}"
+    unit = "token"
+    if divergence.is_of_texts:
+        unit = "letter"
+    return f"prompt {divergence.prompt}, {unit} {divergence.position}"
 
 
 def _gap(divergence: Divergence | None) -> str:

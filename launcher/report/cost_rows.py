@@ -15,8 +15,10 @@ def cost_rows(cost: Cost) -> list[list[str]]:
     processors = f"user {seconds(cost.user_s)}, system {seconds(cost.system_s)}"
     rows = [["processor time", seconds(cost.user_s + cost.system_s), "", "", processors]]
     if cost.joules_per_token is not None:
-        watts = "" if cost.watts is None else f", {cost.watts:,.0f} W"
-        rows.append(["energy a token", f"{cost.joules_per_token:,.3g} J", "", "", f"{cost.energy_source}{watts}"])
+        source = f"{cost.energy_source}"
+        if cost.watts is not None:
+            source += f", {cost.watts:,.0f} W"
+        rows.append(["energy a token", f"{cost.joules_per_token:,.3g} J", "", "", source])
     if cost.per_million_tokens is not None:
         price = f"at {cost.device_hour:g} a device and hour"
         rows.append(["cost of a million tokens", f"{cost.per_million_tokens:,.3g}", "", "", price])

@@ -50,7 +50,9 @@ class _Measured:
     def least(self) -> int:
         """The width that it needs with its heading, and the words of a text, folded."""
         needed = max(self.cells, *map(len, self.name.split()), 1)
-        return min(needed, LEAST_TEXT) if self.is_text else needed
+        if self.is_text:
+            return min(needed, LEAST_TEXT)
+        return needed
 
     @property
     def whole(self) -> int:
@@ -80,33 +82,32 @@ def fitted(
     Where it is too wide, the columns of `texts` and headings are folded, then those of `optional` are left out, the
     first of them first, which the caption says. `styles` are those of the rows.
     """
-    kept = [_measured(index, name, name in texts, rows) for index, name in enumerate(columns)]
+    kept = []
+    for index, name in enumerate(columns):
+        widths = (cell_len(Text.from_markup(row[index]).plain) for row in rows if row is not None)
+        kept.append(_Measured(index, name, name in texts, max(widths, default=0)))
     candidates = [name for name in optional if any(column.name == name for column in kept)]
     left_out: list[str] = []
     while sum(column.least + 3 for column in kept) + 1 > out.width and candidates:
         left_out.append(candidates.pop(0))
         kept = [column for column in kept if column.name not in left_out]
     folded = sum(column.whole + 3 for column in kept) + 1 > out.width
-    note = f"left out at this width: {', '.join(left_out)}" if left_out else ""
-    table = Table(
-        *(column.column(folded) for column in kept), title=title, caption="\n".join(filter(None, (caption, note)))
-    )
-    for number, row in enumerate(rows):
+    if left_out:
+        caption = f"{caption}\nleft out at this width: {', '.join(left_out)}".lstrip()
+    table = Table(*(column.column(folded) for column in kept), title=title, caption=caption)
+    for row, style in zip(rows, styles or ("",) * len(rows), strict=True):
         if row is None:
             table.add_section()
         else:
-            table.add_row(*(row[column.index] for column in kept), style=styles[number] if styles else None)
+            table.add_row(*(row[column.index] for column in kept), style=style or None)
     return table
 
 
-def _measured(index: int, name: str, is_text: bool, rows: Sequence[Sequence[str] | None]) -> _Measured:
-    widths = (cell_len(Text.from_markup(row[index]).plain) for row in rows if row is not None)
-    return _Measured(index, name, is_text, max(widths, default=0))
-
-
-def counted(number: int, thing: str, several: str | None = None) -> str:
+def counted(number: int, singular: str, plural: str = "") -> str:
     """`1 repeat`, `2 repeats`."""
-    return f"{number:,} {thing if number == 1 else several or f'{thing}s'}"
+    if number == 1:
+        return f"1 {singular}"
+    return f"{number:,} {plural or f'{singular}s'}"
 
 
 def rounded(value: Any) -> Any:

@@ -29,4 +29,4 @@ def load_rows(times: LoadTimes | None, compilation: Compilation | None) -> list[
 
 def load_cells(times: LoadTimes | None) -> tuple[str, ...]:
     """The parts in the columns of LOAD_PARTS."""
-    return tuple("-" if times is None else seconds(getattr(times, name)) for name in LOAD_PARTS)
+    return tuple(seconds(getattr(times, name, None)) for name in LOAD_PARTS)

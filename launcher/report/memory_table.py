@@ -11,14 +11,12 @@ from launcher.report.layout import fitted
 from launcher.report.units import size
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from rich.console import Console
     from rich.table import Table
 
-    from launcher.backends.base import DeviceMemory
     from launcher.results.record import Record
-    from shards.plan.memory import DevicePlan
 
 MEMORY = {
     "parameter_bytes": "parameters",
@@ -39,6 +37,7 @@ DRAFT = {"draft_parameter_bytes": "draft", "draft_cache_bytes": "draft's KV cach
 """Those of a draft model, where there is one."""
 
 
+PLANNED = "in brackets: as planned"
 LEAST_WANTED = (
     "host anonymous", "tensors", "growth of a step", "fragmented", "KV reserved", "peak reserved", "NVML used",
 )  # fmt: skip
@@ -52,12 +51,15 @@ def device_table(record: Record, out: Console) -> Table:
         named.remove("offloaded_bytes")
     named += [name for name in DRAFT if any(getattr(device, name) for device in record.devices)]
     labels = MEMORY | DRAFT
-    planned = {device.rank: device for device in record.plan.devices} if record.plan else {}
-    rows = []
+    rows, planned = [], record.planned_devices
     for device in record.devices:
         label = f"{device.device} {device.device_name}".strip()
-        rows.append([str(device.rank), label, *(_bytes(name, device, planned) for name in named)])
-    caption = "in brackets: as planned" if record.plan else NO_PLAN
+        plan = planned.get(device.rank)
+        cells = [size(getattr(device, name)) + _planned(getattr(plan, name, None)) for name in named]
+        rows.append([str(device.rank), label, *cells])
+    caption = NO_PLAN
+    if record.plan:
+        caption = PLANNED
     columns = ["rank", "device", *(labels[name] for name in named)]
     return fitted(out, columns, rows, texts=("device",), optional=LEAST_WANTED, caption=caption)
 
@@ -68,27 +70,26 @@ def phase_table(records: Sequence[Record], out: Console, names: Sequence[str] = 
     `names` are those of several runs.
     """
     rows = []
-    for number, record in enumerate(records):
-        run = [escape(names[number])] if names else []
-        if record.plan:
-            planned = {device.rank: device for device in record.plan.devices}
-        else:
-            planned = {}
+    for name, record in zip(names or ("",) * len(records), records, strict=True):
+        planned = record.planned_devices
         for device in record.devices:
+            plan = planned.get(device.rank)
             for phase in device.phases:
-                plan = planned.get(device.rank)
+                allocated = size(phase.peak_allocated_bytes)
                 if plan:
-                    expected = f" [dim]({size(plan.peak_bytes(phase.phase))})[/]"
-                else:
-                    expected = ""
-                peaks = size(phase.peak_allocated_bytes) + expected, size(phase.peak_reserved_bytes)
-                rows.append([*run, str(device.rank), phase.phase, *peaks])
-    columns = [*(["run"] if names else []), "rank", "phase", "peak allocated", "peak reserved"]
-    if rows:
-        return fitted(out, columns, rows, texts=("run",), caption="in brackets: as planned")
-    return None
+                    allocated += _planned(plan.peak_bytes(phase.phase))
+                peaks = (allocated, size(phase.peak_reserved_bytes))
+                rows.append([escape(name), str(device.rank), phase.phase, *peaks])
+    if not rows:
+        return None
+    columns = ["run", "rank", "phase", "peak allocated", "peak reserved"]
+    if not names:
+        columns, rows = columns[1:], [row[1:] for row in rows]
+    return fitted(out, columns, rows, texts=("run",), caption=PLANNED)
 
 
-def _bytes(name: str, device: DeviceMemory, planned: Mapping[int, DevicePlan]) -> str:
-    expected = getattr(planned.get(device.rank), name, None)
-    return size(getattr(device, name)) + (f" [dim]({size(expected)})[/]" if expected is not None else "")
+def _planned(expected: int | None) -> str:
+    """The planned size in brackets, where there is one."""
+    if expected is None:
+        return ""
+    return f" [dim]({size(expected)})[/]"

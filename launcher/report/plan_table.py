@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from launcher.config.engines import NO_PLAN
 from launcher.report.layout import console, fitted
-from launcher.report.units import rate, size
+from launcher.report.units import figure, rate, size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,16 +57,25 @@ class Row:
 
 def cells(row: Row) -> list[str]:
     """The cells of a row, of its fullest device; dashes where there is no plan."""
-    names = [row.machine, row.engine, *([row.quantization] if row.quantization else [])]
+    names = [row.machine, row.engine]
+    if row.quantization:
+        names.append(row.quantization)
     if row.plan is None:
-        return [*names, *["-"] * (len(COLUMNS) - 3), "not known" if row.problem == NO_PLAN else "impossible"]
+        state = "impossible"
+        if row.problem == NO_PLAN:
+            state = "not known"
+        return [*names, *["-"] * (len(COLUMNS) - 3), state]
     device = max(row.plan.devices, key=lambda device: device.used_bytes)
     cache = max(device.kv_cache_bytes, device.kv_cache_reserved_bytes)
     other = device.activation_bytes + device.buffer_bytes + device.overhead_bytes
     sizes = [device.parameter_bytes, cache, other, device.free_bytes]
-    full = row.full.limit.tokens_per_s if row.full and row.full.limit else None
-    bound = row.plan.limit.bound if row.plan.limit else "-"
-    batch = "-" if row.plan.largest_batch is None else str(row.plan.largest_batch)
+    full = None
+    if row.full and row.full.limit:
+        full = row.full.limit.tokens_per_s
+    bound = "-"
+    if row.plan.limit:
+        bound = row.plan.limit.bound
+    batch = figure(row.plan.largest_batch, "d")
     return [*names, *map(size, sizes), batch, rate(row.pace or None), rate(full), bound]
 
 
@@ -84,8 +93,9 @@ def fastest(rows: Sequence[Row]) -> set[int]:
 
 def headings(rows: Sequence[Row]) -> list[str]:
     """The columns: with the quantization where it was asked for."""
-    with_quantization = any(row.quantization for row in rows)
-    return [*COLUMNS[:2], *(["quantization"] if with_quantization else []), *COLUMNS[2:]]
+    if any(row.quantization for row in rows):
+        return [*COLUMNS[:2], "quantization", *COLUMNS[2:]]
+    return [*COLUMNS]
 
 
 def problems(rows: Sequence[Row]) -> list[str]:
@@ -101,7 +111,9 @@ def show(name: str, model: str, caption: str, rows: Sequence[Row]) -> None:
     """Print the table, the fastest of each machine in bold, and why some choices have no plan."""
     out = console()
     marked = fastest(rows)
-    styles = ["bold" if number in marked else "" if row.plan else "dim" for number, row in enumerate(rows)]
+    styles = ["" if row.plan else "dim" for row in rows]
+    for number in marked:
+        styles[number] = "bold"
     texts = [[escape(cell) for cell in cells(row)] for row in rows]
     optional = ("other", "KV cache", "free", "bound by")
     out.print(fitted(out, headings(rows), texts, (), optional, f"{name}: {model}", caption, styles))
@@ -115,15 +127,17 @@ def markdown(name: str, model: str, caption: str, rows: Sequence[Row]) -> str:
     texts = columns.index("weights")
     rules = ["---"] * texts + ["---:"] * (len(columns) - texts - 1) + ["---"]
     lines = [f"**{name}**: {model}.", "", _pipes(columns), _pipes(rules)]
-    best = (columns.index("backend"), columns.index("tokens/s, one prompt"))
     for number, row in enumerate(rows):
         texts_of_row = cells(row)
         if number in marked:
-            texts_of_row = [f"**{cell}**" if at in best else cell for at, cell in enumerate(texts_of_row)]
+            for column in (columns.index("backend"), columns.index("tokens/s, one prompt")):
+                texts_of_row[column] = f"**{texts_of_row[column]}**"
         lines.append(_pipes(texts_of_row))
-    lines += ["", caption, ""]
+    lines += ["", caption]
     why = [f"- {line}" for line in problems(rows)]
-    return "\n".join([*lines, *why, *([""] if why else [])])
+    if why:
+        lines += ["", *why]
+    return "\n".join(lines) + "\n"
 
 
 def as_json(name: str, num_parameters: int, rows: Sequence[Row]) -> str:

@@ -66,7 +66,9 @@ class Bars:
         )
         now = time.monotonic()
         self.turn, self.answering = turn or Turn(1, 1, now), answering
-        self.title = title if self.turn.total == 1 else f"point {self.turn.number}/{self.turn.total} · {title}"
+        self.title = title
+        if self.turn.total > 1:
+            self.title = f"point {self.turn.number}/{self.turn.total} · {title}"
         self._console = console
         self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal, expand=True)
         self._task = self._bar.add_task("start", total=1.0, title=self.title, speed="", left="")
@@ -97,11 +99,10 @@ class Bars:
         share = begun.measured
         if share and self._measuring is None:
             self._measuring = now
-        speed = f"{rate(self._rate.value)} tokens/s" if self._rate.value else ""
-        if (seconds := self.seconds_left(share, now)) is not None:
-            left = _left(seconds)
-        else:
-            left = ""
+        speed = ""
+        if self._rate.value:
+            speed = f"{rate(self._rate.value)} tokens/s"
+        left = _left(self.seconds_left(share, now))
         overall = (self.turn.number - 1 + share) / self.turn.total
         self._bar.update(self._task, description=begun.stage, completed=overall, speed=speed, left=left)
         if self._bar.disable and now - self._said >= LINE_S:
@@ -115,11 +116,17 @@ class Bars:
             return None
         here = (now - self._measuring) * (1 - share) / share
         done = self.turn.number - 1
-        each = (self._began - self.turn.began) / done if done else now - self._began + here
+        if done:
+            each = (self._began - self.turn.began) / done
+        else:
+            each = now - self._began + here
         return here + each * (self.turn.total - self.turn.number)
 
 
-def _left(seconds: float) -> str:
+def _left(seconds: float | None) -> str:
+    """The time that is left for a reader; empty before there is an estimate."""
+    if seconds is None:
+        return ""
     if seconds < 60:
         return f"{seconds:.0f} s left"
     minutes = round(seconds / 60)

@@ -12,6 +12,7 @@ from launcher.composition.compose import compose_run
 from launcher.config.schema import ConfigError
 from launcher.config.values import from_dict
 from launcher.prepare.experiments import PublishedFigure, measured_figure, published_figures
+from launcher.report.units import figure
 
 if TYPE_CHECKING:
     from launcher.results.record import Record
@@ -45,25 +46,27 @@ def published_beside(record: Record) -> PublishedBeside | None:
     hardware = config.experiment.hardware or "hardware not named"
     is_rehearsal = config.model.config is None
     preset = config
-    with contextlib.suppress(ConfigError):  # of a preset in a folder that is not known any more
-        if is_rehearsal:
+    if is_rehearsal:
+        with contextlib.suppress(ConfigError):  # of a preset in a folder that is not known any more
             preset = compose_run([f"experiment={config.experiment.name}"])
-        else:
-            preset = config
     rows: list[tuple[str, ...]] = []
     speeds: dict[str, float] = {}
-    for figure in published_figures(preset):
-        measured = measured_figure(figure.name, record)
-        shown = "-" if measured is None else f"{measured:,.4g} {figure.unit}"
+    for published in published_figures(preset):
+        measured = measured_figure(published.name, record)
         limit, share = "-", "-"
-        is_speed = figure.name == "new_tokens_per_s"
-        if is_speed and record.ceiling is not None and record.ceiling.share is not None:
-            limit, share = f"{record.ceiling.tokens_per_s:,.3g} {figure.unit}", f"{record.ceiling.share:.0%}"
-        if is_speed:
-            here = record.ceiling.tokens_per_s if record.ceiling else None
-            values = {"published": figure.value, "limit there": figure.limit, "measured": measured, "limit here": here}
+        if published.name == "new_tokens_per_s":
+            if record.ceiling is not None and record.ceiling.share is not None:
+                limit = figure(record.ceiling.tokens_per_s, ",.3g", published.unit)
+                share = f"{record.ceiling.share:.0%}"
+            values = {
+                "published": published.value,
+                "limit there": published.limit,
+                "measured": measured,
+                "limit here": record.ceiling_tokens_per_s,
+            }
             speeds = {name: value for name, value in values.items() if value is not None}
-        rows.append((LABELS[figure.name], *figure_text(figure), shown, limit, share))
+        shown = figure(measured, ",.4g", published.unit)
+        rows.append((LABELS[published.name], *figure_text(published), shown, limit, share))
     source = f"{config.experiment.source}; {config.experiment.location}"
     if is_rehearsal:
         source += "\nA rehearsal: another model than the published one."
@@ -82,8 +85,9 @@ def published_table(record: Record) -> Table | None:
     return table
 
 
-def figure_text(figure: PublishedFigure) -> tuple[str, str, str]:
+def figure_text(published: PublishedFigure) -> tuple[str, str, str]:
     """The figure, its limit and its share of it, for a reader."""
-    limit = "-" if figure.limit is None else f"{figure.limit:.3g} {figure.unit}"
-    share = "-" if figure.share is None else f"{figure.share:.0%}"
-    return f"{figure.value:g} {figure.unit}", limit, "above the limit" if figure.objection else share
+    share = figure(published.share, ".0%")
+    if published.objection:
+        share = "above the limit"
+    return f"{published.value:g} {published.unit}", figure(published.limit, ".3g", published.unit), share

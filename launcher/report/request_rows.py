@@ -35,31 +35,30 @@ def time_rows(metrics: Metrics) -> list[Row]:
     """The time of a token after the first, and of a request to its last."""
     times: dict[str, Quantiles | None] = {"time per output token": metrics.tpot_s, "request latency": metrics.e2el_s}
     rows: list[Row] = []
-    for label, one in times.items():
-        if one is not None:
-            rows.append([label, seconds(one.p50), seconds(one.p90), seconds(one.p99), f"{one.count} values"])
+    for label, quantiles in times.items():
+        if quantiles is not None:
+            parts = map(seconds, (quantiles.p50, quantiles.p90, quantiles.p99))
+            rows.append([label, *parts, f"{quantiles.count} values"])
     return rows
 
 
 def serving_rows(serving: Serving) -> list[Row]:
     """The server, what of its answers was checked, what failed, and what the client took."""
     name = serving.software or serving.dialect
+    checked = f"checked: {serving.tokens_checked}"
     if serving.read_otherwise:
-        otherwise = f", {serving.read_otherwise} prompts read otherwise"
-    else:
-        otherwise = ""
+        checked += f", {serving.read_otherwise} prompts read otherwise"
     if (serving.bunched or 0) >= MANY_TOGETHER:
-        together = f", {serving.bunched:.0%} of the parts came together"
-    else:
-        together = ""
-    rows: list[Row] = [["server", name, "", "", f"checked: {serving.tokens_checked}{otherwise}{together}"]]
+        checked += f", {serving.bunched:.0%} of the parts came together"
+    rows: list[Row] = [["server", name, "", "", checked]]
     if serving.failures:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(serving.failures.items()))
         rows.append(
             ["[red]failed requests[/]", str(sum(serving.failures.values())), "", "", f"of {serving.requests}: {kinds}"]
         )
-    lag = f"late by {seconds(serving.loop_lag_s[0])} p50, {seconds(serving.loop_lag_s[1])} p99"
-    client = f"[red]{serving.client_bound}[/]" if serving.client_bound else lag
+    client = f"late by {seconds(serving.loop_lag_s[0])} p50, {seconds(serving.loop_lag_s[1])} p99"
+    if serving.client_bound:
+        client = f"[red]{serving.client_bound}[/]"
     rows.append(["client", f"{serving.cpu_share:.1%} of a core", "", "", client])
     if metrics := serving.own_metrics:
         known = {"ttft_s": "ttft", "itl_s": "itl", "e2el_s": "latency", "queue_s": "queue"}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from launcher.results.measured import Quantiles, Spread
+    from launcher.results.measured import Metrics
     from launcher.results.record import Record
     from shards.untrusted_files import JsonObject
 
@@ -41,7 +41,7 @@ def swept_keys(records: Sequence[Record]) -> tuple[str, ...]:
     differing = [key for key in keys if len({json.dumps(values.get(key)) for values in flat}) > 1]
     names = {key.removesuffix(".name") for key in differing if key.endswith(".name")}
     # What only follows from another choice of a group (backend=vllm has other options) is not swept by itself.
-    return tuple(key for key in differing if _group(key) not in names or key.endswith(".name"))
+    return tuple(key for key in differing if key.rpartition(".")[0] not in names or key.endswith(".name"))
 
 
 def flat_values(config: JsonObject) -> JsonObject:
@@ -63,14 +63,22 @@ def unique(labels: Sequence[str]) -> list[str]:
     numbered = []
     for label in labels:
         seen[label] += 1
-        numbered.append(label if seen[label] == 1 else f"{label} ({seen[label]})")
+        count = seen[label]
+        if count > 1:
+            label = f"{label} ({count})"
+        numbered.append(label)
     return numbered
+
+
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """The columns, which are the same in all rows."""
+    return list(next(iter(rows), {}))
 
 
 def csv_text(rows: Sequence[Row]) -> str:
     """The rows as CSV with a heading; a figure that was not measured is empty."""
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(rows[0]) if rows else [], lineterminator="\n")
+    writer = csv.DictWriter(buffer, columns_of(rows), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue()
@@ -78,11 +86,10 @@ def csv_text(rows: Sequence[Row]) -> str:
 
 def markdown_text(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table of the columns that have any value."""
-    columns = [key for key in (rows[0] if rows else {}) if any(row[key] is not None for row in rows)]
+    columns = [key for key in columns_of(rows) if any(row[key] is not None for row in rows)]
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for row in rows:
-        cells = ["" if row[key] is None else _cell(row[key]) for key in columns]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(_cell(row[key]) for key in columns)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -92,11 +99,9 @@ def write_rows(folder: Path, rows: Sequence[Row]) -> None:
     write_text(folder / JSON, json.dumps(rows, indent=1) + "\n")
 
 
-def _group(key: str) -> str:
-    return key.rpartition(".")[0]
-
-
 def _cell(value: Any) -> str:
+    if value is None:
+        return ""
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value).replace("|", "\\|").replace("\n", " ")
@@ -105,7 +110,7 @@ def _cell(value: Any) -> str:
 def _row(record: Record, swept: Sequence[str]) -> Row:
     values = flat_values(record.config)
     metrics, totals, ceiling, mbu = record.metrics, record.totals, record.ceiling, record.mbu
-    guesses = metrics and metrics.speculation
+    speed, guesses = record.speed, metrics and metrics.speculation
     row: Row = {key: _plain(values.get(key)) for key in swept}
     row |= {
         "status": record.status,
@@ -120,12 +125,14 @@ def _row(record: Record, swept: Sequence[str]) -> Row:
         "prompt_tokens": totals and totals.prompt_tokens,
         "new_tokens": totals and totals.new_tokens,
         "repeats": totals and totals.repeats,
-        **_spread("new_tokens_per_s", metrics.new_tokens_per_s if metrics else None),
+        "new_tokens_per_s": speed and speed.median,
+        "new_tokens_per_s_min": speed and speed.min,
+        "new_tokens_per_s_max": speed and speed.max,
         "new_tokens_per_s_per_device": metrics and metrics.new_tokens_per_s_per_device.median,
         "prefill_tokens_per_s": metrics and metrics.prefill_tokens_per_s.median,
         "decode_tokens_per_s": metrics and metrics.decode_tokens_per_s.median,
-        **_quantiles("ttft_s", metrics.ttft_s if metrics else None),
-        **_quantiles("itl_s", metrics.itl_s if metrics else None),
+        **_quantiles("ttft_s", metrics),
+        **_quantiles("itl_s", metrics),
         "accepted_guesses": guesses and guesses.acceptance.median,
         "tokens_per_step": guesses and guesses.tokens_per_step.median,
         "load_s": record.load_s,
@@ -145,7 +152,7 @@ def _row(record: Record, swept: Sequence[str]) -> Row:
         row[f"{name}_most"] = max(known, default=None)
     row["started_at"] = record.started_at
     row["run_dir"] = record.run_dir
-    row["error"] = record.error.message if record.error else None
+    row["error"] = record.error and record.error.message
     return row
 
 
@@ -155,12 +162,6 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _spread(name: str, spread: Spread | None) -> Row:
-    if spread is None:
-        return dict.fromkeys((name, f"{name}_min", f"{name}_max"))
-    return {name: spread.median, f"{name}_min": spread.min, f"{name}_max": spread.max}
-
-
-def _quantiles(name: str, quantiles: Quantiles | None) -> Row:
-    parts = ("p50", "p90", "p99")
-    return {f"{name}_{part}": getattr(quantiles, part) if quantiles else None for part in parts}
+def _quantiles(name: str, metrics: Metrics | None) -> Row:
+    quantiles = getattr(metrics, name, None)
+    return {f"{name}_{part}": getattr(quantiles, part, None) for part in ("p50", "p90", "p99")}

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 COLUMN = "accepted guesses"
 
 
-def speculation_rows(found: Speculation | None) -> list[list[str]]:
+def speculation_rows(speculation: Speculation | None) -> list[list[str]]:
     """The share of guesses that held, what a step gave a row by it, and the share of time that guessing took."""
-    if found is None:
+    if speculation is None:
         return []
-    held = found.acceptance
-    parts = [_tokens(found)]
-    if found.guessing.median is not None:
-        parts.append(f"guessing takes {percent(found.guessing.median)}")
-    return [[COLUMN, percent(held.median), percent(held.min), percent(held.max), ", ".join(parts)]]
+    accepted = speculation.acceptance
+    parts = [_tokens(speculation)]
+    if speculation.guessing.median is not None:
+        parts.append(f"guessing takes {percent(speculation.guessing.median)}")
+    return [[COLUMN, percent(accepted.median), percent(accepted.min), percent(accepted.max), ", ".join(parts)]]
 
 
 def draft_facts(plan: Plan) -> dict[str, str]:
@@ -43,10 +43,14 @@ def has_guesses(records: Sequence[Record]) -> bool:
 
 def cell(record: Record) -> str:
     """The share of guesses that held in a run, and what a step gave a row."""
-    found = record.metrics.speculation if record.metrics else None
-    return "-" if found is None else f"{percent(found.acceptance.median)}, {_tokens(found)}"
+    if record.metrics is None or record.metrics.speculation is None:
+        return "-"
+    speculation = record.metrics.speculation
+    return f"{percent(speculation.acceptance.median)}, {_tokens(speculation)}"
 
 
-def _tokens(found: Speculation) -> str:
-    tokens = found.tokens_per_step.median
-    return "no step" if tokens is None else f"{tokens:.2f} tokens a step"
+def _tokens(speculation: Speculation) -> str:
+    tokens = speculation.tokens_per_step.median
+    if tokens is None:
+        return "no step"
+    return f"{tokens:.2f} tokens a step"

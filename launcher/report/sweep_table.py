@@ -10,7 +10,7 @@ from rich.markup import escape
 from launcher.report.layout import fitted
 from launcher.report.speculation import COLUMN, cell, has_guesses
 from launcher.report.tables import error_line, json_line, range_of
-from launcher.report.units import rate, seconds, size
+from launcher.report.units import percent, rate, seconds, size
 from launcher.results.quality import agreement
 
 if TYPE_CHECKING:
@@ -28,7 +28,9 @@ FIGURES = ("new tokens/s", "min … max", "ttft p50", "itl p50", "load", "parame
 
 def varied(points: Sequence[Sequence[str]]) -> list[dict[str, str]]:
     """The swept values: of each point the overrides that not all points have, by their keys."""
-    common = set.intersection(*map(set, points)) if len(points) > 1 else set()
+    common: set[str] = set()
+    if len(points) > 1:
+        common = set.intersection(*map(set, points))
     swept = []
     for point in points:
         pairs = (item.partition("=") for item in point if item not in common)
@@ -47,34 +49,39 @@ def show_point(point: Mapping[str, str], record: Record, out: Console) -> None:
         outcome = f"ok, {rate(record.new_tokens_per_s)} new tokens/s"
     else:
         outcome = error_line(record)
-    out.print(escape(f"{named(point)}: {outcome}" if point else outcome), soft_wrap=True)
+    if point:
+        outcome = f"{named(point)}: {outcome}"
+    out.print(escape(outcome), soft_wrap=True)
 
 
 def show_sweep(records: Sequence[Record], points: Sequence[Mapping[str, str]], out: Console) -> None:
     """Print one row a point of a sweep, whatever became of it, with a column for each key that was swept."""
     keys = list(dict.fromkeys(key for point in points for key in point))
-    guesses = [COLUMN] if has_guesses(records) else []
+    columns = [*keys, "status", *FIGURES]
+    shows_guesses = has_guesses(records)
+    if shows_guesses:
+        columns.append(COLUMN)
     base = next((record.quality for record in records if record.quality), None)
-    qualities = QUALITY if base else ()
+    if base:
+        columns += QUALITY
     rows = []
     for record, point in zip(records, points, strict=True):
-        speed = record.metrics.new_tokens_per_s if record.metrics else None
         parameters = [device.parameter_bytes for device in record.devices if device.parameter_bytes is not None]
-        rows.append(
-            [
-                *(escape(point.get(key, "-")) for key in keys),
-                record.status,
-                rate(record.new_tokens_per_s),
-                range_of(speed),
-                seconds(record.ttft_s),
-                seconds(record.itl_s),
-                seconds(record.load_s),
-                size(max(parameters)) if parameters else "-",
-                *(cell(record) for _ in guesses),
-                *(_quality_cells(base, record) if base else ()),
-            ]
-        )
-    columns = [*keys, "status", *FIGURES, *guesses, *qualities]
+        row = [
+            *(escape(point.get(key, "-")) for key in keys),
+            record.status,
+            rate(record.new_tokens_per_s),
+            range_of(record.speed),
+            seconds(record.ttft_s),
+            seconds(record.itl_s),
+            seconds(record.load_s),
+            size(max(parameters, default=None)),
+        ]
+        if shows_guesses:
+            row.append(cell(record))
+        if base:
+            row += _quality_cells(base, record)
+        rows.append(row)
     out.print(fitted(out, columns, rows, texts=keys, optional=FIGURES[:0:-1]))
 
 
@@ -82,8 +89,7 @@ def _quality_cells(base: Quality, record: Record) -> tuple[str, str]:
     """The perplexity of a point, and its agreement with the first that scored a text."""
     if record.quality is None:
         return "-", "-"
-    share = agreement(base, record.quality)
-    return f"{record.quality.perplexity:,.4g}", "-" if share is None else f"{share:.1%}"
+    return f"{record.quality.perplexity:,.4g}", percent(agreement(base, record.quality))
 
 
 def sweep_line(
@@ -104,4 +110,6 @@ def _value(config: Mapping[str, Any], key: str, given: str) -> Any:
         if not isinstance(value, dict) or name not in value:
             return given
         value = value[name]
-    return given if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return given
+    return value

@@ -10,17 +10,15 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 
 from launcher.config.engines import engines
-from launcher.config.machine import how_to_know_rates
 from launcher.config.schema import Scheduling
 from launcher.report.cost_rows import cost_rows
 from launcher.report.layout import console, counted, fitted, print_json, rounded, shown
-from launcher.report.lengths import lengths_line
 from launcher.report.load_rows import load_rows
 from launcher.report.memory_table import device_table, phase_table
 from launcher.report.published_table import published_table
 from launcher.report.request_rows import rate_rows, serving_rows, time_rows
-from launcher.report.speculation import draft_facts, speculation_rows
-from launcher.report.units import count, percent, rate, seconds, size
+from launcher.report.speculation import speculation_rows
+from launcher.report.units import count, percent, rate, seconds
 from launcher.results.metrics import COUNTERS, ROWS, SLOTS
 from launcher.results.speculation import COUNTED
 from launcher.results.validity import STEADY
@@ -35,13 +33,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from launcher.config.schema import RunConfig
     from launcher.results.completions import ReportedCompletion
     from launcher.results.measured import BandwidthUse, CeilingShare, Quantiles, Spread
     from launcher.results.record import BatchSearch, Record
-    from launcher.run_dir.run import Run
-    from shards.plan.plan import Plan
-    from shards.plan.roofline import Limit
     from shards.untrusted_files import JsonObject
 
 SHOWN_COMPLETIONS = 8
@@ -72,13 +66,15 @@ def error_line(record: Record) -> str:
     error = record.error
     if error is None:
         return record.status
-    hint = f" HINT: {error.hint}" if error.hint else ""
-    if error.type in WORDS_OF_OURS or record.status == "refused":
-        kind = ""
-    else:
-        kind = f"{error.type}: "
-    rank = "" if error.rank is None else f" rank {error.rank} in {error.stage}:"
-    return shown(" ".join(f"{record.status}:{rank} {kind}{error.message}{hint}".split()))
+    parts = [f"{record.status}:"]
+    if error.rank is not None:
+        parts.append(f"rank {error.rank} in {error.stage}:")
+    if error.type not in WORDS_OF_OURS and record.status != "refused":
+        parts.append(f"{error.type}:")
+    parts.append(error.message)
+    if error.hint:
+        parts.append(f"HINT: {error.hint}")
+    return shown(" ".join(" ".join(parts).split()))
 
 
 def show(record: Record, began: float = 0.0, only_json: bool = False) -> None:
@@ -109,11 +105,13 @@ def show_record(record: Record, out: Console, began: float = 0.0) -> None:
     if record.status == "ok":
         if record.batch_search:
             out.print(batch_line(record.batch_search))
-        speed = _speed(record, out) if record.metrics else None
-        memory = device_table(record, out) if record.devices else None
-        for table in (speed, published_table(record), memory, phase_table([record], out)):
-            if table is not None:
-                out.print(table)
+        tables = [published_table(record), phase_table([record], out)]
+        if record.devices:
+            tables.insert(1, device_table(record, out))
+        if record.metrics:
+            tables.insert(0, _speed(record, out))
+        for table in filter(None, tables):
+            out.print(table)
         out.print(badge_line(RunDir(Path(record.run_dir))), soft_wrap=True)
     out.print(f"run directory: {escape(record.run_dir)}", soft_wrap=True)
 
@@ -124,7 +122,10 @@ def badge_line(run_dir: RunDir) -> str:
         validity = verify(run_dir)
     except UserError as error:
         return f"[yellow]not verified: {escape(error.fact)}[/]"
-    return f"[{'green' if validity.is_valid else 'yellow'}]{escape(validity.line)}[/]"
+    colour = "yellow"
+    if validity.is_valid:
+        colour = "green"
+    return f"[{colour}]{escape(validity.line)}[/]"
 
 
 def _batching(record: Record) -> str:
@@ -147,7 +148,7 @@ def _remarks(record: Record, began: float) -> list[str]:
     if partial := record.partial:
         measured = f"measured over {partial.prompts} of {counted(partial.of, 'prompt')}"
         remarks.append(f"{measured}: the run was split between attempts")
-    speed = record.metrics.new_tokens_per_s if record.metrics else None
+    speed = record.speed
     if speed and speed.min and speed.max and speed.max / speed.min > STEADY:
         factor = f"a factor of {speed.max / speed.min:.3g} between repeats"
         remarks.append(
@@ -159,15 +160,12 @@ def _remarks(record: Record, began: float) -> list[str]:
 def batch_line(search: BatchSearch) -> str:
     """The result of the search for the largest batch, and how far the plan was from it."""
     largest, planned = search.largest_batch, search.planned
-    if search.limited_by == "memory":
-        more = ""
-    else:
-        more = ", and the prompts suffice for no larger one"
+    line = f"largest batch: {largest} by {counted(len(search.tries), 'try', 'tries')}"
+    if search.limited_by != "memory":
+        line += ", and the prompts suffice for no larger one"
     if planned:
-        plan = f"; the plan allowed {planned}, {planned / largest - 1:+.0%}"
-    else:
-        plan = "; the plan knew no limit"
-    return f"largest batch: {largest} by {counted(len(search.tries), 'try', 'tries')}{more}{plan}"
+        return f"{line}; the plan allowed {planned}, {planned / largest - 1:+.0%}"
+    return f"{line}; the plan knew no limit"
 
 
 def _completions(completions: Sequence[ReportedCompletion], out: Console) -> Table:
@@ -206,7 +204,8 @@ def _speed(record: Record, out: Console) -> Table:
     for label, spread in rates.items():
         rows.append([label, rate(spread.median), rate(spread.min), rate(spread.max), repeats])
     shows_requests = any((metrics.serving, metrics.request_goodput, *record.config.get("load", {}).values()))
-    rows += rate_rows(metrics, repeats) if shows_requests else []
+    if shows_requests:
+        rows += rate_rows(metrics, repeats)
     for name, spread in metrics.counters.items():
         if name in (SLOTS, ROWS, *COUNTED):
             continue  # told as shares
@@ -220,8 +219,10 @@ def _speed(record: Record, out: Console) -> Table:
     for label, times in latencies.items():
         p50, p90, p99 = map(seconds, (times.p50, times.p90, times.p99))
         rows.append([label, p50, p90, p99, counted(times.count, "value")])
-    rows += time_rows(metrics) if shows_requests else []
-    rows += [None, *serving_rows(metrics.serving)] if metrics.serving else []
+    if shows_requests:
+        rows += time_rows(metrics)
+    if metrics.serving:
+        rows += [None, *serving_rows(metrics.serving)]
     sums = (counted(totals.prompts, "prompt"), f"{totals.prompt_tokens:,} prompt tokens", f"{totals.new_tokens:,} new")
     rows += [None, ["load", seconds(record.load_s), "", "", ", ".join(sums)]]
     rows += load_rows(record.load_times, record.compilation)
@@ -234,11 +235,10 @@ def _speed(record: Record, out: Console) -> Table:
         limit = f"of {rate(ceiling.tokens_per_s)} tokens/s, bound by {ceiling.bound}"
         rows.append(["share of the ceiling", _share(ceiling), "", "", limit])
     if used := record.mbu:
-        if used.bandwidth is None:
-            of = used.reason
-        else:
-            of = f"of {used.bandwidth / 1e9:,.1f} GB/s a device"
-        rows.append(["memory bandwidth used (MBU)", _share(used), "", "", of or ""])
+        bandwidth = used.reason or ""
+        if used.bandwidth is not None:
+            bandwidth = f"of {used.bandwidth / 1e9:,.1f} GB/s a device"
+        rows.append(["memory bandwidth used (MBU)", _share(used), "", "", bandwidth])
     return fitted(out, ("measure", "median", "min", "max", "of"), rows, texts=("measure", "of"))
 
 
@@ -248,52 +248,3 @@ def _share(measured: CeilingShare | BandwidthUse) -> str:
     if measured.impossible:
         return f"[red]{measured.share:.1%}, impossible[/]"
     return f"{measured.share:.1%}"
-
-
-def show_plan(run: Run, out: Console) -> None:
-    """Print what a run would hold on each device, and the ceiling of its speed where the device is known."""
-    plan, names = run.plan, f"{run.config.backend.name} · {escape(run.config.model.name)}"
-    parameters = "" if plan is None else f" · {plan.num_parameters:,} parameters"
-    out.print(f"[bold]plan: {names}{parameters}[/]")
-    for note in run.notes:
-        out.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
-    out.print(f"  {lengths_line(run.prompts)}", soft_wrap=True)
-    if plan is not None:
-        _show_plan(plan, run.config, out)
-    if run.paces:
-        ceilings = ", ".join(f"{name} {rate(pace)}" for name, pace in run.paces.items())
-        at_once = counted(run.at_once, "prompt")
-        out.print(f"  ceiling by engine, {at_once} at a time: {ceilings} tokens/s", soft_wrap=True)
-
-
-def _show_plan(plan: Plan, config: RunConfig, out: Console) -> None:
-    rows = []
-    for device in plan.devices:
-        cache = max(device.kv_cache_bytes, device.kv_cache_reserved_bytes)
-        parts = (device.parameter_bytes, cache, device.activation_bytes, device.buffer_bytes, device.overhead_bytes)
-        rows.append([str(device.rank), *map(size, parts), size(device.capacity_bytes), size(device.free_bytes)])
-    columns = ("rank", "parameters", "KV cache", "activations", "buffers", "overhead", "capacity", "free")
-    out.print(fitted(out, columns, rows, optional=("buffers", "activations", "overhead")))
-    on_host = "not known" if plan.load_host_bytes is None else size(plan.load_host_bytes)
-    facts: JsonObject = {
-        "device": plan.device_name,
-        "KV cache a token": f"{plan.kv_bytes_per_token:,} bytes",
-        "peak while loading": f"{on_host} on a node's host, {size(plan.load_device_bytes)} on a device",
-        **draft_facts(plan),
-        "largest batch": plan.largest_batch or "not bounded by a known capacity",
-        "longest context": plan.longest_context,
-        "smallest number of devices": plan.smallest_devices or "not bounded by a known capacity",
-        "decode ceiling": _limit(plan.limit, config, ", if every answer has its full length"),
-        "prefill ceiling": _limit(plan.prefill_limit, config),
-    }
-    if plan.offload:
-        where = "main memory" if plan.offload == "cpu" else "files"
-        facts["offloaded"] = f"{size(plan.devices[0].offloaded_bytes)} of each device in {where}, read in each step"
-    for name, value in facts.items():
-        out.print(f"  {name}: {value}", soft_wrap=True)
-
-
-def _limit(limit: Limit | None, config: RunConfig, more: str = "") -> str:
-    if limit is None:
-        return f"no rates are known of the device or its link: {how_to_know_rates(config)}"
-    return f"{rate(limit.tokens_per_s)} tokens/s, {seconds(limit.seconds)} a step, bound by {limit.bound}{more}"

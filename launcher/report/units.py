@@ -27,14 +27,23 @@ def rate(value: float | None) -> str:
     """Tokens per second for a reader."""
     if value is None:
         return "-"
-    return f"{value:,.1f}" if value >= 10 else f"{value:,.3f}"
+    if value >= 10:
+        return f"{value:,.1f}"
+    return f"{value:,.3f}"
 
 
 def count(value: float | None) -> str:
     """A number of things for a reader."""
-    return "-" if value is None else f"{value:,.10g}"
+    return figure(value, ",.10g")
 
 
 def percent(value: float | None) -> str:
     """A share for a reader."""
-    return "-" if value is None else f"{value:.1%}"
+    return figure(value, ".1%")
+
+
+def figure(value: float | None, form: str, unit: str = "") -> str:
+    """A figure in the form of a format specification, with its unit; a dash for what is not known."""
+    if value is None:
+        return "-"
+    return f"{value:{form}} {unit}".rstrip()

@@ -22,6 +22,8 @@ from shards.machine.network import Network
 from shards.plan.plan import Plan
 
 if TYPE_CHECKING:
+    from launcher.results.measured import Spread
+    from shards.plan.memory import DevicePlan
     from shards.untrusted_files import JsonObject
 
 SCHEMA_VERSION = 2
@@ -156,6 +158,27 @@ class Record:
     environment: Environment | None = None
     seal: Seal | None = None
 
+    @property
+    def speed(self) -> Spread | None:
+        """The new tokens/s of the repeats."""
+        if self.metrics is None:
+            return None
+        return self.metrics.new_tokens_per_s
+
+    @property
+    def ceiling_tokens_per_s(self) -> float | None:
+        """The highest decode speed that the machine allows."""
+        if self.ceiling is None:
+            return None
+        return self.ceiling.tokens_per_s
+
+    @property
+    def planned_devices(self) -> dict[int, DevicePlan]:
+        """The plan of each device by its rank; empty without a plan."""
+        if self.plan is None:
+            return {}
+        return {device.rank: device for device in self.plan.devices}
+
 
 def read_record(values: Any) -> Record:
     """The record in plain values of this or an older version; ValueError for values that are none."""
@@ -185,11 +208,9 @@ def _from_version_1(values: JsonObject) -> JsonObject:
         "world_size": len(values["ranks"]) or values["world_size"],
         "num_devices": values["world_size"],
         "batch_size": values["config"]["measure"]["batch_size"],
-        "ranks": [rank | {"error": _error_from_version_1(rank)} for rank in values["ranks"]],
+        "ranks": [
+            rank | {"error": rank["error"] and {"rank": rank["rank"], **rank["error"]}} for rank in values["ranks"]
+        ],
         "plan": plan,
         "ceiling": ceiling,
     }
-
-
-def _error_from_version_1(rank: JsonObject) -> JsonObject | None:
-    return rank["error"] and {"rank": rank["rank"], **rank["error"]}

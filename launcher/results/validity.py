@@ -92,7 +92,7 @@ def check_warm_up(record: Record) -> Check:
 
 def check_repeats(record: Record) -> Check:
     """Enough of them, and near each other."""
-    spread = record.metrics.new_tokens_per_s if record.metrics else None
+    spread = record.speed
     if spread is None or not spread.min or not spread.max:
         return Check("repeats", False, "no repeat was measured")
     if len(spread.values) < LEAST_REPEATS:
@@ -115,17 +115,17 @@ def check_tokens(record: Record) -> Check:
 
 def check_memory(record: Record, parameter_tolerance: float) -> Check:
     """Parameters as planned, and no larger cache."""
-    planned = {device.rank: device for device in record.plan.devices} if record.plan else {}
+    planned = record.planned_devices
     seen = 0
     for device in record.devices:
         plan = planned.get(device.rank)
         if plan is None or device.parameter_bytes is None:
             continue
         seen += 1
-        held = device.parameter_bytes + device.draft_parameter_bytes
+        measured_bytes = device.parameter_bytes + device.draft_parameter_bytes
         planned_bytes = plan.parameter_bytes + plan.draft_parameter_bytes
-        if abs(held - planned_bytes) > parameter_tolerance * planned_bytes:
-            fact = f"{held:,} bytes of parameters, and {planned_bytes:,} were planned"
+        if abs(measured_bytes - planned_bytes) > parameter_tolerance * planned_bytes:
+            fact = f"{measured_bytes:,} bytes of parameters, and {planned_bytes:,} were planned"
             return Check("memory", False, f"rank {device.rank} held {fact}")
         cache = max(device.kv_cache_bytes or 0, device.kv_cache_reserved_bytes or 0) + device.draft_cache_bytes
         most = max(plan.kv_cache_bytes, plan.kv_cache_reserved_bytes) + plan.draft_cache_bytes
@@ -162,7 +162,7 @@ def check_neighbours(record: Record) -> Check:
 def check_clocks(record: Record) -> Check:
     """Not lower than asked for, because of heat or of the power supply."""
     if record.cost is None or not record.cost.samples:
-        reason = record.cost.samples_reason if record.cost else None
+        reason = record.cost and record.cost.samples_reason
         return Check("clocks", None, reason or "they were not looked at")
     if record.cost.slowed_by:
         return Check("clocks", False, f"the clocks were slowed: {', '.join(record.cost.slowed_by)}")

@@ -161,9 +161,11 @@ def timeline_figure(spans: Sequence[Span], x_label: str) -> Figure:
     kinds = list(dict.fromkeys(span.kind for span in spans))
     figure, axes = _figure(rows=len(rows))
     for kind, colour in zip(kinds, _colours(len(kinds)), strict=True):
+        label = kind  # once for all rows
         for row, name in enumerate(rows):
             bars = [(s.start, s.end - s.start) for s in spans if s.row == name and s.kind == kind]
-            axes.broken_barh(bars, (row - 0.35, 0.7), facecolors=colour, label=kind if row == 0 else None)
+            axes.broken_barh(bars, (row - 0.35, 0.7), facecolors=colour, label=label)
+            label = ""
     _rows(axes, rows)
     _finish(axes, x_label, "")
     return figure
@@ -177,11 +179,12 @@ def merged_spans(spans: Sequence[Span], most: int = 2000) -> list[Span]:
     while len(joined) > most:
         merged: list[Span] = []
         for span in sorted(joined, key=lambda span: (span.row, span.kind, span.start)):
-            last = merged[-1] if merged else None
-            if last and (last.row, last.kind) == (span.row, span.kind) and span.start - last.end <= gap:
-                merged[-1] = Span(span.row, last.start, max(last.end, span.end), span.kind)
-            else:
-                merged.append(span)
+            if merged:
+                last = merged[-1]
+                if (last.row, last.kind) == (span.row, span.kind) and span.start - last.end <= gap:
+                    merged.pop()
+                    span = Span(span.row, last.start, max(last.end, span.end), span.kind)
+            merged.append(span)
         joined, gap = merged, gap * 2
     return joined
 
@@ -225,7 +228,7 @@ def _escaped(text: str) -> str:
 def _figure(rows: int = 0) -> tuple[Figure, Axes]:
     """A figure with one pair of axes; `rows` bars make it as high as they need."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, max(HEIGHT, 1.2 + 0.32 * rows) if rows else HEIGHT))
+        figure = Figure(figsize=(WIDTH, max(HEIGHT, 1.2 + 0.32 * rows)))
         return figure, figure.add_subplot()
 
 
@@ -235,7 +238,9 @@ def _colours(count: int) -> list[str]:
 
 def _short(value: float) -> str:
     """Three digits, or all in front of the point."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
 
 
 def _rows(axes: Axes, names: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ from launcher.report.page.figures import (
 from launcher.report.page.memory_parts import cache_of, measured_parts, planned_parts
 from launcher.report.published_table import published_beside
 from launcher.report.rows import label_of, swept_keys, unique
-from launcher.report.units import rate, seconds, size
+from launcher.report.units import percent, rate, seconds, size
 from shards.machine.hardware import GIB, MIB
 
 if TYPE_CHECKING:
@@ -70,28 +70,22 @@ class Report:
         for label, record, badge in zip(self.labels, self.records, self.badges, strict=True):
             figures = ("-",) * 5
             if record.metrics is not None:
-                spread, ceiling = record.metrics.new_tokens_per_s, record.ceiling
+                spread = record.metrics.new_tokens_per_s
                 figures = (
                     rate(spread.median),
                     f"{rate(spread.min)} … {rate(spread.max)}",
                     seconds(record.ttft_s),
                     seconds(record.itl_s),
-                    "-" if ceiling is None or ceiling.share is None else f"{ceiling.share:.1%}",
+                    percent(getattr(record.ceiling, "share", None)),
                 )
-            state = record.status if record.error is None else f"{record.status}: {record.error.message[:80]}"
+            state = record.status
+            if record.error is not None:
+                state += f": {record.error.message[:80]}"
             rows.append((label, state, badge or "-", *figures, seconds(record.load_s), *load_cells(record.load_times)))
         headings = (
-            "run",
-            "status",
-            "verified",
-            "new tokens/s",
-            "min … max",
-            "ttft p50",
-            "itl p50",
-            "of the ceiling",
-            "load",
+            "run", "status", "verified", "new tokens/s", "min … max", "ttft p50", "itl p50", "of the ceiling", "load",
             *LOAD_PARTS.values(),
-        )
+        )  # fmt: skip
         notes = tuple(dict.fromkeys(f"{r.backend} x{r.num_devices}: {note}" for r in self.records for note in r.notes))
         return Section("Runs", "Medians over the repeats of each run.", None, DataTable(headings, tuple(rows)), notes)
 
@@ -101,7 +95,7 @@ class Report:
         for label, record in self.measured:
             assert record.metrics is not None
             spread = record.metrics.new_tokens_per_s
-            ceilings[label] = record.ceiling.tokens_per_s if record.ceiling else None
+            ceilings[label] = record.ceiling_tokens_per_s
             rows.append((label, rate(spread.median), rate(spread.min), rate(spread.max), rate(ceilings[label])))
         headings = ("run", "new tokens/s", "min", "max", "ceiling")
         axes = [name for name in AXES if all(getattr(record, name) is not None for _, record in self.measured)]
@@ -127,7 +121,9 @@ class Report:
         others = [key for key in self.swept if key not in ("devices", "num_nodes", "measure.batch_size")]
         other_axis = next(name for name in AXES if name != axis)
         for _, record in self.measured:
-            name = label_of(record, others) if others else record.backend
+            name = record.backend
+            if others:
+                name = label_of(record, others)
             groups[f"{name}, {AXES[other_axis]} {getattr(record, other_axis) or 'of its own'}"].append(record)
         if len({name.partition(", ")[2] for name in groups}) == 1:
             groups = defaultdict(list, {name.partition(", ")[0]: records for name, records in groups.items()})
@@ -142,7 +138,7 @@ class Report:
                     tuple(spread.median or 0.0 for spread in spreads),
                     tuple(spread.min or 0.0 for spread in spreads),
                     tuple(spread.max or 0.0 for spread in spreads),
-                    tuple(record.ceiling.tokens_per_s if record.ceiling else None for record in ordered),
+                    tuple(record.ceiling_tokens_per_s for record in ordered),
                 )
             )
         return lines
@@ -170,25 +166,31 @@ class Report:
         devices = [
             (f"{label} {device.rank}", device, planned.get(device.rank))
             for label, record in self.measured
-            for planned in [{plan.rank: plan for plan in record.plan.devices} if record.plan else {}]
+            for planned in [record.planned_devices]
             for device in record.devices
         ]
         largest = max((device.parameter_bytes or 0 for _, device, _ in devices), default=0)
-        unit, unit_name = (GIB, "GiB") if largest >= GIB else (MIB, "MiB")
+        unit, unit_name = MIB, "MiB"
+        if largest >= GIB:
+            unit, unit_name = GIB, "GiB"
         text = f"In {unit_name}; planned above measured. A black line is the capacity of the device."
         stacks: list[Stack] = []
         limits: list[float | None] = []
         rows = []
         for name, device, plan in devices:
+            capacity = planned_parameters = planned_cache = None
             if plan is not None:
+                planned_parameters = plan.parameter_bytes
+                capacity = plan.capacity_bytes and plan.capacity_bytes / unit
+                planned_cache = max(plan.kv_cache_bytes, plan.kv_cache_reserved_bytes)
                 stacks.append(Stack(f"{name} planned", planned_parts(plan, device, unit)))
+                limits.append(capacity)
             stacks.append(Stack(f"{name} measured", measured_parts(device, unit)))
-            capacity = plan.capacity_bytes / unit if plan and plan.capacity_bytes else None
-            limits += [capacity] * (1 if plan is None else 2)
+            limits.append(capacity)
             bytes_ = (
-                plan.parameter_bytes if plan else None,
+                planned_parameters,
                 device.parameter_bytes,
-                max(plan.kv_cache_bytes, plan.kv_cache_reserved_bytes) if plan else None,
+                planned_cache,
                 cache_of(device),
                 device.peak_allocated_bytes,
                 device.nvml_used_bytes,
@@ -274,10 +276,7 @@ class Report:
         parts = devices_over_time([(label, record.cost) for label, record in self.measured if record.cost])
         if not parts.series:
             return []
-        title, text = (
-            "Devices over time",
-            "Power of each device from the warm-up on; the table has the repeats.",
-        )
+        title, text = "Devices over time", "Power of each device from the warm-up on; the table has the repeats."
         drawing = self._drawn("devices", line_figure(parts.series, "seconds", "watts"), title, text)
         return [Section(title, text, drawing, parts.table)]
 
