@@ -10,7 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from running import ROOT, run, torchrun
+from rank_program import UNLIKE, UNLIKE_SLOTS, unlike_texts
+from running import ROOT, launcher, run, torchrun
 from safetensors import safe_open
 
 from launcher.config.engines import load_engine, names
@@ -26,6 +27,8 @@ SIZES = {"transformers": (1,), "fsdp": (1, 2, 3), "deepspeed": (2,), "endpoint":
 
 WORLDS = [(name, size) for name in names() for size in SIZES.get(name, (1, 2))]
 REAL = [(name, size) for name, size in WORLDS if load_engine(name).needs_weights]
+
+UNLIKE_WORLDS = [(name, size) for name, size in REAL if size < 3] + [("deepspeed", 1)]
 
 
 @cache
@@ -58,7 +61,7 @@ def test_the_reference_gives_the_tokens_of_model_generate(model: str) -> None:
     ended = run([sys.executable, str(ROOT / "tests" / "programs" / "generate_program.py"), str(EMBEDDED / model)])
     assert ended.code == 0, ended.err
     expected = ended.last_json
-    for scenario in ("greedy", "ignore_eos"):
+    for scenario in expected:
         assert tokens("transformers", 1, model, scenario) == expected[scenario]
 
 
@@ -82,6 +85,42 @@ def test_guesses_change_no_token(name: str, size: int, model: str) -> None:
             assert any(gap == 0 for item in with_guesses for gap in item["itl_s"]), "no step gave several tokens"
         sampled = tokens("transformers", 1, model, f"{kind} sampled")
         assert tokens(name, size, model, f"{kind} sampled") == sampled, "whatever the ranks"
+
+
+@pytest.mark.parametrize(("name", "size"), UNLIKE_WORLDS)
+def test_answers_of_unlike_lengths_leave_few_slots_empty(name: str, size: int) -> None:
+    """64 prompts in 8 slots, the longest answer more than ten times the shortest. No engine is told when they end."""
+    found = tokens(name, size, "tiny_llama", "unlike")
+    assert found == tokens("transformers", 1, "tiny_llama", "unlike"), "which are those of one prompt at a time"
+    lengths = list(map(len, found))
+    assert max(lengths) > 10 * min(lengths)
+    if load_engine(name).has_slots:
+        seen = ranks(name, size, "tiny_llama")
+        assert in_use(seen if load_engine(name).data_parallel else seen[:1], lengths) >= 0.9
+
+
+def in_use(seen: list[dict[str, Any]], lengths: list[int]) -> float:
+    """The part of the slots of all decode steps that gave a token."""
+    return (sum(lengths) - len(lengths)) / sum(rank["counters"]["slots_in_decode_steps"] for rank in seen)
+
+
+def test_the_record_says_how_many_slots_were_in_use(tmp_path: Path) -> None:
+    """Of the same prompts, by ranks that answer apart; and in batches that wait for their longest."""
+    (tmp_path / "prompts.txt").write_text("\n".join(unlike_texts()))
+    shares = []
+    continuous = ("backend=fsdp", "devices=2", f"measure.batch_size={UNLIKE_SLOTS // 2}")
+    static = ("backend=transformers", "devices=1", f"measure.batch_size={UNLIKE_SLOTS}", "measure.scheduling=static")
+    for asked in (continuous, static):
+        ended = launcher(
+            *asked, "model=tiny_llama", "accelerator=cpu", "prompts=file", f"prompts.path={tmp_path / 'prompts.txt'}",
+            f"sampling.max_new_tokens={UNLIKE.max_new_tokens}", "measure.repeats=1", "measure.warmup=0",
+            f"output_dir={tmp_path / 'runs'}",
+        )  # fmt: skip
+        assert ended.code == 0, ended.err
+        record = json.loads((Path(ended.last_json["run_dir"]) / "record.json").read_text())
+        shares.append(record["metrics"]["slots_in_use"]["median"])
+    assert shares[0] >= 0.9
+    assert 0.4 < shares[1] < 0.6
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import torch
-from rank_program import PROMPTS, SCENARIOS
+from rank_program import PROMPTS, SCENARIOS, UNLIKE, unlike_texts
 from transformers import AutoModelForCausalLM
 
+from launcher.config.schema import SamplingConfig
 from launcher.prompts.prompts import encode
 
 
@@ -20,17 +21,20 @@ def main() -> None:
     eos = model.generation_config.eos_token_id
     answers = {}
     for scenario in ("greedy", "ignore_eos"):
-        ignore = SCENARIOS[scenario].ignore_eos
-        answers[scenario] = [answer(model, prompt.token_ids, eos, ignore) for prompt in prompts]
+        answers[scenario] = [answer(model, prompt.token_ids, eos, SCENARIOS[scenario]) for prompt in prompts]
+    if folder.name == "tiny_llama":
+        prompts = encode(unlike_texts(), folder)
+        answers["unlike"] = [answer(model, prompt.token_ids, eos, UNLIKE) for prompt in prompts]
     print(json.dumps(answers))
 
 
-def answer(model: torch.nn.Module, ids: tuple[int, ...], eos: int, ignore_eos: bool) -> list[int]:
-    options = {"eos_token_id": None} if ignore_eos else {}
+def answer(model: torch.nn.Module, ids: tuple[int, ...], eos: int, sampling: SamplingConfig) -> list[int]:
+    options = {"eos_token_id": None} if sampling.ignore_eos else {}
     given = torch.tensor([ids])
     made = model.generate(
-        given, attention_mask=torch.ones_like(given), max_new_tokens=24, do_sample=False, pad_token_id=eos, **options
-    )
+        given, attention_mask=torch.ones_like(given), max_new_tokens=sampling.max_new_tokens, do_sample=False,
+        pad_token_id=eos, **options,
+    )  # fmt: skip
     return made[0, len(ids) :].tolist()
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.backends.base import Backend, Completion, Prompt
+from launcher.backends.base import Backend, Completion, Generation, Prompt
 from launcher.backends.drafts import make_guesser
 from launcher.composition.compose import compose_run
 from launcher.config.engines import resolve
@@ -34,6 +35,14 @@ SCENARIOS = {
     "sampled": replace(GREEDY, temperature=0.8, top_p=0.95, top_k=50),
     "sampled again": replace(GREEDY, temperature=0.8, top_p=0.95, top_k=50),
 }
+UNLIKE = SamplingConfig(max_new_tokens=40)
+UNLIKE_SLOTS = 8  # of all ranks together
+
+
+def unlike_texts() -> list[str]:
+    """64 prompts for UNLIKE, to which the answers of tiny_llama have 3 to 40 tokens."""
+    draw, words = random.Random(10), PROMPTS.read_text().split()
+    return [" ".join(draw.choices(words, k=draw.randint(1, 12))) for _ in range(64)]
 
 
 def answer(
@@ -65,6 +74,15 @@ def loaded(config: RunConfig, world: World, prompts: list[Prompt]) -> tuple[Back
     return backend, seen
 
 
+def unlike(backend: Any, config: RunConfig, world: World, prompts: list[Prompt]) -> Generation:
+    """This rank's answers of unlike lengths, by a backend that was loaded with other slots."""
+    if config.backend.has_slots:
+        apart = world.world_size if config.backend.data_parallel else 1
+        backend.decoder.num_slots, backend.decoder.slots = UNLIKE_SLOTS // apart, None
+    generation: Generation = backend.generate(split(prompts, world, config), UNLIKE, lambda tokens, finished=(): None)
+    return generation
+
+
 def guessed(backend: Any, config: RunConfig, world: World, prompts: list[Prompt]) -> dict[str, list[Completion]]:
     """The same with guesses, by a backend that was loaded without."""
     found = {}
@@ -92,6 +110,10 @@ def main() -> None:
     result["ended prompt"] = answer(backend, config, world, ended, GREEDY)
     backend.barrier()
     memory = [asdict(device) for device in backend.memory()]
+    counters: dict[str, float] = {}
+    if model == "tiny_llama":
+        generation = unlike(backend, config, world, encode(unlike_texts(), EMBEDDED / model))
+        result["unlike"], counters = list(generation.completions), generation.counters
     if config.backend.has_slots:
         result |= guessed(backend, config, world, prompts)
     backend.close()
@@ -99,6 +121,7 @@ def main() -> None:
         "progress": seen[-1:],
         "completions": {key: [asdict(item) for item in value] for key, value in result.items()},
         "memory": memory,
+        "counters": counters,
     }
     (out / f"rank_{world.rank}.json").write_text(json.dumps(value))
     sys.stdout.flush()

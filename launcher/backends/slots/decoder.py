@@ -186,7 +186,7 @@ class _Call:
         self.order = {prompt.index: place for place, prompt in enumerate(prompts)}
         self.generators: dict[int, torch.Generator | None] = {}
         self.kinds: list[Kind | None] = []  # of each forward
-        self.rows = 0
+        self.rows_before = self.slots.computed_rows
         self.ended: list[Sequence] = []
         self.new_tokens, self.reported = 0, 0
         self.clock = Clock(decoder.device)
@@ -201,9 +201,7 @@ class _Call:
                 self.slots.idle()
             self.clock.mark()
             return
-        if isinstance(forward, Step):
-            self.rows += len(forward.sequences)
-        elif self.speculation is not None:
+        if isinstance(forward, Read) and self.speculation is not None:
             self.speculation.guesser.read(forward)
         if isinstance(forward, Step) and self.speculation is not None:
             self._check_guesses(self.speculation, forward)
@@ -286,12 +284,14 @@ class _Call:
         for kind, before, after in zip(self.kinds, (0.0, *marks), marks, strict=False):
             spent[kind] += after - before
         steps = self.kinds.count(Step)
+        idle = 0 if self.queue.is_apart else self.kinds.count(None)  # steps of other ranks, with all slots empty here
         more = {} if self.speculation is None else {**self.speculation.counters, GUESSING: spent[Guesses]}
+        rows = self.slots.computed_rows - self.rows_before
         ordered = sorted(self.ended, key=lambda sequence: self.order[sequence.prompt.index])
         return Generation(
             tuple(self._completion(sequence, marks) for sequence in ordered),
             prefill_s=spent[Read],
             decode_s=spent[Step] + spent[Guesses],
             decode_steps=steps,
-            counters={SLOTS: steps * self.decoder.num_slots, ROWS: self.rows, **more},
+            counters={SLOTS: (steps + idle) * self.decoder.num_slots, ROWS: rows, **more},
         )

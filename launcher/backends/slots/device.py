@@ -53,6 +53,7 @@ class Slots:
         self.mask = torch.zeros(slots, width, dtype=torch.long if self.is_alibi else model.dtype, device=device)
         self.shown: Any = None
         self.wide_logits: torch.Tensor | None = None
+        self.computed_rows = 0  # in all decode steps
 
     def read(self, forward: Read) -> torch.Tensor:
         """Read prompts, or a chunk of one; the logits of the last token of each."""
@@ -76,14 +77,15 @@ class Slots:
         lengths = {one.length + 1 for one in forward.sequences}
         longest = max(lengths)
         if self.static is not None:
-            logits = self.static(rows, longest)[:rows]
+            logits = self.static(rows, longest)
         elif len(lengths) == 1 and not self.needs_mask:
             logits = self.lay_out(rows, longest, is_masked=False).forward(rows, longest)
         else:
             reach = min(-(-longest // BLOCK) * BLOCK, self.cache.length)
             logits = self.lay_out(rows, reach).forward(rows, reach)
+        self.computed_rows += len(logits)
         self.positions[:rows].add_(1)
-        return logits
+        return logits[:rows]
 
     def lay_out(self, rows: int, reach: int, is_masked: bool = True) -> Slots:
         """Write down where the newest tokens of the first `rows` rows go, and what they may see. Rows that decode

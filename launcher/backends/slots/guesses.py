@@ -60,6 +60,7 @@ class AheadSlots(Slots):
     def step_on(self, forward: Step, ids: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
         """The logits [rows, tokens, vocabulary] of `ids` [rows, tokens] which lie from the places `first` [rows] on."""
         rows, count = ids.shape
+        self.computed_rows += rows
         longest = max(one.length for one in forward.sequences)
         reach = min(-(-(longest + self.ahead + 1) // BLOCK) * BLOCK, self.cache.length)
         positions = first[:, None] + self.places[:count]
