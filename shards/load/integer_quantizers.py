@@ -18,14 +18,26 @@ LEAST_ROWS = 32
 """cuBLAS multiplies no fewer rows of bytes than 17, of a count that it can align."""
 
 
-def rows_in_bytes(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows in int8 and their fp32 scales [rows, 1]: the largest magnitude of each over 127.5."""
-    scale = rows.abs().amax(1, keepdim=True).div(127.5).clamp_(min=torch.finfo(torch.float32).eps).float()
+def rows_in_bytes(rows: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows in int8 and their fp32 scales [rows, 1]: the `largest` magnitude of each over 127.5, as torchao rounds."""
+    scale = largest.div(127.5).clamp_(min=torch.finfo(torch.float32).eps).float()
     return (rows * (1 / scale)).round_().clamp_(-128, 127).to(torch.int8), scale
 
 
+def rows_divided(rows: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same as compressed-tensors rounds: in the type of the rows, with a division. Source: calculate_qparams in
+    quantization/utils/helpers.py, _quantize in quantization/lifecycle/forward_helpers.py."""
+    scale = largest / 127.5
+    scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
+    return (rows / scale).clamp_(-128, 127).round_().to(torch.int8), scale.float()
+
+
 class DynamicInt8(Quantizer):
-    """A byte a value and an fp32 scale for each output; each row of inputs is quantized alike, and bytes multiplied."""
+    """A byte a value and an fp32 scale for each output; each row of inputs is quantized alike, and bytes multiplied.
+
+    Where a layer has parts of rows, its ranks agree on the largest magnitude of the whole: the integers are those that
+    one rank would have.
+    """
 
     def parameters(self, outputs: int, inputs: int) -> dict[str, torch.Tensor]:
         return {
@@ -36,13 +48,15 @@ class DynamicInt8(Quantizer):
     def pack(self, layer: nn.Module, values: torch.Tensor) -> None:
         weight, scale = local_tensor(layer.weight), local_tensor(layer.weight_scale)
         for rows in row_pieces(values):
-            packed, row_scale = rows_in_bytes(values[rows])
+            largest = values[rows].abs().amax(1, keepdim=True)
+            packed, row_scale = rows_in_bytes(values[rows], layer.largest_over_ranks(largest))
             weight[rows] = packed
             scale[rows] = row_scale[:, 0]
 
     def multiply(self, layer: nn.Module, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         flat = rows.reshape(-1, rows.shape[-1])
-        packed, scale = rows_in_bytes(flat)
+        largest = layer.largest_over_ranks(flat.abs().amax(1, keepdim=True))
+        packed, scale = (rows_divided if self.stored else rows_in_bytes)(flat, largest)
         missing = LEAST_ROWS - len(flat)
         if rows.device.type == "cuda" and missing > 0:
             packed = torch.cat([packed, packed.new_zeros(missing, packed.shape[1])])

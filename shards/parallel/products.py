@@ -41,6 +41,10 @@ class ProductLinear(nn.Linear):
     quantizer: Quantizer | None = None
     lora_scale: float | None = None  # of the factors of an adapter, where there are some
 
+    def largest_over_ranks(self, largest: torch.Tensor) -> torch.Tensor:
+        """The largest magnitudes of whole rows, from those of the parts of rows that are here."""
+        return largest
+
     def product(self, rows: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`rows` times the transposed weight, and a bias; with what the factors of an adapter add."""
         if self.quantizer is not None:

@@ -39,11 +39,21 @@ HEAD_COUNTS = ("num_heads", "num_kv_heads")  # attributes by which a Falcon's at
 ELSEWHERE = "backend=fsdp, which shards every model"
 
 
-class RowLinear(ProductLinear):
-    """A linear layer whose inputs lie on several ranks: what each makes of its own is added up, with what was held."""
+class PartLinear(ProductLinear):
+    """A linear layer whose inputs lie on several ranks."""
 
     held: list[torch.Tensor]
     collectives: Collectives
+    size: int
+
+    def largest_over_ranks(self, largest: torch.Tensor) -> torch.Tensor:
+        parts = largest.new_empty(self.size, *largest.shape)
+        self.collectives.gather(parts, largest)
+        return parts.amax(0)
+
+
+class RowLinear(PartLinear):
+    """One of which what each rank makes of its own inputs is added up, with what was held."""
 
     def forward(self, part: torch.Tensor) -> torch.Tensor:
         total = self.product(part)
@@ -53,13 +63,11 @@ class RowLinear(ProductLinear):
         return total if self.bias is None else total + self.bias.to(total.dtype)
 
 
-class HeldRowLinear(ProductLinear):
+class HeldRowLinear(PartLinear):
     """One whose output only counts as a summand of another's, with which it is added up over the ranks at once.
 
     Returns what is then left to be added: its bias, or zero.
     """
-
-    held: list[torch.Tensor]
 
     def forward(self, part: torch.Tensor) -> torch.Tensor:
         self.held[:] = [self.product(part)]
@@ -155,9 +163,8 @@ def tensor_parallel_model(model: nn.Module, rank: int, size: int, collectives: C
         if kind is not None:
             _keep_part(name, module, int("row" in kind), rank, size)
             module.__class__ = CLASSES.get(kind, type(module))
-            module.collectives = collectives
+            module.collectives, module.size = collectives, size
     embedding.first = head.first = rank * ceil(embedding.num_embeddings / size)
-    head.size = size
     for layer in decoder_layers(model):
         _join(layer, size)
     if is_tied:
@@ -195,5 +202,5 @@ def _join(layer: nn.Module, size: int) -> None:
             setattr(attention, name, getattr(attention, name) // size)
     held: list[torch.Tensor] = []
     for module in layer.modules():
-        if isinstance(module, RowLinear | HeldRowLinear):
+        if isinstance(module, PartLinear):
             module.held = held

@@ -47,6 +47,27 @@ def test_llm_int8_is_that_of_from_pretrained() -> None:
 
 @pytest.mark.slow
 @torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantization", ["nf4", "nf4_dq", "fp4"])
+def test_four_bits_are_those_of_from_pretrained(
+    quantization: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit. On CPUs with avx512_bf16 its layers rewrite themselves, though, with maxima and products in bf16
+    whatever the type of the model (_convert_weight_packed_for_cpu in bitsandbytes/functional.py): not here."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+    kind, _, nested = quantization.partition("_")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=bool(nested),
+        bnb_4bit_compute_dtype=dtype,
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(EMBEDDED / "tiny_llama", dtype=dtype, quantization_config=config)
+    assert torch.equal(loaded("tiny_llama", quantization, dtype)(IDS).logits, theirs(IDS).logits)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("quantization", ["nf4", "nf4_dq", "fp4"])
 def test_four_bits_are_those_that_bitsandbytes_makes(quantization: str, model: str) -> None:
@@ -120,10 +141,6 @@ def test_integers_are_those_of_torchao(quantization: str, dtype: torch.dtype) ->
     assert torch.equal(loaded("tiny_llama", quantization, dtype)(IDS).logits, theirs(IDS).logits)
 
 
-ROW_PARTS = "tiny_llama int8_dyn tensor_parallel"
-"""Its ranks quantize parts of rows of inputs, each with a scale of its own, and so some tokens are others."""
-
-
 @pytest.mark.slow
 def test_each_engine_cuts_the_model_that_it_quantizes_and_holds_the_planned_bytes(tmp_path: Path) -> None:
     ended = torchrun(2, "tests/programs/quantized_program.py", str(tmp_path), timeout=300, OMP_NUM_THREADS="1")
@@ -137,8 +154,7 @@ def test_each_engine_cuts_the_model_that_it_quantizes_and_holds_the_planned_byte
             planner, ranks = engines()[engine].planner_class(), 1 if engine == "transformers" else 2
             planned = cut_up(shape, planner.pieces, ranks, Storage(4, QUANTIZATIONS[quantization]))
             assert result["parameter_bytes"] == planned[rank % ranks], key
-            if key != ROW_PARTS:
-                assert result["tokens"] == results[f"{model} {quantization} transformers"]["tokens"], key
+            assert result["tokens"] == results[f"{model} {quantization} transformers"]["tokens"], key
 
 
 RUNS = {
