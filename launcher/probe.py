@@ -111,11 +111,11 @@ def measure(devices: int, accelerator: str) -> Measured:
 
 
 def reason(said: str) -> str:
-    """The reason for the failure of ranks from their stderr: the first error, or the first death as torchrun saw it."""
+    """The reason for the failure of ranks from their stderr: the first error, or the first death."""
     error = re.search(r"^(?:\[rank\d+\]: *)?([\w.]*(?:Error|Exception): .+)", said, re.MULTILINE)
-    ended = re.search(r"exitcode: (-?\d+)\) local_rank: (\d+)", said)
+    ended = re.search(r"^rank \d+ ended with exit code (-?\d+)", said, re.MULTILINE)
     if ended and (error is None or ended[1] != "1"):
-        return f"rank {ended[2]} ended with exit code {ended[1]}"
+        return ended[0]
     if error:
         return error[1]
     return (said.strip().splitlines() or ["no message"])[-1]

@@ -30,17 +30,14 @@ class Terminated(KeyboardInterrupt):
 
 
 def worker_command(module: str, argument: str, processes: int, python: str | None) -> tuple[str, ...]:
-    """The command that starts so many ranks of a module on this machine, torchrun's own for several.
+    """The command that starts so many ranks of a module on this machine, several as forks of one process.
 
     Each rank is given `argument`, for a run its directory.
     """
     interpreter = python or sys.executable
     if processes == 1:
         return (interpreter, "-m", module, argument)
-    return (
-        interpreter, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-        "--max-restarts=0", "-m", module, argument,
-    )  # fmt: skip
+    return (interpreter, "-m", "launcher.launch.forks", str(processes), module, argument)
 
 
 def rank_environment(environ: Mapping[str, str], processes: int, on_cuda: bool) -> dict[str, str]:

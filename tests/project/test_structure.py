@@ -50,6 +50,7 @@ TENSORS = {
     "launcher.backends.slots.device",
     "launcher.backends.slots.static",
     "launcher.backends.trace",
+    "launcher.launch.forks",
     "launcher.launch.join",
     "launcher.serve.rank",
     "launcher.backends.memory",
@@ -81,6 +82,7 @@ TENSORS = {
 LAZY = {
     ("launcher", "launcher.api"): "the package is light to import, as every rank does",
     ("launcher.config.engines", "*"): "an engine is imported when it is used",
+    ("launcher.launch.forks", "*"): "the module of the ranks is named by the command",
     ("shards.load.quantizers", "*"): "bitsandbytes is imported where its quantizers are used",
     ("launcher.backends.vllm.engine", "psutil"): "the doctor reads an engine's packages before any are installed",
     ("launcher.__main__", "launcher.launch.join"): "a rank may import torch, the process that launches may not",

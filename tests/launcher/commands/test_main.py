@@ -150,7 +150,7 @@ def test_a_node_that_lacks_what_others_have_says_so() -> None:
 @pytest.mark.slow
 def test_a_dry_run_under_torchrun_starts_nothing(tmp_path: Path) -> None:
     first, second = ranks_of_torchrun("dry_run=true", f"output_dir={tmp_path}")
-    assert "--nproc-per-node=2 --max-restarts=0 -m launcher.rank.worker RUN_DIR" in first.out
+    assert "-m launcher.launch.forks 2 launcher.rank.worker RUN_DIR" in first.out
     assert (first.code, second) == (0, Ended(0, "", ""))
     first, second = ranks_of_torchrun("--cfg", f"output_dir={tmp_path}")
     assert (yaml.safe_load(first.out)["devices"], first.code, second) == (2, 0, Ended(0, "", ""))
@@ -295,7 +295,7 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(
     assert main(["model=falcon_40b", "machine=4xa6000", "precision=bf16", "dry_run=true"]) == 0
     said = capsys.readouterr().out
     assert "41,303,293,952 parameters" in said
-    assert "torch.distributed.run --standalone --nproc-per-node=4" in said
+    assert "-m launcher.launch.forks 4 launcher.rank.worker RUN_DIR" in said
     assert list(tmp_path.iterdir()) == []
 
 

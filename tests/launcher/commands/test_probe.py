@@ -72,7 +72,15 @@ def test_figures_that_cannot_be_kept_are_shown(
     assert said.err.count("\n") == 1
 
 
-KILLED = "import os\nif os.environ.get('RANK') == '1':\n    os.kill(os.getpid(), 9)\n"
+KILLED = """
+import os, sys
+forks = []
+def kill_second():
+    if len(forks) == 1:
+        os.kill(os.getpid(), 9)
+if "launcher.launch.forks" in sys.orig_argv:
+    os.register_at_fork(after_in_parent=lambda: forks.append(1), after_in_child=kill_second)
+"""
 
 
 @pytest.mark.slow
@@ -91,7 +99,7 @@ def test_the_rank_that_fails_is_named_at_once_and_none_is_left(
     monkeypatch.setenv("PYTHONPATH", str(cache))
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface)
     assert probe.main(["devices=2", "accelerator=cpu"]) == 2
-    command = r"\S+ -m torch\.distributed\.run .* -m shards\.parallel\.probe cpu"
+    command = r"\S+ -m launcher\.launch\.forks 2 shards\.parallel\.probe cpu"
     assert re.fullmatch(
         rf"error: The probe failed: {words} HINT: to see it whole: {command}\n", capsys.readouterr().err
     )

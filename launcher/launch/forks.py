@@ -1,0 +1,77 @@
+"""The ranks of this machine as forks of one process, which has imported their packages once for all of them.
+
+Started as `python -m launcher.launch.forks RANKS MODULE ARGUMENT`; each rank calls MODULE's `main(ARGUMENT)`, as
+`python -m MODULE ARGUMENT` does in a process of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch.distributed import TCPStore
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
+
+from shards.machine.world import World
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import NoReturn
+
+
+def has_cuda_context(descriptors: Path = Path("/proc/self/fd")) -> bool:
+    """True once CUDA's driver has been initialized in this process: a fork of it cannot use CUDA any more."""
+    for descriptor in descriptors.iterdir():
+        with contextlib.suppress(OSError):
+            if os.readlink(descriptor) == "/dev/nvidia-uvm":
+                return True
+    return False
+
+
+def run_as_rank(rank: int, module: str, argument: str, environ: Mapping[str, str], server: socket.socket) -> NoReturn:
+    """Be a rank in this fork, or in a new interpreter where the imports have initialized CUDA."""
+    server.close()  # it is the store's, whose end must be seen by ranks that outlive it
+    os.environ.update(environ, RANK=str(rank), LOCAL_RANK=str(rank))
+    if has_cuda_context():
+        os.execv(sys.executable, [sys.executable, "-m", module, argument])
+    importlib.import_module(module).main(argument)
+    sys.exit(0)
+
+
+def main() -> int:
+    """Import what the ranks need, fork them and wait for their end; the first that fails ends the others.
+
+    This process keeps the store by which they find each other, so that no port can be taken by somebody else between
+    its choice and its use. Gives 0, or 1 with the rank that has failed on stderr.
+    """
+    count, module, argument = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # that asks for cards without initializing CUDA
+    with contextlib.suppress(Exception):  # a rank imports it once more and reports the error
+        importlib.import_module(module).preload(argument)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        world = World(world_size=count, local_world_size=count, master_port=port)
+        environ = world.environ() | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": f"port_{port}"}
+        ranks = start_processes(run_as_rank, (module, argument, environ, server), count, False, start_method="fork")
+        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=server.detach())
+    try:
+        while not ranks.join():
+            pass
+    except ProcessExitedException as error:
+        print(f"rank {error.error_index} ended with exit code {error.exit_code}", file=sys.stderr)
+        return 1
+    except ProcessRaisedException as error:
+        print(error, file=sys.stderr)
+        return 1
+    del store
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
