@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 from torch.distributed import TCPStore
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
+from launcher.config.engines import resolve
+from launcher.run_dir.run_dir import RunDir
 from shards.machine.world import World
 
 if TYPE_CHECKING:
@@ -44,15 +46,16 @@ def run_as_rank(rank: int, module: str, argument: str, environ: Mapping[str, str
 
 
 def main() -> int:
-    """Import what the ranks need, fork them and wait for their end; the first that fails ends the others.
+    """Import MODULE, and the engine where ARGUMENT is the directory of a run; fork the ranks and wait for their end.
 
-    This process keeps the store by which they find each other, so that no port can be taken by somebody else between
-    its choice and its use. Gives 0, or 1 with the rank that has failed on stderr.
+    The first that fails ends the others. This process keeps the store by which they find each other, so that nobody
+    else can take its port between its choice and its use. Gives 0, or 1 with the rank that has failed on stderr.
     """
     count, module, argument = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # that asks for cards without initializing CUDA
     with contextlib.suppress(Exception):  # a rank imports it once more and reports the error
-        importlib.import_module(module).preload(argument)
+        importlib.import_module(module)
+        resolve(RunDir(Path(argument)).read_run().run_config.backend.implementation)
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

@@ -283,11 +283,6 @@ def run_rank(run_dir: RunDir, world: World, parent: int | None, starter: int | N
     return rank.run()
 
 
-def preload(run_dir: str) -> None:
-    """Import the engine of a run, for ranks that are forked from this process. Any error of an import."""
-    resolve(RunDir(Path(run_dir)).read_run().run_config.backend.implementation)
-
-
 def main(folder: str) -> None:
     """The entry point of a started rank. Exit code 0 ok, 2 refused, 75 interrupted (go on later), 1 anything else."""
     parent = int(os.environ[PARENT]) if PARENT in os.environ else None

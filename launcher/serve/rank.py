@@ -44,11 +44,6 @@ MOST_AT_ONCE = 1024  # prompts of one call to an engine with a scheduler
 SOCKET = "tokens.sock"  # in the run directory: where the other ranks bring theirs
 
 
-def preload(run_dir: str) -> None:
-    """Import the engine to be served, for ranks that are forked from this process. Any error of an import."""
-    resolve(RunDir(Path(run_dir)).read_run().run_config.backend.implementation)
-
-
 def main(folder: str) -> None:
     """Serve until this process is ended: by its parent, by the end of its parent, or by a failure of the engine."""
     run_dir, world = RunDir(Path(folder)), World.from_env(os.environ)
