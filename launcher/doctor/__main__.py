@@ -48,8 +48,12 @@ def check_engine(one: Engine, on_gpus: bool) -> Check:
     """The line of one engine; a build for CPUs on a machine with GPUs is a warning."""
     versions = ", ".join(f"{module} {version or '?'}" for module, version in one.versions.items())
     if one.error is not None:
-        state: State = "missing" if one.missing else "broken"
-        fact = f"{one.error}{f' (with {versions})' if versions else ''}"
+        state: State = "broken"
+        if one.missing:
+            state = "missing"
+        fact = one.error
+        if versions:
+            fact += f" (with {versions})"
         return Check("backends", one.name, state, fact, _mend_engine(one, on_gpus))
     if on_gpus and one.versions and one.cuda is None:
         fact = f"{versions}: a CPU build, and there are GPUs"
@@ -71,14 +75,15 @@ def _mend_engine(one: Engine, on_gpus: bool) -> str:
 
 def check_devices(found: JsonObject | None, reason: str, machine: host.Host) -> list[Check]:
     """The cards and what joins them, then the processor."""
-    processor = Check("devices", "processor", "ok", _processor(machine))
-    return [*check_cards(found, reason), processor, check_memory(machine)]
-
-
-def _processor(machine: host.Host) -> str:
     parts = [machine.cpu or platform.machine(), f"{machine.cores} cores for this process"]
-    parts += [f"{machine.numa_nodes} NUMA node{'s' if machine.numa_nodes > 1 else ''}"] if machine.numa_nodes else []
-    return "; ".join(parts + ([" ".join(machine.instructions)] if machine.instructions else []))
+    if machine.numa_nodes == 1:
+        parts.append("1 NUMA node")
+    elif machine.numa_nodes:
+        parts.append(f"{machine.numa_nodes} NUMA nodes")
+    if machine.instructions:
+        parts.append(" ".join(machine.instructions))
+    processor = Check("devices", "processor", "ok", "; ".join(parts))
+    return [*check_cards(found, reason), processor, check_memory(machine)]
 
 
 def check_memory(machine: host.Host) -> Check:
@@ -92,44 +97,53 @@ def check_memory(machine: host.Host) -> Check:
 
 def check_system(machine: host.Host) -> list[Check]:
     """Check what engines and clusters need beside Python packages."""
-    shared, locked = machine.shared_memory_bytes, machine.locked_memory_bytes
-    small = shared is None or shared < host.SHARED_MEMORY_WANTED
-    bound = locked is not None and bool(machine.infiniband)
     return [
         Check("system", "python", "ok", f"{platform.python_version()}, {sys.executable}"),
         *check_compiler(),
         _tool("g++", "builds DeepSpeed's CPU operation", "apt-get install g++"),
         _tool("ninja", "builds DeepSpeed's CPU operation", "pip install ninja"),
-        Check(
-            "system",
-            "/dev/shm",
-            "warning" if small else "ok",
-            f"{size(shared)}, {size(machine.shared_memory_free_bytes)} free",
-            "mount -o remount,size=8g /dev/shm (docker run --shm-size=8g)" if small else "",
-        ),
-        Check(
-            "system",
-            "locked memory",
-            "warning" if bound else "ok",
-            f"{'unlimited' if locked is None else size(locked)}{'; InfiniBand needs more' if bound else ''}",
-            "ulimit -l unlimited (docker run --ulimit memlock=-1)" if bound else "",
-        ),
+        check_shared_memory(machine),
+        check_locked_memory(machine),
         Check("system", "InfiniBand", "note", ", ".join(machine.infiniband) or "none"),
         _slurm(),
     ]
 
 
+def check_shared_memory(machine: host.Host) -> Check:
+    """The room in which ranks of one machine exchange tensors."""
+    shared = machine.shared_memory_bytes
+    fact = f"{size(shared)}, {size(machine.shared_memory_free_bytes)} free"
+    if shared is None or shared < host.SHARED_MEMORY_WANTED:
+        mend = "mount -o remount,size=8g /dev/shm (docker run --shm-size=8g)"
+        return Check("system", "/dev/shm", "warning", fact, mend)
+    return Check("system", "/dev/shm", "ok", fact)
+
+
+def check_locked_memory(machine: host.Host) -> Check:
+    """The limit of memory that InfiniBand may read and write by itself."""
+    locked = machine.locked_memory_bytes
+    if locked is None:
+        return Check("system", "locked memory", "ok", "unlimited")
+    if machine.infiniband:
+        mend = "ulimit -l unlimited (docker run --ulimit memlock=-1)"
+        return Check("system", "locked memory", "warning", f"{size(locked)}; InfiniBand needs more", mend)
+    return Check("system", "locked memory", "ok", size(locked))
+
+
 def _tool(name: str, purpose: str, mend: str) -> Check:
     path = host.find_tool(name)
-    return Check("system", name, "ok" if path else "missing", path or f"not found; it {purpose}", "" if path else mend)
+    if path is None:
+        return Check("system", name, "missing", f"not found; it {purpose}", mend)
+    return Check("system", name, "ok", path)
 
 
 def _slurm() -> Check:
+    """The programs that submit to SLURM."""
     tools = [path for path in map(host.find_tool, ("sbatch", "srun", "squeue")) if path]
     if len(tools) == 3:
         return Check("system", "SLURM client", "ok", tools[0])
-    what = "none; only launching on a cluster needs it"
-    return Check("system", "SLURM client", "note", ", ".join(tools) or what, "")
+    fact = ", ".join(tools) or "none; only launching on a cluster needs it"
+    return Check("system", "SLURM client", "note", fact)
 
 
 def examine(timeout_s: float) -> JsonObject:
@@ -159,8 +173,10 @@ def show(found: JsonObject) -> None:
     """Print the table; as plain lines where rich is not there to draw it."""
     if Console is None:
         for check in found["checks"]:
-            mend = f"  MEND: {check['mend']}" if check["mend"] else ""
-            print(f"{check['state']:<8} {check['name']:<14} {check['found']}{mend}")
+            line = f"{check['state']:<8} {check['name']:<14} {check['found']}"
+            if check["mend"]:
+                line += f"  MEND: {check['mend']}"
+            print(line)
         return
     colors = {"ok": "green", "note": "dim", "warning": "yellow", "missing": "red", "broken": "red"}
     console = Console(highlight=False)
@@ -172,7 +188,9 @@ def show(found: JsonObject) -> None:
         section = check["section"]
         state = f"[{colors[check['state']]}]{check['state']}[/]"
         table.add_row(state, check["name"], escape(check["found"]), escape(check["mend"]))
-    (console if console.is_terminal else Console(highlight=False, width=160)).print(table)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=160)
+    console.print(table)
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:

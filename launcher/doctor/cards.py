@@ -39,11 +39,10 @@ HIDDEN = 2 << 30
 def check_cards(found: JsonObject | None, reason: str) -> list[Check]:
     """The cards and what joins them; a note where there are none."""
     if not (found or {}).get("gpus"):
+        fact = f"none: {reason or 'NVML is silent'}"
         if found is not None:
-            why = "the driver shows none"
-        else:
-            why = f"none: {reason or 'NVML is silent'}"
-        return [Check("devices", "GPUs", "note", why)]
+            fact = "the driver shows none"
+        return [Check("devices", "GPUs", "note", fact)]
     assert found is not None
     checks = []
     for gpu in found["gpus"]:
@@ -56,13 +55,18 @@ def _facts(gpu: JsonObject, found: JsonObject) -> list[str]:
     cuda = found["cuda_driver"]
     bus = [gpu["pcie_generation"], gpu["pcie_width"], gpu["pcie_generation_max"], gpu["pcie_width_max"]]
     now, width, most, widest = (value or "?" for value in bus)
+    links, version = "no NVLink", "?"
+    if gpu["nvlinks"]:
+        links = f"{gpu['nvlinks']} NVLinks up"
+    if cuda:
+        version = f"{cuda // 1000}.{cuda % 1000 // 10}"
     return [
         gpu["name"] or "no name",
         f"{size(gpu['memory_bytes'])} ({size(gpu['free_bytes'])} free)",
         f"compute capability {gpu['compute_capability'] or '?'}",
         f"PCIe {now} x{width} now, at most {most} x{widest}",
-        f"{gpu['nvlinks']} NVLinks up" if gpu["nvlinks"] else "no NVLink",
-        f"driver {found['driver'] or '?'}, CUDA {f'{cuda // 1000}.{cuda % 1000 // 10}' if cuda else '?'}",
+        links,
+        f"driver {found['driver'] or '?'}, CUDA {version}",
     ]
 
 
@@ -80,8 +84,12 @@ def _problems(gpu: JsonObject, gpus: Sequence[JsonObject]) -> tuple[State, list[
         findings.append(("warning", errors, f"nvidia-smi --gpu-reset -i {index}"))
     if users := _users(gpu):
         idle = ",".join(str(other["index"]) for other in gpus if not _users(other))
-        unseen = "nvidia-smi" if not gpu["processes"] else f"kill {gpu['processes'][0][0]}"
-        findings.append(("warning", f"in use: {users}", f"export CUDA_VISIBLE_DEVICES={idle}" if idle else unseen))
+        mend = "nvidia-smi"
+        if idle:
+            mend = f"export CUDA_VISIBLE_DEVICES={idle}"
+        elif gpu["processes"]:
+            mend = f"kill {gpu['processes'][0][0]}"
+        findings.append(("warning", f"in use: {users}", mend))
     if gpu["pcie_width"] and gpu["pcie_width"] < (gpu["pcie_width_max"] or 0):
         findings.append(
             ("note", "fewer PCIe lanes than the card has", f"move it to a slot of x{gpu['pcie_width_max']}")
@@ -108,11 +116,14 @@ def _users(gpu: JsonObject) -> str:
 
 
 def _check_link(link: JsonObject) -> Check:
-    way = "NVLink" if link["nvlink"] else f"PCIe, {link['pcie_path'] or 'path not known'}"
+    way = f"PCIe, {link['pcie_path'] or 'path not known'}"
+    if link["nvlink"]:
+        way = "NVLink"
     peers = link["peer_to_peer"]
-    state: State = "ok" if peers in ("yes", None) else "note"
     fact = f"{way}; peer to peer {peers or 'not known'}"
-    if state == "note":
+    state: State = "ok"
+    if peers not in ("yes", None):
+        state = "note"
         fact += ": what they send goes through the memory of the host"
     return Check("devices", "GPUs {} and {}".format(*link["gpus"]), state, fact, PEER_MENDS.get(peers, ""))
 
@@ -126,23 +137,16 @@ def check_cuda(found: JsonObject | None, built_for: Sequence[str]) -> list[Check
         return []
     assert found is not None
     wanted = max((int(version.partition(".")[0]) for version in built_for), default=None) or locked_cuda()
-    old = [gpu for gpu in found["gpus"] if _capability(gpu) < LEAST_CAPABILITIES.get(wanted or 0, (0, 0))]
-    return [
-        _check_driver(found["driver"], found.get("cuda_driver"), wanted),
-        _check_nvcc(wanted),
-        *(_too_old(gpu, wanted) for gpu in old),
-    ]
-
-
-def _capability(gpu: JsonObject) -> tuple[int, ...]:
-    """The compute capability as numbers; above all known ones for a card that does not tell."""
-    return tuple(map(int, (gpu["compute_capability"] or "99.0").split(".")))
-
-
-def _too_old(gpu: JsonObject, cuda: int | None) -> Check:
-    least = ".".join(map(str, LEAST_CAPABILITIES[cuda or 0]))
-    wrong = f"compute capability {gpu['compute_capability']}, and builds for CUDA {cuda} have kernels from {least} on"
-    return Check("system", f"GPU {gpu['index']}", "broken", wrong, "LAUNCHER_FLAVOR=cpu bash scripts/setup.sh")
+    checks = [_check_driver(found["driver"], found.get("cuda_driver"), wanted), _check_nvcc(wanted)]
+    least = LEAST_CAPABILITIES.get(wanted or 0, (0, 0))
+    for gpu in found["gpus"]:
+        capability = gpu["compute_capability"]
+        if capability and tuple(map(int, capability.split("."))) < least:
+            kernels = f"builds for CUDA {wanted} have kernels from {'.'.join(map(str, least))} on"
+            fact = f"compute capability {capability}, and {kernels}"
+            mend = "LAUNCHER_FLAVOR=cpu bash scripts/setup.sh"
+            checks.append(Check("system", f"GPU {gpu['index']}", "broken", fact, mend))
+    return checks
 
 
 def _check_driver(driver: str | None, cuda_driver: int | None, cuda: int | None) -> Check:
@@ -164,7 +168,9 @@ def locked_cuda() -> int | None:
     if not LOCK.is_file():
         return None
     match = re.search(r"^nvidia-cuda-runtime==(\d+)", LOCK.read_text(), re.MULTILINE)
-    return int(match.group(1)) if match else None
+    if match is None:
+        return None
+    return int(match.group(1))
 
 
 def _check_nvcc(cuda: int | None) -> Check:
@@ -187,10 +193,9 @@ def check_compiler() -> list[Check]:
     else:
         compiler = host.find_tool("gcc") or host.find_tool("clang")
     headers = Path(sysconfig.get_path("include")) / "Python.h"
+    checks = [Check("system", "C compiler", "missing", f"no {named or 'gcc'}; {COMPILES}", "apt-get install gcc")]
     if compiler:
         checks = [Check("system", "C compiler", "ok", compiler)]
-    else:
-        checks = [Check("system", "C compiler", "missing", f"no {named or 'gcc'}; {COMPILES}", "apt-get install gcc")]
     if headers.is_file():
         return [*checks, Check("system", "Python.h", "ok", str(headers))]
     mend = f"apt-get install python{sys.version_info.major}.{sys.version_info.minor}-dev"

@@ -42,8 +42,10 @@ def describe() -> Host:
     """This machine, as far as this process may use it."""
     cpu = _cpuinfo()
     memory = _meminfo()
-    shared = _file_system(SHARED_MEMORY)
-    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    shared_bytes, shared_free_bytes = _file_system(SHARED_MEMORY)
+    locked: int | None = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if locked == resource.RLIM_INFINITY:
+        locked = None
     return Host(
         cpu=cpu.get("model name") or platform.processor() or None,
         cores=len(os.sched_getaffinity(0)),
@@ -52,9 +54,9 @@ def describe() -> Host:
         memory_bytes=memory.get("MemTotal"),
         memory_available_bytes=memory.get("MemAvailable"),
         memory_limit_bytes=_number(Path("/sys/fs/cgroup/memory.max")),
-        shared_memory_bytes=shared[0] if shared else None,
-        shared_memory_free_bytes=shared[1] if shared else None,
-        locked_memory_bytes=None if locked == resource.RLIM_INFINITY else locked,
+        shared_memory_bytes=shared_bytes,
+        shared_memory_free_bytes=shared_free_bytes,
+        locked_memory_bytes=locked,
         infiniband=_names(Path("/sys/class/infiniband"), "*"),
     )
 
@@ -97,12 +99,12 @@ def _meminfo() -> dict[str, int]:
     return {}
 
 
-def _file_system(path: Path) -> tuple[int, int] | None:
+def _file_system(path: Path) -> tuple[int | None, int | None]:
     """Bytes in all and free."""
     with contextlib.suppress(OSError):
         room = os.statvfs(path)
         return room.f_frsize * room.f_blocks, room.f_frsize * room.f_bavail
-    return None
+    return None, None
 
 
 def _number(path: Path) -> int | None:

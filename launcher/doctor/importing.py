@@ -29,9 +29,10 @@ def attempt(name: str, part: str = "") -> JsonObject:
         if part:
             getattr(module, part)
     except BaseException as error:  # SystemExit too: whatever a module does when it is imported is its answer
-        lines = str(error).strip().splitlines()
-        return {"module": name, "error": f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__}
-    return {"module": name, "version": _version(module, name), "cuda": _cuda(module)}
+        words = [type(error).__name__, *str(error).strip().splitlines()[:1]]
+        return {"module": name, "error": ": ".join(words)}
+    cuda = getattr(vars(module).get("version"), "cuda", None)  # of torch, but for a CPU build
+    return {"module": name, "version": _version(module, name), "cuda": cuda}
 
 
 def _version(module: Any, name: str) -> str | None:
@@ -42,11 +43,6 @@ def _version(module: Any, name: str) -> str | None:
         except importlib.metadata.PackageNotFoundError:
             return None
     return str(version)
-
-
-def _cuda(module: Any) -> str | None:
-    """The CUDA version that torch was built for, None for another module or a CPU build."""
-    return getattr(vars(module).get("version"), "cuda", None)
 
 
 def main() -> None:

@@ -68,15 +68,11 @@ def attempt(module: str, arguments: Sequence[str], timeout_s: float) -> Ended:
         out, err = process.communicate(timeout=timeout_s)
         code = process.returncode
     except subprocess.TimeoutExpired:
-        _kill(process)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()
-    words = [line.strip() for line in err.splitlines() if line.strip()]
-    return Ended(out.splitlines(), words[-1] if words else "", code)
-
-
-def _kill(process: subprocess.Popen[str]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    words = ["", *(line.strip() for line in err.splitlines() if line.strip())]
+    return Ended(out.splitlines(), words[-1], code)
 
 
 def engine(name: str, timeout_s: float) -> Engine:
@@ -92,7 +88,7 @@ def engine(name: str, timeout_s: float) -> Engine:
     done = {row["module"]: row for row in rows if "version" in row}
     versions = {module: row["version"] for module, row in done.items()}
     cuda = next((row["cuda"] for row in done.values() if row["cuda"]), None)
-    last = rows[-1] if rows else {}
+    last: JsonObject = next(reversed(rows), {})
     if last.get("missing"):
         return Engine(name, versions, f"{last['module']} is not installed", (last["module"],), cuda)
     if "error" in last:
@@ -129,7 +125,9 @@ def nvml() -> tuple[JsonObject | None, str]:
         return reports[-1], ""
     if "No module named 'pynvml'" in ended.last_words and (shown := nvidia_smi()) is not None:
         return shown, ""
-    return None, ended.last_words if ended.code == 1 else f"NVML {_end(ended, NVML_S)}"
+    if ended.code == 1:
+        return None, ended.last_words
+    return None, f"NVML {_end(ended, NVML_S)}"
 
 
 def nvidia_smi() -> JsonObject | None:
@@ -144,7 +142,8 @@ def nvidia_smi() -> JsonObject | None:
         return None
     rows = [dict(zip(QUERY, map(str.strip, line.split(",")), strict=False)) for line in out.splitlines()]
     gpus = [_gpu(row) for row in rows if row.get("index", "").isdigit()]
-    return {"driver": rows[0].get("driver_version") if rows else None, "cuda_driver": None, "gpus": gpus, "links": []}
+    driver = next((row.get("driver_version") for row in rows), None)
+    return {"driver": driver, "cuda_driver": None, "gpus": gpus, "links": []}
 
 
 def _gpu(row: dict[str, str]) -> JsonObject:
@@ -153,17 +152,25 @@ def _gpu(row: dict[str, str]) -> JsonObject:
             return int(row[key])
         return None
 
+    def memory(key: str) -> int | None:
+        mebibytes = number(f"memory.{key}")
+        if mebibytes is None:
+            return None
+        return mebibytes << 20
+
     def switch(key: str) -> bool | None:
         return {"Enabled": True, "Disabled": False}.get(row.get(key, ""))
 
-    total, reserved, free = (number(f"memory.{name}") for name in ("total", "reserved", "free"))
+    total, reserved = memory("total"), memory("reserved")
+    if total is not None:
+        total -= reserved or 0
     return {
         "index": number("index"),
         "name": row.get("name"),
         "uuid": row.get("uuid"),
-        "memory_bytes": None if total is None else (total - (reserved or 0)) << 20,
-        "reserved_bytes": None if reserved is None else reserved << 20,
-        "free_bytes": None if free is None else free << 20,
+        "memory_bytes": total,
+        "reserved_bytes": reserved,
+        "free_bytes": memory("free"),
         "compute_capability": row.get("compute_cap"),
         "pcie_generation": number("pcie.link.gen.current"),
         "pcie_generation_max": number("pcie.link.gen.max"),

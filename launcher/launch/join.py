@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from launcher.prepare.prepare import check_node, prepare
 from launcher.rank.worker import EXIT_CODES, enter_world, run_rank
 from launcher.run_dir.attempts import ATTEMPT, begin
-from launcher.run_dir.lifecycle import directory_of, finish
+from launcher.run_dir.gathering import finish
+from launcher.run_dir.lifecycle import directory_of
 from launcher.run_dir.run_dir import RunDir
 from launcher.system.files import writing_in
 from launcher.system.terminal import redirected_output

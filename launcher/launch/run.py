@@ -1,6 +1,7 @@
 """One run from its configuration to its record: prepared, started on this machine or by SLURM, watched to its end.
 
-Its directory and its record are made in `run_dir.lifecycle`, its processes in `launch.ranks` or `launch.slurm`.
+Its directory is made in `run_dir.lifecycle` and its record in `run_dir.gathering`, its processes in `launch.ranks` or
+`launch.slurm`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from launcher.report.lengths import lengths_line
 from launcher.report.progress_bars import Bars, Turn
 from launcher.results.verdict import Outcome
 from launcher.run_dir.attempts import ATTEMPT, begin
-from launcher.run_dir.lifecycle import create_run_dir, directory_of, finish
+from launcher.run_dir.gathering import finish
+from launcher.run_dir.lifecycle import create_run_dir, directory_of
 from launcher.system import processes
 from launcher.system.files import writing_in
 from launcher.system.gpu_users import neighbours

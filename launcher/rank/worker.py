@@ -31,7 +31,7 @@ from launcher.results.quality import Quality
 from launcher.results.rank_result import RankResult
 from launcher.results.record import RunError
 from launcher.run_dir.attempts import ATTEMPT
-from launcher.run_dir.lifecycle import finish
+from launcher.run_dir.gathering import finish
 from launcher.run_dir.run_dir import RunDir, SupersededError
 from launcher.system.environment import describe
 from launcher.system.terminal import redirected_output

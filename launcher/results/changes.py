@@ -97,12 +97,15 @@ class Rule:
         ratios = [change for change in changes if change.name == self.name and change.ratio is not None]
         if not ratios:
             raise UserError(f"--fail-if: {self.name} is not known of both runs ({names}).", f"--fail-if '{EXAMPLE}'")
-        return [
-            f"{names}: {change.name}{'' if change.rank is None else f' of rank {change.rank}'} is "
-            f"{change.ratio:.3f} of the base, which is {self.sign} {self.limit:g}."
-            for change in ratios
-            if change.ratio is not None and OPERATORS[self.sign](change.ratio, self.limit)
-        ]
+        sentences = []
+        for change in ratios:
+            if change.ratio is not None and OPERATORS[self.sign](change.ratio, self.limit):
+                figure = change.name
+                if change.rank is not None:
+                    figure += f" of rank {change.rank}"
+                limit = f"which is {self.sign} {self.limit:g}"
+                sentences.append(f"{names}: {figure} is {change.ratio:.3f} of the base, {limit}.")
+        return sentences
 
 
 EXAMPLE = "new_tokens_per_s<0.95"
@@ -142,15 +145,19 @@ def repeated(record: Record) -> dict[str, tuple[float, ...]]:
 
 def _middle(values: Iterable[float]) -> float | None:
     known = list(values)
-    return statistics.median(known) if known else None
+    if known:
+        return statistics.median(known)
+    return None
 
 
 def change_of(name: str, base: Sequence[float], new: Sequence[float], rank: int | None = None) -> FigureChange:
     """One figure of two runs, from the values of their repeats."""
     ours, theirs = Values.of(base), Values.of(new)
-    ratio = theirs.median / ours.median if ours.median else None
-    if not ours.median:
-        ratio = 1.0 if not theirs.median else None
+    ratio = None
+    if ours.median:
+        ratio = theirs.median / ours.median
+    elif not theirs.median:
+        ratio = 1.0
     is_different = _is_different(ours, theirs)
     return FigureChange(name, rank, ours, theirs, ratio, is_different, _verdict(name, ratio, is_different))
 
@@ -172,14 +179,16 @@ def _verdict(name: str, ratio: float | None, is_different: bool | None) -> str:
         return "equal"
     if is_different is False:
         return "no difference beyond the spread"
-    words = ("more", "less")
+    above, below = "more", "less"
     if name in SPEEDS:
-        words = ("faster", "slower")
+        above, below = "faster", "slower"
     elif name in TIMES:
-        words = ("longer", "shorter")
+        above, below = "longer", "shorter"
     percent = abs(ratio - 1) * 100
-    size = f"{percent:.0f} %" if percent >= 10 else f"{percent:.2g} %"
-    text = f"{size} {words[0] if ratio > 1 else words[1]}"
+    text = f"{percent:.2g} %"
+    if percent >= 10:
+        text = f"{percent:.0f} %"
+    text += f" {above if ratio > 1 else below}"
     if is_different:
         return f"{text}, outside the spread of both"
     if name in MEMORY:
@@ -192,10 +201,14 @@ def circumstances(record: Record) -> JsonObject:
     values = flat({name: value for name, value in record.config.items() if name not in HOW_IT_IS_RUN})
     environment = record.environment
     if environment is not None:
-        git, gpus = environment.git, environment.gpus
+        git, gpus, commit = environment.git, environment.gpus, None
+        if git is not None:
+            commit = git.commit[:12]
+            if git.dirty:
+                commit += " with changes"
         values |= {
             "launcher": environment.launcher,
-            "commit": git and f"{git.commit[:12]}{' with changes' if git.dirty else ''}",
+            "commit": commit,
             "python": environment.python,
             **{f"version of {name}": version for name, version in environment.packages.items()},
             "host": environment.host,
@@ -206,14 +219,11 @@ def circumstances(record: Record) -> JsonObject:
             "driver": gpus and gpus.driver,
             "cuda_driver": gpus and gpus.cuda_driver,
         }
-    cost = record.cost
-    if cost:
-        clocks = [one.sm_clock_mhz for one in cost.samples if one.phase == REPEATS and one.sm_clock_mhz]
-    else:
-        clocks = []
-    if cost is not None and clocks:  # to 50 MHz: they are never the same
-        values["clock of the repeats"] = f"{round(statistics.median(clocks) / 50) * 50} MHz"
-        values["clocks slowed by"] = ", ".join(cost.slowed_by) or None
+    if (cost := record.cost) is not None:
+        clocks = [sample.sm_clock_mhz for sample in cost.samples if sample.phase == REPEATS and sample.sm_clock_mhz]
+        if clocks:  # to 50 MHz: they are never the same
+            values["clock of the repeats"] = f"{round(statistics.median(clocks) / 50) * 50} MHz"
+            values["clocks slowed by"] = ", ".join(cost.slowed_by) or None
     values["neighbours"] = "; ".join(note for note in record.notes if is_of_a_neighbour(note)) or None
     return values
 

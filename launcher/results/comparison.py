@@ -126,8 +126,12 @@ def compare(base: FinishedRun, other: FinishedRun) -> Comparison:
             f"and {same} of them are the same token ids.",
             "compare runs of one model and one prompt set",
         )
-    speed = _speed(base, other)
+    ours, theirs = _speeds(base), _speeds(other)
+    speed = Ratio(statistics.median(theirs) / statistics.median(ours), min(theirs) / max(ours), max(theirs) / min(ours))
+    notes = _other_weights(base, other)
     cost, no_cost = serving_cost(base.record, other.record, speed.median)
+    if no_cost:
+        notes.append(no_cost)
     parted = (_divergence(index, row, other.completions[index]) for index, row in sorted(base.completions.items()))
     divergences = tuple(divergence for divergence in parted if divergence is not None)
     return Comparison(
@@ -140,7 +144,7 @@ def compare(base: FinishedRun, other: FinishedRun) -> Comparison:
         other_degenerate=_degenerate(other),
         speed=speed,
         differences=tuple(_differences(_settings(base), _settings(other))),
-        notes=(*_other_weights(base, other), *([no_cost] if no_cost else [])),
+        notes=tuple(notes),
         serving_cost=cost,
         agreement=agreement(base.record.quality, other.record.quality),
     )
@@ -169,9 +173,9 @@ def _divergence(index: int, base: ReportedCompletion, other: ReportedCompletion)
     ours, theirs = base.token_ids, other.token_ids
     if (position := _parting(ours, theirs)) is None:
         return None
-    gaps = [row.top2_gaps[position] for row in (base, other) if position < len(row.top2_gaps)]
-    tokens = [ids[position] if position < len(ids) else None for ids in (ours, theirs)]
-    return Divergence(index, position, tokens[0], tokens[1], gaps[0] if gaps else None)
+    gaps = (row.top2_gaps[position] for row in (base, other) if position < len(row.top2_gaps))
+    tokens = [next(iter(ids[position:]), None) for ids in (ours, theirs)]
+    return Divergence(index, position, tokens[0], tokens[1], next(gaps, None))
 
 
 def _parting(ours: Sequence[Any], theirs: Sequence[Any]) -> int | None:
@@ -184,19 +188,15 @@ def _parting(ours: Sequence[Any], theirs: Sequence[Any]) -> int | None:
 
 def is_degenerate(token_ids: Sequence[int], finish_reason: str) -> bool:
     """True if the last REPEATED_TOKENS tokens, the EOS token left out, are one token, or two in turn."""
-    text = token_ids[:-1] if finish_reason == "stop" else token_ids
-    tail = list(text[-REPEATED_TOKENS:])
+    if finish_reason == "stop":
+        token_ids = token_ids[:-1]
+    tail = list(token_ids[-REPEATED_TOKENS:])
     return len(tail) == REPEATED_TOKENS and tail[2:] == tail[:-2]
 
 
 def _degenerate(run: FinishedRun) -> tuple[int, ...]:
     rows = sorted(run.completions.items())
     return tuple(index for index, row in rows if is_degenerate(row.token_ids, row.finish_reason))
-
-
-def _speed(base: FinishedRun, other: FinishedRun) -> Ratio:
-    ours, theirs = (_speeds(run) for run in (base, other))
-    return Ratio(statistics.median(theirs) / statistics.median(ours), min(theirs) / max(ours), max(theirs) / min(ours))
 
 
 def _speeds(run: FinishedRun) -> list[float]:

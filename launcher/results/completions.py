@@ -23,7 +23,9 @@ class SavedCompletion:
     @property
     def answer(self) -> tuple[int, ...] | str:
         """The part that is compared: the tokens, or the text where there are none."""
-        return self.token_ids if self.text is None else self.text
+        if self.text is None:
+            return self.token_ids
+        return self.text
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,17 +87,21 @@ def cost_of(
     phases = [_together(phase, ranks, meters) for phase in PHASES]
     known = [phase for phase in phases if phase is not None]
     repeats = phases[PHASES.index(REPEATS)]
-    energy_j = repeats.energy_j if repeats else None
-    per_million = None
+    joules_per_token = watts = per_million = None
+    if repeats and repeats.energy_j is not None:
+        if new_tokens:
+            joules_per_token = repeats.energy_j / new_tokens
+        if repeats.seconds:
+            watts = repeats.energy_j / repeats.seconds
     if device_hour is not None and tokens_per_s:
         per_million = device_hour * num_devices / 3600 / tokens_per_s * 1e6
     return Cost(
         phases=tuple(known),
         user_s=sum(phase.user_s for phase in known),
         system_s=sum(phase.system_s for phase in known),
-        joules_per_token=energy_j / new_tokens if energy_j is not None and new_tokens else None,
-        watts=energy_j / repeats.seconds if repeats and energy_j is not None and repeats.seconds else None,
-        energy_source=meters[0].energy_source if meters else None,
+        joules_per_token=joules_per_token,
+        watts=watts,
+        energy_source=next((rank.energy_source for rank in meters), None),
         energy_reason=next((rank.energy_reason for rank in meters if rank.energy_reason), None),
         device_hour=device_hour,
         per_million_tokens=per_million,
@@ -113,10 +117,13 @@ def _together(phase: str, ranks: Sequence[RankCost], meters: Sequence[RankCost])
         return None
     energies = [part.energy_j for rank in meters for part in rank.phases if part.phase == phase]
     known = [energy for energy in energies if energy is not None]
+    energy_j = None
+    if known and len(known) == len(energies):
+        energy_j = sum(known)
     return PhaseCost(
         phase,
         max(part.seconds for part in parts),
         sum(part.user_s for part in parts),
         sum(part.system_s for part in parts),
-        sum(known) if known and len(known) == len(energies) else None,
+        energy_j,
     )

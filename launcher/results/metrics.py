@@ -36,6 +36,9 @@ SLOTS, ROWS = "slots_in_decode_steps", "rows_in_decode_steps"
 COUNTERS: dict[str, str] = {SLOTS: "slots, of all decode steps", ROWS: "rows computed in decode steps", **COUNTED}
 """The label in the report of each number that an engine may count: calls and ranks add up."""
 
+NO_STEP, SEVERAL_TOKENS = "no decode step was measured", "a step gave several tokens"
+"""The reasons for which a figure of decode steps is not known."""
+
 
 @dataclass(frozen=True, slots=True)
 class Figures:
@@ -100,6 +103,9 @@ def figures(
         return None
     totals = [total(ranks) for ranks in counted]
     ranks = [rank for repeat in counted for rank in repeat]
+    partial = None
+    if not whole:
+        partial = Partial(totals[0].completions, prompts)
     metrics = Metrics(
         new_tokens_per_s=spread(repeat.new_tokens_per_s for repeat in totals),
         new_tokens_per_s_per_device=spread(repeat.new_tokens_per_s / num_devices for repeat in totals),
@@ -126,7 +132,7 @@ def figures(
             new_tokens=totals[0].new_tokens,
             same_tokens_every_repeat=all(rank.same_tokens for ranks in repeats for rank in ranks),
         ),
-        partial=None if whole else Partial(totals[0].completions, prompts),
+        partial=partial,
         metrics=metrics,
     )
 
@@ -168,11 +174,13 @@ def summed(counters: Iterable[Mapping[str, float]]) -> dict[str, float]:
 def in_use(totals: Sequence[RepeatTotal], name: str) -> Spread | None:
     """The part of what a counter counts in decode steps that gave a token of an answer; where rows gain several, the
     part of the slots in which there was one."""
-    if not all(one.counters.get(name) for one in totals):
+    if not all(repeat.counters.get(name) for repeat in totals):
         return None
-    if any(GUESSED in one.counters for one in totals):
-        return spread(one.counters[ROWS] / one.counters[SLOTS] for one in totals) if name == SLOTS else None
-    return spread((one.new_tokens - one.completions) / one.counters[name] for one in totals)
+    if not any(GUESSED in repeat.counters for repeat in totals):
+        return spread((repeat.new_tokens - repeat.completions) / repeat.counters[name] for repeat in totals)
+    if name == SLOTS:
+        return spread(repeat.counters[ROWS] / repeat.counters[SLOTS] for repeat in totals)
+    return None
 
 
 def decoding(repeats: Sequence[Sequence[Repeat]], windows: Sequence[int | None]) -> Decoding | None:
@@ -185,8 +193,8 @@ def decoding(repeats: Sequence[Sequence[Repeat]], windows: Sequence[int | None])
         return None
     is_guessing, rows = speculates(ranks), tokens
     if is_guessing:
-        found = [number for rank in ranks for number in rows_of(rank)]
-        rows, cached = len(found), sum(_seen_tokens(number, windows) for number in found)
+        contexts = [tokens for rank in ranks for tokens in rows_of(rank)]
+        rows, cached = len(contexts), sum(_seen_tokens(context, windows) for context in contexts)
     else:
         cached = sum(_cached_tokens(prompt, new, windows) for rank in ranks for prompt, new in rank.lengths)
     return Decoding(
@@ -213,16 +221,19 @@ def _cached_tokens(prompt: int, new: int, windows: Sequence[int | None]) -> floa
     """
     total, steps = 0, new - 1
     for window, layers in Counter(windows or (None,)).items():
-        growing = steps if window is None else min(max(window - 1 - prompt, 0), steps)
-        kept = 0 if window is None else (steps - growing) * (window - 1)
+        growing, kept = steps, 0
+        if window is not None:
+            growing = min(max(window - 1 - prompt, 0), steps)
+            kept = (steps - growing) * (window - 1)
         total += layers * (growing * prompt + growing * (growing + 1) // 2 + kept)
     return total / max(len(windows), 1)
 
 
 def _seen_tokens(tokens: int, windows: Sequence[int | None]) -> float:
     """The tokens in the cache of a layer that a row sees which has so many, a mean of the layers."""
-    seen = [tokens if window is None else min(tokens, window - 1) for window in windows or (None,)]
-    return sum(seen) / len(seen)
+    if not windows:
+        return tokens
+    return sum(tokens if window is None else min(tokens, window - 1) for window in windows) / len(windows)
 
 
 def bandwidth_used(plan: Plan | None, metrics: Metrics | None, hint: str = "python -m launcher.probe") -> BandwidthUse:
@@ -236,9 +247,11 @@ def bandwidth_used(plan: Plan | None, metrics: Metrics | None, hint: str = "pyth
     scheduler reads prompts in the same steps (continuous batching) these last longer, and the true value is higher.
     Over 1 a figure or the bandwidth is wrong. `hint` says how the bandwidth could be known.
     """
-    decode = metrics.decode if metrics else None
-    if decode is None or decode.several_tokens_a_step:
-        return BandwidthUse(reason=_not_measured(decode))
+    if metrics is None or metrics.decode is None:
+        return BandwidthUse(reason=NO_STEP)
+    decode = metrics.decode
+    if decode.several_tokens_a_step:
+        return BandwidthUse(reason=SEVERAL_TOKENS)
     if plan is None:
         return BandwidthUse(reason=NO_PLAN)
     if not plan.step_bytes:
@@ -263,9 +276,11 @@ def against_ceiling(plan: Plan | None, metrics: Metrics | None, hint: str = "pyt
 
     `hint` says how its rates could be known.
     """
-    decode = metrics.decode if metrics else None
-    if decode is None or decode.several_tokens_a_step:
-        return CeilingShare(reason=_not_measured(decode))
+    if metrics is None or metrics.decode is None:
+        return CeilingShare(reason=NO_STEP)
+    decode = metrics.decode
+    if decode.several_tokens_a_step:
+        return CeilingShare(reason=SEVERAL_TOKENS)
     if plan is None:
         return CeilingShare(reason=NO_PLAN)
     limit = None
@@ -278,9 +293,3 @@ def against_ceiling(plan: Plan | None, metrics: Metrics | None, hint: str = "pyt
         return CeilingShare(reason=f"no rates are known of this machine: {hint}")
     share, pace = decode.steps * limit.seconds / decode.seconds, limit.tokens_per_s * decode.tokens_per_row
     return CeilingShare(share=share, impossible=share > 1, tokens_per_s=pace, bound=limit.bound)
-
-
-def _not_measured(decode: Decoding | None) -> str:
-    if decode is None:
-        return "no decode step was measured"
-    return "a step gave several tokens"

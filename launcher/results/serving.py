@@ -53,7 +53,9 @@ def good_requests(repeat: Repeat, slo: SloConfig) -> int:
     """The requests of one rank that met every limit that is set. The tpot of a single token counts as 0, as in vLLM."""
     good = 0
     for (_, new), ttft, e2el in zip(repeat.lengths, repeat.ttft_s, repeat.e2el_s, strict=False):
-        tpot = (e2el - ttft) / (new - 1) if new > 1 else 0.0
+        tpot = 0.0
+        if new > 1:
+            tpot = (e2el - ttft) / (new - 1)
         limits = ((ttft, slo.ttft), (tpot, slo.tpot), (e2el, slo.e2el))
         good += all(limit is None or value <= limit for value, limit in limits)
     return good
@@ -61,43 +63,54 @@ def good_requests(repeat: Repeat, slo: SloConfig) -> int:
 
 def serving(repeats: Sequence[Repeat]) -> Serving | None:
     """The figures of the server that answered; None where no server did."""
-    seen = [repeat.server for repeat in repeats if repeat.server is not None]
-    if not seen:
+    servers = [repeat.server for repeat in repeats if repeat.server is not None]
+    if not servers:
         return None
     failures = [failure for repeat in repeats for failure in repeat.failures]
     by_kind = {failure.kind: failure for failure in reversed(failures)}
-    counted = [one.read_otherwise for one in seen if one.read_otherwise is not None]
-    events = [one.tokens_per_event for one in seen if one.tokens_per_event is not None]
-    bunched = [one.bunched for one in seen if one.bunched is not None]
-    names = sorted(set.intersection(*(set(one.own_metrics) for one in seen)))
-    sends = [one.send_lag_s for one in seen if one.send_lag_s is not None]
+    names = sorted(set.intersection(*(set(server.own_metrics) for server in servers)))
+    lags = [server.loop_lag_s for server in servers]
+    send_lags = [server.send_lag_s for server in servers if server.send_lag_s is not None]
+    send_lag = None
+    if send_lags:
+        send_lag = _worst(send_lags)
     return Serving(
-        software=seen[-1].software,
-        dialect=seen[-1].dialect,
-        tokens_checked=seen[-1].tokens_checked,
+        software=servers[-1].software,
+        dialect=servers[-1].dialect,
+        tokens_checked=servers[-1].tokens_checked,
         requests=sum(repeat.completions + len(repeat.failures) for repeat in repeats),
         failures=dict(Counter(failure.kind for failure in failures)),
         examples=tuple(by_kind[kind] for kind in sorted(by_kind)),
-        retries=sum(one.retries for one in seen),
-        read_otherwise=max(counted) if counted else None,
-        tokens_per_event=statistics.median(events) if events else None,
-        cpu_share=max(one.cpu_share for one in seen),
-        loop_lag_s=_worst(one.loop_lag_s for one in seen),
-        send_lag_s=_worst(sends) if sends else None,
-        client_bound=_client_bound(seen, [time for repeat in repeats for time in repeat.e2el_s]),
-        own_metrics={name: statistics.median(one.own_metrics[name] for one in seen) for name in names},
-        bunched=statistics.median(bunched) if bunched else None,
+        retries=sum(server.retries for server in servers),
+        read_otherwise=max(
+            (server.read_otherwise for server in servers if server.read_otherwise is not None), default=None
+        ),
+        tokens_per_event=_median(server.tokens_per_event for server in servers),
+        cpu_share=max(server.cpu_share for server in servers),
+        loop_lag_s=_worst(lags),
+        send_lag_s=send_lag,
+        client_bound=_client_bound(servers, [time for repeat in repeats for time in repeat.e2el_s]),
+        own_metrics={name: statistics.median(server.own_metrics[name] for server in servers) for name in names},
+        bunched=_median(server.bunched for server in servers),
     )
 
 
-def _worst(lags: Iterable[tuple[float, float]]) -> tuple[float, float]:
-    p50, p99 = zip(*lags, strict=True)
-    return max(p50), max(p99)
+def _median(values: Iterable[float | None]) -> float | None:
+    """The median of the values that are known."""
+    known = [value for value in values if value is not None]
+    if known:
+        return statistics.median(known)
+    return None
 
 
-def _client_bound(seen: Sequence[ServerRepeat], e2el_s: Sequence[float]) -> str | None:
+def _worst(lags: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The largest p50 and the largest p99."""
+    return max(p50 for p50, _ in lags), max(p99 for _, p99 in lags)
+
+
+def _client_bound(servers: Sequence[ServerRepeat], e2el_s: Sequence[float]) -> str | None:
     """The reason to suspect that the figures are those of the client, None without one."""
-    share, (lag, _) = max(one.cpu_share for one in seen), _worst(one.loop_lag_s for one in seen)
+    share, lag = max(server.cpu_share for server in servers), max(server.loop_lag_s[0] for server in servers)
     if share > MOST_CPU_SHARE:
         return f"the client took {share:.0%} of a core"
     if e2el_s and lag > MOST_LAG_SHARE * (answer := statistics.median(e2el_s)):

@@ -28,8 +28,8 @@ def speculates(ranks: Sequence[Repeat]) -> bool:
 
 
 def rows_of(rank: Repeat) -> Iterator[int]:
-    """Of each row of each decode step of a rank the tokens that it found, those of the prompt among them: tokens of one
-    step come at one moment."""
+    """Contexts of the rows of all decode steps of a rank, in tokens with those of the prompt: tokens of one step come
+    at one moment."""
     gaps = iter(rank.itl_s)
     for prompt, new in rank.lengths:
         for number, gap in enumerate(islice(gaps, new - 1), 1):
@@ -48,11 +48,15 @@ def speculation_of(repeats: Sequence[Sequence[Repeat]]) -> Speculation | None:
     rows = [sum(1 for rank in ranks for _ in rows_of(rank)) for ranks in repeats]
     tokens = [sum(new - 1 for rank in ranks for _, new in rank.lengths) for ranks in repeats]
     decode = [sum(rank.decode_s or 0 for rank in ranks) for ranks in repeats]
+    guessing = [sums[GUESSING] for sums in counted]
     return Speculation(
-        acceptance=spread(one[ACCEPTED] / one[GUESSED] if one[GUESSED] else None for one in counted),
-        tokens_per_step=spread(new / made if made else None for new, made in zip(tokens, rows, strict=True)),
-        guessing=spread(
-            one[GUESSING] / seconds if seconds and one[GUESSING] else None
-            for one, seconds in zip(counted, decode, strict=True)
-        ),
+        acceptance=spread(_share(sums[ACCEPTED], sums[GUESSED]) for sums in counted),
+        tokens_per_step=spread(map(_share, tokens, rows)),
+        guessing=spread(_share(seconds, whole) or None for seconds, whole in zip(guessing, decode, strict=True)),
     )
+
+
+def _share(part: float, whole: float) -> float | None:
+    if whole:
+        return part / whole
+    return None

@@ -51,7 +51,9 @@ def verdict(
         return "ok", None
     first = _first([rank for rank in ranks if rank is not None and rank.status not in ("ok", "cancelled")])
     if first and first.status == "interrupted" and not (silent and outcome and outcome.status == "failed"):
-        return ("timeout" if outcome and outcome.status == "timeout" else "cancelled"), first.error
+        if outcome and outcome.status == "timeout":
+            return "timeout", first.error
+        return "cancelled", first.error
     if outcome is not None and outcome.rank is not None:
         # The watcher ended the ranks for it: that some of them are silent is the consequence.
         if first and first.status == "hang" and first.waits and silent:
@@ -66,11 +68,12 @@ def verdict(
         number = _earliest(silent)
         if outcome is not None and outcome.status != "failed":
             return outcome.status, RunError(number, silent[number].stage, "Ended", outcome.message)
+        death = "killed, or crashed in native code"
+        if "Fatal Python error: Bus error" in log_end(number):
+            death = "a file that was its memory was cut short under it, or cannot be read (SIGBUS)"
+        message = f"rank {number} ended without a word: {death}"
         if first and first.error:
-            seen = f"; rank {first.rank} then saw {first.error.type}"
-        else:
-            seen = ""
-        message = f"rank {number} ended without a word: {_death(log_end(number))}{seen}"
+            message += f"; rank {first.rank} then saw {first.error.type}"
         return "failed", RunError(number, silent[number].stage, "ProcessDied", message)
     if first:
         return first.status, first.error
@@ -91,10 +94,3 @@ def _first(ended: Sequence[RankResult]) -> RankResult | None:
 
 def _earliest(silent: Mapping[int, LastStep]) -> int:
     return min(silent, key=lambda number: silent[number].time)
-
-
-def _death(log_end: str) -> str:
-    """The end of a rank that left no word, as far as the end of its log tells."""
-    if "Fatal Python error: Bus error" in log_end:
-        return "a file that was its memory was cut short under it, or cannot be read (SIGBUS)"
-    return "killed, or crashed in native code"

@@ -24,20 +24,15 @@ def begin(run_dir: RunDir) -> int:
     number = run_dir.read_attempt() + 1
     run_dir.write_attempt(number)  # from here on late ranks of older attempts are mute
     run_dir.set_aside(number - 1)
-    run_dir.write_saved(_gather(run_dir))
-    return number
-
-
-def _gather(run_dir: RunDir) -> Saved:
-    """The work of all earlier attempts; of a prompt that was answered twice the first answer."""
     ranks = run_dir.read_run().answering_ranks
     completions: dict[int, SavedCompletion] = {}
     repeats: set[int] = set()
     for _, attempt in run_dir.earlier_attempts():
         for completion in attempt.read_rank_completions(ranks):
-            completions.setdefault(completion.index, completion)
+            completions.setdefault(completion.index, completion)  # of a prompt that was answered twice the first answer
         repeats |= attempt.read_repeats(ranks).keys()
-    return Saved(tuple(completions[index] for index in sorted(completions)), tuple(sorted(repeats)))
+    run_dir.write_saved(Saved(tuple(completions[index] for index in sorted(completions)), tuple(sorted(repeats))))
+    return number
 
 
 if __name__ == "__main__":

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from launcher.results.comparison import FinishedRun
 from launcher.run_dir.run_dir import RECORD, RunDir
 from shards.errors import UserError
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 
 def read_finished(path: Path) -> FinishedRun:
     """The run in a directory; UserError where there is none, it cannot be read, or it did not end well."""
     if not path.is_dir():
-        kind = "a file, not the directory of a run" if path.exists() else "not there"
-        folder = path.parent if path.exists() else "runs"
+        kind, folder = "not there", Path("runs")
+        if path.exists():
+            kind, folder = "a file, not the directory of a run", path.parent
         raise UserError(f"{path} is {kind}.", f"python -m launcher.status {shlex.quote(str(folder))}, which names runs")
     run_dir = RunDir(path)
     record, again = run_dir.read_record(), f"python -m launcher resume=true run_dir={shlex.quote(str(path))}"

@@ -36,7 +36,9 @@ class Progress:
         """The share of the repeats that is done, 0 to 1: by the numbers in `repeat 2/3 batch 1/4` and the steps."""
         if not self.stage.startswith("repeat"):
             return 0.0
-        share = min(self.done / self.total, 1.0) if self.total else 0.0
+        share = 0.0
+        if self.total:
+            share = min(self.done / self.total, 1.0)
         for number, of in reversed(re.findall(r"(\d+)/(\d+)", self.stage)):
             share = (int(number) - 1 + share) / max(int(of), 1)
         return share
@@ -61,7 +63,8 @@ class ProgressWriter:
     def advance(self, done: int, total: int | None = None, tokens: int = 0) -> None:
         """`done` of `total` is behind us, and so many more tokens were made."""
         self.progress.done = done
-        self.progress.total = self.progress.total if total is None else total
+        if total is not None:
+            self.progress.total = total
         self.progress.tokens += tokens
         self._write()
 

@@ -127,7 +127,7 @@ class RunDir:
         """The script that makes the same run once more, in a directory of its own."""
         write_text(self.path / "command.sh", text)
 
-    # The end of a run: written by run_dir/lifecycle.py.
+    # The end of a run: written by run_dir/gathering.py.
 
     def has_record(self) -> bool:
         """True if there is a record, of whatever status."""

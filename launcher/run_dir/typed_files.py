@@ -78,5 +78,7 @@ def lines_of(values: Sequence[Any], ensure_ascii: bool = True) -> str:
 
 def unreadable(path: Path, error: Exception) -> UserError:
     """The refusal of a file that is not what a run writes."""
-    reason = f"it has no {error}" if isinstance(error, KeyError) else error
+    reason = f"{error}"
+    if isinstance(error, KeyError):
+        reason = f"it has no {error}"
     return UserError(f"{path} is not what a run writes: {reason}.", AGAIN)

@@ -39,21 +39,18 @@ def verify(run_dir: RunDir, references: Iterable[RunDir] = ()) -> Validity:
     if record is None:
         raise UserError(f"{run_dir} has no {RECORD}.", "python -m launcher.status runs, which names run directories")
     try:
-        return Validity(tuple(_checks(run_dir, record, references)))
+        checks = [check_files(run_dir)]
+        if not run_dir.has_run():
+            return Validity((*checks, *of_the_record(record, plan_tolerance(None))))
+        run = run_dir.read_run()
+        if record.status == "ok":
+            checks.append(check_figures(run_dir, run, record))
+        checks += of_the_record(record, plan_tolerance(run.model_config.get("model_type")))
+        if record.status == "ok":
+            checks.append(_against_references(run_dir, record, references))
+        return Validity(tuple(checks))
     except MALFORMED as error:
         raise unreadable(run_dir.path / RECORD, error) from None
-
-
-def _checks(run_dir: RunDir, record: Record, references: Iterable[RunDir]) -> list[Check]:
-    run = run_dir.read_run() if run_dir.has_run() else None
-    checks = [
-        check_files(run_dir),
-        *of_the_record(record, plan_tolerance(run.model_config.get("model_type") if run else None)),
-    ]
-    if record.status == "ok" and run is not None:
-        checks.insert(1, check_figures(run_dir, run, record))
-        checks.append(_against_references(run_dir, record, references))
-    return checks
 
 
 def verdict_of(run_dir: RunDir, references: Iterable[RunDir] = ()) -> str:
@@ -114,9 +111,10 @@ def _against_references(run_dir: RunDir, record: Record, references: Iterable[Ru
             continue
         with contextlib.suppress(UserError):  # one that cannot be read, or had other prompts, is no reference
             other = read_finished(reference.path)
-            alike = all(other.record.config.get(key) == record.config.get(key) for key in WHAT_IS_ASKED)
-            comparison = compare(other, run) if alike else None
-            if comparison is not None and not comparison.notes:
+            if any(other.record.config.get(key) != record.config.get(key) for key in WHAT_IS_ASKED):
+                continue
+            comparison = compare(other, run)
+            if not comparison.notes:
                 comparisons.append(comparison)
                 names.append(reference.path.name)
     return check_reference(comparisons, names)

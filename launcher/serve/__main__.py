@@ -52,10 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parse(argv)
         config = compose_run(arguments.overrides, tuple(arguments.config_dir))
         if config.backend.starts_servers or config.launch.name != "local":
+            setting = f"launch={config.launch.name}"
             if config.backend.starts_servers:
                 setting = f"backend={config.backend.name}"
-            else:
-                setting = f"launch={config.launch.name}"
             raise ConfigError(f"{setting}: only an engine on this machine is served.", "backend=fsdp launch=local")
         run = prepare(config, command_of(arguments.overrides, arguments.config_dir))
         with listen(arguments.host, arguments.port) as probe:
@@ -72,17 +71,18 @@ def _serve(run_dir: RunDir, host: str, port: int) -> int:
     """Start the ranks, say when they answer, and wait for their end or for a signal; nothing of them is left then."""
     run = run_dir.read_run()
     command = worker_command("launcher.serve.rank", str(run_dir), run.world_size, run.run_config.backend.python)
-    is_ready = False
+    poll_s = START_POLL_S
     with handled_signals(run_dir, run) as signals:
         try:
             with started_ranks(run_dir, run, command, {ADDRESS: f"{host}:{port}"}, signals) as ranks:
                 process = ranks.process
                 while process.poll() is None:
                     ranks.look_at_memory()
-                    if not is_ready and (is_ready := _answers(host, port)):
+                    if poll_s == START_POLL_S and _answers(host, port):
+                        poll_s = READY_POLL_S
                         address = f"http://{host}:{port}"
                         print(json.dumps({"url": address, "model": run.run_config.model.name}), flush=True)
-                    time.sleep(READY_POLL_S if is_ready else START_POLL_S)
+                    time.sleep(poll_s)
         except KeyboardInterrupt:
             return 0
     print(f"The engine has ended with exit code {process.returncode}; what its ranks said last:", file=sys.stderr)
@@ -92,8 +92,10 @@ def _serve(run_dir: RunDir, host: str, port: int) -> int:
 
 
 def _answers(host: str, port: int) -> bool:
+    if host == "0.0.0.0":
+        host = "127.0.0.1"
     try:
-        with urlopen(f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/health", timeout=5):
+        with urlopen(f"http://{host}:{port}/health", timeout=5):
             return True
     except (URLError, OSError):
         return False

@@ -82,8 +82,9 @@ class Service:
 
     async def health(self, request: Request) -> Response:
         """200 while the engine answers."""
-        failure = self.engine.failure
-        return JSONResponse({"status": failure or "ok"}, 503 if failure else 200)
+        if self.engine.failure:
+            return JSONResponse({"status": self.engine.failure}, 503)
+        return JSONResponse({"status": "ok"})
 
     async def version(self, request: Request) -> Response:
         """This project's version, and the engine."""
@@ -185,5 +186,7 @@ def _event(value: JsonObject) -> str:
 
 
 def _error(status: int, message: str) -> Response:
-    kind = "invalid_request_error" if status == 400 else "engine_error"
+    kind = "engine_error"
+    if status == 400:
+        kind = "invalid_request_error"
     return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status)

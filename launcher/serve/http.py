@@ -23,7 +23,9 @@ START_S = 30.0
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket that takes connections; ConfigError where the address cannot be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    family = socket.AF_INET
+    if ":" in host:
+        family = socket.AF_INET6
     listening = socket.socket(family)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -53,7 +53,9 @@ def sibling(path: Path) -> Path | None:
     except OSError:
         return None
     near = difflib.get_close_matches(path.name, (name for name in names if name != path.name), 1)
-    return path.parent / near[0] if near else None
+    if not near:
+        return None
+    return path.parent / near[0]
 
 
 def make_folder(parent: Path, name: str) -> Path:
@@ -61,7 +63,9 @@ def make_folder(parent: Path, name: str) -> Path:
     try:
         parent.mkdir(parents=True, exist_ok=True)
         for number in itertools.count(1):
-            folder = parent / (name if number == 1 else f"{name}-{number}")
+            folder = parent / name
+            if number > 1:
+                folder = parent / f"{name}-{number}"
             with contextlib.suppress(FileExistsError):
                 folder.mkdir()
                 return absolute(folder)

@@ -28,14 +28,11 @@ def of_run(mark: str, variable: str = MARK) -> list[psutil.Process]:
     user, living = os.getuid(), []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            is_own = process.pid != os.getpid() and process.uids().real == user
-            if is_own and process.environ().get(variable) == mark and _alive(process):
+            if process.pid == os.getpid() or process.uids().real != user:
+                continue
+            if process.environ().get(variable) == mark and process.status() != psutil.STATUS_ZOMBIE:
                 living.append(process)
     return living
-
-
-def _alive(process: psutil.Process) -> bool:
-    return bool(process.status() != psutil.STATUS_ZOMBIE)
 
 
 def end_run(mark: str, variable: str = MARK, grace_s: float = GRACE_S) -> int:

@@ -44,7 +44,11 @@ def _run(main: Callable[[], int]) -> int:
 
     Letters that an output has not are replaced. 2 and a line on stderr where it cannot be written to.
     """
-    _open_standard_files()
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:  # it is closed, and another file would get its number, which is the lowest that is free
+            os.open(os.devnull, os.O_RDWR)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -67,21 +71,14 @@ def _run(main: Callable[[], int]) -> int:
     return code
 
 
-def _open_standard_files() -> None:
-    """Put nothing in the place of a closed input or output: another file would get its number."""
-    for number in (0, 1, 2):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
-
-
 def _ended(line: str, code: int) -> int:
     """`code`, with a last line on stderr; what is still in a buffer that no one takes is thrown away."""
+    if line:
+        line += "\n"
     for stream, last in ((sys.stdout, ""), (sys.stderr, line)):
         try:
             if stream is not None:  # as it is where it was closed
-                print(last, end="\n" if last else "", file=stream, flush=True)
+                print(last, end="", file=stream, flush=True)
         except OSError:
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

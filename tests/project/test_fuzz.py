@@ -36,7 +36,8 @@ from launcher.prepare import shapes
 from launcher.prepare.prepare import prepare
 from launcher.prompts.files import read_arrivals
 from launcher.prompts.prompts import read_texts
-from launcher.run_dir.lifecycle import create_run_dir, finish
+from launcher.run_dir.gathering import finish
+from launcher.run_dir.lifecycle import create_run_dir
 from launcher.run_dir.run_dir import RunDir
 from launcher.system.terminal import run_command
 from shards.checkpoint.checkpoint import Checkpoint

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from launcher.launch.slurm.script import AGAIN
 from launcher.results.verdict import Outcome
-from launcher.run_dir.lifecycle import finish
+from launcher.run_dir.gathering import finish
 from launcher.run_dir.run_dir import RunDir
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from launcher.launch.slurm.script import not_found
 from launcher.results.verdict import Outcome
-from launcher.run_dir.lifecycle import finish
+from launcher.run_dir.gathering import finish
 from launcher.run_dir.run_dir import SLURM_SCRIPT
 from shards.errors import UserError
 
