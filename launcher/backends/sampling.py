@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from shards.parallel.tensor_parallel import Best, VocabularyHead, best_of
 
@@ -20,19 +19,20 @@ class Sampler:
     """Chooses the next tokens of some rows, greedily or by chance, from what the `head` of a model has made of them.
 
     Each prompt is drawn for from a generator of its own, so that its sample depends on the seed and on its index only:
-    not on the batch, the rank or the number of ranks. No draw waits for the device.
+    not on the batch, the rank or the number of ranks. No draw waits for the device, and none allocates once there are
+    tensors for as many rows: what is returned is valid until the next call, but for `draw`.
     """
 
     def __init__(self, sampling: SamplingConfig, seed: int, device: torch.device, head: object = None) -> None:
         self.is_greedy = sampling.temperature == 0
         self.best: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = self._best
         self.buffers: Best | None = None
+        self.scratch: Scratch | None = None
         if isinstance(head, VocabularyHead):
             head.gathering = not self.is_greedy
             if self.is_greedy:
                 self.best = head.best
-        self.processors = _processors(sampling)
-        self.seed, self.device = seed, device
+        self.sampling, self.seed, self.device = sampling, seed, device
 
     def _best(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.buffers is None or len(logits) > len(self.buffers[0]) or logits.dtype is not self.buffers[0].dtype:
@@ -51,37 +51,74 @@ class Sampler:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The chosen token of each row of `logits` [rows, vocabulary], and the gap between the two largest of them."""
         best, gaps = self.best(logits)
-        return (best if self.is_greedy else self.draw(logits, generators)[0]), gaps
+        return (best if self.is_greedy else self._drawn(self.weights(logits), generators)), gaps
 
     def draw(
         self, logits: torch.Tensor, generators: Sequence[torch.Generator | None]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A token for each row of a whole vocabulary, and what it was drawn from; None where it is the best."""
+        """A token for each row of a whole vocabulary, and what it was drawn from, None where it is the best; in tensors
+        of their own."""
         if self.is_greedy:
             return best_of(logits)[0], None
         weights = self.weights(logits)
-        return (weights / self.noise(weights, generators)).argmax(-1), weights
+        return self._drawn(weights, generators).clone(), weights.clone()
+
+    def _drawn(self, weights: torch.Tensor, generators: Sequence[torch.Generator | None]) -> torch.Tensor:
+        """The first to come of as many exponential clocks as there are tokens, which is how multinomial draws one."""
+        noise = self.noise(weights, generators)
+        return torch.argmax(torch.div(weights, noise, out=noise), -1, out=self._scratch(weights).token[: len(weights)])
 
     def weights(self, logits: torch.Tensor) -> torch.Tensor:
         """The probability with which each token is drawn."""
-        weights: torch.Tensor = self.processors(None, logits).softmax(-1)
-        return weights
+        sampling, rows = self.sampling, len(logits)
+        scratch = self._scratch(logits)
+        scores, weights, is_hidden = scratch.scores[:rows], scratch.weights[:rows], scratch.is_hidden[:rows]
+        torch.div(logits, sampling.temperature, out=scores)
+        if scratch.likely is not None:
+            values, tokens = (each[:rows] for each in scratch.likely)
+            torch.topk(scores, values.shape[1], out=(values, tokens))
+            scores.masked_fill_(torch.lt(scores, values[:, -1:], out=is_hidden), -torch.inf)
+        if scratch.ordered is not None:
+            values, tokens, is_rare = (each[:rows] for each in scratch.ordered)
+            torch.sort(scores, -1, out=(values, tokens))
+            shares = torch.cumsum(torch.softmax(values, -1, out=weights), -1, out=values)
+            torch.le(shares, 1 - sampling.top_p, out=is_rare)
+            is_rare[:, -1:].fill_(False)
+            scores.masked_fill_(is_hidden.scatter_(1, tokens, is_rare), -torch.inf)
+        return torch.softmax(scores, -1, out=weights)
 
     def noise(self, weights: torch.Tensor, generators: Sequence[torch.Generator | None]) -> torch.Tensor:
         """Exponential noise for a draw from weights [rows, vocabulary], by each row's own generator if it has one."""
-        noise = torch.ones_like(weights)
+        noise = self._scratch(weights).scores[: len(weights)].fill_(1)
         for row, generator in zip(noise, generators, strict=False):
             if generator is not None:
                 row.exponential_(generator=generator)
         return noise
 
+    def _scratch(self, logits: torch.Tensor) -> Scratch:
+        if self.scratch is None or len(logits) > len(self.scratch.scores):
+            self.scratch = Scratch(logits, self.sampling)
+        return self.scratch
 
-def _processors(sampling: SamplingConfig) -> LogitsProcessorList:
-    processors = LogitsProcessorList()
-    if sampling.temperature > 0 and sampling.temperature != 1:
-        processors.append(TemperatureLogitsWarper(sampling.temperature))
-    if sampling.top_k:
-        processors.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        processors.append(TopPLogitsWarper(sampling.top_p))
-    return processors
+
+class Scratch:
+    """The tensors of a draw for as many rows as some logits [rows, vocabulary] have: scores, which noise overwrites,
+    probabilities and tokens; with top_k the likeliest with their scores, with top_p all in order."""
+
+    def __init__(self, logits: torch.Tensor, sampling: SamplingConfig) -> None:
+        rows, size = logits.shape
+        self.scores, self.weights = torch.empty_like(logits), torch.empty_like(logits)
+        self.token = logits.new_empty(rows, dtype=torch.long)
+        self.is_hidden = logits.new_empty(rows, size, dtype=torch.bool)
+        self.likely: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.ordered: Best | None = None
+        if sampling.top_k:
+            self.likely = _pair(logits, min(sampling.top_k, size))
+        if sampling.top_p < 1:
+            self.ordered = *_pair(logits, size), torch.empty_like(self.is_hidden)
+
+
+def _pair(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for so many scores and tokens of each row."""
+    values = logits.new_empty(len(logits), count)
+    return values, values.new_empty(values.shape, dtype=torch.long)

@@ -11,18 +11,27 @@ import torch
 from handed import Handed
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from launcher.backends.base import Completion, Generation, Prompt
 from launcher.backends.decode import Decoder
 from launcher.backends.memory import PhasePeaks
 from launcher.backends.sampling import Sampler
-from launcher.backends.slots.decoder import Queue, SlotDecoder
+from launcher.backends.slots import decoder as slot_decoder
+from launcher.backends.slots.decoder import Made, Queue, SlotDecoder
 from launcher.backends.slots.families import FAMILIES, why_no_guesses, why_static
 from launcher.backends.slots.guesses import Draft, Lookup
 from launcher.backends.slots.schedule import Read, Schedule, Step
 from launcher.backends.slots.static import Compiled
 from launcher.config.schema import SamplingConfig
+from launcher.results.metrics import ROWS, SLOTS
 from shards.machine.world import World
 from shards.parallel.families import keep_kv_heads_only
 
@@ -386,6 +395,27 @@ def test_a_call_that_is_ended_leaves_the_slots_for_the_next(model: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("late", [0, 4])
+def test_an_end_that_is_read_late_costs_few_rows_and_changes_no_answer(
+    model: Any, late: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a card, where it is known forwards later that a row has met its EOS."""
+    monkeypatch.setitem(slot_decoder.LATE, "cpu", late)
+    of = Made.of
+    monkeypatch.setattr(Made, "of", lambda forward, number, *made: of(forward, number, *(one.clone() for one in made)))
+    prompts, most = prompts_of((5, 30, 1, 7, 12, 9, 22, 4, 3, 17)), 20
+    whole = {prompt.index: by_generate(model, prompt, most) for prompt in prompts}
+    eos = {tokens[place] for tokens, place in zip(whole.values(), (0, 3, 7, 11), strict=False)}
+    ends = {index: next((n for n, token in enumerate(row, 1) if token in eos), most) for index, row in whole.items()}
+    assert len(set(ends.values())) > 3
+    generation = answered(decoder(model, 3, 52, 8, tuple(eos)), prompts, SamplingConfig(max_new_tokens=most))
+    assert {item.index: item.token_ids for item in generation.completions} == {i: whole[i][: ends[i]] for i in whole}
+    useful, rows = sum(ends.values()) - len(ends), generation.counters[ROWS]
+    assert useful <= rows <= useful + sum(min(late, most - end) for end in ends.values())
+    assert (rows > useful) == (late > 0)
+    assert rows <= generation.counters[SLOTS]
+
+
 @pytest.mark.parametrize("sampling", [SamplingConfig(temperature=0.7), SamplingConfig(temperature=1.3, top_k=5)])
 def test_tokens_are_drawn_as_often_as_they_are_likely(sampling: SamplingConfig) -> None:
     """20,000 draws against the probabilities by Pearson's chi-squared test, at a level of one in a million."""
@@ -465,14 +495,19 @@ class Allocations(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("family", ["llama", "falcon", "mistral", "bloom"])
+@pytest.mark.parametrize(
+    ("family", "drawing"),
+    [(family, {}) for family in ("llama", "falcon", "mistral", "bloom")]
+    + [("llama", {"temperature": 1.0}), ("llama", {"temperature": 0.7, "top_k": 5, "top_p": 0.9})],
+    ids=str,
+)
 @pytest.mark.parametrize("lengths", [(7, 7, 7), (7, 5, 9)], ids=["even", "uneven"])
-def test_no_step_allocates(family: str, lengths: tuple[int, ...]) -> None:
-    """Greedy decoding. What the modules of transformers allocate for their activations is theirs and not counted."""
+def test_no_step_allocates(family: str, drawing: dict[str, Any], lengths: tuple[int, ...]) -> None:
+    """What the modules of transformers allocate for their activations is theirs and not counted."""
     model = made(family, fields(family))
     keep_kv_heads_only(model)
     engine = decoder(model, 3, 40, 2048)
-    sampling = SamplingConfig(max_new_tokens=20, ignore_eos=True)
+    sampling = SamplingConfig(max_new_tokens=20, ignore_eos=True, **drawing)
     answered(engine, prompts_of(lengths), sampling)
     counted: list[int] = []
     with Allocations(engine) as allocations:
@@ -487,6 +522,21 @@ def test_a_static_batch_of_one_length_waits_for_nothing_either(model: Any) -> No
         sampling = SamplingConfig(max_new_tokens=4, ignore_eos=True)
         Decoder(model, (), torch.device("cpu"), 0).generate(prompts_of((7, 7)), sampling, lambda *_: None)
     assert operators.names & READ_A_VALUE == set()
+
+
+@pytest.mark.parametrize("wanted", [(0.7, 0, 1.0), (1.0, 7, 1.0), (1.3, 900, 0.3), (0.9, 0, 0.95), (0.5, 20, 0.8)])
+def test_probabilities_are_those_of_transformers(wanted: tuple[float, int, float]) -> None:
+    """To the bit, for fewer rows and for more; with equal logits among them."""
+    temperature, top_k, top_p = wanted
+    config = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
+    warpers = [TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)]
+    if top_k:
+        warpers.insert(1, TopKLogitsWarper(top_k))
+    sampler = Sampler(config, 0, torch.device("cpu"))
+    for rows in (5, 2, 9):
+        logits = torch.randn(rows, 50, generator=torch.Generator().manual_seed(rows)).mul(3).round(decimals=1)
+        expected = LogitsProcessorList(warpers)(None, logits.clone()).softmax(-1)
+        assert torch.equal(sampler.weights(logits), expected)
 
 
 def test_a_draw_is_that_of_multinomial() -> None:

@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     Kind = type[Read | Step | Guesses]
 
 LATE = {"cpu": 0, "cuda": 4}
-"""So many forwards later it is read which tokens one has made: before, the host would have to wait for the device."""
+"""So many forwards later it is read which tokens one has made, and so whether an answer has ended: before, the host
+would have to wait. A flag on the device would be read as late, by a copy more, and free no slot sooner. What a row
+makes meanwhile lies in its own slot, is left out, and counts as computed for nothing."""
 
 
 class Queue:
@@ -241,6 +243,7 @@ class _Call:
         """Read what a forward has chosen. What a sequence was given after its end is left out."""
         for sequence, tokens, gaps in zip(made.forward.sequences, *made.values(), strict=True):
             for token, gap in zip(tokens, gaps, strict=True):
+                self.decoder.must_clear |= not math.isfinite(gap)
                 if not sequence.is_ended:
                     self._give(sequence, made.number, token, gap)
             sequence.begun = max(sequence.begun, len(sequence.token_ids))
@@ -250,7 +253,6 @@ class _Call:
         sequence.token_ids.append(token)
         sequence.gaps.append(gap)
         sequence.forwards.append(number)
-        self.decoder.must_clear |= not math.isfinite(gap)
         self.new_tokens += 1
         if self.decoder.on_tokens is not None:
             self.decoder.on_tokens(sequence.prompt.index, (token,))
