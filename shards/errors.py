@@ -18,7 +18,9 @@ class UserError(Exception):
         fact = "".join(letter if letter.isprintable() else "?" for letter in " ".join(self.fact.split()))
         if len(fact) > MAX_FACT_CHARACTERS:
             fact = f"{fact[:MAX_FACT_CHARACTERS]} ..."
-        return f"{fact} HINT: {' '.join(self.hint.split())}" if self.hint else fact
+        if self.hint:
+            return f"{fact} HINT: {' '.join(self.hint.split())}"
+        return fact
 
 
 class PlanError(UserError):

@@ -79,12 +79,15 @@ def parse_json(text: bytes | str, name: str, error: type[UserError], hint: str, 
     With `unique` no key may occur twice in an object.
     """
     try:
-        decoded = text.decode() if isinstance(text, bytes) else text
-        hooks: JsonObject = {"object_pairs_hook": _unique} if unique else {}
-        if _UNUSUAL.search(decoded):
+        if isinstance(text, bytes):
+            text = text.decode()
+        hooks: JsonObject = {}
+        if unique:
+            hooks["object_pairs_hook"] = _unique
+        if _UNUSUAL.search(text):
             hooks |= {"parse_constant": _refuse_constant, "parse_float": _finite, "parse_int": _whole}
-        value = json.loads(decoded, **hooks)
-        if decoded.count("[") + decoded.count("{") > MAX_DEPTH:
+        value = json.loads(text, **hooks)
+        if text.count("[") + text.count("{") > MAX_DEPTH:
             _check_depth(value)
     except RecursionError:
         raise error(f"{name} is not valid JSON: more than {MAX_DEPTH} levels deep.", hint) from None
@@ -115,8 +118,10 @@ def read_json_lines(path: Path, error: type[UserError], hint: str, most: int = M
 def listed(names: Iterable[str], most: int = 3) -> str:
     """The first few names and how many there are besides."""
     ordered = sorted(names)
-    rest = len(ordered) - most
-    return ", ".join(ordered[:most]) + (f" and {rest} more" if rest > 0 else "")
+    shown = ", ".join(ordered[:most])
+    if len(ordered) > most:
+        return f"{shown} and {len(ordered) - most} more"
+    return shown
 
 
 def _refuse_constant(text: str) -> Any:

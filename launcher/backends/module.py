@@ -38,11 +38,12 @@ from shards.machine.hardware import MIB
 from shards.machine.process_group import any_rank, barrier, connect, connect_cards, device_of, disconnect
 from shards.model.quantization import as_kept
 from shards.model.quantized_checkpoint import from_config
-from shards.model.shape import KNOWN_FAMILIES, plan_tolerance
+from shards.model.shape import KNOWN_FAMILIES
 from shards.parallel.adapters import attach_adapter, fill_adapter
 from shards.parallel.families import keep_kv_heads_only
 from shards.parallel.products import pack_weights, quantize_layers
 from shards.parallel.tensor_parallel import VocabularyHead
+from shards.plan.memory import plan_tolerance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -15,7 +15,7 @@ from launcher.run_dir.run_dir import RECORD, RunDir, run_dirs_in
 from launcher.run_dir.seal import broken_seal
 from launcher.run_dir.typed_files import MALFORMED, read_value, unreadable
 from shards.errors import UserError
-from shards.model.shape import plan_tolerance
+from shards.plan.memory import plan_tolerance
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

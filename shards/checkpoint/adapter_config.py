@@ -38,8 +38,9 @@ def read_config(folder: Path) -> JsonObject:
     if missing:
         raise CheckpointError(f"{folder} has no {' and no '.join(missing)}.", "a folder that peft has saved")
     config = read_json(folder / CONFIG, CheckpointError, "save the adapter again")
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "LORA":
+    if not isinstance(config, dict):
+        config = {}
+    if (kind := config.get("peft_type")) != "LORA":
         raise CheckpointError(f"{folder} is an adapter of type {kind}, not LORA.", "an adapter of type LORA")
     others = [name for key, name in NOT_MERGED.items() if config.get(key)]
     if config.get("bias", "none") != "none":

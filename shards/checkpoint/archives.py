@@ -21,7 +21,9 @@ class _BoundedFile(io.FileIO):
     """A file of which nobody reads very much at once, whatever it says of the length of its directory."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        return super().read(MAX_BYTES if size is None or size < 0 else min(size, MAX_BYTES))
+        if size is None or size < 0:
+            size = MAX_BYTES
+        return super().read(min(size, MAX_BYTES))
 
 
 def check_archive(path: Path) -> list[TensorEntry]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     Reader = Callable[[Path], list[TensorEntry]]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SAME_DOWNLOAD = "the index and the weight files must come from the same download"
 DERIVED = r"rotary_emb\.inv_freq$|(^|\.)position_ids$|\.masked_bias$"
 LEGACY_SINGLE, LEGACY_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
@@ -99,11 +100,17 @@ class Checkpoint:
             for entry in entries
             if entry.shape != tuple(expected[name])
         ]
-        self._complain(
-            missing=[name for name, entries in found.items() if not entries],
-            surplus=[name for name in self.tensors if name not in used and not ignore(name)],
-            misshapen=misshapen,
-        )
+        faults = {
+            "missing": [name for name, entries in found.items() if not entries],
+            "surplus": [name for name in self.tensors if name not in used and not ignore(name)],
+            "misshapen": misshapen,
+        }
+        parts = [f"{len(names)} {kind} ({listed(names)})" for kind, names in faults.items() if names]
+        if parts:
+            raise CheckpointError(
+                f"The checkpoint in {self.folder} does not fit its config: {', '.join(parts)}.",
+                "config.json and the weight files must come from the same model and revision",
+            )
         return found
 
     def _stored(self, names: Iterable[str], prefix: str) -> Iterable[TensorEntry]:
@@ -111,14 +118,6 @@ class Checkpoint:
             spellings = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
             if spelling := next((spelling for spelling in spellings if spelling in self.tensors), None):
                 yield self.tensors[spelling]
-
-    def _complain(self, **wrong: Sequence[str]) -> None:
-        parts = [f"{len(names)} {kind} ({listed(names)})" for kind, names in wrong.items() if names]
-        if parts:
-            raise CheckpointError(
-                f"The checkpoint in {self.folder} does not fit its config: {', '.join(parts)}.",
-                "config.json and the weight files must come from the same model and revision",
-            )
 
 
 def changed(path: Path) -> CheckpointError:
@@ -135,35 +134,28 @@ def is_derived(name: str) -> bool:
 def _open(folder: Path, read_torch_file: Reader) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder.", "give the folder that holds config.json and the weights")
-    layouts: tuple[tuple[str, bool, bool], ...] = (
-        (SINGLE, False, False), (INDEX, False, True), (LEGACY_SINGLE, True, False), (LEGACY_INDEX, True, True),
+    layouts: tuple[tuple[str, Reader, bool], ...] = (
+        (SINGLE, read_safetensors, False), (INDEX, read_safetensors, True),
+        (LEGACY_SINGLE, read_torch_file, False), (LEGACY_INDEX, read_torch_file, True),
     )  # fmt: skip
-    for name, legacy, indexed in layouts:
+    for name, read, indexed in layouts:
         if os.path.lexists(folder / name):  # a link to nowhere is named when it is read
-            mapping = _weight_map(folder / name) if indexed else None
-            if mapping:
-                files = [folder / file for file in sorted(set(mapping.values()))]
-            else:
-                files = [folder / name]
-            return _read(folder, files, mapping, read_torch_file if legacy else read_safetensors)
-    raise _nothing_found(folder)
+            if not indexed:
+                return _read(folder, [folder / name], None, read)
+            mapping = _weight_map(folder / name)
+            return _read(folder, [folder / file for file in sorted(set(mapping.values()))], mapping, read)
+    stray = [path.name for path in (*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"))]
+    if stray:
+        raise CheckpointError(f"{folder} has weight files ({listed(stray)}) but no {INDEX}.", "fetch the index as well")
+    raise CheckpointError(
+        f"{folder} holds no checkpoint: no {SINGLE}, {INDEX} or pytorch_model*.bin.",
+        "fetch the weights, or use model.weights=random",
+    )
 
 
 def has_weights(folder: Path) -> bool:
     """True if a folder has files of weights, or some that look so."""
     return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", INDEX, "pytorch_model*.bin*"))
-
-
-def _nothing_found(folder: Path) -> CheckpointError:
-    stray = [path.name for path in (*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"))]
-    if stray:
-        return CheckpointError(
-            f"{folder} has weight files ({listed(stray)}) but no {INDEX}.", "fetch the index as well"
-        )
-    return CheckpointError(
-        f"{folder} holds no checkpoint: no {SINGLE}, {INDEX} or pytorch_model*.bin.",
-        "fetch the weights, or use model.weights=random",
-    )
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -188,21 +180,14 @@ def _read(folder: Path, files: Sequence[Path], mapping: Mapping[str, str] | None
         return Checkpoint(folder, True, {}, stamps)
     if mapping is not None:
         for path, entries in by_file.items():
-            _check_index(
-                path, {entry.name for entry in entries}, {n for n, file in mapping.items() if file == path.name}
-            )
+            stored, indexed = {entry.name for entry in entries}, {n for n, file in mapping.items() if file == path.name}
+            if lacking := indexed - stored:
+                fact = f"{path} lacks {len(lacking)} tensors that its index names: {listed(lacking)}."
+                raise CheckpointError(fact, SAME_DOWNLOAD)
+            if surplus := stored - indexed:
+                fact = f"{path} holds {len(surplus)} tensors that its index has not, or has in another file"
+                raise CheckpointError(f"{fact}: {listed(surplus)}.", SAME_DOWNLOAD)
     tensors = {entry.name: entry for entries in by_file.values() for entry in entries}
     if not tensors:
         raise CheckpointError(f"{files[0]} holds no tensor.", AGAIN)
     return Checkpoint(folder, read is not read_safetensors, tensors, stamps)
-
-
-def _check_index(path: Path, held: set[str], indexed: set[str]) -> None:
-    hint = "the index and the weight files must come from the same download"
-    if lacking := indexed - held:
-        raise CheckpointError(f"{path} lacks {len(lacking)} tensors that its index names: {listed(lacking)}.", hint)
-    if surplus := held - indexed:
-        raise CheckpointError(
-            f"{path} holds {len(surplus)} tensors that its index has not, or has in another file: {listed(surplus)}.",
-            hint,
-        )

@@ -39,6 +39,11 @@ class TensorEntry:
     offset: int
     nbytes: int
 
+    @property
+    def stored(self) -> tuple[TensorEntry, ...]:
+        """The entries of files that it is made of."""
+        return (self,)
+
 
 def json_object(text: bytes, name: str) -> JsonObject:
     """A JSON object in which no key occurs twice."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
@@ -12,7 +13,6 @@ from shards.model.shape import ModelShape, Parameter
 from shards.plan.cuts import Cutter, Pieces, cut_up
 from shards.plan.memory import kv_bytes_per_token
 from shards.plan.request import EnginePlanner, Layout, PlanRequest, Traffic
-from shards.plan.roofline import Scheme
 
 LOAD_RING_BYTES = 64 * MIB
 """Buffers through which a rank reads its shards."""
@@ -24,7 +24,10 @@ NCCL_BYTES = 384 * MIB
 def cut_layout(request: PlanRequest, cut: Cutter, ends_only: bool, buffer_bytes: int) -> Layout:
     """The layout of an engine of which every rank has a piece of every layer."""
     n = request.num_devices
-    parameters = cut_up(request.shape, cut, n, request.storage, {0, n - 1} if ends_only else None)
+    ranks: Iterable[int] = range(n)
+    if ends_only:
+        ranks = {0, n - 1}
+    parameters = cut_up(request.shape, cut, n, request.storage, ranks)
     return Layout(parameters, ((0, request.shape.num_layers),) * len(parameters), buffer_bytes)
 
 
@@ -32,8 +35,9 @@ def driver_bytes(request: PlanRequest) -> int:
     """Memory of a CUDA context, and of NCCL's buffers where several processes share the devices."""
     if request.device.kind == "cpu":
         return 0
-    several = request.num_devices > 1 and not request.engine.one_process
-    return CUDA_CONTEXT_BYTES + (NCCL_BYTES if several else 0)
+    if request.num_devices == 1 or request.engine.one_process:
+        return CUDA_CONTEXT_BYTES
+    return CUDA_CONTEXT_BYTES + NCCL_BYTES
 
 
 def layer_activation_bytes(request: PlanRequest, rows: int, cached_heads: int) -> int:
@@ -45,7 +49,7 @@ def layer_activation_bytes(request: PlanRequest, rows: int, cached_heads: int) -
     shape, n = request.shape, request.tensor_parallel_size
     heads = shape.num_attention_heads + 2 * cached_heads
     attention = (3 * heads + shape.num_attention_heads) * shape.head_dim
-    mlp = (3 if shape.gated_mlp else 2) * shape.intermediate_size
+    mlp = (2 + shape.gated_mlp) * shape.intermediate_size
     return rows * request.dtype_bytes * (4 * shape.hidden_size + max(attention, mlp) // n)
 
 
@@ -82,7 +86,8 @@ def tensor_parallel_traffic(request: PlanRequest) -> Traffic:
     shape = request.shape
     if request.tensor_parallel_size == 1:
         return Traffic()
-    return Traffic(1 + shape.num_layers * (1 if shape.parallel_attention else 2), shape.vocab_size)
+    all_reduces = 2 - shape.parallel_attention
+    return Traffic(1 + shape.num_layers * all_reduces, shape.vocab_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +111,9 @@ class ModulePlanner(EnginePlanner, ABC):
     def window_tokens(self, window: int) -> int:
         """The tokens that a layer with a window keeps: in a slot the newest takes the place of the one that no later
         token will see."""
-        return window if self.has_slots else window - 1
+        if self.has_slots:
+            return window
+        return window - 1
 
     def refusal(self, request: PlanRequest) -> str | None:
         return self.split_group(request)
@@ -117,8 +124,9 @@ class ModulePlanner(EnginePlanner, ABC):
         if quantization is None:
             return None
         for parameter in request.shape.parameters:
-            pieces = self.pieces(request.shape, n, 0, parameter) if quantization.applies(parameter) else ()
-            for piece in pieces:
+            if not quantization.applies(parameter):
+                continue
+            for piece in self.pieces(request.shape, n, 0, parameter):
                 if reason := quantization.split_group(piece):
                     return reason
         return None
@@ -164,11 +172,9 @@ class ModulePlanner(EnginePlanner, ABC):
 
     def load_host_bytes(self, request: PlanRequest) -> int | None:
         """Every process reads its own shards through small buffers into place: never more than the shards."""
-        processes = 1 if self.one_process else min(request.devices, request.num_devices)
-        return processes * LOAD_RING_BYTES
-
-    def scheme(self, request: PlanRequest) -> Scheme | None:
-        return "split" if request.tensor_parallel_size > 1 else "pipeline"
+        if self.one_process:
+            return LOAD_RING_BYTES
+        return min(request.devices, request.num_devices) * LOAD_RING_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

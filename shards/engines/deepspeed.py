@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from shards.engines.base import TensorParallelModulePlanner, uneven_heads
 from shards.model.shape import ModelShape, Parameter
-from shards.plan.cuts import Pieces
+from shards.plan.cuts import Pieces, even_piece
 from shards.plan.request import PlanRequest, Traffic
 
 _GRAIN = 64  # deepspeed/module_inject/tp_shard.py, tp_grain_size
@@ -40,10 +40,12 @@ class DeepSpeedPlanner(TensorParallelModulePlanner):
             return (sizes,)
         if cut == "head":
             return ((sizes[0], _grained(sizes[1], n, rank)),)
+        if cut == "embedding" and shape.tied:
+            return (sizes, (sizes[0], _grained(sizes[1], n, rank)))
         if cut == "embedding":
-            return (sizes, (sizes[0], _grained(sizes[1], n, rank))) if shape.tied else (sizes,)
+            return (sizes,)
         if ".mlp." not in parameter.name:
-            return ((sizes[0], sizes[1] // n),) if cut == "row" else ((sizes[0] // n, *sizes[1:]),)
+            return even_piece(parameter, n)
         if cut == "row":
             return ((sizes[0], _grained(sizes[1], n, rank)),)
         return ((_grained(sizes[0], n, rank), *sizes[1:]),)
@@ -56,11 +58,16 @@ class DeepSpeedPlanner(TensorParallelModulePlanner):
         return Traffic(2 * request.shape.num_layers, 2 * request.shape.vocab_size)
 
     def unread_bytes(self, request: PlanRequest, table: int) -> int:
-        return table if request.tensor_parallel_size > 1 or not request.shape.tied else 0
+        if request.tensor_parallel_size > 1 or not request.shape.tied:
+            return table
+        return 0
 
 
 def _grained(total: int, n: int, rank: int) -> int:
     if total < _GRAIN:
         return total // n + (rank < total % n)
     grains, rest = divmod(total, _GRAIN)
-    return (grains // n + (rank < grains % n)) * _GRAIN + (rest if rank == n - 1 else 0)
+    numbers = (grains // n + (rank < grains % n)) * _GRAIN
+    if rank == n - 1:
+        return numbers + rest
+    return numbers

@@ -15,7 +15,7 @@ from shards.plan.request import EnginePlanner, Layout, Offload, PlanRequest, Tra
 from shards.plan.roofline import Scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 
 SHARDED_BY_ROWS = ("int8_wo", "int8_dyn", "int8", "nf4", "fp4")
@@ -48,22 +48,25 @@ class FsdpPlanner(ModulePlanner):
     def settled(self, request: PlanRequest) -> FsdpPlanner:
         """First the nodes are made independent of each other, then layers are kept as long as all fits."""
         if request.device.kind == "cpu":
-            host_bytes = None if self.host_bytes is None else self.host_bytes * request.devices
+            host_bytes = self.host_bytes and self.host_bytes * request.devices
             request = replace(request, device=replace(request.device, capacity_bytes=host_bytes))
         if request.capacity_bytes is None or self.refusal(request):
             return self
         planner = replace(self, resident_layers=self.resident_layers or 0, within_node=bool(self.within_node))
         if self.within_node is None and request.num_nodes > 1:
             apart = replace(planner, within_node=True)
-            planner = apart if fits(replace(request, engine=apart)) else planner
+            if fits(replace(request, engine=apart)):
+                planner = apart
         if self.resident_layers is not None:
             return planner
 
         def has_room(count: int) -> bool:
             return fits(replace(request, engine=replace(planner, resident_layers=count)))
 
-        layers = request.shape.num_layers  # all of them need no buffers, and so less than all but one
-        return replace(planner, resident_layers=layers if has_room(layers) else largest(has_room, layers - 1))
+        layers = request.shape.num_layers
+        if has_room(layers):  # all of them need no buffers, and so less than all but one
+            return replace(planner, resident_layers=layers)
+        return replace(planner, resident_layers=largest(has_room, layers - 1))
 
     def settings(self) -> dict[str, int]:
         return {"resident_layers": self.resident_layers or 0, "within_node": int(self.within_node or False)}
@@ -101,7 +104,9 @@ class FsdpPlanner(ModulePlanner):
 
     def shards_over(self, request: PlanRequest) -> int:
         """The devices that have parts of each parameter."""
-        return request.devices if self.within_node else request.num_devices
+        if self.within_node:
+            return request.devices
+        return request.num_devices
 
     def pieces(self, shape: ModelShape, n: int, rank: int, parameter: Parameter) -> Pieces:
         return row_chunk(parameter, n, rank)
@@ -110,9 +115,12 @@ class FsdpPlanner(ModulePlanner):
         n, shape = self.shards_over(request), request.shape
         sharded = self._sharded(shape)
         kept = whole_bytes(shape, request.storage) - whole_bytes(sharded, request.storage)
-        ranks = {0, n - 1} if ends_only else range(n)
+        ranks: Iterable[int] = range(n)
+        if ends_only:
+            ranks = {0, n - 1}
         parts = [kept + size for size in cut_up(sharded, self.pieces, n, request.storage, ranks)]
-        parts *= 1 if ends_only else request.num_devices // n
+        if not ends_only:
+            parts *= request.num_devices // n
         return Layout(tuple(parts), ((0, shape.num_layers),) * len(parts), self.buffer_bytes(request))
 
     def _sharded(self, shape: ModelShape) -> ModelShape:
@@ -148,7 +156,9 @@ class FsdpPlanner(ModulePlanner):
         return 2 * max(sum(map(request.storage.nbytes, members)) for members in groups.values()) // n
 
     def scheme(self, request: PlanRequest) -> Scheme | None:
-        return "gathered" if request.num_devices > 1 else "pipeline"
+        if request.num_devices > 1:
+            return "gathered"
+        return "pipeline"
 
     def traffic(self, request: PlanRequest) -> Traffic:
         n = self.shards_over(request)
@@ -171,10 +181,15 @@ def gathered_storage(request: PlanRequest, parameter: Parameter) -> Storage:
     """The storage of a parameter while it is gathered: as it is stored; with mixed precision the matrices of layers in
     the type of the products."""
     is_narrowed = request.mixed_bytes is not None and parameter.layer is not None and len(parameter.shape) == 2
-    return Storage(request.product_bytes) if is_narrowed else request.storage
+    if is_narrowed:
+        return Storage(request.product_bytes)
+    return request.storage
 
 
 def _gathered_bytes(parameters: Sequence[Parameter], n: int, request: PlanRequest) -> int:
     """Bytes of parameters of which each rank has equally many rows."""
-    padded = [(p, (ceil((p.shape[0] if p.shape else 1) / n) * n, *p.shape[1:])) for p in parameters]
-    return sum(gathered_storage(request, parameter).nbytes(parameter, shape) for parameter, shape in padded)
+    total = 0
+    for parameter in parameters:
+        rows, *columns = parameter.shape or (1,)
+        total += gathered_storage(request, parameter).nbytes(parameter, (ceil(rows / n) * n, *columns))
+    return total

@@ -7,10 +7,9 @@ from typing import ClassVar
 
 from shards.engines.base import driver_bytes, layer_activation_bytes
 from shards.model.shape import ModelShape, Parameter
-from shards.plan.cuts import Pieces, cut_up
+from shards.plan.cuts import Pieces, cut_up, even_piece
 from shards.plan.memory import cache_bytes
 from shards.plan.request import EnginePlanner, Layout, PlanRequest, Pool, Traffic
-from shards.plan.roofline import Scheme
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,23 +25,27 @@ class LitgptPlanner(EnginePlanner):
         return None
 
     def num_devices(self, request: PlanRequest) -> int:
-        is_alone = request.device.kind == "cpu" and not self.cuts_layers
-        return 1 if is_alone else request.devices * request.num_nodes
+        if request.device.kind == "cpu" and not self.cuts_layers:
+            return 1
+        return request.devices * request.num_nodes
 
     def tensor_parallel_size(self, request: PlanRequest) -> int:
-        return request.num_devices if self.cuts_layers else 1
+        if self.cuts_layers:
+            return request.num_devices
+        return 1
 
     def most_devices(self, request: PlanRequest) -> int:
-        return request.shape.num_attention_heads if self.cuts_layers else request.shape.num_layers
+        if self.cuts_layers:
+            return request.shape.num_attention_heads
+        return request.shape.num_layers
 
     def pieces(self, shape: ModelShape, n: int, rank: int, parameter: Parameter) -> Pieces:
         """The matrices of layers by columns or rows; a tied embedding has a copy for the head."""
-        sizes, cut = parameter.shape, parameter.cut
-        if cut == "embedding" and shape.tied:
-            return (sizes, sizes)
-        if parameter.layer is None or cut == "whole":
-            return (sizes,)
-        return ((sizes[0], sizes[1] // n),) if cut == "row" else ((sizes[0] // n, *sizes[1:]),)
+        if parameter.cut == "embedding" and shape.tied:
+            return (parameter.shape, parameter.shape)
+        if parameter.layer is None or parameter.cut == "whole":
+            return (parameter.shape,)
+        return even_piece(parameter, n)
 
     def layout(self, request: PlanRequest, ends_only: bool) -> Layout:
         n, shape = request.num_devices, request.shape
@@ -54,7 +57,7 @@ class LitgptPlanner(EnginePlanner):
         ends = [sum(counts[: device + 1]) for device in range(n)]
         parameters = [0] * n
         for layer, members in shape.groups().items():
-            device = 0 if layer is None else next(place for place, end in enumerate(ends) if layer < end)
+            device = next(device for device, end in enumerate(ends) if (layer or 0) < end)
             pieces = ((p, piece) for p in members for piece in self.pieces(shape, 1, 0, p))
             parameters[device] += sum(request.storage.nbytes(parameter, piece) for parameter, piece in pieces)
         return Layout(tuple(parameters), tuple(zip([0, *ends], ends, strict=False)))
@@ -75,12 +78,13 @@ class LitgptPlanner(EnginePlanner):
         """Its script converts a checkpoint in the same process, where that was never done."""
         return None
 
-    def scheme(self, request: PlanRequest) -> Scheme | None:
-        return "split" if request.tensor_parallel_size > 1 else "pipeline"
-
     def traffic(self, request: PlanRequest) -> Traffic:
         """Attention and MLP of each layer are added up; logits are whole on every rank."""
-        return Traffic(2 * request.shape.num_layers if request.tensor_parallel_size > 1 else 0)
+        if request.tensor_parallel_size == 1:
+            return Traffic()
+        return Traffic(2 * request.shape.num_layers)
 
     def unread_bytes(self, request: PlanRequest, table: int) -> int:
-        return table if request.tensor_parallel_size > 1 or not request.shape.tied else 0
+        if request.tensor_parallel_size > 1 or not request.shape.tied:
+            return table
+        return 0

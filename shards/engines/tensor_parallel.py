@@ -9,7 +9,7 @@ from typing import ClassVar
 from shards.engines.base import TensorParallelModulePlanner
 from shards.model.quantization import Quantization
 from shards.model.shape import ModelShape, Parameter
-from shards.plan.cuts import Pieces, row_chunk
+from shards.plan.cuts import Pieces, even_piece, row_chunk
 from shards.plan.request import PlanRequest
 
 CUT_FAMILIES = ("falcon", "llama", "mistral", "qwen2", "qwen3")
@@ -29,12 +29,11 @@ class TensorParallelPlanner(TensorParallelModulePlanner):
         return uncuttable(request.shape, request.tensor_parallel_size) or self.split_group(request)
 
     def pieces(self, shape: ModelShape, n: int, rank: int, parameter: Parameter) -> Pieces:
-        sizes, cut = parameter.shape, parameter.cut
-        if cut == "whole":
-            return (sizes,)
-        if cut in ("embedding", "head"):
+        if parameter.cut == "whole":
+            return (parameter.shape,)
+        if parameter.cut in ("embedding", "head"):
             return row_chunk(parameter, n, rank)
-        return ((sizes[0], sizes[1] // n),) if cut == "row" else ((sizes[0] // n, *sizes[1:]),)
+        return even_piece(parameter, n)
 
 
 def uncuttable(shape: ModelShape, n: int) -> str | None:

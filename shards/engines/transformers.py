@@ -40,7 +40,9 @@ class TransformersPlanner(ModulePlanner):
         return max(modules.values(), default=0)
 
     def num_devices(self, request: PlanRequest) -> int:
-        return 1 if request.device.kind == "cpu" else request.devices * request.num_nodes
+        if request.device.kind == "cpu":
+            return 1
+        return request.devices * request.num_nodes
 
     def most_devices(self, request: PlanRequest) -> int:
         return request.shape.num_layers + 3

@@ -12,7 +12,6 @@ from shards.model.quantization import Quantization
 from shards.model.shape import ModelShape, Parameter
 from shards.plan.cuts import Pieces, parameter_kinds
 from shards.plan.request import EnginePlanner, Layout, Offload, PlanRequest, Pool, Traffic
-from shards.plan.roofline import Scheme
 
 _VOCABULARY_PADDING = 64  # vllm/model_executor/layers/vocab_parallel_embedding.py
 _GRAPHS_BYTES = 768 * MIB
@@ -59,7 +58,9 @@ class VllmPlanner(EnginePlanner):
         if shape.family in ("qwen2", "qwen3") and len(set(shape.windows)) > 1:
             return "vllm runs no Qwen of which only some layers have a sliding window."
         problem = self._quantized_misfit(request)
-        return f"{problem}, as vllm needs." if problem else None
+        if problem:
+            return f"{problem}, as vllm needs."
+        return None
 
     def _quantized_misfit(self, request: PlanRequest) -> str | None:
         """The reason for which quantized layers cannot be cut, None if they can."""
@@ -93,7 +94,13 @@ class VllmPlanner(EnginePlanner):
         return ((rows[parameter.cut], *sizes[1:]),)
 
     def layout(self, request: PlanRequest, ends_only: bool) -> Layout:
-        return cut_layout(request, self.pieces, ends_only, self._packed_bytes(request))
+        packed_bytes = 0
+        if request.device.kind == "cpu":
+            # Embedding and head are packed for its kernels, also tied ones, and both are kept
+            # (vocab_parallel_embedding.py).
+            rows = padded_vocabulary(request.shape.vocab_size)
+            packed_bytes = 2 * rows // request.num_devices * request.shape.hidden_size * request.dtype_bytes
+        return cut_layout(request, self.pieces, ends_only, packed_bytes)
 
     def offloaded(self, request: PlanRequest, layout: Layout) -> Layout:
         """The decoder layers lie in main memory, which the card reads (vllm/model_executor/offloader/uva.py)."""
@@ -103,14 +110,6 @@ class VllmPlanner(EnginePlanner):
         parts = kept.parameter_bytes[: len(layout.parameter_bytes)]
         away = tuple(whole - part for whole, part in zip(layout.parameter_bytes, parts, strict=True))
         return replace(layout, parameter_bytes=parts, offloaded_bytes=away)
-
-    def _packed_bytes(self, request: PlanRequest) -> int:
-        """On a CPU embedding and head are packed for its kernels, also tied ones, and both are kept
-        (vocab_parallel_embedding.py)."""
-        if request.device.kind != "cpu":
-            return 0
-        rows = padded_vocabulary(request.shape.vocab_size)
-        return 2 * rows // request.num_devices * request.shape.hidden_size * request.dtype_bytes
 
     def kv_value_bytes(self, request: PlanRequest) -> int:
         return self.kv_dtype_bytes or request.dtype_bytes
@@ -135,14 +134,13 @@ class VllmPlanner(EnginePlanner):
         return max(layer, logits)
 
     def overhead_bytes(self, request: PlanRequest) -> int:
-        return 0 if request.device.kind == "cpu" else driver_bytes(request) + _GRAPHS_BYTES
+        if request.device.kind == "cpu":
+            return 0
+        return driver_bytes(request) + _GRAPHS_BYTES
 
     def load_host_bytes(self, request: PlanRequest) -> int | None:
         """Its own loaders (backend.load_format) map or read files as they see fit."""
         return None
-
-    def scheme(self, request: PlanRequest) -> Scheme | None:
-        return "split" if request.tensor_parallel_size > 1 else "pipeline"
 
     def traffic(self, request: PlanRequest) -> Traffic:
         return tensor_parallel_traffic(request)
@@ -171,4 +169,6 @@ def _step_defaults(request: PlanRequest) -> tuple[int, int]:
     if device.kind == "cpu":
         return 256 * request.num_devices, 4096 * request.num_devices
     is_large = (device.capacity_bytes or 0) >= 70 * GIB and "a100" not in device.name.lower()
-    return (1024, 16384) if is_large else (256, 8192)
+    if is_large:
+        return (1024, 16384)
+    return (256, 8192)

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     import torch
 
-    from shards.untrusted_files import JsonObject
-
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
@@ -66,15 +64,12 @@ def read_adapter(folder: Path) -> Adapter:
         if match is None or tensor.dim() != 2:
             raise CheckpointError(f"{folder / WEIGHTS} has {name}, which is no factor of LoRA.", f"see {CONFIG}")
         factors.setdefault(f"{match.group(1)}.weight", {})[match.group(2)] = tensor
-    return Adapter(folder, {name: _pair(folder, name, pair, config) for name, pair in factors.items()})
-
-
-def _pair(
-    folder: Path, name: str, pair: dict[str, torch.Tensor], config: JsonObject
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Both factors of a matrix and their scale."""
-    if pair.keys() != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
-        raise CheckpointError(f"{folder / WEIGHTS} has no pair of factors for {name}.", "save the adapter again")
-    rank = pair["A"].shape[0]
-    alpha = config.get("lora_alpha") or rank
-    return pair["A"], pair["B"], alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    scaled = {}
+    for name, pair in factors.items():
+        if pair.keys() != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
+            raise CheckpointError(f"{folder / WEIGHTS} has no pair of factors for {name}.", "save the adapter again")
+        rank = divisor = pair["A"].shape[0]
+        if config.get("use_rslora"):
+            divisor = math.sqrt(rank)
+        scaled[name] = (pair["A"], pair["B"], (config.get("lora_alpha") or rank) / divisor)
+    return Adapter(folder, scaled)

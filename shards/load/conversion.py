@@ -42,6 +42,11 @@ class MergedEntry(TensorEntry):
 
     parts: tuple[Part, ...]
 
+    @property
+    def stored(self) -> tuple[TensorEntry, ...]:
+        """The entries of files that it is made of."""
+        return tuple(part.entry for part in self.parts)
+
 
 def note_conversions(model: nn.Module) -> None:
     """Keep on a model how its stored tensors are renamed and merged: FSDP changes the class that says so."""
@@ -80,12 +85,15 @@ def _merged(name: str, converter: Any, found: Mapping[str, list[TensorEntry]]) -
     """The tensor that MergeModulelist (each pattern's tensors, stacked), Concatenate, or one after the other make."""
     in_order = [found[pattern] for pattern in converter.source_patterns if pattern in found]
     stacked, axis = _layout(name, converter.operations)
-    blocks = in_order if stacked else [[entry] for entries in in_order for entry in entries]
+    blocks = in_order
+    if not stacked:
+        blocks = [[entry] for entries in in_order for entry in entries]
     parts, at = [], 0
     for block in blocks:
-        for place, entry in enumerate(block):
-            shape = (1, *entry.shape) if stacked else entry.shape
-            start = [place * stacked, *[0] * (len(shape) - 1)]
+        for number, entry in enumerate(block):
+            shape, start = entry.shape, [0] * len(entry.shape)
+            if stacked:
+                shape, start = (1, *shape), [number, *start]
             start[axis] += at
             parts.append(Part(entry, tuple(start), shape))
         at += parts[-1].shape[axis]
@@ -119,8 +127,11 @@ def _layout(name: str, operations: Sequence[Any]) -> tuple[bool, int]:
     )
 
 
-def part_targets(entry: MergedEntry, start: Sequence[int], out: torch.Tensor) -> Iterator[Target]:
-    """The reads of each part for the block `out` of the merged tensor that begins at `start`."""
+def part_targets(entry: TensorEntry, start: tuple[int, ...], out: torch.Tensor) -> Iterator[Target]:
+    """The reads for the block `out` that begins at `start`: of a merged tensor one of each part."""
+    if not isinstance(entry, MergedEntry):
+        yield Target(entry, start, out)
+        return
     for part in entry.parts:
         low = [max(a, b) for a, b in zip(start, part.start, strict=True)]
         ends = zip(start, out.shape, part.start, part.shape, strict=True)
@@ -131,5 +142,6 @@ def part_targets(entry: MergedEntry, start: Sequence[int], out: torch.Tensor) ->
         for dim, (first, size) in enumerate(zip(low, sizes, strict=True)):
             view = view.narrow(dim, first - start[dim], size)
         inside = [a - b for a, b in zip(low, part.start, strict=True)]
-        stacked = len(part.shape) - len(part.entry.shape)
-        yield Target(part.entry, tuple(inside[stacked:]), view[0] if stacked else view)
+        if len(part.shape) > len(part.entry.shape):  # stacked
+            inside, view = inside[1:], view[0]
+        yield Target(part.entry, tuple(inside), view)

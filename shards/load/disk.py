@@ -10,10 +10,10 @@ import torch
 from shards.checkpoint.checkpoint import Checkpoint
 from shards.checkpoint.open_files import OpenFiles
 from shards.load.blocks import stored_tensors
-from shards.load.conversion import MergedEntry, part_targets
+from shards.load.conversion import part_targets
 from shards.load.load import match_tensors
 from shards.load.meta import materialize_buffers
-from shards.load.slices import Target, read_targets
+from shards.load.slices import read_targets
 from shards.load.torch_files import read_torch_file
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from shards.checkpoint.tensor_files import TensorEntry
     from shards.load.adapter import Adapter
 
 
@@ -45,17 +44,14 @@ class StoredWeights(Mapping[str, torch.Tensor]):
     def files(self) -> frozenset[Path]:
         """The files with the values."""
         entries = (entry for entries in self.matched.values() for entry in entries[:1])
-        return frozenset(part.file for entry in entries for part in _parts(entry))
+        return frozenset(part.file for entry in entries for part in entry.stored)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         stored, like = self.tensors[name]
         values = torch.empty(like.shape, dtype=like.dtype)
         start, entry = (0,) * values.dim(), self.matched[stored][0]
-        targets = [Target(entry, start, values)]
-        if isinstance(entry, MergedEntry):
-            targets = list(part_targets(entry, start, values))
         with OpenFiles(self.checkpoint) as files:
-            read_targets(files, targets)
+            read_targets(files, list(part_targets(entry, start, values)))
         if self.adapter is not None:
             self.adapter.add(stored, start, values)
         return values
@@ -78,7 +74,3 @@ def leave_on_disk(
         if name in weights:
             buffer.copy_(weights[name])
     return weights
-
-
-def _parts(entry: TensorEntry) -> list[TensorEntry]:
-    return [part.entry for part in entry.parts] if isinstance(entry, MergedEntry) else [entry]

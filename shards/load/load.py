@@ -70,8 +70,9 @@ def load_weights(
     if checkpoint.legacy and not checkpoint.tensors:
         checkpoint = Checkpoint.open(checkpoint.folder, read_torch_file)
     matched = match_tensors(model, checkpoint)
-    adapted = set(adapter.factors) if adapter else set()
+    adapted: set[str] = set()
     if adapter is not None:
+        adapted = set(adapter.factors)
         adapter.check({whole(name, tensor)[0]: whole(name, tensor)[1] for name, tensor in stored_tensors(model)})
     materialize(model, device)
     packed = packed_layers(model)
@@ -116,8 +117,9 @@ def match_tensors(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[T
     checkpoint = converted(model, with_stored(checkpoint, packed), {*shapes, *tied})
     matched = checkpoint.verify(shapes, tied, getattr(model, "base_model_prefix", ""), _ignored(model))
     for name, (entry, *_) in matched.items():
-        for stored in [part.entry for part in entry.parts] if isinstance(entry, MergedEntry) else [entry]:
-            _check_dtype(stored, packed[name].quantizer.dtype if name in packed else tensors[name].dtype)
+        dtype = packed[name].quantizer.dtype if name in packed else tensors[name].dtype
+        for stored in entry.stored:
+            _check_dtype(stored, dtype)
     return matched
 
 
@@ -140,10 +142,7 @@ def _read_packed(
     for name, layer in layers.items():
         start, values = part_of(layer)
         entry = entries[name]
-        if isinstance(entry, MergedEntry):
-            targets += part_targets(entry, start, values)
-        else:
-            targets.append(Target(entry, start, values))
+        targets += part_targets(entry, start, values)
         waiting.append((name, start, values))
         if name != last and sum(tensor.nbytes for *_, tensor in waiting) < UNPACKED_BYTES:
             continue
@@ -184,8 +183,7 @@ def _targets(files: OpenFiles, entry: TensorEntry, tensor: torch.Tensor, may_map
         return list(part_targets(entry, start, local))
     target = Target(entry, start, local)
     is_part = not isinstance(tensor, DTensor) and local.untyped_storage().nbytes() > local.nbytes
-    mapped = None if is_part or not may_map else map_target(files, target)
-    if mapped is None:
+    if is_part or not may_map or (mapped := map_target(files, target)) is None:
         return [target]
     if isinstance(tensor, DTensor):
         tensor._local_tensor = mapped.out

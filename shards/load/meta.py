@@ -39,7 +39,9 @@ def _config(source: Path | str | TransformersConfig | PretrainedConfig, trust_re
             return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code, local_files_only=True)
         return AutoConfig.for_model(**source)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        name = source if isinstance(source, (str, Path)) else "The configuration given"
+        name = "The configuration given"
+        if isinstance(source, (str, Path)):
+            name = str(source)
         if "trust_remote_code" in str(error):
             raise CheckpointError(
                 f"{name} brings code of its own, which is not run unasked.",
@@ -101,7 +103,9 @@ def _initialised(model: nn.Module, module: nn.Module, names: list[str]) -> dict[
     """The buffers as the model's own initialisation makes them; one that it leaves alone is an error."""
     for name in names:
         buffer = module._buffers[name]
-        unset = float("nan") if buffer.is_floating_point() else 0
+        unset = 0.0
+        if buffer.is_floating_point():
+            unset = float("nan")
         module._buffers[name] = torch.full_like(buffer, unset, device="cpu")
     before = {name: module._buffers[name].clone() for name in names}
     model._init_weights(module)

@@ -44,7 +44,10 @@ def main() -> int:
     fields.pop("quantization_config", None)  # shapes are those of the plain model
     obstacle = problem(fields)
     known = fields.get("model_type") in CONFIG_MAPPING
-    answer = {"problem": obstacle, "known": known} if obstacle else describe(build_meta(fields, torch.bfloat16))
+    if obstacle:
+        answer = {"problem": obstacle, "known": known}
+    else:
+        answer = describe(build_meta(fields, torch.bfloat16))
     print(json.dumps(answer))
     return 0
 
@@ -53,9 +56,12 @@ def problem(fields: TransformersConfig) -> str | None:
     """The reason why transformers itself cannot build a causal LM of a config; None if it can."""
     family, version = fields.get("model_type"), f"transformers {transformers.__version__}"
     if family in CONFIG_MAPPING:
-        is_causal = CONFIG_MAPPING[family] in MODEL_FOR_CAUSAL_LM_MAPPING
-        return None if is_causal else f"model_type {family!r} is no causal language model of {version}"
-    note = ", and the model's own code is not run for a plan" if "auto_map" in fields else ""
+        if CONFIG_MAPPING[family] in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return None
+        return f"model_type {family!r} is no causal language model of {version}"
+    note = ""
+    if "auto_map" in fields:
+        note = ", and the model's own code is not run for a plan"
     return f"model_type {family!r} is not one of {version}{note}"
 
 
@@ -66,7 +72,8 @@ def describe(model: Any) -> JsonObject:
     sizes["model_type"] = model.config.model_type
     sizes["intermediate_size"] = _first(config, INNER)
     sizes["num_experts"] = _first(config, EXPERTS)
-    sizes["tie_word_embeddings"] = _is_tied(model)
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    sizes["tie_word_embeddings"] = head is None or table.weight is head.weight
     layers, notes = _cache_layers(model), []
     if layers is None:
         model.set_attn_implementation("eager")  # does not look into masks; caches the same, but for latent attention
@@ -90,11 +97,6 @@ def _first(config: Any, names: Sequence[str]) -> int | None:
     return next((value for value in values if isinstance(value, int) and value), None)
 
 
-def _is_tied(model: Any) -> bool:
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    return head is None or table.weight is head.weight
-
-
 @dataclass(frozen=True, slots=True)
 class CachedLayer:
     """One layer of a cache; one without attention has neither keys nor values."""
@@ -116,7 +118,8 @@ def _cache_layers(model: Any) -> list[CachedLayer] | None:
     with contextlib.suppress(*FAILURES), torch.no_grad():
         model(input_ids=token, past_key_values=cache, use_cache=True)
         layers = [CachedLayer.of(layer) for layer in cache.layers]
-        return layers if any(layer.keys is not None for layer in layers) else None
+        if any(layer.keys is not None for layer in layers):
+            return layers
     return None
 
 
@@ -127,10 +130,12 @@ def cache_sizes(layers: Sequence[CachedLayer]) -> JsonObject:
     numbers = sum(tensor.numel() for tensor in (*keys, *values))
     heads = keys[0].shape[1]
     windows = [layer.window for layer in layers]
+    if not any(windows):
+        windows = []
     return {
         "num_key_value_heads": heads,
         "head_dim": math.ceil(numbers / (2 * len(layers) * heads)),
-        "windows": windows if any(windows) else [],
+        "windows": windows,
     }
 
 

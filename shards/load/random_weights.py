@@ -44,9 +44,11 @@ def fill_random(
         for name, tensor in tensors.items():
             uncut, shape = whole(name, tensor)
             layer = packed.get(uncut)
-            start, local = local_block(tensor) if layer is None else part_of(layer)
-            _fill(uncut, shape if layer is None else whole_shape(layer), start, local, seed)
-            if layer is not None:
+            if layer is None:
+                _fill(uncut, shape, *local_block(tensor), seed)
+            else:
+                start, local = part_of(layer)
+                _fill(uncut, whole_shape(layer), start, local, seed)
                 quantize_s += _timed_pack(layer, local)
             done += local_block(tensor)[1].nbytes
             progress(done, total)
@@ -68,16 +70,18 @@ def _timed_pack(layer: nn.Module, values: torch.Tensor) -> float:
 
 
 def _fill(name: str, shape: tuple[int, ...], start: tuple[int, ...], local: torch.Tensor, seed: int) -> None:
+    """Fill the part of a tensor that begins at `start`.
+
+    Whole matrices are made in blocks of rows, each from a seed of its own; `local` takes what it needs of them.
+    """
     if name.endswith("bias") or not local.is_floating_point():
         local.zero_()
-    elif len(shape) < 2:
+        return
+    if len(shape) < 2:
         local.fill_(1)
-    elif local.numel():
-        _fill_normal(name, shape, start, local, seed)
-
-
-def _fill_normal(name: str, shape: tuple[int, ...], start: tuple[int, ...], local: torch.Tensor, seed: int) -> None:
-    """Whole tensors are made in blocks of rows, each from a seed of its own; `local` takes what it needs of them."""
+        return
+    if not local.numel():
+        return
     rows = max(1, BLOCK_ELEMENTS // math.prod(shape[1:]))
     begin, end = start[0], start[0] + local.shape[0]
     for block in range(begin // rows, math.ceil(end / rows)):

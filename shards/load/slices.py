@@ -84,19 +84,22 @@ def map_target(files: OpenFiles, target: Target) -> Target | None:
     """
     entry, out = target.entry, target.out
     row = math.prod(entry.shape[1:]) * DTYPE_BYTES[entry.dtype]
-    offset = entry.offset + (target.start[0] * row if target.start else 0)
+    offset = entry.offset
+    if target.start:
+        offset += target.start[0] * row
     as_stored = out.device.type == "cpu" and out.dtype == TORCH_DTYPES[entry.dtype] and out.is_contiguous()
     if not as_stored or not out.numel() or out.shape[1:] != entry.shape[1:]:
         return None
     block = _in_file(files, entry, offset, out.shape)
-    return None if block is None else Target(entry, target.start, block, mapped=True)
+    if block is None:
+        return None
+    return Target(entry, target.start, block, mapped=True)
 
 
 def _in_file(files: OpenFiles, entry: TensorEntry, offset: int, shape: Sequence[int]) -> torch.Tensor | None:
     """The values of `shape` from byte `offset` on, in the mapped file; None where they are not aligned there."""
     dtype = TORCH_DTYPES[entry.dtype]
-    memory = None if offset % dtype.itemsize else files.mapping(entry.file)
-    if memory is None:
+    if offset % dtype.itemsize or (memory := files.mapping(entry.file)) is None:
         return None
     return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
 
@@ -165,7 +168,7 @@ def _read_piece(files: OpenFiles, ring: Ring, piece: _Piece) -> int:
     with torch.inference_mode():
         if piece.mapped:
             files.expect(piece.entry, piece.offset, piece.nbytes)
-            _touch(piece.out)
+            piece.out.reshape(-1).view(torch.uint8)[:: mmap.PAGESIZE].max()  # a byte of each page
         elif piece.in_place:
             files.fill(piece.entry, piece.offset, _bytes_of(piece.out))
         elif (
@@ -175,22 +178,14 @@ def _read_piece(files: OpenFiles, ring: Ring, piece: _Piece) -> int:
             files.expect(piece.entry, piece.offset, piece.nbytes)
             piece.out.copy_(piece.cut(stored))
         else:
-            _read_through(files, ring, piece)
+            buffer = ring.take()
+            try:
+                raw = buffer.memory[: piece.nbytes]
+                files.fill(piece.entry, piece.offset, _bytes_of(raw))
+                buffer.copy(raw.view(TORCH_DTYPES[piece.entry.dtype]).view(piece.shape), piece.cut, piece.out)
+            finally:
+                ring.give_back(buffer)
     return piece.nbytes
-
-
-def _read_through(files: OpenFiles, ring: Ring, piece: _Piece) -> None:
-    buffer = ring.take()
-    try:
-        raw = buffer.memory[: piece.nbytes]
-        files.fill(piece.entry, piece.offset, _bytes_of(raw))
-        buffer.copy(raw.view(TORCH_DTYPES[piece.entry.dtype]).view(piece.shape), piece.cut, piece.out)
-    finally:
-        ring.give_back(buffer)
-
-
-def _touch(tensor: torch.Tensor) -> None:
-    tensor.reshape(-1).view(torch.uint8)[:: mmap.PAGESIZE].max()
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -59,6 +59,6 @@ def _entry(path: Path, name: Any, value: Any, size: int) -> TensorEntry:
 
 def _reason(error: BaseException) -> str:
     """The fault in torch's message, without its advice to load such a file all the same."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     line_of_torch = next((line for line in lines if line.startswith(("Unsupported", "WeightsUnpickler error"))), "")
-    return line_of_torch.removeprefix("WeightsUnpickler error: ") or (lines[0] if lines else type(error).__name__)
+    return line_of_torch.removeprefix("WeightsUnpickler error: ") or lines[0]

@@ -87,7 +87,9 @@ def _entry(devices: list[Device], entry: str) -> Device | None:
             return devices[int(entry)]
         return None
     named = [device for device in devices if entry and (device.uuid or "").startswith(entry)]
-    return named[0] if len(named) == 1 else None
+    if len(named) == 1:
+        return named[0]
+    return None
 
 
 def short_name(name: str) -> str:
@@ -97,6 +99,9 @@ def short_name(name: str) -> str:
 
 def _from_nvml(card: nvml.Card) -> Device:
     name = card.name or f"GPU {card.index}"
-    known = preset(short_name(name)) if short_name(name) in DEVICES else Device(name)
-    capacity = known.capacity_bytes if card.memory_bytes is None else card.memory_bytes
-    return replace(known, name=name, capacity_bytes=capacity, uuid=card.uuid)
+    device = Device(name)
+    if short_name(name) in DEVICES:
+        device = preset(short_name(name))
+    if card.memory_bytes is not None:
+        device = replace(device, capacity_bytes=card.memory_bytes)
+    return replace(device, name=name, uuid=card.uuid)

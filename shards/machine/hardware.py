@@ -124,7 +124,9 @@ def preset(name: str) -> Device:
     """The preset of a short name, with what a card reads from main memory in its slot of 16 lanes."""
     device = DEVICES[name]
     is_bare = device.kind == "cpu" or device.bandwidth is None
-    return device if is_bare else replace(device, host_bandwidth=LINKS[_HOST_LINKS.get(name, "pcie4")].bandwidth)
+    if is_bare:
+        return device
+    return replace(device, host_bandwidth=LINKS[_HOST_LINKS.get(name, "pcie4")].bandwidth)
 
 
 def known_link(name: str) -> Link:

@@ -10,4 +10,6 @@ def available_bytes() -> int:
     """Memory that new processes can have without swapping (MemAvailable)."""
     text = Path("/proc/meminfo").read_text(encoding="ascii")
     match = re.search(r"^MemAvailable:\s+(\d+) kB$", text, re.MULTILINE)
-    return int(match.group(1)) * 1024 if match else 0
+    if match:
+        return int(match.group(1)) * 1024
+    return 0

@@ -38,7 +38,9 @@ def network_of(world: World, environ: Mapping[str, str], kind: str) -> Network:
     """The network of this rank on a device of `kind`: as the environment names it, else the one towards rank 0."""
     addresses = _addresses()
     if named := environ.get(VARIABLES[kind]):
-        interface = named_by(named if kind == "cuda" else f"={named}", list(addresses))
+        if kind != "cuda":  # gloo's is a whole name
+            named = f"={named}"
+        interface = named_by(named, list(addresses))
         address = next(iter(addresses.get(interface or "", ())), None)
     else:
         interface, address = _towards(world, addresses)
@@ -93,7 +95,9 @@ def named_by(setting: str, interfaces: list[str]) -> str | None:
     words = setting.lstrip("^=").split(",")
     is_exact, is_not = "=" in setting[:2], setting.startswith("^")
     for name in interfaces:
-        is_named = any(name == word if is_exact else name.startswith(word) for word in words)
+        is_named = name in words
+        if not is_exact:
+            is_named = name.startswith(tuple(words))
         if is_named != is_not:
             return name
     return None

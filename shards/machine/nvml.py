@@ -97,17 +97,23 @@ def readings(uuids: Sequence[str]) -> tuple[Reading, ...]:
 def _reading(uuid: str, handle: Any) -> Reading:
     energy = _ask(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)  # mJ
     power = _ask(pynvml.nvmlDeviceGetPowerUsage, handle)  # mW
-    rates = _ask(pynvml.nvmlDeviceGetUtilizationRates, handle)
+    utilisation = _ask(pynvml.nvmlDeviceGetUtilizationRates, handle)  # %
     bits = _ask(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle) or 0
     return Reading(
         uuid=uuid,
-        energy_j=None if energy is None else energy / 1000,
-        power_w=None if power is None else power / 1000,
-        utilisation=None if rates is None else rates.gpu / 100,
+        energy_j=_divided(energy, 1000),
+        power_w=_divided(power, 1000),
+        utilisation=_divided(getattr(utilisation, "gpu", None), 100),
         sm_clock_mhz=_ask(pynvml.nvmlDeviceGetClockInfo, handle, SM_CLOCK),
         temperature_c=_ask(pynvml.nvmlDeviceGetTemperature, handle, GPU_TEMPERATURE),
         slowed_by=tuple(name for bit, name in SLOWED_BY.items() if bits & bit),
     )
+
+
+def _divided(value: int | None, divisor: int) -> float | None:
+    if value is None:
+        return None
+    return value / divisor
 
 
 def cards() -> tuple[Card, ...]:
@@ -195,8 +201,14 @@ def _card(index: int, handle: Any) -> Card:
 
 
 def _mig(handle: Any) -> bool | None:
-    modes = _ask(pynvml.nvmlDeviceGetMigMode, handle)
-    return bool(modes[0]) if modes else None
+    return _switch(_ask(pynvml.nvmlDeviceGetMigMode, handle))
+
+
+def _switch(modes: Sequence[int] | None) -> bool | None:
+    """The current mode of a switch, of which NVML also gives the one after the next reboot."""
+    if not modes:
+        return None
+    return bool(modes[0])
 
 
 def _processes(handle: Any) -> tuple[CardProcess, ...]:
@@ -209,7 +221,7 @@ def _processes(handle: Any) -> tuple[CardProcess, ...]:
 def _gpu(index: int, handle: Any) -> JsonObject:
     memory_bytes, reserved_bytes, free_bytes = _memory(handle)
     capability = _ask(pynvml.nvmlDeviceGetCudaComputeCapability, handle)
-    ecc, persistence = _ask(pynvml.nvmlDeviceGetEccMode, handle), _ask(pynvml.nvmlDeviceGetPersistenceMode, handle)
+    persistence = _ask(pynvml.nvmlDeviceGetPersistenceMode, handle)
     return {
         "index": index,
         "name": _ask(pynvml.nvmlDeviceGetName, handle),
@@ -224,7 +236,7 @@ def _gpu(index: int, handle: Any) -> JsonObject:
         "pcie_width_max": _ask(pynvml.nvmlDeviceGetMaxPcieLinkWidth, handle),
         "nvlinks": _nvlinks(handle),
         "mig": _mig(handle),
-        "ecc": bool(ecc[0]) if ecc else None,
+        "ecc": _switch(_ask(pynvml.nvmlDeviceGetEccMode, handle)),
         "ecc_errors": _ask(pynvml.nvmlDeviceGetTotalEccErrors, handle, UNCORRECTED, SINCE_BOOT),
         "persistence": None if persistence is None else bool(persistence),
         "compute_mode": COMPUTE_MODES.get(_ask(pynvml.nvmlDeviceGetComputeMode, handle)),
@@ -235,8 +247,10 @@ def _gpu(index: int, handle: Any) -> JsonObject:
 def _nvlinks(handle: Any) -> int | None:
     """The number of NVLinks of the card that are up; None if it has none."""
     states = [_ask(pynvml.nvmlDeviceGetNvLinkState, handle, link) for link in range(pynvml.NVML_NVLINK_MAX_LINKS)]
-    known = [state for state in states if state is not None]
-    return sum(known) if known else None
+    known: list[int] = [state for state in states if state is not None]
+    if known:
+        return sum(known)
+    return None
 
 
 def _link(a: int, b: int, first: Any, second: Any) -> JsonObject:

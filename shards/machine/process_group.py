@@ -64,7 +64,9 @@ def connect(world: World, device: torch.device, join_s: float = GROUP_S, timeout
         names = ", ".join(map(str, missing))
         raise WorldError(f"Rank {world.rank} reached {address}, and ranks {names} did not.", UNREACHABLE)
     try:
-        kind = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        kind = "gloo"
+        if device.type == "cuda":
+            kind = "cpu:gloo,cuda:nccl"
         dist.init_process_group(
             kind, store=store, rank=world.rank, world_size=world.world_size, timeout=limit / GLOO_TRIES
         )

@@ -70,7 +70,9 @@ def main_memory_bytes() -> int:
         limit = LIMIT.read_text(encoding="ascii").strip()
     except OSError:
         return total
-    return min(total, int(limit)) if limit.isdigit() else total
+    if limit.isdigit():
+        return min(total, int(limit))
+    return total
 
 
 def this_machine(environ: Mapping[str, str], num_devices: int, on_cuda: bool) -> tuple[Device, Link | None]:
@@ -78,8 +80,9 @@ def this_machine(environ: Mapping[str, str], num_devices: int, on_cuda: bool) ->
 
     None for the link where `num_devices` of them were never probed; a cache that cannot be read counts as none.
     """
-    cards = cuda_devices(environ) if on_cuda else ()
-    device = cards[0] if cards else replace(CPU, capacity_bytes=main_memory_bytes())
+    device = replace(CPU, capacity_bytes=main_memory_bytes())
+    if on_cuda and (cards := cuda_devices(environ)):
+        device = cards[0]
     try:
         path = cache_file(environ, device, num_devices)
         measured = Measured.from_dict(json.loads(path.read_text()))

@@ -47,7 +47,9 @@ class World:
         """
         outer = _from_mpi(environ) or _from_srun(environ)
         world = _from_torch(environ, outer) or outer
-        return cls() if world is None else _checked(world)
+        if world is None:
+            return cls()
+        return _checked(world)
 
     def environ(self) -> dict[str, str]:
         """The variables by which torch.distributed and every engine find this world."""
@@ -70,29 +72,29 @@ def _from_torch(environ: Mapping[str, str], outer: World | None) -> World | None
     """
     launcher = next((name for mark, name in MARKS.items() if mark in environ), "environment")
     if launcher == "environment" and outer is not None:
-        _agree(environ, outer)
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # which only the user can have set
+            if name in environ and environ[name] != outer.environ()[name]:
+                raise WorldError(
+                    f"{name}={environ[name]} is set, and {outer.launcher} says {name}={outer.environ()[name]}.",
+                    f"unset {name}",
+                )
         return None
     if "RANK" not in environ and "WORLD_SIZE" not in environ:
         return None
     size = _int(environ, "WORLD_SIZE")
     rank = _int(environ, "RANK")
-    local_name = "LOCAL_SIZE" if launcher == "deepspeed" else "LOCAL_WORLD_SIZE"
-    local_rank = _int(environ, "LOCAL_RANK", 0 if size == 1 else None)
-    local_size = _int(environ, local_name, 1 if size == 1 else None)
+    local_name = "LOCAL_WORLD_SIZE"
+    if launcher == "deepspeed":
+        local_name = "LOCAL_SIZE"
+    default_rank = default_size = None
+    if size == 1:
+        default_rank, default_size = 0, 1
+    local_rank = _int(environ, "LOCAL_RANK", default_rank)
+    local_size = _int(environ, local_name, default_size)
     node = _int(environ, "GROUP_RANK", _int(environ, "CROSS_RANK", rank // max(local_size, 1)))
     nodes = _int(environ, "GROUP_WORLD_SIZE", _int(environ, "CROSS_SIZE", -(-size // max(local_size, 1))))
     address, port = _master(environ, launcher, size, local_size, DEFAULT_PORT)
     return World(rank, local_rank, size, local_size, node, nodes, address, port, launcher)
-
-
-def _agree(environ: Mapping[str, str], outer: World) -> None:
-    """WorldError where RANK and its like, which nobody but the user can have set, are not what `outer` says."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        if name in environ and environ[name] != outer.environ()[name]:
-            raise WorldError(
-                f"{name}={environ[name]} is set, and {outer.launcher} says {name}={outer.environ()[name]}.",
-                f"unset {name}",
-            )
 
 
 def _from_srun(environ: Mapping[str, str]) -> World | None:
@@ -108,7 +110,9 @@ def _from_srun(environ: Mapping[str, str]) -> World | None:
             f"SLURM_NODEID={node} contradict each other.",
             "start the ranks with srun, and do not set SLURM_* by hand",
         )
-    host = first_host(environ.get("SLURM_STEP_NODELIST", "")) if nodes > 1 else "127.0.0.1"
+    host = "127.0.0.1"
+    if nodes > 1:
+        host = first_host(environ.get("SLURM_STEP_NODELIST", ""))
     step = f"{environ.get('SLURM_JOB_ID')}.{environ.get('SLURM_STEP_ID')}"
     return World(
         rank=_int(environ, "SLURM_PROCID"),
@@ -139,7 +143,9 @@ def _from_mpi(environ: Mapping[str, str]) -> World | None:
             f"mpirun -np {size} with as many slots on each node (Open MPI: --map-by ppr:N:node; MPICH: -ppn N)",
         )
     seed = environ.get("PMIX_NAMESPACE")  # Open MPI's name of the job; Hydra tells its ranks nothing of the kind
-    port = DEFAULT_PORT if seed is None else port_of(seed)
+    port = DEFAULT_PORT
+    if seed is not None:
+        port = port_of(seed)
     address, port = _master(environ, "mpirun", size, local_size, port)
     return World(rank, local_rank, size, local_size, rank // local_size, size // local_size, address, port, "mpirun")
 
@@ -179,10 +185,11 @@ def _int(environ: Mapping[str, str], name: str, default: int | None = None) -> i
         return default
     if text is None:
         given = [key for key in ("RANK", "WORLD_SIZE") if key in environ]
+        if not given:
+            raise WorldError(f"No {name} in the environment.", "start the ranks with one launcher")
         known = " ".join(f"{key}={environ[key]}" for key in given)
         raise WorldError(
-            f"{f'{known} and no ' if known else 'No '}{name} in the environment.",
-            f"unset {' '.join(given)}, or start with torchrun" if known else "start the ranks with one launcher",
+            f"{known} and no {name} in the environment.", f"unset {' '.join(given)}, or start with torchrun"
         )
     try:
         return int(text)

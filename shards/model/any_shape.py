@@ -69,12 +69,12 @@ def ask_transformers(config: TransformersConfig, python: str, timeout_s: float =
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise PlanError(f"{python} cannot find {shapes}: {reason.rstrip('.')}.", HINT)
-    return _built(json.loads(done.stdout.strip().splitlines()[-1]))
-
-
-def _built(answer: JsonObject) -> Built:
+    answer: JsonObject = json.loads(done.stdout.strip().splitlines()[-1])
     if "problem" in answer:
-        raise PlanError(f"{answer['problem']}.", "a causal language model." if answer["known"] else HINT)
+        hint = HINT
+        if answer["known"]:
+            hint = "a causal language model."
+        raise PlanError(f"{answer['problem']}.", hint)
     return Built(shape_from_tensors(answer["sizes"], answer["tensors"]), tuple(answer["notes"]))
 
 
@@ -112,7 +112,11 @@ def shape_from_tensors(config: TransformersConfig, tensors: Mapping[str, Iterabl
 def _cut(name: str, shape: tuple[int, ...], vocab: int) -> Cut:
     """Matrices in layers, and stacks of them, can be cut; which way is not known, and does not change the bytes."""
     if layer_of(name) is not None:
-        return "column" if len(shape) > 1 else "whole"
+        if len(shape) > 1:
+            return "column"
+        return "whole"
     if len(shape) == 2 and shape[0] == vocab:
-        return "head" if name.endswith(HEADS) else "embedding"
+        if name.endswith(HEADS):
+            return "head"
+        return "embedding"
     return "whole"

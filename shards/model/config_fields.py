@@ -39,12 +39,15 @@ class ConfigFields:
 
     def count(self, name: str) -> int | None:
         """A whole number above 0, or None."""
-        return None if self.fields.get(name) is None else self.size(name)
+        if self.fields.get(name) is None:
+            return None
+        return self.size(name)
 
     def number(self, name: str, least: int, default: int | None = None) -> int:
         """A whole number from `least` on."""
         value = self.fields.get(name)
-        value = default if value is None else value
+        if value is None:
+            value = default
         most = _most(name)
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
             raise self.wrong(name, f"{value!r}, not a whole number from {least} to {most:,}")
@@ -52,7 +55,9 @@ class ConfigFields:
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.fields.get(name)
-        return default if value is None else bool(value)
+        if value is None:
+            return default
+        return bool(value)
 
     def texts(self, name: str) -> list[str]:
         """A list of texts, empty where it is missing."""

@@ -44,7 +44,9 @@ class Parameter:
 def layer_of(name: str) -> int | None:
     """The number of the decoder layer in a parameter's name; None if it is in no layer."""
     match = _LAYER.search(name)
-    return int(match.group(1)) if match else None
+    if match:
+        return int(match.group(1))
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,9 @@ class ModelShape:
     @property
     def step_parameters(self) -> int:
         """Parameters that a decode step of one token reads: all but idle experts and a table that is not the head."""
-        table = 0 if self.tied else sum(p.numel for p in self.parameters if p.cut == "embedding")
+        table = 0
+        if not self.tied:
+            table = sum(p.numel for p in self.parameters if p.cut == "embedding")
         return self.num_parameters - table - sum(p.numel for p in self.idle)
 
     @property
@@ -119,7 +123,9 @@ class ModelShape:
 
     def cached_heads(self, kv_heads_only: bool = True) -> int:
         """Heads whose keys and values a cache keeps: transformers' own Falcon (new decoder) keeps all query heads."""
-        return self.num_attention_heads if self.expanded_cache and not kv_heads_only else self.num_key_value_heads
+        if self.expanded_cache and not kv_heads_only:
+            return self.num_attention_heads
+        return self.num_key_value_heads
 
     def kept_tokens(self, tokens: float) -> float:
         """Tokens that the cache of a layer keeps of a sequence of `tokens`, in the mean over the layers."""
@@ -135,7 +141,9 @@ class ModelShape:
 def _linear(name: str, outputs: int, inputs: int, cut: Cut, bias: bool) -> list[Parameter]:
     parameters = [Parameter(f"{name}.weight", (outputs, inputs), cut)]
     if bias:
-        parameters.append(Parameter(f"{name}.bias", (outputs,), "whole" if cut == "row" else cut))
+        if cut == "row":
+            cut = "whole"
+        parameters.append(Parameter(f"{name}.bias", (outputs,), cut))
     return parameters
 
 
@@ -145,10 +153,8 @@ def _layer_norm(name: str, width: int) -> list[Parameter]:
 
 def _head_dim(hidden: int, heads: int) -> int:
     if hidden % heads:
-        raise PlanError(
-            f"hidden_size {hidden} cannot be divided into {heads} attention heads.",
-            "a config.json whose hidden_size is a multiple of num_attention_heads.",
-        )
+        fact = f"hidden_size {hidden} cannot be divided into {heads} attention heads."
+        raise PlanError(fact, "a config.json whose hidden_size is a multiple of num_attention_heads.")
     return hidden // heads
 
 
@@ -160,8 +166,17 @@ def _falcon(config: ConfigFields) -> ModelShape:
     parallel, tied = config.flag("parallel_attn", True), config.flag("tie_word_embeddings", True)
     inner, head_dim = config.size("ffn_hidden_size", 4 * hidden), _head_dim(hidden, heads)
     multi_query = not new and config.flag("multi_query", True)
-    kv_heads = 1 if multi_query else config.size("num_kv_heads", heads) if new else heads
-    norms = _falcon_norms(new, parallel, config.count("num_ln_in_parallel_attn"))
+    kv_heads = heads
+    if multi_query:
+        kv_heads = 1
+    elif new:
+        kv_heads = config.size("num_kv_heads", heads)
+    num_norms = config.count("num_ln_in_parallel_attn")
+    norms: tuple[str, ...] = ("input_layernorm",)
+    if not parallel:
+        norms = ("post_attention_layernorm", "input_layernorm")
+    elif num_norms == 2 or (num_norms is None and new):
+        norms = ("ln_attn", "ln_mlp")
     bias = config.flag("bias", False)
     parameters = [Parameter("transformer.word_embeddings.weight", (vocab, hidden), "embedding")]
     for i in range(layers):
@@ -173,7 +188,8 @@ def _falcon(config: ConfigFields) -> ModelShape:
         parameters += _linear(f"{at}.mlp.dense_4h_to_h", hidden, inner, "row", bias)
         parameters += [parameter for norm in norms for parameter in _layer_norm(f"{at}.{norm}", hidden)]
     parameters += _layer_norm("transformer.ln_f", hidden)
-    parameters += [] if tied else [Parameter("lm_head.weight", (vocab, hidden), "head")]
+    if not tied:
+        parameters.append(Parameter("lm_head.weight", (vocab, hidden), "head"))
     return ModelShape(
         family="falcon",
         num_layers=layers,
@@ -193,22 +209,17 @@ def _falcon(config: ConfigFields) -> ModelShape:
     )
 
 
-def _falcon_norms(new: bool, parallel: bool, count: int | None) -> tuple[str, ...]:
-    if not parallel:
-        return ("post_attention_layernorm", "input_layernorm")
-    two = count == 2 or (count is None and new)
-    return ("ln_attn", "ln_mlp") if two else ("input_layernorm",)
-
-
 def _llama(config: ConfigFields) -> ModelShape:
     """Llama and those built like it; they differ in biases, in norms of queries and keys, and in defaults."""
     family = str(config.fields["model_type"])
     hidden, heads = config.size("hidden_size", 4096), config.size("num_attention_heads", 32)
-    absent = "num_key_value_heads" not in config.fields
-    kv_heads = config.size("num_key_value_heads", _DEFAULT_KV_HEADS.get(family, heads) if absent else heads)
+    default_kv_heads = heads  # of a null
+    if "num_key_value_heads" not in config.fields:
+        default_kv_heads = _DEFAULT_KV_HEADS.get(family, heads)
+    kv_heads = config.size("num_key_value_heads", default_kv_heads)
     head_dim = config.size("head_dim", _DEFAULT_HEAD_DIM.get(family) or _head_dim(hidden, heads))
     layers, inner = config.size("num_hidden_layers", 32), config.size("intermediate_size", _DEFAULT_INNER[family])
-    vocab = config.size("vocab_size", 151936 if family.startswith("qwen") else 32000)
+    vocab = config.size("vocab_size", _DEFAULT_VOCABULARY[family])
     tied = config.flag("tie_word_embeddings", False)
     biased = family in ("llama", "qwen3") and config.flag("attention_bias", False)
     mlp_bias = family == "llama" and config.flag("mlp_bias", False)
@@ -229,7 +240,8 @@ def _llama(config: ConfigFields) -> ModelShape:
             Parameter(f"{at}.{n}.weight", (hidden,)) for n in ("input_layernorm", "post_attention_layernorm")
         ]
     parameters += [Parameter("model.norm.weight", (hidden,))]
-    parameters += [] if tied else [Parameter("lm_head.weight", (vocab, hidden), "head")]
+    if not tied:
+        parameters.append(Parameter("lm_head.weight", (vocab, hidden), "head"))
     return ModelShape(
         family=family,
         windows=_windows(config, family, layers),
@@ -257,8 +269,13 @@ def _windows(config: ConfigFields, family: str, layers: int) -> tuple[int | None
         return ()
     window, first = config.size("sliding_window", 4096), 0
     if family != "mistral":
-        first = config.number("max_window_layers", 0, None if "max_window_layers" in config.fields else 28)
-    kinds = config.texts("layer_types") or ["sliding_attention" if i >= first else "" for i in range(layers)]
+        default = None  # a null is refused
+        if "max_window_layers" not in config.fields:
+            default = 28
+        first = config.number("max_window_layers", 0, default)
+    kinds = config.texts("layer_types")
+    if not kinds:
+        return tuple(None if number < first else window for number in range(layers))
     if len(kinds) != layers:
         raise config.wrong("layer_types", f"{kinds}, not a type for each of {layers} layers")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
@@ -267,6 +284,7 @@ def _windows(config: ConfigFields, family: str, layers: int) -> tuple[int | None
 _DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 _DEFAULT_HEAD_DIM = {"qwen3": 128}
 _DEFAULT_INNER = {"llama": 11008, "mistral": 14336, "qwen2": 22016, "qwen3": 22016}
+_DEFAULT_VOCABULARY = {"llama": 32000, "mistral": 32000, "qwen2": 151936, "qwen3": 151936}
 _DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
 _FAMILIES: dict[str, Callable[[ConfigFields], ModelShape]] = {
     "falcon": _falcon,
@@ -278,10 +296,3 @@ _FAMILIES: dict[str, Callable[[ConfigFields], ModelShape]] = {
 
 KNOWN_FAMILIES = frozenset(_FAMILIES)
 """The `model_type`s whose parameters follow from their config."""
-
-KNOWN_TOLERANCE, OTHER_TOLERANCE = 0.01, 0.25
-
-
-def plan_tolerance(model_type: str | None) -> float:
-    """The part by which parameter bytes may be others than planned, which is a good guess for other families."""
-    return KNOWN_TOLERANCE if model_type in KNOWN_FAMILIES else OTHER_TOLERANCE

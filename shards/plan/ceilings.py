@@ -7,13 +7,21 @@ from dataclasses import replace
 from shards.plan.cuts import whole_bytes
 from shards.plan.memory import device_plans, kv_bytes_per_token
 from shards.plan.request import Layout, PlanRequest
-from shards.plan.roofline import Limit, Machine, Roofline, Scheme, Work, decode_step, prefill
+from shards.plan.roofline import Limit, Machine, Roofline, Work, decode_step, prefill
 
 
 def roofline(request: PlanRequest, layout: Layout) -> Roofline | None:
     """The work, machine and scheme from which the limits of a plan follow; None for an engine that does no work."""
     scheme = request.engine.scheme(request)
-    return None if scheme is None else Roofline(_work(request, layout), _machine(request, scheme), scheme)
+    if scheme is None:
+        return None
+    device, quantization = request.device, request.quantization
+    if quantization is not None and quantization.eight_bit_products and device.flops_16 is not None:
+        device = replace(device, flops_16=2 * device.flops_16)  # A100, RTX A6000 and H100: int8 or fp8 at twice bf16
+    num_devices = request.num_devices
+    if scheme == "pipeline":
+        num_devices = 1
+    return Roofline(_work(request, layout), Machine(device, num_devices, request.link), scheme)
 
 
 def ceilings(request: PlanRequest, layout: Layout) -> tuple[Limit | None, Limit | None]:
@@ -49,7 +57,9 @@ def _with_guesses(request: PlanRequest, limit: Limit | None) -> Limit | None:
         drafting = guesses * request.draft.step_parameters * request.dtype_bytes / bandwidth
     seconds = limit.seconds + drafting
     tokens_per_s = limit.tokens_per_s * (guesses + 1) * limit.seconds / seconds
-    return Limit(seconds, limit.bound, tokens_per_s) if tokens_per_s > limit.tokens_per_s else limit
+    if tokens_per_s > limit.tokens_per_s:
+        return Limit(seconds, limit.bound, tokens_per_s)
+    return limit
 
 
 def step_bytes(request: PlanRequest, layout: Layout) -> int:
@@ -59,8 +69,9 @@ def step_bytes(request: PlanRequest, layout: Layout) -> int:
         return 0
     table = sum(p.numel for p in shape.parameters if p.cut == "embedding") * request.dtype_bytes
     idle = sum(map(request.storage.nbytes, shape.idle))
-    held = layout.parameter_bytes[0] + (layout.offloaded_bytes[0] if layout.offloaded_bytes else 0)
-    weights = whole_bytes(shape, request.storage) if n == 1 else held
+    weights = layout.parameter_bytes[0] + (layout.offloaded_bytes or (0,))[0]
+    if n == 1:
+        weights = whole_bytes(shape, request.storage)
     return weights - request.engine.unread_bytes(request, table) - idle // n
 
 
@@ -80,11 +91,3 @@ def _work(request: PlanRequest, layout: Layout) -> Work:
         gathered_logits=traffic.gathered_logits,
         offloaded_bytes=request.engine.sent_bytes(request, layout),
     )
-
-
-def _machine(request: PlanRequest, scheme: Scheme) -> Machine:
-    together = 1 if scheme == "pipeline" else request.num_devices
-    device, quantization = request.device, request.quantization
-    if quantization is not None and quantization.eight_bit_products and device.flops_16 is not None:
-        device = replace(device, flops_16=2 * device.flops_16)  # A100, RTX A6000 and H100: int8 or fp8 at twice bf16
-    return Machine(device, together, request.link)

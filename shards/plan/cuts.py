@@ -25,9 +25,11 @@ def cut_up(
 ) -> tuple[int, ...]:
     """Bytes of parameters on each of `n` ranks (or on some of them); with no `storage` counted in numbers."""
     kinds = parameter_kinds(shape, storage)
+    if ranks is None:
+        ranks = range(n)
     return tuple(
         sum(count * sum(storage.nbytes(p, piece) for piece in cut(shape, n, rank, p)) for p, count in kinds)
-        for rank in (range(n) if ranks is None else ranks)
+        for rank in ranks
     )
 
 
@@ -46,11 +48,19 @@ def parameter_kinds(shape: ModelShape, storage: Storage) -> tuple[tuple[Paramete
     return tuple((first[key], count) for key, count in Counter(keys).items())
 
 
+def even_piece(parameter: Parameter, n: int) -> Pieces:
+    """An n-th of a matrix: of its columns where products are added up (cut "row"), else of its rows."""
+    rows, *columns = parameter.shape
+    if parameter.cut == "row":
+        return ((rows, columns[0] // n),)
+    return ((rows // n, *columns),)
+
+
 def row_chunk(parameter: Parameter, n: int, rank: int) -> Pieces:
     """Dim 0 as torch.chunk cuts it: ceil(rows / N) each, the last ranks what is left, or nothing."""
-    rows = parameter.shape[0] if parameter.shape else 1
+    rows, *columns = parameter.shape or (1,)
     chunk = ceil(rows / n)
-    return ((max(0, min(chunk, rows - rank * chunk)), *parameter.shape[1:]),)
+    return ((max(0, min(chunk, rows - rank * chunk)), *columns),)
 
 
 def spread(shape: ModelShape, n: int, storage: Storage = NUMBERS) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -59,7 +69,9 @@ def spread(shape: ModelShape, n: int, storage: Storage = NUMBERS) -> tuple[tuple
     Each but the last is filled up to its part of the model and 1.25 layers; the first keeps room for the largest
     module. Source: get_balanced_memory and infer_auto_device_map in accelerate/utils/modeling.py.
     """
-    units = [(sum(map(storage.nbytes, members)), members[0].layer is not None) for members in _in_order(shape)]
+    units = []  # what a device map does not divide: single parameters outside the layers, and whole layers
+    for layer_or_name, members in groupby(shape.parameters, lambda p: p.name if p.layer is None else p.layer):
+        units.append((sum(map(storage.nbytes, members)), isinstance(layer_or_name, int)))
     layer = max((size for size, is_layer in units if is_layer), default=0)
     room = sum(size for size, _ in units) // n + 5 * layer // 4
     rooms = [room - max(size for size, _ in units), *[room] * (n - 1)]
@@ -75,9 +87,3 @@ def spread(shape: ModelShape, n: int, storage: Storage = NUMBERS) -> tuple[tuple
 def spread_evenly(count: int, total: int) -> frozenset[int]:
     """The numbers of `count` of `total` layers, equally far apart, the last of them among these."""
     return frozenset(number for number in range(total) if (number + 1) * count // total > number * count // total)
-
-
-def _in_order(shape: ModelShape) -> list[tuple[Parameter, ...]]:
-    """The units that a device map does not divide: single parameters outside the layers, and whole layers."""
-    units = groupby(shape.parameters, lambda parameter: parameter.name if parameter.layer is None else parameter.layer)
-    return [tuple(members) for _, members in units]

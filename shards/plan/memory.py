@@ -6,8 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from shards.model.shape import KNOWN_FAMILIES
 from shards.plan.cuts import whole_bytes
 from shards.plan.request import Layout, PlanRequest
+
+KNOWN_TOLERANCE, OTHER_TOLERANCE = 0.01, 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +54,23 @@ class DevicePlan:
     def peak_bytes(self, phase: Literal["load", "prefill", "decode"]) -> int:
         """The most that tensors take in a phase of a run."""
         loaded = self.parameter_bytes + self.draft_parameter_bytes
-        return loaded if phase == "load" else self.peak_allocated_bytes
+        if phase == "load":
+            return loaded
+        return self.peak_allocated_bytes
 
     @property
     def free_bytes(self) -> int | None:
-        return None if self.capacity_bytes is None else self.capacity_bytes - self.used_bytes
+        if self.capacity_bytes is None:
+            return None
+        return self.capacity_bytes - self.used_bytes
 
 
 def make_layout(request: PlanRequest, ends_only: bool = False) -> Layout:
     """The engine's cut of the model; `ends_only` where the fullest rank is enough."""
     layout = request.engine.layout(request, ends_only)
-    return request.engine.offloaded(request, layout) if request.offload else layout
+    if request.offload:
+        return request.engine.offloaded(request, layout)
+    return layout
 
 
 def device_plans(request: PlanRequest, layout: Layout) -> tuple[DevicePlan, ...]:
@@ -72,6 +81,7 @@ def device_plans(request: PlanRequest, layout: Layout) -> tuple[DevicePlan, ...]
         part: (cache_bytes(request, request.batch_size, *part), engine.unsliced_bytes(request, *part))
         for part in set(layout.layers)
     }
+    offloaded = layout.offloaded_bytes or (0,) * len(layout.layers)
     plans = []
     for rank, (parameters, part) in enumerate(zip(layout.parameter_bytes, layout.layers, strict=True)):
         needed, unsliced = caches[part]
@@ -80,19 +90,21 @@ def device_plans(request: PlanRequest, layout: Layout) -> tuple[DevicePlan, ...]
             needed, draft_cache = needed + draft_cache, 0
         others = parameters + activations + unsliced + layout.buffer_bytes + overhead + draft + draft_cache
         reserved = _reserved_bytes(request, others)
+        if reserved is None:
+            reserved = needed
         plans.append(
             DevicePlan(
                 rank=rank,
                 parameter_bytes=parameters,
-                kv_cache_bytes=needed if reserved is None else min(needed, reserved),
-                kv_cache_reserved_bytes=needed if reserved is None else reserved,
+                kv_cache_bytes=min(needed, reserved),
+                kv_cache_reserved_bytes=reserved,
                 activation_bytes=activations + unsliced,
                 buffer_bytes=layout.buffer_bytes,
                 overhead_bytes=overhead,
                 capacity_bytes=request.capacity_bytes,
                 draft_parameter_bytes=draft,
                 draft_cache_bytes=draft_cache,
-                offloaded_bytes=layout.offloaded_bytes[rank] if layout.offloaded_bytes else 0,
+                offloaded_bytes=offloaded[rank],
             )
         )
     return tuple(plans)
@@ -147,7 +159,9 @@ def load_peaks(request: PlanRequest, layout: Layout) -> tuple[int | None, int]:
 def usable_bytes(request: PlanRequest, capacity: int) -> int:
     """The part of a device that the engine may use: a share of the card where it makes its pool of what is left."""
     pool = request.engine.pool(request)
-    return capacity if pool is None or pool.nbytes is not None else int(pool.share * capacity)
+    if pool is None or pool.nbytes is not None:
+        return capacity
+    return int(pool.share * capacity)
 
 
 def missing_bytes(request: PlanRequest, device: DevicePlan) -> int:
@@ -169,10 +183,10 @@ def fits(request: PlanRequest, layout: Layout | None = None) -> bool:
 def _reserved_bytes(request: PlanRequest, others: int) -> int | None:
     """The pool of an engine that has one: of the size that it was told, or its share of the card less the rest."""
     pool = request.engine.pool(request)
-    if pool is None or pool.nbytes is not None:
-        return None if pool is None else pool.nbytes
-    if request.capacity_bytes is None:
+    if pool is None:
         return None
+    if pool.nbytes is not None or request.capacity_bytes is None:
+        return pool.nbytes
     return max(0, int(pool.share * request.capacity_bytes) - others)
 
 
@@ -181,5 +195,15 @@ def largest(holds: Callable[[int], bool], most: int) -> int:
     low, high = 0, most + 1
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
+        if holds(middle):
+            low = middle
+        else:
+            high = middle
     return low
+
+
+def plan_tolerance(model_type: str | None) -> float:
+    """The part by which parameter bytes may be others than planned, which is a good guess for other families."""
+    if model_type in KNOWN_FAMILIES:
+        return KNOWN_TOLERANCE
+    return OTHER_TOLERANCE

@@ -16,26 +16,27 @@ def illegal(request: PlanRequest) -> str | None:
         return f"Mixed precision is of fp32 weights, and these are in {quantization.name}."
     if quantization is not None and not engine.runs(quantization):
         return f"{engine.name} cannot run {quantization.name} weights: {engine.plain_only}."
-    return no_offload(request) or engine.refusal(request) or _uncut_draft(request)
-
-
-def _uncut_draft(request: PlanRequest) -> str | None:
-    """The reason for which an engine with a pool, which cuts a draft as it does the model, cannot; None if it can."""
-    if request.draft is None or request.engine.pool(request) is None:
-        return None
-    problem = request.engine.refusal(replace(request, shape=request.draft, draft=None, quantization=None))
-    return f"The draft model: {problem}" if problem else None
+    problem = no_offload(request) or engine.refusal(request)
+    if problem or request.draft is None or engine.pool(request) is None:
+        return problem
+    # An engine with a pool cuts a draft as it does the model.
+    draft_problem = engine.refusal(replace(request, shape=request.draft, draft=None, quantization=None))
+    if draft_problem:
+        return f"The draft model: {draft_problem}"
+    return None
 
 
 def no_offload(request: PlanRequest) -> str | None:
     """The reason for which weights cannot lie elsewhere, None if they can or are not to."""
-    engine, where = request.engine, request.offload
-    if where is None:
+    engine, storage = request.engine, request.offload
+    if storage is None:
         return None
-    if where not in engine.offloads:
-        others = f", but to {engine.offloads[0]}" if engine.offloads else ""
-        return f"{engine.name} offloads no weights to {where}{others}."
-    if where == "cpu" and request.device.kind == "cpu":
+    if storage not in engine.offloads:
+        fact = f"{engine.name} offloads no weights to {storage}"
+        if engine.offloads:
+            fact += f", but to {engine.offloads[0]}"
+        return f"{fact}."
+    if storage == "cpu" and request.device.kind == "cpu":
         return "offload=cpu is of no use here: the device is the CPU already."
     if request.quantization is not None:
         return f"Weights are offloaded as they are stored, and these are in {request.quantization.name}."

@@ -109,7 +109,9 @@ class PlanRequest:
     def capacity_bytes(self) -> int | None:
         """Memory of each device, None where it is not known; devices without memory of their own share the host's."""
         capacity = self.device.capacity_bytes
-        return capacity // self.devices if capacity is not None and self.device.kind == "cpu" else capacity
+        if capacity is not None and self.device.kind == "cpu":
+            return capacity // self.devices
+        return capacity
 
     @property
     def context(self) -> int:
@@ -126,8 +128,10 @@ class PlanRequest:
         if window is None:
             return whole
         block = self.engine.block_tokens
-        more = block if block > 1 else 0
-        return min(whole, self._in_blocks(self.engine.window_tokens(window) + self.guessed_tokens) + more)
+        kept = self._in_blocks(self.engine.window_tokens(window) + self.guessed_tokens)
+        if block > 1:
+            kept += block
+        return min(whole, kept)
 
     def lost_tokens(self, window: int | None) -> int:
         """Tokens of a prompt for which a layer has no cache any more once it was read."""
@@ -258,9 +262,11 @@ class EnginePlanner(ABC):
     def load_host_bytes(self, request: PlanRequest) -> int | None:
         """Anonymous memory of the host of one node at the worst moment of loading; None where it is not known."""
 
-    @abstractmethod
     def scheme(self, request: PlanRequest) -> Scheme | None:
         """The way in which the devices share a step; None for an engine that does no work."""
+        if request.tensor_parallel_size > 1:
+            return "split"
+        return "pipeline"
 
     def traffic(self, request: PlanRequest) -> Traffic:
         """Work of the link in one pass."""
@@ -268,4 +274,6 @@ class EnginePlanner(ABC):
 
     def unread_bytes(self, request: PlanRequest, table: int) -> int:
         """Bytes of an embedding of `table` bytes that the device holds and a decode step does not read."""
-        return 0 if request.shape.tied else table // request.tensor_parallel_size
+        if request.shape.tied:
+            return 0
+        return table // request.tensor_parallel_size

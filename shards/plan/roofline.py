@@ -91,14 +91,18 @@ def decode_step(work: Work, machine: Machine, scheme: Scheme, *, batch: float, c
     if rates is None:
         return None
     bandwidth, flops, host = rates
-    n = 1 if scheme in ("single", "pipeline") else machine.num_devices
+    n = machine.num_devices
+    if scheme in ("single", "pipeline"):
+        n = 1
     cache = batch * context * work.kv_bytes_per_token
     compute = 2 * work.step_parameters * batch / flops
     if scheme == "gathered":
         memory = (work.step_bytes + _copied_bytes(work, machine) + cache) / bandwidth
         return _overlapped(memory, compute, _gather_s(work, machine), host, n * batch)
     memory, compute = (work.step_bytes + cache) / (n * bandwidth), compute / n
-    talk = _collectives_s(work, machine, batch, batch) if scheme == "split" else 0.0
+    talk = 0.0
+    if scheme == "split":
+        talk = _collectives_s(work, machine, batch, batch)
     return _then_link(memory, compute, talk, host, batch)
 
 
@@ -108,13 +112,17 @@ def prefill(work: Work, machine: Machine, scheme: Scheme, *, batch: float, token
     if rates is None:
         return None
     bandwidth, flops, host = rates
-    n = 1 if scheme in ("single", "pipeline") else machine.num_devices
+    n = machine.num_devices
+    if scheme in ("single", "pipeline"):
+        n = 1
     per_prompt = 2 * work.layer_parameters * tokens + 2 * work.num_layers * tokens**2 * work.hidden_size
     memory, compute = work.step_bytes / bandwidth, batch * per_prompt / flops
     if scheme == "gathered":
         memory += _copied_bytes(work, machine) / bandwidth
         return _overlapped(memory, compute, _gather_s(work, machine), host, n * batch * tokens)
-    talk = _collectives_s(work, machine, batch * tokens, batch) if scheme == "split" else 0.0
+    talk = 0.0
+    if scheme == "split":
+        talk = _collectives_s(work, machine, batch * tokens, batch)
     return _then_link(memory / n, compute / n, talk, host, batch * tokens)
 
 
@@ -126,7 +134,9 @@ def _rates(work: Work, machine: Machine) -> tuple[float, float, float] | None:
         return None
     if not work.offloaded_bytes or device.kind == "cpu":
         return bandwidth, flops, 0.0
-    return None if host is None else (bandwidth, flops, work.offloaded_bytes / host)
+    if host is None:
+        return None
+    return (bandwidth, flops, work.offloaded_bytes / host)
 
 
 def _gathered_over(work: Work, machine: Machine) -> int:
@@ -140,7 +150,9 @@ def _copied_bytes(work: Work, machine: Machine) -> float:
     Source: torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py.
     """
     over = _gathered_over(work, machine)
-    return (3 + 2 / over if over > 1 else 2) * work.gathered_bytes
+    if over == 1:
+        return 2 * work.gathered_bytes
+    return (3 + 2 / over) * work.gathered_bytes
 
 
 def _gather_s(work: Work, machine: Machine) -> float:
@@ -157,7 +169,9 @@ def _collectives_s(work: Work, machine: Machine, rows: float, sequences: float) 
     link, part = machine.link, (machine.num_devices - 1) / machine.num_devices
     states, logits = rows * work.hidden_size, sequences * work.gathered_logits
     reduce = link.latency_s + 2 * part * states * work.dtype_bytes / link.bandwidth
-    gather = link.latency_s + part * logits * work.dtype_bytes / link.bandwidth if logits else 0.0
+    gather = 0.0
+    if logits:
+        gather = link.latency_s + part * logits * work.dtype_bytes / link.bandwidth
     return work.all_reduces * reduce + gather
 
 
@@ -173,5 +187,7 @@ def _overlapped(memory: float, compute: float, link: float, host: float, tokens:
 def _then_link(memory: float, compute: float, link: float, host: float, tokens: float) -> Limit:
     """Devices wait for the link between them: its time comes on top of theirs."""
     busy = _overlapped(memory, compute, 0.0, host, tokens)
-    seconds = busy.seconds + link
-    return Limit(seconds, "link" if link > busy.seconds else busy.bound, tokens / seconds)
+    seconds, bound = busy.seconds + link, busy.bound
+    if link > busy.seconds:
+        bound = "link"
+    return Limit(seconds, bound, tokens / seconds)

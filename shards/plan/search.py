@@ -1,0 +1,62 @@
+"""The numbers of devices, batches and lengths that fit: each the largest or smallest where the rest stays as asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from shards.plan.memory import cache_bytes, device_plans, fits, largest
+from shards.plan.refusals import illegal
+from shards.plan.request import MOST_DEVICES, Layout, PlanRequest
+
+_LARGEST = 2**20
+
+
+def is_possible(request: PlanRequest) -> bool:
+    """The engine can do it, and every device has room."""
+    return illegal(request) is None and fits(request)
+
+
+def possible_devices(request: PlanRequest) -> Iterator[int]:
+    """Numbers of devices a node on which the request is possible, smallest first; of a monotone engine no more than
+    one device and the smallest number of several."""
+    most = MOST_DEVICES // request.num_nodes
+    counts: Iterable[int] = range(1, min(request.engine.most_devices(request), most) + 1)
+    if request.engine.is_monotone:
+        too_few = largest(lambda count: count < 2 or not is_possible(replace(request, devices=count)), most - 1)
+        counts = (1, too_few + 1)
+    for count in counts:
+        if is_possible(replace(request, devices=count)):
+            yield count
+
+
+def smallest_devices(request: PlanRequest) -> int | None:
+    """The least number of devices a node on which the request is possible; None with no known capacity."""
+    if request.capacity_bytes is None:
+        return None
+    return next(possible_devices(request), None)
+
+
+def largest_batch(request: PlanRequest, layout: Layout) -> int | None:
+    """The largest batch that fits: into the pool where there is one; None where nothing known bounds it."""
+    pool, capacity = request.engine.pool(request), request.capacity_bytes
+    if pool is not None:
+        if capacity is None and pool.nbytes is None:
+            return None
+        reserved = min(device.kv_cache_reserved_bytes for device in device_plans(request, layout))
+        return largest(lambda batch: cache_bytes(request, batch) <= reserved, pool.sequences)
+    if capacity is None or request.engine.scheme(request) is None:
+        return None
+    return largest(lambda batch: fits(replace(request, batch_size=batch), layout), _LARGEST)
+
+
+def longest_context(request: PlanRequest, layout: Layout) -> int | None:
+    """Prompt and answer together, the answer as long as asked; never longer than the model's positions."""
+    most = request.shape.max_position_embeddings
+    if request.capacity_bytes is None:
+        return most
+    new = request.max_new_tokens
+    prompt = largest(lambda tokens: fits(replace(request, prompt_tokens=tokens), layout), (most or _LARGEST) - new)
+    if prompt:
+        return prompt + new
+    return None
