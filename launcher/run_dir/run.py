@@ -116,8 +116,8 @@ class RunDescription:
     @property
     def answering_ranks(self) -> range:
         """The ranks that answer prompts of their own; of ranks that answer together, the first stands for all."""
-        data_parallel = load_engine(self.config["backend"]["name"]).data_parallel
-        return range(self.world_size if data_parallel else 1)
+        backend = load_engine(self.config["backend"]["name"])(**self.config["backend"])
+        return range(self.world_size if backend.data_parallel else 1)
 
 
 def describe(

@@ -65,8 +65,9 @@ def local_block(tensor: torch.Tensor) -> tuple[tuple[int, ...], torch.Tensor]:
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The local part of a tensor: the shard of a DTensor, a plain tensor itself."""
+    """The local part of a tensor: the shard of a DTensor, the part of a parameter of ZeRO, a plain tensor itself."""
     with torch.no_grad():
+        tensor = getattr(tensor, "ds_tensor", tensor)
         local: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         return local.detach()
 

@@ -97,8 +97,9 @@ def _init_as(init: Callable[[MixedPrecisionPolicy], None], own: MixedPrecisionPo
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """True if forwards gather something."""
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    """True if forwards gather something: by FSDP2, or by DeepSpeed's ZeRO, which notes its part on parameters."""
+    is_zero = any(hasattr(parameter, "ds_tensor") for parameter in model.parameters())
+    return is_zero or any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def _prefetch(model: nn.Module, sharded: Sequence[nn.Module], last: nn.Module) -> None:

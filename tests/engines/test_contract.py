@@ -47,7 +47,7 @@ def ranks(name: str, size: int, model: str) -> list[dict[str, Any]]:
 def completions(name: str, size: int, model: str, scenario: str) -> list[dict[str, Any]]:
     """The completions of all ranks in prompt order."""
     seen = ranks(name, size, model)
-    answering = seen if load_engine(name).data_parallel else seen[:1]
+    answering = seen if load_engine(name)().data_parallel else seen[:1]
     made = [item for rank in answering for item in rank["completions"][scenario]]
     return sorted(made, key=lambda item: item["index"])
 

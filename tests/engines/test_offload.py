@@ -85,9 +85,6 @@ REFUSALS = {
     "the device is the CPU already. HINT: offload=disk": ["backend=transformers", "offload=cpu"],
     "the device is the CPU already. HINT: offload=none": ["backend=vllm", "offload=cpu"],
     "fsdp offloads no weights to disk, but to cpu. HINT: offload=none": ["backend=fsdp", "offload=disk"],
-    "deepspeed offloads no weights to cpu. HINT: backend=fsdp, or backend=vllm, or offload=none": [
-        "backend=deepspeed", "offload=cpu", "model=falcon_40b", "machine=2xa6000", "precision=bf16",
-    ],
     "fsdp on one device has no shards that it could offload. HINT: devices=2": [
         "backend=fsdp", "offload=cpu", "machine=1xa6000",
     ],

@@ -57,7 +57,7 @@ def test_logits_are_those_of_fabric(name: str, size: int, model: str, precision:
     expected = of_fabric(model, precision)
     for rank in ranks(name, size):
         logits = rank[f"{model} {precision}"]["logits"]
-        if load_engine(name).data_parallel or size == 1:
+        if load_engine(name)().data_parallel or size == 1:
             assert torch.equal(logits, expected)
         else:
             torch.testing.assert_close(logits, expected, rtol=0.02, atol=0.05)

@@ -28,6 +28,7 @@ HEAVY = {"torch", "transformers", "accelerate", "lightning", "litgpt", "deepspee
 TENSORS = {
     "launcher.backends.deepspeed.backend",
     "launcher.backends.deepspeed.all_reduce",
+    "launcher.backends.deepspeed.zero",
     "launcher.backends.fsdp.backend",
     "launcher.backends.litgpt.backend",
     "launcher.backends.litgpt.convert",

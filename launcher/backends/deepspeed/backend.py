@@ -1,4 +1,4 @@
-"""DeepSpeed-Inference: AutoTP cuts every layer over the ranks; all ranks answer each prompt together.
+"""DeepSpeed-Inference: AutoTP cuts every layer over the ranks, which answer each prompt together; or ZeRO-Inference.
 
 AutoTP is given the model on meta and only decides who gets what. Each rank then reads its own blocks of the checkpoint,
 so that loading takes no more memory than the blocks themselves, however many ranks a node has.
@@ -14,8 +14,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
 
 from launcher.backends.deepspeed import all_reduce as deepspeed_reduce
+from launcher.backends.deepspeed.zero import partition
 from launcher.backends.module import ModuleBackend
 from launcher.config.schema import ConfigError
+from launcher.config.storage import Offload
 from shards.errors import PlanError
 from shards.load.blocks import Block, mark_block
 
@@ -30,18 +32,22 @@ if TYPE_CHECKING:
 
 
 class DeepSpeedBackend(ModuleBackend):
-    """`deepspeed.init_inference`, tensor parallel over all ranks; a world of one is the plain model."""
+    """`deepspeed.init_inference`, tensor parallel over all ranks, or with `zero` ZeRO stage 3; a world of one is the
+    plain model, unless that is offloaded."""
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
-        on_one_node = config.devices > 1 and config.num_nodes == 1
-        self.obstacle: str | None = None
-        if on_one_node and get_accelerator().device_name() == "cpu":
+        self.options: DeepSpeedConfig = config.backend  # type: ignore[assignment]
+        adds_up = config.devices > 1 and config.num_nodes == 1 and not self.options.zero
+        self.obstacle: str | None = "ZeRO adds nothing up" if self.options.zero else None
+        if adds_up and get_accelerator().device_name() == "cpu":
             self.obstacle = deepspeed_reduce.compile_operation()
 
     def place(self, plan: Plan | None, world: World, progress: Progress) -> torch.nn.Module:
         _check_accelerator(self.device)
         model = self.meta_model()
+        if self.options.zero and (world.world_size > 1 or self.config.offload is not Offload.none):
+            return self._partitioned(model, world, progress)
         if world.world_size == 1:
             self.fill(model, progress)
             return self._injected(model, 1)
@@ -59,11 +65,21 @@ class DeepSpeedBackend(ModuleBackend):
         self.fill(model, progress)
         return model
 
+    def _partitioned(self, model: torch.nn.Module, world: World, progress: Progress) -> torch.nn.Module:
+        """The model that ZeRO gathers module by module; its values are copies, and no longer those of the files."""
+        if self.device.type == "cpu":
+            deepspeed_reduce.choose(world, self.obstacle)
+        model = partition(model, world, self.config.offload, lambda: self.fill(model, progress))
+        self.mapped_files = frozenset()
+        return model
+
+    def packs(self, model: torch.nn.Module) -> bool:
+        return not self.options.zero and super().packs(model)
+
     def _injected(self, model: torch.nn.Module, size: int) -> torch.nn.Module:
         """The model that `init_inference` returns; one on meta comes back cut, on its device, without values."""
-        options: DeepSpeedConfig = self.config.backend  # type: ignore[assignment]
         # The engine's own generate() asks for this limit, a forward pass does not: it has none.
-        limit = options.max_out_tokens or getattr(model.config, "max_position_embeddings", None)
+        limit = self.options.max_out_tokens or getattr(model.config, "max_position_embeddings", None)
         engine = deepspeed.init_inference(
             model,
             tensor_parallel={"tp_size": size},

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from launcher.backends.deepspeed.requirements import slow_all_reduce
+from launcher.config.compiling import Compile
 from launcher.config.options import COUNT, number
 from launcher.config.schema import BackendConfig, ConfigError
+from launcher.config.storage import Offload
 from shards.engines.deepspeed import DeepSpeedPlanner
+from shards.engines.zero import ZeroPlanner
 from shards.plan.request import EnginePlanner
 
 if TYPE_CHECKING:
@@ -36,7 +39,8 @@ PLAIN = "backend.kernel_inject=false, which is tensor parallel with transformers
 
 @dataclass
 class DeepSpeedConfig(BackendConfig):
-    """AutoTP cuts every layer over the ranks, which answer each prompt together."""
+    """AutoTP cuts every layer over the ranks, which answer each prompt together; with `zero` ZeRO-Inference cuts every
+    parameter, and each rank answers prompts of its own."""
 
     implementation: ClassVar[str] = "launcher.backends.deepspeed.backend:DeepSpeedBackend"
     planner_class: ClassVar[type[EnginePlanner] | None] = DeepSpeedPlanner
@@ -49,15 +53,37 @@ class DeepSpeedConfig(BackendConfig):
     loads_by_name: ClassVar[bool] = True
 
     name: str = "deepspeed"
+    zero: bool = False  # ZeRO-Inference in place of AutoTP; offload= asks for it
     kernel_inject: bool = False  # refused where DeepSpeed's kernels do not apply
     max_out_tokens: int | None = number(None, COUNT)  # None: as many as the model has positions
+
+    @property
+    def data_parallel(self) -> bool:  # type: ignore[override]
+        """Ranks of ZeRO gather what they compute, and need not compute the same."""
+        return self.zero
+
+    def settle(self, config: RunConfig, on_cuda: bool) -> tuple[RunConfig, list[str]]:
+        """Weights are offloaded by ZeRO."""
+        if config.offload is Offload.none or self.zero:
+            return config, []
+        note = f"offload={config.offload.name}: ZeRO-Inference (backend.zero=true), each rank has prompts of its own"
+        return replace(config, backend=replace(self, zero=True)), [note]
+
+    def planner(self, config: RunConfig, model_config: TransformersConfig, on_cuda: bool) -> EnginePlanner | None:
+        return ZeroPlanner() if self.zero else DeepSpeedPlanner()
 
     def refuse(self, config: RunConfig, model_config: TransformersConfig, on_cuda: bool, longest: int) -> None:
         """Most of it DeepSpeed would get wrong in silence."""
         family = str(model_config.get("model_type"))
         if self.kernel_inject:
             raise ConfigError(f"backend.kernel_inject=true: {_without_kernels(family, on_cuda)}.", PLAIN)
-        if config.devices * config.num_nodes > 1:
+        if self.zero and self.max_out_tokens is not None:
+            fact = f"backend.max_out_tokens={self.max_out_tokens} is of init_inference, which ZeRO-Inference has not."
+            raise ConfigError(fact, "backend.max_out_tokens=null")
+        if self.zero and config.measure.compile is Compile.inductor:
+            fact = "measure.compile=inductor: ZeRO gathers parameters in hooks, which are not compiled."
+            raise ConfigError(fact, "measure.compile=none, or backend=fsdp")
+        if config.num_devices > 1 and not self.zero:
             _refuse_cut(family, model_config)
         if self.max_out_tokens is not None and self.max_out_tokens < longest:
             raise ConfigError(
@@ -66,7 +92,7 @@ class DeepSpeedConfig(BackendConfig):
             )
 
     def notes(self, config: RunConfig, on_cuda: bool) -> list[str]:
-        return slow_all_reduce(config, on_cuda)
+        return [] if self.zero else slow_all_reduce(config, on_cuda)
 
 
 def _without_kernels(family: str, on_cuda: bool) -> str:

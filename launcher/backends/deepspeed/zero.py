@@ -1,0 +1,98 @@
+"""ZeRO-Inference: parameters are given to DeepSpeed one by one as they were loaded, and never whole on all ranks.
+
+Each rank reads the rows that hold its own run of the values of each parameter. DeepSpeed takes that run out of a tensor
+of the full size, of whose other rows it sees nothing, and keeps it on the device or in main memory.
+"""
+
+from __future__ import annotations
+
+from math import ceil, prod
+from typing import TYPE_CHECKING, Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from launcher.config.storage import Offload
+from shards.load.blocks import Block, block_of, mark_block
+from shards.parallel.fully_shard import decoder_layers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from shards.machine.world import World
+    from shards.untrusted_files import JsonObject
+
+
+def partition(model: torch.nn.Module, world: World, offload: Offload, fill: Callable[[], None]) -> torch.nn.Module:
+    """The module of DeepSpeed's engine, with this rank's part of all values; `fill` loads what the model has then."""
+    if not dist.is_initialized():
+        kind = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(kind, store=dist.HashStore(), rank=0, world_size=1)
+    settings = zero_settings(model, offload)
+    _keep_rows(model, world)
+    fill()
+    parts = deepspeed.zero.Init(config_dict_or_path=settings, dtype=model.dtype)
+    for parameter in model.parameters():
+        _hand_over(parameter, parts)
+    engine, *_ = deepspeed.initialize(model=model, config=settings)
+    return engine.module  # type: ignore[no-any-return]
+
+
+def zero_settings(model: torch.nn.Module, offload: Offload) -> JsonObject:
+    """DeepSpeed's configuration: one decoder layer comes ahead, and nothing stays once it was used."""
+    layer = max(sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model))
+    zero: JsonObject = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_prefetch_bucket_size": layer,
+        "stage3_max_live_parameters": 2 * layer,
+        "stage3_max_reuse_distance": 0,
+    }
+    if offload is Offload.cpu:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": zero,
+        "fp16": {"enabled": model.dtype is torch.float16},
+        "bf16": {"enabled": model.dtype is torch.bfloat16},
+    }
+
+
+def _keep_rows(model: torch.nn.Module, world: World) -> None:
+    """Leave of each parameter on meta the rows of this rank's run of values."""
+    kept: dict[int, torch.nn.Parameter] = {}
+    first_names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for module in model.modules():
+        for name, whole in list(module._parameters.items()):
+            if whole is None:
+                continue
+            if id(whole) not in kept:
+                kept[id(whole)] = _rows_of(whole, first_names[id(whole)], world)
+            module._parameters[name] = kept[id(whole)]
+
+
+def _rows_of(whole: torch.nn.Parameter, name: str, world: World) -> torch.nn.Parameter:
+    shape, size = tuple(whole.shape), ceil(whole.numel() / world.world_size)
+    begin, end = (min(edge * size, whole.numel()) for edge in (world.rank, world.rank + 1))
+    row = max(1, prod(shape[1:]))
+    first, last = begin // row, max(begin // row, ceil(end / row)) if end > begin else begin // row
+    part = whole[first:last] if shape else whole
+    rows = torch.nn.Parameter(part.detach(), requires_grad=False)
+    mark_block(rows, Block(name, shape, (first, *(0 for _ in shape[1:])) if shape else ()))
+    return rows
+
+
+def _hand_over(parameter: torch.nn.Parameter, parts: Any) -> None:
+    """Make a parameter that holds its rows one of ZeRO, which keeps this rank's run of values."""
+    block = block_of(parameter)
+    assert block is not None
+    values = torch.empty(block.shape, dtype=parameter.dtype, device=parameter.device)
+    if block.shape:
+        values[block.start[0] : block.start[0] + parameter.shape[0]].copy_(parameter.data)
+    else:
+        values.copy_(parameter.data)
+    parameter.data = values
+    del parameter.block  # type: ignore[attr-defined]
+    parts._convert_to_deepspeed_param(parameter)
+    parameter.partition()  # type: ignore[attr-defined]
