@@ -33,19 +33,25 @@ def compose_run(overrides: list[str], config_dirs: tuple[str, ...] = (), for_oth
     Keys `for_others` may be among the overrides though this run does not read them.
     """
     own_folders = folders(config_dirs)[1:]
-    own = ",".join(in_quotes(f"file://{folder.absolute()}") for folder in own_folders)
-    search = [f"hydra.searchpath=[{own}]"] if own else []
+    search = ",".join(in_quotes(f"file://{folder.absolute()}") for folder in own_folders)
     overrides = readable(overrides)
     check_options(overrides, config_dirs)
     _register_schemas(own_folders)
     try:
         with initialize_config_dir(str(conf_dir().absolute()), version_base="1.3"):
-            composed = compose("config", overrides=overrides + search)
+            composed = compose("config", overrides=[*overrides, f"hydra.searchpath=[{search}]"])
         config = typed(composed, config_dirs)
     except UNREADABLE as error:
         raise in_one_line(error, overrides, config_dirs) from None
     given = {item.partition("=")[0].lstrip("+") for item in overrides}.difference(for_others)
-    _complete(config, given)
+    for part, key in ((config, "output_dir"), (config, "run_dir"), (config.prompts, "path"), (config.model, "path")):
+        if path := getattr(part, key):
+            setattr(part, key, os.path.expanduser(path))
+    path = config.model.path  # a model of another path than its preset's is named after that
+    if "model.path" in given and "model.name" not in given:
+        config.model.name = path.removeprefix("embedded:")
+        if ":" not in path:
+            config.model.name = Path(os.path.realpath(path)).name or path
     settle_machine(config, given)
     check(config)
     check_read(config, given)
@@ -61,16 +67,6 @@ def typed(composed: DictConfig, config_dirs: Sequence[str]) -> RunConfig:
     if unknown:
         raise in_file(unknown_key(unknown[0], engine_of(kind)), unknown[0], config_dirs)
     return cast("RunConfig", OmegaConf.to_object(composed))
-
-
-def _complete(config: RunConfig, given: set[str]) -> None:
-    """Paths with the user's `~` in full; a model of another path than its preset's is named after that."""
-    for part, key in ((config, "output_dir"), (config, "run_dir"), (config.prompts, "path"), (config.model, "path")):
-        if path := getattr(part, key):
-            setattr(part, key, os.path.expanduser(path))
-    path = config.model.path
-    if "model.path" in given and "model.name" not in given:
-        config.model.name = path.removeprefix("embedded:") if ":" in path else Path(os.path.realpath(path)).name or path
 
 
 def command_of(overrides: Sequence[str], config_dirs: Sequence[str]) -> tuple[str, ...]:

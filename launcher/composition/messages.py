@@ -50,8 +50,9 @@ def in_one_line(error: Exception, overrides: Sequence[str], config_dirs: Sequenc
     if is_interpolation and not key:
         key = next((item.partition("=")[0].lstrip("+") for item in overrides if "${" in item), None)
     if isinstance(error, MarkedYAMLError):
-        mark = error.problem_mark
-        source = f"{mark.name}:{mark.line + 1}" if mark else "A file"
+        source = "A file"
+        if mark := error.problem_mark:
+            source = f"{mark.name}:{mark.line + 1}"
         return ConfigError(
             f"{source} is not YAML: {error.problem}.", "mend that line: KEY: VALUE, below a KEY: two blanks before it"
         )
@@ -68,9 +69,8 @@ def in_one_line(error: Exception, overrides: Sequence[str], config_dirs: Sequenc
     if key and isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return in_file(unknown_key(key, engine), key, config_dirs)
     if key and is_interpolation:
-        kind = known_keys(engine).get(key)
-        value = "VALUE" if kind is None else example_of(kind)
-        return ConfigError(f"{key} cannot be resolved: {_first_line(cause)}.", f"{key}={value}")
+        example = example_of(known_keys(engine).get(key))
+        return ConfigError(f"{key} cannot be resolved: {_first_line(cause)}.", f"{key}={example}")
     if key and (hint := known_keys(engine).get(key)) is not None:
         return in_file(wrong_value(key, getattr(cause, "value", None), hint), key, config_dirs)
     return ConfigError(f"{_first_line(cause).rstrip('.')}.", "python -m launcher --help")

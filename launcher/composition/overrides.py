@@ -38,7 +38,7 @@ def chosen_engine(overrides: Sequence[str]) -> str | None:
     """The engine of a run; None where the option is a file of the user's, or several are a sweep. ConfigError for one
     that a package brings and that is of no use."""
     chosen = [item.partition("=")[2] for item in overrides if item.lstrip("+").startswith("backend=")]
-    name = chosen[-1] if chosen else default_options()["backend"]
+    name = [default_options()["backend"], *chosen][-1]
     if name not in names():
         return None
     load_engine(name)
@@ -133,8 +133,9 @@ def _no_value(word: str, known: Mapping[str, Any]) -> ConfigError:
     every = {option: group for group in groups() for option in options(group)}
     near = nearest(word, known)
     if word in every or near is None:
-        close = difflib.get_close_matches(word, every, 1, cutoff=LEAST_ALIKE)
-        return ConfigError(fact, f"{every[close[0]]}={close[0]}" if close else ALL_KEYS)
+        for option in difflib.get_close_matches(word, every, 1, cutoff=LEAST_ALIKE):
+            return ConfigError(fact, f"{every[option]}={option}")
+        return ConfigError(fact, ALL_KEYS)
     return ConfigError(fact, f"{near}={example_of(known[near])}")
 
 
@@ -143,7 +144,7 @@ def _unreadable(key: str, value: str, hint: Any, error: HydraException) -> Confi
     if not is_open(hint) and hint is not str:
         return wrong_value(key, value, hint)
     lines = [line for line in str(error).splitlines() if not line.startswith(("Error parsing override", "See http"))]
-    reason = lines[0].partition(" expecting ")[0].strip() if lines else type(error).__name__
+    reason = [*lines, type(error).__name__][0].partition(" expecting ")[0].strip()
     text = quoted(value)
     if is_open(hint) and value.startswith("["):
         text = f"[{','.join(quoted(part.strip()) for part in value.strip('[]').split(','))}]"

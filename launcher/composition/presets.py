@@ -40,8 +40,10 @@ def groups() -> list[str]:
 
 def options(group: str, config_dirs: Sequence[str] = ()) -> list[str]:
     """The values of `group=`, with those of the user's own folders and of packages that bring engines."""
-    files = {path.stem for folder in folders(config_dirs) for path in (folder / group).glob("*.yaml")}
-    return sorted(files.union(brought()) if group == "backend" else files)
+    names = {path.stem for folder in folders(config_dirs) for path in (folder / group).glob("*.yaml")}
+    if group == "backend":
+        names.update(brought())
+    return sorted(names)
 
 
 @cache

@@ -27,7 +27,7 @@ def expand_sweep(overrides: list[str], config_dirs: Sequence[str] = ()) -> list[
     """
     overrides = readable(overrides)
     parsed = OverridesParser.create().parse_overrides(overrides)
-    counts = [_count(override, config_dirs) if override.is_sweep_override() else 1 for override in parsed]
+    counts = [_count(override, config_dirs) for override in parsed]
     if math.prod(counts) > MOST_POINTS:
         most, widest = max(zip(counts, parsed, strict=True), key=lambda axis: axis[0])
         fact = f"That is a sweep of {math.prod(counts):,} points, more than {MOST_POINTS:,}."
@@ -44,7 +44,9 @@ def expand_sweep(overrides: list[str], config_dirs: Sequence[str] = ()) -> list[
 
 
 def _count(override: Override, config_dirs: Sequence[str]) -> int:
-    """The number of points of one axis."""
+    """The number of points of one axis; an override with a single value has one."""
+    if not override.is_sweep_override():
+        return 1
     key, values = override.get_key_element(), override.value()
     text = f"{key}={override.get_value_string()}"
     if isinstance(values, IntervalSweep):

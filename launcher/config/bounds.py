@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from launcher.config.schema import BackendConfig, PromptsConfig
-    from launcher.config.speculative import SpeculativeConfig
-    from shards.untrusted_files import JsonObject
 
 
 BOUNDS: dict[str, Bounds] = {
@@ -81,9 +79,18 @@ is checked where it is not."""
 
 def check(config: RunConfig) -> None:
     """Raise ConfigError for a value that no run can have."""
-    _check_texts(config)
+    backend, measure, load = config.backend, config.measure, config.load
+    keys = key_types(RunConfig) | key_types(type(config.backend), "backend.")
+    for key, hint in keys.items():
+        if get_args(hint)[-1:] != (str,) or key == "prompts.texts":  # each prompt is looked at when it is read
+            continue
+        items = operator.attrgetter(key)(config) or []
+        if isinstance(items, dict):
+            items = items.values()
+        if stray := [item for item in items if not isinstance(item, str)]:
+            raise ConfigError(f"{key} has {str(stray[0])[:80]}, which is no text.", f"{key}={example_of(hint)}")
     _check_experiment(config.experiment)
-    bounds = BOUNDS | _check_backend(config.backend)
+    bounds = BOUNDS | _check_backend(backend)
     for key, value in numbers(config):
         limits = bounds.get(key, ANY)
         if not limits.has(value):
@@ -93,16 +100,38 @@ def check(config: RunConfig) -> None:
     if (size := config.devices * config.num_nodes) > MOST_DEVICES:
         hint = f"devices={MOST_DEVICES // config.num_nodes}"
         raise ConfigError(f"devices x num_nodes is {size}, more than {MOST_DEVICES}.", hint)
-    if config.measure.find_batch_size and config.backend.continuous_batching:
-        name = config.backend.name
-        raise ConfigError(f"{name} makes its batches itself: there is none to find.", "measure.find_batch_size=false")
-    if config.measure.find_batch_size and config.launch.name != "local":
+    if measure.find_batch_size and backend.continuous_batching:
+        fact = f"{backend.name} makes its batches itself: there is none to find."
+        raise ConfigError(fact, "measure.find_batch_size=false")
+    if measure.find_batch_size and config.launch.name != "local":
         raise ConfigError("measure.find_batch_size needs launch=local: each try waits for the last.", "launch=local")
-    _check_scheduling(config)
-    _check_load(config)
+    if backend.continuous_batching and measure.scheduling is Scheduling.static:
+        fact = f"{backend.name} has a scheduler of its own, which is continuous."
+        raise ConfigError(fact, "measure.scheduling=continuous")
+    reads = backend.has_slots and config.is_continuous
+    reader = f"backend={backend.name}"
+    if backend.has_slots:
+        reader = "measure.scheduling=static"
+    if measure.compile is not Compile.auto and not reads:
+        raise ConfigError(f"measure.compile={measure.compile.name}: {reader} does not read it.", "measure.compile=auto")
+    if measure.compile in (Compile.inductor, Compile.cudagraph) and config.speculative.is_on:
+        fact = f"measure.compile={measure.compile.name}: steps with guesses are not made ahead."
+        raise ConfigError(fact, "measure.compile=auto, or speculative=none")
+    if measure.prefill_tokens is not None and not reads:
+        fact = f"measure.prefill_tokens={measure.prefill_tokens}: {reader} does not read it."
+        raise ConfigError(fact, "measure.prefill_tokens=null")
+    ways = {"concurrency": load.concurrency, "request_rate": load.request_rate, "arrivals": load.arrivals or None}
+    given = [f"load.{name}" for name, value in ways.items() if value is not None]
+    if given and not backend.takes_load:
+        raise ConfigError(f"backend={backend.name} is given batches, and does not read {given[0]}.", f"{given[0]}=null")
+    if len(given) > 1:
+        raise ConfigError(f"{given[0]} and {given[1]} are different ways in which prompts come.", f"{given[1]}=null")
+    if config.server.name != "none" and not backend.starts_servers:
+        raise ConfigError(
+            f"backend={backend.name} asks no server, and server={config.server.name} starts one.", "server=none"
+        )
     _check_speculative(config)
     _check_prompts(config.prompts)
-    _check_shared(config.prompts)
 
 
 def _check_experiment(experiment: ExperimentConfig) -> None:
@@ -118,60 +147,17 @@ def _check_experiment(experiment: ExperimentConfig) -> None:
             raise ConfigError(f"experiment.figures has {figure.name}={figure.value}.", "a value above 0")
 
 
-def _check_texts(config: RunConfig) -> None:
-    """ConfigError for an entry of a list or a dict of texts that is none, as OmegaConf lets nested ones pass."""
-    for key, hint in _keys_of_texts(type(config.backend)).items():
-        value = operator.attrgetter(key)(config)
-        items = list(value.values()) if isinstance(value, dict) else value or []
-        if stray := [item for item in items if not isinstance(item, str)]:
-            raise ConfigError(f"{key} has {str(stray[0])[:80]}, which is no text.", f"{key}={example_of(hint)}")
-
-
-def _keys_of_texts(kind: type[BackendConfig]) -> JsonObject:
-    """The keys of lists and dicts of texts; each prompt is looked at when it is read."""
-    keys = key_types(RunConfig) | key_types(kind, "backend.")
-    return {key: hint for key, hint in keys.items() if get_args(hint)[-1:] == (str,) and key != "prompts.texts"}
-
-
-def _check_scheduling(config: RunConfig) -> None:
-    """Refuse options that the engine or the scheduling does not read."""
-    name, measure = config.backend.name, config.measure
-    if config.backend.continuous_batching and measure.scheduling is Scheduling.static:
-        raise ConfigError(f"{name} has a scheduler of its own, which is continuous.", "measure.scheduling=continuous")
-    reads = config.backend.has_slots and config.is_continuous
-    reader = "measure.scheduling=static" if config.backend.has_slots else f"backend={name}"
-    if measure.compile is not Compile.auto and not reads:
-        raise ConfigError(f"measure.compile={measure.compile.name}: {reader} does not read it.", "measure.compile=auto")
-    if measure.compile in (Compile.inductor, Compile.cudagraph) and config.speculative.is_on:
-        fact = f"measure.compile={measure.compile.name}: steps with guesses are not made ahead."
-        raise ConfigError(fact, "measure.compile=auto, or speculative=none")
-    if measure.prefill_tokens is not None and not reads:
-        fact = f"measure.prefill_tokens={measure.prefill_tokens}: {reader} does not read it."
-        raise ConfigError(fact, "measure.prefill_tokens=null")
-
-
-def _check_load(config: RunConfig) -> None:
-    """Prompts come in one way, to an engine that takes them at any time; a server is started for one that asks it."""
-    load, backend = config.load, config.backend
-    keys = {"concurrency": load.concurrency, "request_rate": load.request_rate, "arrivals": load.arrivals or None}
-    given = [f"load.{name}" for name, value in keys.items() if value is not None]
-    if given and not backend.takes_load:
-        raise ConfigError(f"backend={backend.name} is given batches, and does not read {given[0]}.", f"{given[0]}=null")
-    if len(given) > 1:
-        raise ConfigError(f"{given[0]} and {given[1]} are different ways in which prompts come.", f"{given[1]}=null")
-    if config.server.name != "none" and not backend.starts_servers:
-        raise ConfigError(
-            f"backend={backend.name} asks no server, and server={config.server.name} starts one.", "server=none"
-        )
-
-
 def _check_speculative(config: RunConfig) -> None:
     """Guesses of a kind that is known, for an engine with slots or vLLM."""
     wanted, name = config.speculative, config.backend.name
     if wanted.name not in KEYS:
         fact = f"speculative.name={wanted.name} is not one of {', '.join(KEYS)}."
         raise ConfigError(fact, f"speculative={difflib.get_close_matches(wanted.name, KEYS, 1, cutoff=0)[0]}")
-    if (key := next((key for key, value in vars(wanted).items() if _is_unread(wanted, key, value)), None)) is not None:
+    unread = [
+        key for key in vars(wanted) if key not in ("name", *KEYS[wanted.name]) and getattr(wanted, key) is not None
+    ]
+    if unread:
+        key = unread[0]
         reader = next(kind for kind, keys in KEYS.items() if key in keys)
         fact = f"speculative.{key}={getattr(wanted, key)} is not read with speculative={wanted.name}."
         raise ConfigError(fact, f"speculative={reader}, or speculative.{key}=null")
@@ -183,19 +169,15 @@ def _check_speculative(config: RunConfig) -> None:
         raise ConfigError(fact, "measure.scheduling=continuous")
     missing = [key for key in KEYS[wanted.name] if getattr(wanted, key) is None]
     if missing:
-        value = "embedded:tiny_draft" if missing[0] == "model" else 1
-        fact = f"speculative.{missing[0]} has no value, and speculative={wanted.name} reads it."
-        raise ConfigError(fact, f"speculative.{missing[0]}={value}")
+        key = f"speculative.{missing[0]}"
+        example = {"speculative.model": "embedded:tiny_draft"}.get(key, "1")
+        raise ConfigError(f"{key} has no value, and speculative={wanted.name} reads it.", f"{key}={example}")
     if wanted.ngram_max is not None and wanted.ngram_min is not None and wanted.ngram_min > wanted.ngram_max:
         fact = f"speculative.ngram_min={wanted.ngram_min} is above speculative.ngram_max={wanted.ngram_max}."
         raise ConfigError(fact, f"speculative.ngram_min={wanted.ngram_max}")
     if wanted.is_on and (steps := config.measure.profile) is not None:
         fact = f"measure.profile={steps} are steps of a token a row, and with speculative={wanted.name} they are not."
         raise ConfigError(fact, "measure.profile=null, or speculative=none")
-
-
-def _is_unread(wanted: SpeculativeConfig, key: str, value: object) -> bool:
-    return key != "name" and value is not None and key not in KEYS[wanted.name]
 
 
 def _check_backend(backend: BackendConfig) -> dict[str, Bounds]:
@@ -230,10 +212,7 @@ def _check_prompts(wanted: PromptsConfig) -> None:
         fact = f"prompts.count={count} of prompts.input_tokens={length} are {count * length:,} tokens, more than "
         raise ConfigError(f"{fact}{MOST_TOKENS:,}.", f"prompts.count={max(MOST_TOKENS // length, 1)}")
 
-
-def _check_shared(wanted: PromptsConfig) -> None:
-    """Refuse options that only some prompt sets read."""
-    shared, length = wanted.shared_tokens, wanted.input_tokens
+    shared = wanted.shared_tokens
     if shared is not None and length is None:
         fact = f"prompts.shared_tokens={shared} is of random prompts, and prompts={wanted.name} has others."
         raise ConfigError(fact, f"prompts=synthetic prompts.shared_tokens={shared}")

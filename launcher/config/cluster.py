@@ -22,14 +22,16 @@ def check_cluster(cluster: ClusterConfig) -> None:
         if (value := getattr(cluster, name)) and UNSAFE.search(value):
             parts = [part for part in UNSAFE.split(value) if part] or [EXAMPLES.get(name, "null")]
             raise ConfigError(f"cluster.{name}={value!r} has a blank, a quote, \\ or #.", f"cluster.{name}={parts[0]}")
-    for name in ("extra", "srun"):
+    for name, command in (("extra", "sbatch"), ("srun", "srun")):
         for option in getattr(cluster, name):
             if not option.startswith("-") or "\n" in option:
                 words = "-".join(option.split())
-                fact = f"{option!r} is not an option of {'srun' if name == 'srun' else 'sbatch'}."
+                fact = f"{option!r} is not an option of {command}."
                 raise ConfigError(fact, for_shell(f"cluster.{name}=[{quoted(f'--{words}')}]"))
     if cluster.time and not TIME.fullmatch(cluster.time):
-        total = int(cluster.time) if cluster.time.isdecimal() and len(cluster.time) < 9 else 3600
+        total = 3600
+        if cluster.time.isdecimal() and len(cluster.time) < 9:
+            total = int(cluster.time)
         raise ConfigError(
             f"cluster.time={cluster.time} is not hours, minutes and seconds: YAML reads an unquoted 01:00:00 as 3600.",
             f"cluster.time={total // 3600:02}:{total // 60 % 60:02}:{total % 60:02}, in a file in quotes",
@@ -60,5 +62,8 @@ def seconds(time: str) -> int | None:
         return None
     days, _, clock = time.rpartition("-")
     parts = [int(part) for part in clock.split(":")]
-    hours, minutes, rest = (parts + [0, 0])[:3] if days else ([0] * (3 - len(parts)) + parts)
+    if days:
+        hours, minutes, rest = (parts + [0, 0])[:3]
+    else:
+        hours, minutes, rest = [0] * (3 - len(parts)) + parts
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest

@@ -38,7 +38,9 @@ def brought() -> dict[str, EntryPoint]:
     entries: dict[str, EntryPoint] = {}
     for entry in entry_points(group=GROUP):
         if entry.name in BUILT_IN or entry.name in entries:
-            owner = "the launcher itself" if entry.name in BUILT_IN else _package(entries[entry.name])
+            owner = "the launcher itself"
+            if entry.name in entries:
+                owner = _package(entries[entry.name])
             raise ConfigError(
                 f"{_package(entry)} brings an engine {entry.name!r}, and so does {owner}.",
                 f"pip uninstall {_package(entry)}",
@@ -55,14 +57,30 @@ def names() -> tuple[str, ...]:
 @cache
 def load_engine(name: str) -> type[BackendConfig]:
     """The engine of this name; ConfigError where there is none, or where that of a package is of no use."""
+    kind: Any
     if name in BUILT_IN:
-        kind: Any = resolve(BUILT_IN[name])
-    elif name in brought():
-        kind = _loaded(brought()[name])
-    else:
+        kind = resolve(BUILT_IN[name])
+        return kind  # type: ignore[no-any-return]
+    if name not in brought():
         near = difflib.get_close_matches(str(name), names(), 1, cutoff=0)[0]
         raise ConfigError(f"There is no engine {name!r} among {', '.join(names())}.", f"backend={near}")
-    return kind  # type: ignore[no-any-return]
+    entry = brought()[name]
+    source = f"{_package(entry)} brings backend={entry.name} as {entry.value}"
+    hint = f"ask its authors, or pip uninstall {_package(entry)}"
+    try:
+        kind = entry.load()
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        fact = f"{source}, which cannot be imported: {type(error).__name__}: {lines[0]}."
+        raise ConfigError(fact, hint) from error
+    if not (isinstance(kind, type) and issubclass(kind, BackendConfig)):
+        raise ConfigError(f"{source}, which is no subclass of {BackendConfig.__module__}.BackendConfig.", hint)
+    if getattr(kind, "name", None) != entry.name or ":" not in kind.implementation:
+        raise ConfigError(
+            f"{source}, which has name={getattr(kind, 'name', None)!r} and implementation={kind.implementation!r}.",
+            f'name: str = "{entry.name}" and implementation: ClassVar[str] = "module:Class"',
+        )
+    return kind
 
 
 def engines() -> dict[str, type[BackendConfig]]:
@@ -81,24 +99,6 @@ def planned_engines() -> tuple[str, ...]:
     return tuple(name for name, kind in engines().items() if kind.planner_class)
 
 
-def _loaded(entry: EntryPoint) -> Any:
-    source = f"{_package(entry)} brings backend={entry.name} as {entry.value}"
-    hint = f"ask its authors, or pip uninstall {_package(entry)}"
-    try:
-        kind = entry.load()
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        raise ConfigError(f"{source}, which cannot be imported: {type(error).__name__}: {lines[0]}.", hint) from error
-    if not (isinstance(kind, type) and issubclass(kind, BackendConfig)):
-        raise ConfigError(f"{source}, which is no subclass of {BackendConfig.__module__}.BackendConfig.", hint)
-    if getattr(kind, "name", None) != entry.name or ":" not in kind.implementation:
-        raise ConfigError(
-            f"{source}, which has name={getattr(kind, 'name', None)!r} and implementation={kind.implementation!r}.",
-            f'name: str = "{entry.name}" and implementation: ClassVar[str] = "module:Class"',
-        )
-    return kind
-
-
 def _package(entry: EntryPoint) -> str:
     return entry.dist.name if entry.dist else entry.module.partition(".")[0]
 
@@ -108,7 +108,9 @@ def conf_folders() -> list[Path]:
     folders = []
     for package in dict.fromkeys(entry.module.partition(".")[0] for entry in brought().values()):
         spec = importlib.util.find_spec(package)
-        for location in (spec.submodule_search_locations if spec else None) or ():
+        if spec is None:
+            continue
+        for location in spec.submodule_search_locations or ():
             if (Path(location) / "conf").is_dir():
                 folders.append(Path(location) / "conf")
     return folders

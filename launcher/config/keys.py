@@ -64,8 +64,9 @@ def run_keys(engine: str) -> JsonObject:
 
 def known_keys(engine: str | None) -> JsonObject:
     """The type of each key that a run can have: of all engines where it is not known with which."""
-    names = (engine,) if engine else tuple(engines())
-    return {path: hint for name in names for path, hint in run_keys(name).items()}
+    if engine:
+        return run_keys(engine)
+    return {path: hint for name in engines() for path, hint in run_keys(name).items()}
 
 
 def engine_of(kind: type[BackendConfig]) -> str | None:
@@ -111,15 +112,18 @@ def unknown_key(key: str, engine: str | None, value: str | None = None) -> Confi
     """There is no such key; the hint is the nearest one with the value that was given, or one that it can have.
     `engine` is None where it is not known."""
     known = known_keys(engine)
-    kind = f"an option of backend={engine}" if engine and key.startswith("backend.") else "a key of the configuration"
-    fact = f"{key} is not {kind}."
+    is_option = key.startswith("backend.")
+    fact, hint = f"{key} is not a key of the configuration.", ALL_KEYS
+    if engine and is_option:
+        fact, hint = f"{key} is not an option of backend={engine}.", f"python -m launcher backend={engine} --cfg, {ALL}"
     if near := nearest(key, known):
         return ConfigError(fact, f"{near}={value or example_of(known[near])}")
-    for other in engines() if key.startswith("backend.") else ():
-        engine_keys = run_keys(other)
-        if near := nearest(key, [path for path in engine_keys if path.startswith("backend.")]):
-            return ConfigError(fact, f"backend={other} {near}={value or example_of(engine_keys[near])}")
-    return ConfigError(fact, f"python -m launcher backend={engine} --cfg, {ALL}" if "option of" in fact else ALL_KEYS)
+    if is_option:
+        for other in engines():
+            engine_keys = run_keys(other)
+            if near := nearest(key, [path for path in engine_keys if path.startswith("backend.")]):
+                return ConfigError(fact, f"backend={other} {near}={value or example_of(engine_keys[near])}")
+    return ConfigError(fact, hint)
 
 
 def nearest(key: str, known: Iterable[str]) -> str | None:
@@ -136,19 +140,24 @@ def nearest(key: str, known: Iterable[str]) -> str | None:
         return beside[close[0]]
     alike = difflib.get_close_matches(leaf, {path.rpartition(".")[2] for path in paths}, 1, cutoff=LEAST_ALIKE)
     same = [path for path in paths if path.rpartition(".")[2] in alike]
-    return difflib.get_close_matches(word, same, 1, cutoff=0)[0] if same else None
+    return next(iter(difflib.get_close_matches(word, same, 1, cutoff=0)), None)
 
 
 def wrong_value(key: str, value: Any, hint: Any) -> ConfigError:
     """A value of another kind than its key has."""
-    given = "null" if value is None else str(value)
-    pair = f"{key}={given}"
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return ConfigError(f"{pair} is not one of {', '.join(hint.__members__)}.", f"{key}={_member(hint, given)}")
+    given = str(value)
     if value is None:
-        return ConfigError(f"{pair} is not a value.", f"leave {key} out")
+        given = "null"
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        fact = f"{key}={given} is not one of {', '.join(hint.__members__)}."
+        return ConfigError(fact, f"{key}={_member(hint, given)}")
+    if value is None:
+        return ConfigError(f"{key}=null is not a value.", f"leave {key} out")
     kind, example = _kind(hint)
-    return ConfigError(f"{pair} is not {kind}.", f"{key}={example}" if example else f"leave {key} out")
+    hint = f"leave {key} out"
+    if example:
+        hint = f"{key}={example}"
+    return ConfigError(f"{key}={given} is not {kind}.", hint)
 
 
 def example_of(hint: Any) -> str:

@@ -51,7 +51,10 @@ def described(device: Device, given: Mapping[str, str], dtype_bytes: int) -> Dev
     if (memory := amounts.get("device.memory")) is not None:
         device = replace(device, capacity_bytes=int(memory))
     if (flops := amounts.get("device.flops")) is not None:
-        device = replace(device, flops_32=flops) if dtype_bytes == 4 else replace(device, flops_16=flops)
+        if dtype_bytes == 4:
+            device = replace(device, flops_32=flops)
+        else:
+            device = replace(device, flops_16=flops)
     return replace(device, bandwidth=amounts.get("device.bandwidth", device.bandwidth))
 
 

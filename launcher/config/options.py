@@ -17,21 +17,27 @@ class Bounds:
 
     def has(self, value: float) -> bool:
         """True if a value is within the bounds."""
-        is_enough = value > self.least if self.is_open else value >= self.least
+        is_enough = value > self.least or (value == self.least and not self.is_open)
         return math.isfinite(value) and is_enough and (self.most is None or value <= self.most)
 
     def nearest(self, value: float) -> int:
         """A value within them, for one that is not."""
         if self.most is not None and value > self.most:
             return self.most
-        return self.least + 1 if self.is_open else self.least
+        if self.is_open:
+            return self.least + 1
+        return self.least
 
     def beside(self, value: float) -> str:
         """The bounds in words, for a value that is not within them; one that is there for safety where it is passed."""
-        most = self.most if self.most is not None and (self.most < MOST_TIMES or value > self.most) else None
+        is_passed = self.most is not None and (self.most < MOST_TIMES or value > self.most)
+        if self.is_open and is_passed:
+            return f"above {self.least} and at most {self.most}"
         if self.is_open:
-            return f"above {self.least}" + ("" if most is None else f" and at most {most}")
-        return f"of {self.least} or more" if most is None else f"from {self.least} to {most}"
+            return f"above {self.least}"
+        if is_passed:
+            return f"from {self.least} to {self.most}"
+        return f"of {self.least} or more"
 
 
 MOST = 2**31 - 1

@@ -108,7 +108,9 @@ class BackendConfig:
 
     def most_at_once(self, config: RunConfig) -> int | None:
         """The most prompts that are answered at a time on all devices, or each; None for all of the set."""
-        return config.load.concurrency if self.continuous_batching else config.measure.batch_size
+        if self.continuous_batching:
+            return config.load.concurrency
+        return config.measure.batch_size
 
     def check_here(self) -> None:
         """Raise ConfigError for an option that the engine's packages on this machine do not take; on every node."""
@@ -270,8 +272,9 @@ class RunConfig:
     @property
     def world_size(self) -> int:
         """Ranks (processes): one for each device, or one that spreads over the devices of a single node by itself."""
-        is_rank_per_device = self.backend.one_process_per_device or self.num_nodes > 1
-        return self.num_devices if is_rank_per_device else self.num_nodes
+        if self.num_nodes > 1 or self.backend.one_process_per_device:
+            return self.num_devices
+        return 1
 
     @property
     def is_continuous(self) -> bool:

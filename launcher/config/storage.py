@@ -29,7 +29,9 @@ class Precision(Enum):
     @property
     def weights(self) -> Precision:
         """The type of weights."""
-        return Precision.fp32 if self.is_mixed else self
+        if self.is_mixed:
+            return Precision.fp32
+        return self
 
     @property
     def num_bytes(self) -> int:
@@ -39,7 +41,9 @@ class Precision(Enum):
     @property
     def mixed_bytes(self) -> int | None:
         """Bytes of a value of a product where it has another type than the weights."""
-        return self.products.num_bytes if self.is_mixed else None
+        if self.is_mixed:
+            return self.products.num_bytes
+        return None
 
 
 class Offload(Enum):

@@ -27,13 +27,23 @@ def check_read(config: RunConfig, given: Collection[str]) -> None:
         raise ConfigError(f"machine={config.machine} is read with dry_run=true only.", "dry_run=true")
     _check_launch(config)
     _check_sampling(config, given)
-    _check_profile(config)
     _check_adapter(config)
+    steps, most_steps = config.measure.profile, (config.prompts.output_tokens or config.sampling.max_new_tokens) - 1
+    if steps is not None and not config.backend.can_trace:
+        fact = f"measure.profile={steps}, and backend={config.backend.name} is no torch module that a rank could trace."
+        raise ConfigError(fact, "measure.profile=null, or backend=fsdp")
+    if steps is not None and steps > most_steps:
+        fact = f"measure.profile={steps}, and there are {most_steps} decode steps in an answer."
+        raise ConfigError(fact, f"sampling.max_new_tokens={steps + 1}")
     if config.measure.quality is not None and not config.backend.can_score:
         fact = f"measure.quality={config.measure.quality}, and backend={config.backend.name} scores no text."
         raise ConfigError(fact, "measure.quality=null, or backend=fsdp")
     _check_model(config, given)
-    _check_batch_size(config, given)
+    if config.backend.continuous_batching and "measure.batch_size" in given:
+        hint = "leave measure.batch_size out"
+        if config.backend.most_at_once_key:
+            hint = f"{config.backend.most_at_once_key}={config.measure.batch_size}"
+        raise ConfigError(unread_batch_size(config), hint)
     if config.server.name == "none" and (name := changed(config.server, ServerConfig())) is not None:
         raise ConfigError(
             f"server.{name} is read with a server only, and server=none starts none.", "backend=endpoint server=vllm"
@@ -43,7 +53,7 @@ def check_read(config: RunConfig, given: Collection[str]) -> None:
 def _check_launch(config: RunConfig) -> None:
     if config.launch.name == "local":
         if (name := changed(config.cluster, ClusterConfig())) is not None:
-            key = "cluster" if name == "name" else f"cluster.{name}"
+            key = f"cluster.{name}".removesuffix(".name")
             raise ConfigError(f"{key}={getattr(config.cluster, name)} is read with launch=slurm only.", "launch=slurm")
         if (name := changed(config.launch, LaunchConfig(), ONLY_SLURM)) is not None:
             value = str(getattr(config.launch, name)).lower()
@@ -78,9 +88,10 @@ def _check_adapter(config: RunConfig) -> None:
             raise ConfigError("adapter.merge=false, and there is no adapter.", "leave adapter.merge out")
         return
     if not is_merged and not config.backend.takes_adapters:
-        able = "adapter.merge=true" if config.backend.loads_by_name else "backend=fsdp"
         fact = f"adapter.merge=false, and backend={config.backend.name} keeps no adapter beside its weights."
-        raise ConfigError(fact, able)
+        if config.backend.loads_by_name:
+            raise ConfigError(fact, "adapter.merge=true")
+        raise ConfigError(fact, "backend=fsdp")
     if not is_merged and config.offload is not Offload.none:
         fact = f"adapter.merge=false, and offload={config.offload.name} takes merged weights only."
         raise ConfigError(fact, "adapter.merge=true")
@@ -90,19 +101,6 @@ def _check_adapter(config: RunConfig) -> None:
     if config.model.weights is Weights.random:
         fact = f"adapter.path={path} is for weights that were trained, and model.weights=random are not."
         raise ConfigError(fact, "adapter.path=null")
-
-
-def _check_profile(config: RunConfig) -> None:
-    steps = config.measure.profile
-    if steps is None:
-        return
-    if not config.backend.can_trace:
-        fact = f"measure.profile={steps}, and backend={config.backend.name} is no torch module that a rank could trace."
-        raise ConfigError(fact, "measure.profile=null, or backend=fsdp")
-    most = (config.prompts.output_tokens or config.sampling.max_new_tokens) - 1
-    if steps > most:
-        fact = f"measure.profile={steps}, and there are {most} decode steps in an answer."
-        raise ConfigError(fact, f"sampling.max_new_tokens={steps + 1}")
 
 
 def _check_model(config: RunConfig, given: Collection[str]) -> None:
@@ -125,14 +123,6 @@ def _check_model(config: RunConfig, given: Collection[str]) -> None:
     if key is not None and not is_made and not config.dry_run:
         fact = f"{key} is not read with the weights of {model.path}, which come with a config.json of their own."
         raise ConfigError(fact, "model.weights=random")
-
-
-def _check_batch_size(config: RunConfig, given: Collection[str]) -> None:
-    """An engine that makes its batches itself reads no size of them, but often a bound."""
-    size, backend = config.measure.batch_size, config.backend
-    if backend.continuous_batching and "measure.batch_size" in given:
-        bound = backend.most_at_once_key
-        raise ConfigError(unread_batch_size(config), f"{bound}={size}" if bound else "leave measure.batch_size out")
 
 
 def unread_batch_size(config: RunConfig) -> str:

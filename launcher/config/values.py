@@ -35,7 +35,10 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> JsonObject:
     """Nested plain values by their dotted keys."""
     pairs: JsonObject = {}
     for name, value in values.items():
-        pairs |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        if isinstance(value, dict):
+            pairs |= flat(value, f"{prefix}{name}.")
+        else:
+            pairs[f"{prefix}{name}"] = value
     return pairs
 
 
