@@ -31,7 +31,8 @@ from launcher.launch.slurm import arrays
 from launcher.launch.slurm.arrays import DETACHED, Detached
 from launcher.launch.slurm.script import job_of, name_of, sbatch_text
 from launcher.launch.sweep import points_of, run_points
-from launcher.prepare.prepare import check_node, prepare
+from launcher.prepare.node import check_node
+from launcher.prepare.prepare import prepare
 from launcher.report.comparison_table import show as show_comparison
 from launcher.report.dry_run import show_plan
 from launcher.report.layout import console, print_json

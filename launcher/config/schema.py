@@ -265,6 +265,13 @@ class RunConfig:
         return self.devices * self.num_nodes
 
     @property
+    def num_shares(self) -> int:
+        """Shares of the prompt set: one for each device, or one that all devices answer together."""
+        if self.backend.data_parallel:
+            return self.num_devices
+        return 1
+
+    @property
     def join_s(self) -> float:
         """Seconds in which all ranks must have met: who is missing is said before the run counts as hung."""
         return 0.9 * self.hang_timeout_s or 1800.0

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.prepare.prepare import check_node, prepare
+from launcher.prepare.node import check_node
+from launcher.prepare.prepare import prepare
 from launcher.rank.worker import EXIT_CODES, enter_world, run_rank
 from launcher.run_dir.attempts import ATTEMPT, begin
 from launcher.run_dir.gathering import finish

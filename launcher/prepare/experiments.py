@@ -92,10 +92,12 @@ def published_figures(config: RunConfig, asks: bool = True) -> list[PublishedFig
     Without `asks` there are no limits of models whose shapes transformers would have to be asked for, which takes time.
     """
     experiment = config.experiment
-    is_named = experiment.hardware is not None
     hardware = experiment.hardware or f"{config.devices}x{FASTEST_OF_THE_TIME}"
     is_known = asks or (config.model.config or {}).get("model_type") in KNOWN_FAMILIES
-    plan = published_plan(config, hardware) if is_known and not experiment.needs else None
+    plan = None
+    if is_known and not experiment.needs:
+        plan = published_plan(config, hardware)
+    is_named = experiment.hardware is not None
     return [_against(figure, config, plan, hardware, is_named) for figure in experiment.figures]
 
 
@@ -114,7 +116,8 @@ def _against(
             if plan.limit.bound == "link":
                 objection += f": its cards must be joined by more than {usual_link(machine_of(hardware)[1]).name}"
             return replace(published, limit=most, objection=objection)
-        return replace(published, limit=most, share=figure.value / most) if is_named else published
+        if is_named:
+            return replace(published, limit=most, share=figure.value / most)
     if figure.name == "generation_s":
         least = plan.prefill_limit.seconds + (tokens - 1) * step_s
         if figure.value < least:
@@ -124,7 +127,8 @@ def _against(
                 f"{figure.value:g} s are {steps} steps"
             )
             return replace(published, limit=least, objection=objection)
-        return replace(published, limit=least, share=least / figure.value) if is_named else published
+        if is_named:
+            return replace(published, limit=least, share=least / figure.value)
     if figure.name == "peak_memory_gb":
         device = plan.devices[0]
         planned = (device.used_bytes - device.overhead_bytes) / 1e9
@@ -142,7 +146,7 @@ def measured_figure(name: str, record: Record) -> float | None:
     if name == "load_s":
         return record.load_s
     if name in ("user_s", "system_s") and record.cost is not None:
-        return record.cost.user_s if name == "user_s" else record.cost.system_s
+        return {"user_s": record.cost.user_s, "system_s": record.cost.system_s}[name]
     peaks = [device.peak_allocated_bytes for device in record.devices if device.peak_allocated_bytes is not None]
     if name == "peak_memory_gb" and peaks:
         return max(peaks) / 1e9

@@ -63,7 +63,12 @@ def plan_of(
     quantization = quantization_of(config, model_config, on_cuda)
     planner = config.backend.planner(config, model_config, on_cuda)
     if planner is None:
-        _check_unplanned(config)
+        if config.precision.is_mixed:
+            fact = f"precision={config.precision.name}, and backend={config.backend.name} has no mixed precision."
+            raise PlanError(fact, "precision=bf16")
+        if config.offload is not Offload.none:
+            fact = f"offload={config.offload.name}, and backend={config.backend.name} offloads no weights."
+            raise PlanError(fact, "offload=none")
         return None
     if isinstance(planner, ModulePlanner) and config.is_continuous:
         planner = replace(planner, prefill_tokens=config.measure.prefill_tokens or DEFAULT_PREFILL_TOKENS)
@@ -87,19 +92,9 @@ def plan_of(
     )
     shares = _batches(config, prompts, request)
     if at_once is not None:
-        each = at_once / (config.num_devices if config.backend.data_parallel else 1)
+        each = at_once / config.num_shares
         shares |= {"batch_size": ceil(each), "mean_batch_size": each}
     return make_plan(replace(request, **shares))
-
-
-def _check_unplanned(config: RunConfig) -> None:
-    """Raise PlanError for what only engines with a plan do."""
-    if config.precision.is_mixed:
-        fact = f"precision={config.precision.name}, and backend={config.backend.name} has no mixed precision."
-        raise PlanError(fact, "precision=bf16")
-    if config.offload is not Offload.none:
-        fact = f"offload={config.offload.name}, and backend={config.backend.name} offloads no weights."
-        raise PlanError(fact, "offload=none")
 
 
 def _with_factors(config: RunConfig, shape: ModelShape) -> ModelShape:
@@ -110,8 +105,9 @@ def _with_factors(config: RunConfig, shape: ModelShape) -> ModelShape:
     factors = []
     for (module, factor), sizes in factor_shapes(Path(config.adapter.path)).items():
         cut = cuts.get(module, "whole")
-        is_cut = (factor == "A") == (cut == "row")
-        factors.append(Parameter(f"{module}.weight_lora_{factor.lower()}", sizes, cut if is_cut else "whole"))
+        if (factor == "A") != (cut == "row"):
+            cut = "whole"
+        factors.append(Parameter(f"{module}.weight_lora_{factor.lower()}", sizes, cut))
     return replace(shape, parameters=(*shape.parameters, *factors))
 
 
@@ -126,10 +122,14 @@ def short_memory(config: RunConfig, plan: Plan, tensors: Mapping[str, TensorEntr
     is_read = config.model.weights is Weights.auto and config.backend.loads_by_name
     dtypes = {entry.dtype for entry in (tensors or {}).values()} or {FILE_DTYPES[config.precision.weights]}
     are_mapped = is_read and FILE_DTYPES[config.precision.weights] in dtypes
-    here = plan.devices[: config.devices]
-    needed = sum(device.offloaded_bytes for device in here) if config.offload is Offload.cpu else 0
-    for device in here if config.accelerator is Accelerator.cpu else ():
-        needed += 0 if are_mapped else device.parameter_bytes
+    needed = 0
+    for device in plan.devices[: config.devices]:
+        if config.offload is Offload.cpu:
+            needed += device.offloaded_bytes
+        if config.accelerator is not Accelerator.cpu:
+            continue
+        if not are_mapped:
+            needed += device.parameter_bytes
         needed += max(device.kv_cache_bytes, device.kv_cache_reserved_bytes) + device.buffer_bytes
         needed += device.draft_parameter_bytes + device.draft_cache_bytes
     memory: int = psutil.virtual_memory().available
@@ -154,7 +154,9 @@ def paces(
     for name, kind in engines().items():
         if kind.planner_class is None and name != config.backend.name:
             continue
-        other = config if name == config.backend.name else replace(config, backend=kind(python=config.backend.python))
+        other = config
+        if name != config.backend.name:
+            other = replace(config, backend=kind(python=config.backend.python))
         with contextlib.suppress(PlanError):
             plan = plan_for(other, at_once)
             if plan is not None and plan.limit is not None:
@@ -164,15 +166,22 @@ def paces(
 
 def quantization_of(config: RunConfig, model_config: TransformersConfig, on_cuda: bool) -> Quantization | None:
     """The way in which a run holds its weights; PlanError for a quantized checkpoint that its engine cannot read."""
-    backend = config.backend
-    _check_quantization(config)
+    name, backend = config.quantization.name, config.backend
+    if config.quantization is not WeightFormat.none and name not in backend.quantizations:
+        able = [kind for kind, engine in engines().items() if name in engine.quantizations]
+        fact = f"backend={backend.name} makes no {name} weights"
+        if backend.quantizations:
+            fact += f", but {', '.join(backend.quantizations)}"
+        raise PlanError(f"{fact}.", f"backend={able[0]}")
+    if name in OF_BITSANDBYTES and backend.python is None and importlib.util.find_spec("bitsandbytes") is None:
+        raise PlanError(f"quantization={name} needs bitsandbytes.", pip_install("quantization"))
     is_random = config.model.weights is Weights.random and not backend.own_random_weights
     if not backend.needs_weights or is_random:
         return backend.quantization(config, None, on_cuda)
     stored = from_config(model_config)
     if stored is not None and config.quantization is not WeightFormat.none:
         raise PlanError(
-            f"quantization={config.quantization.name}: the checkpoint is quantized already ({stored.name}).",
+            f"quantization={name}: the checkpoint is quantized already ({stored.name}).",
             "quantization=none",
         )
     if stored is not None and not backend.reads(stored):
@@ -182,22 +191,6 @@ def quantization_of(config: RunConfig, model_config: TransformersConfig, on_cuda
             "use the unquantized checkpoint" + "".join(readers),
         )
     return backend.quantization(config, stored, on_cuda)
-
-
-def _check_quantization(config: RunConfig) -> None:
-    """Raise PlanError for a quantization that the engine does not make, or whose package is not there."""
-    name, backend = config.quantization.name, config.backend
-    if config.quantization is WeightFormat.none:
-        return
-    if name not in backend.quantizations:
-        able = [kind for kind, engine in engines().items() if name in engine.quantizations]
-        known = ", ".join(backend.quantizations)
-        raise PlanError(
-            f"backend={backend.name} makes no {name} weights" + (f", but {known}." if known else "."),
-            f"backend={able[0]}",
-        )
-    if name in OF_BITSANDBYTES and backend.python is None and importlib.util.find_spec("bitsandbytes") is None:
-        raise PlanError(f"quantization={name} needs bitsandbytes.", pip_install("quantization"))
 
 
 def _devices(config: RunConfig, on_cuda: bool) -> tuple[Device, Link | None]:
@@ -228,18 +221,18 @@ def _batches(config: RunConfig, prompts: Sequence[Prompt], request: PlanRequest)
     longest of it."""
     mean_tokens = sum(len(prompt.token_ids) for prompt in prompts) / len(prompts)
     if config.backend.continuous_batching:
-        pool = request.engine.pool(request)
-        at_once = len(prompts) if pool is None else min(len(prompts), pool.sequences)
+        at_once = len(prompts)
+        if (pool := request.engine.pool(request)) is not None:
+            at_once = min(at_once, pool.sequences)
         return {"batch_size": at_once, "mean_prompt_tokens": mean_tokens}
     if config.is_continuous:
-        parts = config.num_devices if config.backend.data_parallel else 1
-        share = ceil(len(prompts) / parts)
+        share = ceil(len(prompts) / config.num_shares)
         slots = min(config.measure.batch_size, share)
-        mean = len(prompts) / (parts * ceil(share / slots))  # of answers of full length, which end together
-        return {"batch_size": slots, "mean_batch_size": mean, "mean_prompt_tokens": mean_tokens}
-    data_parallel, world = config.backend.data_parallel, World(world_size=config.devices * config.num_nodes)
+        calls = config.num_shares * ceil(share / slots)  # of answers of full length, which end together
+        return {"batch_size": slots, "mean_batch_size": len(prompts) / calls, "mean_prompt_tokens": mean_tokens}
+    world = World(world_size=config.num_devices)
     size, calls = call_count(len(prompts), world, config)
-    ranks = [replace(world, rank=rank) for rank in range(world.world_size if data_parallel else 1)]
+    ranks = [replace(world, rank=rank) for rank in range(config.num_shares)]
     all_calls = [call for rank in ranks for call in batches(split(prompts, rank, config), size, calls) if call]
     padded = sum(len(call) * max(len(prompt.token_ids) for prompt in call) for call in all_calls)
     return {

@@ -47,12 +47,9 @@ def config_of(folder: Path) -> JsonObject:
     try:
         config = read_json(path, CheckpointError, "download the model again")
     except FileNotFoundError:
-        below = next((path.parent for path in sorted(folder.glob("*/config.json"))), None)
-        hint = (
-            f"model.path={below}"
-            if below
-            else "model.path= a folder that save_pretrained wrote, or model.path=embedded:tiny_falcon"
-        )
+        hint = "model.path= a folder that save_pretrained wrote, or model.path=embedded:tiny_falcon"
+        if below := sorted(folder.glob("*/config.json")):
+            hint = f"model.path={below[0].parent}"
         raise CheckpointError(f"{folder} has no config.json.", hint) from None
     if not isinstance(config, dict) or "vocab_size" not in config:
         raise CheckpointError(
@@ -87,7 +84,9 @@ def shape_of_files(model_config: TransformersConfig, tensors: Mapping[str, Tenso
     shapes = {name: entry.shape for name, entry in tensors.items()}
     quantization = from_config(model_config)
     sizes = {name: size for name, size in model_config.items() if name != "windows"}  # which are no field of a model's
-    return shape_from_tensors(sizes, unpacked(shapes, quantization) if quantization else shapes)
+    if quantization:
+        shapes = unpacked(shapes, quantization)
+    return shape_from_tensors(sizes, shapes)
 
 
 @lru_cache(maxsize=16)

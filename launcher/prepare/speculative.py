@@ -35,7 +35,7 @@ def settle_guesses(config: RunConfig, model_config: TransformersConfig, longest:
         return config
     folder = _folder(config)
     fields, path = config_of(folder), wanted.model
-    ours, theirs = (ConfigFields(one).size("vocab_size") for one in (model_config, fields))
+    ours, theirs = ConfigFields(model_config).size("vocab_size"), ConfigFields(fields).size("vocab_size")
     if ours != theirs:
         fact = f"The draft {path} has a vocabulary of {theirs} tokens, and {config.model.name} one of {ours}."
         raise ConfigError(fact, "speculative=ngram speculative.model=null")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -45,5 +46,7 @@ def call_count(total: int, world: World, config: RunConfig) -> tuple[int, int]:
     """(batch size, number of generate calls), the same on every rank."""
     if config.is_continuous:
         return max(total, 1), 1
-    share = -(-total // world.world_size) if config.backend.data_parallel else total
-    return config.measure.batch_size, -(-share // config.measure.batch_size)
+    share = total
+    if config.backend.data_parallel:
+        share = ceil(total / world.world_size)
+    return config.measure.batch_size, ceil(share / config.measure.batch_size)

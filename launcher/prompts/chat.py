@@ -33,25 +33,23 @@ def chats(texts: Sequence[str], system: str | None, folder: Path) -> list[str]:
     source = _template(folder, config)
     if source is None:
         raise ConfigError(f"prompts.chat=true, and {folder} has no chat template.", "prompts.chat=false")
-    before = [] if system is None else [{"role": "system", "content": system}]
-    tokens = {name: _text(value) for name, value in config.items() if name.endswith("_token")}
-    known = {"tools": None, "documents": None, "add_generation_prompt": True, **tokens}
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = _to_json  # this and the others as transformers has them, so that texts are the same
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: DAY
+    known = {"tools": None, "documents": None, "add_generation_prompt": True}
+    for name, value in config.items():
+        if name.endswith("_token"):
+            known[name] = _text(value)
+    before, hint = [], "prompts.chat=false"
+    if system is not None:
+        before, hint = [{"role": "system", "content": system}], "prompts.system=null"
     try:
-        template = _environment().from_string(source)
+        template = environment.from_string(source)
         return [template.render(messages=[*before, {"role": "user", "content": text}], **known) for text in texts]
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
         reason = str(error) or type(error).__name__
-        hint = "prompts.system=null" if system is not None else "prompts.chat=false"
         raise ConfigError(f"The chat template of {folder} refuses: {reason}.", hint) from None
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """A Jinja environment like transformers' own, so that the texts are the same."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: DAY
-    return environment
 
 
 def _refuse(message: str) -> None:
@@ -74,7 +72,9 @@ def _config(folder: Path) -> JsonObject:
         values = read_json(folder / CONFIG, CheckpointError, "download the model again")
     except FileNotFoundError:
         return {}
-    return values if isinstance(values, dict) else {}
+    if isinstance(values, dict):
+        return values
+    return {}
 
 
 def _template(folder: Path, config: JsonObject) -> str | None:
@@ -86,4 +86,6 @@ def _template(folder: Path, config: JsonObject) -> str | None:
     if isinstance(source, list):
         named = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
         source = named.get("default")
-    return source if isinstance(source, str) else None
+    if isinstance(source, str):
+        return source
+    return None

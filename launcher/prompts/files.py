@@ -54,7 +54,19 @@ def read_file(wanted: PromptsConfig) -> list[str]:
         return [line for line in _content(path).split("\n") if line.strip()]  # splitlines() also splits at U+2028
     rows = _rows(path)
     field = wanted.field or _usual_field(rows, path)
-    return [_text(row, field, is_chosen=wanted.field is not None) for row in rows]
+    texts = []
+    for row in rows:
+        value = row.value
+        if isinstance(row.value, dict):
+            value = row.value.get(field)
+        elif wanted.field is not None:  # a row without fields is a prompt itself where none is chosen
+            value = None
+        text = _question(value)
+        if not text:
+            hint = _field_like(field, [row]) or f'{{"{field}": "The capital of France is"}}, or leave it out'
+            raise ConfigError(f'{row.place} has no text under "{field}".', hint)
+        texts.append(text)
+    return texts
 
 
 def read_arrivals(wanted: PromptsConfig) -> list[float]:
@@ -64,28 +76,27 @@ def read_arrivals(wanted: PromptsConfig) -> list[float]:
         fact = f"load.arrivals=true, and prompts={wanted.name} says of no prompt when it comes."
         raise ConfigError(fact, WITH_ARRIVALS)
     moments: list[float] = []
+    earliest = 0.0
     for row in _rows(path):
-        earliest = moments[-1] if moments else 0.0
+        moment = math.nan
         if isinstance(row.value, dict):
             moment = _number(row.value.get("arrival_s"))
-        else:
-            moment = None
-        if moment is None or not earliest <= moment <= MOST_SECONDS:
+        if not earliest <= moment <= MOST_SECONDS:
             fact = f'{row.place} has no "arrival_s" of {earliest:g} or more.'
             raise ConfigError(fact, 'seconds from the start, in order: {"prompt": "...", "arrival_s": 0.5}')
         moments.append(moment)
+        earliest = moment
     return moments
 
 
-def _number(value: Any) -> float | None:
-    """A number of JSON, or the text of one in a table; None for anything else."""
+def _number(value: Any) -> float:
+    """A number of JSON, or the text of one in a table; NaN for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
+        return math.nan
     try:
-        number = float(value)
+        return float(value)
     except ValueError:
-        return None
-    return number if math.isfinite(number) else None
+        return math.nan
 
 
 def _rows(path: Path) -> list[Row]:
@@ -147,27 +158,20 @@ def _usual_field(rows: Sequence[Row], path: Path) -> str:
     return usual
 
 
-def _text(row: Row, field: str, is_chosen: bool) -> str:
-    """The text in a field of a row, or the first question of the conversation there. A row without fields is the text
-    itself, unless the user has chosen one."""
-    value = None if is_chosen else row.value
-    if isinstance(row.value, dict):
-        value = row.value.get(field)
-    if text := _question(value):
-        return text
-    hint = _field_like(field, [row]) or f'{{"{field}": "The capital of France is"}}, or leave it out'
-    raise ConfigError(f'{row.place} has no text under "{field}".', hint)
-
-
 def _question(value: Any) -> str | None:
     """A text itself, or what is asked first in a conversation: a list of texts, or of turns as OpenAI and ShareGPT have
     them. None for anything else."""
-    for turn in value if isinstance(value, list) else [value]:
+    turns = value
+    if not isinstance(value, list):
+        turns = [value]
+    for turn in turns:
         if isinstance(turn, str):
             return turn
         if isinstance(turn, dict) and turn.get("role", turn.get("from")) in ASKING:
             content = turn.get("content", turn.get("value"))
-            return content if isinstance(content, str) else None
+            if isinstance(content, str):
+                return content
+            return None
     return None
 
 
@@ -175,16 +179,18 @@ def _field_like(field: str, rows: Sequence[Row]) -> str | None:
     """`prompts.field=` with the name of a field that has a text in the first row, the nearest to `field`."""
     first = next((row.value for row in rows if isinstance(row.value, dict)), {})
     names = [name for name, value in first.items() if name and name != field and _question(value)]
-    near = difflib.get_close_matches(field, names, 1, cutoff=0)
-    if near:
-        return for_shell(f"prompts.field={near[0] if near[0].isidentifier() else quoted(near[0])}")
+    for name in difflib.get_close_matches(field, names, 1, cutoff=0):
+        if name.isidentifier():
+            return for_shell(f"prompts.field={name}")
+        return for_shell(f"prompts.field={quoted(name)}")
     return None
 
 
 def _content(path: Path) -> str:
     try:
-        content = _stdin() if path == Path("-") else read_bytes(path)
-        return content.decode(ENCODING)
+        if path == Path("-"):
+            return _stdin().decode(ENCODING)
+        return read_bytes(path).decode(ENCODING)
     except UnicodeDecodeError as error:
         hint = f"iconv -f latin1 -t utf-8 {shlex.quote(str(path))} > utf8{path.suffix}; prompts.path=utf8{path.suffix}"
         raise ConfigError(f"Cannot read the prompts in {path}: {error}.", hint) from None

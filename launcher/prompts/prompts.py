@@ -58,6 +58,11 @@ def has_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer.json").is_file()
 
 
+def is_text_without_tokenizer(config: RunConfig, folder: Path | None) -> bool:
+    """True if the prompts are texts, and the folder of the model has no tokenizer that would encode them."""
+    return config.prompts.input_tokens is None and (folder is None or not has_tokenizer(folder))
+
+
 def guessed_prompts(config: RunConfig, vocab_size: int) -> list[Prompt]:
     """Prompts of about the right lengths, for a plan without the model's tokenizer: a token for each 4 bytes."""
     wanted = config.prompts
@@ -143,20 +148,23 @@ def sampling_of(config: RunConfig) -> SamplingConfig:
     return replace(config.sampling, max_new_tokens=config.prompts.output_tokens, ignore_eos=True)
 
 
-def check_context(prompts: Sequence[Prompt], max_new_tokens: int, context: int | None, key: str) -> None:
-    """ConfigError where a prompt and its new tokens, whose number `key` is, are longer than the model's context."""
+def check_context(config: RunConfig, prompts: Sequence[Prompt], context: int | None) -> int:
+    """The most tokens of a prompt and its answer; ConfigError where the context of the model is shorter."""
+    key, new_tokens = "prompts.output_tokens", config.prompts.output_tokens
+    if new_tokens is None:
+        key, new_tokens = "sampling.max_new_tokens", config.sampling.max_new_tokens
     longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
-    length, needed = len(longest.token_ids), len(longest.token_ids) + max_new_tokens
+    length, needed = len(longest.token_ids), len(longest.token_ids) + new_tokens
     if context is None or needed <= context:
-        return
+        return needed
     if length < context:
         hint = f"{key}={context - length}, or a shorter prompt"
-    elif longest.text or max_new_tokens >= context:
-        hint = f"a prompt of at most {max(context - max_new_tokens, 1)} tokens"
+    elif longest.text or new_tokens >= context:
+        hint = f"a prompt of at most {max(context - new_tokens, 1)} tokens"
     else:
-        hint = f"prompts.input_tokens={context - max_new_tokens}"
+        hint = f"prompts.input_tokens={context - new_tokens}"
     raise ConfigError(
-        f"Prompt {longest.index} has {length} tokens; with {max_new_tokens} new ones that is {needed}, "
+        f"Prompt {longest.index} has {length} tokens; with {new_tokens} new ones that is {needed}, "
         f"and the context of the model is {context}.",
         hint,
     )

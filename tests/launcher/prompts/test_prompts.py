@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from launcher.backends.base import Prompt
-from launcher.config.schema import ConfigError, PromptsConfig
+from launcher.config.schema import ConfigError, PromptsConfig, RunConfig, SamplingConfig
 from launcher.models import EMBEDDED
 from launcher.prompts.prompts import (
     check_context,
@@ -100,8 +100,9 @@ def test_synthetic_prompts_have_exact_lengths_and_follow_the_seed() -> None:
 @pytest.mark.parametrize(("new_tokens", "context", "fits"), [(3, 8, True), (4, 8, False), (4, None, True)])
 def test_prompt_and_new_tokens_fit_the_context(new_tokens: int, context: int | None, fits: bool) -> None:
     prompts = [Prompt(0, "", (1, 2)), Prompt(1, "", (1, 2, 3, 4, 5))]
+    config = RunConfig(sampling=SamplingConfig(max_new_tokens=new_tokens))
     if fits:
-        check_context(prompts, new_tokens, context, "sampling.max_new_tokens")
+        assert check_context(config, prompts, context) == 5 + new_tokens
     else:
         with pytest.raises(ConfigError, match=r"Prompt 1 has 5 tokens; with 4 new ones that is 9"):
-            check_context(prompts, new_tokens, context, "sampling.max_new_tokens")
+            check_context(config, prompts, context)
