@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,23 +37,28 @@ MOST = 2**20
 def run_with_largest_batch(run: Run, start: Start) -> Record:
     """The record of the run with the largest batch that fits; of the try that failed otherwise, or if none fits."""
     config = run.config
-    begun = _begun(config) if config.resume else None
-    if begun is not None:
-        return start(begun)
+    if config.resume and (earlier := _earlier_search(config)) is not None:
+        return start(earlier)
     tries = Tries(run, new_folder(config, "_tries"), start)
-    planned = run.plan.largest_batch if run.plan else None
-    most = MOST if planned else tries.prompts_each
+    most, planned = tries.prompts_each, None
+    if run.plan is not None and run.plan.largest_batch:
+        most, planned = MOST, run.plan.largest_batch
     try:
         batch = largest(tries.fits, min(planned or config.measure.batch_size, most), most)
     except TryFailedError as error:
         return error.record
     if not batch:
         return tries.records[1]
+    limited_by, plan_over_found = "memory", None
+    if batch == most:
+        limited_by = "prompts"
+    if planned is not None:
+        plan_over_found = planned / batch
     search = BatchSearch(
         largest_batch=batch,
-        limited_by="prompts" if batch == most else "memory",
+        limited_by=limited_by,
         planned=planned,
-        plan_over_found=planned / batch if planned else None,
+        plan_over_found=plan_over_found,
         tries=tuple(BatchTry(size, record.status, record.run_dir) for size, record in tries.records.items()),
         asked=what_is_run(to_dict(config)),
     )
@@ -64,16 +70,21 @@ def largest(fits: Callable[[int], bool], start: int, most: int) -> int:
 
     Looks near `start` first: in steps that double until one side is found, then by halving.
     """
-    step = max(start // STEPS, 1)
-    low, high = (start, most + 1) if fits(start) else (0, start)
-    rising = low > 0
-    while high - low > 1 and (high > most if rising else low == 0):
-        batch = min(low + step, most) if rising else max(high - step, 1)
-        low, high = (batch, high) if fits(batch) else (low, batch)
-        step *= 2
+    step, low, high = max(start // STEPS, 1), 0, most + 1  # `low` fits, `high` does not
+    batch = start
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        if fits(batch):
+            low = batch
+        else:
+            high = batch
+        if high > most:
+            batch = min(low + step, most)
+            step *= 2
+        elif low == 0:
+            batch = max(high - step, 1)
+            step *= 2
+        else:
+            batch = (low + high) // 2
     return low
 
 
@@ -90,8 +101,8 @@ class Tries:
 
     def __init__(self, run: Run, folder: Path, start: Start) -> None:
         self.run, self.folder, self.start = run, folder, start
-        self.ranks = run.world_size if run.config.backend.data_parallel else 1
-        self.prompts_each = -(-len(run.prompts) // self.ranks)
+        self.ranks = run.config.num_shares
+        self.prompts_each = ceil(len(run.prompts) / self.ranks)
         self.records: dict[int, Record] = {}
 
     def fits(self, batch: int) -> bool:
@@ -126,7 +137,7 @@ def _with_batch(run: Run, batch: int) -> Run:
         return replace(run, config=config)
 
 
-def _begun(config: RunConfig) -> RunDir | None:
+def _earlier_search(config: RunConfig) -> RunDir | None:
     """The run of an earlier search for the same, which has its batch already."""
     asked = what_is_run(to_dict(config))
     for run_dir in reversed(run_dirs_in(Path(config.output_dir))):

@@ -45,10 +45,18 @@ def join(config: RunConfig, command: tuple[str, ...], world: World, report: Call
     What keeps rank 0 from making it is raised on all ranks; each node answers for its own devices and packages.
     """
     starter = starter_of(os.environ)
-    on_cuda = check_node(config)
+    kind = "cpu"
+    if check_node(config):
+        kind = "cuda"
     enter_world(world)
-    connect(world, device_of(world, "cuda" if on_cuda else "cpu"), config.join_s)
-    begun = from_rank_0(_begin(config, command, world) if world.rank == 0 else None)
+    connect(world, device_of(world, kind), config.join_s)
+    result: _Begun | UserError | OSError | None = None
+    if world.rank == 0:
+        try:
+            result = _begin(config, command, world)
+        except (UserError, OSError) as error:
+            result = error  # the others wait for it: if it left here, theirs would be a broken connection
+    begun = from_rank_0(result)
     if isinstance(begun, Exception):
         disconnect()
         raise begun
@@ -61,23 +69,17 @@ def join(config: RunConfig, command: tuple[str, ...], world: World, report: Call
     with redirected_output(run_dir.rank_log(world.rank)):
         status = run_rank(run_dir, world, parent=None, starter=starter)
     if world.rank == 0:
-        _wait_for(run_dir, world.world_size)
+        deadline = time.monotonic() + OTHERS_S
+        while time.monotonic() < deadline and not run_dir.has_last_words(world.world_size):
+            time.sleep(0.05)
         report(finish(run_dir))
     return EXIT_CODES.get(status, 1)
 
 
-def _begin(config: RunConfig, command: tuple[str, ...], world: World) -> _Begun | UserError | OSError:
-    """The run, begun; or the error, which the others wait for: if it left here, theirs would be a broken connection."""
-    try:
-        run = replace(prepare(config, command), world_size=world.world_size)
-        with writing_in(Path(config.output_dir)):
-            run_dir = directory_of(run)
-            return _Begun(run_dir, None if run_dir.is_done() else begin(run_dir))
-    except (UserError, OSError) as error:
-        return error
-
-
-def _wait_for(run_dir: RunDir, world_size: int) -> None:
-    deadline = time.monotonic() + OTHERS_S
-    while time.monotonic() < deadline and not run_dir.has_last_words(world_size):
-        time.sleep(0.05)
+def _begin(config: RunConfig, command: tuple[str, ...], world: World) -> _Begun:
+    run = replace(prepare(config, command), world_size=world.world_size)
+    with writing_in(Path(config.output_dir)):
+        run_dir = directory_of(run)
+        if run_dir.is_done():
+            return _Begun(run_dir, None)
+        return _Begun(run_dir, begin(run_dir))

@@ -49,10 +49,10 @@ def check_nodes(config: RunConfig) -> None:
         host = (launch.rendezvous or "").partition(":")[0] or socket.gethostname()
         raise ConfigError(f"launch.rendezvous={launch.rendezvous} is not HOST:PORT.", f"launch.rendezvous={host}:29400")
     if launch.node_rank is None or not 0 <= launch.node_rank < nodes:
-        raise ConfigError(
-            f"launch.node_rank={launch.node_rank} is not one of num_nodes={nodes}.",
-            f"launch.node_rank=0 on the first node to {nodes - 1} on the last" if nodes > 1 else "num_nodes=2",
-        )
+        hint = "num_nodes=2"
+        if nodes > 1:
+            hint = f"launch.node_rank=0 on the first node to {nodes - 1} on the last"
+        raise ConfigError(f"launch.node_rank={launch.node_rank} is not one of num_nodes={nodes}.", hint)
     if (python := config.backend.python) is not None:
         raise ConfigError(
             f"launch.rendezvous starts whole launchers, and backend.python={python} is for ranks alone.",
@@ -101,8 +101,9 @@ def _receive(host: str, port: int, num_nodes: int, deadline: float, limit_s: flo
     """Wait for every other node, then let all of them go on."""
     came: dict[int, socket.socket] = {}
     try:
-        both = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if both else socket.AF_INET
+        family, both = socket.AF_INET, socket.has_dualstack_ipv6()
+        if both:
+            family = socket.AF_INET6
         with contextlib.ExitStack() as stack:
             server = stack.enter_context(socket.create_server(("", port), family=family, dualstack_ipv6=both))
             while len(came) < num_nodes - 1:
@@ -119,15 +120,18 @@ def _receive(host: str, port: int, num_nodes: int, deadline: float, limit_s: flo
         fact = f"Nodes {missing} of {num_nodes} have not come to {host}:{port} within {limit_s:g} s"
         raise WorldError(f"{fact}; node 0 listens there on {here(host, port)}.", ELSEWHERE) from None
     except OSError as error:
+        other_port = 29400
+        if port < 65535:
+            other_port = port + 1
         raise WorldError(
             f"Node 0 cannot listen on port {port}: {error.strerror}.",
-            f"launch.rendezvous={host}:{port + 1 if port < 65535 else 29400} on all nodes",
+            f"launch.rendezvous={host}:{other_port} on all nodes",
         ) from None
 
 
 def _come(host: str, port: int, config: RunConfig, deadline: float) -> None:
     """Tell node 0 that this one is there, as soon as it listens, and wait for all others to be."""
-    reason: OSError | None = None
+    reason = ""
     while (left := deadline - time.monotonic()) > 0:
         try:
             with socket.create_connection((host, port), timeout=min(left, 5.0)) as connection:
@@ -136,12 +140,11 @@ def _come(host: str, port: int, config: RunConfig, deadline: float) -> None:
                 if connection.recv(2) == b"go":
                     return
         except OSError as error:
-            reason = error
+            reason = f": {error}"
         time.sleep(0.2)
-    why = f": {reason}" if reason else ""
     raise WorldError(
         f"Node {config.launch.node_rank} did not reach all nodes through {host}:{port} from {here(host, port)} within "
-        f"{config.join_s:g} s{why}.",
+        f"{config.join_s:g} s{reason}.",
         ELSEWHERE,
     )
 

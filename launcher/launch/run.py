@@ -117,11 +117,9 @@ def run_local(run_dir: RunDir, show: Show) -> Record:
                     outcome = _watch(ranks, run_dir, run, show)
                     signals.is_ending = True
             except KeyboardInterrupt as error:
+                outcome = Outcome("cancelled", "interrupted from the keyboard")
                 if isinstance(error, Terminated):
-                    by = "received SIGTERM"
-                else:
-                    by = "interrupted from the keyboard"
-                outcome = Outcome("cancelled", by)
+                    outcome = Outcome("cancelled", "received SIGTERM")
             return finish(run_dir, outcome)
 
 

@@ -19,7 +19,7 @@ from launcher.run_dir.lifecycle import never_begun, refusal
 from shards.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from launcher.config.schema import RunConfig
     from launcher.results.record import Record
@@ -46,7 +46,9 @@ def points_of(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> list
     if len({item for point in expanded for item in point if item.startswith("speculative=")}) > 1:
         expanded = [without_others(point) for point in expanded]
     asked = {item for point in expanded for item in point if item.startswith("backend=")}
-    for_others = ONE_FOR_ALL_ENGINES if len(asked) > 1 else ()
+    for_others: tuple[str, ...] = ()
+    if len(asked) > 1:
+        for_others = ONE_FOR_ALL_ENGINES
     return [
         Point(tuple(point), compose_run(point, tuple(config_dirs), for_others), command_of(point, config_dirs))
         for point in expanded
@@ -64,24 +66,19 @@ def run_points(points: Sequence[Point]) -> list[Record]:
     swept, began = varied([point.overrides for point in points]), time.monotonic()
     with contextlib.suppress(KeyboardInterrupt):  # between two points, or before the ranks of one have begun
         for turn, number in enumerate(local, 1):
-            records[number] = _run_here(points[number], swept[number], Turn(turn, len(local), began))
+            point = points[number]
+            try:
+                records[number] = run(point.config, point.command, Turn(turn, len(local), began))
+            except UserError as error:
+                records[number] = refusal(point.config, error)
+            show_point(swept[number], records[number], console(stderr=True))
             if records[number].status == "cancelled":
                 break
     is_cancelled = any(number not in records or records[number].status == "cancelled" for number in local)
     if queued and not is_cancelled:
         jobs = [(points[number].config, points[number].command) for number in queued]
         records |= dict(zip(queued, run_slurm_points(jobs), strict=True))
-    return [
-        records[number] if number in records else never_begun(point.config, NOT_BEGUN, time.time())
-        for number, point in enumerate(points)
-    ]
-
-
-def _run_here(point: Point, swept: Mapping[str, str], turn: Turn) -> Record:
-    """The record of one point of a sweep, whatever becomes of it."""
-    try:
-        record = run(point.config, point.command, turn)
-    except UserError as error:
-        record = refusal(point.config, error)
-    show_point(swept, record, console(stderr=True))
-    return record
+    for number, point in enumerate(points):
+        if number not in records:
+            records[number] = never_begun(point.config, NOT_BEGUN, time.time())
+    return [records[number] for number in range(len(points))]

@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from shards.plan.plan import Plan
 
 HEAD = "lm_head.weight"
-ACCELERATORS = {False: Accelerator.cpu, True: Accelerator.cuda}
 
 
 def prepare(config: RunConfig, command: tuple[str, ...], given: Sequence[Prompt] = ()) -> Run:
@@ -58,7 +57,10 @@ def prepare(config: RunConfig, command: tuple[str, ...], given: Sequence[Prompt]
     on_cuda = check_node(config)
     if config.launch.nccl_debug and not on_cuda:
         raise ConfigError("launch.nccl_debug=true, and without GPUs no rank uses NCCL.", "launch.nccl_debug=false")
-    config, notes = config.backend.settle(replace(config, accelerator=ACCELERATORS[on_cuda]), on_cuda)
+    config = replace(config, accelerator=Accelerator.cpu)
+    if on_cuda:
+        config = replace(config, accelerator=Accelerator.cuda)
+    config, notes = config.backend.settle(config, on_cuda)
     folder = model_folder(config)
     if folder is not None:
         model_config = config_of(folder)

@@ -44,7 +44,7 @@ class Point:
     """A point of a sweep: its overrides, and its run directory, or the record that says why it has none."""
 
     overrides: tuple[str, ...]
-    run_dir: RunDir | None
+    run_dir: RunDir | None = None
     record: Record | None = None
 
 
@@ -53,8 +53,8 @@ class _PointOnDisk:
     """A point as the folder of its sweep keeps it: the run directory by its name, a record of any version."""
 
     overrides: tuple[str, ...]
-    run_dir: str | None
-    record: dict[str, Any] | None
+    run_dir: str | None = None
+    record: dict[str, Any] | None = None
 
 
 def submit_run(run_dir: RunDir) -> str:
@@ -88,13 +88,19 @@ def submit_points(folder: Path, points: Sequence[Point]) -> tuple[dict[str, RunD
             _write_script(run_dir)
             groups.setdefault(sbatch_text(job_of(run_dir.read_run()), ""), []).append(run_dir)
     refusals: dict[RunDir | None, Record] = {}
-    for number, run_dirs in enumerate(groups.values(), 1):
-        script = SLURM_SCRIPT if number == 1 else f"submit-{number}.sbatch"
+    script = SLURM_SCRIPT
+    for number, run_dirs in enumerate(groups.values(), 2):
         try:
-            submitted |= _submit_array(folder, script, run_dirs)
+            run, names = run_dirs[0].read_run(), [run_dir.path.name for run_dir in run_dirs]
+            write_text(folder / script, sbatch_text(job_of(run), name_of(run), names))
+            array = jobs.submit(folder, script)
+            for task, run_dir in enumerate(run_dirs):
+                submitted[f"{array}_{task}"] = run_dir
+                run_dir.write_job(f"{array}_{task}")
         except UserError as error:
             for run_dir in run_dirs:
                 refusals[run_dir] = refused(run_dir.read_run().run_config, error, time.time(), run_dir)
+        script = f"submit-{number}.sbatch"  # of the next group
     points = [replace(point, record=refusals.get(point.run_dir, point.record)) for point in points]
     write_points(folder, points)
     return submitted, points
@@ -104,8 +110,12 @@ def write_points(folder: Path, points: Sequence[Point]) -> None:
     """Keep the points of a sweep in its folder, which is beside the run directories."""
     rows = []
     for point in points:
-        name = point.run_dir.path.name if point.run_dir else None
-        rows.append(_PointOnDisk(point.overrides, name, to_plain(point.record) if point.record else None))
+        row = _PointOnDisk(point.overrides)
+        if point.run_dir is not None:
+            row = replace(row, run_dir=point.run_dir.path.name)
+        if point.record is not None:
+            row = replace(row, record=to_plain(point.record))
+        rows.append(row)
     write_typed(folder / POINTS, rows)
 
 
@@ -113,19 +123,13 @@ def read_points(folder: Path) -> list[Point]:
     """The points of the sweep of a folder, none where it is no such folder."""
     points = []
     for row in read_typed(folder / POINTS, list[_PointOnDisk]) or []:
-        run_dir = RunDir(folder.parent / row.run_dir) if row.run_dir else None
-        points.append(Point(row.overrides, run_dir, read_record(row.record) if row.record else None))
+        point = Point(row.overrides)
+        if row.run_dir is not None:
+            point = replace(point, run_dir=RunDir(folder.parent / row.run_dir))
+        if row.record is not None:
+            point = replace(point, record=read_record(row.record))
+        points.append(point)
     return points
-
-
-def _submit_array(folder: Path, script: str, run_dirs: Sequence[RunDir]) -> dict[str, RunDir]:
-    run = run_dirs[0].read_run()
-    write_text(folder / script, sbatch_text(job_of(run), name_of(run), [run_dir.path.name for run_dir in run_dirs]))
-    array = jobs.submit(folder, script)
-    submitted = {f"{array}_{number}": run_dir for number, run_dir in enumerate(run_dirs)}
-    for job, run_dir in submitted.items():
-        run_dir.write_job(job)
-    return submitted
 
 
 def follow(
@@ -176,7 +180,19 @@ def run_points(asked: Sequence[tuple[RunConfig, tuple[str, ...]]]) -> list[Recor
 
     With `launch.wait=false` what is known of the runs until there are records.
     """
-    points = [_prepared(config, command) for config, command in asked]
+    points = []
+    for config, command in asked:
+        try:
+            run = prepare(config, command)
+            with writing_in(Path(config.output_dir)):
+                run_dir = directory_of(run)
+        except UserError as error:
+            points.append(Point(command[3:], record=refusal(config, error)))
+            continue
+        point = Point(command[3:], run_dir)
+        if run_dir.is_done():
+            point = replace(point, record=run_dir.read_record())
+        points.append(point)
     config = asked[0][0]
     output_dir = Path(config.output_dir)
     folder = make_folder(output_dir, f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_sweep_of_{len(points)}")
@@ -196,19 +212,11 @@ def run_points(asked: Sequence[tuple[RunConfig, tuple[str, ...]]]) -> list[Recor
         )
     elif runs:
         print(how_to_go_on(runs, folder), file=sys.stderr)
-    return [point.record or _record(point, records) for point in points]
-
-
-def _record(point: Point, records: Mapping[RunDir, Record]) -> Record:
-    assert point.run_dir is not None, "a point that was not refused has one"
-    return records.get(point.run_dir) or unfinished(point.run_dir, "submitted")
-
-
-def _prepared(config: RunConfig, command: tuple[str, ...]) -> Point:
-    try:
-        run = prepare(config, command)
-        with writing_in(Path(config.output_dir)):
-            run_dir = directory_of(run)
-    except UserError as error:
-        return Point(command[3:], None, refusal(config, error))
-    return Point(command[3:], run_dir, run_dir.read_record() if run_dir.is_done() else None)
+    ended = []
+    for point in points:
+        record = point.record
+        if record is None:
+            assert point.run_dir is not None, "a point that was not refused has one"
+            record = records.get(point.run_dir) or unfinished(point.run_dir, "submitted")
+        ended.append(record)
+    return ended

@@ -29,29 +29,29 @@ EXIT_CODES = {"ok": 0, "refused": 2}
 def main(arguments: Sequence[str]) -> int:
     """The exit code of the batch script."""
     run_dir, code, how = RunDir(Path(arguments[0])), int(arguments[1]), (*arguments[2:], "")[0]
-    ranks = _statuses(run_dir)
+    count = run_dir.read_run().world_size
+    ranks: list[str | None] = []
+    for rank, progress in zip(run_dir.read_ranks(count), run_dir.read_progress(count), strict=True):
+        if rank is not None:
+            ranks.append(rank.status)
+        elif progress is not None:
+            ranks.append("silent")  # it had begun, and left no word
+        else:
+            ranks.append(None)
     was_ended = how == "1"
     if not how and _may_go_on(run_dir, os.environ) and is_stopped(ranks, code):
         return AGAIN
-    outcome = Outcome("failed", f"srun ended with exit code {code}") if code else None
+    outcome = None
     if was_ended and _at_time_limit(os.environ):
         outcome = Outcome("timeout", "the time limit of the job")
-    elif was_ended or is_stopped(ranks, code):
-        outcome = Outcome("cancelled", "SLURM ended the job" if was_ended else "SLURM stopped the job")
+    elif was_ended:
+        outcome = Outcome("cancelled", "SLURM ended the job")
+    elif is_stopped(ranks, code):
+        outcome = Outcome("cancelled", "SLURM stopped the job")
+    elif code:
+        outcome = Outcome("failed", f"srun ended with exit code {code}")
     record = finish(run_dir, outcome)
     return EXIT_CODES.get(record.status, 1)
-
-
-def _statuses(run_dir: RunDir) -> list[str | None]:
-    """The status of each rank; `silent` of one that had begun and left no word, None of one that never began."""
-    count = run_dir.read_run().world_size
-    statuses: list[str | None] = []
-    for rank, progress in zip(run_dir.read_ranks(count), run_dir.read_progress(count), strict=True):
-        if rank is not None:
-            statuses.append(rank.status)
-        else:
-            statuses.append(None if progress is None else "silent")
-    return statuses
 
 
 def is_stopped(ranks: Sequence[str | None], code: int) -> bool:

@@ -56,8 +56,12 @@ class State:
         return self.name in ENDS
 
     def __str__(self) -> str:
-        again = f", attempt {self.restarts + 1}" if self.restarts else ""
-        return f"{self.name}{f' ({self.reason})' if self.name == 'PENDING' else ''}{again}"
+        text = self.name
+        if self.name == "PENDING":
+            text += f" ({self.reason})"
+        if self.restarts:
+            text += f", attempt {self.restarts + 1}"
+        return text
 
 
 def submit(folder: Path, script: str = SLURM_SCRIPT) -> str:
@@ -103,12 +107,16 @@ def settled(jobs: Sequence[str], sure: Collection[str] = ()) -> dict[str, State]
     Those in `sure` are believed at once.
     """
     states = look(jobs)
-    doubtful = [job for job, state in (states or {}).items() if state.is_end and job not in sure]
-    while states is not None and doubtful:
+    if states is None:
+        return None
+    doubtful = [job for job, state in states.items() if state.is_end and job not in sure]
+    while doubtful:
         time.sleep(SETTLE_S)
         again = look(doubtful)
-        doubtful = [job for job, state in (again or {}).items() if state.is_end and state != states[job]]
-        states = None if again is None else states | again
+        if again is None:
+            return None
+        doubtful = [job for job, state in again.items() if state.is_end and state != states[job]]
+        states |= again
     return states
 
 
@@ -118,7 +126,9 @@ def active(run_dirs: Sequence[RunDir]) -> dict[RunDir, tuple[str, State]]:
     another job for such a run would end its ranks.
     """
     runs = {job: run_dir for run_dir in run_dirs if (job := run_dir.read_job()) is not None}
-    states = settled(list(runs)) if runs else {}
+    if not runs:
+        return {}
+    states = settled(list(runs))
     if states is None:
         raise UserError(f"squeue does not answer, and {runs.popitem()[1]} may be in a job still.", "try again later")
     return {runs[job]: (job, state) for job, state in states.items() if not state.is_end}
@@ -135,8 +145,10 @@ def _squeue(*options: str) -> str | None:
         raise not_found("squeue") from None
     except subprocess.TimeoutExpired:
         return None
+    if done.returncode and "Invalid job id" in done.stderr:
+        return ""
     if done.returncode:
-        return "" if "Invalid job id" in done.stderr else None
+        return None
     return done.stdout
 
 
@@ -154,7 +166,9 @@ def position(job: str) -> str:
 def close(run_dir: RunDir, state: State) -> Record:
     """The record of a job that is over: its own, or one made of what its ranks have left."""
     status, message = ENDS[state.name]
-    deadline = time.monotonic() + (RECORD_S if state.name in ("COMPLETED", "FAILED") else 0)
+    deadline = time.monotonic()
+    if state.name in ("COMPLETED", "FAILED"):
+        deadline += RECORD_S
     while (record := run_dir.read_record()) is None and time.monotonic() < deadline:
         time.sleep(0.2)
     if record is None or (record.status, status) == ("cancelled", "timeout"):
@@ -191,17 +205,21 @@ class Follower:
                     yield job, close(self.runs[job], state)
             self.looks += 1
             if open_jobs:
-                self._draw(open_jobs)
+                running = [job for job in open_jobs if job in self.states and self.states[job].name == "RUNNING"]
+                if running:
+                    run_dir = self.runs[running[0]]
+                    self.show(run_dir.read_progress(run_dir.read_run().world_size))
                 time.sleep(poll_s)
 
     def _tell(self, job: str, before: State | None, state: State) -> None:
         """The lines that the job's log has gained, and its state and place in the queue where they are new."""
         for line in self._log_lines(job):
             self.say(job, line)
-        waits = state.name == "PENDING"
+        waits, text = state.name == "PENDING", str(state)
         if state == before and not (waits and self.looks % POSITION_EVERY == 0):
             return
-        text = f"{state}{position(job) if waits else ''}"
+        if waits:
+            text += position(job)
         if text != self.said.get(job):
             self.said[job] = text
             self.say(job, text)
@@ -217,9 +235,3 @@ class Follower:
         whole = new[: new.rfind(b"\n") + 1]
         self.read[job] += len(whole)
         return whole.decode(errors="replace").splitlines()
-
-    def _draw(self, open_jobs: Sequence[str]) -> None:
-        running = (job for job in open_jobs if job in self.states and self.states[job].name == "RUNNING")
-        if (job := next(running, None)) is not None:
-            run_dir = self.runs[job]
-            self.show(run_dir.read_progress(run_dir.read_run().world_size))

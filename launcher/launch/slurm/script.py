@@ -57,7 +57,11 @@ def job_of(run: RunDescription) -> Job:
     """The job for a run: a task for each rank, spread evenly over the nodes."""
     config = run.run_config
     cluster = config.cluster
-    python = cluster.python or ("python3" if cluster.container else sys.executable)
+    python, root = cluster.python or sys.executable, None
+    if cluster.container and not cluster.python:
+        python = "python3"
+    if (ROOT / "pyproject.toml").is_file():
+        root = str(ROOT)
     return Job(
         cluster=cluster,
         num_nodes=config.num_nodes,
@@ -66,7 +70,7 @@ def job_of(run: RunDescription) -> Job:
         on_cuda=run.on_cuda,
         python=config.backend.python or python,
         own_python=python,
-        root=str(ROOT) if (ROOT / "pyproject.toml").is_file() else None,
+        root=root,
     )
 
 
@@ -83,47 +87,47 @@ def sbatch_text(job: Job, name: str, points: Sequence[str] = ()) -> str:
     """
     blocks = (
         ["#!/bin/bash", *_directives(job, name, len(points))],
-        _place(points),
-        _environment(job),
-        _work(job),
+        _run_dir_lines(points),
+        _environment_lines(job),
+        _rank_lines(job),
     )
     return "\n\n".join("\n".join(block) for block in blocks) + "\n"
 
 
 def _directives(job: Job, name: str, points: int) -> list[str]:
     cluster = job.cluster
-    words = {
+    words: dict[str, object] = {
         "job-name": name,
         "nodes": job.num_nodes,
         "ntasks-per-node": job.tasks_per_node,
         "cpus-per-task": job.cpus_per_task,
-        **_gpus(job),
+    }
+    cards = f"{cluster.gpu_type or ''}:{job.devices}".removeprefix(":")
+    if job.on_cuda and cluster.gpus_flag == "gres":
+        words["gres"] = f"gpu:{cards}"
+    elif job.on_cuda and cluster.gpus_flag == "gpus-per-node":
+        words["gpus-per-node"] = cards
+    words |= {
         **{key: getattr(cluster, key) for key in ("partition", "account", "qos", "constraint", "reservation")},
         "mem": cluster.mem,
         "time": cluster.time,
-        "array": f"0-{points - 1}%{cluster.array_limit}" if points else None,
-        "signal": f"USR1@{cluster.signal_s}" if cluster.signal_s else None,
-        "output": "/dev/null",
-        "open-mode": "append",
     }
+    if points:
+        words["array"] = f"0-{points - 1}%{cluster.array_limit}"
+    if cluster.signal_s:
+        words["signal"] = f"USR1@{cluster.signal_s}"
+    words |= {"output": "/dev/null", "open-mode": "append"}
     options = [f"--{key}={value}" for key, value in words.items() if value is not None]
-    options += ["--exclusive"] * cluster.exclusive + ["--requeue" if cluster.requeue else "--no-requeue"]
+    if cluster.exclusive:
+        options.append("--exclusive")
+    if cluster.requeue:
+        options.append("--requeue")
+    else:
+        options.append("--no-requeue")
     return [f"#SBATCH {option}" for option in (*options, *cluster.extra)]
 
 
-def _gpus(job: Job) -> dict[str, str]:
-    if not job.on_cuda or job.cluster.gpus_flag == "none":
-        return {}
-    if job.cluster.gpu_type:
-        count = f"{job.cluster.gpu_type}:{job.devices}"
-    else:
-        count = str(job.devices)
-    if job.cluster.gpus_flag == "gres":
-        return {"gres": f"gpu:{count}"}
-    return {"gpus-per-node": count}
-
-
-def _place(points: Sequence[str]) -> Iterator[str]:
+def _run_dir_lines(points: Sequence[str]) -> Iterator[str]:
     """The lines with the run directory and the log of the script itself; the ranks have logs of their own."""
     yield "# Submit it from the directory that it is in: sbatch " + SLURM_SCRIPT
     if points:
@@ -138,7 +142,7 @@ def _place(points: Sequence[str]) -> Iterator[str]:
     yield "terminated=; trap 'terminated=1' TERM"
 
 
-def _environment(job: Job) -> Iterator[str]:
+def _environment_lines(job: Job) -> Iterator[str]:
     cluster = job.cluster
     if cluster.modules:
         yield f"module load {shlex.join(cluster.modules)}"
@@ -155,7 +159,7 @@ def _environment(job: Job) -> Iterator[str]:
     yield "export LAUNCHER_ON_TERM=interrupt  # SLURM announces a pre-emption by SIGTERM"
 
 
-def _work(job: Job) -> Iterator[str]:
+def _rank_lines(job: Job) -> Iterator[str]:
     python = shlex.join([*job.cluster.container, job.own_python])
     ranks = shlex.join([*job.cluster.container, job.python, "-m", "launcher.rank.worker"])
     if not job.cluster.container:  # a container may hide the number of the parent, which ends with the job's step
