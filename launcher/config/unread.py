@@ -8,7 +8,8 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from launcher.config.formats import Weights
-from launcher.config.schema import ClusterConfig, ConfigError, LaunchConfig, SamplingConfig
+from launcher.config.launching import ClusterConfig, LaunchConfig
+from launcher.config.schema import ConfigError, SamplingConfig
 from launcher.config.serving import ServerConfig
 from launcher.config.storage import Offload
 

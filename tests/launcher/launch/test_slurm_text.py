@@ -11,7 +11,8 @@ from described import described
 from running import ROOT
 
 from launcher.config.cluster import check_cluster, seconds
-from launcher.config.schema import ClusterConfig, ConfigError
+from launcher.config.launching import ClusterConfig
+from launcher.config.schema import ConfigError
 from launcher.launch.slurm.end import is_stopped
 from launcher.launch.slurm.jobs import State, environment
 from launcher.launch.slurm.script import Job, job_of, name_of, sbatch_text

@@ -100,7 +100,7 @@ def test_synthetic_prompts_have_exact_lengths_and_follow_the_seed() -> None:
 @pytest.mark.parametrize(("new_tokens", "context", "fits"), [(3, 8, True), (4, 8, False), (4, None, True)])
 def test_prompt_and_new_tokens_fit_the_context(new_tokens: int, context: int | None, fits: bool) -> None:
     prompts = [Prompt(0, "", (1, 2)), Prompt(1, "", (1, 2, 3, 4, 5))]
-    config = RunConfig(sampling=SamplingConfig(max_new_tokens=new_tokens))
+    config = RunConfig(prompts=PromptsConfig(), sampling=SamplingConfig(max_new_tokens=new_tokens))
     if fits:
         assert check_context(config, prompts, context) == 5 + new_tokens
     else:
