@@ -69,7 +69,7 @@ class Arguments:
     json: bool
 
     @classmethod
-    def parse(cls, argv: Sequence[str]) -> Arguments:
+    def parse(cls, argv: Sequence[str] | None) -> Arguments:
         """ConfigError for an unknown flag. `--local_rank=N`, which the launcher of deepspeed adds, is ignored."""
         parser = Parser(prog="python -m launcher", add_help=False)
         parser.add_argument("overrides", nargs="*")
@@ -90,9 +90,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0 every run is ok, 1 some run failed, 2 the user can fix it (one line on stderr says how)."""
     world = World()
     try:
-        arguments = Arguments.parse(sys.argv[1:] if argv is None else argv)
-        if arguments.help or arguments.version:
-            print(usage.text(arguments.config_dirs) if arguments.help else usage.version())
+        arguments = Arguments.parse(argv)
+        if arguments.help:
+            print(usage.text(arguments.config_dirs))
+            return 0
+        if arguments.version:
+            print(usage.version())
             return 0
         world = World.from_env(os.environ)
         return _dispatch(arguments, world)
@@ -108,14 +111,25 @@ def _dispatch(arguments: Arguments, world: World) -> int:
     if arguments.multirun:
         return _sweep(arguments, world)
     began = time.time()
-    config = compose(*_adopt(arguments.overrides, world), config_dirs=arguments.config_dirs)
-    if arguments.cfg:
-        return _show_config([config]) if world.rank == 0 else 0
-    if config.run_dir is not None:
-        return _continue(config, arguments, world, began)
+    overrides = list(arguments.overrides)
+    if (
+        world.launcher != "alone"
+    ):  # ranks that somebody else started are so many, unless the command line says otherwise
+        overrides = [f"devices={world.local_world_size}", f"num_nodes={world.num_nodes}", *overrides]
+    config = compose(*overrides, config_dirs=arguments.config_dirs)
     command = command_of(arguments.overrides, arguments.config_dirs)
+    if (arguments.cfg or config.dry_run) and world.rank != 0:
+        return 0
+    if arguments.cfg:
+        return _show_config([config])
+    if config.run_dir is not None:  # to finish the run there as it was configured
+        others = [item for item in overrides if item.partition("=")[0] not in ("resume", "run_dir")]
+        if others or not config.resume or world.launcher != "alone":
+            fact = "run_dir= goes on with a run as it was configured, and takes nothing but resume=true."
+            raise ConfigError(fact, "python -m launcher resume=true run_dir=PATH")
+        return _report(start(RunDir(absolute(config.run_dir))), began, arguments.json)
     if config.dry_run:
-        return _dry_run(config, command) if world.rank == 0 else 0
+        return _dry_run(config, command)
     if world.launcher != "alone":
         return _join(config, world, command, arguments.json)
     if config.launch.rendezvous is not None:
@@ -150,7 +164,9 @@ def _sweep(arguments: Arguments, world: World) -> int:
     swept = varied([point.overrides for point in points])
     if not arguments.json:
         show_sweep(records, swept, console())
-        _show_parity(records)
+        paths = [Path(record.run_dir) for record in records if record.status == "ok" and record.run_dir]
+        for group in alike([read_finished(path) for path in paths]):  # same prompts and model, against the first
+            show_comparison(group, console())
     _keep_sweep(points, records)
     print_json(sweep_line(records, swept), arguments.json)
     return exit_code(records)
@@ -162,9 +178,10 @@ def _keep_sweep(points: Sequence[Point], records: Sequence[Record]) -> None:
         folder = make_folder(Path(points[0].config.output_dir), f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_sweep")
         ended = []
         for point, record in zip(points, records, strict=True):
-            run_dir = RunDir(Path(record.run_dir)) if record.run_dir else None
-            is_beside = run_dir is not None and run_dir.path.parent == folder.parent
-            ended.append(arrays.Point(point.overrides, run_dir if is_beside else None, None if is_beside else record))
+            if record.run_dir and Path(record.run_dir).parent == folder.parent:
+                ended.append(arrays.Point(point.overrides, run_dir=RunDir(Path(record.run_dir))))
+            else:
+                ended.append(arrays.Point(point.overrides, record=record))
         arrays.write_points(folder, ended)
         write_rows(folder, rows_of(records))
     except (OSError, UserError) as error:
@@ -173,27 +190,12 @@ def _keep_sweep(points: Sequence[Point], records: Sequence[Record]) -> None:
     print(f"rows: {folder / CSV}   a page: python -m launcher.report {shlex.quote(str(folder))} --html page.html")
 
 
-def _show_parity(records: Sequence[Record]) -> None:
-    """Print the points that answered the same prompts with the same model against the first of them."""
-    paths = [Path(record.run_dir) for record in records if record.status == "ok" and record.run_dir]
-    for group in alike([read_finished(path) for path in paths]):
-        show_comparison(group, console())
-
-
-def _continue(config: RunConfig, arguments: Arguments, world: World, began: float) -> int:
-    """Finish the run in `run_dir` as it was configured."""
-    assert config.run_dir is not None
-    others = [item for item in arguments.overrides if item.partition("=")[0] not in ("resume", "run_dir")]
-    if others or not config.resume or world.launcher != "alone":
-        hint = "python -m launcher resume=true run_dir=PATH"
-        raise ConfigError("run_dir= goes on with a run as it was configured, and takes nothing but resume=true.", hint)
-    return _report(start(RunDir(absolute(config.run_dir))), began, arguments.json)
-
-
 def _report(record: Record, began: float, only_json: bool) -> int:
     """Print a run that began after `began`, or one that was finished before."""
     if record.status == "submitted":
-        job = RunDir(Path(record.run_dir)).read_job() if record.run_dir else None
+        job = None
+        if record.run_dir is not None:
+            job = RunDir(Path(record.run_dir)).read_job()
         print_json(json_line(record) | {"job": job}, only_json)
     else:
         show(record, began, only_json)
@@ -205,14 +207,9 @@ def exit_code(records: Sequence[Record]) -> int:
     statuses = [record.status for record in records]
     if all(status in ("ok", "submitted") for status in statuses):
         return 0
-    return 2 if statuses == ["refused"] else 1
-
-
-def _adopt(overrides: Sequence[str], world: World) -> list[str]:
-    """Ranks that somebody else started decide `devices` and `num_nodes`, unless the command line does."""
-    if world.launcher == "alone":
-        return list(overrides)
-    return [f"devices={world.local_world_size}", f"num_nodes={world.num_nodes}", *overrides]
+    if statuses == ["refused"]:
+        return 2
+    return 1
 
 
 def _join(config: RunConfig, world: World, command: tuple[str, ...], only_json: bool) -> int:

@@ -58,21 +58,21 @@ def to_dict(
     runs: Sequence[FinishedRun], comparisons: Sequence[Comparison], parts: Sequence[Changes], misses: Sequence[str]
 ) -> JsonObject:
     """Everything that was compared, as plain JSON values."""
+    fields = ("rank", "device", *COMPARED_MEMORY)
+    memory = {}
+    for run in runs:
+        devices = run.record.devices
+        memory[str(run.run_dir)] = [{name: getattr(device, name) for name in fields} for device in devices]
     return {
         "base": str(runs[0].run_dir),
         "comparisons": [
             asdict(comparison) | {"match": comparison.match} | asdict(part)
             for comparison, part in zip(comparisons, parts, strict=True)
         ],
-        "devices": {str(run.run_dir): _memory(run) for run in runs},
+        "devices": memory,
         "verified": {str(run.run_dir): verdict_of(RunDir(run.run_dir)) for run in runs},
         "missed": list(misses),
     }
-
-
-def _memory(run: FinishedRun) -> list[JsonObject]:
-    names = ("rank", "device", *COMPARED_MEMORY)
-    return [{name: getattr(device, name) for name in names} for device in run.record.devices]
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
@@ -151,7 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in misses:
         print(f"missed: {line}", file=sys.stderr)
     print_json(to_dict(runs, comparisons, parts, misses), arguments.json)
-    return 1 if misses else 0
+    if misses:
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

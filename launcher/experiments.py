@@ -61,8 +61,9 @@ def runs_here(config: RunConfig, cards: Sequence[str]) -> str:
     if experiment.hardware is None:
         return "yes"
     _, published_card = machine_of(experiment.hardware)
-    is_same = set(cards[: config.devices]) == {published_card}
-    return "yes" if is_same else "on other cards"
+    if set(cards[: config.devices]) == {published_card}:
+        return "yes"
+    return "on other cards"
 
 
 def markdown(configs: Sequence[RunConfig]) -> str:
@@ -79,8 +80,10 @@ def markdown(configs: Sequence[RunConfig]) -> str:
             parts.append(f"| {LABELS[figure.name]} | {value} | {limit} | {share} |")
         lines = [f"Source: {experiment.source}; {experiment.location}."]
         lines += [f"Above the limit: {figure.objection}." for figure in figures if figure.objection]
-        lines += [f"Not known: {', '.join(experiment.unknown)}."] if experiment.unknown else []
-        lines += [f"Not there yet: {', '.join(experiment.needs)}."] if experiment.needs else []
+        if experiment.unknown:
+            lines.append(f"Not known: {', '.join(experiment.unknown)}.")
+        if experiment.needs:
+            lines.append(f"Not there yet: {', '.join(experiment.needs)}.")
         parts.append("\n" + "\n".join(f"- {line}" for line in [*lines, *experiment.notes]) + "\n")
     return "\n".join(parts)
 
@@ -89,10 +92,10 @@ def show(configs: Sequence[RunConfig], cards: Sequence[str]) -> None:
     """Print a row for each published figure."""
     table = Table("experiment", "figure", "published", "limit there", "share", "here")
     for config in configs:
-        here = runs_here(config, cards)
-        for number, figure in enumerate(published_figures(config, asks=False)):
-            name, last = (config.experiment.name, escape(here)) if number == 0 else ("", "")
-            table.add_row(name, LABELS[figure.name], *figure_text(figure), last)
+        name, here = config.experiment.name, escape(runs_here(config, cards))
+        for figure in published_figures(config, asks=False):
+            table.add_row(name, LABELS[figure.name], *figure_text(figure), here)
+            name = here = ""  # once for all of its figures
     console().print(table)
     console().print("python -m launcher experiment=NAME; rehearse one anywhere with model=tiny_falcon", soft_wrap=True)
 

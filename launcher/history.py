@@ -16,7 +16,7 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,10 +56,10 @@ class Moment:
     new_tokens_per_s: float
     min: float
     max: float
-    against_previous: float | None
-    verdict: str
-    against_median: float | None
-    differs: tuple[str, ...]
+    against_previous: float | None = None
+    verdict: str = "first"
+    against_median: float | None = None
+    differs: tuple[str, ...] = ()
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
@@ -78,7 +78,10 @@ def read_measured(folders: Sequence[Path]) -> list[Record]:
     """The records of all runs in the folders that ended well; UserError where there is none. A line for each other."""
     records = []
     for folder in folders:
-        for run_dir in [RunDir(folder)] if RunDir(folder).has_record() else run_dirs_in(folder):
+        run_dirs = run_dirs_in(folder)
+        if RunDir(folder).has_record():
+            run_dirs = [RunDir(folder)]
+        for run_dir in run_dirs:
             try:
                 record = run_dir.read_record()
             except UserError as error:
@@ -105,31 +108,31 @@ def series_of(records: Sequence[Record]) -> list[list[Record]]:
 def moments(name: str, records: Sequence[Record]) -> list[Moment]:
     """A series as rows."""
     rows: list[Moment] = []
-    for place, record in enumerate(records):
-        values = repeated(record)[FIGURE]
-        median = statistics.median(values)
-        before = [row.new_tokens_per_s for row in rows]
-        if place:
-            change = change_of(FIGURE, repeated(records[place - 1])[FIGURE], values)
-        else:
-            change = None
-        git = record.environment.git if record.environment else None
-        differs = other_circumstances(records[place - 1], record) if place else []
-        rows.append(
-            Moment(
-                series=name,
-                run=Path(record.run_dir).name if record.run_dir else "-",
-                started_at=record.started_at,
-                commit=git.commit[:12] if git else None,
-                new_tokens_per_s=median,
-                min=min(values),
-                max=max(values),
-                against_previous=change.ratio if change else None,
-                verdict=change.verdict if change else "first",
-                against_median=median / statistics.median(before) if before else None,
-                differs=tuple(one.key for one in differs),
-            )
+    previous: Record | None = None
+    for record in records:
+        values, commit = repeated(record)[FIGURE], None
+        if record.environment and record.environment.git:
+            commit = record.environment.git.commit[:12]
+        row = Moment(
+            series=name,
+            run=Path(record.run_dir or "-").name,
+            started_at=record.started_at,
+            commit=commit,
+            new_tokens_per_s=statistics.median(values),
+            min=min(values),
+            max=max(values),
         )
+        if previous is not None:
+            change = change_of(FIGURE, repeated(previous)[FIGURE], values)
+            row = replace(
+                row,
+                against_previous=change.ratio,
+                verdict=change.verdict,
+                against_median=row.new_tokens_per_s / statistics.median(before.new_tokens_per_s for before in rows),
+                differs=tuple(circumstance.key for circumstance in other_circumstances(previous, record)),
+            )
+        rows.append(row)
+        previous = record
     return rows
 
 
@@ -137,12 +140,14 @@ def show(rows: Sequence[Moment], out: Console) -> None:
     """Print one series."""
     cells = []
     for row in rows:
+        moment = ratio = "-"
         if row.started_at:
             moment = time.strftime("%Y-%m-%d %H:%M", time.localtime(row.started_at))
-        else:
-            moment = "-"
-        named = ", ".join(row.differs[:MOST_NAMED]) + (" …" if len(row.differs) > MOST_NAMED else "")
-        ratio = "-" if row.against_median is None else f"{row.against_median:.3f}"
+        if row.against_median is not None:
+            ratio = f"{row.against_median:.3f}"
+        named = ", ".join(row.differs[:MOST_NAMED])
+        if len(row.differs) > MOST_NAMED:
+            named += " …"
         speeds = (rate(row.new_tokens_per_s), f"{rate(row.min)} … {rate(row.max)}")
         cells.append([moment, row.commit or "-", *speeds, row.verdict, ratio, escape(named)])
     columns = (

@@ -151,10 +151,11 @@ def plans(shape: ModelShape, values: dict[str, str], kinds: Sequence[Quantizatio
     rows = []
     for machine, device, link, number in machines(values):
         for (name, kind), quantization in product(known.items(), kinds):
-            if kinds == [None] and "quantization" not in values:
-                shown = ""
-            else:
-                shown = _name(quantization)
+            shown = ""
+            if quantization is not None:
+                shown = quantization.name
+            elif "quantization" in values:
+                shown = "none"
             if kind.planner_class is None:
                 rows.append(Row(machine, name, "", shown, problem=NO_PLAN))
                 continue
@@ -180,26 +181,24 @@ def plans(shape: ModelShape, values: dict[str, str], kinds: Sequence[Quantizatio
 def chosen(values: dict[str, str]) -> list[str]:
     """The engines that were asked for; ConfigError for a name that is none."""
     with_weights = [name for name, kind in engines().items() if kind.needs_weights and kind.planner_class]
-    asked = values["backend"].split(",") if "backend" in values else with_weights
+    asked = with_weights
+    if "backend" in values:
+        asked = values["backend"].split(",")
     if unknown := set(asked) - set(names()):
         hint = f"backend={','.join(with_weights)}"
         raise ConfigError(f"backend={','.join(sorted(unknown))} cannot be planned.", hint)
     return asked
 
 
-def _name(quantization: Quantization | None) -> str:
-    return "none" if quantization is None else quantization.name
-
-
 def _row(machine: str, quantization: str, request: PlanRequest, is_named: bool) -> Row:
     """The plan of one choice; hints are in the words of this command."""
-    link = request.link.name if request.link and request.num_devices > 1 else ""
+    link, full = "", None
+    if request.link and request.num_devices > 1:
+        link = request.link.name
     try:
         plan = make_plan(request)
         if plan.largest_batch:
             full = make_plan(replace(request, batch_size=plan.largest_batch))
-        else:
-            full = None
     except PlanError as error:
         hint = error.hint.replace("measure.batch_size=", "batch_size=")
         hint = re.sub(r"\bmachine=(\S+) precision=bf16 dry_run=true", r"machines=\1", hint)
@@ -217,7 +216,7 @@ def machines(values: dict[str, str]) -> list[tuple[str, Device, Link | None, int
 
     What joins the devices of a node does not join nodes: of several the link is the one that was asked for, or none.
     """
-    nodes, given = _asked(values, "num_nodes"), known_link(values["link"]) if "link" in values else None
+    nodes = _asked(values, "num_nodes")
     chosen: list[tuple[str, Device, Link | None, int]]
     if "machines" in values:
         named = [machine_of(item, "machines") for item in values["machines"].split(",")]
@@ -232,22 +231,21 @@ def machines(values: dict[str, str]) -> list[tuple[str, Device, Link | None, int
             chosen = [(device.name, device, link, n) for device, link, n in here]
     if (most := nodes * max(n for *_, n in chosen)) > MOST_DEVICES:
         limit = MOST_DEVICES // nodes
+        hint = f"devices={limit}"
         if "machines" in values:
             hint = f"machines={limit}x{chosen[0][0]}"
-        else:
-            hint = f"devices={limit}"
         raise ConfigError(f"{most} devices are more than {MOST_DEVICES}.", hint)
-    before = f"{nodes} x " if nodes > 1 else ""
-    told = {key: values[key] for key in UNITS if key in values}
-    return [
-        (
-            f"{before}{n}x{name}",
-            described(device, told, _precision(values).products.num_bytes),
-            given or (link if nodes == 1 else None),
-            n,
-        )
-        for name, device, link, n in chosen
-    ]
+    figures = {key: values[key] for key in UNITS if key in values}
+    rows = []
+    for name, device, link, number in chosen:
+        label = f"{number}x{name}"
+        if nodes > 1:
+            label, link = f"{nodes} x {label}", None
+        if "link" in values:
+            link = known_link(values["link"])
+        device = described(device, figures, _precision(values).products.num_bytes)
+        rows.append((label, device, link, number))
+    return rows
 
 
 def _precision(values: dict[str, str]) -> Precision:
@@ -272,25 +270,20 @@ def caption(values: dict[str, str], rows: Sequence[Row]) -> str:
     """A line on the columns, the links that were taken, and the source of quantized weights."""
     tokens = f"{_asked(values, 'prompt_tokens')} + {_asked(values, 'max_new_tokens')} tokens"
     batch, precision = _asked(values, "batch_size"), values.get("precision", "bf16")
-    links = ", ".join(dict.fromkeys(f"{row.machine} {row.link}" for row in rows if row.link))
-    if _is_link_missing(values):
-        between = " What joins the nodes is not known, and so no ceiling: link=NAME."
-    else:
-        between = ""
-    sources = ""
-    if "quantization" in values:
-        asked = dict.fromkeys(row.quantization for row in rows if row.plan)
-        sources = "".join(f" {name}: {SOURCES[name]}." for name in asked if name in SOURCES)
-    return (
+    text = (
         f"Of the fullest device, for {tokens} in batches of {batch}, {precision}. Other: activations, gathered layers, "
         "what engine and driver keep. Batch: the largest that fits (of each rank where ranks answer apart). "
         "Ceilings in tokens/s: per prompt in the batch asked for, and of all devices together in the largest; in bold "
-        f"the highest per prompt, to 1 %.{f' Links: {links}.' if links else ''}{between}{sources}"
+        "the highest per prompt, to 1 %."
     )
-
-
-def _is_link_missing(values: dict[str, str]) -> bool:
-    return "link" not in values and _asked(values, "num_nodes") > 1
+    if links := ", ".join(dict.fromkeys(f"{row.machine} {row.link}" for row in rows if row.link)):
+        text += f" Links: {links}."
+    if "link" not in values and _asked(values, "num_nodes") > 1:
+        text += " What joins the nodes is not known, and so no ceiling: link=NAME."
+    if "quantization" in values:
+        names = dict.fromkeys(row.quantization for row in rows if row.plan)
+        text += "".join(f" {name}: {SOURCES[name]}." for name in names if name in SOURCES)
+    return text
 
 
 if __name__ == "__main__":

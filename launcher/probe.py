@@ -34,6 +34,8 @@ from shards.machine.rates import Measured, save
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from shards.machine.hardware import Device
+
 TIMEOUT_S = 180
 ARGUMENTS = {"devices": "2", "accelerator": "cpu"}
 
@@ -74,11 +76,18 @@ def parse(argv: Sequence[str]) -> tuple[int, str]:
     accelerator = values.get("accelerator", "auto")
     if accelerator not in Accelerator.__members__:
         raise wrong_value("accelerator", accelerator, Accelerator)
-    cards = () if accelerator == "cpu" else cuda_devices(os.environ)
+    cards: Sequence[Device] = ()
+    if accelerator != "cpu":
+        cards = cuda_devices(os.environ)
     if accelerator == "cuda" and not cards:
         raise ConfigError("accelerator=cuda, and no CUDA device can be seen.", "accelerator=cpu")
-    accelerator = "cuda" if cards else "cpu"
-    devices = values.get("devices", str(len(cards) if accelerator == "cuda" else 1))
+    if accelerator == "auto" and cards:
+        accelerator = "cuda"
+    elif accelerator == "auto":
+        accelerator = "cpu"
+    devices = values.get("devices", "1")
+    if accelerator == "cuda":
+        devices = values.get("devices", str(len(cards)))
     if not devices.isascii() or not devices.isdigit() or int(devices) < 1:
         raise ConfigError(f"devices={devices} is not a whole number above 0.", "devices=2")
     if accelerator == "cuda" and int(devices) > len(cards):

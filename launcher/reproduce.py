@@ -88,7 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         out.print(verdict, soft_wrap=True)
     line = {"reproduced": not others, "objections": others, "run_dir": record.run_dir, "verified": validity.badge}
     print_json({**line, "figures": to_plain(changes.figures)}, arguments.json)
-    return 1 if others else 0
+    if others:
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

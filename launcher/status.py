@@ -101,7 +101,9 @@ def points_in(path: Path) -> list[Point]:
     if points := arrays.read_points(folder):
         return points
     alone = RunDir(folder)
-    runs = [alone] if alone.has_run() or alone.has_record() else run_dirs_in(folder)
+    runs = [alone]
+    if not alone.has_run() and not alone.has_record():
+        runs = run_dirs_in(folder)
     if not runs:
         raise ConfigError(f"{folder} is not a run directory, and has none.", "python -m launcher.status RUN_DIR")
     return [Point((run.path.name,), run) for run in runs]
@@ -117,11 +119,18 @@ def _jobs(points: Sequence[Point]) -> dict[str, RunDir]:
 
 
 def _show(points: Sequence[Point], only_json: bool) -> int:
-    runs = _jobs(points)
-    sure = [job for job, run in runs.items() if run.has_record()]
-    states = (jobs.settled(list(runs), sure) if runs else {}) or {}
+    runs, states = _jobs(points), {}
+    if runs:
+        sure = [job for job, run in runs.items() if run.has_record()]
+        states = jobs.settled(list(runs), sure) or {}
     by_run = {run: states[job] for job, run in runs.items() if job in states}
-    records = [_record_or_why(point, by_run) for point in points]
+    records = []
+    for point in points:
+        try:
+            records.append(_record(point, by_run))
+        except UserError as error:  # of one run, which must not keep the others from being shown
+            assert point.run_dir is not None, "a record that was read is one"
+            records.append(_unreadable(point.run_dir.path, error.fact))
     if not only_json:
         _show_tables(points, records, layout.console())
     layout.print_json(sweep_line(records, more=("started_at",)), only_json)
@@ -138,39 +147,41 @@ def _show_tables(points: Sequence[Point], records: Sequence[Record], out: Consol
     if len(points) > 1 and not is_of_a_sweep:
         parents = {point.run_dir.path.parent for point in points if point.run_dir}
         references = [run for parent in sorted(parents) for run in references_in(parent)]
-        badges = [verdict_of(point.run_dir, references) if point.run_dir else "" for point in points]
+        badges = []
+        for point in points:
+            badge = ""
+            if point.run_dir is not None:
+                badge = verdict_of(point.run_dir, references)
+            badges.append(badge)
         out.print(history(names, records, badges, out))
     else:
         show_sweep(records, varied([point.overrides for point in points]), out)
     for name, record in zip(names, records, strict=True):
         if record.error:
+            text = error_line(record)
             if record.status == UNREADABLE_RUN:
-                why = record.error.message
-            else:
-                why = error_line(record)
-            out.print(f"{name}: {why}", markup=False, soft_wrap=True)
+                text = record.error.message
+            out.print(f"{name}: {text}", markup=False, soft_wrap=True)
             if record.run_dir and (log := RunDir(Path(record.run_dir)).slurm_log).exists():
                 out.print(f"  the output of its job is in {log}", markup=False, soft_wrap=True)
 
 
 def history(names: Sequence[str], records: Sequence[Record], badges: Sequence[str], out: Console) -> Table:
     """A row a run: when it was, of what, what became of it, and whether its figures can be relied on."""
+    columns = ["run", "started", "model", "backend", "devices", "batch size", "status", "verified", "new tokens/s"]
+    if guesses := has_guesses(records):
+        columns.append(COLUMN)
     rows = []
-    guesses = [COLUMN] if has_guesses(records) else []
     for name, record, badge in zip(names, records, badges, strict=True):
-        moment = record.started_at
         started = "-"
         with contextlib.suppress(OverflowError, OSError):  # of no year that there is
-            if moment:
-                started = time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))
-            else:
-                started = "-"
+            if record.started_at:
+                started = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.started_at))
         devices, batch = str(record.num_devices or "-"), str(record.batch_size or "-")
         speed, engine = rate(record.new_tokens_per_s), (escape(record.model), record.backend, devices, batch)
         rows.append([escape(name), started, *engine, record.status, badge or "-", speed])
-        rows[-1] += [cell(record) for _ in guesses]
-    columns = ["run", "started", "model", "backend", "devices", "batch size", "status", "verified", "new tokens/s"]
-    columns += guesses
+        if guesses:
+            rows[-1].append(cell(record))
     optional = ("devices", "batch size", "model", "started")
     return layout.fitted(out, columns, rows, texts=("run", "model"), optional=optional)
 
@@ -192,15 +203,6 @@ def _unreadable(folder: Path, why: str) -> Record:
     )
 
 
-def _record_or_why(point: Point, states: Mapping[RunDir, jobs.State]) -> Record:
-    """`_record`; what cannot be read of one run must not keep the others from being shown."""
-    try:
-        return _record(point, states)
-    except UserError as error:
-        assert point.run_dir is not None
-        return _unreadable(point.run_dir.path, error.fact)
-
-
 def _record(point: Point, states: Mapping[RunDir, jobs.State]) -> Record:
     """The record of a run that is over, and what is known of it while it is not."""
     if point.run_dir is None:
@@ -212,19 +214,16 @@ def _record(point: Point, states: Mapping[RunDir, jobs.State]) -> Record:
         if state.is_end:
             return jobs.close(point.run_dir, state)
         return unfinished(point.run_dir, str(state))
-    return point.run_dir.read_record() or unfinished(point.run_dir, _without_record(point.run_dir))
-
-
-def _without_record(run_dir: RunDir) -> str:
-    """The state of a run that has left no record, and that no job of SLURM has."""
-    with contextlib.suppress(OSError), (run_dir.path / "lock").open() as file:
+    if (record := point.run_dir.read_record()) is not None:
+        return record
+    with contextlib.suppress(OSError), (point.run_dir.path / "lock").open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return "running"
-    if run_dir.read_attempt():
-        return "not finished"
-    return "never started"
+            return unfinished(point.run_dir, "running")
+    if point.run_dir.read_attempt():
+        return unfinished(point.run_dir, "not finished")
+    return unfinished(point.run_dir, "never started")
 
 
 if __name__ == "__main__":

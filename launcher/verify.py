@@ -51,7 +51,9 @@ def show(path: Path, validity: Validity, out: Console) -> None:
     """Print the checks of one run, and its badge."""
     rows = [[check.name, SEEN[check.is_met], escape(check.text)] for check in validity.checks]
     out.print(fitted(out, ("check", "", "seen"), rows, texts=("seen",), title=escape(path.name)))
-    colour = "green" if validity.is_valid else "red"
+    colour = "red"
+    if validity.is_valid:
+        colour = "green"
     out.print(f"[bold {colour}]{escape(validity.line)}[/]", soft_wrap=True)
 
 
@@ -73,9 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.json:
         for path, validity in checked.items():
             show(path, validity, console())
-    lines = [{"run_dir": str(path), "valid": one.is_valid, **asdict(one)} for path, one in checked.items()]
-    print_json({"valid": all(one.is_valid for one in checked.values()), "runs": lines}, arguments.json)
-    if all(one.is_valid for one in checked.values()):
+    rows = [{"run_dir": str(path), "valid": report.is_valid, **asdict(report)} for path, report in checked.items()]
+    are_valid = all(validity.is_valid for validity in checked.values())
+    print_json({"valid": are_valid, "runs": rows}, arguments.json)
+    if are_valid:
         return 0
     return 1
 
