@@ -112,9 +112,7 @@ def _dispatch(arguments: Arguments, world: World) -> int:
         return _sweep(arguments, world)
     began = time.time()
     overrides = list(arguments.overrides)
-    if (
-        world.launcher != "alone"
-    ):  # ranks that somebody else started are so many, unless the command line says otherwise
+    if world.launcher != "alone":  # as many ranks as somebody has started, unless the command line says otherwise
         overrides = [f"devices={world.local_world_size}", f"num_nodes={world.num_nodes}", *overrides]
     config = compose(*overrides, config_dirs=arguments.config_dirs)
     command = command_of(arguments.overrides, arguments.config_dirs)

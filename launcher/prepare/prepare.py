@@ -45,10 +45,8 @@ HEAD = "lm_head.weight"
 
 
 def prepare(config: RunConfig, command: tuple[str, ...], given: Sequence[Prompt] = ()) -> Run:
-    """Resolve, check and plan a run, of the prompts of its configuration or those that are given as token ids.
-
-    Nothing is written. Raises UserError.
-    """
+    """Resolve, check and plan a run, of the prompts of its configuration or those that are given as token ids. Nothing
+    is written. Raises UserError."""
     check_experiment(config)
     if config.launch.name not in ("local", "slurm"):
         raise ConfigError(f"launch.name={config.launch.name} is not known.", "launch=local, or launch=slurm")
