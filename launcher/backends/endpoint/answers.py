@@ -39,7 +39,7 @@ class Answer:
     @property
     def ttft_s(self) -> float | None:
         """Seconds to the first part."""
-        return self.pieces_s[0] if self.pieces_s else None
+        return next(iter(self.pieces_s), None)
 
     @property
     def itl_s(self) -> tuple[float, ...]:
@@ -55,14 +55,19 @@ class Reading:
         self.failure = exchange.failure
         self.is_done = not dialect.ends_with_done
         self.deltas: list[tuple[float, Delta]] = []
-        self.left = events(exchange.pieces if exchange.status == 200 else ())
+        self.left = events(())
+        if exchange.status == 200:
+            self.left = events(exchange.pieces)
 
     def read(self, most: int) -> bool:
         """Read at most so many events; whether there may be more. Never raises for what is in them."""
         try:
             for moment, data in islice(self.left, most):
-                self._add(moment, data)
                 most -= 1
+                if data.strip() == b"[DONE]":
+                    self.is_done = True
+                else:
+                    self.deltas.append((moment - self.exchange.sent_at, self.dialect.read(json.loads(data))))
         except ServerError as error:
             self.failure = Failure("error", one_line(str(error)))
             return False
@@ -71,45 +76,54 @@ class Reading:
             return False
         return most == 0
 
-    def _add(self, moment: float, data: bytes) -> None:
-        if data.strip() == b"[DONE]":
-            self.is_done = True
-        else:
-            self.deltas.append((moment - self.exchange.sent_at, self.dialect.read(json.loads(data))))
-
     def answer(self) -> Answer:
         """The answer that has been read."""
         deltas = [delta for _, delta in self.deltas]
         pieces = tuple(moment for moment, delta in self.deltas if delta.is_piece)
-        ids = tuple(token for delta in deltas for token in delta.token_ids or ()) if self.dialect.gives_ids else None
-        reasons = [delta.finish_reason for delta in deltas if delta.finish_reason is not None]
-        counted = [delta.completion_tokens for delta in deltas if delta.completion_tokens is not None]
-        asked = [delta.prompt_tokens for delta in deltas if delta.prompt_tokens is not None]
+        # Of what several events say, the last counts.
+        reason = counted = prompt_tokens = prompt_ids = ids = None
+        for delta in deltas:
+            if delta.finish_reason is not None:
+                reason = delta.finish_reason
+            if delta.completion_tokens is not None:
+                counted = delta.completion_tokens
+            if delta.prompt_tokens is not None:
+                prompt_tokens = delta.prompt_tokens
+            if delta.prompt_ids is not None and prompt_ids is None:
+                prompt_ids = delta.prompt_ids
+        new_tokens = len(pieces)
+        if self.dialect.gives_ids:
+            ids = tuple(token for delta in deltas for token in delta.token_ids or ())
+            new_tokens = len(ids)
+        elif counted is not None:
+            new_tokens = counted
         answer = Answer(
             text="".join(delta.text for delta in deltas),
             token_ids=ids,
-            finish_reason=FINISHED.get(reasons[-1]) if reasons else None,
+            finish_reason=FINISHED.get(reason or ""),
             pieces_s=pieces,
-            new_tokens=len(ids) if ids is not None else counted[-1] if counted else len(pieces),
-            prompt_tokens=asked[-1] if asked else None,
-            prompt_ids=next((delta.prompt_ids for delta in deltas if delta.prompt_ids is not None), None),
+            new_tokens=new_tokens,
+            prompt_tokens=prompt_tokens,
+            prompt_ids=prompt_ids,
             failure=self.failure,
         )
         if self.failure is not None:
             return answer
-        return replace(answer, failure=self._fault(answer, reasons, counted))
+        return replace(answer, failure=self._fault(answer, reason, counted))
 
-    def _fault(self, answer: Answer, reasons: list[str], counted: list[int]) -> Failure | None:
+    def _fault(self, answer: Answer, reason: str | None, counted: int | None) -> Failure | None:
         """The fault of a stream that ended in order, None without one."""
         new, most = answer.new_tokens, self.max_new_tokens
-        if not reasons:
+        if reason is None:
             return Failure("incomplete", "the stream ended without a reason")
         if answer.finish_reason is None:
-            return Failure("aborted", f"the server ended the answer with {one_line(reasons[-1])}")
+            return Failure("aborted", f"the server ended the answer with {one_line(reason)}")
         if not self.is_done:
             return Failure("incomplete", "the stream ended without its last event")
         if new > most:
             return Failure("too_many_tokens", f"{new} tokens came, and {most} were asked for")
-        if answer.token_ids is not None and counted and counted[-1] != new:
-            return Failure("tokens_lost", f"{new} tokens came, and the server made {counted[-1]}")
-        return None if new else Failure("incomplete", "no token came")
+        if answer.token_ids is not None and counted is not None and counted != new:
+            return Failure("tokens_lost", f"{new} tokens came, and the server made {counted}")
+        if new == 0:
+            return Failure("incomplete", "no token came")
+        return None

@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from concurrent.futures import wait
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -66,9 +67,10 @@ class EndpointBackend:
 
     def load(self, plan: Plan | None, world: World, progress: Callable[[int, int], None]) -> None:
         url = self.options.url or self._start()
-        limits = Limits(self.options.request_timeout_s, self.options.stall_timeout_s)
-        variable = self.options.key_variable
-        self.client = Client(url, limits, os.environ[variable] if variable else None, self.options.ca_file)
+        limits, key = Limits(self.options.request_timeout_s, self.options.stall_timeout_s), None
+        if self.options.key_variable:
+            key = os.environ[self.options.key_variable]
+        self.client = Client(url, limits, key, self.options.ca_file)
         try:
             self.server = self._wait_until_ready(progress)
         except BaseException:
@@ -185,7 +187,9 @@ class EndpointBackend:
     def _samples(self) -> dict[str, float]:
         """The server's own counters, as far as it publishes them."""
         exchange = self._run(self.client.get("/metrics"))
-        return samples(exchange.body) if exchange.failure is None else {}
+        if exchange.failure is not None:
+            return {}
+        return samples(exchange.body)
 
     def _run(self, do: Coroutine[Any, Any, Result]) -> Result:
         """Do something in the client's loop."""
@@ -204,8 +208,8 @@ class EndpointBackend:
                 DeviceMemory(0, "cpu", host_anonymous_bytes=anonymous, reasons=dict.fromkeys(OF_AN_ENGINE, UNKNOWN))
             ]
         pids = set(self.started.pids())
-        held = []
-        for place, card in enumerate(cuda_devices(os.environ)[: self.config.devices]):
+        devices: list[DeviceMemory] = []
+        for rank, card in enumerate(cuda_devices(os.environ)[: self.config.devices]):
             assert card.uuid is not None
             reasons = dict.fromkeys(OF_AN_ENGINE, UNKNOWN)
             on_card: list[int | None] = []
@@ -213,22 +217,17 @@ class EndpointBackend:
                 on_card = [process.memory_bytes for process in nvml.processes(card.uuid) if process.pid in pids]
             except nvml.NvmlError as error:
                 reasons["nvml_used_bytes"] = f"NVML: {error}"
+            memory = DeviceMemory(rank, f"cuda:{rank}", device_name=card.name, device_uuid=card.uuid, reasons=reasons)
             known = [size for size in on_card if size is not None]
-            if not known:
+            if known:
+                memory = replace(memory, nvml_used_bytes=sum(known))
+            else:
                 hidden = "NVML does not show the server's processes (another PID namespace?)"
                 reasons.setdefault("nvml_used_bytes", hidden)
-            held.append(
-                DeviceMemory(
-                    rank=place,
-                    device=f"cuda:{place}",
-                    device_name=card.name,
-                    device_uuid=card.uuid,
-                    nvml_used_bytes=sum(known) if known else None,
-                    host_anonymous_bytes=anonymous if place == 0 else None,
-                    reasons=reasons,
-                )
-            )
-        return held
+            devices.append(memory)
+        if devices:
+            devices[0] = replace(devices[0], host_anonymous_bytes=anonymous)
+        return devices
 
     def close(self) -> None:
         """Close the connections, and end the server if this started it."""

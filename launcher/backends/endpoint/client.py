@@ -29,8 +29,9 @@ class Client:
         parts = urlsplit(url)
         assert parts.hostname is not None
         self.url, self.limits, self._key = url.rstrip("/"), limits, key
-        self._tls = ssl.create_default_context(cafile=ca_file) if parts.scheme == "https" else None
-        self._host, self._port = parts.hostname, parts.port or (443 if self._tls else 80)
+        self._host, self._port, self._tls = parts.hostname, parts.port or 80, None
+        if parts.scheme == "https":
+            self._port, self._tls = parts.port or 443, ssl.create_default_context(cafile=ca_file)
         self._folder = parts.path.rstrip("/")
         self._idle: list[Connection] = []
         self._addresses: list[Any] = []  # as getaddrinfo gives them
@@ -39,8 +40,9 @@ class Client:
             "Content-Type: application/json",
             "Accept: */*",
             "Accept-Encoding: identity",
-            *([f"Authorization: Bearer {key}"] if key else []),
         ]
+        if key:
+            lines.append(f"Authorization: Bearer {key}")
         self._headers = "".join(f"{line}\r\n" for line in lines)
 
     async def __aenter__(self) -> Self:
@@ -93,8 +95,8 @@ class Client:
         if not self._addresses:
             self._addresses = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
         errors: list[OSError] = []
-        for found in list(self._addresses):
-            family, *_, address = found
+        for entry in list(self._addresses):
+            family, *_, address = entry
             connected = socket.socket(family, socket.SOCK_STREAM)
             try:
                 connected.setblocking(False)
@@ -109,14 +111,16 @@ class Client:
                     raise
                 errors.append(error)
             else:
-                self._addresses = [found]
+                self._addresses = [entry]
                 return connection
         self._addresses = []
         raise errors[-1]
 
     def public(self, text: str) -> str:
         """Text of the server or about it, as one line without the key."""
-        return one_line(text.replace(self._key, "***") if self._key else text)
+        if self._key:
+            text = text.replace(self._key, "***")
+        return one_line(text)
 
     async def is_listening(self) -> bool:
         """True if the server's address accepts connections."""

@@ -37,8 +37,9 @@ def server_command(server: ServerConfig, values: Mapping[str, str], on_cuda: boo
             f"server={server.name} has no command of its own.",
             for_shell("server.command='python app.py --port {port}'"),
         )
-    text = f"{server.command} {'' if on_cuda else server.cpu_arguments}"
-    environment = server.environment | ({} if on_cuda else server.cpu_environment)
+    text, environment = server.command, server.environment
+    if not on_cuda:
+        text, environment = f"{text} {server.cpu_arguments}", environment | server.cpu_environment
     return ServerCommand(
         (*_filled(text, values, "command"), *server.arguments),
         {name: " ".join(_filled(value, values, f"environment.{name}")) for name, value in environment.items()},

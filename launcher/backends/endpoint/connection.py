@@ -75,7 +75,9 @@ class Connection:
         self.clock = ArrivalClock(connected)
         self._loop = asyncio.get_running_loop()
         self._received, self._to_send = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = tls.wrap_bio(self._received, self._to_send, server_hostname=host) if tls else None
+        self._tls: ssl.SSLObject | None = None
+        if tls is not None:
+            self._tls = tls.wrap_bio(self._received, self._to_send, server_hostname=host)
         self._response: _Response | None = None
         self._ended: asyncio.Future[Failure | None] | None = None
 
@@ -145,10 +147,10 @@ class Connection:
             self.close()
         elif data:
             self._read(self._response, moment, data)
+        elif self._response.has_length or not self._response.has_head:
+            self._end(Failure("closed", "the server closed the connection"))
         else:
-            # A response without a length ends with its connection.
-            is_cut = self._response.has_length or not self._response.has_head
-            self._end(Failure("closed", "the server closed the connection") if is_cut else None)
+            self._end(None)  # a response without a length ends with its connection
 
     def _decrypt(self, data: bytes) -> bytes:
         """Decrypt bytes; empty if they end the connection, SSLWantReadError if more are needed."""

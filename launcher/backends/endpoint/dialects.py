@@ -93,7 +93,9 @@ class Completions(Dialect):
         if not choices:
             return Delta(prompt_tokens=prompt, completion_tokens=completion)
         choice = choices[0]
-        ids = _ids(choice, "token_ids") if self.gives_ids else None
+        ids = None
+        if self.gives_ids:
+            ids = _ids(choice, "token_ids")
         text, reason = _of(choice, "text", str, ""), _of(choice, "finish_reason", str, None)
         is_piece = bool(ids or text or (ids is None and reason is None))
         return Delta(text, ids, reason, prompt, completion, _ids(choice, "prompt_token_ids") or None, is_piece)
@@ -109,8 +111,10 @@ class TokenCompletions(Completions):
     no_top_k: int = -1
 
     def body(self, model: str, prompt: Prompt, sampling: SamplingConfig, seed: int, salt: str) -> JsonObject:
-        return Completions.body(self, model, prompt, sampling, seed, salt) | {
-            "prompt": list(prompt.token_ids) if self.takes_ids else prompt.text,
+        body = Completions.body(self, model, prompt, sampling, seed, salt)
+        if self.takes_ids:
+            body["prompt"] = list(prompt.token_ids)
+        return body | {
             "top_k": sampling.top_k or self.no_top_k,
             "min_p": 0.0,  # a server may have values of its own from the model's generation_config.json
             "repetition_penalty": 1.0,
@@ -135,9 +139,9 @@ class TransformersCompletions(Completions):
             wanted |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
         if sampling.ignore_eos:
             wanted["eos_token_id"] = -1
-        # One that is given takes the place of the model's own, with its EOS.
-        needs_own = sampling.temperature > 0 or sampling.ignore_eos
-        return asked | ({"generation_config": json.dumps(wanted)} if needs_own else {})
+        if sampling.temperature > 0 or sampling.ignore_eos:  # it takes the place of the model's own, with its EOS
+            asked["generation_config"] = json.dumps(wanted)
+        return asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,17 +163,21 @@ class GenerateStream(Dialect):
         }
         if sampling.temperature > 0:
             wanted |= {"temperature": sampling.temperature, "seed": seed + prompt.index}
-            wanted |= {"top_p": sampling.top_p} if sampling.top_p < 1 else {}
-            wanted |= {"top_k": sampling.top_k} if sampling.top_k else {}
+            if sampling.top_p < 1:
+                wanted["top_p"] = sampling.top_p
+            if sampling.top_k:
+                wanted["top_k"] = sampling.top_k
         return {"inputs": prompt.text, "parameters": wanted}
 
     def read(self, event: Any) -> Delta:
         _raise_error(event)
         token = _of(event, "token", dict, None)
         details = _of(event, "details", dict, {})
-        special = _of(token, "special", bool, False)
+        text = _of(token, "text", str, "")
+        if _of(token, "special", bool, False):
+            text = ""
         return Delta(
-            text="" if special else _of(token, "text", str, ""),
+            text=text,
             token_ids=_ids({"ids": [_of(token, "id", int, None)]}, "ids"),
             finish_reason=_of(details, "finish_reason", str, None),
             prompt_tokens=_of(details, "input_length", int, None),
@@ -189,9 +197,12 @@ DIALECTS: dict[str, Dialect] = {
 
 def _raise_error(event: Any) -> None:
     """ServerError where an event holds an error, as a text or as an object with a message."""
-    error = event.get("error") if isinstance(event, dict) else None
-    if error is not None:
-        raise ServerError(str(error.get("message", error)) if isinstance(error, dict) else str(error))
+    if not isinstance(event, dict) or event.get("error") is None:
+        return
+    error = event["error"]
+    if isinstance(error, dict):
+        error = error.get("message", error)
+    raise ServerError(str(error))
 
 
 def _of(part: Any, key: str, kind: type, default: Any) -> Any:

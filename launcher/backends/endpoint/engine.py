@@ -70,8 +70,9 @@ class EndpointConfig(BackendConfig):
             raise ConfigError(fact, "server=none, or backend.url=null")
         if self.url is None and config.num_nodes > 1:
             raise ConfigError(f"num_nodes={config.num_nodes}, and a server is started on one.", "num_nodes=1")
-        known = self.url is None or config.machine is not None
-        return (config if known else replace(config, devices=1, num_nodes=1)), []
+        if self.url is not None and config.machine is None:
+            config = replace(config, devices=1, num_nodes=1)
+        return config, []
 
     def refuse(self, config: RunConfig, model_config: TransformersConfig, on_cuda: bool, longest: int) -> None:
         dialect = DIALECTS.get(self.dialect_of(config))
@@ -99,12 +100,18 @@ class EndpointConfig(BackendConfig):
 
     def dialect_of(self, config: RunConfig) -> str:
         """The dialect that the server speaks, which is known of one that is started."""
-        return config.server.dialect if self.dialect == "auto" else self.dialect
+        if self.dialect == "auto":
+            return config.server.dialect
+        return self.dialect
 
     def command(self, config: RunConfig, port: str, mark: str, on_cuda: bool) -> ServerCommand:
         """The command that starts the server of `server=`; ConfigError for what it does not take."""
-        path = config.model.path
-        folder = str(EMBEDDED / path.removeprefix("embedded:")) if path.startswith("embedded:") else path
+        folder = config.model.path
+        if folder.startswith("embedded:"):
+            folder = str(EMBEDDED / folder.removeprefix("embedded:"))
+        device = "cpu"
+        if on_cuda:
+            device = "cuda"
         values = {
             "python": config.server.python or sys.executable,
             "model": folder,
@@ -112,7 +119,7 @@ class EndpointConfig(BackendConfig):
             "port": port,
             "devices": str(config.devices),
             "dtype": config.precision.value,
-            "device": "cuda" if on_cuda else "cpu",
+            "device": device,
             "seed": str(config.seed),
             "mark": mark,
         }

@@ -36,4 +36,6 @@ LONGEST_MESSAGE = 300
 def one_line(text: str) -> str:
     """Text of a server as one line of bounded length."""
     flat = " ".join(text.split())
-    return flat if len(flat) <= LONGEST_MESSAGE else flat[: LONGEST_MESSAGE - 1] + "…"
+    if len(flat) <= LONGEST_MESSAGE:
+        return flat
+    return flat[: LONGEST_MESSAGE - 1] + "…"

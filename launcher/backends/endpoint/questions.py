@@ -51,7 +51,8 @@ class Questions:
         first_sent_at: float | None = None
         for attempt in range(self.retries + 1):
             exchange = await self.client.post(self.dialect.path, data, most)
-            first_sent_at = exchange.sent_at if first_sent_at is None else first_sent_at
+            if first_sent_at is None:
+                first_sent_at = exchange.sent_at
             answer = await self._read(replace(exchange, sent_at=first_sent_at))
             if answer.failure is None:
                 break

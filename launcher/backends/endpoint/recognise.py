@@ -37,32 +37,47 @@ async def recognise(client: Client, dialect: str, model: str | None, path: str) 
     `path` stands for that where it lists none or several.
     """
     listed = (await _ask_for(client, "/v1/models")).get("data")
-    models = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
-    owner = str(models[0].get("owned_by")) if models else ""
     about = await _ask_for(client, "/info")
-    served = model or str(models[0].get("id") if len(models) == 1 else about.get("model_id", path))
-    names = [dialect]
-    if dialect == "auto":
-        names = ["sglang"] if owner == "sglang" else ["tgi"] if "docker_label" in about else list(TRIED)
+    models: list[JsonObject] = []
+    if isinstance(listed, list):
+        models = [entry for entry in listed if isinstance(entry, dict)]
+    owner, served = "", model or str(about.get("model_id", path))
+    if models:
+        owner = str(models[0].get("owned_by"))
+    if len(models) == 1 and not model:
+        served = str(models[0].get("id"))
+    if dialect != "auto":
+        names = [dialect]
+    elif owner == "sglang":
+        names = ["sglang"]
+    elif "docker_label" in about:
+        names = ["tgi"]
+    else:
+        names = list(TRIED)
     for name in names:
         answer = await Questions(client, DIALECTS[name], served, ONE_TOKEN).ask(TRIAL, "trial")
         if answer.failure is None:
             return Server(name, served, await _software(client, name, owner, about))
     assert answer.failure is not None
     hint = f"backend.dialect= one of {', '.join(DIALECTS)}, and backend.served_model= the name that the model has there"
-    if models and served not in (listed_names := [str(one.get("id")) for one in models]):
+    if models and served not in (listed_names := [str(entry.get("id")) for entry in models]):
         hint = f"backend.served_model={listed_names[0]}"
     fact = f"{client.url} does not answer as {' or '.join(names)}: {answer.failure.kind}, {answer.failure.message}."
     raise ConfigError(fact, hint)
 
 
 async def _software(client: Client, dialect: str, owner: str, about: JsonObject) -> str | None:
-    name = owner if owner in ("vllm", "sglang") else dialect if dialect in ("tgi", "transformers") else None
-    told = await _ask_for(client, "/version")
-    version = about.get("version") or told.get("version")
+    versions = await _ask_for(client, "/version")
+    version = about.get("version") or versions.get("version")
     if owner == "launcher":  # launcher.serve, with an engine of this project
-        return f"{told.get('engine')}, launcher.serve {version}"
-    return f"{name} {version}" if name and version else name
+        return f"{versions.get('engine')}, launcher.serve {version}"
+    if owner in ("vllm", "sglang"):
+        name = owner
+    elif dialect in ("tgi", "transformers"):
+        name = dialect
+    else:
+        return None
+    return f"{name} {version or ''}".rstrip()
 
 
 async def _ask_for(client: Client, path: str) -> JsonObject:
@@ -74,7 +89,9 @@ async def _ask_for(client: Client, path: str) -> JsonObject:
         body = json.loads(exchange.body)
     except (ValueError, RecursionError):
         return {}
-    return body if isinstance(body, dict) else {}
+    if isinstance(body, dict):
+        return body
+    return {}
 
 
 async def check_tokenizer(questions: Questions, prompt: Prompt) -> None:
@@ -84,9 +101,9 @@ async def check_tokenizer(questions: Questions, prompt: Prompt) -> None:
     ours, theirs = len(prompt.token_ids), answer.prompt_tokens
     if answer.failure is not None or theirs is None:
         return
-    if theirs != ours or (answer.prompt_ids is not None and answer.prompt_ids != prompt.token_ids):
-        raise ConfigError(
-            f"The server makes {theirs} tokens of prompt {prompt.index}, and the tokenizer here makes "
-            f"{'other ones' if theirs == ours else ours}.",
-            "model.path= with the folder or the id of the model that the server has",
-        )
+    fact = f"The server makes {theirs} tokens of prompt {prompt.index}, and the tokenizer here makes"
+    hint = "model.path= with the folder or the id of the model that the server has"
+    if theirs != ours:
+        raise ConfigError(f"{fact} {ours}.", hint)
+    if answer.prompt_ids is not None and answer.prompt_ids != prompt.token_ids:
+        raise ConfigError(f"{fact} other ones.", hint)

@@ -29,6 +29,9 @@ def completions_of(answered: Answered, gives_ids: bool) -> tuple[Completion, ...
         if answer.failure is not None:
             continue
         assert answer.finish_reason is not None, "an answer without the reason of its end has a failure"
+        text = None
+        if not gives_ids:
+            text = answer.text
         completions.append(
             Completion(
                 index=prompt.index,
@@ -36,7 +39,7 @@ def completions_of(answered: Answered, gives_ids: bool) -> tuple[Completion, ...
                 finish_reason=answer.finish_reason,
                 ttft_s=answer.ttft_s,
                 itl_s=answer.itl_s,
-                text=None if gives_ids else answer.text,
+                text=text,
                 num_tokens=answer.new_tokens,
             )
         )
@@ -55,26 +58,40 @@ def server_repeat(
     """One repeat as the client saw the server."""
     whole = [(prompt, answer) for prompt, answer in answered if answer.failure is None]
     counted = [(len(prompt.token_ids), answer.prompt_tokens) for prompt, answer in whole if answer.prompt_tokens]
-    read_otherwise = sum(ours != theirs for ours, theirs in counted) if counted else None
     events = sum(len(answer.pieces_s) for _, answer in whole)
     gaps = [gap for _, answer in whole for gap in answer.itl_s]
+    read_otherwise = tokens_per_event = bunched = None
+    if counted:
+        read_otherwise = sum(ours != theirs for ours, theirs in counted)
+    if events:
+        tokens_per_event = sum(answer.new_tokens for _, answer in whole) / events
+    if gaps:
+        bunched = sum(gap < TOGETHER_S for gap in gaps) / len(gaps)
+    if gives_ids:
+        tokens_checked = "ids"
+    elif read_otherwise:
+        tokens_checked = "none"
+    else:
+        tokens_checked = "text"
     return ServerRepeat(
         software=server.software,
         dialect=server.dialect,
-        tokens_checked="ids" if gives_ids else "none" if read_otherwise else "text",
+        tokens_checked=tokens_checked,
         retries=sum(answer.attempts - 1 for _, answer in answered),
         read_otherwise=read_otherwise,
-        tokens_per_event=sum(answer.new_tokens for _, answer in whole) / events if events else None,
+        tokens_per_event=tokens_per_event,
         cpu_share=cost.cpu_s / cost.wall_s,
         loop_lag_s=_p50_and_p99(cost.loop_lag_s) or (0.0, 0.0),
         send_lag_s=_p50_and_p99(cost.send_lag_s),
         own_metrics=dict(own_metrics),
-        bunched=sum(gap < TOGETHER_S for gap in gaps) / len(gaps) if gaps else None,
+        bunched=bunched,
     )
 
 
 def _p50_and_p99(values: Sequence[float]) -> tuple[float, float] | None:
-    if len(values) < 2:
-        return (values[0], values[0]) if values else None
+    if not values:
+        return None
+    if len(values) == 1:
+        return values[0], values[0]
     cuts = statistics.quantiles(values, n=100, method="inclusive")
     return cuts[49], cuts[98]

@@ -86,7 +86,8 @@ class StartedServer:
         for pid in self.pids():
             with contextlib.suppress(OSError):  # it has just ended
                 match = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-                total += int(match.group(1)) * 1024 if match else 0
+                if match is not None:
+                    total += int(match.group(1)) * 1024
         return total
 
     def close(self) -> None:
