@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from shards.plan.plan import Plan
 
 FinishReason = Literal["stop", "length"]
+STOP: FinishReason = "stop"
+LENGTH: FinishReason = "length"
+
+Phase = Literal["load", "prefill", "decode"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +55,32 @@ class Completion:
     @property
     def new_tokens(self) -> int:
         """The number of new tokens."""
-        return len(self.token_ids) if self.num_tokens is None else self.num_tokens
+        if self.num_tokens is not None:
+            return self.num_tokens
+        return len(self.token_ids)
 
     @property
     def answer(self) -> tuple[int, ...] | str:
         """The part that is compared: the tokens, or the text where there are none."""
-        return self.token_ids if self.text is None else self.text
+        if self.text is not None:
+            return self.text
+        return self.token_ids
 
     @property
     def e2el_s(self) -> float | None:
         """The time to the last token."""
-        return None if self.ttft_s is None else self.ttft_s + sum(self.itl_s)
+        if self.ttft_s is None:
+            return None
+        return self.ttft_s + sum(self.itl_s)
+
+
+def as_token_ids(eos: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The EOS ids of a model, of which its files name none, one or several."""
+    if eos is None:
+        return ()
+    if isinstance(eos, int):
+        return (eos,)
+    return tuple(eos)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +107,7 @@ class Generation:
 class PhaseMemory:
     """The most that CUDA's allocator held on a device in one phase of a run."""
 
-    phase: Literal["load", "prefill", "decode"]
+    phase: Phase
     peak_allocated_bytes: int
     peak_reserved_bytes: int
 

@@ -16,4 +16,6 @@ def slow_collectives(config: RunConfig, on_cuda: bool, verb: str) -> list[str]:
     if on_cuda or config.devices == 1 or config.num_nodes > 1 or elsewhere:
         return []
     reason = missing_operators(config.devices)
-    return [f"the ranks {verb} over gloo, many times slower than through shared memory: {reason}"] if reason else []
+    if reason is None:
+        return []
+    return [f"the ranks {verb} over gloo, many times slower than through shared memory: {reason}"]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache
 
-from launcher.backends.base import Completion, Generation
-from launcher.backends.memory import Clock, PhasePeaks
+from launcher.backends.base import LENGTH, STOP, Completion, Generation, as_token_ids
+from launcher.backends.memory import DECODE, PREFILL, Clock, PhasePeaks
 from launcher.backends.sampling import Sampler
 from launcher.backends.slots.cache import as_multiplied
 from launcher.results.metrics import ROWS, SLOTS
@@ -54,12 +54,14 @@ class Decoder:
         batch = _Batch.of(prompts, sampling.max_new_tokens, self.device)
         sampler = Sampler(sampling, self.seed, self.device, self.model.get_output_embeddings())
         generators = [sampler.generator(prompt) for prompt in prompts]
-        eos = torch.tensor(() if sampling.ignore_eos else self.eos_token_ids, device=self.device, dtype=torch.long)
+        eos = torch.tensor(self.eos_token_ids, device=self.device, dtype=torch.long)
+        if sampling.ignore_eos:
+            eos = eos[:0]
         unfinished = torch.full((batch.rows,), bool(prompts), device=self.device)
         cache = GrowingCache(config=self.model.config)
         tokens, gaps = [], []
         clock = Clock(self.device)
-        inputs = batch.input_ids
+        inputs, phase = batch.input_ids, PREFILL
         for step in range(sampling.max_new_tokens):
             logits = self._forward(inputs, batch, step, cache)
             chosen, gap = sampler.choose(logits, generators)
@@ -68,22 +70,25 @@ class Decoder:
             gaps.append(gap.clone())
             more = sampling.ignore_eos or self.any_unfinished(bool(unfinished.any()))
             clock.mark()
-            self.peaks.end("decode" if step else "prefill")
+            self.peaks.end(phase)
+            phase = DECODE
             on_step(len(prompts))
             if not more:
                 break
             inputs = chosen[:, None]
-        for place, held in cache_bytes(cache).items():
-            self.kv_cache_bytes[place] = max(self.kv_cache_bytes.get(place, 0), held)
+        for device, nbytes in cache_bytes(cache).items():
+            self.kv_cache_bytes[device] = max(self.kv_cache_bytes.get(device, 0), nbytes)
         outputs = torch.stack(tokens, 1), torch.stack(gaps, 1)
         return _generation(prompts, *outputs, clock.marks(), set(eos.tolist()))
 
     def _forward(self, inputs: torch.Tensor, batch: _Batch, step: int, cache: DynamicCache) -> torch.Tensor:
         """Logits [rows, vocabulary] of the last position, float32."""
-        known = batch.width + step
+        known, mask = batch.width + step, None
+        if batch.is_padded:
+            mask = batch.mask[:, :known]
         output = self.model(
             input_ids=inputs,
-            attention_mask=batch.mask[:, :known] if batch.is_padded else None,
+            attention_mask=mask,
             position_ids=batch.positions[:, known - inputs.shape[1] : known],
             past_key_values=cache,
             use_cache=True,
@@ -127,23 +132,27 @@ def _generation(
     steps = [later - earlier for earlier, later in pairwise(marks)]
     completions = []
     for prompt, row, row_gaps in zip(prompts, tokens.tolist(), gaps.tolist(), strict=False):
-        length = next((place + 1 for place, token in enumerate(row) if token in eos), len(row))
+        length, reason = len(row), LENGTH
+        if ends := [place for place, token in enumerate(row) if token in eos]:
+            length, reason = ends[0] + 1, STOP
         completions.append(
             Completion(
                 index=prompt.index,
                 token_ids=tuple(row[:length]),
-                finish_reason="stop" if row[length - 1] in eos else "length",
+                finish_reason=reason,
                 ttft_s=marks[0],
                 itl_s=tuple(steps[: length - 1]),
                 top2_gaps=tuple(row_gaps[:length]),
             )
         )
     rows = len(steps) * len(prompts)
+    if not prompts:  # a rank without prompts takes part in the steps of others
+        steps = []
     return Generation(
         tuple(completions),
         prefill_s=marks[0],
         decode_s=marks[-1] - marks[0],
-        decode_steps=len(steps) if prompts else 0,
+        decode_steps=len(steps),
         counters={SLOTS: rows, ROWS: rows},
     )
 
@@ -161,5 +170,6 @@ def cache_bytes(cache: DynamicCache) -> dict[torch.device, int]:
 def eos_token_ids(model: Any) -> tuple[int, ...]:
     """The EOS ids of a model, as its generation config or its config names them."""
     eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    eos = model.config.eos_token_id if eos is None else eos
-    return tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (int(eos),)
+    if eos is None:
+        eos = model.config.eos_token_id
+    return as_token_ids(eos)

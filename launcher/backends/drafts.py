@@ -44,6 +44,7 @@ def with_draft(memory: DeviceMemory, guesser: Guesser | None) -> DeviceMemory:
     """The memory of a device with that of the draft model on it."""
     if not isinstance(guesser, Draft):
         return memory
-    cache = guesser.slots.cache.num_bytes() if guesser.slots else {}
-    parameters = parameter_bytes(guesser.model, guesser.device)
-    return replace(memory, draft_parameter_bytes=parameters, draft_cache_bytes=sum(cache.values()))
+    memory = replace(memory, draft_parameter_bytes=parameter_bytes(guesser.model, guesser.device))
+    if guesser.slots is None:
+        return memory
+    return replace(memory, draft_cache_bytes=sum(guesser.slots.cache.num_bytes().values()))

@@ -64,10 +64,16 @@ class DummyBackend:
         self._maybe_fail("load")
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Generation:
-        self._take_memory(len(prompts))
+        capacity = self.options.memory_batch
+        if capacity is not None and len(prompts) > capacity:  # of one MiB for each prompt
+            raise OutOfMemoryError(
+                f"dummy out of memory. Tried to allocate {len(prompts)}.00 MiB. GPU 0 has a total capacity of "
+                f"{capacity}.00 MiB of which {capacity}.00 MiB is free."
+            )
         if self.calls >= self.options.fail_after:
             self._maybe_fail("generate")
-            self._maybe_hang()
+            while self.options.fail_at == "hang" and self._is_last:
+                time.sleep(60)
         self.calls += 1
         start = time.perf_counter()
         marks = []
@@ -105,19 +111,6 @@ class DummyBackend:
     def _maybe_fail(self, stage: str) -> None:
         if self.options.fail_at == stage and self._is_last:
             raise RuntimeError(f"the dummy engine was told to fail at {stage}")
-
-    def _maybe_hang(self) -> None:
-        while self.options.fail_at == "hang" and self._is_last:
-            time.sleep(60)
-
-    def _take_memory(self, batch: int) -> None:
-        """One MiB for each prompt of a batch, of as many as `memory_batch`."""
-        capacity = self.options.memory_batch
-        if capacity is not None and batch > capacity:
-            raise OutOfMemoryError(
-                f"dummy out of memory. Tried to allocate {batch}.00 MiB. GPU 0 has a total capacity of "
-                f"{capacity}.00 MiB of which {capacity}.00 MiB is free."
-            )
 
 
 def _count_up(prompt: Prompt, length: int) -> tuple[int, ...]:

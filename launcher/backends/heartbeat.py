@@ -54,20 +54,20 @@ class Activity:
 def heartbeat(beat: Callable[[], object]) -> Iterator[None]:
     """Calls `beat` in here, from another thread, again and again as long as this process or a child of it works."""
     over = threading.Event()
-    thread = threading.Thread(target=_beat, args=(beat, over), daemon=True, name="heartbeat")
+
+    def beat_while_working() -> None:
+        activity = Activity(time.monotonic(), work_of_tree())
+        while not over.wait(BEAT_S):
+            if activity.look(time.monotonic(), work_of_tree()):
+                beat()
+
+    thread = threading.Thread(target=beat_while_working, daemon=True, name="heartbeat")
     thread.start()
     try:
         yield
     finally:
         over.set()
         thread.join()
-
-
-def _beat(beat: Callable[[], object], over: threading.Event) -> None:
-    activity = Activity(time.monotonic(), work_of_tree())
-    while not over.wait(BEAT_S):
-        if activity.look(time.monotonic(), work_of_tree()):
-            beat()
 
 
 def work_of_tree() -> dict[int, Work]:

@@ -6,7 +6,7 @@ import gc
 import os
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,9 +17,12 @@ from shards.machine.nvml import NvmlError, processes
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from launcher.backends.base import Phase
     from shards.untrusted_files import JsonObject
 
 
+PREFILL: Phase = "prefill"
+DECODE: Phase = "decode"
 BY_PHASE = ("phases", "fragmented_bytes", "step_growth_bytes")
 
 
@@ -91,7 +94,7 @@ class PhasePeaks:
         for device in self.devices:
             torch.cuda.reset_peak_memory_stats(device)
 
-    def end(self, phase: Literal["load", "prefill", "decode"]) -> None:
+    def end(self, phase: Phase) -> None:
         """All that was asked for since the last end was for this phase, in it for one step."""
         for device in self.devices:
             stats = torch.cuda.memory_stats_as_nested_dict(device)
@@ -132,7 +135,11 @@ def module_memory(
     if device.type == "cuda":
         values |= _cuda_memory(device, peaks, reasons)
     else:
-        values["tensor_bytes"] = _live_tensor_bytes()
+        tensors = [item for item in gc.get_objects() if type(item) in (torch.Tensor, torch.nn.Parameter)]
+        on_cpu = [tensor for tensor in tensors if tensor.device.type == "cpu"]
+        packed = sum(tensor.nbytes for tensor in on_cpu if tensor.layout is torch._mkldnn)
+        strided = storage_bytes(tensor for tensor in on_cpu if tensor.layout is torch.strided)
+        values["tensor_bytes"] = packed + strided
         for name in ("peak_allocated_bytes", "peak_reserved_bytes", *BY_PHASE, "nvml_used_bytes"):
             reasons[name] = "no CUDA device"
     if is_reserved:
@@ -170,22 +177,16 @@ def _cuda_memory(device: torch.device, peaks: PhasePeaks | None, reasons: dict[s
 def nvml_used(uuid: str, reasons: dict[str, str]) -> int | None:
     """Bytes of a card in use by this process according to the driver; None with the reason where it does not say."""
     try:
-        own = next((process for process in processes(uuid) if process.pid == os.getpid()), None)
+        this = next((process for process in processes(uuid) if process.pid == os.getpid()), None)
     except NvmlError as error:
         reasons["nvml_used_bytes"] = f"NVML: {error}"
         return None
-    if own is None:
+    if this is None:
         reasons["nvml_used_bytes"] = "NVML does not show this process (another PID namespace?)"
-    elif own.memory_bytes is None:
+        return None
+    if this.memory_bytes is None:
         reasons["nvml_used_bytes"] = "NVML shows this process, and the driver does not say what it holds"
-    return None if own is None else own.memory_bytes
-
-
-def _live_tensor_bytes() -> int:
-    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
-    on_cpu = [tensor for tensor in tensors if tensor.device.type == "cpu"]
-    packed = sum(tensor.nbytes for tensor in on_cpu if tensor.layout is torch._mkldnn)
-    return packed + storage_bytes(tensor for tensor in on_cpu if tensor.layout is torch.strided)
+    return this.memory_bytes
 
 
 def host_anonymous_bytes() -> int:

@@ -109,12 +109,18 @@ class ModuleBackend(ABC):
     def _decoder(self, plan: Plan | None) -> Decoder | SlotDecoder:
         apart, eos, seed = self.config.backend.data_parallel, eos_token_ids(self.model), self.config.seed
         if not self.config.is_continuous:
-            return Decoder(self.model, eos, self.device, seed, any_rank if apart else bool, self.peaks)
+            decoder = Decoder(self.model, eos, self.device, seed, peaks=self.peaks)
+            if apart:
+                decoder.any_unfinished = any_rank
+            return decoder
         measure = self.config.measure
+        num_slots, length = measure.batch_size, 0
+        if plan is not None:
+            num_slots, length = plan.slots or num_slots, plan.slot_tokens or 0
         return SlotDecoder(
             self.model, eos, self.device, self.world, seed, self.peaks,
-            num_slots=plan.slots if plan and plan.slots else measure.batch_size,
-            length=plan.slot_tokens if plan and plan.slot_tokens else 0,
+            num_slots=num_slots,
+            length=length,
             prefill_tokens=measure.prefill_tokens or DEFAULT_PREFILL_TOKENS,
             splits_prompts=apart,
             guesser=self.guesser,
@@ -129,7 +135,9 @@ class ModuleBackend(ABC):
     def _check_share(self, plan: Plan) -> None:
         """The tensors of this process are the share that the plan gave it; an engine that did not shard ends here."""
         shares = [device.parameter_bytes + device.offloaded_bytes for device in plan.devices]
-        planned = shares[self.world.rank] if self.config.backend.one_process_per_device else sum(shares)
+        planned = sum(shares)
+        if self.config.backend.one_process_per_device:
+            planned = shares[self.world.rank]
         nbytes = sum(local_tensor(parameter).nbytes for parameter in self.model.parameters())
         tolerance = plan_tolerance(getattr(self.model.config, "model_type", None))
         check_share(self.world.rank, nbytes, planned, plan.num_parameters * self.dtype.itemsize, tolerance)
@@ -154,15 +162,16 @@ class ModuleBackend(ABC):
         """Let the layers of a checkpoint that is quantized already keep what it has."""
         fields = json.loads((Path(self.config.model.path) / "config.json").read_text(encoding="utf-8"))
         stored = from_config(fields)
-        kept = None if stored is None else as_kept(stored)
-        if kept is not None:
-            zeros_from = 0 if fields["quantization_config"].get("checkpoint_format") == "gptq_v2" else 1
+        if stored is not None and (kept := as_kept(stored)) is not None:
+            zeros_from = int(fields["quantization_config"].get("checkpoint_format") != "gptq_v2")
             quantize_layers(model, make_stored(kept, self.dtype, zeros_from), kept.chooses)
 
     @property
     def source(self) -> Path | str | JsonObject:
         model = self.config.model
-        return model.config if model.weights is Weights.random and model.config else model.path
+        if model.weights is Weights.random and model.config:
+            return model.config
+        return model.path
 
     def packs(self, model: torch.nn.Module) -> bool:
         """The ranks of this node have memory for their weights: packed ones are no longer those of the mapped files.
@@ -178,25 +187,34 @@ class ModuleBackend(ABC):
         """Give every local shard its values: this rank's bytes of the checkpoint, or random ones.
 
         Of what is offloaded to main memory only the buffers come to the device."""
-        is_away = self.config.offload is Offload.cpu
-        device = torch.device("cpu") if is_away else self.device
+        is_away, device = self.config.offload is Offload.cpu, self.device
+        if is_away:
+            device = torch.device("cpu")
         if self.config.model.weights is Weights.random:
             self.stats = fill_random(model, self.config.seed, device, progress)
         else:
             self.checkpoint = Checkpoint.open(self.config.model.path)
-            adapter, is_merged = self.adapter(), self.config.adapter.merge
-            self.stats = load_weights(model, self.checkpoint, device, progress, adapter if is_merged else None)
+            merged = separate = None
+            if self.config.adapter.merge:
+                merged = self.adapter()
+            else:
+                separate = self.adapter()
+            self.stats = load_weights(model, self.checkpoint, device, progress, merged)
             self.mapped_files = self.stats.mapped_files
-            if adapter is not None and not is_merged:
-                fill_adapter(model, adapter)
-        for module in model.modules() if is_away else ():
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to(self.device)
+            if separate is not None:
+                fill_adapter(model, separate)
+        if is_away:
+            for module in model.modules():
+                for name, buffer in module._buffers.items():
+                    if buffer is not None:
+                        module._buffers[name] = buffer.to(self.device)
 
     def adapter(self) -> Adapter | None:
         """The adapter that is added to the weights."""
         folder = self.config.adapter.path
-        return read_adapter(Path(folder)) if folder else None
+        if not folder:
+            return None
+        return read_adapter(Path(folder))
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Generation:
         with self.autocast():
@@ -266,14 +284,16 @@ def _check_agreement(generation: Generation) -> None:
         raise RuntimeError("the ranks chose different tokens for the same prompts")
 
 
-def check_share(rank: int, held: int, planned: int, whole: int, tolerance: float) -> None:
+def check_share(rank: int, nbytes: int, planned: int, whole: int, tolerance: float) -> None:
     """Raise PlanError where a rank holds all of a model's bytes instead of its share, or another share than planned."""
     whole_is_right = planned > 0.98 * whole
-    if abs(held - planned) <= tolerance * planned and (held < whole or whole_is_right):
+    if abs(nbytes - planned) <= tolerance * planned and (nbytes < whole or whole_is_right):
         return
-    verdict = "nothing was sharded" if held >= whole else "it was sharded otherwise than planned"
+    verdict = "it was sharded otherwise than planned"
+    if nbytes >= whole:
+        verdict = "nothing was sharded"
     raise PlanError(
-        f"rank {rank} holds {held / MIB:.1f} MiB of {whole / MIB:.1f} MiB parameters, and its share is "
+        f"rank {rank} holds {nbytes / MIB:.1f} MiB of {whole / MIB:.1f} MiB parameters, and its share is "
         f"{planned / MIB:.1f} MiB: {verdict}.",
         "backend=fsdp, which shards every model",
     )

@@ -67,7 +67,7 @@ def test_a_slow_load_of_the_engine_beats_while_it_works(
     (tmp_path / "weights").write_bytes(bytes(2 * READING))
     beats: list[int] = []
 
-    def load(arguments: dict[str, object]) -> None:
+    def load(**arguments: object) -> None:
         work(tmp_path / "weights", beats)
         raise Loaded
 
@@ -76,11 +76,10 @@ def test_a_slow_load_of_the_engine_beats_while_it_works(
     engine = object.__new__(module.VllmBackend)
     engine.config = compose_run(["backend=vllm", "devices=1", "accelerator=cpu"])
     engine.options, engine.on_cpu, engine.external = engine.config.backend, True, False
-    engine.vllm = SimpleNamespace(__path__=[str(tmp_path)])
+    engine.vllm = SimpleNamespace(__path__=[str(tmp_path)], LLM=load)
     monkeypatch.setattr(engine, "_check_platform", lambda: None)
     monkeypatch.setattr(type(engine.options), "check_extra", lambda *_: None)
     monkeypatch.setattr(engine, "_model_folder", lambda: tmp_path)
-    monkeypatch.setattr(engine, "_start", load)
     plan = SimpleNamespace(kv_cache_memory_bytes=1, devices=[SimpleNamespace(offloaded_bytes=0)])
     with pytest.raises(Loaded):
         engine.load(plan, World(), lambda done, total: beats.append(done))

@@ -50,7 +50,9 @@ class FsdpBackend(ModuleBackend):
 
         if self.device.type == "cpu":
             keep_freed_pages()
-        narrowed = self.product_dtype if self.config.precision.is_mixed else None
+        narrowed = None
+        if self.config.precision.is_mixed:
+            narrowed = self.product_dtype
         ways = collectives(world, self.device, within_node=is_hybrid)
         print(f"all-gather: {ways.way}", flush=True)
 

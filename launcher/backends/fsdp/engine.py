@@ -50,12 +50,13 @@ class FsdpConfig(BackendConfig):
                 f"backend.resident_layers={self.resident_layers}, and offload={config.offload.name} leaves none whole."
             )
             raise ConfigError(fact, "backend.resident_layers=0")
-        is_here = not on_cuda and config.launch.name != "slurm"
-        return FsdpPlanner(
-            resident_layers=None if self.resident_layers == "auto" else int(self.resident_layers),
-            within_node={"world": False, "node": True, "auto": None}[self.shard_over],
-            host_bytes=available_bytes() // config.devices if is_here else None,
-        )
+        resident_layers = host_bytes = None
+        if self.resident_layers != "auto":
+            resident_layers = int(self.resident_layers)
+        if not on_cuda and config.launch.name != "slurm":
+            host_bytes = available_bytes() // config.devices
+        within_node = {"world": False, "node": True, "auto": None}[self.shard_over]
+        return FsdpPlanner(resident_layers=resident_layers, within_node=within_node, host_bytes=host_bytes)
 
     def notes(self, config: RunConfig, on_cuda: bool) -> list[str]:
         return slow_collectives(config, on_cuda, "gather")

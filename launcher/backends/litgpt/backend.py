@@ -18,12 +18,12 @@ from litgpt.generate.base import generate_fn
 from litgpt.generate.sequentially import sequential
 from litgpt.model import GPT, build_mask_cache
 
-from launcher.backends.base import Completion, Generation
+from launcher.backends.base import LENGTH, STOP, Completion, Generation, as_token_ids
 from launcher.backends.heartbeat import heartbeat
 from launcher.backends.litgpt.convert import MODEL, converted
 from launcher.backends.litgpt.engine import SEQUENTIAL
 from launcher.backends.litgpt.shapes import litgpt_config
-from launcher.backends.memory import PhasePeaks, module_memory
+from launcher.backends.memory import DECODE, PREFILL, PhasePeaks, module_memory
 from launcher.config.storage import Precision
 from launcher.system.files import read_json
 
@@ -52,23 +52,23 @@ class LitgptBackend:
     def load(self, plan: Plan | None, world: World, progress: Callable[[int, int], None]) -> None:
         self.world = world
         kind, dtype = self.config.accelerator.value, getattr(torch, self.config.precision.value)
-        cards = self.config.devices if kind == "cuda" and self.options.generate == SEQUENTIAL else 1
-        place = torch.device(kind, world.local_rank) if kind == "cuda" else torch.device(kind)
-        self.devices = [torch.device("cuda", card) for card in range(cards)] if cards > 1 else [place]
+        if kind == "cuda" and self.options.generate == SEQUENTIAL:
+            self.devices = [torch.device("cuda", card) for card in range(self.config.devices)]
+        elif kind == "cuda":
+            self.devices = [torch.device("cuda", world.local_rank)]
+        else:
+            self.devices = [torch.device(kind)]
         self.peaks = PhasePeaks(self.devices)
-        quantize = self.options.quantize
-        plugins: list[Any] = [] if quantize == "none" else [BitsandbytesPrecision(quantize.removeprefix("bnb."), dtype)]
-        fabric = Fabric(
-            accelerator=kind,
-            devices=world.local_world_size,
-            num_nodes=world.num_nodes,
-            precision=None if plugins else PRECISIONS[self.config.precision],
-            strategy="ddp" if world.world_size > 1 else "auto",
-            plugins=[*plugins, *([TorchElasticEnvironment()] if world.world_size > 1 else [])],
-        )
+        settings: dict[str, Any] = {"precision": PRECISIONS[self.config.precision], "plugins": []}
+        if self.options.quantize != "none":
+            settings = {"plugins": [BitsandbytesPrecision(self.options.quantize.removeprefix("bnb."), dtype)]}
+        if world.world_size > 1:
+            settings["strategy"] = "ddp"
+            settings["plugins"].append(TorchElasticEnvironment())
+        fabric = Fabric(accelerator=kind, devices=world.local_world_size, num_nodes=world.num_nodes, **settings)
         with heartbeat(lambda: progress(0, 1)):
             fabric.launch()
-            self.model = self._placed(fabric, self._read(fabric, dtype), cards)
+            self.model = self._placed(fabric, self._read(fabric, dtype))
         self.root = fabric.device
         self.peaks.end("load")
         progress(1, 1)
@@ -88,10 +88,11 @@ class LitgptBackend:
         model.load_state_dict(state, assign=True)
         return model.to(dtype).eval()
 
-    def _placed(self, fabric: Any, model: Any, cards: int) -> Any:
+    def _placed(self, fabric: Any, model: Any) -> Any:
         """The model on its devices, by the functions of LitGPT's scripts, in their order."""
         if self.options.generate == SEQUENTIAL:
-            return sequential(fabric.setup_module(model, move_to_device=False), fabric.device, LEAST_LENGTH, cards)
+            wrapped = fabric.setup_module(model, move_to_device=False)
+            return sequential(wrapped, fabric.device, LEAST_LENGTH, len(self.devices))
         model = fabric._precision.convert_module(model)
         if fabric.world_size > 1:
             order_heads(model, fabric.world_size)
@@ -122,16 +123,17 @@ class LitgptBackend:
         start = perf_counter()
         for prompt in prompts:
             began, moments = perf_counter(), list[float]()
-            tokens = []
+            tokens, phase, reason = list[int](), PREFILL, LENGTH
             for token in self._tokens(prompt, sampling):
                 tokens.append(int(token))
                 moments.append(perf_counter())
-                self.peaks.end("decode" if len(tokens) > 1 else "prefill")
+                self.peaks.end(phase)
+                phase = DECODE
                 on_step(1)
             gaps = tuple(later - earlier for earlier, later in pairwise(moments))
-            is_ended = not sampling.ignore_eos and tokens[-1] in self._eos_token_ids()
-            reason = "stop" if is_ended else "length"
-            ended = Completion(prompt.index, tuple(tokens), reason, moments[0] - start, gaps)  # type: ignore[arg-type]
+            if not sampling.ignore_eos and tokens[-1] in self._eos_token_ids():
+                reason = STOP
+            ended = Completion(prompt.index, tuple(tokens), reason, moments[0] - start, gaps)
             completions.append(ended)
             on_step(0, (ended,))
             prefill_s, decode_s = prefill_s + moments[0] - began, decode_s + sum(gaps)
@@ -141,6 +143,9 @@ class LitgptBackend:
     def _tokens(self, prompt: Prompt, sampling: SamplingConfig) -> Any:
         """The tokens of a prompt as LitGPT's loop yields them, EOS included."""
         torch.manual_seed(self.config.seed + prompt.index)
+        eos = self._eos_token_ids()
+        if sampling.ignore_eos:
+            eos = ()
         for block in self.model.transformer.h:
             block.attn.kv_cache.reset_parameters()
         return generate_fn(
@@ -150,15 +155,16 @@ class LitgptBackend:
             temperature=sampling.temperature,
             top_k=sampling.top_k or None,
             top_p=sampling.top_p,
-            stop_tokens=() if sampling.ignore_eos else tuple([token] for token in self._eos_token_ids()),
+            stop_tokens=tuple([token] for token in eos),
             include_prompt=False,
             include_eos=True,
         )
 
     def _eos_token_ids(self) -> tuple[int, ...]:
         eos = (read_json(self.folder / "generation_config.json") or {}).get("eos_token_id")
-        eos = read_json(self.folder / "config.json").get("eos_token_id") if eos is None else eos
-        return tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
+        if eos is None:
+            eos = read_json(self.folder / "config.json").get("eos_token_id")
+        return as_token_ids(eos)
 
     def barrier(self) -> None:
         if dist.is_initialized():

@@ -57,7 +57,9 @@ class LitgptConfig(BackendConfig):
 
     def planner(self, config: RunConfig, model_config: TransformersConfig, on_cuda: bool) -> EnginePlanner | None:
         """None where Fabric packs the weights in its own way."""
-        return LitgptPlanner(cuts_layers=self.generate == TENSOR_PARALLEL) if self.quantize == "none" else None
+        if self.quantize != "none":
+            return None
+        return LitgptPlanner(cuts_layers=self.generate == TENSOR_PARALLEL)
 
     def settle(self, config: RunConfig, on_cuda: bool) -> tuple[RunConfig, list[str]]:
         """Layers are spread over cards only."""

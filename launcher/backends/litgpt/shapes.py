@@ -54,9 +54,10 @@ def litgpt_config(fields: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"backend=litgpt converts no Falcon with {norms} norms in a layer here.", ELSEWHERE)
     if not is_new and not (fields.get("multi_query", True) and fields.get("parallel_attn", True)):
         raise ConfigError("backend=litgpt converts no Falcon with as many keys as queries here.", ELSEWHERE)
+    values |= {"name": "falcon-7b", "n_query_groups": 1}
+    if is_new:
+        values |= {"name": "falcon-40b", "n_query_groups": config.size("num_kv_heads")}
     return values | {
-        "name": "falcon-40b" if is_new else "falcon-7b",
-        "n_query_groups": config.size("num_kv_heads") if is_new else 1,
         "intermediate_size": config.count("ffn_hidden_size") or 4 * hidden,
         "norm_eps": fields.get("layer_norm_epsilon", 1e-5),
         "shared_attention_norm": not is_new,

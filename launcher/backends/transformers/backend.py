@@ -79,7 +79,7 @@ class TransformersBackend(ModuleBackend):
             low_0 = options.device_map == "balanced_low_0"
             room = get_balanced_memory(model, room, whole, dtype=self.dtype, low_zero=low_0)
         placed = infer_auto_device_map(model, room, whole, dtype=self.dtype)
-        if outside := {str(place) for place in placed.values()} - {str(card) for card in cards}:
+        if outside := set(map(str, placed.values())) - set(map(str, cards)):
             left = ", ".join(sorted(outside))
             fact = f"The model does not fit {len(cards)} GPUs: parts are left for {left}."
             raise PlanError(fact, f"devices={len(cards) + 1}, or backend=fsdp")

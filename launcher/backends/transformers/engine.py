@@ -56,7 +56,9 @@ class TransformersConfig(BackendConfig):
         if stored is not None and config.adapter.path is not None and config.adapter.merge:
             fact = f"An adapter is not merged into weights that are quantized already ({stored.name})."
             raise PlanError(fact, "adapter.merge=false")
-        return as_kept(stored) if stored is not None else super().quantization(config, stored, on_cuda)
+        if stored is not None:
+            return as_kept(stored)
+        return super().quantization(config, stored, on_cuda)
 
     def settle(self, config: RunConfig, on_cuda: bool) -> tuple[RunConfig, list[str]]:
         """One node, and without GPUs one device, so that the reference has its row in every sweep."""

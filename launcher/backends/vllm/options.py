@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from launcher.backends.vllm.extra import ONLINE
+from launcher.config.formats import Weights
 from launcher.config.speculative import DRAFT
 from shards.machine.hardware import GIB
 
@@ -41,32 +42,35 @@ def arguments(
     """The arguments of vllm.LLM for a run with `pool` bytes of KV cache and `offloaded_bytes` of weights in main memory
     for each worker; those of `backend.extra` win."""
     options: VllmConfig = config.backend  # type: ignore[assignment]
-    size = config.devices * (config.num_nodes if external else 1)
     methods = {name: method for method, name in ONLINE.items()}
+    values: JsonObject = {
+        "model": str(folder),
+        "tensor_parallel_size": config.devices,
+        "dtype": config.precision.value,
+        "seed": config.seed,
+        "trust_remote_code": config.model.trust_remote_code,
+        "load_format": options.load_format,
+        "max_model_len": options.max_model_len or -1,  # -1: what fits the cache
+        "gpu_memory_utilization": options.gpu_memory_utilization,
+        "enforce_eager": on_cpu,
+        "skip_tokenizer_init": True,
+        "worker_extension_cls": WORKER,
+    }
+    if external:
+        values["tensor_parallel_size"] = config.devices * config.num_nodes
+        values["distributed_executor_backend"] = "external_launcher"
+    if config.model.weights is Weights.random:
+        values["load_format"] = "dummy"
     optional = {
+        "enforce_eager": options.enforce_eager,
         "quantization": methods.get(config.quantization.name),
         "kv_cache_memory_bytes": pool,
         "cpu_offload_gb": offloaded_bytes / GIB or None,
         "max_num_seqs": options.max_num_seqs,
-        "distributed_executor_backend": options.distributed_executor_backend
-        or ("external_launcher" if external else None),
+        "distributed_executor_backend": options.distributed_executor_backend,
     }
-    return {
-        "model": str(folder),
-        "tensor_parallel_size": size,
-        "dtype": config.precision.value,
-        "seed": config.seed,
-        "trust_remote_code": config.model.trust_remote_code,
-        "load_format": "dummy" if config.model.weights.name == "random" else options.load_format,
-        "max_model_len": -1 if options.max_model_len is None else options.max_model_len,  # -1: what fits the cache
-        "gpu_memory_utilization": options.gpu_memory_utilization,
-        "enforce_eager": on_cpu if options.enforce_eager is None else options.enforce_eager,
-        "skip_tokenizer_init": True,
-        "worker_extension_cls": WORKER,
-        **{name: value for name, value in optional.items() if value is not None},
-        **speculation(config),
-        **options.extra,
-    }
+    values |= {name: value for name, value in optional.items() if value is not None}
+    return values | speculation(config) | options.extra
 
 
 def speculation(config: RunConfig) -> JsonObject:
