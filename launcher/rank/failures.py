@@ -12,7 +12,6 @@ from launcher.system.files import read_end
 from shards.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -36,26 +35,30 @@ def explain(
 
     Where the error only points at its cause, that is looked for at the end of `log`, which the rank's processes share.
     """
-    text = str(error.fact if isinstance(error, UserError) else error).strip()
+    status, text, hint = "failed", str(error), ""
+    if isinstance(error, UserError):
+        status, text, hint = "refused", error.fact, error.hint
+    lines = [*text.strip().splitlines(), type(error).__name__]
     explained = RunError(
         rank=rank,
         stage=stage,
         type=type(error).__name__,
-        message=text.splitlines()[0] if text else type(error).__name__,
-        hint=error.hint if isinstance(error, UserError) else "",
+        message=lines[0],
+        hint=hint,
         traceback="".join(traceback.format_exception(error)),
     )
-    shortage = _shortage(list(_causes(error)), log)
+    shortage = _shortage(error, log)
     if shortage is not None:
         return "oom", out_of_memory(explained, shortage)
-    return ("refused" if isinstance(error, UserError) else "failed"), explained
+    return status, explained
 
 
 def out_of_memory(error: RunError, text: str) -> RunError:
     """The error with device, bytes asked and bytes free by the message of an allocator (torch rounds to two digits)."""
-    gpu = re.search(r"GPU (\d+) has a total capacity", text)
-    device = f"cuda:{gpu.group(1)}" if gpu else None
-    if "DefaultCPUAllocator" in text and gpu is None:
+    device = None
+    if gpu := re.search(r"GPU (\d+) has a total capacity", text):
+        device = f"cuda:{gpu.group(1)}"
+    elif "DefaultCPUAllocator" in text:
         device = "cpu"
     return replace(
         error,
@@ -72,18 +75,16 @@ def _size(pattern: str, text: str) -> int | None:
     return None
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _shortage(causes: Sequence[BaseException], log: Path | None) -> str | None:
+def _shortage(error: BaseException, log: Path | None) -> str | None:
     """The message that says that memory ran out, None if none does."""
-    for cause in causes:
+    cause: BaseException | None = error
+    is_elsewhere = False
+    while cause is not None:
         named = type(cause).__name__ == "OutOfMemoryError" or isinstance(cause, MemoryError)
         if named or OUT_OF_MEMORY.search(str(cause)):
             return str(cause)
-    if log is None or not any(ELSEWHERE in str(cause) for cause in causes):
+        is_elsewhere |= ELSEWHERE in str(cause)
+        cause = cause.__cause__ or cause.__context__
+    if log is None or not is_elsewhere:
         return None
     return next((line for line in reversed(read_end(log).splitlines()) if OUT_OF_MEMORY.search(line)), None)

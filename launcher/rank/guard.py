@@ -87,47 +87,41 @@ class _Guard:
 
     def run(self, watched_pid: int | None) -> None:
         try:
-            self._guard(watched_pid)
+            if watched_pid is not None:
+                self.parent = watched_pid
+                with contextlib.suppress(
+                    OSError, AttributeError
+                ):  # gone already; Linux before 5.3; forbidden; not built in
+                    self.parent_fd = os.pidfd_open(watched_pid)
+            sources, looks = [self.signals], []
+            if self.parent_fd is not None:
+                sources.append(self.parent_fd)
+            elif self.parent is not None:
+                looks.append(PARENT_S)
+            if self.watched.look:
+                looks.append(self.watched.look_s)
+            while True:
+                if self._parent_is_gone():
+                    self._end(GONE)
+                patience = min(looks, default=None)  # without any, for signals alone
+                if self.deadline is not None:
+                    patience = min([*looks, max(self.deadline - time.monotonic(), 0.0)])
+                ready, _, _ = select.select(sources, [], [], patience)
+                if self.signals in ready:
+                    for number in os.read(self.signals, 64):
+                        self._on_signal(number)
+                if self.deadline is not None and time.monotonic() >= self.deadline:
+                    self._end(Outcome("interrupted", self.reason))
+                if self.watched.look and (outcome := self.watched.look()):
+                    self._end(outcome)
         except BaseException as error:
             traceback.print_exc()
             self._end(Outcome("failed", f"the guard of the rank failed: {type(error).__name__}: {error}"))
-
-    def _guard(self, watched_pid: int | None) -> None:
-        if watched_pid is not None:
-            self.parent = watched_pid
-            with contextlib.suppress(
-                OSError, AttributeError
-            ):  # gone already; Linux before 5.3; forbidden; not built in
-                self.parent_fd = os.pidfd_open(watched_pid)
-        if self.parent_fd is None:
-            sources = [self.signals]
-        else:
-            sources = [self.signals, self.parent_fd]
-        while True:
-            if self._parent_is_gone():
-                self._end(GONE)
-            ready, _, _ = select.select(sources, [], [], self._patience())
-            for number in os.read(self.signals, 64) if self.signals in ready else b"":
-                self._on_signal(number)
-            if self.deadline is not None and time.monotonic() >= self.deadline:
-                self._end(Outcome("interrupted", self.reason))
-            if self.watched.look and (outcome := self.watched.look()):
-                self._end(outcome)
 
     def _parent_is_gone(self) -> bool:
         if self.parent_fd is not None:
             return bool(select.select([self.parent_fd], [], [], 0)[0])
         return self.parent is not None and not _lives(self.parent)
-
-    def _patience(self) -> float | None:
-        """Seconds until there is something to see to; None: nothing but signals."""
-        looks = [self.watched.look_s] if self.watched.look else []
-        looks += [PARENT_S] if self.parent is not None and self.parent_fd is None else []
-        if self.deadline is not None:
-            left = [max(self.deadline - time.monotonic(), 0.0)]
-        else:
-            left = []
-        return min(looks + left, default=None)
 
     def _on_signal(self, number: int) -> None:
         if number not in SIGNALS:
@@ -138,16 +132,19 @@ class _Guard:
             self._end(Outcome("cancelled", reason))
         if self.deadline is None:
             self.reason = reason
-            soon = self.watched.interrupt(reason)
-            self.deadline = time.monotonic() + (INTERRUPT_S if soon else 0.0)
+            self.deadline = time.monotonic()
+            if self.watched.interrupt(reason):
+                self.deadline = time.monotonic() + INTERRUPT_S
         if number != signal.SIGUSR1:
             self.deadline = min(self.deadline, time.monotonic() + TERM_S)
 
     def _end(self, outcome: Outcome) -> NoReturn:
         # Whoever started us may be gone though it is another's signal that ends us: then nobody else writes the record.
         try:
-            gone = self._parent_is_gone()
-            self.watched.end(GONE if gone else outcome, gone)
+            if self._parent_is_gone():
+                self.watched.end(GONE, True)
+            else:
+                self.watched.end(outcome, False)
         except BaseException:
             traceback.print_exc()
         finally:

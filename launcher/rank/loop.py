@@ -18,7 +18,7 @@ from launcher.results.metrics import summed
 from launcher.results.quality import quality_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from launcher.backends.base import Backend, Compilation, Completion, Generation, Prompt, Trace
     from launcher.config.schema import RunConfig
@@ -50,7 +50,10 @@ def schedule(
     numbers = [number for number in range(config.measure.repeats) if number not in saved.repeats]
     if not missing and (saved.repeats or len(numbers) > 1):
         numbers = [number for number in numbers if number > 0]
-    return [(number, missing if number == 0 and missing else whole) for number in numbers]
+    repeats = [(number, whole) for number in numbers]
+    if missing and 0 in numbers:
+        repeats[0] = (0, missing)
+    return repeats
 
 
 class Keeper(Protocol):
@@ -133,8 +136,10 @@ class Loop:
     ) -> tuple[Generation, int]:
         """Call the engine with a batch: its Generation, and the number of steps that gave a token; `keep` is given the
         answers that are complete after each step. A call for the whole set can be ended between two steps."""
-        is_continuous = self.config.is_continuous
-        self.progress.enter(stage, len(batch) if is_continuous else self.sampling.max_new_tokens)
+        is_continuous, total = self.config.is_continuous, self.sampling.max_new_tokens
+        if is_continuous:
+            total = len(batch)
+        self.progress.enter(stage, total)
         steps = fruitful = done = 0
 
         def on_step(new_tokens: int, finished: Sequence[Completion] = ()) -> None:
@@ -142,7 +147,10 @@ class Loop:
             steps += 1
             fruitful += new_tokens > 0
             done += len(finished)
-            self.progress.advance(done if is_continuous else steps, tokens=new_tokens)
+            if is_continuous:
+                self.progress.advance(done, tokens=new_tokens)
+            else:
+                self.progress.advance(steps, tokens=new_tokens)
             keep(finished)
             if is_continuous:
                 self.keeper.between_batches()
@@ -169,37 +177,38 @@ class Loop:
             generation, steps = self._call(f"{name} batch {call}/{len(calls)}", batch, keep)
             keep(generation.completions, generation.failures)
             generations.append(generation)
-            decode_steps += max(steps - 1, 0) if generation.decode_steps is None else generation.decode_steps
-        wall_s = perf_counter() - start
-        told = [generation.wall_s for generation in generations if generation.wall_s is not None]
-        if told and len(told) == len(generations):
-            wall_s = sum(told)
+            if generation.decode_steps is not None:
+                decode_steps += generation.decode_steps
+            else:
+                decode_steps += max(steps - 1, 0)
+        wall_s = sum_of_all(generation.wall_s for generation in generations) or perf_counter() - start
         asked = {prompt.index: len(prompt.token_ids) for batch in calls for prompt in batch}
-        return _summary(number, wall_s, generations, decode_steps, asked, same)
+        answers = [completion for generation in generations for completion in generation.completions]
+        return Repeat(
+            number=number,
+            wall_s=wall_s,
+            prefill_s=sum_of_all(generation.prefill_s for generation in generations),
+            decode_s=sum_of_all(generation.decode_s for generation in generations),
+            completions=len(answers),
+            prompt_tokens=sum(asked[answer.index] for answer in answers),
+            new_tokens=sum(answer.new_tokens for answer in answers),
+            decode_steps=decode_steps,
+            lengths=tuple((asked[answer.index], answer.new_tokens) for answer in answers),
+            ttft_s=tuple(answer.ttft_s for answer in answers if answer.ttft_s is not None),
+            itl_s=tuple(gap for answer in answers for gap in answer.itl_s),
+            same_tokens=same,
+            counters=summed(generation.counters for generation in generations),
+            e2el_s=tuple(answer.e2el_s for answer in answers if answer.e2el_s is not None),
+            failures=tuple(failure for generation in generations for failure in generation.failures),
+            server=next((generation.server for generation in generations if generation.server is not None), None),
+        )
 
 
-def _summary(
-    number: int, wall_s: float, generations: list[Generation], decode_steps: int, asked: dict[int, int], same: bool
-) -> Repeat:
-    """`asked` has the tokens of each prompt by its index."""
-    completions = [completion for generation in generations for completion in generation.completions]
-    prefill = [generation.prefill_s for generation in generations if generation.prefill_s is not None]
-    decode = [generation.decode_s for generation in generations if generation.decode_s is not None]
-    return Repeat(
-        number=number,
-        wall_s=wall_s,
-        prefill_s=sum(prefill) if len(prefill) == len(generations) else None,
-        decode_s=sum(decode) if len(decode) == len(generations) else None,
-        completions=len(completions),
-        prompt_tokens=sum(asked[completion.index] for completion in completions),
-        new_tokens=sum(completion.new_tokens for completion in completions),
-        decode_steps=decode_steps,
-        lengths=tuple((asked[item.index], item.new_tokens) for item in completions),
-        ttft_s=tuple(item.ttft_s for item in completions if item.ttft_s is not None),
-        itl_s=tuple(gap for item in completions for gap in item.itl_s),
-        same_tokens=same,
-        counters=summed(generation.counters for generation in generations),
-        e2el_s=tuple(item.e2el_s for item in completions if item.e2el_s is not None),
-        failures=tuple(failure for generation in generations for failure in generation.failures),
-        server=next((generation.server for generation in generations if generation.server is not None), None),
-    )
+def sum_of_all(seconds: Iterable[float | None]) -> float | None:
+    """The sum; None where one is missing."""
+    total = 0.0
+    for value in seconds:
+        if value is None:
+            return None
+        total += value
+    return total

@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from launcher.config.schema import RunConfig
-    from shards.machine.hardware import Device
     from shards.machine.nvml import Reading
     from shards.machine.world import World
 
@@ -52,15 +51,14 @@ class Meter:
 
     def __init__(self, config: RunConfig, world: World) -> None:
         self.is_meter = world.local_rank == 0
-        on_cuda = config.accelerator.value == "cuda"
-        devices: Sequence[Device] = ()
-        with contextlib.suppress(UserError):  # which the engine will say
-            if on_cuda and self.is_meter:
+        self.uuids: list[str] = []
+        self.packages: list[Path] = []
+        if self.is_meter and config.accelerator.value == "cuda":
+            with contextlib.suppress(UserError):  # which the engine will say
                 devices = cuda_devices(os.environ)[: config.devices]
-            else:
-                devices = ()
-        self.uuids = [device.uuid for device in devices if device.uuid is not None]
-        self.packages = [] if on_cuda or not self.is_meter else packages()
+                self.uuids = [device.uuid for device in devices if device.uuid is not None]
+        elif self.is_meter:
+            self.packages = packages()
         self.phase = START
         self.phases: list[PhaseCost] = []
         self.samples: list[DeviceSample] = []
@@ -76,8 +74,8 @@ class Meter:
 
         Devices are sampled once the model is loaded: until then engines may fork, never while NVML is asked.
         """
-        now = self._now()
-        last = self._last
+        user_s, system_s = cpu_times()
+        now, last = Moment(time.time() - self._began, user_s, system_s, self._energy()), self._last
         self.phases.append(
             PhaseCost(
                 self.phase,
@@ -96,43 +94,42 @@ class Meter:
         """The last phase is over; what all of them cost."""
         self._ended.set()
         self.enter("")
-        source = None
-        if any(phase.energy_j is not None for phase in self.phases):
-            source = NVML if self.uuids else RAPL
-        return RankCost(
+        reason = f"no NVIDIA device, and no energy counter in {POWERCAP}"
+        if not self.is_meter:
+            reason = OTHER_RANK
+        elif self.uuids:
+            reason = "the driver does not tell"
+        elif self.packages:
+            reason = "no NVIDIA device"
+        cost = RankCost(
             phases=tuple(self.phases),
             is_meter=self.is_meter,
-            energy_source=source,
-            energy_reason=None if source else self._reason(),
+            energy_source=None,
+            energy_reason=reason,
             samples=tuple(self.samples),
-            samples_reason=None if self.samples else self._reason(),
+            samples_reason=reason,
             slowed_by=tuple(self.slowed_by),
         )
-
-    def _reason(self) -> str:
-        """The reason for missing figures of the devices."""
-        if not self.is_meter:
-            return OTHER_RANK
+        if self.samples:
+            cost = replace(cost, samples_reason=None)
+        if all(phase.energy_j is None for phase in self.phases):
+            return cost
         if self.uuids:
-            return "the driver does not tell"
-        if self.packages:
-            return "no NVIDIA device"
-        return f"no NVIDIA device, and no energy counter in {POWERCAP}"
-
-    def _now(self) -> Moment:
-        user_s, system_s = cpu_times()
-        return Moment(time.time() - self._began, user_s, system_s, self._energy())
+            return replace(cost, energy_source=NVML, energy_reason=None)
+        return replace(cost, energy_source=RAPL, energy_reason=None)
 
     def _energy(self) -> dict[str, float]:
-        known = {one.uuid: one.energy_j for one in self._readings() if one.energy_j is not None}
+        known = {reading.uuid: reading.energy_j for reading in self._readings() if reading.energy_j is not None}
         for package in self.packages:
             with contextlib.suppress(OSError, ValueError):
                 known[package.name] = int((package / "energy_uj").read_text()) / 1e6
         return known
 
     def _readings(self) -> Sequence[Reading]:
+        if not self.uuids:
+            return ()
         with contextlib.suppress(NvmlError):
-            return readings(self.uuids) if self.uuids else ()
+            return readings(self.uuids)
         return ()
 
     def _sample(self) -> None:
@@ -143,12 +140,12 @@ class Meter:
                 self._take_samples()
 
     def _take_samples(self) -> None:
-        for one in self._readings():
+        for reading in self._readings():
             second = time.time() - self._began
-            state = (one.power_w, one.utilisation, one.sm_clock_mhz, one.temperature_c)
-            self.samples.append(DeviceSample(second, self.phase, one.uuid, *state))
+            state = (reading.power_w, reading.utilisation, reading.sm_clock_mhz, reading.temperature_c)
+            self.samples.append(DeviceSample(second, self.phase, reading.uuid, *state))
             if self.phase == REPEATS:
-                self.slowed_by |= {f"{one.uuid}: {reason}": None for reason in one.slowed_by}
+                self.slowed_by |= {f"{reading.uuid}: {reason}": None for reason in reading.slowed_by}
         if len(self.samples) > MOST_SAMPLES:
             devices = max(len(self.uuids), 1)
             self.samples = [sample for place, sample in enumerate(self.samples) if place // devices % 2 == 0]

@@ -60,26 +60,26 @@ class Watchdog:
         if ticks != self.ticks:
             self.ticks, self.last_step = ticks, moment
         if self.timeout_s and moment - self.started > self.timeout_s:
-            return _blaming(ranks, Outcome("timeout", f"the run took longer than timeout_s={self.timeout_s:g}"))
+            outcome = Outcome("timeout", f"the run took longer than timeout_s={self.timeout_s:g}")
+            return _blaming(ranks, outcome, range(len(ranks)))
         if self.hang_timeout_s and moment - self.last_step > self.hang_timeout_s:
             message = f"no rank has made a step for hang_timeout_s={self.hang_timeout_s:g}"
-            return _blaming(ranks, Outcome("hang", message))
+            return _blaming(ranks, Outcome("hang", message), range(len(ranks)))
         return None
 
 
-def _blaming(ranks: Sequence[Progress | None], outcome: Outcome, of: Sequence[int] | None = None) -> Outcome:
-    """`outcome` with the rank whose last step is the oldest, of all or of some ranks, and its stage."""
-    late = min(range(len(ranks)) if of is None else of, key=lambda number: _last_step(ranks[number]))
-    progress = ranks[late]
-    return replace(outcome, rank=late, stage=progress.stage if progress else "start")
-
-
-def _last_step(progress: Progress | None) -> float:
-    if progress is None:
-        return 0.0
-    if progress.stage == "end":
-        return float("inf")
-    return progress.time
+def _blaming(ranks: Sequence[Progress | None], outcome: Outcome, suspects: Sequence[int]) -> Outcome:
+    """`outcome` with the rank whose last step is the oldest of some ranks, and its stage."""
+    last_steps: dict[int, float] = {}
+    stages: dict[int, str] = {}
+    for number in suspects:
+        last_steps[number], stages[number] = 0.0, "start"
+        if (progress := ranks[number]) is not None:
+            last_steps[number], stages[number] = progress.time, progress.stage
+        if stages[number] == "end":
+            last_steps[number] = float("inf")
+    late = min(suspects, key=last_steps.__getitem__)
+    return replace(outcome, rank=late, stage=stages[late])
 
 
 def blame(
@@ -124,19 +124,22 @@ def write_stacks(run_dir: RunDir, pids: Mapping[int, int]) -> dict[int, str]:
     its threads by the rank itself.
     """
     spy = shutil.which("py-spy", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
-    dumps = {number: _start_dump(spy, pid) for number, pid in pids.items()} if spy else {}
+    dumps = {}
+    if spy is not None:
+        for number, pid in pids.items():
+            dumps[number] = subprocess.Popen(
+                [spy, "dump", "--subprocesses", "--pid", str(pid)],
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
     deadline = time.monotonic() + DUMP_S
     written = {}
     for number, pid in pids.items():
-        text = _read_dump(dumps[number], deadline) if number in dumps else ""
+        text = ""
+        if number in dumps:
+            text = _read_dump(dumps[number], deadline)
         written[number] = text or _own_stacks(pid, run_dir.rank_log(number))
         write_text(run_dir.stacks(number), written[number])
     return written
-
-
-def _start_dump(spy: str, pid: int) -> subprocess.Popen[bytes]:
-    command = [spy, "dump", "--subprocesses", "--pid", str(pid)]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
 
 def _read_dump(dump: subprocess.Popen[bytes], deadline: float) -> str:
@@ -153,7 +156,9 @@ def _read_dump(dump: subprocess.Popen[bytes], deadline: float) -> str:
 
 def _own_stacks(pid: int, log: Path) -> str:
     """The stacks that the rank itself writes at the end of its log when it is asked to; its handler needs no GIL."""
-    size = log.stat().st_size if log.exists() else 0
+    size = 0
+    if log.exists():
+        size = log.stat().st_size
     try:
         os.kill(pid, signal.SIGUSR2)
     except OSError as error:
@@ -162,5 +167,6 @@ def _own_stacks(pid: int, log: Path) -> str:
     text = ""
     while time.monotonic() < deadline and "most recent call first" not in text:
         time.sleep(0.1)
-        text = log.read_bytes()[size:].decode(errors="replace") if log.exists() else ""
+        if log.exists():
+            text = log.read_bytes()[size:].decode(errors="replace")
     return text or "no stacks: py-spy cannot look at the process, and it does not answer SIGUSR2\n"
