@@ -98,42 +98,38 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(usage.version())
             return 0
         world = World.from_env(os.environ)
-        return _dispatch(arguments, world)
+        if arguments.multirun:
+            return _sweep(arguments, world)
+        began = time.time()
+        overrides = list(arguments.overrides)
+        if world.launcher != "alone":  # as many ranks as somebody has started, unless the command line says otherwise
+            overrides = [f"devices={world.local_world_size}", f"num_nodes={world.num_nodes}", *overrides]
+        config = compose(*overrides, config_dirs=arguments.config_dirs)
+        command = command_of(arguments.overrides, arguments.config_dirs)
+        if (arguments.cfg or config.dry_run) and world.rank != 0:
+            return 0
+        if arguments.cfg:
+            return _show_config([config])
+        if config.run_dir is not None:  # to finish the run there as it was configured
+            others = [item for item in overrides if item.partition("=")[0] not in ("resume", "run_dir")]
+            if others or not config.resume or world.launcher != "alone":
+                fact = "run_dir= goes on with a run as it was configured, and takes nothing but resume=true."
+                raise ConfigError(fact, "python -m launcher resume=true run_dir=PATH")
+            return _report(start(RunDir(absolute(config.run_dir))), began, arguments.json)
+        if config.dry_run:
+            return _dry_run(config, command)
+        if world.launcher != "alone":
+            return _join(config, world, command, arguments.json)
+        if config.launch.rendezvous is not None:
+            check_nodes(config)
+            become_node(config, command, check_node(config))
+        return _report(run(config, command), began, arguments.json)
     except Detached:
         return DETACHED
     except UserError as error:
         if world.local_rank == 0:  # of each node: one may lack what the others have
             print(error, file=sys.stderr)
         return 2
-
-
-def _dispatch(arguments: Arguments, world: World) -> int:
-    if arguments.multirun:
-        return _sweep(arguments, world)
-    began = time.time()
-    overrides = list(arguments.overrides)
-    if world.launcher != "alone":  # as many ranks as somebody has started, unless the command line says otherwise
-        overrides = [f"devices={world.local_world_size}", f"num_nodes={world.num_nodes}", *overrides]
-    config = compose(*overrides, config_dirs=arguments.config_dirs)
-    command = command_of(arguments.overrides, arguments.config_dirs)
-    if (arguments.cfg or config.dry_run) and world.rank != 0:
-        return 0
-    if arguments.cfg:
-        return _show_config([config])
-    if config.run_dir is not None:  # to finish the run there as it was configured
-        others = [item for item in overrides if item.partition("=")[0] not in ("resume", "run_dir")]
-        if others or not config.resume or world.launcher != "alone":
-            fact = "run_dir= goes on with a run as it was configured, and takes nothing but resume=true."
-            raise ConfigError(fact, "python -m launcher resume=true run_dir=PATH")
-        return _report(start(RunDir(absolute(config.run_dir))), began, arguments.json)
-    if config.dry_run:
-        return _dry_run(config, command)
-    if world.launcher != "alone":
-        return _join(config, world, command, arguments.json)
-    if config.launch.rendezvous is not None:
-        check_nodes(config)
-        become_node(config, command, check_node(config))
-    return _report(run(config, command), began, arguments.json)
 
 
 def _show_config(configs: Sequence[RunConfig]) -> int:

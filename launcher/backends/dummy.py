@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
-from launcher.backends.base import Completion, DeviceMemory, Generation
+from launcher.backends.base import LENGTH, Completion, DeviceMemory, Generation
 from launcher.config.options import NOT_NEGATIVE, SECONDS, choice, number
 from launcher.config.schema import BackendConfig, ConfigError
 from shards.engines.dummy import DummyPlanner
@@ -82,11 +82,11 @@ class DummyBackend:
             marks.append(time.perf_counter() - start)
             on_step(len(prompts))
         gaps = tuple(later - earlier for earlier, later in itertools.pairwise(marks))
-        completions = tuple(
-            Completion(prompt.index, _count_up(prompt, sampling.max_new_tokens), "length", marks[0], gaps)
-            for prompt in prompts
-        )
-        return Generation(completions, prefill_s=marks[0], decode_s=marks[-1] - marks[0])
+        completions = []
+        for prompt in prompts:  # each answer counts up from the last token of its prompt
+            tokens = [(prompt.token_ids[-1] + step) % VOCAB_SIZE for step in range(1, sampling.max_new_tokens + 1)]
+            completions.append(Completion(prompt.index, tuple(tokens), LENGTH, marks[0], gaps))
+        return Generation(tuple(completions), prefill_s=marks[0], decode_s=marks[-1] - marks[0])
 
     def barrier(self) -> None:
         """Ranks of a dummy never wait for each other."""
@@ -111,7 +111,3 @@ class DummyBackend:
     def _maybe_fail(self, stage: str) -> None:
         if self.options.fail_at == stage and self._is_last:
             raise RuntimeError(f"the dummy engine was told to fail at {stage}")
-
-
-def _count_up(prompt: Prompt, length: int) -> tuple[int, ...]:
-    return tuple((prompt.token_ids[-1] + step) % VOCAB_SIZE for step in range(1, length + 1))

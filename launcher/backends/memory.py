@@ -133,7 +133,27 @@ def module_memory(
     }
     reasons: dict[str, str] = {}
     if device.type == "cuda":
-        values |= _cuda_memory(device, peaks, reasons)
+        properties = torch.cuda.get_device_properties(device)
+        uuid = f"GPU-{properties.uuid}"
+        reasons["tensor_bytes"] = "the allocator's own count is peak_allocated_bytes"
+        values |= {
+            "device_name": properties.name,
+            "device_uuid": uuid,
+            "nvml_used_bytes": nvml_used(uuid, reasons),
+        }
+        phases: tuple[PhaseMemory, ...] = ()
+        if peaks is None:
+            reasons |= dict.fromkeys(BY_PHASE, "the engine mixes the phases in its steps")
+        else:
+            phases = tuple(peaks.phases[device].values())
+            values["fragmented_bytes"] = peaks.fragmented_bytes[device]
+            values["step_growth_bytes"] = peaks.step_growth_bytes[device]
+            if values["step_growth_bytes"] is None:
+                reasons["step_growth_bytes"] = "no decode step was made"
+        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        values["phases"] = phases
+        values["peak_allocated_bytes"] = max(allocated, *(phase.peak_allocated_bytes for phase in phases), 0)
+        values["peak_reserved_bytes"] = max(reserved, *(phase.peak_reserved_bytes for phase in phases), 0)
     else:
         tensors = [item for item in gc.get_objects() if type(item) in (torch.Tensor, torch.nn.Parameter)]
         on_cpu = [tensor for tensor in tensors if tensor.device.type == "cpu"]
@@ -147,31 +167,6 @@ def module_memory(
     else:
         reasons["kv_cache_reserved_bytes"] = "the cache grows with the sequence; nothing is reserved"
     return DeviceMemory(rank=rank, device=str(device), reasons=reasons, **values)
-
-
-def _cuda_memory(device: torch.device, peaks: PhasePeaks | None, reasons: dict[str, str]) -> JsonObject:
-    properties = torch.cuda.get_device_properties(device)
-    uuid = f"GPU-{properties.uuid}"
-    reasons["tensor_bytes"] = "the allocator's own count is peak_allocated_bytes"
-    values: JsonObject = {
-        "device_name": properties.name,
-        "device_uuid": uuid,
-        "nvml_used_bytes": nvml_used(uuid, reasons),
-    }
-    phases: tuple[PhaseMemory, ...] = ()
-    if peaks is None:
-        reasons |= dict.fromkeys(BY_PHASE, "the engine mixes the phases in its steps")
-    else:
-        phases = tuple(peaks.phases[device].values())
-        values["fragmented_bytes"] = peaks.fragmented_bytes[device]
-        values["step_growth_bytes"] = peaks.step_growth_bytes[device]
-        if values["step_growth_bytes"] is None:
-            reasons["step_growth_bytes"] = "no decode step was made"
-    allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-    values["phases"] = phases
-    values["peak_allocated_bytes"] = max(allocated, *(phase.peak_allocated_bytes for phase in phases), 0)
-    values["peak_reserved_bytes"] = max(reserved, *(phase.peak_reserved_bytes for phase in phases), 0)
-    return values
 
 
 def nvml_used(uuid: str, reasons: dict[str, str]) -> int | None:

@@ -91,7 +91,13 @@ class ModuleBackend(ABC):
         self.model = self.place(plan, world, progress)
         self.peaks.end("load")
         if plan is not None:
-            self._check_share(plan)
+            shares = [device.parameter_bytes + device.offloaded_bytes for device in plan.devices]
+            planned = sum(shares)
+            if self.config.backend.one_process_per_device:
+                planned = shares[self.world.rank]
+            nbytes = sum(local_tensor(parameter).nbytes for parameter in self.model.parameters())
+            tolerance = plan_tolerance(getattr(self.model.config, "model_type", None))
+            check_share(self.world.rank, nbytes, planned, plan.num_parameters * self.dtype.itemsize, tolerance)
         self.pack(self.model)
         self.guesser = make_guesser(self.config.speculative, self.dtype, self.device, self.pack)
         self.decoder = self._decoder(plan)
@@ -132,16 +138,6 @@ class ModuleBackend(ABC):
         """The devices that hold parts of the model in this process."""
         return [self.device]
 
-    def _check_share(self, plan: Plan) -> None:
-        """The tensors of this process are the share that the plan gave it; an engine that did not shard ends here."""
-        shares = [device.parameter_bytes + device.offloaded_bytes for device in plan.devices]
-        planned = sum(shares)
-        if self.config.backend.one_process_per_device:
-            planned = shares[self.world.rank]
-        nbytes = sum(local_tensor(parameter).nbytes for parameter in self.model.parameters())
-        tolerance = plan_tolerance(getattr(self.model.config, "model_type", None))
-        check_share(self.world.rank, nbytes, planned, plan.num_parameters * self.dtype.itemsize, tolerance)
-
     def meta_model(self) -> torch.nn.Module:
         """The model without memory, from the folder of the checkpoint or the shapes of the configuration."""
         model = build_meta(self.source, self.dtype, self.config.model.trust_remote_code)
@@ -156,15 +152,11 @@ class ModuleBackend(ABC):
         if self.config.quantization is not WeightFormat.none:
             quantize_layers(model, make_quantizer(self.config.quantization.name, self.dtype))
         elif self.config.model.weights is Weights.auto:
-            self._keep_stored(model)
-
-    def _keep_stored(self, model: torch.nn.Module) -> None:
-        """Let the layers of a checkpoint that is quantized already keep what it has."""
-        fields = json.loads((Path(self.config.model.path) / "config.json").read_text(encoding="utf-8"))
-        stored = from_config(fields)
-        if stored is not None and (kept := as_kept(stored)) is not None:
-            zeros_from = int(fields["quantization_config"].get("checkpoint_format") != "gptq_v2")
-            quantize_layers(model, make_stored(kept, self.dtype, zeros_from), kept.chooses)
+            fields = json.loads((Path(self.config.model.path) / "config.json").read_text(encoding="utf-8"))
+            stored = from_config(fields)
+            if stored is not None and (kept := as_kept(stored)) is not None:
+                zeros_from = int(fields["quantization_config"].get("checkpoint_format") != "gptq_v2")
+                quantize_layers(model, make_stored(kept, self.dtype, zeros_from), kept.chooses)
 
     @property
     def source(self) -> Path | str | JsonObject:

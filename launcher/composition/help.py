@@ -32,7 +32,10 @@ def text(config_dirs: Sequence[str] = ()) -> str:
     """The whole help, with the options that the user's own folders have."""
     width = max(map(len, groups()))
     choices = "\n".join(f"  {group:<{width}}  {' | '.join(options(group, config_dirs))}" for group in groups())
-    examples = "\n".join(f"  # {what}\n  python -m launcher {command}".rstrip() for what, command in EXAMPLES)
+    examples = "\n".join(f"  # {purpose}\n  python -m launcher {command}".rstrip() for purpose, command in EXAMPLES)
+    lines = (conf_dir() / "config.yaml").read_text(encoding="utf-8").splitlines()
+    start = lines.index("  - experiment: null") + 1  # behind the list of groups
+    defaults = "\n".join(f"  {line}".rstrip() for line in lines[start:] if line)
     return f"""\
 Split a causal language model over devices, run a prompt set through it, report tokens/s and the memory of each device.
 
@@ -48,17 +51,10 @@ groups (python -m launcher GROUP=OPTION)
 {choices}
 
 keys and their defaults (python -m launcher KEY=VALUE, nested ones as sampling.max_new_tokens=64)
-{_defaults()}
+{defaults}
 
 examples
 {examples}
 
 Under torchrun, srun, mpirun, deepspeed or accelerate launch the same command joins the ranks that they started.
 Exit code: 0 every run is ok, 1 a run failed, 2 something to mend first (one line says what)."""
-
-
-def _defaults() -> str:
-    """The commented defaults of `conf/config.yaml`, without its list of groups."""
-    lines = (conf_dir() / "config.yaml").read_text(encoding="utf-8").splitlines()
-    start = lines.index("  - experiment: null") + 1
-    return "\n".join(f"  {line}".rstrip() for line in lines[start:] if line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from typing import TYPE_CHECKING
@@ -57,17 +58,10 @@ def _count(override: Override, config_dirs: Sequence[str]) -> int:
     if isinstance(values, ChoiceSweep):
         return len(values.list)
     assert isinstance(values, RangeSweep), "there are four kinds of sweeps"
-    count = _range_count(values.start or 0, values.stop or 0, values.step)
+    start, stop, count = values.start or 0, values.stop or 0, 0
+    if all(map(math.isfinite, (start, stop, values.step))) and values.step != 0:
+        with contextlib.suppress(OverflowError):
+            count = math.ceil((stop - start) / values.step)
     if count < 1:
         raise ConfigError(f"{text} has no points, or no end.", f"{key}=1,2")
     return count
-
-
-def _range_count(start: float, stop: float, step: float) -> int:
-    """The number of values in a range; 0 for one without end."""
-    if not all(map(math.isfinite, (start, stop, step))) or step == 0:
-        return 0
-    try:
-        return max(math.ceil((stop - start) / step), 0)
-    except OverflowError:
-        return 0

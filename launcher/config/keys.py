@@ -149,8 +149,10 @@ def wrong_value(key: str, value: Any, hint: Any) -> ConfigError:
     if value is None:
         given = "null"
     if isinstance(hint, type) and issubclass(hint, Enum):
-        fact = f"{key}={given} is not one of {', '.join(hint.__members__)}."
-        return ConfigError(fact, f"{key}={_member(hint, given)}")
+        word = SAME_VALUES.get(given.lower(), given.lower())
+        by_value = {str(member.value): name for name, member in hint.__members__.items()}
+        near = by_value.get(word) or difflib.get_close_matches(word, hint.__members__, 1, cutoff=0)[0]
+        return ConfigError(f"{key}={given} is not one of {', '.join(hint.__members__)}.", f"{key}={near}")
     if value is None:
         return ConfigError(f"{key}=null is not a value.", f"leave {key} out")
     kind, example = _kind(hint)
@@ -178,12 +180,3 @@ def _kind(hint: Any) -> tuple[str, str]:
         dict: ("a group of entries", "{a:b}"),
     }
     return kinds.get(get_origin(hint) or hint, ("a group of keys", ""))
-
-
-def _member(kind: type[Enum], given: str) -> str:
-    """The member of an Enum that is meant by a word."""
-    by_value = {str(member.value): name for name, member in kind.__members__.items()}
-    word = SAME_VALUES.get(given.lower(), given.lower())
-    if word in by_value:
-        return by_value[word]
-    return difflib.get_close_matches(word, kind.__members__, 1, cutoff=0)[0]

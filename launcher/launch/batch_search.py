@@ -62,7 +62,12 @@ def run_with_largest_batch(run: Run, start: Start) -> Record:
         tries=tuple(BatchTry(size, record.status, record.run_dir) for size, record in tries.records.items()),
         asked=what_is_run(to_dict(config)),
     )
-    return start(create_run_dir(_with_batch(run, batch), search))
+    config = replace(config, measure=replace(config.measure, batch_size=batch, find_batch_size=False))
+    try:
+        run = prepare(config, run.command)
+    except PlanError:
+        run = replace(run, config=config)  # with the old plan: the plan does not believe that it fits
+    return start(create_run_dir(run, search))
 
 
 def largest(fits: Callable[[int], bool], start: int, most: int) -> int:
@@ -126,15 +131,6 @@ def enlarged(prompts: tuple[Prompt, ...], batch: int, ranks: int) -> tuple[Promp
     for index in range(batch * ranks):  # rank r answers r, r + ranks, ...
         chosen.append(replace(ordered[index // ranks % len(ordered)], index=index))
     return tuple(chosen)
-
-
-def _with_batch(run: Run, batch: int) -> Run:
-    """The run with another batch, planned anew; with the old plan where the plan does not believe that it fits."""
-    config = replace(run.config, measure=replace(run.config.measure, batch_size=batch, find_batch_size=False))
-    try:
-        return prepare(config, run.command)
-    except PlanError:
-        return replace(run, config=config)
 
 
 def _earlier_search(config: RunConfig) -> RunDir | None:

@@ -53,7 +53,12 @@ def join(config: RunConfig, command: tuple[str, ...], world: World, report: Call
     result: _Begun | UserError | OSError | None = None
     if world.rank == 0:
         try:
-            result = _begin(config, command, world)
+            run = replace(prepare(config, command), world_size=world.world_size)
+            with writing_in(Path(config.output_dir)):
+                run_dir = directory_of(run)
+                result = _Begun(run_dir, None)
+                if not run_dir.is_done():
+                    result = _Begun(run_dir, begin(run_dir))
         except (UserError, OSError) as error:
             result = error  # the others wait for it: if it left here, theirs would be a broken connection
     begun = from_rank_0(result)
@@ -74,12 +79,3 @@ def join(config: RunConfig, command: tuple[str, ...], world: World, report: Call
             time.sleep(0.05)
         report(finish(run_dir))
     return EXIT_CODES.get(status, 1)
-
-
-def _begin(config: RunConfig, command: tuple[str, ...], world: World) -> _Begun:
-    run = replace(prepare(config, command), world_size=world.world_size)
-    with writing_in(Path(config.output_dir)):
-        run_dir = directory_of(run)
-        if run_dir.is_done():
-            return _Begun(run_dir, None)
-        return _Begun(run_dir, begin(run_dir))

@@ -40,7 +40,9 @@ def chats(texts: Sequence[str], system: str | None, folder: Path) -> list[str]:
     known = {"tools": None, "documents": None, "add_generation_prompt": True}
     for name, value in config.items():
         if name.endswith("_token"):
-            known[name] = _text(value)
+            known[name] = value
+            if isinstance(value, dict):  # an object with the token's text in it
+                known[name] = value.get("content")
     before, hint = [], "prompts.chat=false"
     if system is not None:
         before, hint = [{"role": "system", "content": system}], "prompts.system=null"
@@ -58,13 +60,6 @@ def _refuse(message: str) -> None:
 
 def _to_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _text(token: Any) -> Any:
-    """A special token, which may be an object with its text in it."""
-    if isinstance(token, dict):
-        return token.get("content")
-    return token
 
 
 def _config(folder: Path) -> JsonObject:

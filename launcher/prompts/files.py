@@ -53,7 +53,11 @@ def read_file(wanted: PromptsConfig) -> list[str]:
             raise ConfigError(fact, "prompts.field=null")
         return [line for line in _content(path).split("\n") if line.strip()]  # splitlines() also splits at U+2028
     rows = _rows(path)
-    field = wanted.field or _usual_field(rows, path)
+    names = next((list(row.value) for row in rows if isinstance(row.value, dict)), list(FIELDS))
+    field = wanted.field or next((name for name in FIELDS if name in names), None)
+    if field is None:
+        fact = f"{path} has the fields {listed(names, 8)}, and none of {', '.join(FIELDS)}."
+        raise ConfigError(fact, _field_like("prompt", rows) or 'a field "prompt"')
     texts = []
     for row in rows:
         value = row.value
@@ -104,22 +108,18 @@ def _rows(path: Path) -> list[Row]:
     if suffix in TABLES:
         return _rows_of_table(content, path, TABLES[suffix])
     if suffix == ".json":
-        return _rows_of_json(content, path)
+        hint = "a list of objects; with one a line the file's name is .jsonl"
+        value = parse_json(content, str(path), ConfigError, hint)
+        if isinstance(value, dict):
+            lists = {key: items for key, items in value.items() if isinstance(items, list)}
+            if len(lists) == 1:
+                value = next(iter(lists.values()))
+        if not isinstance(value, list):
+            fact = f"{path} is no list of prompts, nor an object that has one list."
+            raise ConfigError(fact, 'a file like [{"prompt": "The capital of France is"}]')
+        return [Row(f"{path}: item {number}", item) for number, item in enumerate(value)]
     places = ((f"{path}:{number}", line) for number, line in enumerate(content.split("\n"), 1) if line.strip())
     return [Row(place, parse_json(line, place, ConfigError, "one object a line")) for place, line in places]
-
-
-def _rows_of_json(content: str, path: Path) -> list[Row]:
-    """The items of the list that the file is, or of the only list in the object that it is."""
-    value = parse_json(content, str(path), ConfigError, "a list of objects; with one a line the file's name is .jsonl")
-    if isinstance(value, dict):
-        lists = {key: items for key, items in value.items() if isinstance(items, list)}
-        if len(lists) == 1:
-            value = next(iter(lists.values()))
-    if not isinstance(value, list):
-        fact = f"{path} is no list of prompts, nor an object that has one list."
-        raise ConfigError(fact, 'a file like [{"prompt": "The capital of France is"}]')
-    return [Row(f"{path}: item {number}", item) for number, item in enumerate(value)]
 
 
 def _rows_of_table(content: str, path: Path, separators: str) -> list[Row]:
@@ -144,18 +144,6 @@ def _rows_of_table(content: str, path: Path, separators: str) -> list[Row]:
     except csv.Error as error:
         raise ConfigError(f"{path}:{reader.line_num} is not CSV: {error}.", "save it as CSV in UTF-8 again") from None
     return rows
-
-
-def _usual_field(rows: Sequence[Row], path: Path) -> str:
-    """The first of FIELDS that the first row with fields has; ConfigError where it has none of them."""
-    names = next((list(row.value) for row in rows if isinstance(row.value, dict)), None)
-    if names is None:
-        return FIELDS[0]
-    usual = next((name for name in FIELDS if name in names), None)
-    if usual is None:
-        fact = f"{path} has the fields {listed(names, 8)}, and none of {', '.join(FIELDS)}."
-        raise ConfigError(fact, _field_like("prompt", rows) or 'a field "prompt"')
-    return usual
 
 
 def _question(value: Any) -> str | None:

@@ -136,22 +136,16 @@ def write_stacks(run_dir: RunDir, pids: Mapping[int, int]) -> dict[int, str]:
     for number, pid in pids.items():
         text = ""
         if number in dumps:
-            text = _read_dump(dumps[number], deadline)
+            try:
+                out, _ = dumps[number].communicate(timeout=max(deadline - time.monotonic(), 0.1))
+            except subprocess.TimeoutExpired:
+                dumps[number].kill()
+                out, _ = dumps[number].communicate()
+            if b"Thread" in out:
+                text = out.decode(errors="replace")
         written[number] = text or _own_stacks(pid, run_dir.rank_log(number))
         write_text(run_dir.stacks(number), written[number])
     return written
-
-
-def _read_dump(dump: subprocess.Popen[bytes], deadline: float) -> str:
-    """The output of py-spy; empty if it failed or took too long."""
-    try:
-        out, _ = dump.communicate(timeout=max(deadline - time.monotonic(), 0.1))
-    except subprocess.TimeoutExpired:
-        dump.kill()
-        out, _ = dump.communicate()
-    if b"Thread" in out:
-        return out.decode(errors="replace")
-    return ""
 
 
 def _own_stacks(pid: int, log: Path) -> str:

@@ -66,7 +66,15 @@ class EndpointBackend:
         threading.Thread(target=self.loop.run_forever, daemon=True, name="client").start()
 
     def load(self, plan: Plan | None, world: World, progress: Callable[[int, int], None]) -> None:
-        url = self.options.url or self._start()
+        url = self.options.url
+        if url is None:
+            port, mark = free_port(), f"launcher_{uuid.uuid4().hex[:12]}"
+            on_cuda = self.config.accelerator is Accelerator.cuda
+            command = self.options.command(self.config, str(port), mark, on_cuda)
+            folder = Path(self.config.run_dir or tempfile.mkdtemp(prefix="launcher_server_"))
+            self.started = StartedServer(command, RunDir(folder).rank_log(0, ".server"))
+            self.started.start()
+            url = f"http://127.0.0.1:{port}"
         limits, key = Limits(self.options.request_timeout_s, self.options.stall_timeout_s), None
         if self.options.key_variable:
             key = os.environ[self.options.key_variable]
@@ -77,16 +85,6 @@ class EndpointBackend:
             self.close()
             raise
         progress(1, 1)
-
-    def _start(self) -> str:
-        """Start the server of the configuration; its address."""
-        port, mark = free_port(), f"launcher_{uuid.uuid4().hex[:12]}"
-        on_cuda = self.config.accelerator is Accelerator.cuda
-        command = self.options.command(self.config, str(port), mark, on_cuda)
-        folder = Path(self.config.run_dir or tempfile.mkdtemp(prefix="launcher_server_"))
-        self.started = StartedServer(command, RunDir(folder).rank_log(0, ".server"))
-        self.started.start()
-        return f"http://127.0.0.1:{port}"
 
     def _wait_until_ready(self, progress: Callable[[int, int], None]) -> Server:
         """The server, once it has completed a prompt; ConfigError where it does not."""
@@ -125,7 +123,15 @@ class EndpointBackend:
         questions = Questions(
             self.client, dialect, self.server.model, sampling, self.config.seed, options.retries, options.extra
         )
-        self._check_prompts(questions, ordered)
+        textless = next((prompt for prompt in ordered if not prompt.text), None)
+        if textless is not None and not questions.dialect.takes_ids:
+            fact = (
+                f"Prompt {textless.index} is token ids only, and the server takes text (dialect={self.server.dialect})."
+            )
+            raise ConfigError(fact, "prompts=file prompts.path=questions.txt")
+        if not self.has_checked_tokenizer and questions.dialect.takes_ids and ordered and textless is None:
+            self._run(check_tokenizer(questions, ordered[0]))
+        self.has_checked_tokenizer = True
         salt = uuid.uuid4().hex  # a repeat must not find the prompts of the last one in the server's cache
         new: queue.SimpleQueue[tuple[Prompt, Answer]] = queue.SimpleQueue()
 
@@ -147,18 +153,6 @@ class EndpointBackend:
             server=server_repeat(answered, self.server, dialect.gives_ids, load.cost, own_metrics),
             wall_s=load.cost.wall_s,
         )
-
-    def _check_prompts(self, questions: Questions, prompts: Sequence[Prompt]) -> None:
-        """ConfigError where the server cannot take the prompts, or makes other tokens of them."""
-        textless = next((prompt for prompt in prompts if not prompt.text), None)
-        if textless is not None and not questions.dialect.takes_ids:
-            fact = (
-                f"Prompt {textless.index} is token ids only, and the server takes text (dialect={self.server.dialect})."
-            )
-            raise ConfigError(fact, "prompts=file prompts.path=questions.txt")
-        if not self.has_checked_tokenizer and questions.dialect.takes_ids and prompts and textless is None:
-            self._run(check_tokenizer(questions, prompts[0]))
-        self.has_checked_tokenizer = True
 
     def _follow(
         self, running: Future[ClientCost], new: queue.SimpleQueue[tuple[Prompt, Answer]], on_step: OnStep

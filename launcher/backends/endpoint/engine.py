@@ -57,7 +57,17 @@ class EndpointConfig(BackendConfig):
 
     def check_here(self) -> None:
         if self.url is not None:
-            _check_url(self.url)
+            parts = urlsplit(self.url)
+            try:
+                is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+            except ValueError:
+                is_address = False
+            if not is_address:
+                raise ConfigError(f"backend.url={self.url} is no address.", "backend.url=http://127.0.0.1:8000")
+            if parts.username or parts.query or parts.fragment:
+                raise ConfigError(
+                    "backend.url has more than an address, and would be written down.", "backend.key_variable=NAME"
+                )
         if self.key_variable is not None and not os.environ.get(self.key_variable):
             raise ConfigError(f"There is no ${self.key_variable} in the environment.", f"export {self.key_variable}=")
 
@@ -124,18 +134,3 @@ class EndpointConfig(BackendConfig):
             "mark": mark,
         }
         return server_command(config.server, values, on_cuda)
-
-
-def _check_url(url: str) -> None:
-    """ConfigError for an address that is none, or that has what a record must not keep."""
-    parts = urlsplit(url)
-    try:
-        is_address = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
-    except ValueError:
-        is_address = False
-    if not is_address:
-        raise ConfigError(f"backend.url={url} is no address.", "backend.url=http://127.0.0.1:8000")
-    if parts.username or parts.query or parts.fragment:
-        raise ConfigError(
-            "backend.url has more than an address, and would be written down.", "backend.key_variable=NAME"
-        )

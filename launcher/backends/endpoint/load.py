@@ -52,7 +52,10 @@ class Load(Generic[Work]):
                     for _ in range(min(self.concurrency or len(work), len(work))):
                         group.create_task(self._one_after_another(left))
                 else:
-                    await self._at_arrivals(group, work, self.arrivals, start)
+                    for item, moment in zip(work, self.arrivals, strict=True):
+                        await asyncio.sleep(max(start + moment - perf_counter(), 0))
+                        self.cost.send_lag_s.append(perf_counter() - start - moment)
+                        group.create_task(self.send(item))
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         finally:
@@ -63,14 +66,6 @@ class Load(Generic[Work]):
     async def _one_after_another(self, left: Iterator[Work]) -> None:
         for item in left:
             await self.send(item)
-
-    async def _at_arrivals(
-        self, group: asyncio.TaskGroup, work: Sequence[Work], arrivals: Sequence[float], start: float
-    ) -> None:
-        for item, moment in zip(work, arrivals, strict=True):
-            await asyncio.sleep(max(start + moment - perf_counter(), 0))
-            self.cost.send_lag_s.append(perf_counter() - start - moment)
-            group.create_task(self.send(item))
 
     async def _tick(self) -> None:
         """Measure the delay of the event loop: the time stamp of every answer can be late by as much."""

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from launcher.backends.base import Prompt
     from launcher.backends.endpoint.answers import Answer
     from launcher.backends.endpoint.client import Client
-    from launcher.backends.endpoint.connection import Exchange
     from launcher.backends.endpoint.dialects import Dialect
     from launcher.config.schema import SamplingConfig
 
@@ -53,21 +52,17 @@ class Questions:
             exchange = await self.client.post(self.dialect.path, data, most)
             if first_sent_at is None:
                 first_sent_at = exchange.sent_at
-            answer = await self._read(replace(exchange, sent_at=first_sent_at))
+            reading = Reading(replace(exchange, sent_at=first_sent_at), self.dialect, self.sampling.max_new_tokens)
+            while reading.read(READ_AT_ONCE):
+                await asyncio.sleep(0)
+            answer = reading.answer()
             if answer.failure is None:
                 break
-            if answer.failure.kind in ("unreachable", "closed") and not await self.client.is_listening():
-                raise ServerGoneError(f"{self.client.url} has ended: {answer.failure.message}")
+            message = self.client.public(answer.failure.message)  # the server may have put the key into it
+            failure = Failure(answer.failure.kind, message)
+            answer = replace(answer, failure=failure)
+            if failure.kind in ("unreachable", "closed") and not await self.client.is_listening():
+                raise ServerGoneError(f"{self.client.url} has ended: {message}")
             if attempt < self.retries:
                 await asyncio.sleep(RETRY_S * 2**attempt)
         return replace(answer, attempts=attempt + 1)
-
-    async def _read(self, exchange: Exchange) -> Answer:
-        reading = Reading(exchange, self.dialect, self.sampling.max_new_tokens)
-        while reading.read(READ_AT_ONCE):
-            await asyncio.sleep(0)
-        answer = reading.answer()
-        if answer.failure is None:
-            return answer
-        # The server may have put the key into what it says.
-        return replace(answer, failure=Failure(answer.failure.kind, self.client.public(answer.failure.message)))

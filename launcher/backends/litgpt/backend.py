@@ -104,20 +104,14 @@ class LitgptBackend:
         return fabric.to_device(model)
 
     @torch.inference_mode()
-    def _make_room(self, length: int) -> None:
-        """A cache and masks for so many tokens, where there were fewer."""
-        if length <= self.model.max_seq_length:
-            return
-        self.model.max_seq_length = length
-        for block in self.model.transformer.h:
-            device = block.attn.proj.weight.device
-            block.attn.kv_cache = block.attn.build_kv_cache(1, length, self.model.rope_cache_length(), device)
-        self.model.mask_cache = build_mask_cache(length, self.root)
-
-    @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Generation:
-        longest = max(len(prompt.token_ids) for prompt in prompts)
-        self._make_room(longest + sampling.max_new_tokens)
+        length = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_new_tokens
+        if length > self.model.max_seq_length:  # a cache and masks for so many tokens, where there were fewer
+            self.model.max_seq_length = length
+            for block in self.model.transformer.h:
+                device = block.attn.proj.weight.device
+                block.attn.kv_cache = block.attn.build_kv_cache(1, length, self.model.rope_cache_length(), device)
+            self.model.mask_cache = build_mask_cache(length, self.root)
         completions: list[Completion] = []
         prefill_s = decode_s = 0.0
         start = perf_counter()

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from launcher.config.schema import RunConfig, SamplingConfig
     from shards.machine.world import World
     from shards.plan.plan import Plan
-    from shards.untrusted_files import JsonObject
 
 GUESSES = {GUESSED: "vllm:spec_decode_num_draft_tokens", ACCEPTED: "vllm:spec_decode_num_accepted_tokens"}
 NO_CORE = "vLLM's engine core runs in a process of its own"
@@ -71,7 +70,9 @@ class VllmBackend:
         if self.external:
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # what external_launcher demands
         elif self.on_cpu:
-            _share_threads(self.config.devices)
+            # Workers inherit the number of threads: no more of them together than there are cores.
+            share = max(len(os.sched_getaffinity(0)) // self.config.devices, 1)
+            os.environ["OMP_NUM_THREADS"] = str(min(share, int(os.environ.get("OMP_NUM_THREADS", share))))
         self._check_platform()
         self.options.check_extra(Path(self.vllm.__path__[0]))
         self.scratch = tempfile.TemporaryDirectory(prefix=scratch_prefix(os.environ.get(MARK, "")))
@@ -152,7 +153,15 @@ class VllmBackend:
                 # A request keeps its number; the engine adds a random suffix to it for its own use.
                 place = int(output.request_id) - int(requests[0].partition("-")[0])
                 moments = self.watch.arrivals[requests[place]]
-                completions[place] = _completion(prompts[place].index, output.outputs[0], moments, starts[place])
+                answer, reason = output.outputs[0], LENGTH
+                if answer.finish_reason == "stop":
+                    reason = STOP
+                ttft_s, gaps = (
+                    moments[0] - starts[place],
+                    tuple(later - earlier for earlier, later in pairwise(moments)),
+                )
+                token_ids = tuple(answer.token_ids)
+                completions[place] = Completion(prompts[place].index, token_ids, reason, ttft_s, gaps)
                 finished.append(completions[place])
             on_step(self.watch.take_new(), finished)
         counters = {name: count - before[name] for name, count in self._guesses().items()}
@@ -186,6 +195,18 @@ class VllmBackend:
             raise
         return outputs
 
+    def _check_lengths(self, prompts: Sequence[Prompt], new_tokens: int) -> None:
+        """vLLM itself would cut the answers short without a word."""
+        longest = max(prompts, key=lambda prompt: len(prompt.token_ids), default=None)
+        room = self.llm.model_config.max_model_len
+        if longest is not None and len(longest.token_ids) + new_tokens > room:
+            raise ConfigError(
+                f"Prompt {longest.index} has {len(longest.token_ids)} tokens; {new_tokens} new ones do not fit into the"
+                f" {room} that the engine has room for.",
+                f"sampling.max_new_tokens={max(room - len(longest.token_ids), 1)}, or more of backend.max_model_len= "
+                "and backend.kv_cache_memory_bytes=",
+            )
+
     def requests(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Any]:
         """One SamplingParams for each prompt: its seed depends on its place in the set, not on the others."""
         model = self.llm.model_config
@@ -211,18 +232,6 @@ class VllmBackend:
             requests.append(request)
         return requests
 
-    def _check_lengths(self, prompts: Sequence[Prompt], new_tokens: int) -> None:
-        """vLLM itself would cut the answers short without a word."""
-        longest = max(prompts, key=lambda prompt: len(prompt.token_ids), default=None)
-        room = self.llm.model_config.max_model_len
-        if longest is not None and len(longest.token_ids) + new_tokens > room:
-            raise ConfigError(
-                f"Prompt {longest.index} has {len(longest.token_ids)} tokens; {new_tokens} new ones do not fit into the"
-                f" {room} that the engine has room for.",
-                f"sampling.max_new_tokens={max(room - len(longest.token_ids), 1)}, or more of backend.max_model_len= "
-                "and backend.kv_cache_memory_bytes=",
-            )
-
     def barrier(self) -> None:
         """Ranks under torchrun and the like meet in vLLM's group of them; a process with workers is alone."""
         if self.external:
@@ -230,7 +239,15 @@ class VllmBackend:
 
     def memory(self) -> list[DeviceMemory]:
         assert self.watch is not None
-        return [_device_memory(values, self.watch.peak_blocks) for values in self.llm.collective_rpc("device_memory")]
+        devices = []
+        for values in self.llm.collective_rpc("device_memory"):
+            num_blocks, used = values.pop("num_blocks"), None
+            if self.watch.peak_blocks is None:
+                values["reasons"]["kv_cache_bytes"] = NO_CORE
+            else:
+                used = values["kv_cache_reserved_bytes"] // num_blocks * self.watch.peak_blocks
+            devices.append(DeviceMemory(kv_cache_bytes=used, **values))
+        return devices
 
     def close(self) -> None:
         """Shut the engine down. Its kernels unlink their shared memory only in an orderly exit, which a worker that was
@@ -268,12 +285,6 @@ def _lost_workers(engine: Any) -> str:
     return ", ".join(f"rank {rank} with exit code {code}" for rank, code in codes.items() if code is not None)
 
 
-def _share_threads(workers: int) -> None:
-    """Workers inherit the number of threads: no more of them together than there are cores."""
-    share = max(len(os.sched_getaffinity(0)) // workers, 1)
-    os.environ["OMP_NUM_THREADS"] = str(min(share, int(os.environ.get("OMP_NUM_THREADS", share))))
-
-
 def _beginning(pacing: Pacing, place: int, start: float, now: float) -> float:
     """The moment from which the times of a prompt count: that of its coming, or of the call if all come at once."""
     if pacing.arrivals is not None:
@@ -281,21 +292,3 @@ def _beginning(pacing: Pacing, place: int, start: float, now: float) -> float:
     if pacing.concurrency is not None:
         return now
     return start
-
-
-def _completion(index: int, answer: Any, moments: list[float], start: float) -> Completion:
-    reason = LENGTH
-    if answer.finish_reason == "stop":
-        reason = STOP
-    gaps = tuple(later - earlier for earlier, later in pairwise(moments))
-    return Completion(index, tuple(answer.token_ids), reason, moments[0] - start, gaps)
-
-
-def _device_memory(values: JsonObject, peak_blocks: int | None) -> DeviceMemory:
-    num_blocks = values.pop("num_blocks")
-    used = None
-    if peak_blocks is None:
-        values["reasons"]["kv_cache_bytes"] = NO_CORE
-    else:
-        used = values["kv_cache_reserved_bytes"] // num_blocks * peak_blocks
-    return DeviceMemory(kv_cache_bytes=used, **values)

@@ -112,10 +112,15 @@ class VllmConfig(BackendConfig):
         block_tokens = BLOCK_TOKENS["cpu"]
         if on_cuda:
             block_tokens = BLOCK_TOKENS["cuda"]
+        name = self.extra.get("kv_cache_dtype", "auto")
+        if name not in KV_DTYPE_BYTES:
+            known, near = ", ".join(KV_DTYPE_BYTES), difflib.get_close_matches(name, KV_DTYPE_BYTES, 1, cutoff=0)[0]
+            hint = f"backend.extra.kv_cache_dtype={near}"
+            raise PlanError(f"What backend.extra.kv_cache_dtype={name} takes is not known: {known} are.", hint)
         return VllmPlanner(
             gpu_memory_utilization=self.gpu_memory_utilization,
             kv_cache_memory_bytes=self.pool_bytes(config, model_config, not on_cuda and is_free_memory_known),
-            kv_dtype_bytes=_kv_dtype_bytes(self.extra.get("kv_cache_dtype", "auto")),
+            kv_dtype_bytes=KV_DTYPE_BYTES[name],
             kv_block_tokens=self.extra.get("block_size", block_tokens),
             max_num_seqs=self.given("max_num_seqs"),
             max_num_batched_tokens=self.extra.get("max_num_batched_tokens"),
@@ -150,11 +155,3 @@ class VllmConfig(BackendConfig):
     def given(self, name: str) -> Any:
         """An option as vLLM is given it: `extra` wins."""
         return self.extra.get(name, getattr(self, name))
-
-
-def _kv_dtype_bytes(name: str) -> int | None:
-    if name not in KV_DTYPE_BYTES:
-        known, near = ", ".join(KV_DTYPE_BYTES), difflib.get_close_matches(name, KV_DTYPE_BYTES, 1, cutoff=0)[0]
-        hint = f"backend.extra.kv_cache_dtype={near}"
-        raise PlanError(f"What backend.extra.kv_cache_dtype={name} takes is not known: {known} are.", hint)
-    return KV_DTYPE_BYTES[name]
