@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 
 from launcher.composition.compose import compose_run
 from launcher.compress.request import CALIBRATED, check_shapes, matrices, planned, read_request
+from launcher.config.engines import example_with
 from launcher.config.schema import ConfigError
 from launcher.prepare.prepare import model_folder
 from launcher.prepare.shapes import built_of, config_of
@@ -56,9 +57,10 @@ def main(argv: Sequence[str]) -> int:
         request = read_request([*unknown, *arguments.words])
         folder = Path(request.model)
         if not folder.is_dir():
-            is_preset = "/" not in request.model
-            asked = [f"model={request.model}"] if is_preset else [f"model.path={request.model}"]
-            folder = model_folder(compose_run([*asked, "backend=transformers"])) or folder
+            choice = f"model={request.model}"
+            if "/" in request.model:
+                choice = f"model.path={request.model}"
+            folder = model_folder(compose_run([choice, example_with("is_reference")])) or folder
         compress(request, folder)
     except UserError as error:
         print(f"{error}", file=sys.stderr)
@@ -96,7 +98,7 @@ def compress(request: Request, folder: Path) -> None:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(f"made {out}")
-    print(f"try: python -m launcher model.path={out} backend=transformers devices=1 measure.quality=builtin")
+    print(f"try: python -m launcher model.path={out} {example_with('is_reference')} devices=1 measure.quality=builtin")
 
 
 def _calibrate(request: Request, folder: Path, partial: Path) -> None:

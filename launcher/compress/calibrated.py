@@ -23,7 +23,7 @@ MOST_TOKENS = 512
 
 
 def recipe(method: str, ratio: float, pattern: str, scheme: str) -> Any:
-    mask = "2:4" if pattern == "2:4" else "0:0"
+    mask = {"unstructured": "0:0"}.get(pattern, pattern)
     match method:
         case "wanda":
             return WandaPruningModifier(sparsity=ratio, mask_structure=mask, targets=["Linear"], ignore=["lm_head"])

@@ -30,6 +30,7 @@ METHODS = {
 CALIBRATED = ("wanda", "sparsegpt", "gptq", "awq")
 PRUNING = ("magnitude", "wanda", "sparsegpt")
 SCHEMES = {"rtn": ("w4a16", "w8a8"), "gptq": ("w4a16", "w8a8"), "awq": ("w4a16",)}
+BYTES_OF_A_VALUE = {"w4a16": 0.53, "w8a8": 1.0}
 KEYS = ("model", "method", "out", "ratio", "pattern", "scheme", "prompts", "python")
 EXAMPLE = "python -m launcher.compress model=tiny_llama method=magnitude ratio=0.5 out=smaller"
 
@@ -66,9 +67,11 @@ def read_request(items: Sequence[str]) -> Request:
     out = Path(values["out"])
     if out.exists():
         raise ConfigError(f"{out} is there already, and nothing is written over.", f"out={out}_2")
-    prompts = Path(values["prompts"]) if "prompts" in values else None
-    if prompts is not None and not prompts.is_file():
-        raise ConfigError(f"prompts={prompts} is not a file.", "prompts= with a text file, one prompt a line")
+    prompts = None
+    if "prompts" in values:
+        prompts = Path(values["prompts"])
+        if not prompts.is_file():
+            raise ConfigError(f"prompts={prompts} is not a file.", "prompts= with a text file, one prompt a line")
     return Request(
         model=values["model"],
         method=method,
@@ -84,10 +87,14 @@ def read_request(items: Sequence[str]) -> Request:
 def _check_read(method: str, values: dict[str, str]) -> None:
     """ConfigError for an argument that the method does not read, or that it lacks."""
     read = {"model", "method", "out"}
-    read |= {"ratio", "pattern"} if method in PRUNING else set()
-    read |= {"ratio"} if method == "structured" else set()
-    read |= {"scheme"} if method in SCHEMES else set()
-    read |= {"prompts", "python"} if method in CALIBRATED else set()
+    if method in PRUNING:
+        read |= {"ratio", "pattern"}
+    if method == "structured":
+        read |= {"ratio"}
+    if method in SCHEMES:
+        read |= {"scheme"}
+    if method in CALIBRATED:
+        read |= {"prompts", "python"}
     for key in values.keys() - read:
         raise ConfigError(f"method={method} does not read {key}=.", f"leave {key}= out")
     if values.get("pattern", "2:4") not in ("2:4", "unstructured"):
@@ -157,11 +164,11 @@ def planned(request: Request, chosen: dict[str, Parameter], tensors: dict[str, T
     if request.method in CALIBRATED:
         lines.append(f"holds the whole model ({total / 1e6:,.1f} MB) and the activations of a layer for all prompts")
     else:
-        held = max(layers.values()) + 12 * largest
-        lines.append(f"holds one layer at a time, and its largest matrix in fp32: up to about {held / 1e6:,.1f} MB")
+        most = max(layers.values()) + 12 * largest
+        lines.append(f"holds one layer at a time, and its largest matrix in fp32: up to about {most / 1e6:,.1f} MB")
     written = total
     if request.method in SCHEMES:
-        written = total - inside + int(values * (1.0 if request.scheme == "w8a8" else 0.53))
+        written = total - inside + int(values * BYTES_OF_A_VALUE[request.scheme])
     elif request.method == "structured":
         written = total - int(request.ratio * inside)
     lines.append(f"writes about {written / 1e6:,.1f} MB to {request.out}")

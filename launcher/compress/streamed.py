@@ -69,23 +69,25 @@ def write_compressed(
         if not inside:
             writer.add(tensors)
         elif request.method == "magnitude":
-            made = {name: pruned(tensor, request.ratio, request.pattern) for name, tensor in inside.items()}
-            writer.values += sum(tensor.numel() for tensor in made.values())
-            writer.zeros += sum(int((tensor == 0).sum()) for tensor in made.values())
-            writer.add(tensors | made)
+            sparse = {name: pruned(tensor, request.ratio, request.pattern) for name, tensor in inside.items()}
+            writer.values += sum(tensor.numel() for tensor in sparse.values())
+            writer.zeros += sum(int((tensor == 0).sum()) for tensor in sparse.values())
+            writer.add(tensors | sparse)
         elif request.method == "rtn":
             rest = {name: tensor for name, tensor in tensors.items() if name not in inside}
             parts = [rounded(name, tensor, request.scheme, group(chosen)) for name, tensor in inside.items()]
             writer.add(rest | {name: tensor for part in parts for name, tensor in part.items()})
         else:
-            made, changes = narrowed(tensors, config, request.ratio)
+            smaller, changes = narrowed(tensors, config, request.ratio)
             new_config |= changes
-            writer.add(made)
+            writer.add(smaller)
     if request.method == "rtn":
         new_config["quantization_config"] = quantization_config(request.scheme, group(chosen))
     writer.close(new_config)
-    share = f", {writer.zeros / writer.values:.1%} of the values of the layers are zeros" if writer.values else ""
-    return f"{before / 1e6:,.1f} MB -> {writer.total / 1e6:,.1f} MB{share}"
+    line = f"{before / 1e6:,.1f} MB -> {writer.total / 1e6:,.1f} MB"
+    if not writer.values:
+        return line
+    return f"{line}, {writer.zeros / writer.values:.1%} of the values of the layers are zeros"
 
 
 def by_layer(checkpoint: Checkpoint) -> Iterator[Tensors]:
@@ -149,39 +151,39 @@ def quantization_config(scheme: str, group: int) -> dict[str, Any]:
         "strategy": "group",
         "group_size": group,
     }
-    inputs = None
+    inputs, kind = None, "pack-quantized"
     if scheme == "w8a8":
+        kind = "int-quantized"
         weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
         inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    kind = "pack-quantized" if scheme == "w4a16" else "int-quantized"
-    one = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "format": kind}
+    linear = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "format": kind}
     return {
         "quant_method": "compressed-tensors", "format": kind, "quantization_status": "compressed",
-        "config_groups": {"group_0": one}, "ignore": ["lm_head"],
+        "config_groups": {"group_0": linear}, "ignore": ["lm_head"],
     }  # fmt: skip
 
 
 def narrowed(tensors: Tensors, config: dict[str, Any], ratio: float) -> tuple[Tensors, dict[str, int]]:
     """The tensors of a decoder layer without its weakest inner columns and heads, and what the config then says."""
     leaves = {".".join(name.split(".")[-3:]): name for name in tensors}
-    made = dict(tensors)
+    smaller = dict(tensors)
     if "mlp.dense_h_to_4h.weight" in leaves:
         columns = _strongest(tensors, leaves, ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", 1, ratio)
-        _cut(made, leaves, ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", columns)
-        return made, {"ffn_hidden_size": len(columns)}
+        _cut(smaller, leaves, ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", columns)
+        return smaller, {"ffn_hidden_size": len(columns)}
     if "mlp.gate_proj.weight" not in leaves:
         raise ConfigError("Structured pruning knows the layers of Falcon and of Llama only.", "method=magnitude")
     inward = ("mlp.gate_proj", "mlp.up_proj")
     columns = _strongest(tensors, leaves, inward, "mlp.down_proj", 1, ratio)
-    _cut(made, leaves, inward, "mlp.down_proj", columns)
+    _cut(smaller, leaves, inward, "mlp.down_proj", columns)
     kv_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     heads_each = config["num_attention_heads"] // kv_heads
     width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     queries = ("self_attn.q_proj",)
     kept = _strongest(tensors, leaves, queries, "self_attn.o_proj", heads_each * width, ratio)
-    _cut(made, leaves, queries, "self_attn.o_proj", kept, heads_each * width)
-    _cut(made, leaves, ("self_attn.k_proj", "self_attn.v_proj"), None, kept, width)
-    return made, {
+    _cut(smaller, leaves, queries, "self_attn.o_proj", kept, heads_each * width)
+    _cut(smaller, leaves, ("self_attn.k_proj", "self_attn.v_proj"), None, kept, width)
+    return smaller, {
         "intermediate_size": len(columns), "num_key_value_heads": len(kept), "head_dim": width,
         "num_attention_heads": len(kept) * heads_each,
     }  # fmt: skip
@@ -202,7 +204,7 @@ def _strongest(
 
 
 def _cut(
-    made: Tensors,
+    tensors: Tensors,
     leaves: dict[str, str],
     inward: tuple[str, ...],
     outward: str | None,
@@ -213,6 +215,6 @@ def _cut(
     for name in inward:
         for leaf in ("weight", "bias"):
             if (key := leaves.get(f"{name}.{leaf}")) is not None:
-                made[key] = made[key][rows]
+                tensors[key] = tensors[key][rows]
     if outward is not None:
-        made[leaves[f"{outward}.weight"]] = made[leaves[f"{outward}.weight"]][:, rows]
+        tensors[leaves[f"{outward}.weight"]] = tensors[leaves[f"{outward}.weight"]][:, rows]

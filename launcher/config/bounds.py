@@ -9,6 +9,7 @@ import operator
 from typing import TYPE_CHECKING, Any, get_args
 
 from launcher.config.compiling import Compile
+from launcher.config.engines import example_with
 from launcher.config.experiment import FIGURES, ExperimentConfig
 from launcher.config.keys import example_of, key_types
 from launcher.config.machine import machine_of
@@ -163,7 +164,7 @@ def _check_speculative(config: RunConfig) -> None:
         raise ConfigError(fact, f"speculative={reader}, or speculative.{key}=null")
     if wanted.is_on and not config.backend.speculates:
         fact = f"speculative={wanted.name}, and backend={name} takes no guesses."
-        raise ConfigError(fact, "speculative=none, or backend=transformers")
+        raise ConfigError(fact, f"speculative=none, or {example_with('speculates')}")
     if wanted.is_on and not config.is_continuous:
         fact = f"speculative={wanted.name}: rows gain unlike numbers of tokens, which a static batch has no places for."
         raise ConfigError(fact, "measure.scheduling=continuous")

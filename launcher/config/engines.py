@@ -94,6 +94,11 @@ def engines() -> dict[str, type[BackendConfig]]:
     return usable
 
 
+def example_with(ability: str) -> str:
+    """`backend=NAME` of the first engine that says so of itself (`can_score`, `is_reference`), for a hint."""
+    return next(f"backend={name}" for name, kind in engines().items() if getattr(kind, ability))
+
+
 def planned_engines() -> tuple[str, ...]:
     """The engines whose memory is known here."""
     return tuple(name for name, kind in engines().items() if kind.planner_class)

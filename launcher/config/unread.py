@@ -7,6 +7,7 @@ import os
 import socket
 from typing import TYPE_CHECKING, Any
 
+from launcher.config.engines import example_with
 from launcher.config.formats import Weights
 from launcher.config.launching import ClusterConfig, LaunchConfig
 from launcher.config.schema import ConfigError, SamplingConfig
@@ -32,13 +33,13 @@ def check_read(config: RunConfig, given: Collection[str]) -> None:
     steps, most_steps = config.measure.profile, (config.prompts.output_tokens or config.sampling.max_new_tokens) - 1
     if steps is not None and not config.backend.can_trace:
         fact = f"measure.profile={steps}, and backend={config.backend.name} is no torch module that a rank could trace."
-        raise ConfigError(fact, "measure.profile=null, or backend=fsdp")
+        raise ConfigError(fact, f"measure.profile=null, or {example_with('can_trace')}")
     if steps is not None and steps > most_steps:
         fact = f"measure.profile={steps}, and there are {most_steps} decode steps in an answer."
         raise ConfigError(fact, f"sampling.max_new_tokens={steps + 1}")
     if config.measure.quality is not None and not config.backend.can_score:
         fact = f"measure.quality={config.measure.quality}, and backend={config.backend.name} scores no text."
-        raise ConfigError(fact, "measure.quality=null, or backend=fsdp")
+        raise ConfigError(fact, f"measure.quality=null, or {example_with('can_score')}")
     _check_model(config, given)
     if config.backend.continuous_batching and "measure.batch_size" in given:
         hint = "leave measure.batch_size out"
@@ -47,7 +48,8 @@ def check_read(config: RunConfig, given: Collection[str]) -> None:
         raise ConfigError(unread_batch_size(config), hint)
     if config.server.name == "none" and (name := changed(config.server, ServerConfig())) is not None:
         raise ConfigError(
-            f"server.{name} is read with a server only, and server=none starts none.", "backend=endpoint server=vllm"
+            f"server.{name} is read with a server only, and server=none starts none.",
+            f"{example_with('starts_servers')} server=vllm",
         )
 
 
@@ -92,13 +94,13 @@ def _check_adapter(config: RunConfig) -> None:
         fact = f"adapter.merge=false, and backend={config.backend.name} keeps no adapter beside its weights."
         if config.backend.loads_by_name:
             raise ConfigError(fact, "adapter.merge=true")
-        raise ConfigError(fact, "backend=fsdp")
+        raise ConfigError(fact, example_with("takes_adapters"))
     if not is_merged and config.offload is not Offload.none:
         fact = f"adapter.merge=false, and offload={config.offload.name} takes merged weights only."
         raise ConfigError(fact, "adapter.merge=true")
     if not config.backend.loads_by_name:
         fact = f"adapter.path={path}, and backend={config.backend.name} merges no adapter."
-        raise ConfigError(fact, "adapter.path=null, or backend=fsdp")
+        raise ConfigError(fact, f"adapter.path=null, or {example_with('loads_by_name')}")
     if config.model.weights is Weights.random:
         fact = f"adapter.path={path} is for weights that were trained, and model.weights=random are not."
         raise ConfigError(fact, "adapter.path=null")

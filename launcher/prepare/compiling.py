@@ -29,13 +29,13 @@ def check_compile(config: RunConfig, on_cuda: bool) -> None:
         raise ConfigError(fact, "measure.compile=auto")
     if backend.data_parallel and config.num_devices > 1:
         fact = f"measure.compile=cudagraph: backend={backend.name} gathers layers into other memory in each step."
-        raise ConfigError(fact, "measure.compile=inductor, or backend=tensor_parallel")
+        raise ConfigError(fact, "measure.compile=inductor, or devices=1")
     if config.offload is not Offload.none:
         fact = f"measure.compile=cudagraph: offload={config.offload.name} brings weights to other memory in each step."
         raise ConfigError(fact, "measure.compile=auto, or offload=none")
     if not backend.one_process_per_device and config.num_devices > 1:
         fact = f"measure.compile=cudagraph captures one card, and backend={backend.name} is one process for all."
-        raise ConfigError(fact, "measure.compile=auto, or backend=tensor_parallel")
+        raise ConfigError(fact, "measure.compile=auto, or devices=1")
 
 
 def has_compiler() -> bool:

@@ -18,6 +18,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 from launcher.composition.compose import command_of, compose_run
+from launcher.config.engines import example_with
 from launcher.config.schema import ConfigError
 from launcher.launch.ranks import handled_signals, started_ranks, worker_command
 from launcher.prepare.prepare import prepare
@@ -55,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             setting = f"launch={config.launch.name}"
             if config.backend.starts_servers:
                 setting = f"backend={config.backend.name}"
-            raise ConfigError(f"{setting}: only an engine on this machine is served.", "backend=fsdp launch=local")
+            hint = f"{example_with('has_slots')} launch=local"
+            raise ConfigError(f"{setting}: only an engine on this machine is served.", hint)
         run = prepare(config, command_of(arguments.overrides, arguments.config_dir))
         with listen(arguments.host, arguments.port) as probe:
             port: int = probe.getsockname()[1]
