@@ -24,6 +24,7 @@ from launcher.report.layout import console, print_json
 from launcher.report.tables import error_line
 from launcher.results.changes import Changes
 from launcher.results.comparison import compare
+from launcher.results.metrics import COUNTERS
 from launcher.run_dir.finished import read_finished
 from launcher.run_dir.run_dir import RunDir
 from launcher.run_dir.verify import verify
@@ -50,7 +51,10 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 def objections(before: FinishedRun, again: FinishedRun, changes: Changes) -> list[str]:
     """The differences between the second run and the first."""
     comparison = compare(before, again)
-    differences = [f"{change.name} is {change.verdict}" for change in changes.figures if change.is_different]
+    differences = []
+    for change in changes.figures:
+        if change.is_different and change.name not in COUNTERS:  # which depend on when prompts come
+            differences.append(f"{change.name} is {change.verdict}")
     if (others := comparison.prompts - comparison.matching) > 0:
         differences.insert(0, f"{others} of {comparison.prompts} answers have other tokens")
     return differences

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 
 from launcher.report.layout import fitted
-from launcher.report.units import figure, rate, seconds, size
+from launcher.report.units import count, figure, rate, seconds, size
 from launcher.results.changes import MEMORY, SPEEDS
+from launcher.results.metrics import COUNTERS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from rich.console import Console
     from rich.table import Table
@@ -35,6 +36,7 @@ NAMES = {
     "peak_reserved_bytes": "peak reserved",
     "nvml_used_bytes": "NVML",
     "host_anonymous_bytes": "host anonymous",
+    **COUNTERS,
 }
 
 
@@ -64,9 +66,11 @@ def changes_table(changes: Sequence[FigureChange], names: Sequence[str], out: Co
 
 def shown(name: str, values: Values) -> str:
     """A value with its unit, and the least and most of its repeats."""
-    unit = seconds
+    unit: Callable[[float], str] = seconds
     if name in SPEEDS:
         unit = rate
+    if name in COUNTERS:
+        unit = count
     if name in MEMORY:
         return size(int(values.median))
     middle = unit(values.median)

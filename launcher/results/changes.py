@@ -12,6 +12,7 @@ from launcher.config.schema import HOW_IT_IS_RUN
 from launcher.config.values import flat
 from launcher.results.comparison import Difference
 from launcher.results.cost import REPEATS
+from launcher.results.metrics import COUNTERS
 from launcher.results.serving import tpot_s
 from launcher.system.gpu_users import is_of_a_neighbour
 from shards.errors import UserError
@@ -88,8 +89,9 @@ class Rule:
         if parts is None:
             raise UserError(f"--fail-if {text!r} is not a figure, < or >, and a ratio.", f"--fail-if '{EXAMPLE}'")
         name, sign, limit = parts.groups()
-        if name not in (*SPEEDS, *TIMES, *MEMORY):
-            raise UserError(f"--fail-if: {name} is no figure.", f"one of {', '.join((*SPEEDS, *TIMES, *MEMORY))}")
+        if name not in (*SPEEDS, *TIMES, *MEMORY, *COUNTERS):
+            known = ", ".join((*SPEEDS, *TIMES, *MEMORY, *COUNTERS))
+            raise UserError(f"--fail-if: {name} is no figure.", f"one of {known}")
         return cls(name, sign, float(limit))
 
     def broken_by(self, changes: Iterable[FigureChange], names: str) -> list[str]:
@@ -125,7 +127,8 @@ def changes(base: Record, new: Record) -> list[FigureChange]:
 
 
 def repeated(record: Record) -> dict[str, tuple[float, ...]]:
-    """The values of the repeats of each speed and time that was measured; of quantiles the medians of each repeat."""
+    """The values of the repeats of each speed, time and counter that was measured; of quantiles the medians of each
+    repeat."""
     values: dict[str, tuple[float | None, ...]] = {}
     if record.metrics is not None:
         values |= {name: getattr(record.metrics, name).values for name in SPEEDS}
@@ -138,8 +141,10 @@ def repeated(record: Record) -> dict[str, tuple[float, ...]]:
             for name in ("ttft_s", "itl_s", "e2el_s")
         }
         values["tpot_s"] = tuple(_middle(tpot_s(part)) for part in parts)
+        values |= {name: record.metrics.counters[name].values for name in COUNTERS if name in record.metrics.counters}
     values["load_s"] = (record.load_s,)
-    known = {name: tuple(value for value in values.get(name, ()) if value is not None) for name in (*SPEEDS, *TIMES)}
+    names = (*SPEEDS, *TIMES, *COUNTERS)
+    known = {name: tuple(value for value in values.get(name, ()) if value is not None) for name in names}
     return {name: own for name, own in known.items() if own and len(own) == len(values[name])}
 
 

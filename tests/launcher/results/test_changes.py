@@ -11,7 +11,7 @@ from launcher.backends.base import DeviceMemory
 from launcher.results.changes import FigureChange, Rule, Values, change_of, changes, other_circumstances
 from launcher.results.comparison import Difference
 from launcher.results.measured import Repeat
-from launcher.results.metrics import figures
+from launcher.results.metrics import ROWS, figures
 from launcher.results.record import RankRecord, Record
 from launcher.system.environment import Environment, GitState, Gpus
 from shards.errors import UserError
@@ -42,6 +42,7 @@ def measured(walls: list[float], load_s: float = 1.0, memory: int = 100, notes: 
             itl_s=(wall_s / STEPS,) * (STEPS - 1),
             same_tokens=True,
             e2el_s=(wall_s,),
+            counters={ROWS: 100.0},
         )
         for number, wall_s in enumerate(walls)
     )
@@ -120,6 +121,7 @@ def test_all_figures_of_two_runs() -> None:
             ("tpot_s", None): 2.0,
             ("e2el_s", None): 2.0,
             ("load_s", None): 1.0,
+            (ROWS, None): 1.0,
             ("peak_allocated_bytes", 0): 1.5,
         }
     )
