@@ -53,11 +53,7 @@ def read_file(wanted: PromptsConfig) -> list[str]:
             raise ConfigError(fact, "prompts.field=null")
         return [line for line in _content(path).split("\n") if line.strip()]  # splitlines() also splits at U+2028
     rows = _rows(path)
-    names = next((list(row.value) for row in rows if isinstance(row.value, dict)), list(FIELDS))
-    field = wanted.field or next((name for name in FIELDS if name in names), None)
-    if field is None:
-        fact = f"{path} has the fields {listed(names, 8)}, and none of {', '.join(FIELDS)}."
-        raise ConfigError(fact, _field_like("prompt", rows) or 'a field "prompt"')
+    field = wanted.field or _usual_field(rows, path)
     texts = []
     for row in rows:
         value = row.value
@@ -144,6 +140,16 @@ def _rows_of_table(content: str, path: Path, separators: str) -> list[Row]:
     except csv.Error as error:
         raise ConfigError(f"{path}:{reader.line_num} is not CSV: {error}.", "save it as CSV in UTF-8 again") from None
     return rows
+
+
+def _usual_field(rows: Sequence[Row], path: Path) -> str:
+    """The first of FIELDS that the first row with fields has; ConfigError where it has none of them."""
+    names = next((list(row.value) for row in rows if isinstance(row.value, dict)), list(FIELDS))
+    for name in FIELDS:
+        if name in names:
+            return name
+    fact = f"{path} has the fields {listed(names, 8)}, and none of {', '.join(FIELDS)}."
+    raise ConfigError(fact, _field_like("prompt", rows) or 'a field "prompt"')
 
 
 def _question(value: Any) -> str | None:
