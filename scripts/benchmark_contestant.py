@@ -61,6 +61,7 @@ def prompts_of(job: dict[str, Any]) -> list[Prompt]:
 
 def ours(job: dict[str, Any], world: World) -> tuple[Answer, Callable[[], None]]:
     """An engine of this project, through the interface that a run uses."""
+    os.environ.update(job.get("environment", {}))
     config = compose_run([
         *job["overrides"], "accelerator=cpu", f"devices={job['devices']}", f"precision={job['precision']}",
         f"sampling.max_new_tokens={job['new_tokens']}",

