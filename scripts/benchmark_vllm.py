@@ -8,8 +8,9 @@ calls what the backend put into the engine is taken out. `--model` may be a fold
 benchmark_engines.py. Prints each pair and the median of the ratios; the last line is JSON.
 
 With --variants it is the backend with one option of vLLM changed over the backend as it is: two engines in processes of
-their own, which take turns in pairs, the first in turns too; that which is not at its turn is stopped. `all` are all of
-VARIANTS; or some of their names. --output writes NAME.md, to whose tables each call adds one.
+their own, which take turns in pairs, the first in turns too; that which is not at its turn is stopped. Beside the ratio
+of the speeds is that of the processor time of all their processes, on which others on the machine have less influence.
+`all` are all of VARIANTS; or some of their names. --output writes NAME.md, to whose tables each call adds one.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -161,19 +164,29 @@ def started(variant: Variant, job: dict[str, Any], scratch: Path) -> Group:
 
 
 def row_of(name: str, base: Group, group: Group, options: argparse.Namespace) -> str:
-    """The cells of a variant: the median of the ratios with the quartiles, and whether its tokens are the same."""
-    ratios, same = [], True
+    """The cells of a variant: the medians of the ratios with the quartiles, and whether its tokens are the same."""
+    ratios: dict[str, list[float]] = {"seconds": [], "cpu_s": []}
+    same = True
     for number in range(options.pairs + 1):
-        order = (base, group) if number % 2 else (group, base)
-        turns = {one.name: None if group.failure else one.turn() for one in order}
+        turns = {one.name: turn(one) for one in ((base, group) if number % 2 else (group, base))}
         if group.failure or base.failure:
-            return f"| {name} | {group.failure or base.failure} | | |"
-        (ours,), (other,) = turns[base.name], turns[group.name]  # type: ignore[misc]
+            return f"| {name} | {group.failure or base.failure} | | | |"
+        ours, other = turns[base.name], turns[group.name]
         same &= ours["answers"] == other["answers"]
-        if number:  # the first pair warms up
-            ratios.append(ours["seconds"] / other["seconds"])
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return f"| {name} | {middle:.3f} ({low:.3f} … {high:.3f}) | {'yes' if same else 'no'} | {group.load_s:.0f} s |"
+        for kind, values in ratios.items() if number else ():  # the first pair warms up
+            values.append(ours[kind] / other[kind])
+    quartiles = [statistics.quantiles(values, n=4) for values in ratios.values()]
+    cells = [f"{middle:.3f} ({low:.3f} … {high:.3f})" for low, middle, high in quartiles]
+    return f"| {name} | {' | '.join(cells)} | {'yes' if same else 'no'} | {group.load_s:.0f} s |"
+
+
+def turn(group: Group) -> dict[str, Any]:
+    """The answers of an engine, and their seconds by the clock and of the processor; nothing where it fails."""
+    processes = [psutil.Process(group.children[0].pid)]
+    processes += processes[0].children(recursive=True)
+    before = sum(sum(one.cpu_times()[:2]) for one in processes)
+    found = None if group.failure else group.turn()
+    return {**found[0], "cpu_s": sum(sum(one.cpu_times()[:2]) for one in processes) - before} if found else {}
 
 
 def write_rows(rows: list[str], options: argparse.Namespace) -> None:
@@ -184,8 +197,8 @@ def write_rows(rows: list[str], options: argparse.Namespace) -> None:
     )
     command = f"python scripts/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}"
     head = f"{told.cpu}, {told.cpu_count} cores; {packages}; {date.today()}\n\n    {command}\n"
-    columns = "| variant | tokens/s over those as it is (quartiles) | same tokens | load |\n|---|---|---|---|"
-    text = "\n".join((head, columns, *rows)) + "\n"
+    columns = "| variant | tokens/s over those as it is (quartiles) | the same by processor time | same tokens | load |"
+    text = "\n".join((head, columns, "|---|---|---|---|---|", *rows)) + "\n"
     print(text)
     if options.output:
         path = options.output.with_suffix(".md")

@@ -92,8 +92,9 @@ def points(rehearse: bool, cards: int) -> list[Point]:
     if rehearse:
         return [Point("transformers", "tiny_falcon", 1), Point("fsdp", "tiny_llama", 2, devices=2)]
     vllm = ("vllm",) if importlib.util.find_spec("vllm") else ()
+    ways = [Point("transformers", model, 1, compile=way) for way in ("cudagraph", "none") for model in MODELS[1:3]]
     alone = [Point(engine, model, batch) for batch in BATCHES for model in MODELS for engine in ("transformers", *vllm)]
-    alone += [Point("transformers", model, 1, compile=way) for model in MODELS[1:3] for way in ("none", "inductor")]
+    alone = ways + alone + [Point("transformers", model, 1, compile="inductor") for model in MODELS[1:3]]
     together = [Point("tensor_parallel", model, 1, devices=2, compile="cudagraph") for model in MODELS] + [
         Point(engine, model, batch, devices=2)
         for batch in (1, 8)

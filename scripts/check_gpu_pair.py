@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from launcher.__main__ import main as launch
+from launcher.backends.base import CompilingBackend
 from launcher.config.engines import load_engine, resolve
 from launcher.prompts.prompts import sampling_of
 from launcher.run_dir.run_dir import RunDir
@@ -30,7 +31,7 @@ from shards.load.random_weights import fill_random
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from launcher.backends.base import Completion, DeviceMemory, Generation, OnStep, Prompt
+    from launcher.backends.base import Compilation, Completion, DeviceMemory, Generation, OnStep, Prompt
     from launcher.config.schema import RunConfig, SamplingConfig
     from shards.machine.world import World
     from shards.plan.plan import Plan
@@ -134,6 +135,12 @@ class Beside:
         if self.failure:
             gc.collect()
             torch.cuda.empty_cache()
+
+    def compile(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Compilation | None:
+        """The engine's steps are made ahead as in any run."""
+        if not isinstance(self.engine, CompilingBackend):
+            return None
+        return self.engine.compile(prompts, sampling, on_step)
 
     def barrier(self) -> None:
         self._tried(self._turn)

@@ -13,11 +13,12 @@ from launcher.system.environment import describe
 
 GIB = 2**30
 HEAD = (
-    "run", "tokens/s (min … max)", "plain generate (min … max)", "ratio", "MBU", "of the ceiling", "ttft, ms",
+    "run", "steps", "tokens/s (min … max)", "plain generate (min … max)", "ratio", "MBU", "of the ceiling", "ttft, ms",
     "itl, ms", "weights, GiB", "KV cache, GiB", "peak, GiB", "peak of plain, GiB", "same tokens",
 )  # fmt: skip
 NOTES = """\
-In brackets: as planned. tokens/s: new tokens of all prompts by the time from the start of a call to the last of them,
+In brackets: as planned. Steps: how they were made, the seconds that it took, and a note where they differ from those
+that are not made ahead. tokens/s: new tokens of all prompts by the time from the start of a call to the last of them,
 prompts included, median of the repeats; ratio: the median of those of each repeat and the turn of plain `generate`
 before it. Peak: of CUDA's allocator. Same tokens: prompts for which both chose the same; in 16 bits the order of
 additions differs, and so may tokens.
@@ -95,6 +96,7 @@ def figures(run_dir: Path) -> list[str]:
     most = sum(planned[name] for name in ("parameter_bytes", "activation_bytes", "buffer_bytes"))
     most += max(planned["kv_cache_bytes"], planned["kv_cache_reserved_bytes"])
     return [
+        steps_cell(record["compilation"]),
         spread(ours),
         spread(theirs) if theirs else plain["failure"] or "-",
         f"{statistics.median(ratios):.3f}" if ratios else "-",
@@ -108,6 +110,15 @@ def figures(run_dir: Path) -> list[str]:
         gib(plain["peak_allocated_bytes"]),
         f"{plain['prompts_with_the_same_tokens']}/{plain['prompts']}" if theirs else "-",
     ]
+
+
+def steps_cell(compilation: dict[str, Any] | None) -> str:
+    """The way in which steps were made; a dash for an engine that does not say."""
+    if compilation is None:
+        return "-"
+    seconds = f"{compilation['seconds']:.0f} s" if compilation["seconds"] else None
+    note = compilation["note"] and " ".join(compilation["note"].replace("|", "/").split())
+    return ", ".join(filter(None, (compilation["way"], seconds, note)))
 
 
 def spread(values: list[float]) -> str:

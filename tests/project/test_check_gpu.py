@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from running import ROOT, run
 
 from launcher.api import compose, make_plan
+from launcher.backends.base import Compilation, CompilingBackend
 from launcher.models import EMBEDDED
 from shards.load.meta import build_meta
 from shards.load.random_weights import fill_random
@@ -24,6 +26,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import check_gpu
 from check_gpu import AGAIN, Point, Result, Step, check, points, read, steps
 from check_gpu_pair import Beside, shared
+from check_gpu_table import steps_cell
 
 SCRIPT = ["bash", str(ROOT / "scripts" / "check_gpu.sh")]
 
@@ -46,8 +49,9 @@ def test_its_steps_go_through_and_are_not_made_twice(tmp_path: Path) -> None:
     assert [row[:3] for row in cells[2:7]] == [[name, "ok", "1"] for name in ("doctor", "probe_x1", "tests", *runs)]
     assert "GB/s" in cells[3][4]
     for row in cells[9:]:
-        name, ours, plain, ratio, *_, weights, cache, peak, peak_of_plain, same = row
+        name, made, ours, plain, ratio, *_, weights, cache, peak, peak_of_plain, same = row
         assert name in runs
+        assert made == "none", "what auto is on a CPU"
         assert float(ours.split()[0]) > 0
         assert float(plain.split()[0]) > 0
         assert float(ratio) > 0
@@ -130,6 +134,8 @@ def test_the_runs_on_cards_compose_and_fit_or_are_refused(tmp_path: Path, monkey
     assert names[:4] == ["doctor", "probe_x1", "probe_x2", "tests"]
     assert [step.name for step in steps(tmp_path, False, 1)][:3] == ["doctor", "probe_x1", "tests"]
     assert len(set(names)) == len(names)
+    first = [f"{model}_transformers_x1_b1_cudagraph" for model in ("falcon_40b", "llama_30b")]
+    assert names[4:6] == first, "the share of the bandwidth at one prompt, where a failing capture ends the run"
     for point in {(point.engine, point.devices): point for point in together}.values():
         [step] = [step for step in steps(tmp_path, False, 2) if step.point == point]
         overrides = [word for word in step.command if "=" in word and not word.startswith(("-", "accelerator"))]
@@ -157,6 +163,20 @@ def test_a_plain_model_may_have_the_tensors_of_the_engine(name: str, dtype: torc
         torch.testing.assert_close(plain(ids).logits, engine(ids).logits, atol=width, rtol=width)
     next(engine.parameters()).data = torch.zeros(3, 3)
     assert not shared(build_meta(EMBEDDED / name, dtype), engine)
+
+
+def test_steps_are_made_ahead_beside_a_plain_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop asks those engines that can do so; of others it is told nothing."""
+    config = compose("backend=dummy")
+    monkeypatch.setattr(type(config.backend), "engine_alone", config.backend.implementation, raising=False)
+    beside = Beside(config)
+    assert isinstance(beside, CompilingBackend)
+    assert beside.compile((), config.sampling, lambda *_: None) is None
+    made = Compilation("cudagraph", 3.0)
+    beside.engine.compile = lambda *_: made
+    assert beside.compile((), config.sampling, lambda *_: None) == made
+    assert steps_cell(asdict(made)) == "cudagraph, 3 s"
+    assert steps_cell({"way": "none", "seconds": 3.0, "note": "it | fails"}) == "none, 3 s, it / fails"
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from launcher.backends.slots.device import Forward, Slots
     from launcher.config.schema import RunConfig
 
+NEAR = 16.0  # roundings of a logit of one; those of models are some times as large
 MOST_VERSIONS = 4096  # of the code of a layer: inductor makes one for each layer and reach
 
 
@@ -41,31 +42,32 @@ def settled(config: RunConfig, device: torch.device) -> Compile:
 def compile_steps(decoder: SlotDecoder, config: RunConfig, generate: Callable[[], Generation]) -> Compilation:
     """Let the slots of a decoder make steps as configured. `generate` answers a batch, first without, then with them.
 
-    With `auto` they are given up again where they fail or lead to other tokens; what was asked for by name is kept,
-    and what fails then ends the run.
+    With `auto` they are given up again where they fail or lead to other tokens, unless these were as likely in the
+    precision of the products; what was asked for by name is kept, and what fails then ends the run.
     """
     way, is_asked = settled(config, decoder.device), config.measure.compile is not Compile.auto
     if way is Compile.none:
         return Compilation(way.name, 0.0)
     start = perf_counter()
-    before = _tokens(generate())
+    before = generate()
     assert decoder.slots is not None
     obstacle: str | None = None
-    other = 0
+    other = wrong = 0
     try:
         decoder.slots.static = make_static(way, decoder.slots)
-        after = _tokens(generate())
-        other = sum(after[index] != tokens for index, tokens in before.items())
+        other, wrong = differing(before, generate(), getattr(torch, config.precision.products.value))
     except RuntimeError as error:  # whatever compilers and captures raise is one
         decoder.slots.static = None
         obstacle = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     if is_asked and obstacle is not None:
         raise UserError(f"measure.compile={way.name} fails: {obstacle}", "measure.compile=none")
-    if not is_asked and any_rank(obstacle is not None or other > 0):
+    prompts = len(before.completions)
+    if not is_asked and any_rank(obstacle is not None or wrong > 0):
         decoder.slots.static = None
-        why = obstacle or f"with measure.compile={way.name} {other} of {len(before)} prompts had other tokens"
+        why = obstacle or f"with measure.compile={way.name} {wrong} of {prompts} prompts had other tokens"
         return Compilation(Compile.none.name, perf_counter() - start, why)
-    note = f"{other} of {len(before)} prompts had other tokens than without it" if other else None
+    near = "" if wrong else ", from a place on where two were as likely"
+    note = f"{other} of {prompts} prompts had other tokens than without it{near}" if other else None
     return Compilation(way.name, perf_counter() - start, note)
 
 
@@ -107,5 +109,18 @@ class Switch:
             self.is_on = False
 
 
-def _tokens(generation: Generation) -> dict[int, tuple[int, ...]]:
-    return {item.index: item.token_ids for item in generation.completions}
+def differing(before: Generation, after: Generation, products: torch.dtype) -> tuple[int, int]:
+    """How many prompts have other tokens after than before; and of how many the first of these was not as likely as the
+    one in its place, to some roundings of its logit in the type of the products."""
+    width = NEAR * torch.finfo(products).eps
+    later = {item.index: item.token_ids for item in after.completions}
+    other = wrong = 0
+    for item in before.completions:
+        tokens = later[item.index]
+        if tokens == item.token_ids:
+            continue
+        other += 1
+        pairs = zip(item.token_ids, tokens, strict=False)
+        place = next((place for place, (one, another) in enumerate(pairs) if one != another), None)
+        wrong += place is None or not item.top2_gaps[place] <= width  # which of no number is true
+    return other, wrong

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from launcher.backends.slots.device import Forward, Slots
 
 REACHES = 128
 """A graph spans as many positions as the longest row has, rounded up to a multiple of these."""
-
-SIDE_RUNS = 2  # forwards on a stream of their own before one is captured: libraries make their workspaces in these
 
 
 def up_to(value: int, sizes: list[int]) -> int:
@@ -30,14 +31,18 @@ class Graphs:
     """CUDA graphs of a step, one for each number of rows (powers of two) and each reach (multiples of 128).
 
     A replay launches all kernels of a step at once. Rows that decode nothing are computed beside the others. All graphs
-    use one pool of memory: they are replayed one at a time, and what one leaves is read before the next.
+    use one pool of memory: they are replayed one at a time, and what one leaves is read before the next. They read
+    where `Slots.lay_out` writes, the same addresses for all; nothing in them is drawn by chance.
+
+    They are captured on the stream of the forwards before them, in which libraries make their workspaces: each stream
+    has some of its own, and they stay. RuntimeError for a forward that waits for the device, before it is captured.
     """
 
     def __init__(self, slots: Slots) -> None:
         self.slots = slots
         self.rows = doubled(1, slots.cache.slots)
         self.reaches = [*range(REACHES, slots.cache.length, REACHES), slots.cache.length]
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool, self.side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         self.graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         for reach in reversed(self.reaches):  # the largest first, in whose memory the others find room
             for rows in reversed(self.rows):
@@ -45,16 +50,16 @@ class Graphs:
 
     def _captured(self, rows: int, reach: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         """A graph, and the logits that each replay of it writes."""
-        slots = self.slots.lay_out(rows, reach)
-        side = torch.cuda.Stream()
+        slots, side = self.slots.lay_out(rows, reach), self.side
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(SIDE_RUNS):
+            slots.forward(rows, reach)
+            with no_waiting():
                 slots.forward(rows, reach)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Other threads of this process (NCCL's watchdog) may ask CUDA for what a capture of all threads forbids.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode="thread_local"):
             logits = slots.forward(rows, reach)
         return graph, logits
 
@@ -64,6 +69,18 @@ class Graphs:
         graph, logits = self.graphs[size]
         graph.replay()
         return logits
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """While this lasts, what would wait for the device raises RuntimeError. In a capture it would break that, and leave
+    CUDA's allocator in the middle of it."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 class Compiled:
