@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from running import ROOT, launcher, run, torchrun
-
-PROGRAM = str(ROOT / "tests" / "programs" / "compile_program.py")
+from running import launcher, ranks_of
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "ranks"), [("transformers", 1), ("tensor_parallel", 2), ("fsdp", 2)])
 def test_steps_by_inductor_give_the_same_tokens(backend: str, ranks: int, tmp_path: Path) -> None:
-    command = [PROGRAM, backend, str(ranks), str(tmp_path)]
-    ended = run([sys.executable, *command], 280) if ranks == 1 else torchrun(ranks, *command, timeout=280)
+    ended = ranks_of("compile_program.py", ranks, backend, str(ranks), str(tmp_path), timeout=280)
     assert ended.code == 0, ended.err[-3000:]
     for rank in range(ranks):
         seen = json.loads((tmp_path / f"rank_{rank}.json").read_text())

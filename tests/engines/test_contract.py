@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from rank_program import UNLIKE, UNLIKE_SLOTS, unlike_texts
-from running import ROOT, launcher, run, torchrun
+from running import ROOT, launcher, ranks_of, run
 from safetensors import safe_open
 
 from launcher.config.engines import load_engine, names
@@ -20,7 +20,6 @@ from launcher.models import EMBEDDED
 pytestmark = pytest.mark.slow  # each asks engines in processes of their own
 
 MODELS = ("tiny_falcon", "tiny_llama")
-PROGRAM = str(ROOT / "tests" / "programs" / "rank_program.py")
 SIZES = {"transformers": (1,), "fsdp": (1, 2, 3), "deepspeed": (2,), "endpoint": (), "litgpt": ()}
 """Numbers of devices of engines that are not tried on one and on two; an endpoint needs a server
 (test_endpoint.py), LitGPT an environment of its own (test_litgpt.py)."""
@@ -36,10 +35,8 @@ def ranks(name: str, size: int, model: str) -> list[dict[str, Any]]:
     """What the ranks of one engine saw."""
     processes = size if load_engine(name).one_process_per_device else 1
     with TemporaryDirectory() as out:
-        command = [PROGRAM, name, model, out, str(size)]
         limit = 280  # the first run of DeepSpeed compiles an operation
-        python = [sys.executable, *command]
-        ended = run(python, limit) if processes == 1 else torchrun(processes, *command, timeout=limit)
+        ended = ranks_of("rank_program.py", processes, name, model, out, str(size), timeout=limit)
         assert ended.code == 0, ended.err[-3000:]
         return [json.loads((Path(out) / f"rank_{rank}.json").read_text()) for rank in range(processes)]
 

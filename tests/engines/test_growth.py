@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from running import ROOT, run, torchrun
+from running import ranks_of
 
 from launcher.models import EMBEDDED
 
 MIB = 1024**2
-PROGRAM = str(ROOT / "tests" / "programs" / "growth_program.py")
 
 
 SLOTS, LENGTH = 1, 3 + 1000  # of each rank: as many as it has prompts, and as long as a prompt and its answer
@@ -26,8 +24,7 @@ def kv_bytes_per_token() -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_host_memory_does_not_grow_with_decode_steps(ranks: int, tmp_path: Path) -> None:
-    command = [PROGRAM, str(tmp_path), str(ranks)]
-    ended = run([sys.executable, *command], 280) if ranks == 1 else torchrun(ranks, *command, timeout=280)
+    ended = ranks_of("growth_program.py", ranks, str(tmp_path), str(ranks), timeout=280)
     assert ended.code == 0, ended.err[-3000:]
     for rank in range(ranks):
         held = json.loads((tmp_path / f"rank_{rank}.json").read_text())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,13 +11,12 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
-from running import ROOT, launcher, run, torchrun
+from running import launcher, ranks_of
 from transformers import AutoModelForCausalLM
 
 from launcher.config.engines import load_engine
 from launcher.models import EMBEDDED
 
-PROGRAM = str(ROOT / "tests" / "programs" / "precision_program.py")
 MODELS = ("tiny_falcon", "tiny_llama")
 WORLDS = (("transformers", 1), ("fsdp", 1), ("fsdp", 2), ("tensor_parallel", 2))
 IDS = torch.tensor([[5, 77, 301, 12, 9, 44, 130, 8]])
@@ -28,9 +26,7 @@ IDS = torch.tensor([[5, 77, 301, 12, 9, 44, 130, 8]])
 def ranks(name: str, size: int) -> list[dict[str, Any]]:
     """What the ranks of one engine saw, by model and type."""
     with TemporaryDirectory() as out:
-        command = [PROGRAM, name, str(size), out]
-        python = [sys.executable, *command]
-        ended = run(python) if size == 1 else torchrun(size, *command)
+        ended = ranks_of("precision_program.py", size, name, str(size), out)
         assert ended.code == 0, ended.err[-3000:]
         return [torch.load(Path(out) / f"rank_{rank}.pt") for rank in range(size)]
 

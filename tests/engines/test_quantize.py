@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from running import launcher, run, torchrun
+from running import launcher, ranks_of, run
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from launcher.config.engines import engines
@@ -143,7 +143,7 @@ def test_integers_are_those_of_torchao(quantization: str, dtype: torch.dtype) ->
 
 @pytest.mark.slow
 def test_each_engine_cuts_the_model_that_it_quantizes_and_holds_the_planned_bytes(tmp_path: Path) -> None:
-    ended = torchrun(2, "tests/programs/quantized_program.py", str(tmp_path), timeout=300, OMP_NUM_THREADS="1")
+    ended = ranks_of("quantized_program.py", 2, str(tmp_path), timeout=300, OMP_NUM_THREADS="1")
     assert ended.code == 0, ended.err[-2000:]
     for rank in range(2):
         results = json.loads((tmp_path / f"rank_{rank}.json").read_text())

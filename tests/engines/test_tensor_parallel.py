@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import ROOT, torchrun
+from running import ranks_of
 from tensor_parallel_program import MODELS
 
 from shards.engines.tensor_parallel import CUT_FAMILIES
@@ -31,7 +31,7 @@ FALCON = {"model_type": "falcon", "hidden_size": 64, "num_hidden_layers": 2, "nu
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks saw."""
     out = tmp_path_factory.mktemp("ranks")
-    ended = torchrun(2, str(ROOT / "tests" / "programs" / "tensor_parallel_program.py"), str(out))
+    ended = ranks_of("tensor_parallel_program.py", 2, str(out))
     assert ended.code == 0, ended.err[-3000:]
     return [json.loads(Path(out / f"rank_{rank}.json").read_text()) for rank in range(2)]
 

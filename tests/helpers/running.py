@@ -91,3 +91,12 @@ def torchrun(ranks: int, *arguments: str, timeout: float = 120, **extra: str) ->
     """`torchrun --standalone --nproc-per-node RANKS ...`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments]
     return run(command, timeout, **extra)
+
+
+def ranks_of(program: str, ranks: int, *arguments: str, timeout: float = 120, **extra: str) -> Ended:
+    """A program of tests/programs as one rank or several, which are forks of one process as in a run."""
+    path = str(ROOT / "tests" / "programs" / program)
+    if ranks == 1:
+        return run([sys.executable, path, *arguments], timeout, **extra)
+    command = [sys.executable, "-m", "launcher.launch.forks", str(ranks), "forked", json.dumps([path, *arguments])]
+    return run(command, timeout, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests" / "programs")]), **extra)

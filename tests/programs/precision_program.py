@@ -1,4 +1,4 @@
-"""Mixed precision as a rank sees it: `precision_program.py BACKEND DEVICES OUT`, started by torchrun or alone.
+"""Mixed precision as a rank sees it: `precision_program.py BACKEND DEVICES OUT`, one rank or several.
 
 For each model and type: the logits of a text, and the bytes that are held and gathered beside those of the plan.
 """

@@ -1,4 +1,4 @@
-"""A rank of quantized models, started by torchrun: `quantized_program.py OUT`.
+"""A rank of quantized models: `quantized_program.py OUT`.
 
 For each embedded model and quantization, whole and as each engine cuts it: greedy tokens, and bytes held.
 """

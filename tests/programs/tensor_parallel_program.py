@@ -1,4 +1,4 @@
-"""A rank of a tensor-parallel cut, started by torchrun: `tensor_parallel_program.py OUT`.
+"""A rank of a tensor-parallel cut: `tensor_parallel_program.py OUT`.
 
 For each model, whole and cut: greedy tokens of a ragged batch, gaps between logits, and bytes held.
 """

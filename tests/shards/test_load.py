@@ -5,9 +5,6 @@ import gc
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import zipfile
 from functools import cache
@@ -18,7 +15,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.tensor.debug
-from running import ROOT
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -534,20 +530,6 @@ def test_ranks_with_whole_layers_answer_as_one_model_and_hold_what_is_planned(
 
 @cache
 def run_ranks(world_size: int, checkpoints: Path) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
-    child = subprocess.Popen(
-        [*command, str(ROOT / "tests" / "programs" / "fsdp_rank.py"), str(checkpoints)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        _, errors = child.communicate(timeout=120)
-    finally:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-    assert child.returncode == 0, errors[-4000:]
+    ended = ranks_of("fsdp_rank.py", world_size, str(checkpoints))
+    assert ended.code == 0, ended.err[-4000:]
     return [json.loads((checkpoints / f"rank_{rank}.json").read_text()) for rank in range(world_size)]

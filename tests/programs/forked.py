@@ -1,0 +1,15 @@
+"""A rank that runs another program, with what most of them need imported before the ranks are forked."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+
+import launcher.backends.module  # noqa: F401 - what takes seconds to import
+
+
+def main(command: str) -> None:
+    """Run the program of a command line, given as a list in JSON."""
+    sys.argv = json.loads(command)
+    runpy.run_path(sys.argv[0], run_name="__main__")
