@@ -46,7 +46,8 @@ class Row:
 
 def read_file(wanted: PromptsConfig) -> list[str]:
     """The prompts of a file; ConfigError for one that cannot be read, or that has no text where it should."""
-    path = Path(wanted.path or "")
+    assert wanted.path is not None, "a prompt set without a file has texts"
+    path = Path(wanted.path)
     if path.suffix.lower() not in ROW_FILES:
         if wanted.field is not None:
             fact = f"prompts.field={wanted.field}, and {path} has no fields: it is read as a prompt a line."
