@@ -36,7 +36,6 @@ from shards.load.random_weights import fill_random
 from shards.load.stored import make_stored
 from shards.machine.hardware import MIB
 from shards.machine.process_group import any_rank, barrier, connect, connect_cards, device_of, disconnect
-from shards.model.quantization import as_kept
 from shards.model.quantized_checkpoint import from_config
 from shards.model.shape import KNOWN_FAMILIES
 from shards.parallel.adapters import attach_adapter, fill_adapter
@@ -154,7 +153,7 @@ class ModuleBackend(ABC):
         elif self.config.model.weights is Weights.auto:
             fields = json.loads((Path(self.config.model.path) / "config.json").read_text(encoding="utf-8"))
             stored = from_config(fields)
-            if stored is not None and (kept := as_kept(stored)) is not None:
+            if stored is not None and (kept := self.config.backend.kept(stored)) is not None:
                 zeros_from = int(fields["quantization_config"].get("checkpoint_format") != "gptq_v2")
                 quantize_layers(model, make_stored(kept, self.dtype, zeros_from), kept.chooses)
 

@@ -26,6 +26,10 @@ OWN_QUANTIZATIONS = ("int8_wo", "int8_dyn", "int4_wo", "int8", "nf4", "nf4_dq", 
 """Those that layers of our own have, on the engines that run the module of transformers."""
 
 
+READS = "reads GPTQ, AWQ, packed integers, W8A8, fp8 and bitsandbytes, but no quantized head"
+"""Said by these engines of a checkpoint whose quantized weights none of their layers keeps."""
+
+
 class Weights(Enum):
     """`auto` reads the checkpoint; `random` makes values of the same shapes on the device that holds them."""
 

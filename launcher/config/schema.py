@@ -14,7 +14,7 @@ from launcher.config.launching import ClusterConfig, LaunchConfig
 from launcher.config.serving import LoadConfig, ServerConfig, SloConfig
 from launcher.config.speculative import SpeculativeConfig
 from launcher.config.storage import Offload, Precision
-from shards.errors import UserError
+from shards.errors import PlanError, UserError
 from shards.machine.interpreter import pip_install
 from shards.model.quantization import QUANTIZATIONS, Quantization
 from shards.plan.request import EnginePlanner
@@ -103,9 +103,14 @@ class BackendConfig:
         return pip_install(cls.pip_extra)
 
     @classmethod
+    def kept(cls, stored: Quantization) -> Quantization | None:
+        """The form in which layers of our own keep weights that a checkpoint has so; None where the engine has none."""
+        return None
+
+    @classmethod
     def reads(cls, quantization: Quantization) -> bool:
         """The engine can read a checkpoint whose weights are stored so."""
-        return False
+        return cls.kept(quantization) is not None
 
     def most_at_once(self, config: RunConfig) -> int | None:
         """The most prompts that are answered at a time on all devices, or each; None for all of the set."""
@@ -130,8 +135,11 @@ class BackendConfig:
 
     def quantization(self, config: RunConfig, stored: Quantization | None, on_cuda: bool) -> Quantization | None:
         """The way in which the run holds its weights: as they are stored, or quantized while they are loaded."""
+        if stored is not None and config.adapter.path is not None and config.adapter.merge:
+            fact = f"An adapter is not merged into weights that are quantized already ({stored.name})."
+            raise PlanError(fact, "adapter.merge=false")
         if config.quantization is WeightFormat.none:
-            return stored
+            return None if stored is None else self.kept(stored)
         return QUANTIZATIONS[config.quantization.name]
 
     def planner(self, config: RunConfig, model_config: Mapping[str, Any], on_cuda: bool) -> EnginePlanner | None:

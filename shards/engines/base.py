@@ -118,16 +118,17 @@ class ModulePlanner(EnginePlanner, ABC):
     def refusal(self, request: PlanRequest) -> str | None:
         return self.split_group(request)
 
-    def split_group(self, request: PlanRequest) -> str | None:
-        """The reason why a quantization cannot store the pieces of the matrices, None if it can."""
-        quantization, n = request.quantization, self.tensor_parallel_size(request)
+    def split_group(self, request: PlanRequest, n: int | None = None) -> str | None:
+        """The reason why a quantization cannot store the pieces of the matrices on each of `n` ranks (as many as tensor
+        parallelism has), None if it can."""
+        quantization, n = request.quantization, n or self.tensor_parallel_size(request)
         if quantization is None:
             return None
         for parameter in request.shape.parameters:
             if not quantization.applies(parameter):
                 continue
             for piece in self.pieces(request.shape, n, 0, parameter):
-                if reason := quantization.split_group(piece):
+                if reason := quantization.split_group(parameter, piece):
                     return reason
         return None
 

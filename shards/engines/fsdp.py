@@ -18,10 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 
-SHARDED_BY_ROWS = ("int8_wo", "int8_dyn", "int8", "nf4", "fp4")
-"""Quantizations of which rows of the packed matrix, with their scales, are rows of the matrix."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FsdpPlanner(ModulePlanner):
     """`resident_layers` stay whole on each device, and with them what is outside the layers; None: as many as fit.
@@ -40,7 +36,7 @@ class FsdpPlanner(ModulePlanner):
     host_bytes: int | None = None
 
     def runs(self, quantization: Quantization) -> bool:
-        return quantization.name in SHARDED_BY_ROWS
+        return quantization.has_rows
 
     def is_offered(self, quantization: Quantization | None) -> bool:
         return quantization is None or self.runs(quantization)
@@ -89,7 +85,7 @@ class FsdpPlanner(ModulePlanner):
         known = request.capacity_bytes or self.host_bytes
         if known is None and (self.resident_layers is None or self.within_node is None):
             return "What fits a device cannot be known here, where the memory of the devices is not known."
-        return self._split_row(request)
+        return self._split_row(request) or self.split_group(request, self.shards_over(request))
 
     def _split_row(self, request: PlanRequest) -> str | None:
         """The reason why rows of quantized values cannot be sharded: a scale would be for values of two rows."""

@@ -24,7 +24,7 @@ class VllmPlanner(EnginePlanner):
     and tokens of a step, None where vLLM decides."""
 
     name: ClassVar[str] = "vllm"
-    plain_only: ClassVar[str] = "vLLM no longer has bitsandbytes"  # release 0.32, layers/quantization/__init__.py
+    plain_only: ClassVar[str] = "vLLM no longer has bitsandbytes, nor GPTQ with desc_act over groups"  # release 0.32
     offloads: ClassVar[tuple[Offload, ...]] = ("cpu",)
 
     gpu_memory_utilization: float = 0.92
@@ -39,7 +39,7 @@ class VllmPlanner(EnginePlanner):
         return self.kv_block_tokens
 
     def runs(self, quantization: Quantization) -> bool:
-        return quantization.fused
+        return quantization.fused and not (quantization.ordered and quantization.name.startswith("gptq"))
 
     def is_offered(self, quantization: Quantization | None) -> bool:
         return quantization is None or self.runs(quantization)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from bitsandbytes.autograd._functions import MatmulLtState, matmul, matmul_4bit
@@ -54,7 +54,7 @@ class FourBit(Quantizer):
     Where rows are whole blocks, rows are what is stored, and can be sharded.
     """
 
-    whole: ClassVar[frozenset[str]] = frozenset({"weight_code"})
+    whole = frozenset({"weight_code"})
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         super().__init__(name, dtype)

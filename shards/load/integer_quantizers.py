@@ -56,7 +56,7 @@ class DynamicInt8(Quantizer):
     def multiply(self, layer: nn.Module, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         flat = rows.reshape(-1, rows.shape[-1])
         largest = layer.largest_over_ranks(flat.abs().amax(1, keepdim=True))
-        packed, scale = (rows_divided if self.stored else rows_in_bytes)(flat, largest)
+        packed, scale = (rows_divided if self.form else rows_in_bytes)(flat, largest)
         missing = LEAST_ROWS - len(flat)
         if rows.device.type == "cuda" and missing > 0:
             packed = torch.cat([packed, packed.new_zeros(missing, packed.shape[1])])

@@ -93,7 +93,7 @@ def load_weights(
         entries = {name: matched[name][0] for name in packed}
         plain = bytes_read
         done_of = lambda done: progress(plain + done, plain + later)  # noqa: E731
-        if any(layer.quantizer.stored for layer in packed.values()):
+        if any(layer.quantizer.form for layer in packed.values()):
             packed_read, quantize_s = read_stored(files, entries, packed, done_of)
         else:
             packed_read, quantize_s = _read_packed(files, entries, packed, adapter, done_of)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -15,6 +15,8 @@ from shards.load.blocks import Block, block_of, local_block, local_tensor, mark_
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from shards.model.quantization import Quantization
 
 IMPLEMENTATIONS = {
     "int8_wo": "shards.load.quantizers:RowsInt8",
@@ -35,8 +37,8 @@ class Quantizer(ABC):
     every rank keeps where the others are sharded by rows.
     """
 
-    whole: ClassVar[frozenset[str]] = frozenset()
-    stored: str = ""  # the quantization of the checkpoint that it keeps as it is
+    whole: frozenset[str] = frozenset()
+    form: Quantization | None = None  # in which it keeps what a checkpoint has
     zeros_from: int = 0
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
@@ -143,7 +145,7 @@ def packed_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def part_bytes(layer: nn.Module) -> int:
     """Bytes of this rank's part of the matrix of a layer before it is packed."""
-    rows, columns = _part_shape(layer)
+    rows, columns = part_shape(layer)
     nbytes: int = rows * columns * layer.quantizer.dtype.itemsize
     return nbytes
 
@@ -151,10 +153,10 @@ def part_bytes(layer: nn.Module) -> int:
 def part_of(layer: nn.Module) -> tuple[tuple[int, ...], torch.Tensor]:
     """The start of this rank's part in the matrix of a layer, and an empty tensor for it on its device."""
     start, local = local_block(layer.weight)
-    return start, torch.empty(*_part_shape(layer), dtype=layer.quantizer.dtype, device=local.device)
+    return start, torch.empty(*part_shape(layer), dtype=layer.quantizer.dtype, device=local.device)
 
 
-def _part_shape(layer: nn.Module) -> tuple[int, int]:
-    """The shape of this rank's rows of a sharded layer."""
+def part_shape(layer: nn.Module) -> tuple[int, int]:
+    """The shape of this rank's part of the matrix of a layer."""
     outputs, inputs = layer.packed_shape
     return (len(local_tensor(layer.weight)) if isinstance(layer.weight, DTensor) else outputs), inputs

@@ -11,9 +11,12 @@ import torch
 
 from shards.checkpoint.tensor_files import TensorEntry
 from shards.errors import CheckpointError
-from shards.load.integer_quantizers import packed_int4
-from shards.load.quantizers import make_quantizer, whole_shape
+from shards.load.blocks import local_block, local_tensor
+from shards.load.integer_quantizers import GroupsInt4, packed_int4
+from shards.load.quantizers import make_quantizer, part_shape, whole_shape
+from shards.load.slabs import SCALES, Slab, Span, check_shapes, slabs_of
 from shards.load.slices import TORCH_DTYPES, Target, read_targets
+from shards.load.widened_quantizers import BytesFp8, GroupIntegers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -39,19 +42,23 @@ class StoredMatrix(TensorEntry):
     parts: tuple[tuple[str, TensorEntry], ...]
 
 
-def make_stored(stored: Quantization, dtype: torch.dtype, zeros_from: int) -> Quantizer:
+def make_stored(form: Quantization, dtype: torch.dtype, zeros_from: int) -> Quantizer:
     """The quantizer that keeps matrices as a checkpoint has them; GPTQ's zero points begin at `zeros_from`."""
-    kind = "int4_wo" if stored.scales == 2 else "int8_dyn" if stored.name == "int8_channel" else stored.name
-    quantizer = make_quantizer(kind, dtype)
-    if stored.scales == 2:
-        quantizer.group = stored.block[1]  # type: ignore[attr-defined]
-    quantizer.stored, quantizer.zeros_from = stored.name, zeros_from
+    quantizer: Quantizer
+    if form.unpacks and not form.flat:
+        quantizer = GroupIntegers(form, dtype) if form.scales == 2 else BytesFp8(form, dtype)
+    else:
+        kind = "int4_wo" if form.scales == 2 else "int8_dyn" if form.name == "int8_channel" else form.name
+        quantizer = make_quantizer(kind, dtype)
+    if isinstance(quantizer, GroupsInt4):
+        quantizer.group = form.block[1]
+    quantizer.form, quantizer.zeros_from = form, zeros_from
     return quantizer
 
 
 def with_stored(checkpoint: Checkpoint, layers: Mapping[str, nn.Module]) -> Checkpoint:
     """The checkpoint with the matrices of layers whose quantizers keep what is stored as StoredMatrix."""
-    prefixes = {name.removesuffix("weight"): name for name, layer in layers.items() if layer.quantizer.stored}
+    prefixes = {name.removesuffix("weight"): name for name, layer in layers.items() if layer.quantizer.form}
     tensors: dict[str, TensorEntry] = {}
     parts: dict[str, list[tuple[str, TensorEntry]]] = {}
     for name, entry in checkpoint.tensors.items():
@@ -82,20 +89,25 @@ def read_stored(
     took to unpack them."""
     bytes_read, unpack_s = 0, 0.0
     for name, layer in layers.items():
-        entry = entries[name]
+        entry, form = entries[name], layer.quantizer.form
         assert isinstance(entry, StoredMatrix)
-        device = layer.weight.device
-        tensors = {
-            leaf: torch.empty(part.shape, dtype=TORCH_DTYPES[part.dtype], device=device) for leaf, part in entry.parts
-        }
-        targets = [Target(part, (0,) * len(part.shape), tensors[leaf]) for leaf, part in entry.parts]
+        (row, column), device = local_block(layer.weight)[0], local_tensor(layer.weight).device
+        (outputs, inputs), (rows, columns) = whole_shape(layer), part_shape(layer)
+        parts = dict(entry.parts)
+        slabs = slabs_of(form, Span(outputs, row, rows), Span(inputs, column, columns))
+        check_shapes(name, form, parts, slabs)
+        tensors, targets = {}, []
+        for leaf, stored in parts.items():
+            part = slabs.get(leaf) or Slab(stored.shape, (0,) * len(stored.shape), stored.shape)
+            tensors[leaf] = torch.empty(part.sizes, dtype=TORCH_DTYPES[stored.dtype], device=device)
+            targets.append(Target(replace(stored, shape=part.shape), part.start, tensors[leaf]))
         bytes_read += read_targets(files, targets)
         began = time.perf_counter()
         try:
             _keep(layer, tensors)
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(
-                f"{entry.file} has no {layer.quantizer.stored} for {name}: {error}.",
+                f"{entry.file} has no {form.name} for {name}: {error}.",
                 "the checkpoint is damaged, or not what its quantization_config says: fetch it again",
             ) from error
         if device.type == "cuda":
@@ -106,68 +118,81 @@ def read_stored(
 
 
 def _keep(layer: nn.Module, tensors: Tensors) -> None:
-    name = layer.quantizer.stored
-    if name.startswith("gptq"):
-        _keep_groups(layer, *_gptq(tensors, layer.quantizer.zeros_from))
-    elif name.startswith("awq"):
-        _keep_groups(layer, *_awq(tensors))
-    elif name.startswith("int4"):
-        _keep_groups(layer, *_compressed(tensors))
-    elif name == "int8_channel":
-        layer.weight.copy_(tensors["weight"])
-        layer.weight_scale.copy_(tensors["weight_scale"].view(-1))
-    elif name == "int8":
-        layer.weight.copy_(tensors["weight"])
-        layer.weight_scale.copy_(tensors["SCB"])
+    """Put what was read of a matrix into the parameters of its layer."""
+    quantizer, name = layer.quantizer, layer.quantizer.form.name
+    weight, scale = local_tensor(layer.weight), local_tensor(getattr(layer, "weight_scale", layer.weight))
+    if quantizer.form.scales == 2:
+        if name.startswith("gptq"):
+            words, scales, zeros = _gptq(tensors, quantizer)
+        elif name.startswith("awq"):
+            words, scales, zeros = _awq(tensors)
+        else:
+            words, scales, zeros = _compressed(tensors, quantizer.form.bits)
+        middle = ((1 << (quantizer.form.bits - 1)) - zeros) * scales.float()
+        pairs = torch.stack([scales.float(), middle], -1)
+        if isinstance(quantizer, GroupsInt4):
+            weight.copy_(packed_int4(nibbles(words)).view(weight.shape))
+            scale.copy_(pairs.transpose(0, 1))
+        else:
+            weight.copy_(words.view(torch.uint8)[:, : weight.shape[1]])
+            scale.copy_(pairs)
+            if quantizer.form.ordered:
+                layer.weight_group.copy_(tensors["g_idx" if "g_idx" in tensors else "weight_g_idx"])
+    elif isinstance(quantizer, BytesFp8):
+        weight.copy_(tensors["weight"].view(torch.uint8))
+        scale.copy_(next(tensors[leaf] for leaf in SCALES if leaf in tensors))
+    elif name in ("int8_channel", "int8"):
+        weight.copy_(tensors["weight"])
+        scale.copy_(tensors["SCB" if name == "int8" else "weight_scale"].view(-1))
     else:
         _keep_four_bits(layer, tensors)
 
 
-def nibbles(words: torch.Tensor) -> torch.Tensor:
-    """Eight integers of four bits for each word, the lowest bits first: [..., n] -> [..., 8 n]."""
-    shifts = torch.arange(0, 32, 4, device=words.device, dtype=torch.int32)
-    return ((words.unsqueeze(-1) >> shifts) & 15).flatten(-2)
+def nibbles(words: torch.Tensor, bits: int = 4) -> torch.Tensor:
+    """The integers of so many bits in each word, the lowest bits first: [..., n] -> [..., 32 / bits * n]."""
+    shifts = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)
+    return ((words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(-2)
 
 
-def _gptq(tensors: Tensors, zeros_from: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Integers [outputs, inputs]; scales and zero points [outputs, groups]."""
-    integers, scales = nibbles(tensors["qweight"].t()), tensors["scales"].t()
-    order = tensors.get("g_idx")
-    if order is not None:
-        group = integers.shape[1] // scales.shape[1]
-        if not torch.equal(order.cpu().long(), torch.arange(len(order)) // group):
+def _gptq(tensors: Tensors, quantizer: Quantizer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Words of integers [outputs, words]; scales and zero points [outputs, groups]."""
+    assert quantizer.form is not None
+    scales, bits = tensors["scales"].t(), quantizer.form.bits
+    order, group = tensors.get("g_idx"), quantizer.form.block[1]
+    if order is not None and not quantizer.form.ordered and group:
+        first = order[:1].cpu().long()
+        if not torch.equal(order.cpu().long(), first + torch.arange(len(order)) // group):
             raise ValueError("its inputs are reordered (desc_act)")
-    return integers, scales, nibbles(tensors["qzeros"]).t() + zeros_from
+    zeros = nibbles(tensors["qzeros"], bits).t() + quantizer.zeros_from
+    return tensors["qweight"].t().contiguous(), scales, zeros
 
 
 def _awq(tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     def in_order(words: torch.Tensor) -> torch.Tensor:
         return nibbles(words).view(len(words), -1, 8)[..., list(AWQ_ORDER)].flatten(1).t()
 
-    return in_order(tensors["qweight"]), tensors["scales"].t(), in_order(tensors["qzeros"])
+    integers = in_order(tensors["qweight"])
+    return as_words(integers), tensors["scales"].t(), in_order(tensors["qzeros"])
 
 
-def _compressed(tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def as_words(integers: torch.Tensor) -> torch.Tensor:
+    """Integers of four bits, eight a word along the rows, the first in the lowest bits."""
+    halves = integers[:, ::2] | integers[:, 1::2] << 4
+    return halves.to(torch.uint8).contiguous().view(torch.int32)
+
+
+def _compressed(tensors: Tensors, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     scales = tensors["weight_scale"]
-    zeros = torch.full_like(scales, 8)
+    zeros = torch.full_like(scales, 1 << (bits - 1))
     if "weight_zero_point" in tensors:
-        zeros = nibbles(tensors["weight_zero_point"].t()).t()
-    return nibbles(tensors["weight_packed"]), scales, zeros
-
-
-def _keep_groups(layer: nn.Module, integers: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> None:
-    """Values are `(integer - zero) * scale`; the kernel's are `(integer - 8) * scale + middle`."""
-    if tuple(integers.shape) != layer.packed_shape:
-        raise ValueError(f"it has {' x '.join(map(str, integers.shape))} integers")
-    scales = scales.float()
-    middle = (8 - zeros) * scales
-    layer.weight.copy_(packed_int4(integers.int().contiguous()).view(layer.weight.shape))
-    layer.weight_scale.copy_(torch.stack([scales, middle], -1).transpose(0, 1))
+        zeros = nibbles(tensors["weight_zero_point"].t(), bits).t()
+    return tensors["weight_packed"], scales, zeros
 
 
 def _keep_four_bits(layer: nn.Module, tensors: Tensors) -> None:
-    layer.weight.copy_(tensors["weight"].view(layer.weight.shape))
-    layer.weight_absmax.copy_(tensors["weight.absmax"].view(layer.weight_absmax.shape))
+    for name, leaf in (("weight", "weight"), ("weight_absmax", "weight.absmax")):
+        kept = local_tensor(getattr(layer, name))
+        kept.copy_(tensors[leaf].view(kept.shape))
     layer.weight_code.copy_(tensors["weight.quant_map"])
     if layer.quantizer.is_nested:
         state = next(tensor for leaf, tensor in tensors.items() if leaf.startswith("weight.quant_state."))

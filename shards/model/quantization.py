@@ -39,6 +39,8 @@ class Quantization:
     multiply in 8 bits, at up to twice the rate; `with_fp32`: activations may be fp32. `head`: the language model's head
     is quantized as well. Modules that one of the patterns `skipped` is found in are not; nor, if there are any, those
     that no pattern of `only` is in.
+    `ordered`: inputs of one scale lie anywhere in a row, and a number for each input says which scale is its own.
+    `kept`: our layers have it from a checkpoint, and so cannot choose what shares a scale.
     """
 
     name: str
@@ -58,6 +60,8 @@ class Quantization:
     eight_bit_products: bool = False
     head: bool = False
     with_fp32: bool = False
+    ordered: bool = False
+    kept: bool = False
     skipped: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
 
@@ -85,6 +89,8 @@ class Quantization:
         if self.flat:
             values = -(-rows * columns * self.bits // 8)
         parts = _PARTS_OF_FUSED if self.fused and parameter.cut == "query_key_value" else 1
+        if self.ordered and self.kept:
+            values += 4 * columns
         once = 0 if self.fused and parameter.name.endswith(_JOINED) else self.layer_bytes
         return values + self._scales_bytes(rows, columns, parts, dtype_bytes) + parts * self.part_bytes + once
 
@@ -98,12 +104,31 @@ class Quantization:
             return scales + 4 * ceil(scales / self.nested) + zeros
         return self.scales * scales * (self.scale_bytes or dtype_bytes) + zeros
 
-    def split_group(self, held: tuple[int, ...]) -> str | None:
+    @property
+    def has_rows(self) -> bool:
+        """True if rows of what our layers store, with their scales, are rows of the matrix."""
+        return not (self.fused or self.nested or (self.scales == 2 and not self.unpacks))
+
+    def split_group(self, parameter: Parameter, held: tuple[int, ...]) -> str | None:
         """The reason why our layers cannot store a piece of a matrix: it is not made of whole groups."""
-        if self.scales != 2 or (held[0] % INT4_OUTPUTS == 0 and held[1] % self.block[1] == 0):
-            return None
-        units = f"{INT4_OUTPUTS} outputs and {self.block[1]} inputs"
-        return f"{self.name} keeps {units} together, and a device would have {held[0]} x {held[1]} of a matrix."
+        units, is_strict = (1, 1), True
+        if self.scales == 2 and not self.unpacks:
+            units = (INT4_OUTPUTS, self.block[1])
+        elif self.kept and held != parameter.shape:
+            if self.nested:
+                return f"{self.name} has scales of scales across a matrix, which cannot be cut."
+            if self.ordered and held[1] != parameter.shape[1]:
+                return f"{self.name} has groups of inputs from anywhere, which cannot be cut."
+            per_word = 32 // self.bits if self.scales == 2 else 1
+            units = (max(self.block[0], per_word), max(self.block[1] or per_word, self.flat))
+            is_strict = bool(self.flat)
+        for size, whole, unit in zip(held, parameter.shape, units, strict=True):
+            if size % unit and (is_strict or size != whole):
+                return (
+                    f"{self.name} keeps {units[0]} outputs and {units[1]} inputs together, and a device would have "
+                    f"{held[0]} x {held[1]} of a matrix."
+                )
+        return None
 
     def misfit(self, parameter: Parameter, held: tuple[int, ...]) -> str | None:
         """The reason why vLLM cannot cut a quantized matrix to `held`: whole groups and whole words stay together, and,
@@ -119,18 +144,25 @@ class Quantization:
         return None
 
 
-def as_kept(stored: Quantization) -> Quantization | None:
-    """The form in which our layers keep matrices that a checkpoint brings in this one; None for a form that they
-    cannot."""
+def as_kept(stored: Quantization, by_rows: bool = False) -> Quantization | None:
+    """The form in which our layers keep matrices that a checkpoint brings in this one, `by_rows` one of which rows can
+    be sharded; None for a form that they cannot."""
+    if stored.head or (by_rows and stored.nested):
+        return None
     if not stored.fused:
-        return stored  # bitsandbytes
+        return replace(stored, kept=True)  # bitsandbytes
     if stored.name == "int8_channel" and stored.layer_bytes == 0:
         kept = QUANTIZATIONS["int8_dyn"]
-    elif stored.bits == 4 and stored.block[1] in INT4_GROUPS and not stored.head:
+    elif stored.name.startswith(("fp8", "float8")):
+        kept = replace(_FP8, block=stored.block, fused=False, unpacks=True, eight_bit_products=False)
+    elif stored.scale_bytes is not None:
+        return None
+    elif stored.bits == 4 and stored.block[1] in INT4_GROUPS and not stored.ordered and not by_rows:
         kept = replace(QUANTIZATIONS["int4_wo"], block=stored.block)
     else:
-        return None
-    return replace(kept, name=stored.name, skipped=stored.skipped, only=stored.only)
+        kept = replace(QUANTIZATIONS["int4_wo"], bits=stored.bits, block=stored.block, unpacks=True)
+        kept = replace(kept, ordered=stored.ordered)
+    return replace(kept, name=stored.name, kept=True, skipped=stored.skipped, only=stored.only)
 
 
 @dataclass(frozen=True, slots=True)

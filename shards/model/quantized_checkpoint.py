@@ -47,7 +47,7 @@ def from_config(config: TransformersConfig) -> Quantization | None:
 
 
 def _gptq(given: ConfigFields) -> Quantization:
-    """vLLM reads symmetric GPTQ of 4 and 8 bits, without activation order over groups.
+    """Symmetric GPTQ of 4 and 8 bits; with activation order over groups vLLM no longer reads it.
 
     Source: AutoGPTQConfig in vllm/model_executor/layers/quantization/auto_gptq.py.
     """
@@ -55,14 +55,14 @@ def _gptq(given: ConfigFields) -> Quantization:
     if bits not in (4, 8) or not symmetric:
         sort = "symmetric" if symmetric else "asymmetric"
         raise PlanError(f"vLLM reads symmetric GPTQ of 4 or 8 bits, not {sort} of {bits}.", _UNQUANTIZED)
-    if given.flag("desc_act", False) and group:
-        raise PlanError("vLLM no longer reads GPTQ with desc_act=true over groups.", "a checkpoint with desc_act=false")
+    is_ordered = given.flag("desc_act", False) and group > 0
     rules = given.group("dynamic").fields
     if positive := [rule for rule in rules if not rule.startswith("-:")]:
         raise PlanError(f"The GPTQ rule {positive[0]!r} for single modules cannot be planned.", _UNQUANTIZED)
     return replace(
         QUANTIZATIONS["int4_g128"],
-        name=_grouped_name("gptq", bits, group),
+        name=_grouped_name("gptq", bits, group) + ("_desc_act" if is_ordered else ""),
+        ordered=is_ordered,
         bits=bits,
         block=(1, group),
         zero_points=False,
@@ -147,6 +147,7 @@ def _compressed(given: ConfigFields) -> Quantization:
         layer_bytes=2 * 8 if packed else beside,
         eight_bit_products=bool(activations.fields),
         with_fp32=True,
+        ordered=packed and weights.fields.get("actorder") in (True, "group"),
         skipped=tuple(
             f"^(?:{_pattern(name.removeprefix('re:'))})" if name.startswith("re:") else f"^{re.escape(name)}$"
             for name in given.texts("ignore")

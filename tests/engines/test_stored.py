@@ -32,8 +32,19 @@ AWQ_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)  # the output of each four bits of a word
 WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
 BYTES = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
 ROWS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False}
+BLOCK = 32
 CONFIGS: dict[str, dict[str, Any]] = {
-    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False},
+    "gptq": GPTQ,
+    "gptq 8 bits": GPTQ | {"bits": 8},
+    "gptq in rows": GPTQ | {"group_size": -1},
+    "gptq in order": GPTQ | {"desc_act": True},
+    "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]},
+    "fp8 tensor": {"quant_method": "fp8", "activation_scheme": "static"},
+    "float8": {
+        "quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {**BYTES, "type": "float"}}},
+    },
     "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
     "w4a16": {
         "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
@@ -47,10 +58,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def words(integers: torch.Tensor) -> torch.Tensor:
-    """Eight integers a word, along the last dimension, the first in the lowest bits."""
-    parts = integers.long().view(*integers.shape[:-1], -1, 8)
-    total = sum(parts[..., place] << (4 * place) for place in range(8))
+def words(integers: torch.Tensor, bits: int = 4) -> torch.Tensor:
+    """As many integers a word as it has, along the last dimension, the first in the lowest bits."""
+    parts = integers.long().view(*integers.shape[:-1], -1, 32 // bits)
+    total = sum(parts[..., place] << (bits * place) for place in range(32 // bits))
     assert isinstance(total, torch.Tensor)
     return torch.where(total >= 1 << 31, total - (1 << 32), total).int()
 
@@ -61,6 +72,10 @@ def packed(method: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], 
         scale = weight.abs().amax(1, keepdim=True) / 127
         integers = (weight / scale).round()
         return {"weight": integers.to(torch.int8), "weight_scale": scale}, integers * scale
+    if method.startswith(("fp8", "float8")):
+        return packed_fp8(method, weight)
+    if method.startswith("gptq"):
+        return packed_gptq(CONFIGS[method], weight)
     groups = weight.view(len(weight), -1, GROUP)
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     if method == "awq":
@@ -78,17 +93,45 @@ def packed(method: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], 
             "weight_scale": scale,
             "weight_shape": torch.tensor(weight.shape),
         }, values
-    if method == "gptq":
-        inputs = torch.arange(weight.shape[1]) // GROUP
-        return {
-            "qweight": words(integers).t().contiguous(), "qzeros": words((zero - 1).t().contiguous()),
-            "scales": scale.t().half().contiguous(), "g_idx": inputs.int(),
-        }, values  # fmt: skip
     order = [8 * word + place for word in range(len(weight) // 8) for place in AWQ_OUTPUTS]
     return {
         "qweight": words(integers.t()[:, order]), "qzeros": words(zero.t()[:, order]),
         "scales": scale.t().half().contiguous(),
     }, values  # fmt: skip
+
+
+def packed_gptq(config: dict[str, Any], weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """With activation order the inputs of a group lie anywhere; zero points are one less than they are."""
+    bits, inputs = config["bits"], weight.shape[1]
+    group = config["group_size"] if config["group_size"] > 0 else inputs
+    order = torch.arange(inputs)
+    if config["desc_act"]:
+        order = torch.randperm(inputs, generator=torch.Generator().manual_seed(0))
+    numbers = order // group
+    most, middle = (1 << bits) - 1, 1 << (bits - 1)
+    largest = torch.stack([weight[:, numbers == number].abs().amax(1) for number in range(inputs // group)], 1)
+    scale = (largest / (most / 2)).half().float()
+    integers = (weight / scale[:, numbers] + middle).round().clamp(0, most)
+    zeros = torch.full((scale.shape[1], len(weight)), middle - 1)
+    return {
+        "qweight": words(integers, bits).t().contiguous(),
+        "qzeros": words(zeros, bits), "scales": scale.t().half().contiguous(), "g_idx": numbers.int(),
+    }, (integers - middle) * scale[:, numbers]  # fmt: skip
+
+
+def packed_fp8(method: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Of each block (in float8: each row) the largest magnitude is fp8's, 448."""
+    rows, columns = {"fp8": (BLOCK, BLOCK), "fp8 tensor": tuple(weight.shape), "float8": (1, weight.shape[1])}[method]
+    blocks = weight.view(len(weight) // rows, rows, -1, columns)
+    scale = blocks.abs().amax((1, 3), keepdim=True) / 448
+    stored = (blocks / scale).to(torch.float8_e4m3fn)
+    values = (stored.float() * scale).view_as(weight)
+    parts = {"weight": stored.view_as(weight), "weight_scale": scale[:, 0, :, 0]}
+    if method == "fp8":
+        parts["weight_scale_inv"] = parts.pop("weight_scale")
+    if method == "fp8 tensor":
+        parts |= {"weight_scale": scale.view(()), "input_scale": torch.tensor(1.0)}
+    return parts, values
 
 
 def write(method: str, folder: Path) -> torch.nn.Module:
@@ -123,7 +166,7 @@ def kept(folder: Path) -> torch.nn.Module:
 
 @pytest.mark.slow
 @torch.inference_mode()
-@pytest.mark.parametrize("method", ["gptq", "awq", "w4a16"])
+@pytest.mark.parametrize("method", [method for method in CONFIGS if method != "w8a8"])
 def test_logits_are_those_of_the_values_that_are_stored(method: str, tmp_path: Path) -> None:
     plain = write(method, tmp_path / "model")
     torch.testing.assert_close(kept(tmp_path / "model")(IDS).logits, plain(IDS).logits, rtol=1e-4, atol=1e-4)

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from launcher.backends.collectives import slow_collectives
+from launcher.config.formats import READS
 from launcher.config.options import choice
 from launcher.config.schema import BackendConfig, ConfigError
 from launcher.config.storage import Offload
 from shards.engines.fsdp import FsdpPlanner
 from shards.machine.main_memory import available_bytes
+from shards.model.quantization import Quantization, as_kept
 from shards.plan.request import EnginePlanner
 
 if TYPE_CHECKING:
@@ -34,10 +36,15 @@ class FsdpConfig(BackendConfig):
     loads_by_name: ClassVar[bool] = True
     takes_adapters: ClassVar[bool] = True
     quantizations: ClassVar[tuple[str, ...]] = ("int8_wo", "int8_dyn", "int8", "nf4", "fp4")
+    stored_weights: ClassVar[str] = f"{READS}, and no scales of scales"
 
     name: str = "fsdp"
     resident_layers: str = "0"  # layers that stay whole on each device: a number, or auto for as many as fit
     shard_over: str = choice("world", "node", "auto")  # node: each node has the whole model
+
+    @classmethod
+    def kept(cls, stored: Quantization) -> Quantization | None:
+        return as_kept(stored, by_rows=True)
 
     def planner(self, config: RunConfig, model_config: TransformersConfig, on_cuda: bool) -> EnginePlanner | None:
         if self.resident_layers != "auto" and not self.resident_layers.isdecimal():

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from launcher.backends.collectives import slow_collectives
-from launcher.config.formats import OWN_QUANTIZATIONS
+from launcher.config.formats import OWN_QUANTIZATIONS, READS
 from launcher.config.schema import BackendConfig
 from shards.engines.tensor_parallel import TensorParallelPlanner
+from shards.model.quantization import Quantization, as_kept
 from shards.plan.request import EnginePlanner
 
 if TYPE_CHECKING:
@@ -30,8 +31,13 @@ class TensorParallelConfig(BackendConfig):
     loads_by_name: ClassVar[bool] = True
     takes_adapters: ClassVar[bool] = True
     quantizations: ClassVar[tuple[str, ...]] = OWN_QUANTIZATIONS
+    stored_weights: ClassVar[str] = READS
 
     name: str = "tensor_parallel"
+
+    @classmethod
+    def kept(cls, stored: Quantization) -> Quantization | None:
+        return as_kept(stored)
 
     def notes(self, config: RunConfig, on_cuda: bool) -> list[str]:
         return slow_collectives(config, on_cuda, "add up")

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from launcher.config.formats import OWN_QUANTIZATIONS, Weights
+from launcher.config.formats import OWN_QUANTIZATIONS, READS, Weights
 from launcher.config.options import choice
 from launcher.config.schema import BackendConfig, ConfigError
 from launcher.config.storage import Offload
 from shards.engines.transformers import TransformersPlanner
-from shards.errors import PlanError
 from shards.model.quantization import Quantization, as_kept
 from shards.plan.request import EnginePlanner
 
@@ -43,22 +42,14 @@ class TransformersConfig(BackendConfig):
     is_reference: ClassVar[bool] = True
     quantizations: ClassVar[tuple[str, ...]] = OWN_QUANTIZATIONS
 
-    stored_weights: ClassVar[str] = "reads GPTQ, AWQ and W4A16 in groups, W8A8 and bitsandbytes"
+    stored_weights: ClassVar[str] = READS
 
     name: str = "transformers"
     device_map: str = choice("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's, for several GPUs
 
     @classmethod
-    def reads(cls, quantization: Quantization) -> bool:
-        return as_kept(quantization) is not None
-
-    def quantization(self, config: RunConfig, stored: Quantization | None, on_cuda: bool) -> Quantization | None:
-        if stored is not None and config.adapter.path is not None and config.adapter.merge:
-            fact = f"An adapter is not merged into weights that are quantized already ({stored.name})."
-            raise PlanError(fact, "adapter.merge=false")
-        if stored is not None:
-            return as_kept(stored)
-        return super().quantization(config, stored, on_cuda)
+    def kept(cls, stored: Quantization) -> Quantization | None:
+        return as_kept(stored)
 
     def settle(self, config: RunConfig, on_cuda: bool) -> tuple[RunConfig, list[str]]:
         """One node, and without GPUs one device, so that the reference has its row in every sweep."""

@@ -52,7 +52,7 @@ class VllmConfig(BackendConfig):
     takes_load: ClassVar[bool] = True
     own_random_weights: ClassVar[bool] = True  # load_format=dummy, which depend on how the model is cut
     quantizations: ClassVar[tuple[str, ...]] = tuple(ONLINE.values())
-    stored_weights: ClassVar[str] = "no longer has bitsandbytes"
+    stored_weights: ClassVar[str] = "no longer has bitsandbytes, nor GPTQ with desc_act over groups"
 
     name: str = "vllm"
     gpu_memory_utilization: float = number(0.92, SHARE)
@@ -78,7 +78,7 @@ class VllmConfig(BackendConfig):
 
     @classmethod
     def reads(cls, quantization: Quantization) -> bool:
-        return quantization.fused
+        return VllmPlanner().runs(quantization)
 
     def quantization(self, config: RunConfig, stored: Quantization | None, on_cuda: bool) -> Quantization | None:
         method, asked = self.extra.get("quantization"), None
