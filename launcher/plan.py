@@ -159,6 +159,8 @@ def plans(shape: ModelShape, values: dict[str, str], kinds: Sequence[Quantizatio
             if kind.planner_class is None:
                 rows.append(Row(machine, name, "", shown, problem=NO_PLAN))
                 continue
+            if quantization is not None and "quantization" not in values:
+                quantization = kind.kept(quantization) or quantization
             request = PlanRequest(
                 shape=shape,
                 engine=kind.planner_class(),

@@ -95,7 +95,6 @@ def test_what_a_config_says(fields: dict[str, Any] | None, expected: Quantizatio
         ({"bits": 4}, "The bytes of a checkpoint quantized by an unnamed method are not known. HINT: "),
         ({**GPTQ, "bits": 3}, "vLLM reads symmetric GPTQ of 4 or 8 bits, not symmetric of 3. HINT: "),
         ({**GPTQ, "sym": False}, "vLLM reads symmetric GPTQ of 4 or 8 bits, not asymmetric of 4. HINT: "),
-        ({**GPTQ, "desc_act": True}, "vLLM no longer reads GPTQ with desc_act=true over groups. HINT: "),
         (
             {**GPTQ, "dynamic": {"+:.*mlp": {"bits": 8}}},
             "The GPTQ rule '+:.*mlp' for single modules cannot be planned.",
@@ -197,16 +196,22 @@ def test_a_run_is_planned_with_the_quantization_of_its_model(
     ("overrides", "fields", "message"),
     [
         (
-            "backend=fsdp",
+            "backend=deepspeed",
             GPTQ,
-            "The checkpoint is quantized (gptq_int4_g128), and backend=fsdp loads plain weights only. "
-            "HINT: use the unquantized checkpoint, or backend=vllm",
+            "The checkpoint is quantized (gptq_int4_g128), and backend=deepspeed loads plain weights only. "
+            "HINT: use the unquantized checkpoint, or backend=fsdp, or backend=tensor_parallel, or backend=transformers",
+        ),
+        (
+            "backend=vllm precision=bf16",
+            {**GPTQ, "desc_act": True},
+            "The checkpoint is quantized (gptq_int4_g128_desc_act), and backend=vllm no longer has bitsandbytes, nor "
+            "GPTQ with desc_act over groups. HINT: use the unquantized checkpoint, or backend=",
         ),
         (
             "backend=vllm precision=bf16",
             {"load_in_8bit": True},
-            "The checkpoint is quantized (int8), and backend=vllm no longer has bitsandbytes. "
-            "HINT: use the unquantized checkpoint",
+            "The checkpoint is quantized (int8), and backend=vllm no longer has bitsandbytes, nor "
+            "GPTQ with desc_act over groups. HINT: use the unquantized checkpoint",
         ),
         (
             "backend=vllm precision=fp32",
@@ -231,10 +236,11 @@ def test_a_quantized_checkpoint_that_an_engine_cannot_read_is_refused(
 
 def test_the_command_reads_the_config_of_a_quantized_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quantized_copy(tmp_path / "model")
-    assert main([f"model={tmp_path / 'model'}", "device=a6000", "backend=vllm,fsdp", "--markdown"]) == 0
+    assert main([f"model={tmp_path / 'model'}", "device=a6000", "backend=vllm,fsdp,deepspeed", "--markdown"]) == 0
     out = capsys.readouterr().out
     assert "| 1xa6000 | **vllm** | gptq_int4_g32 |" in out
-    assert "fsdp gptq_int4_g32: fsdp cannot run gptq_int4_g32 weights" in out
+    assert "| 1xa6000 | fsdp | gptq_int4_g32 |" in out
+    assert "deepspeed gptq_int4_g32: deepspeed cannot run gptq_int4_g32 weights" in out
 
 
 def quantized_copy(folder: Path) -> None:
