@@ -314,6 +314,6 @@ def test_a_run_holds_the_planned_bytes_and_others_name_who_can(tmp_path: Path) -
     ended = launcher(*asked, "backend=deepspeed")
     assert (ended.code, ended.err.count("\n")) == (2, 1)
     assert "The checkpoint is quantized (gptq_int4_g64)" in ended.err
-    assert "or backend=fsdp, or backend=tensor_parallel, or backend=transformers" in ended.err
+    assert "or backend=fsdp, or backend=tensor_parallel, or backend=vllm, or backend=transformers" in ended.err
     ended = launcher(*asked, "backend=transformers", "adapter.path=embedded:tiny_llama_adapter")
     assert "is not merged into weights that are quantized already (gptq_int4_g64). HINT: adapter.merge=" in ended.err

@@ -199,7 +199,7 @@ def test_a_run_is_planned_with_the_quantization_of_its_model(
             "backend=deepspeed",
             GPTQ,
             "The checkpoint is quantized (gptq_int4_g128), and backend=deepspeed loads plain weights only. "
-            "HINT: use the unquantized checkpoint, or backend=fsdp, or backend=tensor_parallel, or backend=transformers",
+            "HINT: use the unquantized checkpoint, or backend=fsdp, or backend=tensor_parallel, or backend=vllm",
         ),
         (
             "backend=vllm precision=bf16",
