@@ -76,6 +76,7 @@ TENSORS = {
     "shards.load.ring",
     "shards.load.slices",
     "shards.load.torch_files",
+    "shards.load.widened_quantizers",
     "shards.parallel.tensor_parallel",
 }
 """The modules that may import a heavy package, directly or through another of these; all others must not."""
