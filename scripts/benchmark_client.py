@@ -25,6 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmark_ranks import alternating  # noqa: E402
+
 from launcher.backends.base import Prompt  # noqa: E402
 from launcher.backends.endpoint.client import Client  # noqa: E402
 from launcher.backends.endpoint.connection import Exchange, Limits  # noqa: E402
@@ -76,7 +78,7 @@ def compare_delays(options: argparse.Namespace) -> None:
         for streams in options.streams:
             rounds = []
             for number in range(options.rounds):
-                order = CLIENTS[:: 1 if number % 2 else -1]
+                order = alternating(CLIENTS, number)
                 rounds.append({name: turn(children[name], streams, options.tokens) for name in order})
             rows += [summary(name, streams, rounds) for name in CLIENTS]
             for row in rows[-2:]:
@@ -113,7 +115,7 @@ def summary(name: str, streams: int, rounds: list[dict[str, dict[str, float]]]) 
 
 def be_client(name: str, url: str) -> None:
     """Take turns as one client: numbers of streams and tokens come in, figures go out."""
-    ask = ask_as_launcher if name == "launcher" else ask_as_vllm
+    ask = {"launcher": ask_as_launcher, "vllm": ask_as_vllm}[name]
     for line in sys.stdin:
         streams, tokens = (int(word) for word in line.split())
         before = process_time()

@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
+from benchmark_ranks import alternating  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache  # noqa: E402
 
 from launcher.backends.base import Prompt  # noqa: E402
@@ -115,8 +116,8 @@ def by_hand(module: Any, prompts: Sequence[Prompt], new_tokens: int) -> list[lis
     width = max(len(prompt.token_ids) for prompt in prompts)
     lengths = torch.tensor([len(prompt.token_ids) for prompt in prompts])
     inputs = torch.tensor([[0] * (width - len(prompt.token_ids)) + list(prompt.token_ids) for prompt in prompts])
-    place = torch.arange(width + new_tokens) - (width - lengths)[:, None]
-    mask, positions = (place >= 0).long(), place.clamp(min=0)
+    offsets = torch.arange(width + new_tokens) - (width - lengths)[:, None]
+    mask, positions = (offsets >= 0).long(), offsets.clamp(min=0)
     cache, chosen = DynamicCache(config=module.config), []
     for step in range(new_tokens):
         known = width + step
@@ -136,12 +137,12 @@ def measure(
 ) -> tuple[float, float]:
     """Seconds of the backend and of the loop by hand; every other pair the other way round."""
     seconds, rows = {}, {}
-    for name in ("backend", "hand") if number % 2 else ("hand", "backend"):
+    for name in alternating(("backend", "hand"), number):
         barrier()
         began = time.perf_counter()
         if name == "backend":
-            made = backend.generate(prompts, sampling, lambda _: None).completions
-            rows[name] = [list(item.token_ids) for item in made]
+            completions = backend.generate(prompts, sampling, lambda _: None).completions
+            rows[name] = [list(item.token_ids) for item in completions]
         else:
             rows[name] = by_hand(module, prompts, sampling.max_new_tokens)
         seconds[name] = time.perf_counter() - began

@@ -36,14 +36,24 @@ def markdown(points: list[dict[str, Any]]) -> str:
             if "failure" in row:
                 lines.append(f"| {row['name']} | {row['failure']} | | | | | |")
                 continue
-            of_reference = f"{row['of_reference']:.2f} of {row['reference']}" if row["of_reference"] else ""
-            same = "" if row["same_answers"] is None else f"{row['same_answers']}/{row['answers']}"
+            same = ""
+            if row["same_answers"] is not None:
+                same = f"{row['same_answers']}/{row['answers']}"
             speed = f"{row['tokens_per_s']:,.1f} ({min(row['rounds']):,.1f} … {max(row['rounds']):,.1f})"
-            of_base = f"{row['of_base']:.2f}" if row["of_base"] else ""
-            share = f"{row['share_of_ceiling']:.1%}" if row["share_of_ceiling"] else ""
-            cells = (row["name"], speed, of_base, of_reference, share, same, f"{row['load_s']:.1f} s")
+            shares = (
+                cell(row["of_base"], ".2f"), cell(row["of_reference"], ".2f", f" of {row['reference']}"),
+                cell(row["share_of_ceiling"], ".1%"),
+            )  # fmt: skip
+            cells = (row["name"], speed, *shares, same, f"{row['load_s']:.1f} s")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines).strip() + "\n"
+
+
+def cell(value: float | None, form: str, unit: str = "") -> str:
+    """A figure with its unit; empty where there is none."""
+    if not value:
+        return ""
+    return f"{value:{form}}{unit}"
 
 
 def write(output: Path, results: list[dict[str, Any]]) -> None:

@@ -19,10 +19,8 @@ import gc
 import json
 import os
 import shutil
-import socket
 import statistics
 import struct
-import subprocess
 import sys
 import tempfile
 import threading
@@ -32,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from benchmark_ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.distributed import DistributedConfig
@@ -115,25 +114,11 @@ def write_safetensors(path: Path, tensors: Sequence[tuple[str, list[int], int]],
 
 def compare(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """One row for each repeat, cold or warm, mode and rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(arguments.ranks)}
-    command = [sys.executable, __file__, "--as-rank", "--folder", str(folder), "--dtype", arguments.dtype]
-    children = [
-        subprocess.Popen(
-            [*command, "--repeats", str(arguments.repeats)],
-            env={**os.environ, **common, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-        )
-        for rank in range(arguments.ranks)
-    ]
-    try:
-        outputs = [child.communicate(timeout=LIMIT_S)[0] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    return [row for output in outputs for row in json.loads(output.splitlines()[-1])]
+    command = [
+        sys.executable, __file__, "--as-rank", "--folder", str(folder), "--dtype", arguments.dtype,
+        "--repeats", str(arguments.repeats),
+    ]  # fmt: skip
+    return run_ranks(command, arguments.ranks, 1, LIMIT_S)
 
 
 def run_rank(folder: Path, repeats: int, dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -144,7 +129,8 @@ def run_rank(folder: Path, repeats: int, dtype: torch.dtype) -> list[dict[str, A
         for warm in (False, True):
             for mode in MODES:
                 row = {"mode": mode, "warm": warm, "repeat": repeat, **load_once(mode, folder, warm, dtype)}
-                rows += [row] if repeat >= 0 else []
+                if repeat >= 0:
+                    rows.append(row)
     dist.destroy_process_group()
     return rows
 
@@ -154,7 +140,10 @@ def load_once(mode: str, folder: Path, warm: bool, dtype: torch.dtype) -> dict[s
     ctypes.CDLL(None).malloc_trim(0)
     dist.barrier()
     if dist.get_rank() == 0:
-        (read_all if warm else drop_pages)(folder)
+        prepare = drop_pages
+        if warm:
+            prepare = read_all
+        prepare(folder)
     dist.barrier()
     with Watch() as watch:
         model = LOADERS[mode](folder, dtype)

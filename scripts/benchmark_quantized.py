@@ -14,9 +14,7 @@ import ctypes
 import gc
 import json
 import os
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,10 +24,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from benchmark_load import Watch, write_safetensors
+from benchmark_ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig
 
 from launcher.config.engines import engines
+from launcher.report.units import figure
 from shards.checkpoint.checkpoint import Checkpoint
 from shards.load.blocks import local_bytes
 from shards.load.load import LoadStats, load_weights
@@ -79,29 +79,14 @@ def write_checkpoint(folder: Path, size: float) -> None:
 
 def measure(engine: str, arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """A row for each rank and technique of an engine, from processes of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    made = engines()[engine].quantizations
-    techniques = [name for name in (arguments.techniques or ",".join(made)).split(",") if name in made]
+    known = engines()[engine].quantizations
+    techniques = [name for name in (arguments.techniques or ",".join(known)).split(",") if name in known]
+    command = [
+        sys.executable, __file__, "--as-rank", engine, "--folder", str(folder), "--tokens", str(arguments.tokens),
+        "--techniques", ",".join(["none", *techniques]),
+    ]  # fmt: skip
     ranks = RANKS[engine]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    common |= {"LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
-    command = [sys.executable, __file__, "--as-rank", engine, "--folder", str(folder), "--tokens"]
-    children = [
-        subprocess.Popen(
-            [*command, str(arguments.tokens), "--techniques", ",".join(["none", *techniques])],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        outputs = [child.communicate(timeout=LIMIT_S)[0] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    return [row for output in outputs for row in json.loads(output.splitlines()[-1])]
+    return run_ranks(command, ranks, max(1, (os.cpu_count() or 1) // ranks), LIMIT_S)
 
 
 def run_rank(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -113,9 +98,10 @@ def run_rank(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         ctypes.CDLL(None).malloc_trim(0)
         with Watch() as watch:
             model, stats = load(engine, technique, arguments.folder, world)
-        held = local_bytes(model)
-        over = watch.result["anonymous_bytes"] - (0 if technique == "none" else held)
-        row = {"engine": engine, "technique": technique, "rank": world.rank, "parameter_bytes": held}
+        nbytes, over = local_bytes(model), watch.result["anonymous_bytes"]
+        if technique != "none":
+            over -= nbytes
+        row = {"engine": engine, "technique": technique, "rank": world.rank, "parameter_bytes": nbytes}
         rows.append({**row, "anonymous_over_held_bytes": over, "read_s": stats.read_s, "quantize_s": stats.quantize_s})
         if engine == "transformers" and arguments.tokens:
             pack_weights(model)
@@ -157,7 +143,7 @@ def report(rows: list[dict[str, Any]]) -> None:
     print("engine           rank  quantization  MB  over bf16  loading, MB above  read s  quantize s  speed over bf16")
     for row in rows:
         row["bytes_over_bf16"] = row["parameter_bytes"] / plain[row["engine"], row["rank"]]
-        speed = f"{row['speed_over_bf16']:.2f}" if "speed_over_bf16" in row else "-"
+        speed = figure(row.get("speed_over_bf16"), ".2f")
         print(
             f"{row['engine']:15} {row['rank']:5}  {row['technique']:10} {row['parameter_bytes'] / 1e6:6.0f}"
             f"  {row['bytes_over_bf16']:9.3f}  {row['anonymous_over_held_bytes'] / 1e6:17.0f}"

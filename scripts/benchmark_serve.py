@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmark_ranks import alternating  # noqa: E402
+
 from launcher.backends.endpoint.client import Client  # noqa: E402
 from launcher.backends.endpoint.connection import Limits  # noqa: E402
 from launcher.backends.endpoint.dialects import DIALECTS  # noqa: E402
@@ -58,7 +60,10 @@ def main() -> None:
         return
     rounds: list[dict[str, dict[str, float]]] = []
     print(f"{'round':>5} {'client':>8}", *(f"{key:>18}" for key in FIGURES))
-    for figures in in_turns(options) if options.commands else at_once(options):
+    measure = at_once
+    if options.commands:
+        measure = in_turns
+    for figures in measure(options):
         rounds.append(figures)
         for name in CLIENTS:
             print(f"{len(rounds):5} {name:>8}", *(f"{figures[name][key]:18.2f}" for key in FIGURES), flush=True)
@@ -105,7 +110,7 @@ def at_once(options: argparse.Namespace) -> Any:
 
 def be_client(options: argparse.Namespace) -> None:
     """Take part in rounds as one client: the number of each comes in, its figures go out."""
-    ask, part = (ask_as_launcher, 0) if options.as_client == "launcher" else (ask_as_vllm, 1)
+    ask, part = {"launcher": (ask_as_launcher, 0), "vllm": (ask_as_vllm, 1)}[options.as_client]
     for line in sys.stdin:
         prompts = synthetic_prompts(options.prompts, options.prompt_tokens, VOCAB_SIZE, seed=2 * int(line) + part)
         start = perf_counter()
@@ -164,7 +169,7 @@ def in_turns(options: argparse.Namespace) -> Any:
     """The figures of each round, in which the commands run one after the other."""
     for number in range(options.rounds):
         run = {"launcher": run_launcher, "vllm": run_bench}
-        yield {name: run[name](options, number) for name in CLIENTS[:: 1 if number % 2 else -1]}
+        yield {name: run[name](options, number) for name in alternating(CLIENTS, number)}
 
 
 def run_launcher(options: argparse.Namespace, seed: int) -> dict[str, float]:
@@ -188,11 +193,13 @@ def run_launcher(options: argparse.Namespace, seed: int) -> dict[str, float]:
 
 def run_bench(options: argparse.Namespace, seed: int) -> dict[str, float]:
     """The figures of `vllm bench serve`, warmed up with as many requests as are measured."""
-    folder = EMBEDDED / options.model
+    tokenizer = options.model
+    if (EMBEDDED / options.model).is_dir():
+        tokenizer = str(EMBEDDED / options.model)
     with tempfile.TemporaryDirectory() as results:
         words = [
             "--backend", "openai", "--base-url", options.url, "--endpoint", "/v1/completions",
-            "--model", options.model, "--tokenizer", str(folder if folder.is_dir() else options.model),
+            "--model", options.model, "--tokenizer", tokenizer,
             "--dataset-name", "random", "--random-input-len", str(options.prompt_tokens),
             "--random-output-len", str(options.new_tokens), "--num-prompts", str(options.prompts),
             "--num-warmups", str(options.prompts), "--max-concurrency", str(options.concurrency), "--seed", str(seed),

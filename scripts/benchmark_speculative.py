@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from benchmark_ranks import alternating
 from safetensors.torch import load_file, save_file
 
 from launcher.backends.base import Generation, Prompt
@@ -53,8 +54,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as made:
-        folder = SMALL if options.target == "tiny_llama" else widen(Path(made))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = SMALL
+        if options.target == "wide":
+            folder = widen(Path(scratch))
         prompts = encode(PROMPTS.read_text().splitlines()[: options.prompts], SMALL)
         backend = loaded(folder, prompts)
         for slots in options.slots:
@@ -84,7 +87,7 @@ def measure(backend: Any, prompts: list[Prompt], slots: int, options: argparse.N
     answers: dict[str, Generation] = {}
     sampling = SamplingConfig(max_new_tokens=64)
     for turn in range(options.repeats + 1):
-        for kind in KINDS if turn % 2 else KINDS[::-1]:
+        for kind in alternating(KINDS, turn):
             decoder = backend.decoder
             decoder.guesser, decoder.ahead = guessers[kind], wanted[kind].most
             decoder.slots, decoder.num_slots = None, slots
@@ -99,19 +102,19 @@ def report(answers: dict[str, Generation], taken: dict[str, list[float]], slots:
     """Print a line for each kind of guesses; ratios are of the calls of one turn."""
     out = console()
     for kind in KINDS:
-        found = answers[kind]
-        assert [c.token_ids for c in found.completions] == [c.token_ids for c in answers[NONE].completions]
-        new = sum(completion.new_tokens for completion in found.completions)
+        generation = answers[kind]
+        assert [c.token_ids for c in generation.completions] == [c.token_ids for c in answers[NONE].completions]
+        new = sum(completion.new_tokens for completion in generation.completions)
         ratios = [plain / guessed for plain, guessed in zip(taken[NONE], taken[kind], strict=True)]
         result: JsonObject = {
             "target": target, "slots": slots, "guesses": kind,
             "tokens_per_s": round(new / statistics.median(taken[kind]), 1),
             "ratio": round(statistics.median(ratios), 3), "ratios": [round(ratio, 2) for ratio in ratios],
-            "tokens_per_step": round((new - len(found.completions)) / found.counters[ROWS], 2),
+            "tokens_per_step": round((new - len(generation.completions)) / generation.counters[ROWS], 2),
         }  # fmt: skip
         if kind != NONE:
-            result["accepted"] = round(found.counters[ACCEPTED] / max(found.counters[GUESSED], 1), 3)
-            result["guessing_share"] = round(found.counters[GUESSING] / (found.decode_s or 1), 3)
+            result["accepted"] = round(generation.counters[ACCEPTED] / max(generation.counters[GUESSED], 1), 3)
+            result["guessing_share"] = round(generation.counters[GUESSING] / (generation.decode_s or 1), 3)
         out.print_json(json.dumps(result), indent=None)
 
 
@@ -140,7 +143,7 @@ def widened(name: str, tensor: torch.Tensor, generator: torch.Generator) -> torc
         larger[: len(tensor)] = tensor / TIMES**0.5
         return larger
     kind = name.split(".")[-2]
-    inputs = INNER if kind == "down_proj" else HIDDEN
+    inputs = {"down_proj": INNER}.get(kind, HIDDEN)
     outputs = {"gate_proj": INNER, "up_proj": INNER, "lm_head": len(tensor), "embed_tokens": len(tensor)}
     rows = outputs.get(kind, HIDDEN)
     larger = torch.zeros(rows, inputs)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from benchmark_ranks import free_port
 
 from shards.machine.shared_memory import SharedMemoryWatch
 
@@ -39,13 +39,12 @@ class Group:
         port = free_port()
         with self.log.open("wb") as log:
             for rank in range(self.processes):
-                place = {
-                    "RANK": rank,
-                    "LOCAL_RANK": rank,
-                    "WORLD_SIZE": self.processes,
-                    "LOCAL_WORLD_SIZE": self.processes,
-                }
-                world = {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if self.processes > 1 else {}
+                world: dict[str, Any] = {}
+                if self.processes > 1:
+                    world = {
+                        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.processes, "MASTER_ADDR": "127.0.0.1",
+                        "LOCAL_WORLD_SIZE": self.processes, "MASTER_PORT": port,
+                    }  # fmt: skip
                 connection, theirs = Pipe()
                 child = subprocess.Popen(
                     [sys.executable, str(PROGRAM), str(theirs.fileno())], stdin=subprocess.DEVNULL, stdout=log,
@@ -60,7 +59,10 @@ class Group:
                 with contextlib.suppress(BrokenPipeError):
                     connection.send(self.job)
         loaded = self._answers()
-        self._look_at_shared_memory()
+        pids = [child.pid for child in self.children]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            pids += [child.pid for pid in pids for child in psutil.Process(pid).children(recursive=True)]
+        self.shared_memory.look(pids)  # engines that are killed, and some that end, leave files behind
         self._signal(signal.SIGSTOP)
         if loaded:
             self.load_s = max(one["load_s"] for one in loaded)
@@ -101,13 +103,6 @@ class Group:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, number)
 
-    def _look_at_shared_memory(self) -> None:
-        """Engines that are killed, and some that end, leave files behind."""
-        pids = [child.pid for child in self.children]
-        with contextlib.suppress(psutil.NoSuchProcess):
-            pids += [one.pid for pid in pids for one in psutil.Process(pid).children(recursive=True)]
-        self.shared_memory.look(pids)
-
     def end(self) -> None:
         """End the processes, with what they have left in shared memory."""
         self._signal(signal.SIGCONT)
@@ -121,10 +116,3 @@ class Group:
         for child in self.children:
             child.wait()
         self.shared_memory.remove()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

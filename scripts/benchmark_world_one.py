@@ -11,6 +11,8 @@ import os
 import statistics
 import time
 
+from benchmark_ranks import alternating
+
 from launcher.backends.base import Prompt
 from launcher.composition.compose import compose_run
 from launcher.config.engines import resolve
@@ -35,8 +37,7 @@ def main() -> None:
     ratios = []
     out = console()
     for pair in range(options.pairs + 1):
-        order = (fsdp, plain) if pair % 2 else (plain, fsdp)
-        taken = {id(engine): timed(engine, prompts, sampling) for engine in order}
+        taken = {id(engine): timed(engine, prompts, sampling) for engine in alternating((fsdp, plain), pair)}
         ratio = taken[id(plain)] / taken[id(fsdp)]
         if pair:  # the first pair warms up
             ratios.append(ratio)

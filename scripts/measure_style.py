@@ -37,6 +37,7 @@ VAGUE = {
 """Names that say nothing of what they hold."""
 
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+HINT = "HINT: python scripts/measure_style.py launcher shards"
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 BRANCHES = (ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.match_case)
 
@@ -126,8 +127,10 @@ class Counts:
 
 def assigned_names(node: ast.AST) -> list[str]:
     """The names to which one assignment statement or expression gives a value."""
-    targets = node.targets if isinstance(node, ast.Assign) else []
-    if isinstance(node, ast.AnnAssign | ast.NamedExpr):
+    targets: list[ast.expr] = []
+    if isinstance(node, ast.Assign):
+        targets = node.targets
+    elif isinstance(node, ast.AnnAssign | ast.NamedExpr):
         targets = [node.target]
     names = [part for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
     return [name.id for name in names if isinstance(name.ctx, ast.Store)]
@@ -159,10 +162,13 @@ def main(folders: list[Path]) -> int:
     counts = Counts()
     for folder in folders:
         if not folder.is_dir():
-            print(f"{folder} is not a folder.\nHINT: python scripts/measure_style.py launcher shards", file=sys.stderr)
+            print(f"{folder} is not a folder. {HINT}", file=sys.stderr)
             return 2
         for path in source_files(folder):
             counts.add(path)
+    if len(counts.function_lines) < 2:
+        print(f"{len(counts.function_lines)} functions are too few for a count. {HINT}", file=sys.stderr)
+        return 2
     print("| count | value |\n|---|--:|")
     for name, value in counts.rows():
         print(f"| {name} | {value} |")

@@ -59,7 +59,7 @@ def table() -> str:
     lines = [f"| | | {' | '.join(ENGINES)} |", f"|---|---|{'---|' * len(ENGINES)}"]
     for technique, meaning in TECHNIQUES.items():
         cells = [cell(engine, devices, technique) for engine, devices in ENGINES.items()]
-        lines.append(f"| `{technique}` | {meaning} |{''.join(f' {text} |' if text else ' |' for text in cells)}")
+        lines.append(" |".join((f"| `{technique}`", f" {meaning}", *(f" {text}".rstrip() for text in cells), "")))
     return "\n".join(lines)
 
 

@@ -181,7 +181,9 @@ def rate(step: int, spec: Spec) -> float:
     """Learning rate: up over 5 % of the steps, then down to zero along a cosine."""
     warmup = spec.steps // 20
     done = (step - warmup) / (spec.steps - warmup)
-    return spec.learning_rate * ((step + 1) / (warmup + 1) if step < warmup else 0.5 + 0.5 * math.cos(math.pi * done))
+    if step < warmup:
+        return spec.learning_rate * ((step + 1) / (warmup + 1))
+    return spec.learning_rate * (0.5 + 0.5 * math.cos(math.pi * done))
 
 
 def train(name: str, spec: Spec, documents: list[list[int]]) -> tuple[PreTrainedModel, float]:
@@ -239,10 +241,13 @@ def main() -> None:
     tokenizer = train_tokenizer(texts)
     documents = [tokenizer(text).input_ids + [tokenizer.eos_token_id] for text in texts]
     print(f"{len(documents)} documents, {sum(map(len, documents))} tokens")
-    for name in [args.only] if args.only else SPECS:
-        spec = SPECS[name]
+    for name, spec in SPECS.items():
+        if args.only not in (None, name):
+            continue
         model, loss = train(name, spec, documents)
-        tokenizer.chat_template = CHAT_TEMPLATE if name == "tiny_llama" else None
+        tokenizer.chat_template = None
+        if name == "tiny_llama":
+            tokenizer.chat_template = CHAT_TEMPLATE
         save(model, tokenizer, args.out / name, spec.max_shard_size)
         print(f"{name}: {model.num_parameters()} parameters, loss {loss:.3f}")
         show(model, tokenizer)

@@ -97,6 +97,10 @@ def check_memory(machine: host.Host) -> Check:
 
 def check_system(machine: host.Host) -> list[Check]:
     """Check what engines and clusters need beside Python packages."""
+    tools = [path for path in map(host.find_tool, ("sbatch", "srun", "squeue")) if path]
+    slurm = Check("system", "SLURM client", "note", ", ".join(tools) or "none; only launching on a cluster needs it")
+    if len(tools) == 3:
+        slurm = Check("system", "SLURM client", "ok", tools[0])
     return [
         Check("system", "python", "ok", f"{platform.python_version()}, {sys.executable}"),
         *check_compiler(),
@@ -105,7 +109,7 @@ def check_system(machine: host.Host) -> list[Check]:
         check_shared_memory(machine),
         check_locked_memory(machine),
         Check("system", "InfiniBand", "note", ", ".join(machine.infiniband) or "none"),
-        _slurm(),
+        slurm,
     ]
 
 
@@ -135,15 +139,6 @@ def _tool(name: str, purpose: str, mend: str) -> Check:
     if path is None:
         return Check("system", name, "missing", f"not found; it {purpose}", mend)
     return Check("system", name, "ok", path)
-
-
-def _slurm() -> Check:
-    """The programs that submit to SLURM."""
-    tools = [path for path in map(host.find_tool, ("sbatch", "srun", "squeue")) if path]
-    if len(tools) == 3:
-        return Check("system", "SLURM client", "ok", tools[0])
-    fact = ", ".join(tools) or "none; only launching on a cluster needs it"
-    return Check("system", "SLURM client", "note", fact)
 
 
 def examine(timeout_s: float) -> JsonObject:

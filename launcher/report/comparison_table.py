@@ -63,8 +63,7 @@ def table(comparisons: Sequence[Comparison], runs: Sequence[FinishedRun], names:
             [
                 escape(name),
                 f"{comparison.matching}/{comparison.prompts} ({comparison.match:.0%})",
-                _place(first),
-                _gap(first),
+                *_divergence_cells(first),
                 _degenerate(comparison.other_degenerate, comparison.prompts),
                 rate(run.record.new_tokens_per_s),
                 f"{comparison.speed.median:,.3f}",
@@ -89,23 +88,16 @@ def _quality(base: FinishedRun, other: FinishedRun, comparison: Comparison) -> s
     )
 
 
-def _place(divergence: Divergence | None) -> str:
-    """The token or character at which two answers diverge."""
+def _divergence_cells(divergence: Divergence | None) -> tuple[str, str]:
+    """The token or character at which two answers diverge, and the difference of the two largest logits there."""
     if divergence is None:
-        return "none"
-    unit = "token"
+        return "none", "-"
+    unit, gap = "token", "not known"
     if divergence.is_of_texts:
         unit = "letter"
-    return f"prompt {divergence.prompt}, {unit} {divergence.position}"
-
-
-def _gap(divergence: Divergence | None) -> str:
-    """The difference of the two largest logits where the answers part."""
-    if divergence is None:
-        return "-"
-    if divergence.gap is None:
-        return "not known"
-    return f"{divergence.gap:.3g}"
+    if divergence.gap is not None:
+        gap = f"{divergence.gap:.3g}"
+    return f"prompt {divergence.prompt}, {unit} {divergence.position}", gap
 
 
 def _degenerate(indices: Sequence[int], prompts: int) -> str:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from launcher.results.quality import Quality
     from launcher.results.record import Record
     from shards.untrusted_files import JsonObject
 
@@ -79,17 +78,12 @@ def show_sweep(records: Sequence[Record], points: Sequence[Mapping[str, str]], o
         ]
         if shows_guesses:
             row.append(cell(record))
-        if base:
-            row += _quality_cells(base, record)
+        if base and record.quality:
+            row += [f"{record.quality.perplexity:,.4g}", percent(agreement(base, record.quality))]
+        elif base:
+            row += ["-", "-"]
         rows.append(row)
     out.print(fitted(out, columns, rows, texts=keys, optional=FIGURES[:0:-1]))
-
-
-def _quality_cells(base: Quality, record: Record) -> tuple[str, str]:
-    """The perplexity of a point, and its agreement with the first that scored a text."""
-    if record.quality is None:
-        return "-", "-"
-    return f"{record.quality.perplexity:,.4g}", percent(agreement(base, record.quality))
 
 
 def sweep_line(

@@ -163,18 +163,14 @@ def change_of(name: str, base: Sequence[float], new: Sequence[float], rank: int 
         ratio = theirs.median / ours.median
     elif not theirs.median:
         ratio = 1.0
-    is_different = _is_different(ours, theirs)
+    is_different = None
+    repeats = min(ours.repeats, theirs.repeats)
+    if repeats > 1:
+        gap = max(theirs.min - ours.max, ours.min - theirs.max)
+        widest = max(ours.max - ours.min, theirs.max - theirs.min)
+        is_large = abs(theirs.median - ours.median) >= SMALLEST * ours.median
+        is_different = is_large and gap > MARGINS.get(repeats, MARGIN) * widest
     return FigureChange(name, rank, ours, theirs, ratio, is_different, _verdict(name, ratio, is_different))
-
-
-def _is_different(base: Values, new: Values) -> bool | None:
-    repeats = min(base.repeats, new.repeats)
-    if repeats < 2:
-        return None
-    gap = max(new.min - base.max, base.min - new.max)
-    widest = max(base.max - base.min, new.max - new.min)
-    is_large = abs(new.median - base.median) >= SMALLEST * base.median
-    return is_large and gap > MARGINS.get(repeats, MARGIN) * widest
 
 
 def _verdict(name: str, ratio: float | None, is_different: bool | None) -> str:

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
     from launcher.backends.base import Backend
     from launcher.config.schema import RunConfig
-    from launcher.run_dir.run import RunDescription
     from launcher.serve.batches import Tokens
 
 SIGN_OF_LIFE_S = 60.0  # ranks that wait for a batch are told so often that there is none yet
@@ -68,13 +67,28 @@ def _serve(run_dir: RunDir, world: World) -> None:
     if world.rank > 0:
         backend.barrier()  # the first rank listens
         with Client(address) as to_first:
-            answerer.run(lambda: from_rank_0(None), to_first.send if world.rank in run.answering_ranks else _drop)
+            hand_on: Callable[[Sequence[Tokens]], None] = _drop
+            if world.rank in run.answering_ranks:
+                hand_on = to_first.send
+            answerer.run(lambda: from_rank_0(None), hand_on)
     batches = Batches(most_at_once(config, world))
+    fields = ConfigFields(run.model_config)
+    tokenizer = None
+    if run.model_folder and (Path(run.model_folder) / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.from_file(f"{run.model_folder}/tokenizer.json")
+    service = Service(
+        engine=batches,
+        model=config.model.name,
+        tokenizer=tokenizer,
+        vocab_size=fields.size("vocab_size"),
+        context=fields.count("max_position_embeddings") or fields.count("n_positions"),
+        backend=config.backend.name,
+    )
     host, _, port = os.environ[ADDRESS].rpartition(":")
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(listen(host, int(port)))
         stack.enter_context(_tokens_of_others(address, world, backend, batches))
-        stack.enter_context(serving(_service(batches, run).app(), listening))
+        stack.enter_context(serving(service.app(), listening))
         try:
             answerer.run(lambda: from_rank_0(batches.take(SIGN_OF_LIFE_S)), batches.deliver)
         except BaseException as error:
@@ -92,7 +106,9 @@ def most_at_once(config: RunConfig, world: World) -> int:
     """The prompts of one call."""
     if config.is_continuous:
         return MOST_AT_ONCE
-    return config.measure.batch_size * (world.world_size if config.splits_prompts else 1)
+    if config.splits_prompts:
+        return config.measure.batch_size * world.world_size
+    return config.measure.batch_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,20 +151,6 @@ def _hand_on(connection: Connection, batches: Batches) -> None:
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             batches.deliver(connection.recv())
-
-
-def _service(batches: Batches, run: RunDescription) -> Service:
-    folder = Path(run.model_folder) if run.model_folder else None
-    fields = ConfigFields(run.model_config)
-    path = folder / "tokenizer.json" if folder else None
-    return Service(
-        engine=batches,
-        model=run.run_config.model.name,
-        tokenizer=Tokenizer.from_file(str(path)) if path and path.is_file() else None,
-        vocab_size=fields.size("vocab_size"),
-        context=fields.count("max_position_embeddings") or fields.count("n_positions"),
-        backend=run.run_config.backend.name,
-    )
 
 
 if __name__ == "__main__":

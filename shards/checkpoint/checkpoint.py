@@ -92,16 +92,16 @@ class Checkpoint:
         `prefix` of the base model ("transformer", "model"). Missing, surplus and misshapen tensors are one error;
         surplus ones that `ignore` knows are none.
         """
-        found = {name: tuple(self._stored([name, *(tied or {}).get(name, ())], prefix)) for name in expected}
-        used = {entry.name for entries in found.values() for entry in entries}
+        matched = {name: tuple(self._stored([name, *(tied or {}).get(name, ())], prefix)) for name in expected}
+        used = {entry.name for entries in matched.values() for entry in entries}
         misshapen = [
             f"{entry.name} is {list(entry.shape)} where the model has {list(expected[name])}"
-            for name, entries in found.items()
+            for name, entries in matched.items()
             for entry in entries
             if entry.shape != tuple(expected[name])
         ]
         faults = {
-            "missing": [name for name, entries in found.items() if not entries],
+            "missing": [name for name, entries in matched.items() if not entries],
             "surplus": [name for name in self.tensors if name not in used and not ignore(name)],
             "misshapen": misshapen,
         }
@@ -111,7 +111,7 @@ class Checkpoint:
                 f"The checkpoint in {self.folder} does not fit its config: {', '.join(parts)}.",
                 "config.json and the weight files must come from the same model and revision",
             )
-        return found
+        return matched
 
     def _stored(self, names: Iterable[str], prefix: str) -> Iterable[TensorEntry]:
         for name in names:

@@ -60,17 +60,13 @@ def materialize(model: nn.Module, device: torch.device | str) -> None:
             if old is None or not old.is_meta:
                 continue
             if id(old) not in replaced:
-                replaced[id(old)] = old, _with_memory(old, device)
+                new = nn.Parameter(torch.empty_like(old, device=device), requires_grad=False)
+                copy_marks(old, new)
+                replaced[id(old)] = old, new
             setattr(module, name, replaced[id(old)][1])
         materialize_buffers(model, module, torch.device(device))
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not left, f"still on meta: {left}"
-
-
-def _with_memory(old: nn.Parameter, device: torch.device | str) -> nn.Parameter:
-    new = nn.Parameter(torch.empty_like(old, device=device), requires_grad=False)
-    copy_marks(old, new)
-    return new
 
 
 def materialize_buffers(model: nn.Module, module: nn.Module, device: torch.device) -> None:

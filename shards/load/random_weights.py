@@ -86,14 +86,11 @@ def _fill(name: str, shape: tuple[int, ...], start: tuple[int, ...], local: torc
     begin, end = start[0], start[0] + local.shape[0]
     for block in range(begin // rows, math.ceil(end / rows)):
         first, last = block * rows, min(shape[0], (block + 1) * rows)
-        values = _normal((last - first, *shape[1:]), f"{seed}/{name}/{block}", local.device)
+        digest = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=8).digest()
+        generator = torch.Generator(local.device).manual_seed(int.from_bytes(digest, "big") >> 1)
+        values = torch.empty((last - first, *shape[1:]), dtype=torch.float32, device=local.device)
+        values.normal_(0.0, STD, generator=generator)
         for dim in range(1, len(shape)):
             values = values.narrow(dim, start[dim], local.shape[dim])
         low, high = max(begin, first), min(end, last)
         local[low - begin : high - begin].copy_(values[low - first : high - first])
-
-
-def _normal(shape: tuple[int, ...], key: str, device: torch.device) -> torch.Tensor:
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
-    return torch.empty(shape, dtype=torch.float32, device=device).normal_(0.0, STD, generator=generator)

@@ -33,7 +33,11 @@ def read_torch_file(path: Path) -> list[TensorEntry]:
         with FakeTensorMode():  # tensors without memory, each of which knows where its bytes are
             state = torch.load(path, map_location="cpu", weights_only=True)
     except MALFORMED as error:
-        raise no_state_dict(path, _reason(error)) from None
+        # The fault in torch's message, without its advice to load such a file all the same.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        faults = (line for line in lines if line.startswith(("Unsupported", "WeightsUnpickler error")))
+        fault = next(faults, "").removeprefix("WeightsUnpickler error: ")
+        raise no_state_dict(path, fault or lines[0]) from None
     if not isinstance(state, dict):
         raise no_state_dict(path, f"it is a {type(state).__name__}")
     size = path.stat().st_size
@@ -55,10 +59,3 @@ def _entry(path: Path, name: Any, value: Any, size: int) -> TensorEntry:
     if offset + value.nbytes > size:
         raise no_state_dict(path, f"{name} ends at byte {offset + value.nbytes:,} of a file of {size:,}")
     return TensorEntry(name, path, DTYPE_NAMES[value.dtype], tuple(value.shape), offset, value.nbytes)
-
-
-def _reason(error: BaseException) -> str:
-    """The fault in torch's message, without its advice to load such a file all the same."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    line_of_torch = next((line for line in lines if line.startswith(("Unsupported", "WeightsUnpickler error"))), "")
-    return line_of_torch.removeprefix("WeightsUnpickler error: ") or lines[0]

@@ -21,7 +21,22 @@ def roofline(request: PlanRequest, layout: Layout) -> Roofline | None:
     num_devices = request.num_devices
     if scheme == "pipeline":
         num_devices = 1
-    return Roofline(_work(request, layout), Machine(device, num_devices, request.link), scheme)
+    shape, n, traffic = request.shape, request.tensor_parallel_size, request.engine.traffic(request)
+    work = Work(
+        step_bytes=n * step_bytes(request, layout),
+        step_parameters=shape.step_parameters,
+        layer_parameters=shape.layer_parameters - sum(p.numel for p in shape.idle),
+        kv_bytes_per_token=n * kv_bytes_per_token(request),
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        dtype_bytes=request.product_bytes,
+        gathered_bytes=traffic.gathered_bytes,
+        gathered_over=traffic.gathered_over,
+        all_reduces=traffic.all_reduces,
+        gathered_logits=traffic.gathered_logits,
+        offloaded_bytes=request.engine.sent_bytes(request, layout),
+    )
+    return Roofline(work, Machine(device, num_devices, request.link), scheme)
 
 
 def ceilings(request: PlanRequest, layout: Layout) -> tuple[Limit | None, Limit | None]:
@@ -73,21 +88,3 @@ def step_bytes(request: PlanRequest, layout: Layout) -> int:
     if n == 1:
         weights = whole_bytes(shape, request.storage)
     return weights - request.engine.unread_bytes(request, table) - idle // n
-
-
-def _work(request: PlanRequest, layout: Layout) -> Work:
-    shape, n, traffic = request.shape, request.tensor_parallel_size, request.engine.traffic(request)
-    return Work(
-        step_bytes=n * step_bytes(request, layout),
-        step_parameters=shape.step_parameters,
-        layer_parameters=shape.layer_parameters - sum(p.numel for p in shape.idle),
-        kv_bytes_per_token=n * kv_bytes_per_token(request),
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        dtype_bytes=request.product_bytes,
-        gathered_bytes=traffic.gathered_bytes,
-        gathered_over=traffic.gathered_over,
-        all_reduces=traffic.all_reduces,
-        gathered_logits=traffic.gathered_logits,
-        offloaded_bytes=request.engine.sent_bytes(request, layout),
-    )

@@ -75,7 +75,7 @@ def make_layout(request: PlanRequest, ends_only: bool = False) -> Layout:
 
 def device_plans(request: PlanRequest, layout: Layout) -> tuple[DevicePlan, ...]:
     """Bytes on each device for a batch as asked for; `layout` is of the request, or of one with other lengths."""
-    engine = request.engine
+    engine, pool = request.engine, request.engine.pool(request)
     activations, overhead = engine.activation_bytes(request), engine.overhead_bytes(request)
     caches = {
         part: (cache_bytes(request, request.batch_size, *part), engine.unsliced_bytes(request, *part))
@@ -86,12 +86,14 @@ def device_plans(request: PlanRequest, layout: Layout) -> tuple[DevicePlan, ...]
     for rank, (parameters, part) in enumerate(zip(layout.parameter_bytes, layout.layers, strict=True)):
         needed, unsliced = caches[part]
         draft, draft_cache = draft_bytes(request, rank)
-        if engine.pool(request) is not None:
+        if pool is not None:
             needed, draft_cache = needed + draft_cache, 0
         others = parameters + activations + unsliced + layout.buffer_bytes + overhead + draft + draft_cache
-        reserved = _reserved_bytes(request, others)
-        if reserved is None:
-            reserved = needed
+        reserved = needed
+        if pool is not None and pool.nbytes is not None:
+            reserved = pool.nbytes
+        elif pool is not None and request.capacity_bytes is not None:
+            reserved = max(0, int(pool.share * request.capacity_bytes) - others)
         plans.append(
             DevicePlan(
                 rank=rank,
@@ -121,9 +123,9 @@ def draft_bytes(request: PlanRequest, rank: int) -> tuple[int, int]:
     if request.engine.pool(request) is not None:
         return request.engine.layout(alone, ends_only=True).parameter_bytes[0], cache_bytes(alone, request.batch_size)
     windows = request.draft.windows or (None,) * request.draft.num_layers
-    places = request.batch_size * sum(map(alone.kept_tokens, windows))
+    tokens = request.batch_size * sum(map(alone.kept_tokens, windows))
     width = 2 * request.draft.cached_heads() * request.draft.head_dim * request.product_bytes
-    return whole_bytes(request.draft, alone.storage), places * width
+    return whole_bytes(request.draft, alone.storage), tokens * width
 
 
 def kv_bytes_per_token(request: PlanRequest) -> int:
@@ -178,16 +180,6 @@ def fits(request: PlanRequest, layout: Layout | None = None) -> bool:
     """Every device has room for its part."""
     devices = device_plans(request, layout or make_layout(request, ends_only=True))
     return all(missing_bytes(request, device) <= 0 for device in devices)
-
-
-def _reserved_bytes(request: PlanRequest, others: int) -> int | None:
-    """The pool of an engine that has one: of the size that it was told, or its share of the card less the rest."""
-    pool = request.engine.pool(request)
-    if pool is None:
-        return None
-    if pool.nbytes is not None or request.capacity_bytes is None:
-        return pool.nbytes
-    return max(0, int(pool.share * request.capacity_bytes) - others)
 
 
 def largest(holds: Callable[[int], bool], most: int) -> int:
