@@ -182,11 +182,18 @@ def row_of(name: str, base: Group, group: Group, options: argparse.Namespace) ->
 
 def turn(group: Group) -> dict[str, Any]:
     """The answers of an engine, and their seconds by the clock and of the processor; nothing where it fails."""
-    processes = [psutil.Process(group.children[0].pid)]
-    processes += processes[0].children(recursive=True)
-    before = sum(sum(one.cpu_times()[:2]) for one in processes)
+    before = processor_s(group)
     found = None if group.failure else group.turn()
-    return {**found[0], "cpu_s": sum(sum(one.cpu_times()[:2]) for one in processes) - before} if found else {}
+    return {**found[0], "cpu_s": processor_s(group) - before} if found else {}
+
+
+def processor_s(group: Group) -> float:
+    """Seconds that the processes of an engine have had of the cores, in all their threads."""
+    first = psutil.Process(group.children[0].pid)
+    tasks = [
+        task for one in (first, *first.children(recursive=True)) for task in Path(f"/proc/{one.pid}/task").iterdir()
+    ]
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
 
 def write_rows(rows: list[str], options: argparse.Namespace) -> None:
