@@ -212,8 +212,13 @@ class ModuleBackend(ABC):
             generation = self.decoder.generate(prompts, sampling, on_step)
         if self.mapped_files:
             self.checkpoint.check_mapped(self.mapped_files)
-        if not self.config.backend.data_parallel:
-            _check_agreement(generation)
+        if not self.config.backend.data_parallel and dist.is_initialized():
+            # Each rank chooses for itself, from logits that are equal to the bit.
+            digest = zlib.crc32(repr([item.token_ids for item in generation.completions]).encode())
+            extremes = torch.tensor([digest, -digest])
+            dist.all_reduce(extremes, dist.ReduceOp.MAX)
+            if extremes[0] != -extremes[1]:
+                raise RuntimeError("the ranks chose different tokens for the same prompts")
         return generation
 
     def compile(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Compilation | None:
@@ -262,17 +267,6 @@ class ModuleBackend(ABC):
 
     def close(self) -> None:
         disconnect()
-
-
-def _check_agreement(generation: Generation) -> None:
-    """All ranks chose the same tokens: each chooses for itself, from logits that are equal to the bit."""
-    if not dist.is_initialized():
-        return
-    chosen = zlib.crc32(repr([item.token_ids for item in generation.completions]).encode())
-    extremes = torch.tensor([chosen, -chosen])
-    dist.all_reduce(extremes, dist.ReduceOp.MAX)
-    if extremes[0] != -extremes[1]:
-        raise RuntimeError("the ranks chose different tokens for the same prompts")
 
 
 def check_share(rank: int, nbytes: int, planned: int, whole: int, tolerance: float) -> None:

@@ -62,7 +62,15 @@ def _readable(item: str, engine: str | None, known: Mapping[str, Any]) -> str:
     if equals and not key:
         raise ConfigError(f"{item} has no key.", f"KEY{item}, where {ALL_KEYS}")
     if not equals and not written.startswith("~"):
-        raise _no_value(item, known)
+        if item in COMMANDS:
+            raise ConfigError(f"{item} is a command of its own.", f"python -m launcher.{item}")
+        every = {option: group for group in groups() for option in options(group)}
+        near = nearest(item, known)
+        if near is not None and item not in every:
+            raise ConfigError(f"{item} has no value.", f"{near}={example_of(known[near])}")
+        for option in difflib.get_close_matches(item, every, 1, cutoff=LEAST_ALIKE):
+            raise ConfigError(f"{item} has no value.", f"{every[option]}={option}")
+        raise ConfigError(f"{item} has no value.", ALL_KEYS)
     is_entry = has_key(key, known) and key not in known
     if not has_key(key.partition("@")[2] or key, known) and key not in groups():
         raise unknown_key(key, engine, value)
@@ -73,7 +81,18 @@ def _readable(item: str, engine: str | None, known: Mapping[str, Any]) -> str:
     except HydraException as error:
         if key in PATHS:
             return f"{key}={quoted(value)}"
-        raise _unreadable(key, value, known.get(key, str), error) from None
+        kind = known.get(key, str)
+        if not is_open(kind) and kind is not str:
+            raise wrong_value(key, value, kind) from None
+        lines = [
+            line for line in str(error).splitlines() if not line.startswith(("Error parsing override", "See http"))
+        ]
+        reason = [*lines, type(error).__name__][0].partition(" expecting ")[0].strip()
+        text = quoted(value)  # the same in quotes, where a text can be meant
+        if is_open(kind) and value.startswith("["):
+            text = f"[{','.join(quoted(part.strip()) for part in value.strip('[]').split(','))}]"
+        hint = f"{for_shell(f'{key}={text}')}, in these quotes"
+        raise ConfigError(f"{key}={value} cannot be read: {reason}.", hint) from None
     if key.startswith(NAMED_BY_THE_USER) and not written.startswith("~"):
         return f"+{item.lstrip('+')}"
     if is_entry or key not in known or is_open(known[key]):
@@ -123,29 +142,3 @@ def option_like(word: str) -> str:
     if near is None:
         return "python -m launcher --help"
     return f"{near}={value or example_of(known_keys(None)[near])}"
-
-
-def _no_value(word: str, known: Mapping[str, Any]) -> ConfigError:
-    """A word that is no override: most likely a command, a key or an option."""
-    fact = f"{word} has no value."
-    if word in COMMANDS:
-        return ConfigError(f"{word} is a command of its own.", f"python -m launcher.{word}")
-    every = {option: group for group in groups() for option in options(group)}
-    near = nearest(word, known)
-    if word in every or near is None:
-        for option in difflib.get_close_matches(word, every, 1, cutoff=LEAST_ALIKE):
-            return ConfigError(fact, f"{every[option]}={option}")
-        return ConfigError(fact, ALL_KEYS)
-    return ConfigError(fact, f"{near}={example_of(known[near])}")
-
-
-def _unreadable(key: str, value: str, hint: Any, error: HydraException) -> ConfigError:
-    """A value that Hydra's grammar does not take; the hint is the same in quotes where a text can be meant."""
-    if not is_open(hint) and hint is not str:
-        return wrong_value(key, value, hint)
-    lines = [line for line in str(error).splitlines() if not line.startswith(("Error parsing override", "See http"))]
-    reason = [*lines, type(error).__name__][0].partition(" expecting ")[0].strip()
-    text = quoted(value)
-    if is_open(hint) and value.startswith("["):
-        text = f"[{','.join(quoted(part.strip()) for part in value.strip('[]').split(','))}]"
-    return ConfigError(f"{key}={value} cannot be read: {reason}.", f"{for_shell(f'{key}={text}')}, in these quotes")

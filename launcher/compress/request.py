@@ -63,29 +63,6 @@ def read_request(items: Sequence[str]) -> Request:
     method = values["method"]
     if method not in METHODS:
         raise ConfigError(f"method={method} is not one of {', '.join(METHODS)}.", "method=magnitude")
-    _check_read(method, values)
-    out = Path(values["out"])
-    if out.exists():
-        raise ConfigError(f"{out} is there already, and nothing is written over.", f"out={out}_2")
-    prompts = None
-    if "prompts" in values:
-        prompts = Path(values["prompts"])
-        if not prompts.is_file():
-            raise ConfigError(f"prompts={prompts} is not a file.", "prompts= with a text file, one prompt a line")
-    return Request(
-        model=values["model"],
-        method=method,
-        out=out,
-        ratio=_ratio(values.get("ratio", "0.5"), values.get("pattern", "unstructured")),
-        pattern=values.get("pattern", "unstructured"),
-        scheme=values.get("scheme", "w4a16"),
-        prompts=prompts,
-        python=values.get("python"),
-    )
-
-
-def _check_read(method: str, values: dict[str, str]) -> None:
-    """ConfigError for an argument that the method does not read, or that it lacks."""
     read = {"model", "method", "out"}
     if method in PRUNING:
         read |= {"ratio", "pattern"}
@@ -109,6 +86,24 @@ def _check_read(method: str, values: dict[str, str]) -> None:
         )
     if method in CALIBRATED and "prompts" not in values:
         raise ConfigError(f"method={method} needs prompts to calibrate with.", "prompts=FILE, one prompt a line")
+    out = Path(values["out"])
+    if out.exists():
+        raise ConfigError(f"{out} is there already, and nothing is written over.", f"out={out}_2")
+    prompts = None
+    if "prompts" in values:
+        prompts = Path(values["prompts"])
+        if not prompts.is_file():
+            raise ConfigError(f"prompts={prompts} is not a file.", "prompts= with a text file, one prompt a line")
+    return Request(
+        model=values["model"],
+        method=method,
+        out=out,
+        ratio=_ratio(values.get("ratio", "0.5"), values.get("pattern", "unstructured")),
+        pattern=values.get("pattern", "unstructured"),
+        scheme=values.get("scheme", "w4a16"),
+        prompts=prompts,
+        python=values.get("python"),
+    )
 
 
 def _ratio(text: str, pattern: str) -> float:

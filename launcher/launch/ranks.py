@@ -40,6 +40,11 @@ def worker_command(module: str, argument: str, processes: int, python: str | Non
     return (interpreter, "-m", "launcher.launch.forks", str(processes), module, argument)
 
 
+def rank_command(run_dir: RunDir, run: RunDescription) -> tuple[str, ...]:
+    """The command that starts the ranks of a run on this machine."""
+    return worker_command("launcher.rank.worker", str(run_dir), run.world_size, run.run_config.backend.python)
+
+
 def rank_environment(environ: Mapping[str, str], processes: int, on_cuda: bool) -> dict[str, str]:
     """The environment of the ranks of this node: our packages on the path, the cores shared out between them."""
     threads = max(len(os.sched_getaffinity(0)) // processes, 1)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from launcher.launch.batch_search import run_with_largest_batch
 from launcher.launch.nodes import check_one_node
-from launcher.launch.ranks import Terminated, handled_signals, living, started_ranks, worker_command
+from launcher.launch.ranks import Terminated, handled_signals, living, rank_command, started_ranks
 from launcher.launch.slurm.arrays import run_job
 from launcher.prepare.prepare import prepare
 from launcher.rank.watchdog import Watchdog, blame, write_stacks
@@ -106,7 +106,7 @@ def run_local(run_dir: RunDir, show: Show) -> Record:
         config = run.run_config
         if run.on_cuda and (notes := neighbours(os.environ, config.devices)):
             run_dir.write_notes(notes)
-        command = worker_command("launcher.rank.worker", str(run_dir), run.world_size, config.backend.python)
+        command = rank_command(run_dir, run)
         run_dir.write_attempt(attempt, command)
         if run.script is not None:
             run_dir.write_script(run.script)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +30,20 @@ def chats(texts: Sequence[str], system: str | None, folder: Path) -> list[str]:
 
     ConfigError where the tokenizer in `folder` has no chat template, or its template refuses.
     """
-    config = _config(folder)
-    source = _template(folder, config)
-    if source is None:
+    config: JsonObject = {}
+    source: Any
+    with contextlib.suppress(FileNotFoundError):
+        values = read_json(folder / CONFIG, CheckpointError, "download the model again")
+        if isinstance(values, dict):
+            config = values
+    try:
+        source = read_bytes(folder / TEMPLATE).decode()
+    except (OSError, UnicodeDecodeError):
+        source = config.get("chat_template")
+    if isinstance(source, list):  # several, by their names
+        named = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
+        source = named.get("default")
+    if not isinstance(source, str):
         raise ConfigError(f"prompts.chat=true, and {folder} has no chat template.", "prompts.chat=false")
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = _to_json  # this and the others as transformers has them, so that texts are the same
@@ -60,27 +72,3 @@ def _refuse(message: str) -> None:
 
 def _to_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _config(folder: Path) -> JsonObject:
-    try:
-        values = read_json(folder / CONFIG, CheckpointError, "download the model again")
-    except FileNotFoundError:
-        return {}
-    if isinstance(values, dict):
-        return values
-    return {}
-
-
-def _template(folder: Path, config: JsonObject) -> str | None:
-    """The template in a file of its own, else that in the tokenizer's configuration, of several the default one."""
-    try:
-        return read_bytes(folder / TEMPLATE).decode()
-    except (OSError, UnicodeDecodeError):
-        source = config.get("chat_template")
-    if isinstance(source, list):
-        named = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
-        source = named.get("default")
-    if isinstance(source, str):
-        return source
-    return None

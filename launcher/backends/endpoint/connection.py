@@ -146,7 +146,17 @@ class Connection:
         if self._response is None:  # nobody asked: the server closes the connection, or is out of step
             self.close()
         elif data:
-            self._read(self._response, moment, data)
+            response = self._response
+            response.moment, response.read_at = moment, perf_counter()
+            response.bytes_left -= len(data)
+            try:
+                response.parser.feed_data(data)
+            except httptools.HttpParserError as error:
+                self._end(Failure("not_http", str(error)))
+            if response.has_end:
+                self._end(None)
+            elif response.bytes_left < 0:
+                self._end(Failure("too_large", "more bytes came than an answer can have"))
         elif self._response.has_length or not self._response.has_head:
             self._end(Failure("closed", "the server closed the connection"))
         else:
@@ -163,18 +173,6 @@ class Connection:
             except ssl.SSLWantReadError:
                 break
         return b"".join(parts)
-
-    def _read(self, response: _Response, moment: float, data: bytes) -> None:
-        response.moment, response.read_at = moment, perf_counter()
-        response.bytes_left -= len(data)
-        try:
-            response.parser.feed_data(data)
-        except httptools.HttpParserError as error:
-            self._end(Failure("not_http", str(error)))
-        if response.has_end:
-            self._end(None)
-        elif response.bytes_left < 0:
-            self._end(Failure("too_large", "more bytes came than an answer can have"))
 
     def _end(self, failure: Failure | None) -> None:
         if self._ended is not None and not self._ended.done():

@@ -68,25 +68,21 @@ class LitgptBackend:
         fabric = Fabric(accelerator=kind, devices=world.local_world_size, num_nodes=world.num_nodes, **settings)
         with heartbeat(lambda: progress(0, 1)):
             fabric.launch()
-            self.model = self._placed(fabric, self._read(fabric, dtype))
+            fields = read_json(self.folder / "config.json")
+            if fabric.local_rank == 0:
+                converted(self.folder, litgpt_config(fields))
+            fabric.barrier()
+            folder = converted(self.folder, litgpt_config(fields))
+            with fabric.init_tensor(), torch.device("meta"):
+                model = GPT(Config.from_file(folder / "model_config.yaml"))
+            state = torch.load(folder / MODEL, mmap=True, map_location="cpu")
+            if "lm_head.weight" not in state:  # tied in transformers, and never in LitGPT
+                state["lm_head.weight"] = state["transformer.wte.weight"].clone()
+            model.load_state_dict(state, assign=True)
+            self.model = self._placed(fabric, model.to(dtype).eval())
         self.root = fabric.device
         self.peaks.end("load")
         progress(1, 1)
-
-    def _read(self, fabric: Any, dtype: torch.dtype) -> Any:
-        """The model in main memory; rank 0 of each node converts the checkpoint if that was never done."""
-        fields = read_json(self.folder / "config.json")
-        if fabric.local_rank == 0:
-            converted(self.folder, litgpt_config(fields))
-        fabric.barrier()
-        folder = converted(self.folder, litgpt_config(fields))
-        with fabric.init_tensor(), torch.device("meta"):
-            model = GPT(Config.from_file(folder / "model_config.yaml"))
-        state = torch.load(folder / MODEL, mmap=True, map_location="cpu")
-        if "lm_head.weight" not in state:  # tied in transformers, and never in LitGPT
-            state["lm_head.weight"] = state["transformer.wte.weight"].clone()
-        model.load_state_dict(state, assign=True)
-        return model.to(dtype).eval()
 
     def _placed(self, fabric: Any, model: Any) -> Any:
         """The model on its devices, by the functions of LitGPT's scripts, in their order."""

@@ -190,8 +190,10 @@ class VllmBackend:
         try:
             outputs: list[Any] = engine.step()
         except RuntimeError as error:  # of a lost worker it says "cancelled"
-            if lost := _lost_workers(engine):
-                raise RuntimeError(f"vLLM's workers ended: {lost}") from error
+            executor = getattr(getattr(engine.engine_core, "engine_core", None), "model_executor", None)
+            codes = {handle.rank: handle.proc.exitcode for handle in getattr(executor, "workers", ())}
+            if lost := [f"rank {rank} with exit code {code}" for rank, code in codes.items() if code is not None]:
+                raise RuntimeError(f"vLLM's workers ended: {', '.join(lost)}") from error  # the first had its reason
             raise
         return outputs
 
@@ -276,13 +278,6 @@ def _temporary_files_in(folder: str, children_too: bool) -> Iterator[None]:
         os.environ.pop("TMPDIR", None)
         if outer is not None:
             os.environ["TMPDIR"] = outer
-
-
-def _lost_workers(engine: Any) -> str:
-    """The workers that have ended, with their exit codes; the first to go had its reason, others were then ended."""
-    executor = getattr(getattr(engine.engine_core, "engine_core", None), "model_executor", None)
-    codes = {handle.rank: handle.proc.exitcode for handle in getattr(executor, "workers", ())}
-    return ", ".join(f"rank {rank} with exit code {code}" for rank, code in codes.items() if code is not None)
 
 
 def _beginning(pacing: Pacing, place: int, start: float, now: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -212,9 +213,14 @@ class Follower:
                 time.sleep(poll_s)
 
     def _tell(self, job: str, before: State | None, state: State) -> None:
-        """The lines that the job's log has gained, and its state and place in the queue where they are new."""
-        for line in self._log_lines(job):
-            self.say(job, line)
+        """The whole lines that the job's log has gained, and its state and place in the queue where they are new."""
+        with contextlib.suppress(FileNotFoundError), self.runs[job].slurm_log.open("rb") as file:
+            file.seek(self.read[job])
+            new = file.read()
+            whole = new[: new.rfind(b"\n") + 1]
+            self.read[job] += len(whole)
+            for line in whole.decode(errors="replace").splitlines():
+                self.say(job, line)
         waits, text = state.name == "PENDING", str(state)
         if state == before and not (waits and self.looks % POSITION_EVERY == 0):
             return
@@ -223,15 +229,3 @@ class Follower:
         if text != self.said.get(job):
             self.said[job] = text
             self.say(job, text)
-
-    def _log_lines(self, job: str) -> list[str]:
-        """The whole lines that the batch script's log has gained."""
-        try:
-            with self.runs[job].slurm_log.open("rb") as file:
-                file.seek(self.read[job])
-                new = file.read()
-        except FileNotFoundError:
-            return []
-        whole = new[: new.rfind(b"\n") + 1]
-        self.read[job] += len(whole)
-        return whole.decode(errors="replace").splitlines()

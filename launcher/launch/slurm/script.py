@@ -85,16 +85,6 @@ def sbatch_text(job: Job, name: str, points: Sequence[str] = ()) -> str:
 
     The job ends 0 where every rank is ok, 2 where it was refused, 1 otherwise; 75 where it is queued again.
     """
-    blocks = (
-        ["#!/bin/bash", *_directives(job, name, len(points))],
-        _run_dir_lines(points),
-        _environment_lines(job),
-        _rank_lines(job),
-    )
-    return "\n\n".join("\n".join(block) for block in blocks) + "\n"
-
-
-def _directives(job: Job, name: str, points: int) -> list[str]:
     cluster = job.cluster
     words: dict[str, object] = {
         "job-name": name,
@@ -113,7 +103,7 @@ def _directives(job: Job, name: str, points: int) -> list[str]:
         "time": cluster.time,
     }
     if points:
-        words["array"] = f"0-{points - 1}%{cluster.array_limit}"
+        words["array"] = f"0-{len(points) - 1}%{cluster.array_limit}"
     if cluster.signal_s:
         words["signal"] = f"USR1@{cluster.signal_s}"
     words |= {"output": "/dev/null", "open-mode": "append"}
@@ -124,11 +114,14 @@ def _directives(job: Job, name: str, points: int) -> list[str]:
         options.append("--requeue")
     else:
         options.append("--no-requeue")
-    return [f"#SBATCH {option}" for option in (*options, *cluster.extra)]
+    directives = [f"#SBATCH {option}" for option in (*options, *cluster.extra)]
+    return "\n".join(["#!/bin/bash", *directives, "", *_command_lines(job, points), ""])
 
 
-def _run_dir_lines(points: Sequence[str]) -> Iterator[str]:
-    """The lines with the run directory and the log of the script itself; the ranks have logs of their own."""
+def _command_lines(job: Job, points: Sequence[str]) -> Iterator[str]:
+    """The commands of the script: to find its run directory, with its log and those of the ranks; to set the
+    environment; to run the ranks; to have the end of the attempt judged."""
+    cluster = job.cluster
     yield "# Submit it from the directory that it is in: sbatch " + SLURM_SCRIPT
     if points:
         yield "points=(" + " ".join(map(shlex.quote, points)) + ")"
@@ -140,10 +133,7 @@ def _run_dir_lines(points: Sequence[str]) -> Iterator[str]:
     yield "job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
     yield f'echo "$job" >"$run_dir/{SLURM_JOB}"'
     yield "terminated=; trap 'terminated=1' TERM"
-
-
-def _environment_lines(job: Job) -> Iterator[str]:
-    cluster = job.cluster
+    yield ""
     if cluster.modules:
         yield f"module load {shlex.join(cluster.modules)}"
     yield from cluster.setup
@@ -157,14 +147,12 @@ def _environment_lines(job: Job) -> Iterator[str]:
         yield f"export PYTHONPATH={shlex.quote(job.root)}${{PYTHONPATH:+:$PYTHONPATH}}"
     yield "export LAUNCHER_WATCH=1  # the ranks end a run that hangs"
     yield "export LAUNCHER_ON_TERM=interrupt  # SLURM announces a pre-emption by SIGTERM"
-
-
-def _rank_lines(job: Job) -> Iterator[str]:
-    python = shlex.join([*job.cluster.container, job.own_python])
-    ranks = shlex.join([*job.cluster.container, job.python, "-m", "launcher.rank.worker"])
-    if not job.cluster.container:  # a container may hide the number of the parent, which ends with the job's step
+    yield ""
+    python = shlex.join([*cluster.container, job.own_python])
+    ranks = shlex.join([*cluster.container, job.python, "-m", "launcher.rank.worker"])
+    if not cluster.container:  # a container may hide the number of the parent, which ends with the job's step
         ranks = f"sh -c 'export LAUNCHER_PARENT=$PPID; exec \"$@\"' sh {ranks}"
-    options = ("--kill-on-bad-exit=1", f"--cpus-per-task={job.cpus_per_task}", *job.cluster.srun)
+    options = ("--kill-on-bad-exit=1", f"--cpus-per-task={job.cpus_per_task}", *cluster.srun)
     yield f'LAUNCHER_ATTEMPT=$({python} -m launcher.run_dir.attempts "$run_dir") || exit 1'
     yield f'MASTER_PORT=$({python} -c "{FREE_PORT}") || exit 1'
     yield "export LAUNCHER_ATTEMPT MASTER_PORT"
