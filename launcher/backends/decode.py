@@ -63,21 +63,7 @@ class Decoder:
         clock = Clock(self.device)
         inputs, phase = batch.input_ids, PREFILL
         for step in range(sampling.max_new_tokens):
-            known, mask = batch.width + step, None
-            if batch.is_padded:
-                mask = batch.mask[:, :known]
-            logits = (
-                self.model(
-                    input_ids=inputs,
-                    attention_mask=mask,
-                    position_ids=batch.positions[:, known - inputs.shape[1] : known],
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-                .logits[:, -1]
-                .float()
-            )
+            logits = self._forward(inputs, batch, step, cache)
             chosen, gap = sampler.choose(logits, generators)
             unfinished = unfinished & ~torch.isin(chosen, eos)
             tokens.append(chosen.clone())  # the sampler uses its tensors again
@@ -94,6 +80,21 @@ class Decoder:
             self.kv_cache_bytes[device] = max(self.kv_cache_bytes.get(device, 0), nbytes)
         outputs = torch.stack(tokens, 1), torch.stack(gaps, 1)
         return _generation(prompts, *outputs, clock.marks(), set(eos.tolist()))
+
+    def _forward(self, inputs: torch.Tensor, batch: _Batch, step: int, cache: DynamicCache) -> torch.Tensor:
+        """Logits [rows, vocabulary] of the last position, float32."""
+        known, mask = batch.width + step, None
+        if batch.is_padded:
+            mask = batch.mask[:, :known]
+        output = self.model(
+            input_ids=inputs,
+            attention_mask=mask,
+            position_ids=batch.positions[:, known - inputs.shape[1] : known],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float()
 
 
 @dataclass(frozen=True, slots=True)
