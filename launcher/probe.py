@@ -119,15 +119,15 @@ def measure(devices: int, accelerator: str) -> Measured:
     return Measured.from_dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def reason(said: str) -> str:
+def reason(stderr: str) -> str:
     """The reason for the failure of ranks from their stderr: the first error, or the first death."""
-    error = re.search(r"^(?:\[rank\d+\]: *)?([\w.]*(?:Error|Exception): .+)", said, re.MULTILINE)
-    ended = re.search(r"^rank \d+ ended with exit code (-?\d+)", said, re.MULTILINE)
+    error = re.search(r"^(?:\[rank\d+\]: *)?([\w.]*(?:Error|Exception): .+)", stderr, re.MULTILINE)
+    ended = re.search(r"^rank \d+ ended with exit code (-?\d+)", stderr, re.MULTILINE)
     if ended and (error is None or ended[1] != "1"):
         return ended[0]
     if error:
         return error[1]
-    return (said.strip().splitlines() or ["no message"])[-1]
+    return (stderr.strip().splitlines() or ["no message"])[-1]
 
 
 def lines(measured: Measured) -> list[str]:

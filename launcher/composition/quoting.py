@@ -8,12 +8,12 @@ import shlex
 
 def quoted(text: str) -> str:
     """`text` as a value of an override that stands for exactly itself: no quote, brace or `${...}` in it is read."""
-    return in_quotes(re.sub(r"(\\*)\$\{", lambda found: found.group(1) * 2 + r"\${", text))  # OmegaConf's own escape
+    return in_quotes(re.sub(r"(\\*)\$\{", lambda match: match.group(1) * 2 + r"\${", text))  # OmegaConf's own escape
 
 
 def in_quotes(text: str) -> str:
     """`text` as Hydra's grammar reads it back; `${...}` in it is still OmegaConf's."""
-    text = re.sub(r"(\\*)(')", lambda found: found.group(1) * 2 + r"\'", text)
+    text = re.sub(r"(\\*)(')", lambda match: match.group(1) * 2 + r"\'", text)
     return "'" + re.sub(r"(\\+)\Z", r"\1\1", text) + "'"
 
 

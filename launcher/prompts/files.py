@@ -40,7 +40,7 @@ WITH_ARRIVALS = 'load.arrivals=false, or prompts.path= a .jsonl with {"prompt": 
 class Row:
     """A JSON value or the fields of a table's row, and where in which file it is."""
 
-    place: str
+    location: str
     value: Any
 
 
@@ -65,7 +65,7 @@ def read_file(wanted: PromptsConfig) -> list[str]:
         text = _question(value)
         if not text:
             hint = _field_like(field, [row]) or f'{{"{field}": "The capital of France is"}}, or leave it out'
-            raise ConfigError(f'{row.place} has no text under "{field}".', hint)
+            raise ConfigError(f'{row.location} has no text under "{field}".', hint)
         texts.append(text)
     return texts
 
@@ -83,7 +83,7 @@ def read_arrivals(wanted: PromptsConfig) -> list[float]:
         if isinstance(row.value, dict):
             moment = _number(row.value.get("arrival_s"))
         if not earliest <= moment <= MOST_SECONDS:
-            fact = f'{row.place} has no "arrival_s" of {earliest:g} or more.'
+            fact = f'{row.location} has no "arrival_s" of {earliest:g} or more.'
             raise ConfigError(fact, 'seconds from the start, in order: {"prompt": "...", "arrival_s": 0.5}')
         moments.append(moment)
         earliest = moment
@@ -115,8 +115,8 @@ def _rows(path: Path) -> list[Row]:
             fact = f"{path} is no list of prompts, nor an object that has one list."
             raise ConfigError(fact, 'a file like [{"prompt": "The capital of France is"}]')
         return [Row(f"{path}: item {number}", item) for number, item in enumerate(value)]
-    places = ((f"{path}:{number}", line) for number, line in enumerate(content.split("\n"), 1) if line.strip())
-    return [Row(place, parse_json(line, place, ConfigError, "one object a line")) for place, line in places]
+    lines = ((f"{path}:{number}", line) for number, line in enumerate(content.split("\n"), 1) if line.strip())
+    return [Row(location, parse_json(line, location, ConfigError, "one object a line")) for location, line in lines]
 
 
 def _rows_of_table(content: str, path: Path, separators: str) -> list[Row]:
@@ -128,16 +128,16 @@ def _rows_of_table(content: str, path: Path, separators: str) -> list[Row]:
     names: list[str] | None = None
     try:
         for fields in reader:
-            place = f"{path}:{reader.line_num}"
+            location = f"{path}:{reader.line_num}"
             if not fields:
                 continue
             if names is None:
                 names = [name.strip() for name in fields]
             elif len(fields) > len(names):
-                fact = f"{place} has {len(fields)} fields, and the first line names {len(names)}."
+                fact = f"{location} has {len(fields)} fields, and the first line names {len(names)}."
                 raise ConfigError(fact, 'a field that has a comma in it is in quotes: "One, two"')
             else:
-                rows.append(Row(place, dict(zip(names, fields, strict=False))))
+                rows.append(Row(location, dict(zip(names, fields, strict=False))))
     except csv.Error as error:
         raise ConfigError(f"{path}:{reader.line_num} is not CSV: {error}.", "save it as CSV in UTF-8 again") from None
     return rows

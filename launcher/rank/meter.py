@@ -160,9 +160,9 @@ def packages(folder: Path = POWERCAP) -> list[Path]:
 
 def cpu_times() -> tuple[float, float]:
     """User and system time in seconds of this process, and of all that it started, be they over or not."""
-    own = psutil.Process()
+    this = psutil.Process()
     user_s = system_s = 0.0
-    for process in (own, *own.children(recursive=True)):
+    for process in (this, *this.children(recursive=True)):
         with contextlib.suppress(psutil.Error):
             times = process.cpu_times()
             user_s += times.user + times.children_user

@@ -134,7 +134,7 @@ def read_points(folder: Path) -> list[Point]:
 
 def follow(
     runs: Mapping[str, RunDir],
-    where: Path,
+    folder: Path,
     title: str,
     poll_s: float,
     ended: Callable[[RunDir, Record], None] = lambda *_: None,
@@ -152,15 +152,15 @@ def follow(
                 records[runs[job]] = record
                 ended(runs[job], record)
     except KeyboardInterrupt:
-        print(f"\n{how_to_go_on(runs, where)}", file=sys.stderr)
+        print(f"\n{how_to_go_on(runs, folder)}", file=sys.stderr)
         raise Detached from None
     return records
 
 
-def how_to_go_on(runs: Mapping[str, RunDir], where: Path) -> str:
+def how_to_go_on(runs: Mapping[str, RunDir], folder: Path) -> str:
     """The commands that follow the remaining jobs of a folder, and that cancel them."""
     arrays = " ".join(dict.fromkeys(job.partition("_")[0] for job in runs))
-    see = f"python -m launcher.status --follow {shlex.quote(str(where))}"
+    see = f"python -m launcher.status --follow {shlex.quote(str(folder))}"
     return f"job {arrays} goes on. See it: {see}   End it: scancel {arrays}"
 
 
