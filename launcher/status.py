@@ -56,7 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parse(argv)
         folders: list[Path] = arguments.folders
-        shown = [point for folder in folders for point in _points_or_why(folder, alone=len(folders) == 1)]
+        shown: list[Point] = []
+        for folder in folders:
+            try:
+                shown += points_in(folder)
+            except UserError as error:
+                if len(folders) == 1:
+                    raise
+                shown.append(Point((folder.name,), record=_unreadable(folder, error.fact)))
         points = list({point.run_dir or number: point for number, point in enumerate(shown)}.values())
         if arguments.follow:
             runs = _jobs(points)
@@ -80,16 +87,6 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("--follow", action="store_true", help="follow the jobs of SLURM to their end")
     parser.add_argument("--json", action="store_true", help="print one JSON object only")
     return parser.parse_intermixed_args(argv)
-
-
-def _points_or_why(folder: Path, alone: bool) -> list[Point]:
-    """`points_in`; of several folders one that has none is a point that says why."""
-    try:
-        return points_in(folder)
-    except UserError as error:
-        if alone:
-            raise
-        return [Point((folder.name,), None, _unreadable(folder, error.fact))]
 
 
 def points_in(path: Path) -> list[Point]:
