@@ -349,6 +349,31 @@ def test_a_draw_on_a_card_waits_for_nothing() -> None:
     assert tokens.max() < 500
 
 
+@pytest.mark.parametrize("is_captured", [False, True])
+def test_a_call_waits_for_nothing_but_its_tokens(is_captured: bool) -> None:
+    """Also where prompts take slots between the steps; with the tokens of other calls."""
+    model = build_meta(EMBEDDED / "tiny_llama", torch.float32)
+    card = torch.device("cuda", 0)
+    load_weights(model, Checkpoint.open(EMBEDDED / "tiny_llama"), card)
+    engine = SlotDecoder(model, (0,), card, World(), 0, PhasePeaks(()), 2, 60, prefill_tokens=4, splits_prompts=False)
+    prompts = [Prompt(index, "", tuple(range(5, 5 + length))) for index, length in enumerate((7, 3, 9, 3, 12))]
+
+    def answers() -> list[tuple[int, ...]]:
+        made = engine.generate(prompts, SamplingConfig(max_new_tokens=20), lambda *_: None)
+        return [item.token_ids for item in made.completions]
+
+    expected = answers()
+    assert engine.slots is not None
+    if is_captured:
+        with torch.inference_mode():
+            engine.slots.static = Graphs(engine.slots)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert answers() == expected
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_card_that_is_full_says_what_it_lacks() -> None:
     with pytest.raises(torch.OutOfMemoryError) as shortage:
         torch.empty(2**50, dtype=torch.uint8, device="cuda:0")

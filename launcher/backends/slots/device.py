@@ -59,9 +59,9 @@ class Slots:
         """Read prompts, or a chunk of one; the logits of the last token of each."""
         self.move(forward)
         prompts = [one.prompt.token_ids[forward.start : forward.start + forward.width] for one in forward.sequences]
-        ids = torch.tensor([list(one) + [0] * (forward.width - len(one)) for one in prompts], device=self.device)
-        ends = torch.tensor([forward.start + len(one) for one in prompts], device=self.device)
-        rows = torch.tensor([one.row for one in forward.sequences], device=self.device)
+        ids = self._sent([list(one) + [0] * (forward.width - len(one)) for one in prompts])
+        ends = self._sent([forward.start + len(one) for one in prompts])
+        rows = self._sent([one.row for one in forward.sequences])
         self.cache.do(Reading(rows, ends, forward.sequences[0].row, forward.start))
         positions = torch.arange(forward.start, forward.start + forward.width, device=self.device)
         self.positions.index_copy_(0, rows, ends)
@@ -109,7 +109,7 @@ class Slots:
         if rows == list(range(rows[0], rows[0] + len(rows))):
             self.tokens[rows[0] : rows[0] + len(rows)].copy_(chosen)
         else:
-            self.tokens[torch.tensor(rows, device=self.device)] = chosen
+            self.tokens.index_copy_(0, self._sent(rows), chosen)
 
     def idle(self) -> None:
         """A forward for the sake of the other ranks, of which nothing is kept."""
@@ -126,6 +126,11 @@ class Slots:
             self.cache.move(source, target)
             for tensor in (self.tokens, self.positions):
                 tensor[target].copy_(tensor[source])
+
+    def _sent(self, values: list[Any]) -> torch.Tensor:
+        """Integers on the device, by way of pinned memory: from other memory the host would wait for all steps before
+        this one."""
+        return torch.tensor(values, pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
 
     def _logits(self, ids: torch.Tensor, positions: torch.Tensor, mask: Any, kept: int) -> torch.Tensor:
         return self._all_logits(ids, positions, mask, kept)[:, -1]
