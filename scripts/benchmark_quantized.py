@@ -35,11 +35,15 @@ from shards.load.blocks import local_bytes
 from shards.load.load import LoadStats, load_weights
 from shards.load.meta import build_meta
 from shards.load.quantizers import make_quantizer
+from shards.machine.hardware import CPU
 from shards.machine.world import World
+from shards.model.quantization import known_quantization
+from shards.model.shape import ModelShape
 from shards.parallel.collectives import collectives
 from shards.parallel.fully_shard import fully_shard_model
 from shards.parallel.products import pack_weights, quantize_layers
 from shards.parallel.tensor_parallel import tensor_parallel_model
+from shards.plan.request import PlanRequest
 
 HIDDEN, INTERMEDIATE, VOCABULARY, HEADS = 1024, 2816, 512, 16
 LIMIT_S = 1800
@@ -102,6 +106,7 @@ def run_rank(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         if technique != "none":
             over -= nbytes
         row = {"engine": engine, "technique": technique, "rank": world.rank, "parameter_bytes": nbytes}
+        row["planned_over_bytes"] = planned_over_bytes(engine, technique, arguments.folder, world.world_size)
         rows.append({**row, "anonymous_over_held_bytes": over, "read_s": stats.read_s, "quantize_s": stats.quantize_s})
         if engine == "transformers" and arguments.tokens:
             pack_weights(model)
@@ -110,6 +115,17 @@ def run_rank(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         next(row for row in rows if row["technique"] == technique)["speed_over_bf16"] = ratio
     dist.destroy_process_group()
     return rows
+
+
+def planned_over_bytes(engine: str, technique: str, folder: Path, ranks: int) -> int:
+    """Memory that the plan has beside the weights of each rank, while they are loaded."""
+    planner = engines()[engine].planner_class
+    assert planner is not None
+    request = PlanRequest(
+        shape=ModelShape.from_config(json.loads((folder / "config.json").read_text())), engine=planner(),
+        devices=ranks, device=CPU, quantization=known_quantization(technique),
+    )  # fmt: skip
+    return (request.engine.load_host_bytes(request) or 0) // ranks
 
 
 def load(engine: str, technique: str, folder: Path, world: World) -> tuple[torch.nn.Module, LoadStats]:

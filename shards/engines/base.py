@@ -9,6 +9,7 @@ from math import prod
 from typing import ClassVar
 
 from shards.machine.hardware import MIB
+from shards.model.quantization import UNPACKED_BYTES
 from shards.model.shape import ModelShape, Parameter
 from shards.plan.cuts import Cutter, Pieces, cut_up
 from shards.plan.memory import kv_bytes_per_token
@@ -118,10 +119,13 @@ class ModulePlanner(EnginePlanner, ABC):
     def refusal(self, request: PlanRequest) -> str | None:
         return self.split_group(request)
 
-    def split_group(self, request: PlanRequest, n: int | None = None) -> str | None:
-        """The reason why a quantization cannot store the pieces of the matrices on each of `n` ranks (as many as tensor
-        parallelism has), None if it can."""
-        quantization, n = request.quantization, n or self.tensor_parallel_size(request)
+    def ranks_of_matrix(self, request: PlanRequest) -> int:
+        """The ranks over which a matrix is cut."""
+        return self.tensor_parallel_size(request)
+
+    def split_group(self, request: PlanRequest) -> str | None:
+        """The reason why a quantization cannot store the pieces of the matrices, None if it can."""
+        quantization, n = request.quantization, self.ranks_of_matrix(request)
         if quantization is None:
             return None
         for parameter in request.shape.parameters:
@@ -172,10 +176,32 @@ class ModulePlanner(EnginePlanner, ABC):
         return driver_bytes(request)
 
     def load_host_bytes(self, request: PlanRequest) -> int | None:
-        """Every process reads its own shards through small buffers into place: never more than the shards."""
+        """Every process reads its own shards through small buffers into place: never more than the shards, and on a CPU
+        what waits to be packed."""
+        of_process = LOAD_RING_BYTES
+        if request.device.kind == "cpu":
+            of_process += self.packing_bytes(request)
         if self.one_process:
-            return LOAD_RING_BYTES
-        return min(request.devices, request.num_devices) * LOAD_RING_BYTES
+            return of_process
+        return min(request.devices, request.num_devices) * of_process
+
+    def packing_bytes(self, request: PlanRequest) -> int:
+        """Of quantized weights the most that lies beside them while they are loaded.
+
+        That is whole matrices, which wait until there are UNPACKED_BYTES of them; of one that a checkpoint has
+        quantized, what is stored and its words once more, or for torch's kernel its integers of four bytes, twice.
+        """
+        quantization, n = request.quantization, self.ranks_of_matrix(request)
+        if quantization is None:
+            return 0
+        chosen = [p for p in request.shape.parameters if quantization.applies(p)]
+        pieces = [(p, piece) for p in chosen for piece in self.pieces(request.shape, n, 0, p)]
+        if not quantization.kept:
+            sizes = [request.dtype_bytes * prod(piece) for _, piece in pieces]
+            return min(sum(sizes), UNPACKED_BYTES + max(sizes, default=0))
+        if quantization.scales == 2 and not quantization.unpacks:
+            return max((9 * prod(piece) for _, piece in pieces), default=0)
+        return 2 * max((request.storage.nbytes(p, piece) for p, piece in pieces), default=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

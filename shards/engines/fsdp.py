@@ -85,7 +85,7 @@ class FsdpPlanner(ModulePlanner):
         known = request.capacity_bytes or self.host_bytes
         if known is None and (self.resident_layers is None or self.within_node is None):
             return "What fits a device cannot be known here, where the memory of the devices is not known."
-        return self._split_row(request) or self.split_group(request, self.shards_over(request))
+        return self._split_row(request) or self.split_group(request)
 
     def _split_row(self, request: PlanRequest) -> str | None:
         """The reason why rows of quantized values cannot be sharded: a scale would be for values of two rows."""
@@ -103,6 +103,9 @@ class FsdpPlanner(ModulePlanner):
         if self.within_node:
             return request.devices
         return request.num_devices
+
+    def ranks_of_matrix(self, request: PlanRequest) -> int:
+        return self.shards_over(request)
 
     def pieces(self, shape: ModelShape, n: int, rank: int, parameter: Parameter) -> Pieces:
         return row_chunk(parameter, n, rank)

@@ -20,6 +20,7 @@ from shards.load.quantizers import packed_layers, part_bytes, part_of, whole_sha
 from shards.load.slices import PIECE_BYTES, TORCH_DTYPES, Target, map_target, read_targets
 from shards.load.stored import read_stored, with_stored
 from shards.load.torch_files import read_torch_file
+from shards.model.quantization import UNPACKED_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -30,10 +31,6 @@ if TYPE_CHECKING:
     from shards.checkpoint.tensor_files import TensorEntry
     from shards.load.adapter import Adapter
     from shards.load.slices import Progress
-
-
-UNPACKED_BYTES = 128 << 20
-"""Matrices that are to be quantized are read until there are so many bytes of them, and then packed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,10 @@ INT4_GROUP, INT4_GROUPS, INT4_OUTPUTS = 64, (32, 64, 128, 256), 16
 """Inputs that share a scale in `int4_wo`, and all that torch's kernel knows; the outputs that it takes at once."""
 
 
+UNPACKED_BYTES = 128 << 20
+"""Matrices that are to be quantized are read until there are so many bytes of them, and then packed."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
     """The storage of the matrix [outputs, inputs] of a linear layer; embeddings, norms and biases keep the model's

@@ -152,6 +152,8 @@ def load_peaks(request: PlanRequest, layout: Layout) -> tuple[int | None, int]:
     if request.quantization is not None:
         layout = make_layout(replace(request, quantization=request.quantization.while_loading()))
     device = max(layout.parameter_bytes) + draft_bytes(request, 0)[0] + request.engine.overhead_bytes(request)
+    if request.device.kind != "cpu":
+        device += request.engine.packing_bytes(request)
     host = request.engine.load_host_bytes(request)
     if host is not None and request.offload == "cpu":
         host += sum(layout.offloaded_bytes[: request.devices])

@@ -258,6 +258,10 @@ class EnginePlanner(ABC):
     def overhead_bytes(self, request: PlanRequest) -> int:
         """Memory of driver and engine outside the engine's tensors."""
 
+    def packing_bytes(self, request: PlanRequest) -> int:
+        """Bytes beside the weights while they are packed, in the memory that has them."""
+        return 0
+
     @abstractmethod
     def load_host_bytes(self, request: PlanRequest) -> int | None:
         """Anonymous memory of the host of one node at the worst moment of loading; None where it is not known."""

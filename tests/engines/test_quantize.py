@@ -223,5 +223,5 @@ def test_weights_take_their_share_and_loading_little_more(tmp_path: Path) -> Non
     for row in rows:
         least, most = techniques[row["technique"]]
         assert least <= row["bytes_over_bf16"] <= most, row
-        assert row["anonymous_over_held_bytes"] <= 300e6, row
+        assert row["anonymous_over_held_bytes"] <= row["planned_over_bytes"] + 8e6 < 300e6, row
         assert row["quantize_s"] > 0, row
