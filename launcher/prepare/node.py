@@ -54,7 +54,7 @@ def _check_packages(config: RunConfig) -> None:
         python, key = config.cluster.python, "cluster.python"
     needed = list(backend.modules())
     if config.world_size > 1 and "torch" not in needed:
-        needed.append("torch")  # torchrun starts several
+        needed.append("torch")  # of which the ranks are forked
     environment = f"for {python}"
     if python is None:
         environment = "here"
