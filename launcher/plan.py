@@ -39,7 +39,7 @@ from launcher.config.keys import nearest, wrong_value
 from launcher.config.machine import UNITS, described, machine_of
 from launcher.config.schema import ConfigError
 from launcher.config.storage import Precision
-from launcher.models import EMBEDDED
+from launcher.models import embedded_folder
 from launcher.prepare.planning import default_planners
 from launcher.prepare.shapes import built_of, config_of
 from launcher.report.plan_table import Row, as_json, markdown, show, show_modules
@@ -134,7 +134,9 @@ def model_config(model: str) -> JsonObject:
         raise ConfigError(fact, f"model={near[0]}")
     preset = yaml.safe_load((conf_dir() / "model" / f"{model}.yaml").read_text(encoding="utf-8"))
     config: JsonObject | None = preset["config"]
-    return config or config_of(EMBEDDED / str(preset["path"]).removeprefix("embedded:"))
+    if config:
+        return config
+    return config_of(embedded_folder(preset["path"], "model.path") or Path(preset["path"]))
 
 
 def quantizations(values: dict[str, str], config: JsonObject) -> list[Quantization | None]:

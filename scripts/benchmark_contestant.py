@@ -75,14 +75,22 @@ def ours(job: dict[str, Any], world: World) -> tuple[Answer, Callable[[], None]]
     backend.load(plan, world, lambda done, total: None)
 
     def answer() -> Answers:
-        made = backend.generate(prompts, config.sampling, lambda *_: None)
-        return {item.index: list(item.token_ids) for item in made.completions}
+        generation = backend.generate(prompts, config.sampling, lambda *_: None)
+        return {item.index: list(item.token_ids) for item in generation.completions}
 
     return answer, backend.barrier
 
 
 def dtype_of(job: dict[str, Any]) -> torch.dtype:
-    return torch.float32 if job["precision"] == "fp32" else torch.bfloat16
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[job["precision"]]
+
+
+def eos_of(job: dict[str, Any]) -> int | None:
+    """The token that ends an answer, None where it has its full length."""
+    if job["ignore_eos"]:
+        return None
+    eos: int = job["eos"]
+    return eos
 
 
 def plain_model(job: dict[str, Any]) -> Any:
@@ -96,17 +104,19 @@ def generated(model: Any, job: dict[str, Any]) -> Answers:
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    eos = None if job["ignore_eos"] else job["eos"]
+    eos = eos_of(job)
     with torch.inference_mode():
-        made = model.generate(
+        outputs = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=job["new_tokens"], do_sample=False, eos_token_id=eos,
             pad_token_id=0, use_cache=True,
         )  # fmt: skip
-    return {index: until_eos(row, eos) for index, row in enumerate(made[:, width:].tolist())}
+    return {index: until_eos(row, eos) for index, row in enumerate(outputs[:, width:].tolist())}
 
 
 def until_eos(row: list[int], eos: int | None) -> list[int]:
-    return row[: row.index(eos) + 1] if eos in row else row
+    if eos in row:
+        return row[: row.index(eos) + 1]
+    return row
 
 
 def model_generate(job: dict[str, Any], world: World) -> tuple[Answer, Callable[[], None]]:
@@ -122,7 +132,11 @@ def fabric_fsdp(job: dict[str, Any], world: World) -> tuple[Answer, Callable[[],
     fully_shard = importlib.import_module("torch.distributed.fsdp").fully_shard
 
     def parallelize(model: Any, mesh: Any) -> Any:
-        for layer in getattr(model, "transformer", model).h if hasattr(model, "transformer") else model.model.layers:
+        if hasattr(model, "transformer"):
+            layers = model.transformer.h
+        else:
+            layers = model.model.layers
+        for layer in layers:
             fully_shard(layer, mesh=mesh["data_parallel"])
         return fully_shard(model, mesh=mesh["data_parallel"])
 
@@ -156,15 +170,17 @@ def bare_vllm(job: dict[str, Any], world: World) -> tuple[Answer, Callable[[], N
     llm = vllm.LLM(
         job["folder"], tensor_parallel_size=job["devices"], dtype=dtype, skip_tokenizer_init=True, **job["arguments"]
     )
-    stop = [] if job["ignore_eos"] else [job["eos"]]
+    stop = []
+    if not job["ignore_eos"]:
+        stop.append(job["eos"])
     sampling = vllm.SamplingParams(
         temperature=0, max_tokens=job["new_tokens"], ignore_eos=job["ignore_eos"], stop_token_ids=stop, detokenize=False
     )
     requests = [{"prompt_token_ids": row} for row in job["prompts"]]
 
     def answer() -> Answers:
-        made = llm.generate(requests, sampling, use_tqdm=False)
-        return {index: list(item.outputs[0].token_ids) for index, item in enumerate(made)}
+        outputs = llm.generate(requests, sampling, use_tqdm=False)
+        return {index: list(item.outputs[0].token_ids) for index, item in enumerate(outputs)}
 
     return answer, llm.reset_prefix_cache
 
@@ -187,10 +203,10 @@ def litgpt(job: dict[str, Any], world: World) -> tuple[Answer, Callable[[], None
     convert.copy_weights_hf_llama(config, {}, weights, plain_model(job).state_dict())
     gpt = model.GPT(config).to(dtype_of(job)).eval()
     gpt.load_state_dict(weights)
-    eos = None if job["ignore_eos"] else job["eos"]
+    eos = eos_of(job)
 
     def answer() -> Answers:
-        made = {}
+        answers = {}
         for index, row in enumerate(job["prompts"]):
             most = len(row) + job["new_tokens"]
             with torch.inference_mode():
@@ -198,8 +214,8 @@ def litgpt(job: dict[str, Any], world: World) -> tuple[Answer, Callable[[], None
                 gpt.set_kv_cache(batch_size=1, dtype=dtype_of(job))
                 ids = base.generate(gpt, torch.tensor(row), most, temperature=0.0, eos_id=eos, include_prompt=False)
                 gpt.clear_kv_cache()
-            made[index] = ids.tolist()
-        return made
+            answers[index] = ids.tolist()
+        return answers
 
     return answer, lambda: None
 

@@ -112,7 +112,7 @@ def write_random(folder: Path, fields: dict[str, Any], precision: str) -> None:
         "save_file(dict(model.named_parameters()), sys.argv[1] + '/model.safetensors', {'format': 'pt'});"
         "model.config.save_pretrained(sys.argv[1])"
     )
-    dtype = "float32" if precision == "fp32" else "bfloat16"
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
     command = [sys.executable, "-c", program, str(folder), json.dumps(fields), dtype]
     subprocess.run(command, check=True, timeout=LIMIT_S, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
@@ -144,7 +144,9 @@ def ceiling(like: tuple[str, ...], job: dict[str, Any]) -> float | None:
     fields = json.loads((Path(job["folder"]) / "config.json").read_text())
     prompts = [Prompt(index, "", tuple(row)) for index, row in enumerate(job["prompts"])]
     plan = plan_of(config, fields, None, prompts, False)
-    return None if plan is None or plan.limit is None else plan.limit.tokens_per_s
+    if plan is None or plan.limit is None:
+        return None
+    return plan.limit.tokens_per_s
 
 
 def measure(groups: list[Group], repeats: int, end: float, tick: Callable[[], None]) -> list[dict[str, Any]]:
@@ -157,12 +159,12 @@ def measure(groups: list[Group], repeats: int, end: float, tick: Callable[[], No
             break
         row = {"load_average": os.getloadavg()[0]}
         for group in chance.sample(groups, len(groups)):
-            found = None if group.failure else group.turn()
-            if found:
-                answers = {int(index): ids for one in found for index, ids in one["answers"].items()}
-                row[group.name] = (max(one["seconds"] for one in found), answers)
+            if not group.failure and (parts := group.turn()):
+                answers = {int(index): ids for part in parts for index, ids in part["answers"].items()}
+                row[group.name] = (max(part["seconds"] for part in parts), answers)
             tick()
-        rounds += [row] if number else []
+        if number:
+            rounds.append(row)
     return rounds
 
 
@@ -196,7 +198,9 @@ def speed_of(turn: tuple[float, dict[int, list[int]]]) -> float:
 def ratio(rounds: list[dict[str, Any]], name: str, other: str) -> float | None:
     """The median of the ratios of the speeds of two contestants in each round."""
     ratios = [speed_of(row[name]) / speed_of(row[other]) for row in rounds if name in row and other in row]
-    return statistics.median(ratios) if ratios else None
+    if not ratios:
+        return None
+    return statistics.median(ratios)
 
 
 def weight_of(points: list[tuple[str, str]]) -> float:
@@ -268,9 +272,10 @@ def run_point(
         job = job_of(model, folder, precision, options.prompts, new_tokens)
         try:
             for number, one in enumerate(chosen):
-                own = {"kind": one.kind, "devices": one.devices or options.ranks, "overrides": one.like, **one.more}
+                devices = one.devices or options.ranks
+                job_of_one = {**job, "kind": one.kind, "devices": devices, "overrides": one.like, **one.more}
                 processes = options.ranks if one.ranks else 1
-                groups.append(Group(one.name, {**job, **own}, processes, Path(scratch) / f"{number}.log"))
+                groups.append(Group(one.name, job_of_one, processes, Path(scratch) / f"{number}.log"))
                 groups[-1].start()
                 tick()
             rounds = measure(groups, options.repeats, end, tick)

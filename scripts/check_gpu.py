@@ -55,7 +55,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of a step: open | ok | refused | failed | cut off, the latter two after so many tries."""
+    """The outcome of a step: open | ok | refused | failed | cut off, the latter two after so many tries."""
 
     state: str
     tries: int = 0
@@ -70,28 +70,24 @@ class Result:
 
 def steps(out: Path, rehearse: bool, cards: int) -> list[Step]:
     """All that is to be done on a machine with so many cards, in this order."""
-    doctor = ("-m", "launcher.doctor", "--json", *(("--timeout", "5") if rehearse else ()))
+    doctor, accelerator = ("-m", "launcher.doctor", "--json"), "cuda"
+    if rehearse:
+        doctor, accelerator = (*doctor, "--timeout", "5"), "cpu"
     tests = ("-m", "pytest", "-q", "-o", "addopts=-ra", "-p", "no:cacheprovider", "tests/engines/test_gpu.py")
-    place = "accelerator=cpu" if rehearse else "accelerator=cuda"
-    rates = [  # of one card and of two, which share links: a run takes those of as many as it has
-        Step(f"probe_x{count}", (sys.executable, "-m", "launcher.probe", place, f"devices={count}"), 60, words=4)
-        for count in (1, 2)[: max(cards, 1)]
-    ]
-    found = [
-        Step("doctor", (sys.executable, *doctor), needs_s=60),
-        *rates,
-        *(_run(point, out, rehearse) for point in points(rehearse, cards)),
-    ]
+    todo = [Step("doctor", (sys.executable, *doctor), needs_s=60)]
+    for count in (1, 2)[: max(cards, 1)]:  # two cards share links: a run takes the rates of as many as it has
+        probe = (sys.executable, "-m", "launcher.probe", f"accelerator={accelerator}", f"devices={count}")
+        todo.append(Step(f"probe_x{count}", probe, 60, words=4))
     if importlib.util.find_spec("pytest"):
-        found.insert(1 + len(rates), Step("tests", (sys.executable, *tests), needs_s=300))
-    return found
+        todo.append(Step("tests", (sys.executable, *tests), needs_s=300))
+    return [*todo, *(_run(point, out, rehearse) for point in points(rehearse, cards))]
 
 
 def points(rehearse: bool, cards: int) -> list[Point]:
     """The runs, those first that tell most. What does not fit the planner refuses."""
     if rehearse:
         return [Point("transformers", "tiny_falcon", 1), Point("fsdp", "tiny_llama", 2, devices=2)]
-    vllm = ("vllm",) if importlib.util.find_spec("vllm") else ()
+    vllm = tuple(name for name in ("vllm",) if importlib.util.find_spec(name))
     ways = [Point("transformers", model, 1, compile=way) for way in ("cudagraph", "none") for model in MODELS[1:3]]
     alone = [Point(engine, model, batch) for batch in BATCHES for model in MODELS for engine in ("transformers", *vllm)]
     alone = ways + alone + [Point("transformers", model, 1, compile="inductor") for model in MODELS[1:3]]
@@ -101,15 +97,19 @@ def points(rehearse: bool, cards: int) -> list[Point]:
         for model in MODELS
         for engine in ("tensor_parallel", "fsdp", *vllm)
     ]
-    return [*alone, Point("fsdp", "falcon_7b", 8), *(together if cards > 1 else [])]
+    alone.append(Point("fsdp", "falcon_7b", 8))
+    if cards > 1:
+        return alone + together
+    return alone
 
 
 def _run(point: Point, out: Path, rehearse: bool) -> Step:
     """The step of a point."""
-    place = ("accelerator=cpu", "precision=fp32") if rehearse else ("accelerator=cuda", "precision=bf16")
-    lengths = (8, 4) if rehearse else (PROMPT_TOKENS, NEW_TOKENS)
+    device, lengths, needs_s = ("accelerator=cuda", "precision=bf16"), (PROMPT_TOKENS, NEW_TOKENS), 150
+    if rehearse:
+        device, lengths, needs_s = ("accelerator=cpu", "precision=fp32"), (8, 4), 10
     overrides = [
-        f"backend={point.engine}", f"model={point.model}", "model.weights=random", *place, f"devices={point.devices}",
+        f"backend={point.engine}", f"model={point.model}", "model.weights=random", *device, f"devices={point.devices}",
         "prompts=synthetic", f"prompts.count={point.batch}", f"prompts.input_tokens={lengths[0]}",
         f"prompts.output_tokens={lengths[1]}", f"measure.repeats={REPEATS}",
         f"output_dir={out / 'runs'}",
@@ -120,13 +120,14 @@ def _run(point: Point, out: Path, rehearse: bool) -> Step:
         overrides.append(f"measure.batch_size={point.batch}")
     else:
         overrides.append(f"backend.kv_cache_memory_bytes={VLLM_CACHE}")
-    ranks = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={point.devices}")
-    command = (sys.executable, *(ranks if point.devices > 1 else ()), str(PAIR), *overrides)
-    return Step(point.name, command, needs_s=10 if rehearse else 150, point=point)
+    command = [sys.executable, str(PAIR), *overrides]
+    if point.devices > 1:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={point.devices}"]
+    return Step(point.name, tuple(command), needs_s=needs_s, point=point)
 
 
 def read(out: Path, step: Step) -> Result:
-    """What earlier calls have come to."""
+    """The outcome of earlier calls."""
     try:
         values = json.loads((out / f"{step.name}.json").read_text())
     except FileNotFoundError:
@@ -158,10 +159,14 @@ def make(out: Path, step: Step, before: Result, limit_s: float, environ: dict[st
             code = None
         finally:
             end(process)
-    state = {None: "cut off", 0: "ok", REFUSED: "refused" if step.point else "failed"}.get(code, "failed")
+    state = {None: "cut off", 0: "ok"}.get(code, "failed")
+    if code == REFUSED and step.point:
+        state = "refused"
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or [""]
     seconds = time.monotonic() - began
-    last = "; ".join(lines[-step.words :]) if code is not None else f"did not end within {limit_s:.0f} s"
+    last = f"did not end within {limit_s:.0f} s"
+    if code is not None:
+        last = "; ".join(lines[-step.words :])
     result = replace(result, state=state, code=code, seconds=seconds, last=last)
     write(out, step, result)
     return result
@@ -181,7 +186,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 def check(out: Path, todo: list[Step], within_s: float, rehearse: bool) -> int:
     """Make what is left of the steps, while there is time; the exit code."""
-    deadline = time.monotonic() + within_s if within_s else float("inf")
+    deadline = time.monotonic() + (within_s or float("inf"))
     environ = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     if rehearse:  # and leave the figures of this machine as they are
         environ |= {"XDG_CACHE_HOME": str(out / "cache"), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -199,7 +204,9 @@ def check(out: Path, todo: list[Step], within_s: float, rehearse: bool) -> int:
     if open_steps:
         print(f"{len(open_steps)} steps are left: {', '.join(open_steps)}. HINT: the same command", file=sys.stderr)
         return AGAIN
-    return 0 if all(result.state in ("ok", "refused") for result in results.values()) else 1
+    if any(result.state not in ("ok", "refused") for result in results.values()):
+        return 1
+    return 0
 
 
 def main() -> int:
@@ -209,13 +216,15 @@ def main() -> int:
     parser.add_argument("--within", type=float, default=WITHIN_S, metavar="SECONDS", help="end before (0: no limit)")
     parser.add_argument("--rehearse", action="store_true", help="the same steps on a CPU, with tiny models")
     arguments = parser.parse_args()
-    cards = () if arguments.rehearse else cuda_devices(os.environ)
-    if not cards and not arguments.rehearse:
-        print("No CUDA device can be seen. HINT: scripts/check_gpu.sh --rehearse", file=sys.stderr)
-        return 2
+    num_cards = 0
+    if not arguments.rehearse:
+        num_cards = len(cuda_devices(os.environ))
+        if not num_cards:
+            print("No CUDA device can be seen. HINT: scripts/check_gpu.sh --rehearse", file=sys.stderr)
+            return 2
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    return check(out, steps(out, arguments.rehearse, len(cards)), arguments.within, arguments.rehearse)
+    return check(out, steps(out, arguments.rehearse, num_cards), arguments.within, arguments.rehearse)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,10 @@ def shared(plain: torch.nn.Module, model: torch.nn.Module) -> bool:
     for name, _ in names:
         path, _, last = name.rpartition(".")
         module = plain.get_submodule(path)
-        (module._parameters if last in module._parameters else module._buffers)[last] = tensors[name]
+        kept = module._buffers
+        if last in module._parameters:
+            kept = module._parameters
+        kept[last] = tensors[name]
     return True
 
 
@@ -147,9 +150,9 @@ class Beside:
         self.engine.barrier()
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Generation:
-        made: Generation = self.engine.generate(prompts, sampling, on_step)
-        self.completions = made.completions
-        return made
+        generation: Generation = self.engine.generate(prompts, sampling, on_step)
+        self.completions = generation.completions
+        return generation
 
     def memory(self) -> list[DeviceMemory]:
         devices: list[DeviceMemory] = self.engine.memory()
@@ -157,15 +160,18 @@ class Beside:
 
     def close(self) -> None:
         if self.plain or self.failure:
-            plain = self.plain
-            tokens = plain.tokens if plain else {}
+            tokens, values = {}, {"seconds": [], "new_tokens": 0, "peak_allocated_bytes": None}
+            if plain := self.plain:
+                tokens = plain.tokens
+                values = {
+                    "seconds": plain.seconds, "new_tokens": plain.new_tokens * len(plain.prompts),
+                    "peak_allocated_bytes": plain.peak_allocated_bytes,
+                }  # fmt: skip
             answers = {item.index: list(item.token_ids) for item in self.completions}
             same = [index for index, answer in answers.items() if tokens.get(index) == answer]
             assert self.config.run_dir is not None
             write_json(Path(self.config.run_dir) / PLAIN, {
-                "seconds": plain.seconds if plain else [],
-                "new_tokens": plain.new_tokens * len(plain.prompts) if plain else 0,
-                "peak_allocated_bytes": plain.peak_allocated_bytes if plain else None,
+                **values,
                 "weights_of_its_own_bytes": self.own_bytes,
                 "prompts": len(answers),
                 "prompts_with_the_same_tokens": len(same),

@@ -38,19 +38,26 @@ class Point:
     @property
     def name(self) -> str:
         name = f"{self.model}_{self.engine}_x{self.devices}_b{self.batch}"
-        return f"{name}_{self.compile}" if self.compile else name
+        if self.compile:
+            return f"{name}_{self.compile}"
+        return name
 
 
 def write_table(out: Path, rows: list[tuple[str, Point | None, dict[str, Any]]]) -> None:
     """OUT/table.md: `rows` are the steps with their points and results."""
     told = describe()
     cards = told.gpus
-    hardware = f"{', '.join(map(str, cards.names))}, driver {cards.driver}" if cards else told.cpu or "a processor"
+    hardware, state = told.cpu or "a processor", "no commit"
+    if cards:
+        hardware = f"{', '.join(map(str, cards.names))}, driver {cards.driver}"
+    if told.git:
+        state = f"commit {told.git.commit[:12]}"
+        if told.git.dirty:
+            state += " with changes"
     packages = ", ".join(f"{name} {version}" for name, version in told.packages.items())
-    state = told.git.commit[:12] + (" with changes" if told.git.dirty else "") if told.git else "no commit"
     lines = [
         f"# {hardware}", "",
-        f"{date.today().isoformat()}, commit {state}, Python {told.python}, {packages}", "",
+        f"{date.today().isoformat()}, {state}, Python {told.python}, {packages}", "",
         "| step | state | tries | seconds | its last words |", "| --- | --- | ---: | ---: | --- |",
     ]  # fmt: skip
     for name, point, result in rows:
@@ -67,7 +74,9 @@ def write_table(out: Path, rows: list[tuple[str, Point | None, dict[str, Any]]])
 def step_cells(name: str, point: Point | None, result: dict[str, Any]) -> list[str]:
     """State and last words: of a run its error, of the doctor what is to be mended."""
     last = result["last"]
-    told = json.loads(last) if last.startswith("{") else {}
+    told = {}
+    if last.startswith("{"):
+        told = json.loads(last)
     if point is not None and told:
         last = (told.get("error") or {}).get("message", "")
     elif "checks" in told:
@@ -89,6 +98,10 @@ def figures(run_dir: Path) -> list[str]:
     ours = record["metrics"]["new_tokens_per_s"]["values"]
     theirs = [plain["new_tokens"] / seconds for seconds in plain["seconds"]]
     ratios = [one / other for one, other in zip(ours, theirs, strict=False)]
+    of_plain = [plain["failure"] or "-", "-", "-"]  # speed, ratio, same tokens
+    if ratios:
+        same = f"{plain['prompts_with_the_same_tokens']}/{plain['prompts']}"
+        of_plain = [spread(theirs), f"{statistics.median(ratios):.3f}", same]
     device, planned = record["devices"][0], record["plan"]["devices"][0]
     peak = device["peak_allocated_bytes"]
     if peak is not None and not (record["backend"] == "vllm" and record["num_devices"] == 1):  # a process of its own
@@ -98,8 +111,7 @@ def figures(run_dir: Path) -> list[str]:
     return [
         steps_cell(record["compilation"]),
         spread(ours),
-        spread(theirs) if theirs else plain["failure"] or "-",
-        f"{statistics.median(ratios):.3f}" if ratios else "-",
+        *of_plain[:2],
         percent(record["mbu"]["share"]),
         percent(record["ceiling"]["share"]),
         milliseconds(record["ttft_s"]),
@@ -108,7 +120,7 @@ def figures(run_dir: Path) -> list[str]:
         gib(device["kv_cache_bytes"], planned["kv_cache_bytes"]),
         gib(peak, most),
         gib(plain["peak_allocated_bytes"]),
-        f"{plain['prompts_with_the_same_tokens']}/{plain['prompts']}" if theirs else "-",
+        of_plain[2],
     ]
 
 
@@ -126,14 +138,22 @@ def spread(values: list[float]) -> str:
 
 
 def percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
+    if share is None:
+        return "-"
+    return f"{share:.1%}"
 
 
 def milliseconds(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1000:,.2f}"
+    if seconds is None:
+        return "-"
+    return f"{seconds * 1000:,.2f}"
 
 
 def gib(measured: int | None, planned: int | None = None) -> str:
     """In GiB, with as many digits as tiny models need."""
-    known = "-" if measured is None else f"{measured / GIB:.4g}"
-    return known if planned is None else f"{known} ({planned / GIB:.4g})"
+    text = "-"
+    if measured is not None:
+        text = f"{measured / GIB:.4g}"
+    if planned is not None:
+        text += f" ({planned / GIB:.4g})"
+    return text

@@ -13,12 +13,12 @@ from launcher.config.engines import NO_PLAN
 from launcher.config.formats import Weights
 from launcher.config.schema import Accelerator, ConfigError, MeasureConfig, Scheduling
 from launcher.config.unread import unread_batch_size
-from launcher.models import EMBEDDED
+from launcher.models import EMBEDDED, embedded_folder
 from launcher.prepare.compiling import check_compile
 from launcher.prepare.experiments import check_experiment
 from launcher.prepare.node import check_node
 from launcher.prepare.planning import paces, plan_of, short_memory
-from launcher.prepare.shapes import built_of, config_of, embedded_folder
+from launcher.prepare.shapes import built_of, config_of
 from launcher.prepare.speculative import settle_guesses
 from launcher.prompts.prompts import check_context, guessed_prompts, is_text_without_tokenizer, load_prompts
 from launcher.prompts.quality import windows

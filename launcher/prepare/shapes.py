@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import sys
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from launcher.config.schema import ConfigError
-from launcher.models import EMBEDDED
 from shards.errors import CheckpointError, PlanError
 from shards.model.any_shape import Built, ask_transformers, shape_from_tensors
 from shards.model.config_fields import check_config
@@ -24,21 +21,6 @@ if TYPE_CHECKING:
     from shards.checkpoint.tensor_files import TensorEntry
     from shards.model.config_fields import TransformersConfig
     from shards.untrusted_files import JsonObject
-
-
-def embedded_folder(path: str, key: str) -> Path | None:
-    """The folder of an embedded model, None for a path of another kind; ConfigError if there is no such model.
-
-    `key` is the key that the path was given by.
-    """
-    name = path.removeprefix("embedded:")
-    if name == path:
-        return None
-    if not (EMBEDDED / name / "config.json").is_file():
-        known = sorted(config.parent.name for config in EMBEDDED.glob("*/config.json"))
-        near = difflib.get_close_matches(name, known, 1, cutoff=0)[0]
-        raise ConfigError(f"There is no embedded model {name!r}.", f"{key}=embedded:{near}")
-    return EMBEDDED / name
 
 
 def config_of(folder: Path) -> JsonObject:

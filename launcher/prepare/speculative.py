@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from launcher.backends.slots.families import why_no_guesses, why_static
 from launcher.config.schema import ConfigError
 from launcher.config.speculative import DRAFT
-from launcher.prepare.shapes import built_of, config_of, embedded_folder
+from launcher.models import embedded_folder
+from launcher.prepare.shapes import built_of, config_of
 from shards.checkpoint.hub import resolve
 from shards.model.config_fields import ConfigFields
 from shards.model.quantized_checkpoint import from_config

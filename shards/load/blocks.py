@@ -50,14 +50,18 @@ def block_of(tensor: torch.Tensor) -> Block | None:
 def whole(name: str, tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
     """Name and shape of a tensor in the uncut model."""
     block = block_of(tensor)
-    return (name, tuple(tensor.shape)) if block is None else (block.name, block.shape)
+    if block is None:
+        return name, tuple(tensor.shape)
+    return block.name, block.shape
 
 
 def local_block(tensor: torch.Tensor) -> tuple[tuple[int, ...], torch.Tensor]:
     """The local part of a tensor, and its start in the whole tensor."""
     if not isinstance(tensor, DTensor):
         block = block_of(tensor)
-        return (0,) * tensor.dim() if block is None else block.start, tensor.detach()
+        if block is None:
+            return (0,) * tensor.dim(), tensor.detach()
+        return block.start, tensor.detach()
     local = local_tensor(tensor)
     shape, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     assert tuple(shape) == tuple(local.shape), f"local shape {tuple(local.shape)}, by its placement {tuple(shape)}"

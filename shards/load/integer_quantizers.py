@@ -108,7 +108,9 @@ class GroupsInt4(Quantizer):
             weight = layer.weight.view(torch.int32).view(*tiles(*layer.packed_shape))
             product = torch._weight_int4pack_mm(flat, weight, self.group, layer.weight_scale)
         product = product.view(*rows.shape[:-1], -1)
-        return product if bias is None else product + bias
+        if bias is None:
+            return product
+        return product + bias
 
     def _check(self, device: torch.device) -> None:
         if device.type == "cuda" and self.dtype is not torch.bfloat16:

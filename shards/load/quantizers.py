@@ -92,7 +92,9 @@ class RowsInt8(Quantizer):
             product = product.view(*rows.shape[:-1], -1)
         else:
             product = linear(rows, layer.weight.to(rows.dtype)) * layer.weight_scale
-        return product if bias is None else product + bias
+        if bias is None:
+            return product
+        return product + bias
 
 
 PIECE_VALUES = 1 << 20

@@ -46,10 +46,13 @@ def make_stored(form: Quantization, dtype: torch.dtype, zeros_from: int) -> Quan
     """The quantizer that keeps matrices as a checkpoint has them; GPTQ's zero points begin at `zeros_from`."""
     quantizer: Quantizer
     if form.unpacks and not form.flat:
-        quantizer = GroupIntegers(form, dtype) if form.scales == 2 else BytesFp8(form, dtype)
+        quantizer = BytesFp8(form, dtype)
+        if form.scales == 2:
+            quantizer = GroupIntegers(form, dtype)
+    elif form.scales == 2:
+        quantizer = make_quantizer("int4_wo", dtype)
     else:
-        kind = "int4_wo" if form.scales == 2 else "int8_dyn" if form.name == "int8_channel" else form.name
-        quantizer = make_quantizer(kind, dtype)
+        quantizer = make_quantizer({"int8_channel": "int8_dyn"}.get(form.name, form.name), dtype)
     if isinstance(quantizer, GroupsInt4):
         quantizer.group = form.block[1]
     quantizer.form, quantizer.zeros_from = form, zeros_from

@@ -71,7 +71,9 @@ class Quantization:
 
     def while_loading(self) -> Quantization:
         """The storage until all weights are loaded."""
-        return replace(self, zero_points=True) if self.zeros_to_load else self
+        if self.zeros_to_load:
+            return replace(self, zero_points=True)
+        return self
 
     def chooses(self, module: str) -> bool:
         """True if a module of the decoder layers, by its name, is stored quantized."""
@@ -92,18 +94,26 @@ class Quantization:
         values = -(-columns * self.bits // (8 * self.word)) * self.word * rows
         if self.flat:
             values = -(-rows * columns * self.bits // 8)
-        parts = _PARTS_OF_FUSED if self.fused and parameter.cut == "query_key_value" else 1
+        parts, once = 1, self.layer_bytes
+        if self.fused and parameter.cut == "query_key_value":
+            parts = _PARTS_OF_FUSED
         if self.ordered and self.kept:
             values += 4 * columns
-        once = 0 if self.fused and parameter.name.endswith(_JOINED) else self.layer_bytes
+        if self.fused and parameter.name.endswith(_JOINED):
+            once = 0
         return values + self._scales_bytes(rows, columns, parts, dtype_bytes) + parts * self.part_bytes + once
 
     def _scales_bytes(self, rows: int, columns: int, parts: int, dtype_bytes: int) -> int:
-        across = ceil(columns / self.block[1]) if self.block[1] else 1
-        scales = across * (ceil(rows / self.block[0]) if self.block[0] else parts)
+        across, down, zeros = 1, parts, 0
+        if self.block[1]:
+            across = ceil(columns / self.block[1])
+        if self.block[0]:
+            down = ceil(rows / self.block[0])
+        scales = across * down
         if self.flat:
             scales = ceil(rows * columns / self.flat)
-        zeros = across * 4 * ceil(rows * self.bits / 32) if self.zero_points else 0
+        if self.zero_points:
+            zeros = across * 4 * ceil(rows * self.bits / 32)
         if self.nested:
             return scales + 4 * ceil(scales / self.nested) + zeros
         return self.scales * scales * (self.scale_bytes or dtype_bytes) + zeros
@@ -142,7 +152,9 @@ class Quantization:
             ("outputs", held[0], parameter.shape[0], self.block[0]),
             ("inputs", held[1], parameter.shape[1], self.block[1]),
         ):
-            unit = max(together, per_word) if self.word > 1 else together
+            unit = together
+            if self.word > 1:
+                unit = max(together, per_word)
             if unit > 1 and size % unit and (self.word > 1 or size != whole):
                 return f"{size} {what} on each device cannot be divided by the {unit} that {self.name} keeps together"
         return None
@@ -187,7 +199,9 @@ class Storage:
         """The kind that parameters of equal shape must share to have equal bytes."""
         if self.quantization is None or not self.quantization.applies(parameter):
             return ""
-        return "joined" if parameter.name.endswith(_JOINED) else "quantized"
+        if parameter.name.endswith(_JOINED):
+            return "joined"
+        return "quantized"
 
 
 @cache

@@ -31,7 +31,9 @@ def from_config(config: TransformersConfig) -> Quantization | None:
 
     PlanError, in one line, for a method whose bytes are not known here, or which no engine reads any more.
     """
-    name = "quantization_config" if config.get("quantization_config") else "compression_config"
+    name = "compression_config"
+    if config.get("quantization_config"):
+        name = "quantization_config"
     given = ConfigFields(config).group(name)
     if not given.fields:
         return None
@@ -53,15 +55,20 @@ def _gptq(given: ConfigFields) -> Quantization:
     """
     bits, group, symmetric = given.size("bits"), _group_size(given, "group_size"), given.flag("sym", True)
     if bits not in (4, 8) or not symmetric:
-        sort = "symmetric" if symmetric else "asymmetric"
-        raise PlanError(f"vLLM reads symmetric GPTQ of 4 or 8 bits, not {sort} of {bits}.", _UNQUANTIZED)
+        kind = "asymmetric"
+        if symmetric:
+            kind = "symmetric"
+        raise PlanError(f"vLLM reads symmetric GPTQ of 4 or 8 bits, not {kind} of {bits}.", _UNQUANTIZED)
     is_ordered = given.flag("desc_act", False) and group > 0
+    name = _grouped_name("gptq", bits, group)
+    if is_ordered:
+        name += "_desc_act"
     rules = given.group("dynamic").fields
     if positive := [rule for rule in rules if not rule.startswith("-:")]:
         raise PlanError(f"The GPTQ rule {positive[0]!r} for single modules cannot be planned.", _UNQUANTIZED)
     return replace(
         QUANTIZATIONS["int4_g128"],
-        name=_grouped_name("gptq", bits, group) + ("_desc_act" if is_ordered else ""),
+        name=name,
         ordered=is_ordered,
         bits=bits,
         block=(1, group),
@@ -75,8 +82,9 @@ def _gptq(given: ConfigFields) -> Quantization:
 
 def _awq(given: ConfigFields) -> Quantization:
     """Names that are not converted are parts of names. Source: AutoAWQConfig in quantization/auto_awq.py."""
-    bits = given.size("bits" if "bits" in given.fields else "w_bit")
-    group = _group_size(given, "group_size" if "group_size" in given.fields else "q_group_size")
+    bits_name = next((name for name in ("bits", "w_bit") if name in given.fields), "w_bit")
+    group_name = next((name for name in ("group_size", "q_group_size") if name in given.fields), "q_group_size")
+    bits, group = given.size(bits_name), _group_size(given, group_name)
     if bits != 4:
         raise PlanError(f"vLLM reads AWQ of 4 bits, not of {bits}.", _UNQUANTIZED)
     return replace(
@@ -90,21 +98,29 @@ def _awq(given: ConfigFields) -> Quantization:
 
 def _fp8(given: ConfigFields) -> Quantization:
     """A scale a matrix, or a block; static activations have one more. Source: Fp8LinearMethod in vLLM's fp8.py."""
+    name, part_bytes = "fp8", 0
     block = _block(given, "weight_block_size")
+    if block is not None:
+        name = f"fp8_{block[0]}x{block[1]}"
+    if given.fields.get("activation_scheme") == "static":
+        part_bytes = 4
     names = given.texts("ignored_layers") or given.texts("modules_to_not_convert")
     return replace(
         QUANTIZATIONS["fp8"],
-        name="fp8" if block is None else f"fp8_{block[0]}x{block[1]}",
+        name=name,
         block=block or (0, 0),
-        part_bytes=4 if given.fields.get("activation_scheme") == "static" else 0,
+        part_bytes=part_bytes,
         skipped=tuple(f"^{re.escape(name)}$" for name in names),
     )
 
 
 def _bitsandbytes(given: ConfigFields) -> Quantization:
     """Names are the beginning or the end of a module's. Source: should_convert_module in transformers/quantizers."""
-    four = given.flag("load_in_4bit", False) or given.flag("_load_in_4bit", False)
-    scheme = ("nf4_dq" if given.flag("bnb_4bit_use_double_quant", False) else "nf4") if four else "int8"
+    scheme = "int8"
+    if given.flag("load_in_4bit", False) or given.flag("_load_in_4bit", False):
+        scheme = "nf4"
+        if given.flag("bnb_4bit_use_double_quant", False):
+            scheme = "nf4_dq"
     kind = str(given.fields.get("bnb_4bit_quant_type") or "fp4")
     names = given.texts("llm_int8_skip_modules")
     return replace(
@@ -125,34 +141,48 @@ def _compressed(given: ConfigFields) -> Quantization:
         raise PlanError("Only compressed-tensors with one group, of all linear layers, can be planned.", _UNQUANTIZED)
     weights, activations = groups.group(names[0]).group("weights"), groups.group(names[0]).group("input_activations")
     bits, kind, strategy = weights.size("num_bits"), weights.fields.get("type", "int"), weights.fields.get("strategy")
-    group = weights.size("group_size") if strategy == "group" else 0
+    group = 0
+    if strategy == "group":
+        group = weights.size("group_size")
     block = {"channel": (1, 0), "group": (1, group), "block": _block(weights, "block_structure")}.get(str(strategy))
     packed = kind == "int" and bits in (4, 8) and not activations.fields and strategy in ("channel", "group")
-    in_bytes = bits == 8 and strategy in (("tensor", "channel", "block") if kind == "float" else ("tensor", "channel"))
+    in_bytes = bits == 8 and (strategy in ("tensor", "channel") or (strategy == "block" and kind == "float"))
     sparse = given.group("sparsity_config").fields.get("format", "dense") != "dense"
     if sparse or not (packed or in_bytes):
-        scheme = f"{strategy}-wise {kind}{bits}" + (" with quantized activations" if activations.fields else "")
-        raise PlanError(
-            f"Compressed-tensors of {scheme}{', sparse,' if sparse else ''} cannot be planned.", _UNQUANTIZED
-        )
-    static = bool(activations.fields) and not activations.flag("dynamic", False)
-    beside = 4 + (not activations.flag("symmetric", True)) if static and kind == "int" else 0
+        scheme = f"{strategy}-wise {kind}{bits}"
+        if activations.fields:
+            scheme += " with quantized activations"
+        if sparse:
+            scheme += ", sparse,"
+        raise PlanError(f"Compressed-tensors of {scheme} cannot be planned.", _UNQUANTIZED)
+    name, like, layer_bytes, part_bytes = f"{kind}8_{strategy}", QUANTIZATIONS["fp8"], 0, 0
+    if packed:
+        name, like, layer_bytes = _grouped_name(f"{kind}", bits, group), QUANTIZATIONS["int4_g128"], 2 * 8
+    is_static = bool(activations.fields) and not activations.flag("dynamic", False)
+    if is_static and kind == "float":
+        part_bytes = 4
+    elif is_static and kind == "int" and not packed:
+        layer_bytes = 4 + (not activations.flag("symmetric", True))
     return replace(
-        QUANTIZATIONS["int4_g128" if packed else "fp8"],
-        name=_grouped_name(f"{kind}", bits, group) if packed else f"{kind}8_{strategy}",
+        like,
+        name=name,
         bits=bits,
         block=block or (0, 0),
         zero_points=packed and not weights.flag("symmetric", True),
-        part_bytes=4 if static and kind == "float" else 0,
-        layer_bytes=2 * 8 if packed else beside,
+        part_bytes=part_bytes,
+        layer_bytes=layer_bytes,
         eight_bit_products=bool(activations.fields),
         with_fp32=True,
         ordered=packed and weights.fields.get("actorder") in (True, "group"),
-        skipped=tuple(
-            f"^(?:{_pattern(name.removeprefix('re:'))})" if name.startswith("re:") else f"^{re.escape(name)}$"
-            for name in given.texts("ignore")
-        ),
+        skipped=tuple(map(_ignored, given.texts("ignore"))),
     )
+
+
+def _ignored(name: str) -> str:
+    """A regular expression of the modules that a name in `ignore` stands for, which may be one behind `re:`."""
+    if name.startswith("re:"):
+        return f"^(?:{_pattern(name.removeprefix('re:'))})"
+    return f"^{re.escape(name)}$"
 
 
 _READERS: dict[str, Callable[[ConfigFields], Quantization]] = {
@@ -172,10 +202,12 @@ def unpacked(tensors: Mapping[str, tuple[int, ...]], quantization: Quantization)
         if _BESIDE.search(name):
             continue
         if name.endswith(".qweight"):
-            by_inputs = not quantization.name.startswith("awq")
             inputs, outputs = shape
-            pair = (outputs, inputs * per_word) if by_inputs else (outputs * per_word, inputs)
-            shapes[f"{name.removesuffix('qweight')}weight"] = pair
+            if quantization.name.startswith("awq"):
+                outputs *= per_word
+            else:
+                inputs *= per_word
+            shapes[f"{name.removesuffix('qweight')}weight"] = (outputs, inputs)
         elif name.endswith(".weight_packed"):
             shapes[name.removesuffix("_packed")] = (shape[0], shape[1] * per_word)
         elif quantization.flat and len(shape) == 2 and shape[1] == 1:
@@ -186,7 +218,12 @@ def unpacked(tensors: Mapping[str, tuple[int, ...]], quantization: Quantization)
 
 
 def _grouped_name(method: str, bits: int, group: int) -> str:
-    return f"{method}{'_int' if method != 'int' else ''}{bits}" + (f"_g{group}" if group > 0 else "")
+    name = f"{method}_int{bits}"
+    if method == "int":
+        name = f"int{bits}"
+    if group > 0:
+        name += f"_g{group}"
+    return name
 
 
 def _group_size(given: ConfigFields, name: str) -> int:
@@ -220,5 +257,7 @@ def _pattern(text: str) -> str:
 def _flat(given: ConfigFields, name: str) -> list[str]:
     """Texts of a list, or of lists in it."""
     value = given.fields.get(name) or []
-    lists = value if isinstance(value, list) and all(isinstance(item, list) for item in value) else [value]
+    lists = [value]
+    if isinstance(value, list) and all(isinstance(item, list) for item in value):
+        lists = value
     return [text for part in lists for text in ConfigFields({name: part}, given.name).texts(name)]

@@ -36,9 +36,9 @@ def attach_adapter(model: nn.Module, adapter: Adapter) -> None:
         set_parameters(
             layer, {n: torch.empty(shape, dtype=weight.dtype, device="meta") for n, shape in factors.items()}
         )
-        block = block_of(weight)
-        layer.lora_start = (0, 0) if block is None else block.start
-        layer.lora_scale, layer.lora_name = scale, key
+        layer.lora_start, layer.lora_scale, layer.lora_name = (0, 0), scale, key
+        if (block := block_of(weight)) is not None:
+            layer.lora_start = block.start
 
 
 def fill_adapter(model: nn.Module, adapter: Adapter) -> None:
@@ -54,5 +54,7 @@ def fill_adapter(model: nn.Module, adapter: Adapter) -> None:
 def _fill(parameter: nn.Parameter, factor: torch.Tensor, start: tuple[int, ...]) -> None:
     """The part of a factor that begins at `start` into a plain parameter, or the shard of one that is whole."""
     first, local = local_block(parameter)
-    row, column = first if isinstance(parameter, DTensor) else start
+    if isinstance(parameter, DTensor):
+        start = first
+    row, column = start
     local.copy_(factor[row : row + local.shape[0], column : column + local.shape[1]])

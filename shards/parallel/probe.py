@@ -34,12 +34,16 @@ REDUCE_REPEATS = 50
 
 def probe(world: World, device: torch.device) -> Measured:
     """Measure with all ranks at once: they share the memory of a CPU, and switches and links of GPUs."""
-    known = cuda_devices(os.environ)[world.local_rank] if device.type == "cuda" else CPU
+    known = CPU
+    if device.type == "cuda":
+        known = cuda_devices(os.environ)[world.local_rank]
     barrier()
     bandwidth = memory_bandwidth(device)
     barrier()
     flops_16, flops_32 = matmul_rate(device, torch.bfloat16), matmul_rate(device, torch.float32)
-    link = link_rates(world, device) if world.world_size > 1 else None
+    link = None
+    if world.world_size > 1:
+        link = link_rates(world, device)
     rated: Device = replace(known, bandwidth=bandwidth, flops_16=flops_16, flops_32=flops_32)
     return Measured(rated, world.world_size, link)
 
@@ -76,7 +80,10 @@ def link_rates(world: World, device: torch.device) -> Link:
     gather_s = best_s(lambda: ways.gather(whole, part), device)
     small = torch.ones(REDUCE_BYTES // 4, device=device)
     reduce_s = best_s(lambda: ways.add_up(small.fill_(1)), device, REDUCE_REPEATS)
-    name = f"{world.world_size} ranks over {ways.way.partition(',')[0] if device.type == 'cpu' else 'NCCL'}"
+    way = "NCCL"
+    if device.type == "cpu":
+        way = ways.way.partition(",")[0]
+    name = f"{world.world_size} ranks over {way}"
     return Link(name, (world.world_size - 1) * part.nbytes / gather_s, reduce_s)
 
 

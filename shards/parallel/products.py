@@ -48,12 +48,12 @@ class ProductLinear(nn.Linear):
     def product(self, rows: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`rows` times the transposed weight, and a bias; with what the factors of an adapter add."""
         if self.quantizer is not None:
-            made = self.quantizer.multiply(self, rows, bias)
+            products = self.quantizer.multiply(self, rows, bias)
         else:
-            made = product(rows, self.weight, bias)
+            products = product(rows, self.weight, bias)
         if self.lora_scale is None:
-            return made
-        return made + linear(linear(rows, self.weight_lora_a), self.weight_lora_b) * self.lora_scale
+            return products
+        return products + linear(linear(rows, self.weight_lora_a), self.weight_lora_b) * self.lora_scale
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         return self.product(rows, self.bias)
@@ -90,8 +90,8 @@ def fuse_projections(model: nn.Module, least_values: int) -> int:
     fused = 0
     for name, module in list(model.named_modules()):
         for kind, names in FUSED:
-            layers: list[Any] = [getattr(module, each, None) for each in names] if name.endswith(kind) else []
-            if not layers or any(type(layer) is not nn.Linear for layer in layers):
+            layers: list[Any] = [getattr(module, each, None) for each in names]
+            if not name.endswith(kind) or any(type(layer) is not nn.Linear for layer in layers):
                 continue
             is_alike = len({layer.bias is None for layer in layers}) == 1
             if is_alike and sum(layer.weight.numel() for layer in layers) >= least_values:

@@ -60,7 +60,9 @@ class RowLinear(PartLinear):
         while self.held:
             total += self.held.pop()
         self.collectives.add_up(total)
-        return total if self.bias is None else total + self.bias.to(total.dtype)
+        if self.bias is None:
+            return total
+        return total + self.bias.to(total.dtype)
 
 
 class HeldRowLinear(PartLinear):
@@ -71,7 +73,9 @@ class HeldRowLinear(PartLinear):
 
     def forward(self, part: torch.Tensor) -> torch.Tensor:
         self.held[:] = [self.product(part)]
-        return part.new_zeros(()) if self.bias is None else self.bias
+        if self.bias is None:
+            return part.new_zeros(())
+        return self.bias
 
 
 class VocabularyEmbedding(nn.Embedding):

@@ -13,7 +13,7 @@ from launcher.backends.endpoint.commands import ServerCommand, server_command
 from launcher.backends.endpoint.dialects import DIALECTS
 from launcher.config.options import POSITIVE_SECONDS, Bounds, choice, number
 from launcher.config.schema import BackendConfig, ConfigError
-from launcher.models import EMBEDDED
+from launcher.models import embedded_folder
 
 if TYPE_CHECKING:
     from launcher.config.schema import RunConfig
@@ -116,9 +116,7 @@ class EndpointConfig(BackendConfig):
 
     def command(self, config: RunConfig, port: str, mark: str, on_cuda: bool) -> ServerCommand:
         """The command that starts the server of `server=`; ConfigError for what it does not take."""
-        folder = config.model.path
-        if folder.startswith("embedded:"):
-            folder = str(EMBEDDED / folder.removeprefix("embedded:"))
+        folder = str(embedded_folder(config.model.path, "model.path") or config.model.path)
         device = "cpu"
         if on_cuda:
             device = "cuda"
