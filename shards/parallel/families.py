@@ -11,6 +11,8 @@ from transformers import AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb
 
+from shards.parallel.packed import attend_packed, packed_lengths
+
 if TYPE_CHECKING:
     from transformers import Cache
 
@@ -63,6 +65,8 @@ def attend(
     Returns [batch, length, heads, head_dim].
     """
     batch, heads, length, head_dim = query.shape
+    if (lengths := packed_lengths()) is not None:
+        return attend_packed(query, key, value, lengths)
     if length == 1:  # the queries of a group see the same keys, as those of a sequence do
         rows = query.reshape(batch, heads // group, group, head_dim)
         return scaled_dot_product_attention(rows, key, value, attn_mask=mask).reshape(batch, 1, heads, head_dim)

@@ -169,14 +169,15 @@ def test_rows_of_one_length_are_attended_to_without_a_mask(
     for lengths in ((7, 7, 7), (7, 5, 7)):
         with Handed() as handed:
             engine.generate(prompts_of(lengths), sampling, lambda new_tokens, finished=(): None)
-        assert len(handed.calls) == 2 * 4, "layers, tokens"
+        reads = 2 * (3 if is_continuous and lengths[1] == 5 else 1)  # layers; packed prompts, one by one
+        assert len(handed.calls) == reads + 2 * 3, "layers, tokens"
         masks[lengths] = [call.get("attn_mask") is not None for call in handed.calls]
-        steps = handed.calls[2:]
+        steps = handed.calls[reads:]
         if is_continuous or family == "falcon":
             assert {call["shapes"][1][1] for call in steps} == {kv_heads}, "a step copies no keys"
             assert {call["shapes"][0] for call in steps} == {(3, kv_heads, 4 // kv_heads, 16)}
     assert not any(masks[7, 7, 7])
-    assert masks[7, 5, 7] == [not is_continuous] * 2 + [True] * 6
+    assert masks[7, 5, 7] == ([False] * 6 if is_continuous else [True] * 2) + [True] * 6
 
 
 @pytest.mark.parametrize(
@@ -264,6 +265,23 @@ def test_prompts_of_like_lengths_are_read_together_wherever_they_wait() -> None:
     forward = schedule.next()
     assert isinstance(forward, Read)
     assert ([one.prompt.index for one in forward.sequences], forward.width) == ([0, 2, 4], 12)
+
+
+def test_packed_prompts_are_read_in_the_order_in_which_they_wait() -> None:
+    """As many as a forward may have tokens; what is longer is read in several, and what comes behind it after it."""
+    schedule = Schedule(6, 30, 20, near=None)
+    for prompt in prompts_of((10, 3, 8, 30, 9, 5)):
+        schedule.add(prompt)
+    reads = []
+    while isinstance(forward := schedule.next(), Read):
+        rows = [one.row for one in forward.sequences]
+        reads.append(([one.prompt.index for one in forward.sequences], forward.is_packed, forward.num_tokens, rows))
+        schedule.begin(forward)
+        schedule.budget = 20  # as if there were steps between them
+    assert reads == [
+        ([0, 1], True, 13, [0, 1]), ([2], False, 8, [2]), ([3], False, 20, [5]), ([3], False, 10, [5]),
+        ([4, 5], True, 14, [3, 4]),
+    ]  # fmt: skip
 
 
 def test_answers_of_unlike_lengths_leave_few_slots_empty() -> None:

@@ -10,6 +10,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from shards.parallel.families import FEW
+from shards.parallel.families import NAME as FALCON
+from shards.parallel.packed import attend_packed, packed_lengths
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,6 +33,8 @@ def attention(
 
     transformers copies keys and values to all query heads wherever there is a mask, in slots at most steps.
     """
+    if (lengths := packed_lengths()) is not None:
+        return attend_packed(query, key, value, lengths, scaling), None
     rows, heads, tokens, dim = query.shape
     group = heads // key.shape[1]
     if tokens == 1:  # the queries of a group see the same keys, as those of a sequence do
@@ -55,3 +59,8 @@ def use_slots(model: nn.Module) -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
     if getattr(model, "_supports_attention_backend", False) and model.config._attn_implementation == "sdpa":
         model.config._attn_implementation = NAME
+
+
+def can_be_packed(model: nn.Module) -> bool:
+    """The attention of a model in slots reads several sequences in one row."""
+    return model.config._attn_implementation in (NAME, FALCON)

@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 class Reading:
     """A forward that reads prompts into the slots `rows` [n]: their tokens from `start` on, none lies at `ends` [n].
 
-    Rows are padded on their right. Where a `start` is given there is one row, `first_row`, and no padding.
+    Rows are padded on their right. Where a `start` is given there is one row, `first_row`, and no padding; where there
+    are `lengths` the prompts come in one row, one behind the other.
     """
 
     rows: torch.Tensor
     ends: torch.Tensor
     first_row: int
     start: int = 0
+    lengths: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,8 @@ class SlotLayer(CacheLayerMixin):
         assert isinstance(self.doing, Reading)
         if self.doing.start:
             return self._read_on(self.doing, key_states, value_states)
+        if self.doing.lengths is not None:
+            return self._read_packed(self.doing.rows.tolist(), self.doing.lengths, key_states, value_states)
         for cache, states in ((self.keys, key_states), (self.values, value_states)):
             kept = states if states.shape[2] <= self.size else self._last(states, self.doing.ends)
             cache[:, :, : kept.shape[2]].index_copy_(0, self.doing.rows.to(cache.device), kept)
@@ -86,6 +90,14 @@ class SlotLayer(CacheLayerMixin):
         tokens = last - (last - torch.arange(self.size, device=states.device)) % self.size
         tokens = tokens.clamp_(min=0)[:, None, :, None]
         return states.gather(2, tokens.expand(-1, states.shape[1], -1, states.shape[3]))
+
+    def _read_packed(
+        self, rows: list[int], lengths: tuple[int, ...], key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> Pair:
+        for cache, states in ((self.keys, key_states), (self.values, value_states)):
+            for row, length, part in zip(rows, lengths, states[0].split(lengths, 1), strict=True):
+                cache[row, :, :length] = part
+        return key_states, value_states
 
     def _read_on(self, reading: Reading, key_states: torch.Tensor, value_states: torch.Tensor) -> Pair:
         """The next tokens of one prompt, behind those before them that they may see, in order."""

@@ -172,9 +172,12 @@ class _Call:
         most = sampling.max_new_tokens
         longest = max((len(prompt.token_ids) for prompt in prompts), default=1)
         self.slots = decoder.ready(longest + most + decoder.ahead)
+        if decoder.guesser is not None:
+            decoder.guesser.ready(decoder.num_slots, self.slots.cache.length, decoder.ahead)
         ranks, rank = (decoder.world.world_size, decoder.world.rank) if decoder.splits_prompts else (1, 0)
-        near = NEAR[decoder.device.type]
-        schedules = [Schedule(decoder.num_slots, most, decoder.prefill_tokens, near) for _ in range(ranks)]
+        packs = self.slots.packs and (decoder.guesser is None or decoder.guesser.packs)
+        limits = most, decoder.prefill_tokens, None if packs else NEAR[decoder.device.type]
+        schedules = [Schedule(decoder.num_slots, *limits) for _ in range(ranks)]
         self.schedule = schedules[rank]
         is_told = sampling.ignore_eos and decoder.guesser is None  # when answers end
         is_apart = ranks > 1 and not is_sharded(decoder.model)
@@ -182,7 +185,6 @@ class _Call:
         self.sampler = Sampler(sampling, decoder.seed, decoder.device, decoder.model.get_output_embeddings())
         self.speculation: Speculation | None = None
         if decoder.guesser is not None and isinstance(self.slots, AheadSlots):
-            decoder.guesser.ready(decoder.num_slots, self.slots.cache.length, decoder.ahead)
             self.speculation = Speculation(decoder.guesser, self.slots, self.sampler, sampling, decoder.ahead)
         self.eos = frozenset(() if sampling.ignore_eos else decoder.eos_token_ids)
         self.order = {prompt.index: place for place, prompt in enumerate(prompts)}

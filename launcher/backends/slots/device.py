@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from launcher.backends.slots.attention import use_slots
+from launcher.backends.slots.attention import can_be_packed, use_slots
 from launcher.backends.slots.cache import Reading, SlotCache, Stepping
+from shards.parallel.packed import packed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,6 +49,8 @@ class Slots:
         self.is_alibi = bool(getattr(model.config, "alibi", False)) or not self.takes_positions
         kinds = {layer.is_sliding: layer.size for layer in self.cache.layers}
         self.needs_mask = self.is_alibi or True in kinds  # transformers' own would not know the order in a window
+        # On CUDA the attention of each prompt would be a launch of its own.
+        self.packs = device.type == "cpu" and can_be_packed(model) and self.takes_positions and not self.needs_mask
         self.mask_sizes = {"sliding_attention" if kind else "full_attention": size for kind, size in kinds.items()}
         width = -(-length // BLOCK) * BLOCK  # kernels want rows of a mask to begin at multiples of 16 bytes
         self.is_seen = torch.zeros(slots, width, dtype=torch.bool, device=device)
@@ -58,6 +62,8 @@ class Slots:
     def read(self, forward: Read) -> torch.Tensor:
         """Read prompts, or a chunk of one; the logits of the last token of each."""
         self.move(forward)
+        if forward.is_packed:
+            return self._read_packed(forward)
         prompts = [one.prompt.token_ids[forward.start : forward.start + forward.width] for one in forward.sequences]
         ids = self._sent([list(one) + [0] * (forward.width - len(one)) for one in prompts])
         ends = self._sent([forward.start + len(one) for one in prompts])
@@ -67,8 +73,24 @@ class Slots:
         self.positions.index_copy_(0, rows, ends)
         if len(set(map(len, prompts))) == 1:
             return self._logits(ids, positions.expand(len(prompts), -1), None, 1)
-        with last_tokens(self.model.get_output_embeddings(), ends - 1):
+        rows_of_last = torch.arange(len(prompts), device=self.device)
+        with last_tokens(self.model.get_output_embeddings(), rows_of_last, ends - 1):
             return self._logits(ids, positions.expand(len(prompts), -1), None, 0)
+
+    def _read_packed(self, forward: Read) -> torch.Tensor:
+        prompts = [one.prompt.token_ids for one in forward.sequences]
+        lengths = tuple(map(len, prompts))
+        ids = torch.tensor([list(chain.from_iterable(prompts))], device=self.device)
+        ends = torch.tensor(lengths, device=self.device)
+        rows = torch.tensor([one.row for one in forward.sequences], device=self.device)
+        self.cache.do(Reading(rows, ends, forward.sequences[0].row, lengths=lengths))
+        positions = torch.cat([self.places[:length] for length in lengths])[None]
+        self.positions.index_copy_(0, rows, ends)
+        with (
+            packed(lengths),
+            last_tokens(self.model.get_output_embeddings(), torch.zeros_like(rows), ends.cumsum(0) - 1),
+        ):
+            return self._logits(ids, positions, None, 0)
 
     def step(self, forward: Step) -> torch.Tensor:
         """Decode a token of each row."""
@@ -171,13 +193,13 @@ class Slots:
 
 
 @contextlib.contextmanager
-def last_tokens(head: torch.nn.Module, places: torch.Tensor) -> Iterator[None]:
-    """While this lasts a model's head is given, of each row of hidden states, the one at its place only."""
+def last_tokens(head: torch.nn.Module, rows: torch.Tensor, places: torch.Tensor) -> Iterator[None]:
+    """While this lasts a model's head is given, of the hidden states [rows, tokens, size], those at some places only,
+    each in a row of its own."""
 
     def choose(module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden, *others = given
-        mine = places.to(hidden.device)
-        return hidden[torch.arange(len(mine), device=hidden.device), mine][:, None], *others
+        return hidden[rows.to(hidden.device), places.to(hidden.device)][:, None], *others
 
     hook = head.register_forward_pre_hook(choose)
     try:

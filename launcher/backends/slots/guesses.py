@@ -33,6 +33,10 @@ class Guesses:
 class Guesser(Protocol):
     """The interface of guessers; a guesser sees each forward of the target, in order."""
 
+    @property
+    def packs(self) -> bool:
+        """Once it is ready: it can be told of prompts that lie in one row."""
+
     def ready(self, slots: int, length: int, ahead: int) -> None:
         """Be ready for sequences of at most `length` tokens, `ahead` of them guessed, in so many slots."""
 
@@ -87,6 +91,8 @@ class AheadSlots(Slots):
 class Lookup:
     """Guesses that are looked up in the tokens of each row."""
 
+    packs = True
+
     def __init__(self, most: int, least: int, device: torch.device) -> None:
         self.most, self.least, self.device = most, least, device
         self.known: dict[int, Ngrams] = {}  # of the prompts that decode, by their indices
@@ -121,6 +127,10 @@ class Draft:
     def __init__(self, model: Any, device: torch.device) -> None:
         self.model, self.device = model, device
         self.slots: AheadSlots | None = None
+
+    @property
+    def packs(self) -> bool:
+        return self.slots is not None and self.slots.packs
 
     def ready(self, slots: int, length: int, ahead: int) -> None:
         if self.slots is None or self.slots.cache.slots != slots or self.slots.cache.length < length:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,7 +13,8 @@ if TYPE_CHECKING:
     from launcher.backends.base import Prompt
 
 NEAR = {"cpu": 16, "cuda": 256}
-"""Prompts that differ by no more tokens are read together, the shorter padded: about what one more forward costs."""
+"""Prompts that differ by no more tokens are read together, the shorter padded: about what one more forward costs.
+Where they can lie in one row, one behind the other, all that wait are."""
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +45,14 @@ class Read:
     start: int
     width: int
     moves: tuple[tuple[int, int], ...] = ()
+    is_packed: bool = False  # the prompts are of any lengths and lie in one row, one behind the other
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model is given, paddings among them."""
+        if self.is_packed:
+            return sum(len(one.prompt.token_ids) for one in self.sequences)
+        return self.width * len(self.sequences)
 
     @property
     def is_last(self) -> bool:
@@ -63,11 +73,11 @@ class Schedule:
 
     `next` says what to do, `begin` takes note that it was begun, `end` that a sequence has met its end. Between two
     steps of the others no more than `prefill_tokens` tokens of prompts are read. The first that waits is next, with
-    all others of about its length. A prompt takes the first free slot, one that is read in several forwards the last;
-    for a step those that decode close ranks.
+    all others of about its length, or with those that come next where prompts are packed (`near` is None). A prompt
+    takes the first free slot, one that is read in several forwards the last; for a step those that decode close ranks.
     """
 
-    def __init__(self, slots: int, max_new_tokens: int, prefill_tokens: int, near: int) -> None:
+    def __init__(self, slots: int, max_new_tokens: int, prefill_tokens: int, near: int | None) -> None:
         self.max_new_tokens, self.prefill_tokens, self.near = max_new_tokens, prefill_tokens, near
         self.seats: list[Sequence | None] = [None] * slots
         self.waiting: deque[Sequence] = deque()
@@ -99,15 +109,27 @@ class Schedule:
         if first.read or left > self.prefill_tokens:
             first.row = len(self.seats) - 1
             return Read((first,), first.read, min(left, self.prefill_tokens), tuple(self._close_ranks()))
-        limit = min(left + self.near, self.prefill_tokens)  # longer ones are read in several forwards
-        longest = max(n for n in (len(one.prompt.token_ids) for one in self.waiting) if n <= limit)
-        alike = [one for one in self.waiting if longest - self.near <= len(one.prompt.token_ids) <= longest]
-        most = max(min(self.budget, self.prefill_tokens) // longest, 1)
+        together = self._next_alike(left, self.near) if self.near is not None else self._next_packed()
         rows = [row for row, one in enumerate(self.seats) if one is None]
-        group = list(zip(alike[:most], rows, strict=False))
+        group = list(zip(together, rows, strict=False))
         for one, row in group:
             one.row = row
-        return Read(tuple(one for one, _ in group), 0, max(len(one.prompt.token_ids) for one, _ in group))
+        lengths = {len(one.prompt.token_ids) for one, _ in group}
+        is_packed = self.near is None and len(lengths) > 1
+        return Read(tuple(one for one, _ in group), 0, max(lengths), is_packed=is_packed)
+
+    def _next_alike(self, length: int, near: int) -> list[Sequence]:
+        """Prompts that are about as long as the first, padded to the longest of them."""
+        limit = min(length + near, self.prefill_tokens)  # longer ones are read in several forwards
+        longest = max(n for n in (len(one.prompt.token_ids) for one in self.waiting) if n <= limit)
+        alike = [one for one in self.waiting if longest - near <= len(one.prompt.token_ids) <= longest]
+        return alike[: max(min(self.budget, self.prefill_tokens) // longest, 1)]
+
+    def _next_packed(self) -> list[Sequence]:
+        """The first prompt and those that come next, up to one that is too long to be read with them."""
+        room = max(min(self.budget, self.prefill_tokens), len(self.waiting[0].prompt.token_ids))
+        ends = accumulate(len(one.prompt.token_ids) for one in self.waiting)
+        return [one for one, end in zip(self.waiting, ends, strict=False) if end <= room]
 
     def _close_ranks(self) -> Iterator[tuple[int, int]]:
         """Move sequences that decode from the last slots to free ones among the first."""
@@ -127,7 +149,7 @@ class Schedule:
             for one in forward.sequences:
                 one.begun += 1
         else:
-            self.budget -= forward.width * len(forward.sequences)
+            self.budget -= forward.num_tokens
             for one in forward.sequences:
                 one.read = min(forward.start + forward.width, len(one.prompt.token_ids))
                 if forward.is_last:
