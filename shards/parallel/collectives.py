@@ -4,6 +4,7 @@ group."""
 from __future__ import annotations
 
 import importlib.util
+import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ ONE_SHOT_BYTES = 256 << 10
 class Collectives:
     """`add_up(tensor)` sums a contiguous tensor over the ranks in place, `gather(out, part)` puts the parts of all one
     after the other. `way` names what does it, and why nothing faster does; `is_immediate` where neither is worth doing
-    ahead, since the ranks themselves copy.
+    ahead, since the ranks themselves copy. `meet` returns once all ranks have called it, and `room(nbytes)` gives the
+    ranks of a node one tensor [nbytes] of bytes that all of them write and read; None where it has no room.
 
     Of three ranks or more, sums may differ in their last bits from rank to rank; what is gathered never does.
     """
@@ -37,6 +39,8 @@ class Collectives:
     add_up: Callable[[torch.Tensor], object]
     gather: Callable[[torch.Tensor, torch.Tensor], object]
     is_immediate: bool = False
+    meet: Callable[[], object] = barrier
+    room: Callable[[int], torch.Tensor | None] = lambda nbytes: None
 
 
 def collectives(world: World, device: torch.device, within_node: bool = False) -> Collectives:
@@ -109,7 +113,30 @@ def _through_shared_memory(world: World) -> Collectives:
         else:
             dist.all_gather_into_tensor(out, part)
 
-    return Collectives("shared memory", add_up, gather, is_immediate=True)
+    token = torch.zeros(16)
+
+    def meet() -> None:
+        operators.shm_allreduce(handle, token)
+
+    return Collectives("shared memory", add_up, gather, True, meet, lambda nbytes: _common_room(world, nbytes))
+
+
+def _common_room(world: World, nbytes: int) -> torch.Tensor | None:
+    """Shared memory of the ranks of this node, zeros at first. Its name is gone as soon as all have it mapped."""
+    name = from_rank_0(f"launcher_{secrets.token_hex(6)}") + f"_{world.node_rank}"
+    path, obstacle = SHARED_MEMORY / name, False
+    if world.local_rank == 0:
+        try:
+            with path.open("xb") as file:
+                os.posix_fallocate(file.fileno(), 0, nbytes)
+        except OSError:  # full
+            obstacle = True
+            path.unlink(missing_ok=True)
+    if any_rank(obstacle):
+        return None
+    room = torch.from_file(str(path), shared=True, size=nbytes, dtype=torch.uint8)
+    unlink_segment(name)
+    return room
 
 
 def unlink_segment(name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -72,9 +73,11 @@ def fully_shard_model(
     kept = set(model.parameters()) - elsewhere if resident else whole_parameters(model)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=kept, offload_policy=policy)
     if collectives is not None and collectives.is_immediate:
-        for module in (model, *sharded):
-            if _groups(module):
-                module.set_custom_all_gather(_Gather(collectives))
+        if _groups(model):
+            model.set_custom_all_gather(_Gather(collectives))
+        in_place = _GatherInPlace(collectives)
+        for layer in sharded:
+            layer.set_custom_all_gather(in_place)
     else:
         _prefetch(model, sharded, layers[-1])
     return model
@@ -127,6 +130,31 @@ class _Gather(AllGather):
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: ProcessGroup, async_op: bool = False
     ) -> Work:
         self.collectives.gather(output_tensor, input_tensor)
+        return _Done()
+
+
+class _GatherInPlace(_Gather):
+    """One for layers, of which each rank puts its part where all ranks read the whole. One layer is there at a time."""
+
+    room: torch.Tensor | None = None
+    is_full = False  # /dev/shm
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        nbytes = math.prod(size) * dtype.itemsize
+        if not self.is_full and (self.room is None or nbytes > len(self.room)):
+            self.room = self.collectives.room(nbytes)
+            self.is_full = self.room is None
+        if self.room is None:
+            return super().allocate(size, dtype=dtype, device=device)
+        self.collectives.meet()  # all have copied out what was there
+        return self.room[:nbytes].view(dtype).view(*size)
+
+    def __call__(
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: ProcessGroup, async_op: bool = False
+    ) -> Work:
+        if self.room is None:
+            return super().__call__(output_tensor, input_tensor, group, async_op)
+        self.collectives.meet()
         return _Done()
 
 

@@ -61,6 +61,7 @@ TENSORS = {
     "shards.parallel.collectives",
     "shards.parallel.families",
     "shards.parallel.fully_shard",
+    "shards.parallel.packed",
     "shards.parallel.products",
     "shards.load.bitsandbytes_quantizers",
     "shards.load.disk",

@@ -71,6 +71,7 @@ def copied(out: torch.Tensor, part: torch.Tensor) -> None:
 
 
 IMMEDIATE = Collectives("copies", print, copied, is_immediate=True)
+IN_PLACE = replace(IMMEDIATE, meet=lambda: None, room=lambda nbytes: torch.zeros(nbytes, dtype=torch.uint8))
 AHEAD = Collectives("gloo", print, copied)
 
 
@@ -80,7 +81,7 @@ def asked(config: dict[str, Any], **options: Any) -> PlanRequest:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ways", [IMMEDIATE, AHEAD], ids=["immediate", "ahead"])
+@pytest.mark.parametrize("ways", [IMMEDIATE, IN_PLACE, AHEAD], ids=["immediate", "in place", "ahead"])
 @pytest.mark.parametrize("resident", [0, 1, 3, 4, LAYERS])
 @pytest.mark.parametrize("config", [LLAMA, FALCON], ids=["llama", "falcon"])
 @pytest.mark.usefixtures("two_ranks")
