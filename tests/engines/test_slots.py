@@ -25,9 +25,10 @@ from launcher.backends.decode import Decoder
 from launcher.backends.memory import PhasePeaks
 from launcher.backends.sampling import Sampler
 from launcher.backends.slots import decoder as slot_decoder
-from launcher.backends.slots.decoder import Made, Queue, SlotDecoder
+from launcher.backends.slots.decoder import Made, SlotDecoder
 from launcher.backends.slots.families import FAMILIES, why_no_guesses, why_static
 from launcher.backends.slots.guesses import Draft, Lookup
+from launcher.backends.slots.queue import Queue
 from launcher.backends.slots.schedule import Read, Schedule, Step
 from launcher.backends.slots.static import Compiled
 from launcher.config.schema import SamplingConfig
@@ -315,6 +316,8 @@ def test_ranks_that_know_when_answers_end_follow_each_other() -> None:
             rounds[rank] += 1
     assert sorted(index for indices in given for index in indices) == list(range(64))
     assert len(set(rounds)) == 1
+    tokens = [sum(len(PROMPTS[index].token_ids) for index in indices) for indices in given]
+    assert max(tokens) - min(tokens) <= 40, "no more than the longest prompt"
     assert max(map(len, given)) - min(map(len, given)) <= 3
 
 

@@ -48,6 +48,7 @@ TENSORS = {
     "launcher.backends.slots.cache",
     "launcher.backends.slots.compilation",
     "launcher.backends.slots.decoder",
+    "launcher.backends.slots.queue",
     "launcher.backends.slots.device",
     "launcher.backends.slots.static",
     "launcher.backends.trace",

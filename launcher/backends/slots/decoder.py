@@ -9,13 +9,13 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 from launcher.backends.base import Completion, Generation
 from launcher.backends.memory import Clock, PhasePeaks
 from launcher.backends.sampling import Sampler
 from launcher.backends.slots.device import Slots
 from launcher.backends.slots.guesses import AheadSlots, Guesses
+from launcher.backends.slots.queue import Queue
 from launcher.backends.slots.schedule import NEAR, Read, Schedule, Step
 from launcher.backends.slots.speculation import Speculation
 from launcher.results.metrics import ROWS, SLOTS
@@ -39,49 +39,6 @@ LATE = {"cpu": 0, "cuda": 4}
 """So many forwards later it is read which tokens one has made, and so whether an answer has ended: before, the host
 would have to wait. A flag on the device would be read as late, by a copy more, and free no slot sooner. What a row
 makes meanwhile lies in its own slot, is left out, and counts as computed for nothing."""
-
-
-class Queue:
-    """The prompts of a call, and which rank is given each: the one that has most free slots, the first of several.
-
-    Alone, or where ranks answer together, there is one schedule. Ranks that answer apart keep in step: where it is
-    known when answers end each follows the schedules of all, else they tell each other how many slots are free. Where
-    their forwards need no other rank (`is_apart`) they do so no longer once all prompts are given.
-    """
-
-    def __init__(
-        self,
-        prompts: SequenceOf[Prompt],
-        schedules: SequenceOf[Schedule],
-        rank: int,
-        votes: bool,
-        is_apart: bool = False,
-    ) -> None:
-        self.prompts = deque(prompts)
-        self.schedules, self.own, self.votes, self.is_apart = schedules, schedules[rank], votes, is_apart
-
-    def fill(self) -> bool:
-        """Give prompts to free slots; whether this rank has something to do, or any for which it is needed."""
-        if self.is_apart and not self.prompts:
-            return self.own.free < len(self.own.seats)
-        free = [schedule.free for schedule in self.schedules]
-        if self.votes:
-            told = [torch.zeros(1, dtype=torch.long) for _ in free]
-            dist.all_gather(told, torch.tensor([self.own.free]))
-            free = [int(one) for one in told]
-        while self.prompts and (most := max(free)):
-            rank = free.index(most)
-            free[rank] -= 1
-            prompt = self.prompts.popleft()
-            if not self.votes or self.schedules[rank] is self.own:
-                self.schedules[rank].add(prompt)
-        return any(number < len(schedule.seats) for number, schedule in zip(free, self.schedules, strict=True))
-
-    def follow(self) -> None:
-        """Note what the other ranks do beside this one's forward, where that is known."""
-        for schedule in self.schedules if not self.votes else ():
-            if schedule is not self.own and (forward := schedule.next()):
-                schedule.begin(forward)
 
 
 @dataclass(frozen=True, slots=True)
