@@ -72,8 +72,7 @@ class DummyBackend:
             )
         if self.calls >= self.options.fail_after:
             self._maybe_fail("generate")
-            while self.options.fail_at == "hang" and self._is_last:
-                time.sleep(60)
+            self._maybe_hang()
         self.calls += 1
         start = time.perf_counter()
         marks = []
@@ -111,3 +110,7 @@ class DummyBackend:
     def _maybe_fail(self, stage: str) -> None:
         if self.options.fail_at == stage and self._is_last:
             raise RuntimeError(f"the dummy engine was told to fail at {stage}")
+
+    def _maybe_hang(self) -> None:
+        while self.options.fail_at == "hang" and self._is_last:
+            time.sleep(60)
