@@ -69,8 +69,9 @@ def tensor_parallel_numel(config: dict[str, Any], size: int, rank: int) -> int:
 
 def deepspeed(cases: list[tuple[dict[str, Any], int]]) -> list[list[int]]:
     """Each rank in a process of its own, made by fork after the imports: DeepSpeed keeps its groups for good."""
-    import deepspeed  # noqa: F401
+    from launcher.backends.deepspeed.all_reduce import compile_operation
 
+    assert compile_operation() is None  # init_inference loads it, and would compile a second one elsewhere
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
         return [[pool.apply(autotp_numel, (config, size, rank)) for rank in range(size)] for config, size in cases]
 
