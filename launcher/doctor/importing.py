@@ -5,13 +5,14 @@ For a process of its own: an import may raise, crash in native code or hang. Wha
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import sys
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from shards.untrusted_files import JsonObject
@@ -31,18 +32,12 @@ def attempt(name: str, part: str = "") -> JsonObject:
     except BaseException as error:  # SystemExit too: whatever a module does when it is imported is its answer
         words = [type(error).__name__, *str(error).strip().splitlines()[:1]]
         return {"module": name, "error": ": ".join(words)}
-    cuda = getattr(vars(module).get("version"), "cuda", None)  # of torch, but for a CPU build
-    return {"module": name, "version": _version(module, name), "cuda": cuda}
-
-
-def _version(module: Any, name: str) -> str | None:
     version = getattr(module, "__version__", None)
     if version is None:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-    return str(version)
+    cuda = getattr(vars(module).get("version"), "cuda", None)  # of torch, but for a CPU build
+    return {"module": name, "version": version and str(version), "cuda": cuda}
 
 
 def main() -> None:

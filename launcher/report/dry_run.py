@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from launcher.config.schema import RunConfig
     from launcher.run_dir.run import Run
-    from shards.plan.plan import Plan
     from shards.plan.roofline import Limit
     from shards.untrusted_files import JsonObject
 
@@ -32,40 +31,36 @@ def show_plan(run: Run, out: Console) -> None:
         out.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
     out.print(f"  {lengths_line(run.prompts)}", soft_wrap=True)
     if plan is not None:
-        _show_plan(plan, run.config, out)
+        rows = []
+        for device in plan.devices:
+            cache = max(device.kv_cache_bytes, device.kv_cache_reserved_bytes)
+            parts = (device.parameter_bytes, cache, device.activation_bytes, device.buffer_bytes, device.overhead_bytes)
+            rows.append([str(device.rank), *map(size, parts), size(device.capacity_bytes), size(device.free_bytes)])
+        columns = ("rank", "parameters", "KV cache", "activations", "buffers", "overhead", "capacity", "free")
+        out.print(fitted(out, columns, rows, optional=("buffers", "activations", "overhead")))
+        on_host = "not known"
+        if plan.load_host_bytes is not None:
+            on_host = size(plan.load_host_bytes)
+        facts: JsonObject = {
+            "device": plan.device_name,
+            "KV cache a token": f"{plan.kv_bytes_per_token:,} bytes",
+            "peak while loading": f"{on_host} on a node's host, {size(plan.load_device_bytes)} on a device",
+            **draft_facts(plan),
+            "largest batch": plan.largest_batch or "not bounded by a known capacity",
+            "longest context": plan.longest_context,
+            "smallest number of devices": plan.smallest_devices or "not bounded by a known capacity",
+            "decode ceiling": _limit(plan.limit, run.config, ", if every answer has its full length"),
+            "prefill ceiling": _limit(plan.prefill_limit, run.config),
+        }
+        if plan.offload:
+            storage, nbytes = {"cpu": "main memory"}.get(plan.offload, "files"), plan.devices[0].offloaded_bytes
+            facts["offloaded"] = f"{size(nbytes)} of each device in {storage}, read in each step"
+        for name, value in facts.items():
+            out.print(f"  {name}: {value}", soft_wrap=True)
     if run.paces:
         ceilings = ", ".join(f"{name} {rate(pace)}" for name, pace in run.paces.items())
         at_once = counted(run.at_once, "prompt")
         out.print(f"  ceiling by engine, {at_once} at a time: {ceilings} tokens/s", soft_wrap=True)
-
-
-def _show_plan(plan: Plan, config: RunConfig, out: Console) -> None:
-    rows = []
-    for device in plan.devices:
-        cache = max(device.kv_cache_bytes, device.kv_cache_reserved_bytes)
-        parts = (device.parameter_bytes, cache, device.activation_bytes, device.buffer_bytes, device.overhead_bytes)
-        rows.append([str(device.rank), *map(size, parts), size(device.capacity_bytes), size(device.free_bytes)])
-    columns = ("rank", "parameters", "KV cache", "activations", "buffers", "overhead", "capacity", "free")
-    out.print(fitted(out, columns, rows, optional=("buffers", "activations", "overhead")))
-    on_host = "not known"
-    if plan.load_host_bytes is not None:
-        on_host = size(plan.load_host_bytes)
-    facts: JsonObject = {
-        "device": plan.device_name,
-        "KV cache a token": f"{plan.kv_bytes_per_token:,} bytes",
-        "peak while loading": f"{on_host} on a node's host, {size(plan.load_device_bytes)} on a device",
-        **draft_facts(plan),
-        "largest batch": plan.largest_batch or "not bounded by a known capacity",
-        "longest context": plan.longest_context,
-        "smallest number of devices": plan.smallest_devices or "not bounded by a known capacity",
-        "decode ceiling": _limit(plan.limit, config, ", if every answer has its full length"),
-        "prefill ceiling": _limit(plan.prefill_limit, config),
-    }
-    if plan.offload:
-        storage = {"cpu": "main memory"}.get(plan.offload, "files")
-        facts["offloaded"] = f"{size(plan.devices[0].offloaded_bytes)} of each device in {storage}, read in each step"
-    for name, value in facts.items():
-        out.print(f"  {name}: {value}", soft_wrap=True)
 
 
 def _limit(limit: Limit | None, config: RunConfig, more: str = "") -> str:

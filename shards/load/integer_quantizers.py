@@ -88,7 +88,8 @@ class GroupsInt4(Quantizer):
         }
 
     def pack(self, layer: nn.Module, values: torch.Tensor) -> None:
-        self._check(values.device)
+        if values.device.type == "cuda" and self.dtype is not torch.bfloat16:
+            raise PlanError("The int4 kernels of a GPU multiply bf16 only.", "precision=bf16")
         outputs, inputs = layer.packed_shape
         integers = torch.empty(outputs, inputs, dtype=torch.int32, device=values.device)
         for rows in row_pieces(values):
@@ -111,10 +112,6 @@ class GroupsInt4(Quantizer):
         if bias is None:
             return product
         return product + bias
-
-    def _check(self, device: torch.device) -> None:
-        if device.type == "cuda" and self.dtype is not torch.bfloat16:
-            raise PlanError("The int4 kernels of a GPU multiply bf16 only.", "precision=bf16")
 
 
 def packed_int4(integers: torch.Tensor) -> torch.Tensor:

@@ -112,11 +112,23 @@ def match_tensors(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[T
     shapes = {name: whole(name, tensor)[1] for name, tensor in tensors.items()}
     shapes |= {name: whole_shape(layer) for name, layer in packed.items()}
     checkpoint = converted(model, with_stored(checkpoint, packed), {*shapes, *tied})
-    matched = checkpoint.verify(shapes, tied, getattr(model, "base_model_prefix", ""), _ignored(model))
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+
+    def is_ignored(name: str) -> bool:
+        return is_derived(name) or any(re.search(pattern, name) for pattern in patterns)
+
+    matched = checkpoint.verify(shapes, tied, getattr(model, "base_model_prefix", ""), is_ignored)
     for name, (entry, *_) in matched.items():
         dtype = packed[name].quantizer.dtype if name in packed else tensors[name].dtype
         for stored in entry.stored:
-            _check_dtype(stored, dtype)
+            known = TORCH_DTYPES[stored.dtype]
+            is_plain = known.is_floating_point and known.itemsize > 1
+            if known != dtype and not (is_plain and dtype.is_floating_point):
+                raise CheckpointError(
+                    f"{stored.file} holds {stored.name} as {stored.dtype}, the model has {dtype}: a quantized "
+                    "checkpoint?",
+                    "use the unquantized checkpoint, or an engine that reads this quantization",
+                )
     return matched
 
 
@@ -156,21 +168,6 @@ def _read_packed(
         waiting, targets = [], []
         progress(done)
     return bytes_read, quantize_s
-
-
-def _ignored(model: nn.Module) -> Callable[[str], bool]:
-    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    return lambda name: is_derived(name) or any(re.search(pattern, name) for pattern in patterns)
-
-
-def _check_dtype(entry: TensorEntry, dtype: torch.dtype) -> None:
-    stored = TORCH_DTYPES[entry.dtype]
-    plain = stored.is_floating_point and stored.itemsize > 1
-    if stored != dtype and not (plain and dtype.is_floating_point):
-        raise CheckpointError(
-            f"{entry.file} holds {entry.name} as {entry.dtype}, the model has {dtype}: a quantized checkpoint?",
-            "use the unquantized checkpoint, or an engine that reads this quantization",
-        )
 
 
 def _targets(files: OpenFiles, entry: TensorEntry, tensor: torch.Tensor, may_map: bool) -> list[Target]:

@@ -109,7 +109,16 @@ def read_targets(files: OpenFiles, targets: Sequence[Target], progress: Progress
 
     Raises CheckpointError if a file is not the one that its checkpoint was opened on, before or after.
     """
-    pieces = [piece for target in targets for piece in _pieces_of(target)]
+    pieces: list[_Piece] = []
+    for target in targets:
+        entry, out = target.entry, target.out
+        ends = zip(target.start, out.shape, entry.shape, strict=True)
+        is_inside = all(first + size <= whole for first, size, whole in ends)
+        assert is_inside, f"{entry.name} {entry.shape} has no block {tuple(out.shape)} at {target.start}"
+        if out.dim() == 0:
+            pieces.append(_Piece(entry, entry.offset, (1,), (), out.reshape(1), target.mapped))
+        elif out.numel():
+            pieces += _cut(target, entry.offset, entry.shape, target.start, out)
     pieces.sort(key=lambda piece: (piece.entry.file, piece.offset))
     total = sum(piece.nbytes for piece in pieces)
     gpus = sorted({target.out.device for target in targets if target.out.device.type == "cuda"}, key=str)
@@ -133,16 +142,6 @@ def _use_device(gpus: Sequence[torch.device]) -> None:
     """A new thread would be on the first GPU of the machine, and open a context there."""
     if gpus:
         torch.cuda.set_device(gpus[0])
-
-
-def _pieces_of(target: Target) -> Iterator[_Piece]:
-    entry, out = target.entry, target.out
-    inside = all(first + size <= whole for first, size, whole in zip(target.start, out.shape, entry.shape, strict=True))
-    assert inside, f"{entry.name} {entry.shape} has no block {tuple(out.shape)} at {target.start}"
-    if out.dim() == 0:
-        yield _Piece(entry, entry.offset, (1,), (), out.reshape(1), target.mapped)
-    elif out.numel():
-        yield from _cut(target, entry.offset, entry.shape, target.start, out)
 
 
 def _cut(

@@ -120,7 +120,11 @@ def cards() -> tuple[Card, ...]:
     """The cards of this machine; none where there is no driver."""
     try:
         with _session():
-            return tuple(_card(index, handle) for index, handle in enumerate(_handles()))
+            known = []
+            for index, handle in enumerate(_handles()):
+                name, uuid = _ask(pynvml.nvmlDeviceGetName, handle), _ask(pynvml.nvmlDeviceGetUUID, handle)
+                known.append(Card(index, name, uuid, _memory(handle)[0], bool(_mig(handle))))
+            return tuple(known)
     except NvmlError:
         return ()
 
@@ -195,11 +199,6 @@ def _memory(handle: Any) -> tuple[int | None, int | None, int | None]:
     return None, None, None
 
 
-def _card(index: int, handle: Any) -> Card:
-    name, uuid = _ask(pynvml.nvmlDeviceGetName, handle), _ask(pynvml.nvmlDeviceGetUUID, handle)
-    return Card(index, name, uuid, _memory(handle)[0], bool(_mig(handle)))
-
-
 def _mig(handle: Any) -> bool | None:
     return _switch(_ask(pynvml.nvmlDeviceGetMigMode, handle))
 
@@ -222,6 +221,11 @@ def _gpu(index: int, handle: Any) -> JsonObject:
     memory_bytes, reserved_bytes, free_bytes = _memory(handle)
     capability = _ask(pynvml.nvmlDeviceGetCudaComputeCapability, handle)
     persistence = _ask(pynvml.nvmlDeviceGetPersistenceMode, handle)
+    links = [_ask(pynvml.nvmlDeviceGetNvLinkState, handle, link) for link in range(pynvml.NVML_NVLINK_MAX_LINKS)]
+    states = [state for state in links if state is not None]
+    nvlinks = None
+    if states:
+        nvlinks = sum(states)
     return {
         "index": index,
         "name": _ask(pynvml.nvmlDeviceGetName, handle),
@@ -234,7 +238,7 @@ def _gpu(index: int, handle: Any) -> JsonObject:
         "pcie_generation_max": _ask(pynvml.nvmlDeviceGetMaxPcieLinkGeneration, handle),
         "pcie_width": _ask(pynvml.nvmlDeviceGetCurrPcieLinkWidth, handle),
         "pcie_width_max": _ask(pynvml.nvmlDeviceGetMaxPcieLinkWidth, handle),
-        "nvlinks": _nvlinks(handle),
+        "nvlinks": nvlinks,  # that are up; null for a card that has none
         "mig": _mig(handle),
         "ecc": _switch(_ask(pynvml.nvmlDeviceGetEccMode, handle)),
         "ecc_errors": _ask(pynvml.nvmlDeviceGetTotalEccErrors, handle, UNCORRECTED, SINCE_BOOT),
@@ -242,15 +246,6 @@ def _gpu(index: int, handle: Any) -> JsonObject:
         "compute_mode": COMPUTE_MODES.get(_ask(pynvml.nvmlDeviceGetComputeMode, handle)),
         "processes": [[one.pid, one.memory_bytes] for one in _ask(_processes, handle) or ()],
     }
-
-
-def _nvlinks(handle: Any) -> int | None:
-    """The number of NVLinks of the card that are up; None if it has none."""
-    states = [_ask(pynvml.nvmlDeviceGetNvLinkState, handle, link) for link in range(pynvml.NVML_NVLINK_MAX_LINKS)]
-    known: list[int] = [state for state in states if state is not None]
-    if known:
-        return sum(known)
-    return None
 
 
 def _link(a: int, b: int, first: Any, second: Any) -> JsonObject:

@@ -22,8 +22,6 @@ from shards.parallel.fully_shard import decoder_layers
 from shards.parallel.products import ProductLinear
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
     from shards.parallel.collectives import Collectives
 
 _LLAMA = {
@@ -158,7 +156,11 @@ def tensor_parallel_model(model: nn.Module, rank: int, size: int, collectives: C
     """
     if size == 1:
         return model
-    plan = _layer_plan(model.config, size)
+    if model.config.model_type not in LAYER_PLANS:
+        raise PlanError(f"There is no tensor-parallel cut for model_type {model.config.model_type!r}.", ELSEWHERE)
+    if problem := uncuttable(ModelShape.from_config(model.config.to_dict()), size):
+        raise PlanError(problem, ELSEWHERE)
+    plan = LAYER_PLANS[model.config.model_type]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     ends = {embedding: "embedding", head: "head"}
     is_tied = embedding.weight is head.weight
@@ -170,18 +172,17 @@ def tensor_parallel_model(model: nn.Module, rank: int, size: int, collectives: C
             module.collectives, module.size = collectives, size
     embedding.first = head.first = rank * ceil(embedding.num_embeddings / size)
     for layer in decoder_layers(model):
-        _join(layer, size)
+        attention = getattr(layer, "self_attention", None)
+        for name in HEAD_COUNTS:  # which an attention that does not see its cut has to be told
+            if hasattr(attention, name):
+                setattr(attention, name, getattr(attention, name) // size)
+        summands: list[torch.Tensor] = []  # of the layer, which are added up at once
+        for module in layer.modules():
+            if isinstance(module, PartLinear):
+                module.held = summands
     if is_tied:
         head.weight = embedding.weight
     return model
-
-
-def _layer_plan(config: PretrainedConfig, size: int) -> dict[str, str]:
-    if config.model_type not in LAYER_PLANS:
-        raise PlanError(f"There is no tensor-parallel cut for model_type {config.model_type!r}.", ELSEWHERE)
-    if problem := uncuttable(ModelShape.from_config(config.to_dict()), size):
-        raise PlanError(problem, ELSEWHERE)
-    return LAYER_PLANS[config.model_type]
 
 
 def _keep_part(name: str, module: nn.Module, dim: int, rank: int, size: int) -> None:
@@ -196,15 +197,3 @@ def _keep_part(name: str, module: nn.Module, dim: int, rank: int, size: int) -> 
         part = nn.Parameter(torch.empty(local, dtype=whole.dtype, device="meta"), requires_grad=False)
         mark_block(part, Block(f"{name}.{leaf}", shape, (0,) * dim + (start,) + (0,) * (len(shape) - dim - 1)))
         setattr(module, leaf, part)
-
-
-def _join(layer: nn.Module, size: int) -> None:
-    """Tell an attention how many heads its rank has, where it does not see that; and join what is added up at once."""
-    attention = getattr(layer, "self_attention", None)
-    for name in HEAD_COUNTS:
-        if hasattr(attention, name):
-            setattr(attention, name, getattr(attention, name) // size)
-    held: list[torch.Tensor] = []
-    for module in layer.modules():
-        if isinstance(module, PartLinear):
-            module.held = held
