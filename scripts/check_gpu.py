@@ -73,7 +73,8 @@ def steps(out: Path, rehearse: bool, cards: int) -> list[Step]:
     doctor, accelerator = ("-m", "launcher.doctor", "--json"), "cuda"
     if rehearse:
         doctor, accelerator = (*doctor, "--timeout", "5"), "cpu"
-    tests = ("-m", "pytest", "-q", "-o", "addopts=-ra", "-p", "no:cacheprovider", "tests/engines/test_gpu.py")
+    tests = ("-m", "pytest", "-q", "-o", "addopts=-ra", "-p", "no:cacheprovider")
+    tests = (*tests, "tests/engines/test_gpu.py", "tests/engines/test_gpu_quantized.py")
     todo = [Step("doctor", (sys.executable, *doctor), needs_s=60)]
     for count in (1, 2)[: max(cards, 1)]:  # two cards share links: a run takes the rates of as many as it has
         probe = (sys.executable, "-m", "launcher.probe", f"accelerator={accelerator}", f"devices={count}")
@@ -91,6 +92,8 @@ def points(rehearse: bool, cards: int) -> list[Point]:
     ways = [Point("transformers", model, 1, compile=way) for way in ("cudagraph", "none") for model in MODELS[1:3]]
     alone = [Point(engine, model, batch) for batch in BATCHES for model in MODELS for engine in ("transformers", *vllm)]
     alone = ways + alone + [Point("transformers", model, 1, compile="inductor") for model in MODELS[1:3]]
+    packed = [("transformers", name) for name in ("int8_wo", "int4_wo", "nf4")] + [(name, "fp8") for name in vllm]
+    alone += [Point(engine, "llama_7b", 8, quantization=name) for engine, name in packed]
     together = [Point("tensor_parallel", model, 1, devices=2, compile="cudagraph") for model in MODELS] + [
         Point(engine, model, batch, devices=2)
         for batch in (1, 8)
@@ -116,6 +119,8 @@ def _run(point: Point, out: Path, rehearse: bool) -> Step:
     ]  # fmt: skip
     if point.compile:
         overrides.append(f"measure.compile={point.compile}")
+    if point.quantization:
+        overrides.append(f"quantization={point.quantization}")
     if point.engine != "vllm":
         overrides.append(f"measure.batch_size={point.batch}")
     else:

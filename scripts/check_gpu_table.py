@@ -27,20 +27,20 @@ additions differs, and so may tokens.
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A run of an engine, the number of prompts that it answers at once, and how its steps are made (none: auto)."""
+    """A run of an engine, the number of prompts that it answers at once, how its steps are made (none: auto), and how
+    its weights are quantized."""
 
     engine: str
     model: str
     batch: int
     devices: int = 1
     compile: str | None = None
+    quantization: str | None = None
 
     @property
     def name(self) -> str:
         name = f"{self.model}_{self.engine}_x{self.devices}_b{self.batch}"
-        if self.compile:
-            return f"{name}_{self.compile}"
-        return name
+        return "_".join([name, *filter(None, (self.compile, self.quantization))])
 
 
 def write_table(out: Path, rows: list[tuple[str, Point | None, dict[str, Any]]]) -> None:

@@ -227,13 +227,18 @@ class StreamingBackend(Protocol):
         """Call `on_tokens` with new tokens by the index of their prompt, before `on_step` of their step."""
 
 
+LIKELIEST = 8
+"""Tokens in each place of a scored text whose likelihoods an engine tells."""
+
+
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The score of a text by an engine: the log-likelihood (natural logarithm) of all its tokens but the first, and the
-    most likely token in the place of each."""
+    """The score of a text by an engine: the log-likelihood (natural logarithm) of all its tokens but the first, and in
+    the place of each the most likely token, and the log-likelihoods of the LIKELIEST tokens."""
 
     log_likelihood: float
     best_tokens: tuple[int, ...]
+    likeliest: tuple[dict[int, float], ...] = ()
 
 
 @runtime_checkable

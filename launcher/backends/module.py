@@ -14,7 +14,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from launcher.backends.base import LoadTimes, Score
+from launcher.backends.base import LIKELIEST, LoadTimes, Score
 from launcher.backends.decode import Decoder, eos_token_ids
 from launcher.backends.drafts import make_guesser, with_draft
 from launcher.backends.memory import PhasePeaks, module_memory
@@ -236,8 +236,13 @@ class ModuleBackend(ABC):
         ids = torch.tensor([token_ids], device=self.device)
         with self.autocast():
             logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        chosen = logits.log_softmax(-1).gather(1, ids[0, 1:, None].to(logits.device))
-        return Score(chosen.double().sum().item(), tuple(logits.argmax(-1).tolist()))
+        likely = logits.log_softmax(-1)
+        chosen = likely.gather(1, ids[0, 1:, None].to(logits.device))
+        values, tokens = likely.topk(min(LIKELIEST, likely.shape[1]))
+        likeliest = tuple(
+            dict(zip(*place, strict=True)) for place in zip(tokens.tolist(), values.tolist(), strict=True)
+        )
+        return Score(chosen.double().sum().item(), tuple(logits.argmax(-1).tolist()), likeliest)
 
     def autocast(self) -> torch.autocast:
         """With mixed precision products are narrow in here, of weights that are not; else nothing is changed."""

@@ -82,10 +82,13 @@ def _quality(base: FinishedRun, other: FinishedRun, comparison: Comparison) -> s
     left, right = base.record.quality, other.record.quality
     assert left is not None
     assert right is not None
-    return (
+    shown = (
         f"perplexity {right.perplexity:,.4g} after {left.perplexity:,.4g}; the most likely token is the same for"
         f" {comparison.agreement:.1%} of {left.tokens:,} tokens of {left.text}"
     )
+    if comparison.kl_divergence is None:
+        return f"{shown}; no KL divergence, since a record is from before it had one"
+    return f"{shown}; KL divergence {comparison.kl_divergence:.3g} nats a token"
 
 
 def _divergence_cells(divergence: Divergence | None) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from launcher.report.layout import fitted
 from launcher.report.speculation import COLUMN, cell, has_guesses
 from launcher.report.tables import error_line, json_line, range_of
 from launcher.report.units import percent, rate, seconds, size
-from launcher.results.quality import agreement
+from launcher.results.quality import agreement, kl_divergence
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from launcher.results.record import Record
     from shards.untrusted_files import JsonObject
 
-QUALITY = ("perplexity", "same top-1")
+QUALITY = ("perplexity", "same top-1", "KL, nats")
 FIGURES = ("new tokens/s", "min … max", "ttft p50", "itl p50", "load", "parameters/device")
 
 
@@ -79,9 +79,11 @@ def show_sweep(records: Sequence[Record], points: Sequence[Mapping[str, str]], o
         if shows_guesses:
             row.append(cell(record))
         if base and record.quality:
+            kl = kl_divergence(base, record.quality)
             row += [f"{record.quality.perplexity:,.4g}", percent(agreement(base, record.quality))]
+            row.append("-" if kl is None else f"{kl:.2g}")
         elif base:
-            row += ["-", "-"]
+            row += ["-"] * len(QUALITY)
         rows.append(row)
     out.print(fitted(out, columns, rows, texts=keys, optional=FIGURES[:0:-1]))
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.config.engines import engines
 from launcher.config.schema import HOW_IT_IS_RUN
 from launcher.config.values import flat
-from launcher.results.quality import agreement
+from launcher.results.quality import agreement, kl_divergence
 from launcher.results.serving_cost import serving_cost
 from shards.errors import UserError
 
@@ -95,7 +95,8 @@ class Comparison:
 
     `serving_cost` is the share of the engine's tokens/s that is lost where a server has the engine (HTTP, its
     scheduler, the client), None where one of the two is not the engine that the other asks. `agreement`
-    is the share of the tokens of the text of `measure.quality` in whose place both held the same one most likely.
+    is the share of the tokens of the text of `measure.quality` in whose place both held the same one most likely,
+    `kl_divergence` that of the base's distributions there from the other's, in nats a token.
     """
 
     base: str
@@ -110,6 +111,7 @@ class Comparison:
     notes: tuple[str, ...] = ()
     serving_cost: float | None = None
     agreement: float | None = None
+    kl_divergence: float | None = None
 
     @property
     def match(self) -> float:
@@ -147,6 +149,7 @@ def compare(base: FinishedRun, other: FinishedRun) -> Comparison:
         notes=tuple(notes),
         serving_cost=cost,
         agreement=agreement(base.record.quality, other.record.quality),
+        kl_divergence=kl_divergence(base.record.quality, other.record.quality),
     )
 
 

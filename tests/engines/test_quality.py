@@ -11,10 +11,12 @@ import torch
 from running import launcher
 from transformers import AutoModelForCausalLM
 
+from launcher.backends.base import LIKELIEST, Score
 from launcher.composition.compose import compose_run
 from launcher.models import EMBEDDED
 from launcher.prompts.quality import windows
-from launcher.results.quality import Quality, agreement
+from launcher.results.quality import Quality, agreement, kl_divergence, quality_of
+from launcher.system.typed import decode
 
 ENGINES = "transformers,fsdp,tensor_parallel,deepspeed,vllm"
 ONCE = ("measure.repeats=1", "measure.warmup=0", "sampling.max_new_tokens=2", "accelerator=cpu")
@@ -44,8 +46,33 @@ def test_every_engine_scores_a_text_as_transformers_does(tmp_path: Path) -> None
         assert same >= len(best) - 2, record["backend"]  # two logits may be one last bit apart
     assert " ".join(ended.out.split()).count(f"of {len(best):,} tokens of builtin") == 4
     lines = ended.out.splitlines()
-    assert "perplexity ┃ same top-1" in next(line for line in lines if line.startswith("┃ backend"))
-    assert next(line for line in lines if line.startswith("│ transformers")).split("│")[-2].strip() == "100.0%"
+    assert "perplexity ┃ same top-1 ┃ KL, nats" in next(line for line in lines if line.startswith("┃ backend"))
+    shown = next(line for line in lines if line.startswith("│ transformers")).split("│")
+    assert [cell.strip() for cell in shown[-3:-1]] == ["100.0%", "0"]
+    qualities = {record["backend"]: decode(record["quality"], Quality) for record in records}
+    for quality in qualities.values():  # vLLM's likelihoods are there as well
+        kl = kl_divergence(qualities["transformers"], quality)
+        assert kl is not None
+        assert kl < 1e-4
+
+
+def test_the_divergence_of_what_is_known_is_a_lower_bound_and_near() -> None:
+    """Against that over the whole vocabulary, of distributions as far from each other as rounded weights make them."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(200, 512, generator=generator)
+    qualities, likely = [], []
+    for noise in (0.0, 0.3):
+        moved = (logits + noise * torch.randn(200, 512, generator=generator)).log_softmax(-1).double()
+        values, tokens = moved.topk(LIKELIEST)
+        places = [dict(zip(*place, strict=True)) for place in zip(tokens.tolist(), values.tolist(), strict=True)]
+        qualities.append(quality_of("text", [Score(-1.0, tuple(tokens[:, 0].tolist()), tuple(places))]))
+        likely.append(moved)
+    exact = (likely[0].exp() * (likely[0] - likely[1])).sum(1).mean().item()
+    bound = kl_divergence(*qualities)
+    assert bound is not None
+    assert 0.4 * exact < bound <= exact + 1e-4
+    assert kl_divergence(qualities[0], qualities[0]) == 0
+    assert kl_divergence(qualities[0], Quality("text", 200, 9.0, qualities[0].best_tokens)) is None
 
 
 def test_agreement_is_of_one_text_only() -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from launcher.backends.base import LENGTH, STOP, Completion, DeviceMemory, Generation, Score, as_token_ids
+from launcher.backends.base import LENGTH, LIKELIEST, STOP, Completion, DeviceMemory, Generation, Score, as_token_ids
 from launcher.backends.heartbeat import heartbeat
 from launcher.backends.vllm.monitor import Watch
 from launcher.backends.vllm.options import arguments, environment, refusal
@@ -175,12 +175,15 @@ class VllmBackend:
         return {name: float(counts.get(theirs, 0)) for name, theirs in GUESSES.items()}
 
     def score(self, token_ids: Sequence[int]) -> Score:
-        wanted = self.vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, detokenize=False)
+        wanted = self.vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=LIKELIEST, detokenize=False)
         [answer] = self.llm.generate([{"prompt_token_ids": list(token_ids)}], wanted, use_tqdm=False)
-        likely = answer.prompt_logprobs[1:]  # of each place the token that is there, and the most likely one
+        likely = answer.prompt_logprobs[1:]  # of each place the likeliest tokens, and the one that is there
         chosen = [place[token].logprob for place, token in zip(likely, token_ids[1:], strict=True)]
         best = tuple(max(place, key=lambda token: place[token].logprob) for place in likely)
-        return Score(sum(chosen), best)
+        likeliest = tuple(
+            {token: one.logprob for token, one in place.items() if one.rank <= LIKELIEST} for place in likely
+        )
+        return Score(sum(chosen), best, likeliest)
 
     def stream_to(self, on_tokens: Callable[[int, Sequence[int]], None]) -> None:
         assert self.watch is not None
