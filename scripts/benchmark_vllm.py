@@ -1,16 +1,17 @@
 """How much the vllm backend adds to vLLM: tokens/s of `backend.generate` over those of a bare `LLM.generate`.
 
     python scripts/benchmark_vllm.py [--model tiny_falcon] [--devices 1] [--prompts 64] [--new-tokens 64] [--pairs 15]
-                                     [--variants all] [--output docs/benchmarks_vllm]
+                                     [--variants all] [--engines 3] [--output docs/benchmarks_vllm]
 
 Both answer the same requests on the same engine in turns, so that what disturbs one disturbs the other; for the bare
 calls what the backend put into the engine is taken out. `--model` may be a folder, or a random model of
 benchmark_engines.py. Prints each pair and the median of the ratios; the last line is JSON.
 
 With --variants it is the backend with one option of vLLM changed over the backend as it is: two engines in processes of
-their own, which take turns in pairs, the first in turns too; that which is not at its turn is stopped. Beside the ratio
-of the speeds is that of the processor time of all their processes, on which others on the machine have less influence.
-`all` are all of VARIANTS; or some of their names. --output writes NAME.md, to whose tables each call adds one.
+their own, which take turns in pairs, the first in turns too; that which is not at its turn is stopped. Both are started
+--engines times: two that are alike differ by some percent. Beside the ratio of the speeds is that of the processor time
+of all their processes, on which others on the machine have less influence. `all` are all of VARIANTS; or some of their
+names. --output writes NAME.md, to whose tables each call adds one.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def compare_with_bare(folder: Path, shape: dict[str, Any], prompts: list[Prompt]
     backend.close()
     ratio = statistics.median(pair["ratio"] for pair in pairs)
     print(f"median ratio {ratio:.4f}")
-    told = {name: value for name, value in vars(options).items() if name not in ("variants", "output")}
+    told = {name: value for name, value in vars(options).items() if name not in ("variants", "engines", "output")}
     print(json.dumps({"median_ratio": ratio, "options": told, "pairs": pairs}), flush=True)
     os._exit(0)
 
@@ -124,6 +125,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--variants", default="", help="all, or names of variants with commas")
+    parser.add_argument("--engines", type=int, default=3, help="so many of each variant, one after the other")
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
 
@@ -135,18 +137,11 @@ def compare_variants(folder: Path, prompts: list[Prompt], scratch: Path, options
         "folder": str(folder), "precision": options.precision, "prompts": [list(one.token_ids) for one in prompts],
         "new_tokens": options.new_tokens, "ignore_eos": True, "kind": "ours", "devices": options.devices,
     }  # fmt: skip
-    base = started(BASE, job, scratch)
     rows = []
     for variant in VARIANTS:
-        if "all" not in wanted and variant.name not in wanted:
-            continue
-        group = started(variant, job, scratch)
-        try:
-            rows.append(row_of(variant.name, base, group, options))
-        finally:
-            group.end()
-        print(rows[-1], flush=True)
-    base.end()
+        if "all" in wanted or variant.name in wanted:
+            rows.append(row_of(variant, job, scratch, options))
+            print(rows[-1], flush=True)
     write_rows(rows, options)
 
 
@@ -163,27 +158,36 @@ def started(variant: Variant, job: dict[str, Any], scratch: Path) -> Group:
     return group
 
 
-def row_of(name: str, base: Group, group: Group, options: argparse.Namespace) -> str:
+def row_of(variant: Variant, job: dict[str, Any], scratch: Path, options: argparse.Namespace) -> str:
     """The cells of a variant: the medians of the ratios with the quartiles, and whether its tokens are the same."""
     ratios: dict[str, list[float]] = {"seconds": [], "cpu_s": []}
-    same = True
-    for number in range(options.pairs + 1):
-        turns = {one.name: turn(one) for one in ((base, group) if number % 2 else (group, base))}
-        if group.failure or base.failure:
-            return f"| {name} | {group.failure or base.failure} | | | |"
-        ours, other = turns[base.name], turns[group.name]
-        same &= ours["answers"] == other["answers"]
-        for kind, values in ratios.items() if number else ():  # the first pair warms up
-            values.append(ours[kind] / other[kind])
+    same, loads = True, []
+    for _ in range(options.engines):
+        groups = [started(one, job, scratch) for one in (BASE, variant)]
+        try:
+            for number in range(options.pairs + 1):
+                turns = {one.name: turn(one) for one in groups[:: 1 if number % 2 else -1]}
+                if failure := groups[0].failure or groups[1].failure:
+                    return f"| {variant.name} | {failure} | | | |"
+                ours, other = turns[BASE.name], turns[variant.name]
+                same &= ours["answers"] == other["answers"]
+                for kind, values in ratios.items() if number else ():  # the first pair warms up
+                    values.append(ours[kind] / other[kind])
+            loads.append(groups[1].load_s or 0.0)
+        finally:
+            for group in groups:
+                group.end()
     quartiles = [statistics.quantiles(values, n=4) for values in ratios.values()]
     cells = [f"{middle:.3f} ({low:.3f} … {high:.3f})" for low, middle, high in quartiles]
-    return f"| {name} | {' | '.join(cells)} | {'yes' if same else 'no'} | {group.load_s:.0f} s |"
+    return f"| {variant.name} | {' | '.join(cells)} | {'yes' if same else 'no'} | {min(loads):.0f} s |"
 
 
 def turn(group: Group) -> dict[str, Any]:
     """The answers of an engine, and their seconds by the clock and of the processor; nothing where it fails."""
+    if group.failure:
+        return {}
     before = processor_s(group)
-    found = None if group.failure else group.turn()
+    found = group.turn()
     return {**found[0], "cpu_s": processor_s(group) - before} if found else {}
 
 
