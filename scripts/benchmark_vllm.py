@@ -66,7 +66,7 @@ class Variant:
 
 BASE = Variant("as it is")
 VARIANTS = (
-    Variant("as it is, again"),
+    Variant("as it is once more"),
     Variant("prefix caching off", ("backend.extra.enable_prefix_caching=false",)),
     *(Variant(f"blocks of {size}", (f"backend.extra.block_size={size}",)) for size in (16, 32, 64)),
     Variant("steps of 512 tokens", ("backend.extra.max_num_batched_tokens=512",)),
@@ -75,7 +75,7 @@ VARIANTS = (
     Variant("compiled", ("backend.enforce_eager=false",)),
     Variant("VLLM_CPU_KVCACHE_SPACE=1", environment={"VLLM_CPU_KVCACHE_SPACE": "1"}),
     Variant("VLLM_CPU_OMP_THREADS_BIND=auto", environment={"VLLM_CPU_OMP_THREADS_BIND": "auto"}),
-    Variant("VLLM_CPU_OMP_THREADS_BIND, a core each", environment={"VLLM_CPU_OMP_THREADS_BIND": "cores"}),
+    Variant("VLLM_CPU_OMP_THREADS_BIND=each its core", environment={"VLLM_CPU_OMP_THREADS_BIND": "cores"}),
     Variant("VLLM_ENABLE_V1_MULTIPROCESSING=1", environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}),
     Variant("VLLM_CPU_ATTN_SPLIT_KV=0", environment={"VLLM_CPU_ATTN_SPLIT_KV": "0"}),
 )
