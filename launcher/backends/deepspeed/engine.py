@@ -70,7 +70,9 @@ class DeepSpeedConfig(BackendConfig):
         return replace(config, backend=replace(self, zero=True)), [note]
 
     def planner(self, config: RunConfig, model_config: TransformersConfig, on_cuda: bool) -> EnginePlanner | None:
-        return ZeroPlanner() if self.zero else DeepSpeedPlanner()
+        if self.zero:
+            return ZeroPlanner()
+        return DeepSpeedPlanner()
 
     def refuse(self, config: RunConfig, model_config: TransformersConfig, on_cuda: bool, longest: int) -> None:
         """Most of it DeepSpeed would get wrong in silence."""
@@ -84,7 +86,14 @@ class DeepSpeedConfig(BackendConfig):
             fact = "measure.compile=inductor: ZeRO gathers parameters in hooks, which are not compiled."
             raise ConfigError(fact, "measure.compile=none, or backend=fsdp")
         if config.num_devices > 1 and not self.zero:
-            _refuse_cut(family, model_config)
+            elsewhere = "backend=fsdp, or devices=1"
+            if reason := UNCUTTABLE.get(family):
+                raise ConfigError(f"DeepSpeed's AutoTP cannot be used for {family}: {reason}.", elsewhere)
+            if family == "falcon" and model_config.get("alibi"):
+                raise ConfigError(
+                    "DeepSpeed's AutoTP cuts the heads of a Falcon and not its alibi, which has one slope a head.",
+                    elsewhere,
+                )
         if self.max_out_tokens is not None and self.max_out_tokens < longest:
             raise ConfigError(
                 f"backend.max_out_tokens={self.max_out_tokens}, and the longest prompt with its answer has {longest}.",
@@ -92,7 +101,9 @@ class DeepSpeedConfig(BackendConfig):
             )
 
     def notes(self, config: RunConfig, on_cuda: bool) -> list[str]:
-        return [] if self.zero else slow_all_reduce(config, on_cuda)
+        if self.zero:
+            return []
+        return slow_all_reduce(config, on_cuda)
 
 
 def _without_kernels(family: str, on_cuda: bool) -> str:
@@ -105,14 +116,3 @@ def _without_kernels(family: str, on_cuda: bool) -> str:
         f"DeepSpeed's layers for {family} keep keys and values to themselves and return tuples, where transformers 5 "
         "looks for them in its own cache and takes tensors"
     )
-
-
-def _refuse_cut(family: str, model_config: TransformersConfig) -> None:
-    """Refuse what AutoTP would cut wrongly over several devices."""
-    elsewhere = "backend=fsdp, or devices=1"
-    if reason := UNCUTTABLE.get(family):
-        raise ConfigError(f"DeepSpeed's AutoTP cannot be used for {family}: {reason}.", elsewhere)
-    if family == "falcon" and model_config.get("alibi"):
-        raise ConfigError(
-            "DeepSpeed's AutoTP cuts the heads of a Falcon and not its alibi, which has one slope a head.", elsewhere
-        )

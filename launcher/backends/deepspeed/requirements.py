@@ -23,9 +23,13 @@ def slow_all_reduce(config: RunConfig, on_cuda: bool) -> list[str]:
     """A note where the ranks of one node cannot add up in shared memory."""
     if on_cuda or config.devices == 1 or config.num_nodes > 1:
         return []
-    elsewhere = config.backend.python is not None or _compiled_before()
-    reason = (None if elsewhere else missing_compiler()) or missing_shared_memory(config.devices)
-    return [f"DeepSpeed's ranks add up over gloo, two to three times slower: {reason}"] if reason else []
+    reason = None
+    if config.backend.python is None and not (extensions_folder() / OPERATION / f"{OPERATION}.so").is_file():
+        reason = missing_compiler()
+    reason = reason or missing_shared_memory(config.devices)
+    if reason is None:
+        return []
+    return [f"DeepSpeed's ranks add up over gloo, two to three times slower: {reason}"]
 
 
 def extensions_folder() -> Path:
@@ -36,13 +40,10 @@ def extensions_folder() -> Path:
     """
     if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(given)
-    is_writable = sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK)
-    root = Path(sys.prefix) if is_writable else Path.home() / ".cache"
+    root = Path.home() / ".cache"
+    if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
+        root = Path(sys.prefix)
     return root / "torch_extensions" / f"torch-{version('torch')}_deepspeed-{version('deepspeed')}"
-
-
-def _compiled_before() -> bool:
-    return (extensions_folder() / OPERATION / f"{OPERATION}.so").is_file()
 
 
 def missing_compiler() -> str | None:

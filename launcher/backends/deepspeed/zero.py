@@ -7,7 +7,7 @@ of the full size, of whose other rows it sees nothing, and keeps it on the devic
 from __future__ import annotations
 
 from math import ceil, prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import deepspeed
 import torch
@@ -27,14 +27,26 @@ if TYPE_CHECKING:
 def partition(model: torch.nn.Module, world: World, offload: Offload, fill: Callable[[], None]) -> torch.nn.Module:
     """The module of DeepSpeed's engine, with this rank's part of all values; `fill` loads what the model has then."""
     if not dist.is_initialized():
-        kind = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        kind = "gloo"
+        if torch.cuda.is_available():
+            kind = "cpu:gloo,cuda:nccl"
         dist.init_process_group(kind, store=dist.HashStore(), rank=0, world_size=1)
     settings = zero_settings(model, offload)
     _keep_rows(model, world)
     fill()
     parts = deepspeed.zero.Init(config_dict_or_path=settings, dtype=model.dtype)
     for parameter in model.parameters():
-        _hand_over(parameter, parts)
+        block = block_of(parameter)
+        assert block is not None
+        values = torch.empty(block.shape, dtype=parameter.dtype, device=parameter.device)
+        if block.shape:
+            values[block.start[0] : block.start[0] + parameter.shape[0]].copy_(parameter.data)
+        else:
+            values.copy_(parameter.data)
+        parameter.data = values
+        del parameter.block  # type: ignore[attr-defined]
+        parts._convert_to_deepspeed_param(parameter)
+        parameter.partition()  # type: ignore[attr-defined]
     engine, *_ = deepspeed.initialize(model=model, config=settings)
     return engine.module  # type: ignore[no-any-return]
 
@@ -74,25 +86,14 @@ def _keep_rows(model: torch.nn.Module, world: World) -> None:
 
 def _rows_of(whole: torch.nn.Parameter, name: str, world: World) -> torch.nn.Parameter:
     shape, size = tuple(whole.shape), ceil(whole.numel() / world.world_size)
-    begin, end = (min(edge * size, whole.numel()) for edge in (world.rank, world.rank + 1))
+    begin, end = min(world.rank * size, whole.numel()), min((world.rank + 1) * size, whole.numel())
     row = max(1, prod(shape[1:]))
-    first, last = begin // row, max(begin // row, ceil(end / row)) if end > begin else begin // row
-    part = whole[first:last] if shape else whole
-    rows = torch.nn.Parameter(part.detach(), requires_grad=False)
-    mark_block(rows, Block(name, shape, (first, *(0 for _ in shape[1:])) if shape else ()))
+    first = last = begin // row
+    if end > begin:
+        last = ceil(end / row)
+    part, start = whole.detach(), [0] * len(shape)
+    if shape:
+        part, start[0] = part[first:last], first
+    rows = torch.nn.Parameter(part, requires_grad=False)
+    mark_block(rows, Block(name, shape, tuple(start)))
     return rows
-
-
-def _hand_over(parameter: torch.nn.Parameter, parts: Any) -> None:
-    """Make a parameter that holds its rows one of ZeRO, which keeps this rank's run of values."""
-    block = block_of(parameter)
-    assert block is not None
-    values = torch.empty(block.shape, dtype=parameter.dtype, device=parameter.device)
-    if block.shape:
-        values[block.start[0] : block.start[0] + parameter.shape[0]].copy_(parameter.data)
-    else:
-        values.copy_(parameter.data)
-    parameter.data = values
-    del parameter.block  # type: ignore[attr-defined]
-    parts._convert_to_deepspeed_param(parameter)
-    parameter.partition()  # type: ignore[attr-defined]
