@@ -25,7 +25,7 @@ from launcher.backends.decode import Decoder
 from launcher.backends.memory import PhasePeaks
 from launcher.backends.sampling import Sampler
 from launcher.backends.slots import decoder as slot_decoder
-from launcher.backends.slots.decoder import Made, SlotDecoder
+from launcher.backends.slots.decoder import Chosen, SlotDecoder
 from launcher.backends.slots.families import FAMILIES, why_no_guesses, why_static
 from launcher.backends.slots.guesses import Draft, Lookup
 from launcher.backends.slots.queue import Queue
@@ -422,8 +422,10 @@ def test_an_end_that_is_read_late_costs_few_rows_and_changes_no_answer(
 ) -> None:
     """As on a card, where it is known forwards later that a row has met its EOS."""
     monkeypatch.setitem(slot_decoder.LATE, "cpu", late)
-    of = Made.of
-    monkeypatch.setattr(Made, "of", lambda forward, number, *made: of(forward, number, *(one.clone() for one in made)))
+    of = Chosen.of
+    monkeypatch.setattr(
+        Chosen, "of", lambda forward, number, *tensors: of(forward, number, *(tensor.clone() for tensor in tensors))
+    )
     prompts, most = prompts_of((5, 30, 1, 7, 12, 9, 22, 4, 3, 17)), 20
     whole = {prompt.index: by_generate(model, prompt, most) for prompt in prompts}
     eos = {tokens[place] for tokens, place in zip(whole.values(), (0, 3, 7, 11), strict=False)}

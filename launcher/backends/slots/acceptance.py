@@ -33,7 +33,9 @@ def sampled(
     """
     rows = torch.arange(len(guesses), device=guesses.device)
     p = target[:, :-1].gather(2, guesses[..., None])[..., 0]
-    q = torch.ones_like(p) if drafted is None else drafted.gather(2, guesses[..., None])[..., 0]
+    q = torch.ones_like(p)
+    if drafted is not None:
+        q = drafted.gather(2, guesses[..., None])[..., 0]
     accepted = _leading(uniform * q < p, counts)
     weights = target[rows, accepted]
     if guesses.shape[1]:

@@ -43,7 +43,9 @@ class Stepping:
 def as_multiplied(states: torch.Tensor) -> torch.Tensor:
     """Keys or values in the type in which attention multiplies with them: under autocast they come in several."""
     kind = states.device.type
-    return states.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else states
+    if torch.is_autocast_enabled(kind):
+        return states.to(torch.get_autocast_dtype(kind))
+    return states
 
 
 class SlotLayer(CacheLayerMixin):
@@ -57,7 +59,9 @@ class SlotLayer(CacheLayerMixin):
     def __init__(self, slots: int, length: int, window: int | None, spare: int = 0) -> None:
         super().__init__()
         self.slots, self.window = slots, window
-        self.size = length if window is None else min(length, window + spare)
+        self.size = length
+        if window is not None:
+            self.size = min(length, window + spare)
         self.is_sliding = window is not None
         self.doing: Reading | Stepping | None = None
         self.views: tuple[int, int, Pair] | None = None
@@ -80,8 +84,9 @@ class SlotLayer(CacheLayerMixin):
         if self.doing.lengths is not None:
             return self._read_packed(self.doing.rows.tolist(), self.doing.lengths, key_states, value_states)
         for cache, states in ((self.keys, key_states), (self.values, value_states)):
-            kept = states if states.shape[2] <= self.size else self._last(states, self.doing.ends)
-            cache[:, :, : kept.shape[2]].index_copy_(0, self.doing.rows.to(cache.device), kept)
+            if states.shape[2] > self.size:
+                states = self._last(states, self.doing.ends)
+            cache[:, :, : states.shape[2]].index_copy_(0, self.doing.rows.to(cache.device), states)
         return key_states, value_states
 
     def _last(self, states: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -128,7 +133,9 @@ class SlotLayer(CacheLayerMixin):
 
     def _num_before(self, start: int) -> int:
         """The number of tokens among the first `start` that the next one may see."""
-        return start if self.window is None else min(start, self.window - 1)
+        if self.window is None:
+            return start
+        return min(start, self.window - 1)
 
     def get_seq_length(self) -> int:
         """Tokens before those of this forward, as the model is to believe."""
@@ -158,7 +165,9 @@ class SlotLayer(CacheLayerMixin):
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """The two, once they are there."""
-        return (self.keys, self.values) if self.is_initialized else ()
+        if not self.is_initialized:
+            return ()
+        return self.keys, self.values
 
 
 class SlotCache(Cache):
@@ -177,12 +186,12 @@ class SlotCache(Cache):
         self._bases: dict[Kind, torch.Tensor] = {}
         self._buffers: dict[tuple[Kind, int], Pair] = {}
 
-    def do(self, what: Reading | Stepping) -> None:
-        self.doing = what
+    def do(self, forward: Reading | Stepping) -> None:
+        self.doing = forward
         self._index.clear()
         for layer in self.layers:
-            layer.doing = what
-        if isinstance(what, Stepping):
+            layer.doing = forward
+        if isinstance(forward, Stepping):
             self._index.update({kind: self._places(kind) for kind in self._kinds})
 
     def update(

@@ -35,7 +35,9 @@ def settled(config: RunConfig, device: torch.device) -> Compile:
     if asked is not Compile.auto:
         return asked
     is_plain = config.num_devices == 1 and config.offload is Offload.none and not config.speculative.is_on
-    return Compile.cudagraph if is_plain and device.type == "cuda" else Compile.none
+    if is_plain and device.type == "cuda":
+        return Compile.cudagraph
+    return Compile.none
 
 
 @torch.inference_mode()
@@ -66,8 +68,11 @@ def compile_steps(decoder: SlotDecoder, config: RunConfig, generate: Callable[[]
         decoder.slots.static = None
         why = obstacle or f"with measure.compile={way.name} {wrong} of {prompts} prompts had other tokens"
         return Compilation(Compile.none.name, perf_counter() - start, why)
-    near = "" if wrong else ", from a place on where two were as likely"
-    note = f"{other} of {prompts} prompts had other tokens than without it{near}" if other else None
+    note = None
+    if other:
+        note = f"{other} of {prompts} prompts had other tokens than without it"
+        if not wrong:
+            note += ", from a place on where two were as likely"
     return Compilation(way.name, perf_counter() - start, note)
 
 
@@ -97,7 +102,9 @@ class Switch:
         compiled = torch.compile(plain, dynamic=False)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return (compiled if self.is_on else plain)(*args, **kwargs)
+            if self.is_on:
+                return compiled(*args, **kwargs)
+            return plain(*args, **kwargs)
 
         layer.forward = forward
 
@@ -121,6 +128,6 @@ def differing(before: Generation, after: Generation, products: torch.dtype) -> t
             continue
         other += 1
         pairs = zip(item.token_ids, tokens, strict=False)
-        place = next((place for place, (one, another) in enumerate(pairs) if one != another), None)
-        wrong += place is None or not item.top2_gaps[place] <= width  # which of no number is true
+        index = next((index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
+        wrong += index is None or not item.top2_gaps[index] <= width  # which of no number is true
     return other, wrong

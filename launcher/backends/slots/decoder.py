@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from launcher.backends.base import Completion, Generation
-from launcher.backends.memory import Clock, PhasePeaks
+from launcher.backends.base import LENGTH, STOP, Completion, Generation
+from launcher.backends.memory import DECODE, PREFILL, Clock, PhasePeaks
 from launcher.backends.sampling import Sampler
 from launcher.backends.slots.device import Slots
 from launcher.backends.slots.guesses import AheadSlots, Guesses
@@ -42,7 +42,7 @@ makes meanwhile lies in its own slot, is left out, and counts as computed for no
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class Chosen:
     """The tokens chosen in one forward, on their way to the host."""
 
     forward: Read | Step
@@ -52,7 +52,7 @@ class Made:
     copied: torch.cuda.Event | None
 
     @classmethod
-    def of(cls, forward: Read | Step, number: int, tokens: torch.Tensor, gaps: torch.Tensor) -> Made:
+    def of(cls, forward: Read | Step, number: int, tokens: torch.Tensor, gaps: torch.Tensor) -> Chosen:
         if tokens.device.type != "cuda":
             return cls(forward, number, tokens, gaps, None)
         tokens, gaps = tokens.to("cpu", non_blocking=True), gaps.to("cpu", non_blocking=True)
@@ -85,25 +85,29 @@ class SlotDecoder:
     on_tokens: Callable[[int, SequenceOf[int]], None] | None = None
     slots: Slots | None = None
     must_clear: bool = False
-    made: deque[Made | Checked] = field(default_factory=deque)
+    pending: deque[Chosen | Checked] = field(default_factory=deque)
 
     @property
     def kv_cache_bytes(self) -> dict[torch.device, int]:
         """Bytes of the cache on each device."""
-        return self.slots.cache.num_bytes() if self.slots else {}
+        if self.slots is None:
+            return {}
+        return self.slots.cache.num_bytes()
 
     @torch.inference_mode()
     def generate(self, prompts: SequenceOf[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Generation:
         """New tokens for each prompt that this rank answers, in the order of the prompts."""
-        call = _Call(self, prompts, sampling, on_step)
-        self.made.clear()
+        call, late = _Call(self, prompts, sampling, on_step), LATE[self.device.type]
+        if self.guesser is not None:
+            late = 0
+        self.pending.clear()
         while call.queue.fill():
             call.forward()
-            while len(self.made) > (0 if self.guesser else LATE[self.device.type]):
-                call.take(self.made.popleft())
+            while len(self.pending) > late:
+                call.take(self.pending.popleft())
             call.report()
-        while self.made:
-            call.take(self.made.popleft())
+        while self.pending:
+            call.take(self.pending.popleft())
             call.report()
         return call.generation()
 
@@ -131,10 +135,13 @@ class _Call:
         self.slots = decoder.ready(longest + most + decoder.ahead)
         if decoder.guesser is not None:
             decoder.guesser.ready(decoder.num_slots, self.slots.cache.length, decoder.ahead)
-        ranks, rank = (decoder.world.world_size, decoder.world.rank) if decoder.splits_prompts else (1, 0)
-        packs = self.slots.packs and (decoder.guesser is None or decoder.guesser.packs)
-        limits = most, decoder.prefill_tokens, None if packs else NEAR[decoder.device.type]
-        schedules = [Schedule(decoder.num_slots, *limits) for _ in range(ranks)]
+        near: int | None = NEAR[decoder.device.type]
+        ranks, rank = 1, 0
+        if decoder.splits_prompts:
+            ranks, rank = decoder.world.world_size, decoder.world.rank
+        if self.slots.packs and (decoder.guesser is None or decoder.guesser.packs):
+            near = None
+        schedules = [Schedule(decoder.num_slots, most, decoder.prefill_tokens, near) for _ in range(ranks)]
         self.schedule = schedules[rank]
         is_told = sampling.ignore_eos and decoder.guesser is None  # when answers end
         is_apart = ranks > 1 and not is_sharded(decoder.model)
@@ -143,7 +150,9 @@ class _Call:
         self.speculation: Speculation | None = None
         if decoder.guesser is not None and isinstance(self.slots, AheadSlots):
             self.speculation = Speculation(decoder.guesser, self.slots, self.sampler, sampling, decoder.ahead)
-        self.eos = frozenset(() if sampling.ignore_eos else decoder.eos_token_ids)
+        self.eos = frozenset(decoder.eos_token_ids)
+        if sampling.ignore_eos:
+            self.eos = frozenset()
         self.order = {prompt.index: place for place, prompt in enumerate(prompts)}
         self.generators: dict[int, torch.Generator | None] = {}
         self.kinds: list[Kind | None] = []  # of each forward
@@ -156,21 +165,30 @@ class _Call:
         """Start the next forward of this rank, an idle one if it has nothing to do."""
         forward = self.schedule.next()
         self.queue.follow()
-        self.kinds.append(None if forward is None else type(forward))
         if forward is None:
+            self.kinds.append(None)
             if not self.queue.is_apart:
                 self.slots.idle()
             self.clock.mark()
             return
+        self.kinds.append(type(forward))
+        phase = DECODE
+        if isinstance(forward, Read):
+            phase = PREFILL
         if isinstance(forward, Read) and self.speculation is not None:
             self.speculation.guesser.read(forward)
         if isinstance(forward, Step) and self.speculation is not None:
-            self._check_guesses(self.speculation, forward)
+            generators = [self._generator(sequence) for sequence in forward.sequences]
+            guesses = self.speculation.guess(forward, generators)
+            self.kinds.insert(-1, Guesses)
+            self.clock.mark()
+            checked = self.speculation.check(forward, len(self.kinds) - 1, guesses, generators)
+            self.decoder.pending.append(checked)
         else:
             self._choose(forward)
         self.schedule.begin(forward)
         self.clock.mark()
-        self.decoder.peaks.end("prefill" if isinstance(forward, Read) else "decode")
+        self.decoder.peaks.end(phase)
 
     def _choose(self, forward: Read | Step) -> None:
         """A token for each row, of which nobody waits to hear."""
@@ -181,30 +199,22 @@ class _Call:
         else:
             logits = self.slots.step(forward)
         if isinstance(forward, Step) or forward.is_last:
-            tokens, gaps = self.sampler.choose(logits, [self._generator(one) for one in forward.sequences])
+            tokens, gaps = self.sampler.choose(logits, [self._generator(sequence) for sequence in forward.sequences])
             self.slots.keep(forward, tokens)
-            self.decoder.made.append(Made.of(forward, len(self.kinds) - 1, tokens, gaps))
-
-    def _check_guesses(self, speculation: Speculation, forward: Step) -> None:
-        """Several tokens for a row, as many as were guessed right and one more."""
-        generators = [self._generator(one) for one in forward.sequences]
-        guesses = speculation.guess(forward, generators)
-        self.kinds.insert(-1, Guesses)
-        self.clock.mark()
-        self.decoder.made.append(speculation.check(forward, len(self.kinds) - 1, guesses, generators))
+            self.decoder.pending.append(Chosen.of(forward, len(self.kinds) - 1, tokens, gaps))
 
     def _generator(self, sequence: Sequence) -> torch.Generator | None:
         if sequence.begun == 0:
             self.generators[sequence.prompt.index] = self.sampler.generator(sequence.prompt)
         return self.generators[sequence.prompt.index]
 
-    def take(self, made: Made | Checked) -> None:
+    def take(self, chosen: Chosen | Checked) -> None:
         """Read what a forward has chosen. What a sequence was given after its end is left out."""
-        for sequence, tokens, gaps in zip(made.forward.sequences, *made.values(), strict=True):
+        for sequence, tokens, gaps in zip(chosen.forward.sequences, *chosen.values(), strict=True):
             for token, gap in zip(tokens, gaps, strict=True):
                 self.decoder.must_clear |= not math.isfinite(gap)
                 if not sequence.is_ended:
-                    self._give(sequence, made.number, token, gap)
+                    self._give(sequence, chosen.number, token, gap)
             sequence.begun = max(sequence.begun, len(sequence.token_ids))
 
     def _give(self, sequence: Sequence, number: int, token: int, gap: float) -> None:
@@ -228,15 +238,14 @@ class _Call:
         self.new_tokens = 0
 
     def _completion(self, sequence: Sequence, marks: SequenceOf[float] | None = None) -> Completion:
-        times = [marks[number] for number in sequence.forwards] if marks else []
-        return Completion(
-            index=sequence.prompt.index,
-            token_ids=tuple(sequence.token_ids),
-            finish_reason="stop" if sequence.token_ids[-1] in self.eos else "length",
-            ttft_s=times[0] if times else None,
-            itl_s=tuple(later - earlier for earlier, later in pairwise(times)),
-            top2_gaps=tuple(sequence.gaps),
-        )
+        reason, token_ids, gaps = LENGTH, tuple(sequence.token_ids), tuple(sequence.gaps)
+        if token_ids[-1] in self.eos:
+            reason = STOP
+        if marks is None:
+            return Completion(sequence.prompt.index, token_ids, reason, top2_gaps=gaps)
+        times = [marks[number] for number in sequence.forwards]
+        itl_s = tuple(later - earlier for earlier, later in pairwise(times))
+        return Completion(sequence.prompt.index, token_ids, reason, times[0], itl_s, gaps)
 
     def generation(self) -> Generation:
         """All completions, with their times."""
@@ -244,15 +253,18 @@ class _Call:
         spent: dict[Kind | None, float] = {Read: 0.0, Step: 0.0, Guesses: 0.0, None: 0.0}
         for kind, before, after in zip(self.kinds, (0.0, *marks), marks, strict=False):
             spent[kind] += after - before
-        steps = self.kinds.count(Step)
-        idle = 0 if self.queue.is_apart else self.kinds.count(None)  # steps of other ranks, with all slots empty here
-        more = {} if self.speculation is None else {**self.speculation.counters, GUESSING: spent[Guesses]}
+        steps = slot_steps = self.kinds.count(Step)
+        if not self.queue.is_apart:
+            slot_steps += self.kinds.count(None)  # steps of other ranks, with all slots empty here
         rows = self.slots.computed_rows - self.rows_before
+        counters: dict[str, float] = {SLOTS: slot_steps * self.decoder.num_slots, ROWS: rows}
+        if self.speculation is not None:
+            counters |= {**self.speculation.counters, GUESSING: spent[Guesses]}
         ordered = sorted(self.ended, key=lambda sequence: self.order[sequence.prompt.index])
         return Generation(
             tuple(self._completion(sequence, marks) for sequence in ordered),
             prefill_s=spent[Read],
             decode_s=spent[Step] + spent[Guesses],
             decode_steps=steps,
-            counters={SLOTS: (steps + idle) * self.decoder.num_slots, ROWS: rows, **more},
+            counters=counters,
         )

@@ -51,7 +51,7 @@ class Read:
     def num_tokens(self) -> int:
         """Tokens that the model is given, paddings among them."""
         if self.is_packed:
-            return sum(len(one.prompt.token_ids) for one in self.sequences)
+            return sum(len(sequence.prompt.token_ids) for sequence in self.sequences)
         return self.width * len(self.sequences)
 
     @property
@@ -101,7 +101,7 @@ class Schedule:
         if not self.decoding:
             return None
         moves = tuple(self._close_ranks())
-        return Step(tuple(one for one in self.seats[: self.decoding] if one), moves)
+        return Step(tuple(sequence for sequence in self.seats[: self.decoding] if sequence), moves)
 
     def _read(self) -> Read:
         first = self.waiting[0]
@@ -109,33 +109,36 @@ class Schedule:
         if first.read or left > self.prefill_tokens:
             first.row = len(self.seats) - 1
             return Read((first,), first.read, min(left, self.prefill_tokens), tuple(self._close_ranks()))
-        together = self._next_alike(left, self.near) if self.near is not None else self._next_packed()
-        rows = [row for row, one in enumerate(self.seats) if one is None]
+        if self.near is None:
+            together = self._next_packed()
+        else:
+            together = self._next_alike(left, self.near)
+        rows = [row for row, sequence in enumerate(self.seats) if sequence is None]
         group = list(zip(together, rows, strict=False))
-        for one, row in group:
-            one.row = row
-        lengths = {len(one.prompt.token_ids) for one, _ in group}
+        for sequence, row in group:
+            sequence.row = row
+        lengths = {len(sequence.prompt.token_ids) for sequence, _ in group}
         is_packed = self.near is None and len(lengths) > 1
-        return Read(tuple(one for one, _ in group), 0, max(lengths), is_packed=is_packed)
+        return Read(tuple(sequence for sequence, _ in group), 0, max(lengths), is_packed=is_packed)
 
     def _next_alike(self, length: int, near: int) -> list[Sequence]:
         """Prompts that are about as long as the first, padded to the longest of them."""
         limit = min(length + near, self.prefill_tokens)  # longer ones are read in several forwards
-        longest = max(n for n in (len(one.prompt.token_ids) for one in self.waiting) if n <= limit)
-        alike = [one for one in self.waiting if longest - near <= len(one.prompt.token_ids) <= longest]
+        longest = max(n for n in (len(sequence.prompt.token_ids) for sequence in self.waiting) if n <= limit)
+        alike = [sequence for sequence in self.waiting if longest - near <= len(sequence.prompt.token_ids) <= longest]
         return alike[: max(min(self.budget, self.prefill_tokens) // longest, 1)]
 
     def _next_packed(self) -> list[Sequence]:
         """The first prompt and those that come next, up to one that is too long to be read with them."""
         room = max(min(self.budget, self.prefill_tokens), len(self.waiting[0].prompt.token_ids))
-        ends = accumulate(len(one.prompt.token_ids) for one in self.waiting)
-        return [one for one, end in zip(self.waiting, ends, strict=False) if end <= room]
+        ends = accumulate(len(sequence.prompt.token_ids) for sequence in self.waiting)
+        return [sequence for sequence, end in zip(self.waiting, ends, strict=False) if end <= room]
 
     def _close_ranks(self) -> Iterator[tuple[int, int]]:
         """Move sequences that decode from the last slots to free ones among the first."""
         for target in range(self.decoding):
             if self.seats[target] is None:
-                source = max(row for row, one in enumerate(self.seats) if one)
+                source = max(row for row, sequence in enumerate(self.seats) if sequence)
                 moved = self.seats[source]
                 assert moved is not None
                 self.seats[target], self.seats[source] = moved, None
@@ -146,20 +149,20 @@ class Schedule:
         """Note that a forward was begun. Those that need no further one leave their slots."""
         if isinstance(forward, Step):
             self.budget = self.prefill_tokens
-            for one in forward.sequences:
-                one.begun += 1
+            for sequence in forward.sequences:
+                sequence.begun += 1
         else:
             self.budget -= forward.num_tokens
-            for one in forward.sequences:
-                one.read = min(forward.start + forward.width, len(one.prompt.token_ids))
+            for sequence in forward.sequences:
+                sequence.read = min(forward.start + forward.width, len(sequence.prompt.token_ids))
                 if forward.is_last:
-                    self.waiting.remove(one)
-                    self.seats[one.row] = one
+                    self.waiting.remove(sequence)
+                    self.seats[sequence.row] = sequence
                     self.decoding += 1
-                    one.begun = 1
-        for one in forward.sequences:
-            if one.begun >= self.max_new_tokens:
-                self.end(one)
+                    sequence.begun = 1
+        for sequence in forward.sequences:
+            if sequence.begun >= self.max_new_tokens:
+                self.end(sequence)
 
     def end(self, sequence: Sequence) -> None:
         """The slot of a sequence is free, if it was not yet."""

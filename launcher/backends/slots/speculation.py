@@ -48,7 +48,7 @@ class Speculation:
 
     def guess(self, forward: Step, generators: Generators) -> Guesses:
         """Guesses for the rows of a step; of the last token of an answer there is none, since the target makes it."""
-        most = [min(self.ahead, self.max_new_tokens - len(one.token_ids) - 1) for one in forward.sequences]
+        most = [min(self.ahead, self.max_new_tokens - len(sequence.token_ids) - 1) for sequence in forward.sequences]
         guesses = self.guesser.guess(forward, most, self.drafting, generators)
         self.guessed += sum(guesses.counts)
         return guesses
@@ -60,7 +60,7 @@ class Speculation:
         ids = torch.cat((slots.tokens[:rows, None], guesses.tokens), 1)
         logits = slots.step_on(forward, ids, slots.positions[:rows])
         counts = torch.tensor(guesses.counts, device=slots.device)
-        best, gaps = (found.view(rows, -1).to(slots.device) for found in self.sampler.best(logits.flatten(0, 1)))
+        best, gaps = (values.view(rows, -1).to(slots.device) for values in self.sampler.best(logits.flatten(0, 1)))
         if self.sampler.is_greedy:
             tokens, accepted = greedy(best, guesses.tokens, counts)
         else:
