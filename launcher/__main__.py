@@ -52,7 +52,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from launcher.config.schema import RunConfig
-    from launcher.launch.sweep import Point
     from launcher.results.record import Record
 
 
@@ -161,13 +160,7 @@ def _sweep(arguments: Arguments, world: World) -> int:
         paths = [Path(record.run_dir) for record in records if record.status == "ok" and record.run_dir]
         for group in alike([read_finished(path) for path in paths]):  # same prompts and model, against the first
             show_comparison(group, console())
-    _keep_sweep(points, records)
-    print_json(sweep_line(records, swept), arguments.json)
-    return exit_code(records)
-
-
-def _keep_sweep(points: Sequence[Point], records: Sequence[Record]) -> None:
-    """Write points and rows of the sweep into a folder of its own, and name the command that makes a page of them."""
+    # Points and rows of the sweep, in a folder of its own.
     try:
         folder = make_folder(Path(points[0].config.output_dir), f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_sweep")
         ended = []
@@ -180,8 +173,10 @@ def _keep_sweep(points: Sequence[Point], records: Sequence[Record]) -> None:
         write_rows(folder, rows_of(records))
     except (OSError, UserError) as error:
         print(f"note: the rows of the sweep were not written: {error}", file=sys.stderr)
-        return
-    print(f"rows: {folder / CSV}   a page: python -m launcher.report {shlex.quote(str(folder))} --html page.html")
+    else:
+        print(f"rows: {folder / CSV}   a page: python -m launcher.report {shlex.quote(str(folder))} --html page.html")
+    print_json(sweep_line(records, swept), arguments.json)
+    return exit_code(records)
 
 
 def _report(record: Record, began: float, only_json: bool) -> int:

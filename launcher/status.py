@@ -68,7 +68,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.follow:
             runs = _jobs(points)
             arrays.follow(runs, folders[0], f"{len(runs)} jobs", POLL_S)
-        return _show(points, arguments.json)
+        runs, states = _jobs(points), {}
+        if runs:
+            sure = [job for job, run in runs.items() if run.has_record()]
+            states = jobs.settled(list(runs), sure) or {}
+        by_run = {run: states[job] for job, run in runs.items() if job in states}
+        records = []
+        for point in points:
+            try:
+                records.append(_record(point, by_run))
+            except UserError as error:  # of one run, which must not keep the others from being shown
+                assert point.run_dir is not None, "a record that was read is one"
+                records.append(_unreadable(point.run_dir.path, error.fact))
+        if not arguments.json:
+            _show_tables(points, records, layout.console())
+        layout.print_json(sweep_line(records, more=("started_at",)), arguments.json)
+        bad = {UNREADABLE_RUN, *STATUSES} - {"ok"}
+        if any(record.status in bad for record in records):
+            return 1
+        return 0
     except arrays.Detached:
         return arrays.DETACHED
     except UserError as error:
@@ -113,28 +131,6 @@ def _jobs(points: Sequence[Point]) -> dict[str, RunDir]:
             if point.run_dir is not None and (job := point.run_dir.read_job()) is not None:
                 jobs_of[job] = point.run_dir
     return jobs_of
-
-
-def _show(points: Sequence[Point], only_json: bool) -> int:
-    runs, states = _jobs(points), {}
-    if runs:
-        sure = [job for job, run in runs.items() if run.has_record()]
-        states = jobs.settled(list(runs), sure) or {}
-    by_run = {run: states[job] for job, run in runs.items() if job in states}
-    records = []
-    for point in points:
-        try:
-            records.append(_record(point, by_run))
-        except UserError as error:  # of one run, which must not keep the others from being shown
-            assert point.run_dir is not None, "a record that was read is one"
-            records.append(_unreadable(point.run_dir.path, error.fact))
-    if not only_json:
-        _show_tables(points, records, layout.console())
-    layout.print_json(sweep_line(records, more=("started_at",)), only_json)
-    bad = {UNREADABLE_RUN, *STATUSES} - {"ok"}
-    if any(record.status in bad for record in records):
-        return 1
-    return 0
 
 
 def _show_tables(points: Sequence[Point], records: Sequence[Record], out: Console) -> None:

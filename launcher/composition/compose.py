@@ -36,7 +36,16 @@ def compose_run(overrides: list[str], config_dirs: tuple[str, ...] = (), for_oth
     search = ",".join(in_quotes(f"file://{folder.absolute()}") for folder in own_folders)
     overrides = readable(overrides)
     check_options(overrides, config_dirs)
-    _register_schemas(own_folders)
+    store = ConfigStore.instance()
+    known = store.repo.get("schema", {})
+    if "run.yaml" not in known:
+        store.store(group="schema", name="run", node=RunConfig, package="_global_")
+    for name, schema in engines().items():
+        entry = known.get("backend", {}).get(f"{name}.yaml")
+        if entry is None or OmegaConf.get_type(entry.node) is not schema:
+            store.store(group="schema/backend", name=name, node=schema)
+        if name in brought() and not any((folder / f"backend/{name}.yaml").is_file() for folder in own_folders):
+            store.store(group="backend", name=name, node=schema)  # with its defaults, where it has no file
     try:
         with initialize_config_dir(str(conf_dir().absolute()), version_base="1.3"):
             composed = compose("config", overrides=[*overrides, f"hydra.searchpath=[{search}]"])
@@ -72,17 +81,3 @@ def typed(composed: DictConfig, config_dirs: Sequence[str]) -> RunConfig:
 def command_of(overrides: Sequence[str], config_dirs: Sequence[str]) -> tuple[str, ...]:
     """The command that composes the same."""
     return ("python", "-m", "launcher", *overrides, *(f"--config-dir={folder}" for folder in config_dirs))
-
-
-def _register_schemas(own_folders: Sequence[Path]) -> None:
-    """Tell Hydra of the dataclasses, once each: it takes milliseconds for one."""
-    store = ConfigStore.instance()
-    known = store.repo.get("schema", {})
-    if "run.yaml" not in known:
-        store.store(group="schema", name="run", node=RunConfig, package="_global_")
-    for name, schema in engines().items():
-        entry = known.get("backend", {}).get(f"{name}.yaml")
-        if entry is None or OmegaConf.get_type(entry.node) is not schema:
-            store.store(group="schema/backend", name=name, node=schema)
-        if name in brought() and not any((folder / f"backend/{name}.yaml").is_file() for folder in own_folders):
-            store.store(group="backend", name=name, node=schema)  # with its defaults, where it has no file

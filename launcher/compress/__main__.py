@@ -86,7 +86,18 @@ def compress(request: Request, folder: Path) -> None:
     partial.mkdir()
     try:
         if request.method in CALIBRATED:
-            _calibrate(request, folder, partial)
+            assert request.python is not None
+            command = [request.python, str(PROGRAM), str(folder), str(partial), request.method]
+            command += [str(request.ratio), request.pattern, request.scheme, str(request.prompts)]
+            environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+            try:
+                ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            except OSError as error:
+                fact = f"python={request.python} cannot be run: {error.strerror}."
+                raise ConfigError(fact, "python=INTERPRETER") from error
+            if ended.returncode:
+                last = (ended.stderr.strip().splitlines() or ["no word"])[-1]
+                raise ConfigError(f"llm-compressor ended with {last}", f"{request.python} -m pip install llmcompressor")
         else:
             from launcher.compress.streamed import write_compressed  # noqa: PLC0415
 
@@ -99,21 +110,6 @@ def compress(request: Request, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
     print(f"made {out}")
     print(f"try: python -m launcher model.path={out} {example_with('is_reference')} devices=1 measure.quality=builtin")
-
-
-def _calibrate(request: Request, folder: Path, partial: Path) -> None:
-    """Run llm-compressor in the interpreter that was named."""
-    assert request.python is not None
-    command = [request.python, str(PROGRAM), str(folder), str(partial), request.method]
-    command += [str(request.ratio), request.pattern, request.scheme, str(request.prompts)]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    try:
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise ConfigError(f"python={request.python} cannot be run: {error.strerror}.", "python=INTERPRETER") from error
-    if ended.returncode:
-        last = (ended.stderr.strip().splitlines() or ["no word"])[-1]
-        raise ConfigError(f"llm-compressor ended with {last}", f"{request.python} -m pip install llmcompressor")
 
 
 if __name__ == "__main__":

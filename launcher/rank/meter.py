@@ -76,13 +76,16 @@ class Meter:
         """
         user_s, system_s = cpu_times()
         now, last = Moment(time.time() - self._began, user_s, system_s, self._energy()), self._last
+        energy_j, before, after = None, last.energy_j, now.energy_j
+        if before and before.keys() == after.keys() and all(after[name] >= before[name] for name in before):
+            energy_j = sum(after[name] - before[name] for name in before)  # of no counter that began again
         self.phases.append(
             PhaseCost(
                 self.phase,
                 now.second - last.second,
                 now.user_s - last.user_s,
                 now.system_s - last.system_s,
-                _spent(last.energy_j, now.energy_j),
+                energy_j,
             )
         )
         self.phase, self._last = phase, now
@@ -137,19 +140,16 @@ class Meter:
             with contextlib.suppress(NvmlError):
                 stack.enter_context(kept_open())
             while not self._ended.wait(self.interval_s):
-                self._take_samples()
-
-    def _take_samples(self) -> None:
-        for reading in self._readings():
-            second = time.time() - self._began
-            state = (reading.power_w, reading.utilisation, reading.sm_clock_mhz, reading.temperature_c)
-            self.samples.append(DeviceSample(second, self.phase, reading.uuid, *state))
-            if self.phase == REPEATS:
-                self.slowed_by |= {f"{reading.uuid}: {reason}": None for reason in reading.slowed_by}
-        if len(self.samples) > MOST_SAMPLES:
-            devices = max(len(self.uuids), 1)
-            self.samples = [sample for place, sample in enumerate(self.samples) if place // devices % 2 == 0]
-            self.interval_s *= 2
+                for reading in self._readings():
+                    second = time.time() - self._began
+                    state = (reading.power_w, reading.utilisation, reading.sm_clock_mhz, reading.temperature_c)
+                    self.samples.append(DeviceSample(second, self.phase, reading.uuid, *state))
+                    if self.phase == REPEATS:
+                        self.slowed_by |= {f"{reading.uuid}: {reason}": None for reason in reading.slowed_by}
+                if len(self.samples) > MOST_SAMPLES:
+                    devices = max(len(self.uuids), 1)
+                    self.samples = [sample for place, sample in enumerate(self.samples) if place // devices % 2 == 0]
+                    self.interval_s *= 2
 
 
 def packages(folder: Path = POWERCAP) -> list[Path]:
@@ -168,10 +168,3 @@ def cpu_times() -> tuple[float, float]:
             user_s += times.user + times.children_user
             system_s += times.system + times.children_system
     return user_s, system_s
-
-
-def _spent(before: dict[str, float], now: dict[str, float]) -> float | None:
-    """Joules between two moments; None where a counter could not be read, or began again."""
-    if not before or before.keys() != now.keys() or any(now[name] < before[name] for name in now):
-        return None
-    return sum(now[name] - before[name] for name in now)

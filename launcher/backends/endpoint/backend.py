@@ -112,47 +112,42 @@ class EndpointBackend:
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Generation:
         """Ask for all prompts, in the order of the set and as `load` says. An error ends a server that was started."""
         try:
-            return self._ask(prompts, sampling, on_step)
+            ordered = sorted(prompts, key=lambda prompt: prompt.index)
+            dialect, options = DIALECTS[self.server.dialect], self.options
+            questions = Questions(
+                self.client, dialect, self.server.model, sampling, self.config.seed, options.retries, options.extra
+            )
+            textless = next((prompt for prompt in ordered if not prompt.text), None)
+            if textless is not None and not questions.dialect.takes_ids:
+                fact = f"Prompt {textless.index} is token ids only, and dialect={self.server.dialect} takes text."
+                raise ConfigError(fact, "prompts=file prompts.path=questions.txt")
+            if not self.has_checked_tokenizer and questions.dialect.takes_ids and ordered and textless is None:
+                self._run(check_tokenizer(questions, ordered[0]))
+            self.has_checked_tokenizer = True
+            salt = uuid.uuid4().hex  # a repeat must not find the prompts of the last one in the server's cache
+            new: queue.SimpleQueue[tuple[Prompt, Answer]] = queue.SimpleQueue()
+
+            async def send(prompt: Prompt) -> None:
+                new.put((prompt, await questions.ask(prompt, salt)))
+
+            load = Load(send, self.config.load.concurrency, arrivals_of(self.config, ordered))
+            before = self._samples()
+            answered = self._follow(asyncio.run_coroutine_threadsafe(load.run(ordered), self.loop), new, on_step)
+            own_metrics = between(before, self._samples())
+            failures = failures_of(answered)
+            if ordered and len(failures) == len(ordered):
+                first = failures[0]
+                raise RuntimeError(f"all {len(failures)} requests failed, the first by {first.kind}: {first.message}")
+            return Generation(
+                completions_of(answered, dialect.gives_ids),
+                decode_steps=0,  # nobody sees those of a server
+                failures=failures,
+                server=server_repeat(answered, self.server, dialect.gives_ids, load.cost, own_metrics),
+                wall_s=load.cost.wall_s,
+            )
         except BaseException:
             self.close()
             raise
-
-    def _ask(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Generation:
-        ordered = sorted(prompts, key=lambda prompt: prompt.index)
-        dialect, options = DIALECTS[self.server.dialect], self.options
-        questions = Questions(
-            self.client, dialect, self.server.model, sampling, self.config.seed, options.retries, options.extra
-        )
-        textless = next((prompt for prompt in ordered if not prompt.text), None)
-        if textless is not None and not questions.dialect.takes_ids:
-            fact = (
-                f"Prompt {textless.index} is token ids only, and the server takes text (dialect={self.server.dialect})."
-            )
-            raise ConfigError(fact, "prompts=file prompts.path=questions.txt")
-        if not self.has_checked_tokenizer and questions.dialect.takes_ids and ordered and textless is None:
-            self._run(check_tokenizer(questions, ordered[0]))
-        self.has_checked_tokenizer = True
-        salt = uuid.uuid4().hex  # a repeat must not find the prompts of the last one in the server's cache
-        new: queue.SimpleQueue[tuple[Prompt, Answer]] = queue.SimpleQueue()
-
-        async def send(prompt: Prompt) -> None:
-            new.put((prompt, await questions.ask(prompt, salt)))
-
-        load = Load(send, self.config.load.concurrency, arrivals_of(self.config, ordered))
-        before = self._samples()
-        answered = self._follow(asyncio.run_coroutine_threadsafe(load.run(ordered), self.loop), new, on_step)
-        own_metrics = between(before, self._samples())
-        failures = failures_of(answered)
-        if ordered and len(failures) == len(ordered):
-            first = failures[0]
-            raise RuntimeError(f"all {len(failures)} requests failed, the first by {first.kind}: {first.message}")
-        return Generation(
-            completions_of(answered, dialect.gives_ids),
-            decode_steps=0,  # nobody sees those of a server
-            failures=failures,
-            server=server_repeat(answered, self.server, dialect.gives_ids, load.cost, own_metrics),
-            wall_s=load.cost.wall_s,
-        )
 
     def _follow(
         self, running: Future[ClientCost], new: queue.SimpleQueue[tuple[Prompt, Answer]], on_step: OnStep

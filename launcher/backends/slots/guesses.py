@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
 
     from launcher.backends.sampling import Sampler
-    from launcher.backends.slots.schedule import Read, Sequence, Step
+    from launcher.backends.slots.schedule import Read, Step
 
     Generators = SequenceOf[torch.Generator | None]
 
@@ -104,21 +104,21 @@ class Lookup:
         """Prompts are looked at when their rows first step."""
 
     def guess(self, forward: Step, most: SequenceOf[int], sampler: Sampler, generators: Generators) -> Guesses:
-        self.known = {one.prompt.index: self._tokens_of(one) for one in forward.sequences}
+        known = {}
+        for sequence in forward.sequences:
+            prompt = sequence.prompt
+            ngrams = self.known.get(prompt.index)
+            if ngrams is None:
+                ngrams = Ngrams(self.most, self.least)
+                ngrams.add(prompt.token_ids)
+            ngrams.add(sequence.token_ids[len(ngrams.tokens) - len(prompt.token_ids) :])
+            known[prompt.index] = ngrams
+        self.known = known
         guessed = [ngrams.guess(count) for ngrams, count in zip(self.known.values(), most, strict=True)]
         counts = tuple(map(len, guessed))
         width = max(counts)
         rows = [tokens + [0] * (width - len(tokens)) for tokens in guessed]
         return Guesses(torch.tensor(rows, dtype=torch.long, device=self.device).view(len(rows), width), counts)
-
-    def _tokens_of(self, sequence: Sequence) -> Ngrams:
-        prompt = sequence.prompt.token_ids
-        ngrams = self.known.get(sequence.prompt.index)
-        if ngrams is None:
-            ngrams = Ngrams(self.most, self.least)
-            ngrams.add(prompt)
-        ngrams.add(sequence.token_ids[len(ngrams.tokens) - len(prompt) :])
-        return ngrams
 
 
 class Draft:

@@ -29,7 +29,9 @@ class Ngrams:
     def guess(self, count: int) -> list[int]:
         """The tokens, at most `count`, that followed the longest matching n-gram; empty without a match."""
         here = len(self.tokens)
-        for length in range(min(self.most, here), self.least - 1, -1) if count else ():
+        if count == 0:
+            return []
+        for length in range(min(self.most, here), self.least - 1, -1):
             start = self.followed_at.get(tuple(self.tokens[here - length :]))
             if start is not None:
                 known = self.tokens[start : start + count]

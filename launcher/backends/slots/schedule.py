@@ -97,29 +97,26 @@ class Schedule:
     def next(self) -> Read | Step | None:
         """The next forward; None if there is nothing to do."""
         if self.waiting and (self.budget > 0 or not self.decoding):
-            return self._read()
+            first = self.waiting[0]
+            left = len(first.prompt.token_ids) - first.read
+            if first.read or left > self.prefill_tokens:
+                first.row = len(self.seats) - 1
+                return Read((first,), first.read, min(left, self.prefill_tokens), tuple(self._close_ranks()))
+            if self.near is None:
+                together = self._next_packed()
+            else:
+                together = self._next_alike(left, self.near)
+            rows = [row for row, sequence in enumerate(self.seats) if sequence is None]
+            group = list(zip(together, rows, strict=False))
+            for sequence, row in group:
+                sequence.row = row
+            lengths = {len(sequence.prompt.token_ids) for sequence, _ in group}
+            is_packed = self.near is None and len(lengths) > 1
+            return Read(tuple(sequence for sequence, _ in group), 0, max(lengths), is_packed=is_packed)
         if not self.decoding:
             return None
         moves = tuple(self._close_ranks())
         return Step(tuple(sequence for sequence in self.seats[: self.decoding] if sequence), moves)
-
-    def _read(self) -> Read:
-        first = self.waiting[0]
-        left = len(first.prompt.token_ids) - first.read
-        if first.read or left > self.prefill_tokens:
-            first.row = len(self.seats) - 1
-            return Read((first,), first.read, min(left, self.prefill_tokens), tuple(self._close_ranks()))
-        if self.near is None:
-            together = self._next_packed()
-        else:
-            together = self._next_alike(left, self.near)
-        rows = [row for row, sequence in enumerate(self.seats) if sequence is None]
-        group = list(zip(together, rows, strict=False))
-        for sequence, row in group:
-            sequence.row = row
-        lengths = {len(sequence.prompt.token_ids) for sequence, _ in group}
-        is_packed = self.near is None and len(lengths) > 1
-        return Read(tuple(sequence for sequence, _ in group), 0, max(lengths), is_packed=is_packed)
 
     def _next_alike(self, length: int, near: int) -> list[Sequence]:
         """Prompts that are about as long as the first, padded to the longest of them."""

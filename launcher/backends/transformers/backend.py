@@ -33,44 +33,26 @@ class TransformersBackend(ModuleBackend):
         model = self.meta_model()
         self.quantize(model)
         if self.config.offload is not Offload.none:
-            return self._offloaded(model, progress)
+            # The parameters of each module come to the device for its forward, by accelerate's hooks.
+            weights: Mapping[str, torch.Tensor]
+            if self.config.offload is Offload.disk:
+                stored = leave_on_disk(model, Checkpoint.open(self.config.model.path), self.device, self.adapter())
+                self.checkpoint, self.mapped_files = stored.checkpoint, stored.files
+                weights = stored
+            else:
+                self.fill(model, progress)
+                weights = pinned(model)
+            skipped = getattr(model, "_skip_keys_device_placement", None)
+            add_hook_to_module(model, AlignDevicesHook(io_same_device=True, skip_keys=skipped), append=True)
+            attach_align_device_hook(
+                model, execution_device=self.device, offload=True, weights_map=weights, skip_keys=skipped
+            )
+            progress(1, 1)
+            return model
         if len(self.devices) == 1:
             self.fill(model, progress)
             return model
-        return self._spread(model, progress)
-
-    def _offloaded(self, model: torch.nn.Module, progress: Progress) -> torch.nn.Module:
-        """The parameters of each module come to the device for its forward, by accelerate's hooks."""
-        weights: Mapping[str, torch.Tensor]
-        if self.config.offload is Offload.disk:
-            stored = leave_on_disk(model, Checkpoint.open(self.config.model.path), self.device, self.adapter())
-            self.checkpoint, self.mapped_files = stored.checkpoint, stored.files
-            weights = stored
-        else:
-            self.fill(model, progress)
-            weights = pinned(model)
-        skipped = getattr(model, "_skip_keys_device_placement", None)
-        add_hook_to_module(model, AlignDevicesHook(io_same_device=True, skip_keys=skipped), append=True)
-        attach_align_device_hook(
-            model, execution_device=self.device, offload=True, weights_map=weights, skip_keys=skipped
-        )
-        progress(1, 1)
-        return model
-
-    def memory(self) -> list[DeviceMemory]:
-        if self.config.offload is not Offload.none:
-            self.model.tie_weights()  # accelerate's hooks leave two parameters without memory where there was one
-        return super().memory()
-
-    @property
-    def devices(self) -> list[torch.device]:
-        """All cards of the run; without GPUs the one processor."""
-        if self.device.type == "cpu":
-            return [self.device]
-        return [torch.device("cuda", card) for card in range(self.config.devices)]
-
-    def _spread(self, model: torch.nn.Module, progress: Progress) -> torch.nn.Module:
-        """Each decoder layer whole on one GPU, in order; the layers of a batch run one GPU after the other."""
+        # Each decoder layer whole on one GPU, in order; the layers of a batch run one GPU after the other.
         options: TransformersConfig = self.config.backend  # type: ignore[assignment]
         whole = [type(decoder_layers(model)[0]).__name__]
         cards = range(self.config.devices)
@@ -88,6 +70,18 @@ class TransformersBackend(ModuleBackend):
         model.tie_weights()
         self.fill(model, progress)
         return dispatch_model(model, placed, force_hooks=True)  # they bring the inputs, even where one card has it all
+
+    def memory(self) -> list[DeviceMemory]:
+        if self.config.offload is not Offload.none:
+            self.model.tie_weights()  # accelerate's hooks leave two parameters without memory where there was one
+        return super().memory()
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """All cards of the run; without GPUs the one processor."""
+        if self.device.type == "cpu":
+            return [self.device]
+        return [torch.device("cuda", card) for card in range(self.config.devices)]
 
 
 def pinned(model: torch.nn.Module) -> dict[str, torch.Tensor]:
