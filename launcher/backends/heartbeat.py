@@ -77,13 +77,11 @@ def work_of_tree() -> dict[int, Work]:
     for process in (parent, *parent.children(recursive=True)):
         with contextlib.suppress(psutil.Error, OSError):
             times = process.cpu_times()
-            work[process.pid] = Work(_read_bytes(process), times.user + times.system)
+            # Bytes read by calls, and by pages of mapped files that came from a disk: where the former are hidden the
+            # latter alone.
+            major_faults = int(Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[9])
+            read_bytes = float(major_faults * mmap.PAGESIZE)
+            with contextlib.suppress(psutil.AccessDenied):
+                read_bytes += process.io_counters().read_chars
+            work[process.pid] = Work(read_bytes, times.user + times.system)
     return work
-
-
-def _read_bytes(process: psutil.Process) -> float:
-    """By calls, and by pages of mapped files that came from a disk; only the latter where the former are hidden."""
-    major_faults = int(Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[9])
-    with contextlib.suppress(psutil.AccessDenied):
-        return float(process.io_counters().read_chars + major_faults * mmap.PAGESIZE)
-    return float(major_faults * mmap.PAGESIZE)

@@ -57,27 +57,21 @@ async def recognise(client: Client, dialect: str, model: str | None, path: str) 
     for name in names:
         answer = await Questions(client, DIALECTS[name], served, ONE_TOKEN).ask(TRIAL, "trial")
         if answer.failure is None:
-            return Server(name, served, await _software(client, name, owner, about))
+            versions = await _ask_for(client, "/version")
+            version, software = about.get("version") or versions.get("version") or "", None
+            if owner == "launcher":  # launcher.serve, with an engine of this project
+                software = f"{versions.get('engine')}, launcher.serve {version}"
+            elif owner in ("vllm", "sglang"):
+                software = f"{owner} {version}".rstrip()
+            elif name in ("tgi", "transformers"):
+                software = f"{name} {version}".rstrip()
+            return Server(name, served, software)
     assert answer.failure is not None
     hint = f"backend.dialect= one of {', '.join(DIALECTS)}, and backend.served_model= the name that the model has there"
     if models and served not in (listed_names := [str(entry.get("id")) for entry in models]):
         hint = f"backend.served_model={listed_names[0]}"
     fact = f"{client.url} does not answer as {' or '.join(names)}: {answer.failure.kind}, {answer.failure.message}."
     raise ConfigError(fact, hint)
-
-
-async def _software(client: Client, dialect: str, owner: str, about: JsonObject) -> str | None:
-    versions = await _ask_for(client, "/version")
-    version = about.get("version") or versions.get("version")
-    if owner == "launcher":  # launcher.serve, with an engine of this project
-        return f"{versions.get('engine')}, launcher.serve {version}"
-    if owner in ("vllm", "sglang"):
-        name = owner
-    elif dialect in ("tgi", "transformers"):
-        name = dialect
-    else:
-        return None
-    return f"{name} {version or ''}".rstrip()
 
 
 async def _ask_for(client: Client, path: str) -> JsonObject:
