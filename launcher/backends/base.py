@@ -25,12 +25,14 @@ Phase = Literal["load", "prefill", "decode"]
 class Prompt:
     """One prompt of the set. `index` is its place in the set, `token_ids` what every engine is given.
 
-    `arrival_s` is when it comes, in seconds from the first, where the set says that."""
+    `arrival_s` is when it comes, in seconds from the first, where the set says that; `adapter` the one of
+    `adapter.paths` that it is for."""
 
     index: int
     text: str
     token_ids: tuple[int, ...]
     arrival_s: float | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

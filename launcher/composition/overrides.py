@@ -100,7 +100,7 @@ def _readable(item: str, engine: str | None, known: Mapping[str, Any]) -> str:
     return item.lstrip("+")
 
 
-NAMED_BY_THE_USER = ("backend.extra", "cluster.environment")
+NAMED_BY_THE_USER = ("adapter.paths", "backend.extra", "cluster.environment")
 """Keys that begin empty: what is put below them is always new. An entry of model.config, without a +, must be there."""
 
 

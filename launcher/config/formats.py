@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -41,3 +41,10 @@ class Weights(Enum):
 class AdapterConfig:
     path: str | None = None  # a folder that peft has saved, or embedded:NAME: a LoRA adapter
     merge: bool = True  # into the weights while they are read; else its factors are beside them
+    paths: dict[str, str] = field(default_factory=dict)  # several by name, beside the weights: a prompt names its own
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The folders of the adapters that are not merged."""
+        alone = (self.path,) if self.path is not None and not self.merge else ()
+        return (*alone, *self.paths.values())

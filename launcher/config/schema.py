@@ -70,6 +70,7 @@ class BackendConfig:
     loads_by_name: ClassVar[bool] = False  # True: `shards.load` gives it every tensor by the name in the model
     speculates: ClassVar[bool] = False  # True: it can check several guessed tokens in a step
     takes_adapters: ClassVar[bool] = False  # True: adapter.merge=false, whose factors are beside the weights
+    names_adapters: ClassVar[bool] = False  # True: adapter.paths, of which a prompt names its own
     can_score: ClassVar[bool] = False  # True: measure.quality lets it score a text
     can_trace: ClassVar[bool] = False  # True: measure.profile traces the steps of a rank
     is_reference: ClassVar[bool] = False  # True: others are held against its tokens

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 ONLY_SLURM = ("wait", "poll_s")
 ONLY_LOCAL = ("rendezvous", "node_rank")
+WITH_ADAPTERS = 'prompts=file prompts.path= a .jsonl with {"prompt": "...", "adapter": "NAME"} a line'
 
 
 def check_read(config: RunConfig, given: Collection[str]) -> None:
@@ -86,6 +87,9 @@ def _check_sampling(config: RunConfig, given: Collection[str]) -> None:
 
 def _check_adapter(config: RunConfig) -> None:
     path, is_merged = config.adapter.path, config.adapter.merge
+    if config.adapter.paths:
+        _check_named_adapters(config)
+        return
     if path is None:
         if not is_merged:
             raise ConfigError("adapter.merge=false, and there is no adapter.", "leave adapter.merge out")
@@ -98,12 +102,36 @@ def _check_adapter(config: RunConfig) -> None:
     if not is_merged and config.offload is not Offload.none:
         fact = f"adapter.merge=false, and offload={config.offload.name} takes merged weights only."
         raise ConfigError(fact, "adapter.merge=true")
-    if not config.backend.loads_by_name:
+    if is_merged and not config.backend.loads_by_name:
         fact = f"adapter.path={path}, and backend={config.backend.name} merges no adapter."
-        raise ConfigError(fact, f"adapter.path=null, or {example_with('loads_by_name')}")
+        beside = "adapter.merge=false" if config.backend.takes_adapters else "adapter.path=null"
+        raise ConfigError(fact, f"{beside}, or {example_with('loads_by_name')}")
     if config.model.weights is Weights.random:
         fact = f"adapter.path={path} is for weights that were trained, and model.weights=random are not."
         raise ConfigError(fact, "adapter.path=null")
+
+
+def _check_named_adapters(config: RunConfig) -> None:
+    """Several adapters are beside the weights, and a prompt names the one that it is for."""
+    names, backend = ", ".join(config.adapter.paths), config.backend
+    if not backend.names_adapters:
+        fact = f"adapter.paths has {names}, and backend={backend.name} has one adapter for all prompts."
+        raise ConfigError(fact, "backend=vllm, or adapter.path= the folder of one")
+    if config.adapter.path is not None or not config.adapter.merge:
+        fact = f"adapter.paths has {names}, beside which adapter.path and adapter.merge are not read."
+        raise ConfigError(fact, "adapter.path=null adapter.merge=true")
+    if config.prompts.path is None:
+        fact = f"adapter.paths has {names}, and prompts={config.prompts.name} says of no prompt whose it is."
+        raise ConfigError(fact, WITH_ADAPTERS)
+    if config.measure.quality is not None:
+        fact = f"measure.quality={config.measure.quality} scores one model, and adapter.paths has {names}."
+        raise ConfigError(fact, "measure.quality=null, or adapter.path= one of them with adapter.merge=false")
+    if config.offload is not Offload.none:
+        fact = f"adapter.paths has {names}, and offload={config.offload.name} takes merged weights only."
+        raise ConfigError(fact, "offload=none")
+    if config.model.weights is Weights.random:
+        fact = f"adapter.paths has {names}, for weights that were trained, and model.weights=random are not."
+        raise ConfigError(fact, "model.weights=auto")
 
 
 def _check_model(config: RunConfig, given: Collection[str]) -> None:

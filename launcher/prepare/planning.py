@@ -30,7 +30,7 @@ from shards.machine.rates import this_machine
 from shards.machine.world import World
 from shards.model.quantization import Quantization
 from shards.model.quantized_checkpoint import from_config
-from shards.model.shape import ModelShape, Parameter
+from shards.model.shape import ModelShape
 from shards.plan.plan import Plan, make_plan
 from shards.plan.request import EnginePlanner, PlanRequest
 
@@ -74,7 +74,7 @@ def plan_of(
         planner = replace(planner, prefill_tokens=config.measure.prefill_tokens or DEFAULT_PREFILL_TOKENS)
     device, link = _devices(config, on_cuda)
     request = PlanRequest(
-        shape=_with_factors(config, built_of(model_config, tensors, config.backend.python).shape),
+        shape=_with_factors(config, planner, built_of(model_config, tensors, config.backend.python).shape),
         engine=planner,
         devices=config.devices,
         num_nodes=config.num_nodes,
@@ -97,18 +97,10 @@ def plan_of(
     return make_plan(replace(request, **shares))
 
 
-def _with_factors(config: RunConfig, shape: ModelShape) -> ModelShape:
-    """The model with the factors of an adapter that is not merged, cut like the matrices that they are for."""
-    if config.adapter.path is None or config.adapter.merge:
-        return shape
-    cuts = {p.name.removesuffix(".weight"): p.cut for p in shape.parameters if len(p.shape) == 2}
-    factors = []
-    for (module, factor), sizes in factor_shapes(Path(config.adapter.path)).items():
-        cut = cuts.get(module, "whole")
-        if (factor == "A") != (cut == "row"):
-            cut = "whole"
-        factors.append(Parameter(f"{module}.weight_lora_{factor.lower()}", sizes, cut))
-    return replace(shape, parameters=(*shape.parameters, *factors))
+def _with_factors(config: RunConfig, planner: EnginePlanner, shape: ModelShape) -> ModelShape:
+    """The model with the factors of adapters that are not merged."""
+    adapters = [factor_shapes(Path(folder)) for folder in config.adapter.beside]
+    return replace(shape, parameters=(*shape.parameters, *planner.factors(shape, adapters))) if adapters else shape
 
 
 def short_memory(config: RunConfig, plan: Plan, tensors: Mapping[str, TensorEntry] | None) -> str | None:

@@ -106,21 +106,26 @@ def prepare(config: RunConfig, command: tuple[str, ...], given: Sequence[Prompt]
 
 
 def _settle_model(config: RunConfig, model_config: TransformersConfig, notes: list[str]) -> RunConfig:
-    """The run with the folder of its adapter, which must be one that can be merged; in static batches, with a note,
+    """The run with the folders of its adapters, which must be such as can be had; in static batches, with a note,
     where the model cannot have slots."""
     if config.backend.has_slots and config.is_continuous and not config.speculative.is_on:
         reason = why_static(model_config, config.model.trust_remote_code)
         if reason is not None:
             notes.append(f"measure.scheduling=static: {reason}")
             config = replace(config, measure=replace(config.measure, scheduling=Scheduling.static))
-    path = config.adapter.path
-    if path is None:
-        return config
+    adapter = config.adapter
+    path = None if adapter.path is None else _adapter_folder(adapter.path)
+    paths = {name: _adapter_folder(given) for name, given in adapter.paths.items()}
+    return replace(config, adapter=replace(adapter, path=path, paths=paths))
+
+
+def _adapter_folder(path: str) -> str:
+    """The folder of an adapter, which must be one that can be had here."""
     folder = absolute(Path(path))
     if path.startswith("embedded:"):
         folder = EMBEDDED / path.removeprefix("embedded:")
     read_config(folder)
-    return replace(config, adapter=replace(config.adapter, path=str(folder)))
+    return str(folder)
 
 
 def _tensors(

@@ -19,7 +19,7 @@ from launcher.system.files import sibling
 from shards.untrusted_files import bounded, listed, parse_json, read_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from launcher.config.schema import PromptsConfig
 
@@ -33,6 +33,7 @@ ROW_FILES = (".jsonl", ".ndjson", ".json", *TABLES)
 ASKING = ("user", "human")
 """The roles whose first turn is the prompt of a conversation, as OpenAI and ShareGPT name them."""
 
+NAMED = 'prompts.path= a .jsonl with {"prompt": "...", "adapter": "NAME"} a line, or adapter.paths={}'
 WITH_ARRIVALS = 'load.arrivals=false, or prompts.path= a .jsonl with {"prompt": "...", "arrival_s": 0.5} a line'
 
 
@@ -98,6 +99,25 @@ def _number(value: Any) -> float:
         return float(value)
     except ValueError:
         return math.nan
+
+
+def read_adapters(wanted: PromptsConfig, names: Collection[str]) -> list[str | None]:
+    """The adapter of each prompt of a file of rows, of these `names`; None for the model alone. ConfigError for another
+    name, and for a set that names none."""
+    path = Path(wanted.path or "")
+    rows = _rows(path) if path.suffix.lower() in ROW_FILES else []
+    chosen: list[str | None] = []
+    for row in rows:
+        name = None
+        if isinstance(row.value, dict):
+            name = row.value.get("adapter") or None
+        if name is not None and name not in names:
+            fact = f"{row.location} names the adapter {str(name)[:80]!r}, and adapter.paths has {', '.join(names)}."
+            raise ConfigError(fact, for_shell("adapter.paths={NAME: FOLDER}"))
+        chosen.append(name)
+    if not any(chosen):
+        raise ConfigError(f"No prompt of {path} names an adapter, and adapter.paths has {', '.join(names)}.", NAMED)
+    return chosen
 
 
 def _rows(path: Path) -> list[Row]:

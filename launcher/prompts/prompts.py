@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
@@ -14,7 +14,7 @@ from launcher.backends.base import Prompt
 from launcher.composition.quoting import for_shell
 from launcher.config.options import MOST_PROMPTS
 from launcher.config.schema import ConfigError
-from launcher.prompts.files import read_arrivals, read_file
+from launcher.prompts.files import read_adapters, read_arrivals, read_file
 from launcher.system import typed
 from shards.errors import CheckpointError
 from shards.untrusted_files import read_json_lines
@@ -48,6 +48,9 @@ def load_prompts(config: RunConfig, folder: Path | None, vocab_size: int) -> lis
     if wanted.chat:
         texts = importlib.import_module("launcher.prompts.chat").chats(texts, wanted.system, folder)
     prompts = encode(texts, folder, adds_special_tokens=not wanted.chat)
+    if names := config.adapter.paths:
+        chosen = read_adapters(wanted, names)
+        prompts = [replace(prompt, adapter=name) for prompt, name in zip(prompts, chosen, strict=True)]
     if not config.load.arrivals:
         return prompts
     return [replace(prompt, arrival_s=moment) for prompt, moment in zip(prompts, read_arrivals(wanted), strict=True)]
@@ -171,11 +174,8 @@ def check_context(config: RunConfig, prompts: Sequence[Prompt], context: int | N
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
-    """One JSON object a line: index, text, token_ids, arrival_s."""
-    rows = (
-        {"index": p.index, "text": p.text, "token_ids": list(p.token_ids), "arrival_s": p.arrival_s} for p in prompts
-    )
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    """One JSON object a line, with all fields of a prompt."""
+    path.write_text("".join(json.dumps(asdict(prompt)) + "\n" for prompt in prompts), encoding="utf-8")
 
 
 def read_prompts(path: Path) -> list[Prompt]:

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import ClassVar
 
 from shards.engines.base import cut_layout, driver_bytes, layer_activation_bytes, tensor_parallel_traffic, uneven_heads
+from shards.errors import PlanError
 from shards.machine.hardware import GIB, MIB
 from shards.model.quantization import Quantization
 from shards.model.shape import ModelShape, Parameter
 from shards.plan.cuts import Pieces, parameter_kinds
-from shards.plan.request import EnginePlanner, Layout, Offload, PlanRequest, Pool, Traffic
+from shards.plan.request import EnginePlanner, Factors, Layout, Offload, PlanRequest, Pool, Traffic
 
 _VOCABULARY_PADDING = 64  # vllm/model_executor/layers/vocab_parallel_embedding.py
 _GRAPHS_BYTES = 768 * MIB
+
+ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # MaxLoRARanks in vllm/config/lora.py
+ADAPTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # of those known here; its Falcon takes no adapters
+PACKED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Matrices of these families that are one module of vLLM."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmPlanner(EnginePlanner):
     """Options as vLLM names them. `kv_dtype_bytes`: the width of a key or value, None for that of the weights;
     `kv_block_tokens`: the tokens of a block of the cache; `max_num_seqs` and `max_num_batched_tokens`: the sequences
-    and tokens of a step, None where vLLM decides."""
+    and tokens of a step, None where vLLM decides; `adapter_slots`: the adapters for which there is room at once."""
 
     name: ClassVar[str] = "vllm"
     plain_only: ClassVar[str] = "vLLM no longer has bitsandbytes, nor GPTQ with desc_act over groups"  # release 0.32
@@ -33,6 +40,7 @@ class VllmPlanner(EnginePlanner):
     kv_block_tokens: int = 1
     max_num_batched_tokens: int | None = None
     max_num_seqs: int | None = None
+    adapter_slots: int = 0
 
     @property
     def block_tokens(self) -> int:
@@ -111,6 +119,32 @@ class VllmPlanner(EnginePlanner):
         away = tuple(whole - part for whole, part in zip(layout.parameter_bytes, parts, strict=True))
         return replace(layout, parameter_bytes=parts, offloaded_bytes=away)
 
+    def factors(self, shape: ModelShape, adapters: Sequence[Factors]) -> tuple[Parameter, ...]:
+        """Room for `adapter_slots` of the largest rank, in each matrix of the modules that one of them is for;
+        what vLLM has packed into one module has it for all of its parts (vllm/lora/layers)."""
+        if shape.family not in ADAPTED_FAMILIES:
+            known = ", ".join(ADAPTED_FAMILIES)
+            raise PlanError(
+                f"vllm keeps no adapter beside the weights of {shape.family}, but of {known}.",
+                "backend=fsdp, which merges it",
+            )
+        inside = [p for p in shape.parameters if len(p.shape) == 2 and p.layer is not None]
+        matrices = {p.name.removesuffix(".weight"): p for p in inside}
+        for module, _ in (key for adapter in adapters for key in adapter):
+            if module not in matrices:
+                fact = f"An adapter is for {module}, which the model does not have or vllm adapts otherwise."
+                raise PlanError(fact, "the adapter of this model, or backend=fsdp, which merges it")
+        kinds, room = adapted_modules(adapters), self.adapter_slots * adapter_rank(adapters)
+        packed = {part for group in PACKED if kinds & set(group) for part in group}
+        added = []
+        for module, matrix in matrices.items():
+            if module.rpartition(".")[2] in kinds | packed:
+                outputs, inputs = matrix.shape
+                is_row = matrix.cut == "row"
+                added.append(Parameter(f"{module}.weight_lora_a", (room, inputs), "row" if is_row else "whole"))
+                added.append(Parameter(f"{module}.weight_lora_b", (outputs, room), "whole" if is_row else matrix.cut))
+        return tuple(added)
+
     def kv_value_bytes(self, request: PlanRequest) -> int:
         return self.kv_dtype_bytes or request.dtype_bytes
 
@@ -156,6 +190,19 @@ class VllmPlanner(EnginePlanner):
         sequences, tokens = _step_defaults(request)
         longest = request.shape.max_position_embeddings or tokens
         return min((self.max_num_seqs or sequences) * longest, tokens)
+
+
+def adapted_modules(adapters: Sequence[Factors]) -> set[str]:
+    """The last names of the modules that adapters are for."""
+    return {module.rpartition(".")[2] for adapter in adapters for module, _ in adapter}
+
+
+def adapter_rank(adapters: Sequence[Factors]) -> int:
+    """The rank of the room that vLLM keeps for each adapter: the next that it has kernels for."""
+    largest = max(sizes[0] for adapter in adapters for (_, factor), sizes in adapter.items() if factor == "A")
+    if largest > ADAPTER_RANKS[-1]:
+        raise PlanError(f"An adapter has rank {largest}, and vllm takes {ADAPTER_RANKS[-1]} at most.", "backend=fsdp")
+    return next(rank for rank in ADAPTER_RANKS if rank >= largest)
 
 
 def padded_vocabulary(rows: int) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import ClassVar, Literal
 
 from shards.machine.hardware import CPU, Device, Link
 from shards.model.quantization import Quantization, Storage
-from shards.model.shape import ModelShape
+from shards.model.shape import ModelShape, Parameter
 from shards.plan.roofline import Scheme
 
 MOST_DEVICES = 4096
@@ -18,6 +19,9 @@ MOST_DEVICES = 4096
 
 Offload = Literal["cpu", "disk"]
 """Where weights lie that a device is sent for each pass."""
+
+Factors = Mapping[tuple[str, str], tuple[int, ...]]
+"""The shapes of the factors A [r, inputs] and B [outputs, r] of an adapter, by the name of their module and theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +221,16 @@ class EnginePlanner(ABC):
         nothing = (0,) * len(layout.parameter_bytes)
         buffers = layout.buffer_bytes + self.streamed_bytes(request)
         return replace(layout, parameter_bytes=nothing, buffer_bytes=buffers, offloaded_bytes=layout.parameter_bytes)
+
+    def factors(self, shape: ModelShape, adapters: Sequence[Factors]) -> tuple[Parameter, ...]:
+        """Parameters that an adapter beside the weights adds: its factors, cut like the matrices that they are for."""
+        cuts = {p.name.removesuffix(".weight"): p.cut for p in shape.parameters if len(p.shape) == 2}
+        added = []
+        for (module, factor), sizes in (item for adapter in adapters for item in adapter.items()):
+            cut = cuts.get(module, "whole")
+            is_cut = (factor == "A") == (cut == "row")
+            added.append(Parameter(f"{module}.weight_lora_{factor.lower()}", sizes, cut if is_cut else "whole"))
+        return tuple(added)
 
     def sent_bytes(self, request: PlanRequest, layout: Layout) -> int:
         """Offloaded bytes that each device is sent in every pass."""

@@ -76,7 +76,7 @@ def test_ranks_and_scales_of_a_falcon(settings: dict[str, object], tmp_path: Pat
     [
         ("tensor_parallel", ()), ("deepspeed", ()), ("transformers", ("quantization=nf4", "devices=1")),
         ("fsdp", ("quantization=int8_wo",)), ("transformers", ("adapter.merge=false", "devices=1")),
-        ("tensor_parallel", ("adapter.merge=false",)), ("fsdp", ("adapter.merge=false", "quantization=nf4")),
+        ("tensor_parallel", ("adapter.merge=false",)), ("vllm", ("adapter.merge=false",)), ("fsdp", ("adapter.merge=false", "quantization=nf4")),
     ],
 )  # fmt: skip
 def test_every_engine_answers_by_the_adapter(backend: str, more: tuple[str, ...], tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ LLAMA, NOTHING = "model=tiny_llama", _set()
         (_set(use_dora=True), [LLAMA], "has DoRA, which is not merged here. HINT: merge it with peft and run that"),
         (_without_weights, [LLAMA], "has no adapter_model.safetensors. HINT: a folder that peft has saved"),
         (NOTHING, ["model=tiny_falcon"], "which the model does not have. HINT: the adapter of this model"),
-        (NOTHING, [LLAMA, "backend=vllm"], "backend=vllm merges no adapter. HINT: adapter.path=null, or backend=fsdp"),
+        (NOTHING, [LLAMA, "backend=vllm"], "backend=vllm merges no adapter. HINT: adapter.merge=false, or"),
         (NOTHING, [LLAMA, "backend=deepspeed", "adapter.merge=false"], "its weights. HINT: adapter.merge=true"),
         (NOTHING, [LLAMA, "model.weights=random"], "model.weights=random are not. HINT: adapter.path=null"),
     ],

@@ -17,7 +17,7 @@ import psutil
 from launcher.backends.base import LENGTH, LIKELIEST, STOP, Completion, DeviceMemory, Generation, Score, as_token_ids
 from launcher.backends.heartbeat import heartbeat
 from launcher.backends.vllm.monitor import Watch
-from launcher.backends.vllm.options import arguments, environment, refusal
+from launcher.backends.vllm.options import adapter_requests, arguments, environment, refusal
 from launcher.config.schema import Accelerator, ConfigError
 from launcher.prompts.arrivals import Pacing
 from launcher.results.speculation import ACCEPTED, GUESSED
@@ -58,6 +58,7 @@ class VllmBackend:
         self.scratch: tempfile.TemporaryDirectory[str] | None = None  # for sockets and stores that vLLM does not remove
         self.shared_memory: set[Path] = set()
         self.indices: dict[str, int] = {}  # of the prompts of a call, by their requests
+        self.adapters = adapter_requests(config)
 
     def load(self, plan: Plan | None, world: World, progress: Callable[[int, int], None]) -> None:
         self.external = world.world_size > 1
@@ -142,7 +143,9 @@ class VllmBackend:
         while len(completions) < len(prompts):
             now = perf_counter()
             if due := pacing.due(now - start, len(requests) - len(completions)):
-                requests += self.llm.enqueue(ids[due.start : due.stop], wanted[due.start : due.stop], use_tqdm=False)
+                part = slice(due.start, due.stop)
+                chosen = [self.adapters.get(prompt.adapter) for prompt in prompts[part]]
+                requests += self.llm.enqueue(ids[part], wanted[part], lora_request=chosen, use_tqdm=False)
                 self.indices.update(zip(requests[due.start :], (prompts[place].index for place in due), strict=True))
                 starts += [_beginning(pacing, place, start, now) for place in due]
             if not engine.has_unfinished_requests():
@@ -176,7 +179,8 @@ class VllmBackend:
 
     def score(self, token_ids: Sequence[int]) -> Score:
         wanted = self.vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=LIKELIEST, detokenize=False)
-        [answer] = self.llm.generate([{"prompt_token_ids": list(token_ids)}], wanted, use_tqdm=False)
+        asked, alone = [{"prompt_token_ids": list(token_ids)}], self.adapters.get(None)
+        [answer] = self.llm.generate(asked, wanted, lora_request=alone, use_tqdm=False)
         likely = answer.prompt_logprobs[1:]  # of each place the likeliest tokens, and the one that is there
         chosen = [place[token].logprob for place, token in zip(likely, token_ids[1:], strict=True)]
         best = tuple(max(place, key=lambda token: place[token].logprob) for place in likely)

@@ -48,6 +48,8 @@ class VllmConfig(BackendConfig):
     continuous_batching: ClassVar[bool] = True
     can_score: ClassVar[bool] = True
     speculates: ClassVar[bool] = True
+    takes_adapters: ClassVar[bool] = True
+    names_adapters: ClassVar[bool] = True
     most_at_once_key: ClassVar[str | None] = "backend.max_num_seqs"
     takes_load: ClassVar[bool] = True
     own_random_weights: ClassVar[bool] = True  # load_format=dummy, which depend on how the model is cut
@@ -95,6 +97,9 @@ class VllmConfig(BackendConfig):
                     hint = hint.replace("quantization=none", "leave backend.extra.quantization out")
                 raise PlanError(f"vLLM makes {asked} weights on CUDA only.", hint)
             stored = QUANTIZATIONS[asked]
+        if stored is not None and stored.eight_bit_products and config.adapter.beside and not on_cuda:
+            fact = f"vLLM keeps no adapter beside {stored.name} weights on a CPU."
+            raise PlanError(fact, "the adapter's unquantized base, or adapter.path=null")
         if stored is not None and config.precision is Precision.fp32 and not stored.with_fp32:
             raise PlanError(
                 f"vLLM multiplies {stored.name} weights in 16 bits, not in precision=fp32.", "precision=bf16"
@@ -124,6 +129,7 @@ class VllmConfig(BackendConfig):
             kv_block_tokens=self.extra.get("block_size", block_tokens),
             max_num_seqs=self.given("max_num_seqs"),
             max_num_batched_tokens=self.extra.get("max_num_batched_tokens"),
+            adapter_slots=adapter_slots(config, on_cuda),
         )
 
     def pool_bytes(self, config: RunConfig, model_config: TransformersConfig, on_cpu: bool) -> int | None:
@@ -155,3 +161,9 @@ class VllmConfig(BackendConfig):
     def given(self, name: str) -> Any:
         """An option as vLLM is given it: `extra` wins."""
         return self.extra.get(name, getattr(self, name))
+
+
+def adapter_slots(config: RunConfig, on_cuda: bool) -> int:
+    """The adapters for which vLLM has room at once: all, and where a prompt may name none one more on a CPU, where the
+    kernels give such a prompt the last one (vllm/lora/ops/torch_ops indexes with -1)."""
+    return len(config.adapter.beside) + (bool(config.adapter.paths) and not on_cuda)

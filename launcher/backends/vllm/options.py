@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from launcher.backends.vllm.engine import adapter_slots
 from launcher.backends.vllm.extra import ONLINE
 from launcher.config.formats import Weights
 from launcher.config.speculative import DRAFT
+from shards.checkpoint.adapter_config import factor_shapes
+from shards.engines.vllm import adapted_modules, adapter_rank
 from shards.machine.hardware import GIB
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from launcher.backends.vllm.engine import VllmConfig
     from launcher.config.schema import RunConfig
     from shards.untrusted_files import JsonObject
@@ -70,7 +73,7 @@ def arguments(
         "distributed_executor_backend": options.distributed_executor_backend,
     }
     values |= {name: value for name, value in optional.items() if value is not None}
-    return values | speculation(config) | options.extra
+    return values | speculation(config) | adapters(config, on_cpu) | options.extra
 
 
 def speculation(config: RunConfig) -> JsonObject:
@@ -84,6 +87,32 @@ def speculation(config: RunConfig) -> JsonObject:
     else:
         told |= {"method": "ngram", "prompt_lookup_max": wanted.ngram_max, "prompt_lookup_min": wanted.ngram_min}
     return {"speculative_config": told, "disable_log_stats": False}
+
+
+def adapters(config: RunConfig, on_cpu: bool) -> JsonObject:
+    """Arguments for adapters beside the weights: room for all of them at once, in the modules that they are for."""
+    folders = config.adapter.beside
+    if not folders:
+        return {}
+    shapes = [factor_shapes(Path(folder)) for folder in folders]
+    return {
+        "enable_lora": True,
+        "max_loras": adapter_slots(config, not on_cpu),
+        "max_lora_rank": adapter_rank(shapes),
+        "lora_target_modules": sorted(adapted_modules(shapes)),
+    }
+
+
+def adapter_requests(config: RunConfig) -> dict[str | None, Any]:
+    """What vLLM is told of each adapter by its name; under None that of prompts that name none, if there is one."""
+    wanted = config.adapter
+    folders: dict[str | None, str] = dict(wanted.paths.items())
+    if wanted.path is not None:
+        folders[None] = wanted.path
+    if not folders:
+        return {}
+    request = importlib.import_module("vllm.lora.request").LoRARequest
+    return {name: request(name or "adapter", place, path) for place, (name, path) in enumerate(folders.items(), 1)}
 
 
 def refusal(error: ValueError) -> str:

@@ -45,14 +45,20 @@ def held_bytes(model: torch.nn.Module, device: torch.device) -> int | None:
     """
     packed = 0
     for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, torch.nn.Parameter) or weight.numel():
+        weight = module._parameters.get("weight")
+        if weight is None or weight.numel():
             continue
         sizes = _matrix(module)
         if sizes is None:
             return None
         packed += sizes[0] * sizes[1] * weight.element_size()
-    return parameter_bytes(model, device) + packed - offloaded_bytes(model)
+    return parameter_bytes(model, device) + packed + adapter_bytes(model) - offloaded_bytes(model)
+
+
+def adapter_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the room for adapters: stacks of factors that are plain attributes of the layers."""
+    stacks = [vars(module).get(name, ()) for module in model.modules() for name in ("lora_a_stacked", "lora_b_stacked")]
+    return sum(tensor.nbytes for stack in stacks for tensor in stack)
 
 
 def offloaded_bytes(model: torch.nn.Module) -> int:
