@@ -76,7 +76,8 @@ def test_ranks_and_scales_of_a_falcon(settings: dict[str, object], tmp_path: Pat
     [
         ("tensor_parallel", ()), ("deepspeed", ()), ("transformers", ("quantization=nf4", "devices=1")),
         ("fsdp", ("quantization=int8_wo",)), ("transformers", ("adapter.merge=false", "devices=1")),
-        ("tensor_parallel", ("adapter.merge=false",)), ("vllm", ("adapter.merge=false",)), ("fsdp", ("adapter.merge=false", "quantization=nf4")),
+        ("tensor_parallel", ("adapter.merge=false",)), ("vllm", ("adapter.merge=false",)),
+        ("fsdp", ("adapter.merge=false", "quantization=nf4")),
     ],
 )  # fmt: skip
 def test_every_engine_answers_by_the_adapter(backend: str, more: tuple[str, ...], tmp_path: Path) -> None:
