@@ -88,6 +88,7 @@ LAZY = {
     ("launcher.config.engines", "*"): "an engine is imported when it is used",
     ("launcher.launch.forks", "*"): "the module of the ranks is named by the command",
     ("shards.load.quantizers", "*"): "bitsandbytes is imported where its quantizers are used",
+    ("launcher.backends.vllm.options", "vllm"): "as its backend, after the environment was set",
     ("launcher.backends.vllm.engine", "psutil"): "the doctor reads an engine's packages before any are installed",
     ("launcher.__main__", "launcher.launch.join"): "a rank may import torch, the process that launches may not",
     (
