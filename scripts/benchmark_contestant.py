@@ -20,11 +20,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from launcher.backends.base import Prompt  # noqa: E402
-from launcher.composition.compose import compose_run  # noqa: E402
-from launcher.config.engines import resolve  # noqa: E402
-from launcher.prepare.planning import plan_of  # noqa: E402
+from launcher.backends.litgpt.shapes import litgpt_config  # noqa: E402
 from launcher.system.files import read_json  # noqa: E402
-from shards.checkpoint.checkpoint import Checkpoint  # noqa: E402
 from shards.machine.orphans import signal_when_orphaned  # noqa: E402
 from shards.machine.process_group import barrier  # noqa: E402
 from shards.machine.world import World  # noqa: E402
@@ -61,17 +58,23 @@ def prompts_of(job: dict[str, Any]) -> list[Prompt]:
 
 def ours(job: dict[str, Any], world: World) -> tuple[Answer, Callable[[], None]]:
     """An engine of this project, through the interface that a run uses."""
+    # Imported here, since what these need is not in an environment that only has LitGPT.
+    compose = importlib.import_module("launcher.composition.compose")
+    engines = importlib.import_module("launcher.config.engines")
+    planning = importlib.import_module("launcher.prepare.planning")
+    checkpoint = importlib.import_module("shards.checkpoint.checkpoint")
     os.environ.update(job.get("environment", {}))
-    config = compose_run([
+    config = compose.compose_run([
         *job["overrides"], "accelerator=cpu", f"devices={job['devices']}", f"precision={job['precision']}",
         f"sampling.max_new_tokens={job['new_tokens']}",
         f"sampling.ignore_eos={job['ignore_eos']}",
     ])  # fmt: skip
     config.model.path, config.measure.batch_size = job["folder"], len(job["prompts"])
     prompts = prompts_of(job)
-    backend = resolve(config.backend.implementation)(config)
+    backend = engines.resolve(config.backend.implementation)(config)
     fields = read_json(Path(job["folder"]) / "config.json")
-    plan = plan_of(config, fields, Checkpoint.open(Path(job["folder"])).tensors, prompts, False)
+    tensors = checkpoint.Checkpoint.open(Path(job["folder"])).tensors
+    plan = planning.plan_of(config, fields, tensors, prompts, False)
     backend.load(plan, world, lambda done, total: None)
 
     def answer() -> Answers:
@@ -189,18 +192,18 @@ def litgpt(job: dict[str, Any], world: World) -> tuple[Answer, Callable[[], None
     """litgpt's `generate/base.py`: one prompt after the other."""
     base, model = importlib.import_module("litgpt.generate.base"), importlib.import_module("litgpt.model")
     convert = importlib.import_module("litgpt.scripts.convert_hf_checkpoint")
-    fields = read_json(Path(job["folder"]) / "config.json")
-    config = model.Config(
-        name="benchmark", block_size=fields["max_position_embeddings"], vocab_size=fields["vocab_size"],
-        padded_vocab_size=fields["vocab_size"], n_layer=fields["num_hidden_layers"],
-        n_head=fields["num_attention_heads"], n_query_groups=fields["num_key_value_heads"],
-        n_embd=fields["hidden_size"],
-        head_size=fields.get("head_dim"), intermediate_size=fields["intermediate_size"], rotary_percentage=1.0,
-        parallel_residual=False, bias=False, norm_class_name="RMSNorm", mlp_class_name="LLaMAMLP",
-        norm_eps=fields["rms_norm_eps"],
-    )  # fmt: skip
+    values = litgpt_config(read_json(Path(job["folder"]) / "config.json"))
+    config = model.Config(**values)
+    load_file = importlib.import_module("safetensors.torch").load_file
+    stored: dict[str, torch.Tensor] = {}
+    for path in Path(job["folder"]).glob("*.safetensors"):
+        stored |= load_file(path)
     weights: dict[str, torch.Tensor] = {}
-    convert.copy_weights_hf_llama(config, {}, weights, plain_model(job).state_dict())
+    if values["name"] == "llama":
+        convert.copy_weights_hf_llama(config, {}, weights, stored)
+    else:
+        convert.copy_weights_falcon(config, weights, stored)
+    weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])
     gpt = model.GPT(config).to(dtype_of(job)).eval()
     gpt.load_state_dict(weights)
     eos = eos_of(job)

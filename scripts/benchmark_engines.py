@@ -10,6 +10,7 @@ that what disturbs one disturbs all; the first round is not counted. The embedde
 to their EOS, the random Llamas prompts of 8 to 80 tokens with as many new ones each (that of 1 GB a quarter).
 Ratios are medians of the ratios of each round. With --output, NAME.json has every figure and NAME.md the tables. With
 --within no round is begun that would not end in time, as long as that of before, and no model without a share of it.
+litgpt takes part where it is installed, or where LITGPT_PYTHON is an interpreter that has it.
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ CONTESTANTS = (
                more={"arguments": {}, "environment": {}}),
     ours("vllm", "vllm.LLM", "backend=vllm", needs="vllm"),
     ours("tensor_parallel", "vllm", "backend=tensor_parallel", ranks=True),
-    Contestant("litgpt", "litgpt", "model.generate", ("backend=transformers",), devices=1, needs="litgpt"),
+    Contestant("litgpt", "litgpt", "model.generate", ("backend=transformers",), devices=1, needs="litgpt",
+               more={"python": os.environ.get("LITGPT_PYTHON")}),
 )  # fmt: skip
 
 
@@ -230,7 +232,8 @@ def main() -> None:
     chosen = [
         one
         for one in CONTESTANTS
-        if one.name in options.engines.split(",") and (not one.needs or importlib.util.find_spec(one.needs))
+        if one.name in options.engines.split(",")
+        and (not one.needs or one.more.get("python") or importlib.util.find_spec(one.needs))
     ]
     points = [(model, kind) for kind in options.precisions.split(",") for model in options.models.split(",")]
     out, results, end = Console(stderr=True), [], time.monotonic() + options.within

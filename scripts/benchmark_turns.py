@@ -46,12 +46,13 @@ class Group:
                         "LOCAL_WORLD_SIZE": self.processes, "MASTER_PORT": port,
                     }  # fmt: skip
                 connection, theirs = Pipe()
+                threads = str(max(1, cores // self.processes))
+                own = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
                 child = subprocess.Popen(
-                    [sys.executable, str(PROGRAM), str(theirs.fileno())], stdin=subprocess.DEVNULL, stdout=log,
-                    stderr=log, start_new_session=True, pass_fds=(theirs.fileno(),), env={
-                        **os.environ, **{name: str(value) for name, value in world.items()},
-                        "OMP_NUM_THREADS": str(max(1, cores // self.processes)), "TOKENIZERS_PARALLELISM": "false",
-                    },
+                    [self.job.get("python") or sys.executable, str(PROGRAM), str(theirs.fileno())],
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                    pass_fds=(theirs.fileno(),),
+                    env={**os.environ, **{name: str(value) for name, value in world.items()}, **own},
                 )  # fmt: skip
                 theirs.close()  # so that nothing is left to wait for when the process has ended
                 self.children.append(child)
