@@ -3,6 +3,7 @@
     model=NAME     a preset of conf/model, a folder with a checkpoint, or a hub id
     method=        magnitude   the smallest values become zeros; pattern=unstructured, or 2:4
                    structured  inner MLP columns, and heads of a Llama, are cut out; config.json says the new shapes
+                   llm_pruner  the same, by gradients of the loss of prompts= (LLM-Pruner's first-order estimate)
                    rtn         rounds to the nearest; scheme=w4a16 (four bits in groups) or w8a8 (a byte, rows)
                    wanda sparsegpt gptq awq   llm-compressor's, calibrated with prompts=
     ratio=0.5      of the values, or of columns and heads, that go

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 METHODS = {
     "magnitude": "the smallest values become zeros",
     "structured": "the weakest inner MLP columns, and with a Llama heads, are cut out: smaller shapes",
+    "llm_pruner": "the same, the weakest by the gradients of the loss of the calibration prompts",
     "rtn": "values are rounded to the nearest of their scheme",
     "wanda": "values that matter least for the calibration prompts become zeros (llm-compressor)",
     "sparsegpt": "the same, and what is left makes up for them (llm-compressor)",
@@ -28,6 +29,7 @@ METHODS = {
     "awq": "scaled before they are rounded, by the calibration prompts (llm-compressor)",
 }
 CALIBRATED = ("wanda", "sparsegpt", "gptq", "awq")
+NARROWING = ("structured", "llm_pruner")
 PRUNING = ("magnitude", "wanda", "sparsegpt")
 SCHEMES = {"rtn": ("w4a16", "w8a8"), "gptq": ("w4a16", "w8a8"), "awq": ("w4a16",)}
 BYTES_OF_A_VALUE = {"w4a16": 0.53, "w8a8": 1.0}
@@ -66,8 +68,10 @@ def read_request(items: Sequence[str]) -> Request:
     read = {"model", "method", "out"}
     if method in PRUNING:
         read |= {"ratio", "pattern"}
-    if method == "structured":
+    if method in NARROWING:
         read |= {"ratio"}
+    if method == "llm_pruner":
+        read |= {"prompts"}
     if method in SCHEMES:
         read |= {"scheme"}
     if method in CALIBRATED:
@@ -84,7 +88,7 @@ def read_request(items: Sequence[str]) -> Request:
             f"method={method} is llm-compressor's, whose packages do not fit those of the engines here.",
             "python=INTERPRETER of an environment with llmcompressor, or method=magnitude, or method=rtn",
         )
-    if method in CALIBRATED and "prompts" not in values:
+    if method in (*CALIBRATED, "llm_pruner") and "prompts" not in values:
         raise ConfigError(f"method={method} needs prompts to calibrate with.", "prompts=FILE, one prompt a line")
     out = Path(values["out"])
     if out.exists():
@@ -158,13 +162,18 @@ def planned(request: Request, chosen: dict[str, Parameter], tensors: dict[str, T
     lines = [f"{request.method}: {METHODS[request.method]}", f"reads {total / 1e6:,.1f} MB, {len(tensors)} tensors"]
     if request.method in CALIBRATED:
         lines.append(f"holds the whole model ({total / 1e6:,.1f} MB) and the activations of a layer for all prompts")
+    elif request.method == "llm_pruner":
+        fp32 = 4 * (values + sum(prod(entry.shape) for entry in tensors.values()))
+        lines.append(
+            f"holds the model and gradients of its layers in fp32 ({fp32 / 1e6:,.1f} MB), and one prompt's activations"
+        )
     else:
         most = max(layers.values()) + 12 * largest
         lines.append(f"holds one layer at a time, and its largest matrix in fp32: up to about {most / 1e6:,.1f} MB")
     written = total
     if request.method in SCHEMES:
         written = total - inside + int(values * BYTES_OF_A_VALUE[request.scheme])
-    elif request.method == "structured":
+    elif request.method in NARROWING:
         written = total - int(request.ratio * inside)
     lines.append(f"writes about {written / 1e6:,.1f} MB to {request.out}")
     if request.method in PRUNING:

@@ -1,4 +1,4 @@
-"""Methods that need no prompts, one decoder layer at a time: what they make is written as it comes."""
+"""What is made of a checkpoint here, one decoder layer at a time: it is written as it comes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from launcher.compress.gradients import importance
 from launcher.compress.request import group_of
 from launcher.config.schema import ConfigError
 from shards.model.shape import layer_of
@@ -63,6 +64,10 @@ def write_compressed(
     """Write the compressed checkpoint into a folder; gives a line on what was made."""
     writer, before = Writer(folder), 0
     new_config = dict(config)
+    scores: Tensors | None = None
+    if request.method == "llm_pruner":
+        assert request.prompts is not None
+        scores = importance(checkpoint, chosen, request.prompts)
     for tensors in by_layer(checkpoint):
         before += sum(tensor.nbytes for tensor in tensors.values())
         inside = {name: tensor for name, tensor in tensors.items() if name in chosen}
@@ -78,7 +83,8 @@ def write_compressed(
             parts = [rounded(name, tensor, request.scheme, group(chosen)) for name, tensor in inside.items()]
             writer.add(rest | {name: tensor for part in parts for name, tensor in part.items()})
         else:
-            smaller, changes = narrowed(tensors, config, request.ratio)
+            by_weight = scores or {name: tensor.float().square() for name, tensor in inside.items()}
+            smaller, changes = narrowed(tensors, by_weight, config, request.ratio)
             new_config |= changes
             writer.add(smaller)
     if request.method == "rtn":
@@ -163,24 +169,26 @@ def quantization_config(scheme: str, group: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def narrowed(tensors: Tensors, config: dict[str, Any], ratio: float) -> tuple[Tensors, dict[str, int]]:
-    """The tensors of a decoder layer without its weakest inner columns and heads, and what the config then says."""
+def narrowed(tensors: Tensors, scores: Tensors, config: dict[str, Any], ratio: float) -> tuple[Tensors, dict[str, int]]:
+    """The tensors of a decoder layer without its inner columns and heads of the least scores, summed over the weights
+    that go together, and what the config then says."""
     leaves = {".".join(name.split(".")[-3:]): name for name in tensors}
     smaller = dict(tensors)
     if "mlp.dense_h_to_4h.weight" in leaves:
-        columns = _strongest(tensors, leaves, ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", 1, ratio)
+        columns = _strongest(scores, leaves, ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", 1, ratio)
         _cut(smaller, leaves, ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", columns)
         return smaller, {"ffn_hidden_size": len(columns)}
     if "mlp.gate_proj.weight" not in leaves:
         raise ConfigError("Structured pruning knows the layers of Falcon and of Llama only.", "method=magnitude")
     inward = ("mlp.gate_proj", "mlp.up_proj")
-    columns = _strongest(tensors, leaves, inward, "mlp.down_proj", 1, ratio)
+    columns = _strongest(scores, leaves, inward, "mlp.down_proj", 1, ratio)
     _cut(smaller, leaves, inward, "mlp.down_proj", columns)
     kv_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     heads_each = config["num_attention_heads"] // kv_heads
     width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     queries = ("self_attn.q_proj",)
-    kept = _strongest(tensors, leaves, queries, "self_attn.o_proj", heads_each * width, ratio)
+    hidden = config["hidden_size"] // heads_each  # a multiple of the heads, or transformers refuses the config
+    kept = _strongest(scores, leaves, queries, "self_attn.o_proj", heads_each * width, ratio, hidden)
     _cut(smaller, leaves, queries, "self_attn.o_proj", kept, heads_each * width)
     _cut(smaller, leaves, ("self_attn.k_proj", "self_attn.v_proj"), None, kept, width)
     return smaller, {
@@ -190,16 +198,24 @@ def narrowed(tensors: Tensors, config: dict[str, Any], ratio: float) -> tuple[Te
 
 
 def _strongest(
-    tensors: Tensors, leaves: dict[str, str], inward: tuple[str, ...], outward: str, unit: int, ratio: float
+    scores: Tensors,
+    leaves: dict[str, str],
+    inward: tuple[str, ...],
+    outward: str,
+    unit: int,
+    ratio: float,
+    multiple_of: int | None = None,
 ) -> torch.Tensor:
-    """The units of so many rows of the inward matrices, and columns of the outward one, that are left, in order."""
-    out = tensors[leaves[f"{outward}.weight"]].float()
-    strength = out.square().sum(0).view(-1, unit).sum(1)
+    """The units of so many rows of the inward matrices, and columns of the outward one, that are left, in order; where
+    `multiple_of` has to be a multiple of their number, the next that is."""
+    strength = scores[leaves[f"{outward}.weight"]].sum(0).view(-1, unit).sum(1)
     for name in inward:
-        strength = strength + tensors[leaves[f"{name}.weight"]].float().square().sum(1).view(-1, unit).sum(1)
+        strength = strength + scores[leaves[f"{name}.weight"]].sum(1).view(-1, unit).sum(1)
     left = max(1, round((1 - ratio) * len(strength)))
     if unit == 1 and len(strength) % COLUMNS_TOGETHER == 0:
         left = max(COLUMNS_TOGETHER, round(left / COLUMNS_TOGETHER) * COLUMNS_TOGETHER)
+    while multiple_of and left < len(strength) and multiple_of % left:
+        left += 1
     return strength.argsort(descending=True)[:left].sort().values
 
 

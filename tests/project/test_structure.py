@@ -33,6 +33,7 @@ TENSORS = {
     "launcher.backends.litgpt.backend",
     "launcher.backends.litgpt.convert",
     "launcher.compress.calibrated",
+    "launcher.compress.gradients",
     "launcher.compress.streamed",
     "launcher.backends.module",
     "launcher.backends.tensor_parallel.backend",

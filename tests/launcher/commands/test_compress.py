@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from running import launcher
+from running import ROOT, launcher
 from transformers import AutoModelForCausalLM
 
 from launcher.compress.__main__ import main
 from launcher.models import EMBEDDED
+from launcher.prompts.prompts import encode
+from launcher.prompts.quality import TEXTS
 from shards.checkpoint.checkpoint import Checkpoint
 from shards.load.load import load_weights
 from shards.load.meta import build_meta
@@ -74,6 +76,31 @@ def test_what_is_cut_out_is_what_could_have_been_zeros(name: str, tmp_path: Path
     torch.testing.assert_close(smaller(IDS).logits, whole(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
+def perplexity(folder: Path) -> float:
+    """That of the text of the package."""
+    [prompt] = encode([TEXTS["builtin"].read_text()], EMBEDDED / "tiny_llama")
+    ids = torch.tensor([prompt.token_ids[:1024]]).view(4, 256)
+    with torch.inference_mode():
+        return float(read(folder)(input_ids=ids, labels=ids).loss.exp())
+
+
+@pytest.mark.slow
+def test_gradients_know_better_than_magnitudes_what_can_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prompts of another text than the one that is scored; three heads of four would be no divisor of the width."""
+    for ratio in ("0.25", "0.5"):
+        asked = ["model=tiny_llama", f"ratio={ratio}"]
+        prompts = f"prompts={ROOT}/tests/ragged_prompts.txt"
+        assert main([*asked, "method=structured", f"out={tmp_path / ratio}"]) == 0
+        assert main([*asked, "method=llm_pruner", prompts, f"out={tmp_path / f'{ratio}_gradients'}"]) == 0
+        by_magnitude, by_gradients = tmp_path / ratio, tmp_path / f"{ratio}_gradients"
+        sizes = [
+            sum(parameter.numel() for parameter in read(folder).parameters()) for folder in (by_magnitude, by_gradients)
+        ]
+        assert sizes[0] == sizes[1]
+        assert perplexity(by_gradients) < perplexity(by_magnitude)
+    assert "holds the model and gradients of its layers in fp32" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("scheme", ["w4a16", "w8a8"])
@@ -127,7 +154,7 @@ LLAMA = "model=tiny_llama"
     ("arguments", "message"),
     [
         ([LLAMA, "method=magnitude"], "out= is missing. HINT: python -m launcher.compress model=tiny_llama"),
-        ([LLAMA, "method=prune", "out=OUT"], "method=prune is not one of magnitude, structured, rtn"),
+        ([LLAMA, "method=prune", "out=OUT"], "method=prune is not one of magnitude, structured, llm_pruner"),
         ([LLAMA, "method=magnitude", "out=."], ". is there already, and nothing is written over. HINT: out=._2"),
         ([LLAMA, "method=magnitude", "ratio=2", "out=OUT"], "ratio=2 is no share between 0 and 1. HINT: ratio=0.5"),
         ([LLAMA, "method=magnitude", "ratio=0.3", "pattern=2:4", "out=OUT"], "leaves two of four values. HINT: ratio"),
@@ -136,6 +163,7 @@ LLAMA = "model=tiny_llama"
         ([LLAMA, "method=gptq", "out=OUT"], "method=gptq is llm-compressor's, whose packages do not fit"),
         ([LLAMA, "method=gptq", "python=no", "out=OUT"], "method=gptq needs prompts to calibrate with. HINT: prompts="),
         ([LLAMA, "method=gptq", "python=no", "prompts=FILE", "out=OUT"], "python=no cannot be run: No such file"),
+        ([LLAMA, "method=llm_pruner", "out=OUT"], "method=llm_pruner needs prompts to calibrate with. HINT: prompts="),
         ([LLAMA, "method=rtn", "speed=5", "out=OUT"], "speed=5 is not an argument of launcher.compress (model, "),
         (["model=nothing", "method=rtn", "out=OUT"], "HINT: "),
         (["model=FOLDER", "method=rtn", "out=OUT"], "HINT: "),
