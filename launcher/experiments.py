@@ -36,6 +36,8 @@ Made by `python -m launcher.experiments --markdown`. Each preset of `conf/experi
     python -m launcher experiment=falcon_40b_fsdp_2xa6000 model=tiny_falcon     # rehearsed anywhere
     python -m launcher experiment=falcon_40b_fsdp_2xa6000 model.weights=random  # without the download
 
+Those of an article are rehearsed together by one command each: [rehearsals.md](rehearsals.md).
+
 The limit is of the published hardware: for speed what memory bandwidth, arithmetic and links allow, for time the least,
 for memory what the plan says (without context and libraries). Two machines compare by their shares of the limit. Where
 a source does not name its card there is no share, and a figure is only held against the fastest card of its time.

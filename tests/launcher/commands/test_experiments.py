@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from running import ROOT, launcher
 
 from launcher.composition.compose import compose_run
 from launcher.composition.presets import options
+from launcher.composition.sweeps import expand_sweep
 from launcher.config.machine import machine_of
 from launcher.config.schema import ConfigError
 from launcher.config.values import from_dict, to_dict
@@ -42,6 +45,21 @@ def test_a_preset_composes_names_its_source_and_can_be_rehearsed(name: str) -> N
     if config.backend.name in ("transformers", "fsdp", "tensor_parallel"):
         words = [f"experiment={name}", "model=tiny_llama", "devices=2", "dry_run=true", "accelerator=cpu"]
         assert prepare(compose_run(words), ()).config.sampling == config.sampling
+
+
+REHEARSALS = [
+    line.strip().partition(" -m launcher -m ")[2]
+    for line in (ROOT / "docs" / "rehearsals.md").read_text().splitlines()
+    if " -m launcher " in line
+]
+
+
+@pytest.mark.parametrize("command", REHEARSALS)
+def test_a_rehearsal_can_be_run_without_gpus(command: str) -> None:
+    for point in expand_sweep(shlex.split(command)):
+        config = compose_run([*point, "dry_run=true", "accelerator=cpu"])
+        if all(map(importlib.util.find_spec, config.backend.modules())):
+            assert prepare(config, ()).config.sampling == compose_run([point[0]]).sampling
 
 
 def test_what_cannot_be_made_yet_says_so() -> None:
