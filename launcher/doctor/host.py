@@ -40,9 +40,23 @@ class Host:
 
 def describe() -> Host:
     """This machine, as far as this process may use it."""
-    cpu = _cpuinfo()
-    memory = _meminfo()
-    shared_bytes, shared_free_bytes = _file_system(SHARED_MEMORY)
+    cpu: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        first = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0]
+        for name, _, value in (line.partition(":") for line in first.splitlines()):
+            cpu[name.strip()] = value.strip()
+    memory: dict[str, int] = {}
+    with contextlib.suppress(OSError, ValueError):
+        for words in (line.split() for line in Path("/proc/meminfo").read_text().splitlines()):
+            if len(words) == 3:
+                memory[words[0].rstrip(":")] = int(words[1]) * 1024
+    limit_bytes: int | None = None
+    with contextlib.suppress(OSError, ValueError):
+        limit_bytes = int(Path("/sys/fs/cgroup/memory.max").read_text())
+    shared_bytes = shared_free_bytes = None
+    with contextlib.suppress(OSError):
+        room = os.statvfs(SHARED_MEMORY)
+        shared_bytes, shared_free_bytes = room.f_frsize * room.f_blocks, room.f_frsize * room.f_bavail
     locked: int | None = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     if locked == resource.RLIM_INFINITY:
         locked = None
@@ -53,7 +67,7 @@ def describe() -> Host:
         numa_nodes=len(_names(Path("/sys/devices/system/node"), "node[0-9]*")) or None,
         memory_bytes=memory.get("MemTotal"),
         memory_available_bytes=memory.get("MemAvailable"),
-        memory_limit_bytes=_number(Path("/sys/fs/cgroup/memory.max")),
+        memory_limit_bytes=limit_bytes,
         shared_memory_bytes=shared_bytes,
         shared_memory_free_bytes=shared_free_bytes,
         locked_memory_bytes=locked,
@@ -79,37 +93,6 @@ def nvcc_version(path: str) -> str | None:
         out = subprocess.run([path, "-V"], capture_output=True, text=True, timeout=20, check=True).stdout
         if match := re.search(r"release (\d+\.\d+)", out):
             return match.group(1)
-    return None
-
-
-def _cpuinfo() -> dict[str, str]:
-    """The fields of the first processor."""
-    with contextlib.suppress(OSError):
-        first = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0]
-        pairs = (line.partition(":") for line in first.splitlines())
-        return {name.strip(): value.strip() for name, _, value in pairs}
-    return {}
-
-
-def _meminfo() -> dict[str, int]:
-    """The fields of /proc/meminfo in bytes."""
-    with contextlib.suppress(OSError, ValueError):
-        pairs = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-        return {words[0].rstrip(":"): int(words[1]) * 1024 for words in pairs if len(words) == 3}
-    return {}
-
-
-def _file_system(path: Path) -> tuple[int | None, int | None]:
-    """Bytes in all and free."""
-    with contextlib.suppress(OSError):
-        room = os.statvfs(path)
-        return room.f_frsize * room.f_blocks, room.f_frsize * room.f_bavail
-    return None, None
-
-
-def _number(path: Path) -> int | None:
-    with contextlib.suppress(OSError, ValueError):
-        return int(path.read_text())
     return None
 
 

@@ -30,7 +30,6 @@ from shards.machine.rates import this_machine
 from shards.machine.world import World
 from shards.model.quantization import Quantization
 from shards.model.quantized_checkpoint import from_config
-from shards.model.shape import ModelShape
 from shards.plan.plan import Plan, make_plan
 from shards.plan.request import EnginePlanner, PlanRequest
 
@@ -73,8 +72,11 @@ def plan_of(
     if isinstance(planner, ModulePlanner) and config.is_continuous:
         planner = replace(planner, prefill_tokens=config.measure.prefill_tokens or DEFAULT_PREFILL_TOKENS)
     device, link = _devices(config, on_cuda)
+    shape = built_of(model_config, tensors, config.backend.python).shape
+    if adapters := [factor_shapes(Path(folder)) for folder in config.adapter.beside]:
+        shape = replace(shape, parameters=(*shape.parameters, *planner.factors(shape, adapters)))
     request = PlanRequest(
-        shape=_with_factors(config, planner, built_of(model_config, tensors, config.backend.python).shape),
+        shape=shape,
         engine=planner,
         devices=config.devices,
         num_nodes=config.num_nodes,
@@ -95,12 +97,6 @@ def plan_of(
         each = at_once / config.num_shares
         shares |= {"batch_size": ceil(each), "mean_batch_size": each}
     return make_plan(replace(request, **shares))
-
-
-def _with_factors(config: RunConfig, planner: EnginePlanner, shape: ModelShape) -> ModelShape:
-    """The model with the factors of adapters that are not merged."""
-    adapters = [factor_shapes(Path(folder)) for folder in config.adapter.beside]
-    return replace(shape, parameters=(*shape.parameters, *planner.factors(shape, adapters))) if adapters else shape
 
 
 def short_memory(config: RunConfig, plan: Plan, tensors: Mapping[str, TensorEntry] | None) -> str | None:

@@ -10,7 +10,7 @@ from launcher.report.layout import fitted
 from launcher.report.memory_table import LEAST_WANTED, MEMORY, phase_table
 from launcher.report.speculation import COLUMN, cell, has_guesses
 from launcher.report.units import rate, size
-from launcher.results.comparison import Comparison, Divergence, FinishedRun, compare, labels
+from launcher.results.comparison import Comparison, FinishedRun, compare, labels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,12 +58,20 @@ def table(comparisons: Sequence[Comparison], runs: Sequence[FinishedRun], names:
     degenerate = _degenerate(comparisons[0].base_degenerate, len(base.prompts))
     rows = [[f"{escape(names[0])} (base)", "", "", "", degenerate, rate(base.record.new_tokens_per_s), "", ""]]
     for comparison, run, name in zip(comparisons, runs[1:], names[1:], strict=True):
-        first = next(iter(comparison.divergences), None)
+        first, gap = "none", "-"  # the first token or letter that differs, and how far apart its two best logits were
+        for divergence in comparison.divergences[:1]:
+            unit, gap = "token", "not known"
+            if divergence.is_of_texts:
+                unit = "letter"
+            if divergence.gap is not None:
+                gap = f"{divergence.gap:.3g}"
+            first = f"prompt {divergence.prompt}, {unit} {divergence.position}"
         rows.append(
             [
                 escape(name),
                 f"{comparison.matching}/{comparison.prompts} ({comparison.match:.0%})",
-                *_divergence_cells(first),
+                first,
+                gap,
                 _degenerate(comparison.other_degenerate, comparison.prompts),
                 rate(run.record.new_tokens_per_s),
                 f"{comparison.speed.median:,.3f}",
@@ -89,18 +97,6 @@ def _quality(base: FinishedRun, other: FinishedRun, comparison: Comparison) -> s
     if comparison.kl_divergence is None:
         return f"{shown}; no KL divergence, since a record is from before it had one"
     return f"{shown}; KL divergence {comparison.kl_divergence:.3g} nats a token"
-
-
-def _divergence_cells(divergence: Divergence | None) -> tuple[str, str]:
-    """The token or character at which two answers diverge, and the difference of the two largest logits there."""
-    if divergence is None:
-        return "none", "-"
-    unit, gap = "token", "not known"
-    if divergence.is_of_texts:
-        unit = "letter"
-    if divergence.gap is not None:
-        gap = f"{divergence.gap:.3g}"
-    return f"prompt {divergence.prompt}, {unit} {divergence.position}", gap
 
 
 def _degenerate(indices: Sequence[int], prompts: int) -> str:

@@ -49,7 +49,11 @@ def verdict(
     """
     if all(rank is not None and rank.status == "ok" for rank in ranks):
         return "ok", None
-    first = _first([rank for rank in ranks if rank is not None and rank.status not in ("ok", "cancelled")])
+    failures = [rank for rank in ranks if rank is not None and rank.status not in ("ok", "cancelled")]
+    first = min(failures, key=lambda rank: rank.ended_at, default=None)
+    if first is not None and first.status == "hang":  # all notice it at the same time: one that waits for no other
+        hanging = (rank for rank in failures if rank.status == "hang")
+        first = min(hanging, key=lambda rank: (rank.waits, rank.last_step_at))
     if first and first.status == "interrupted" and not (silent and outcome and outcome.status == "failed"):
         if outcome and outcome.status == "timeout":
             return "timeout", first.error
@@ -82,14 +86,6 @@ def verdict(
     if cancelled and cancelled.error:
         return ended.status, replace(cancelled.error, message=ended.message or cancelled.error.message, hint="")
     return ended.status, RunError(None, "start", "Ended", ended.message)
-
-
-def _first(ended: Sequence[RankResult]) -> RankResult | None:
-    """The rank that failed first; of ranks that hang, which notice it at the same time, one that waits for no other."""
-    first = min(ended, key=lambda rank: rank.ended_at, default=None)
-    if first is None or first.status != "hang":
-        return first
-    return min((rank for rank in ended if rank.status == "hang"), key=lambda rank: (rank.waits, rank.last_step_at))
 
 
 def _earliest(silent: Mapping[int, LastStep]) -> int:

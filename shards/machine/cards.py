@@ -48,7 +48,15 @@ def cuda_devices(environ: Mapping[str, str]) -> tuple[Device, ...]:
     """
     setting = environ.get("CUDA_VISIBLE_DEVICES")
     cards = nvml.cards()
-    devices = [_from_nvml(card) for card in cards]
+    devices = []
+    for card in cards:
+        name = card.name or f"GPU {card.index}"
+        device = Device(name)
+        if short_name(name) in DEVICES:
+            device = preset(short_name(name))
+        if card.memory_bytes is not None:
+            device = replace(device, capacity_bytes=card.memory_bytes)
+        devices.append(replace(device, name=name, uuid=card.uuid))
     in_parts = [device for device, card in zip(devices, cards, strict=True) if card.is_in_parts]
     shown = visible(devices, setting)
     cut = next((card.name for card in shown if _is_among(card, in_parts)), None)
@@ -95,13 +103,3 @@ def _entry(devices: list[Device], entry: str) -> Device | None:
 def short_name(name: str) -> str:
     """The short name of a card, as plans have it, by the name that the driver gives it; that itself where unknown."""
     return _BY_DRIVER_NAME.get(name.removeprefix("NVIDIA "), name)
-
-
-def _from_nvml(card: nvml.Card) -> Device:
-    name = card.name or f"GPU {card.index}"
-    device = Device(name)
-    if short_name(name) in DEVICES:
-        device = preset(short_name(name))
-    if card.memory_bytes is not None:
-        device = replace(device, capacity_bytes=card.memory_bytes)
-    return replace(device, name=name, uuid=card.uuid)

@@ -60,9 +60,14 @@ def connect(world: World, device: torch.device, join_s: float = GROUP_S, timeout
         store = _store(world, limit)
     except dist.DistError as error:
         raise WorldError(f"Rank {world.rank} did not reach {address}: {_first_line(error)}", UNREACHABLE) from error
-    if missing := _missing(store, world, limit):
-        names = ", ".join(map(str, missing))
-        raise WorldError(f"Rank {world.rank} reached {address}, and ranks {names} did not.", UNREACHABLE)
+    store.set(f"rank_{world.rank}", "here")
+    keys = [f"rank_{rank}" for rank in range(world.world_size)]
+    try:
+        store.wait(keys, limit)
+    except dist.DistError:
+        if names := ", ".join(str(rank) for rank, key in enumerate(keys) if not store.check([key])):
+            fact = f"Rank {world.rank} reached {address}, and ranks {names} did not."
+            raise WorldError(fact, UNREACHABLE) from None
     try:
         kind = "gloo"
         if device.type == "cuda":
@@ -103,17 +108,6 @@ def _store(world: World, limit: timedelta) -> dist.Store:
         multi_tenant=True,
     )
     return dist.PrefixStore("launcher", store)
-
-
-def _missing(store: dist.Store, world: World, limit: timedelta) -> list[int]:
-    """The ranks that have not come to the store within the limit."""
-    store.set(f"rank_{world.rank}", "here")
-    keys = [f"rank_{rank}" for rank in range(world.world_size)]
-    try:
-        store.wait(keys, limit)
-    except dist.DistError:
-        return [rank for rank, key in enumerate(keys) if not store.check([key])]
-    return []
 
 
 def _first_line(error: BaseException) -> str:

@@ -66,22 +66,15 @@ def shared_memory_of(pids: list[int]) -> set[Path]:
     inodes: set[int] = set()
     for pid in pids:
         with contextlib.suppress(OSError):
-            inodes |= _mapped(pid) | _open(pid)
+            for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
+                words = line.split(None, 5)
+                if len(words) == 6 and words[5].startswith(f"{SHARED_MEMORY}/"):
+                    inodes.add(int(words[4]))
+            for link in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    if link.readlink().parent == SHARED_MEMORY:
+                        inodes.add(link.stat().st_ino)
     return {path for inode, path in files.items() if inode in inodes}
-
-
-def _mapped(pid: int) -> set[int]:
-    lines = (line.split(None, 5) for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines())
-    return {int(line[4]) for line in lines if len(line) == 6 and line[5].startswith(f"{SHARED_MEMORY}/")}
-
-
-def _open(pid: int) -> set[int]:
-    inodes = set()
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):
-            if link.readlink().parent == SHARED_MEMORY:
-                inodes.add(link.stat().st_ino)
-    return inodes
 
 
 class SharedMemoryWatch:
