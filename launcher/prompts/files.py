@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
 import io
@@ -80,25 +81,18 @@ def read_arrivals(wanted: PromptsConfig) -> list[float]:
     moments: list[float] = []
     earliest = 0.0
     for row in _rows(path):
-        moment = math.nan
+        moment, given = math.nan, None
         if isinstance(row.value, dict):
-            moment = _number(row.value.get("arrival_s"))
+            given = row.value.get("arrival_s")
+        if isinstance(given, int | float | str) and not isinstance(given, bool):
+            with contextlib.suppress(ValueError):  # the cells of a table are texts
+                moment = float(given)
         if not earliest <= moment <= MOST_SECONDS:
             fact = f'{row.location} has no "arrival_s" of {earliest:g} or more.'
             raise ConfigError(fact, 'seconds from the start, in order: {"prompt": "...", "arrival_s": 0.5}')
         moments.append(moment)
         earliest = moment
     return moments
-
-
-def _number(value: Any) -> float:
-    """A number of JSON, or the text of one in a table; NaN for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return math.nan
-    try:
-        return float(value)
-    except ValueError:
-        return math.nan
 
 
 def read_adapters(wanted: PromptsConfig, names: Collection[str]) -> list[str | None]:

@@ -111,7 +111,11 @@ def _row(record: Record, swept: Sequence[str]) -> Row:
     values = flat_values(record.config)
     metrics, totals, ceiling, mbu = record.metrics, record.totals, record.ceiling, record.mbu
     speed, guesses = record.speed, metrics and metrics.speculation
-    row: Row = {key: _plain(values.get(key)) for key in swept}
+    row: Row = {}
+    for key in swept:
+        row[key] = values.get(key)
+        if isinstance(row[key], list | dict):
+            row[key] = json.dumps(row[key])
     row |= {
         "status": record.status,
         "backend": record.backend,
@@ -154,12 +158,6 @@ def _row(record: Record, swept: Sequence[str]) -> Row:
     row["run_dir"] = record.run_dir
     row["error"] = record.error and record.error.message
     return row
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list | dict):
-        return json.dumps(value)
-    return value
 
 
 def _quantiles(name: str, metrics: Metrics | None) -> Row:

@@ -75,9 +75,13 @@ def visible(devices: list[Device], setting: str | None) -> tuple[Device, ...]:
         return tuple(devices)
     shown: list[Device] = []
     for entry in (part.strip() for part in setting.split(",")):
-        device = _entry(devices, entry)
-        if device is None:
+        if entry.isdigit():
+            named = devices[int(entry) :][:1]
+        else:
+            named = [device for device in devices if entry and (device.uuid or "").startswith(entry)]
+        if len(named) != 1:
             break
+        device = named[0]
         if _is_among(device, shown):
             return ()
         shown.append(device)
@@ -87,17 +91,6 @@ def visible(devices: list[Device], setting: str | None) -> tuple[Device, ...]:
 def _is_among(device: Device, devices: list[Device]) -> bool:
     """Itself, not one that is equal to it: cards that do not tell their UUIDs are."""
     return any(device is other for other in devices)
-
-
-def _entry(devices: list[Device], entry: str) -> Device | None:
-    if entry.isdigit():
-        if int(entry) < len(devices):
-            return devices[int(entry)]
-        return None
-    named = [device for device in devices if entry and (device.uuid or "").startswith(entry)]
-    if len(named) == 1:
-        return named[0]
-    return None
 
 
 def short_name(name: str) -> str:
