@@ -219,6 +219,13 @@ CASES: tuple[tuple[Check, list[str]], ...] = (
             ("speculative=ngram", "backend=dummy"), ("speculative=ngram", "measure.scheduling=static"),
             ("speculative=ngram", "speculative.ngram_min=4"), ("speculative=ngram", "speculative.tokens=null"),
             ("speculative=ngram", "measure.profile=2"), ("speculative=ngram", "speculative.tokens=100"),
+            ("backend=vllm", "measure.compile=inductor"), ("speculative=ngram", "measure.compile=inductor"),
+        )
+    ),
+    *(
+        (composed, ["adapter.paths={a: EMPTY}", "prompts=file", "prompts.path=adapters.csv", *words]) for words in (
+            ("backend=fsdp",), ("backend=vllm", "adapter.path=EMPTY"), ("backend=vllm", "measure.quality=builtin"),
+            ("backend=vllm", "offload=cpu"), ("backend=vllm", "model.weights=random"),
         )
     ),
     *(
@@ -244,6 +251,8 @@ CASES: tuple[tuple[Check, list[str]], ...] = (
         )
     ),
     (prepared, ["backend=fsdp", "accelerator=cuda"]),
+    (prepared, ["backend=fsdp", "accelerator=cpu", "measure.compile=cudagraph"]),
+    (prepared, ["backend=transformers", "accelerator=cpu", "model.path=QUANTIZED", "quantization=int8"]),
     (prepared, [*ENDPOINT, "precision=bf16_mixed"]),
     (prepared, [*ENDPOINT, "offload=cpu"]),
     (prepared, [*ENDPOINT, "accelerator=cuda"]),
@@ -319,6 +328,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "LATIN").write_bytes(b"\xe9t\xe9")
     (tmp_path / "questions.txt").write_text("What is your return policy?\n")
     (tmp_path / "rows.csv").write_text("answer,asked\nb,a\n")
+    (tmp_path / "adapters.csv").write_text("prompt,adapter\nHello,a\n")
     return tmp_path
 
 
