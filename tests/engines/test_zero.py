@@ -74,6 +74,7 @@ REFUSALS = {
     ],
     "captures kernels of CUDA": ["backend.zero=true", "measure.compile=cudagraph"],
     "backend.max_out_tokens=99 is of init_inference": ["backend.zero=true", "backend.max_out_tokens=99"],
+    "DeepSpeed has no fp16 on a CPU. HINT: precision=bf16": ["precision=fp16"],
     "deepspeed makes no nf4 weights": ["backend.zero=true", "quantization=nf4"],
 }  # fmt: skip
 

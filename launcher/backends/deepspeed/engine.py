@@ -9,7 +9,7 @@ from launcher.backends.deepspeed.requirements import slow_all_reduce
 from launcher.config.compiling import Compile
 from launcher.config.options import COUNT, number
 from launcher.config.schema import BackendConfig, ConfigError
-from launcher.config.storage import Offload
+from launcher.config.storage import Offload, Precision
 from shards.engines.deepspeed import DeepSpeedPlanner
 from shards.engines.zero import ZeroPlanner
 from shards.plan.request import EnginePlanner
@@ -77,6 +77,8 @@ class DeepSpeedConfig(BackendConfig):
     def refuse(self, config: RunConfig, model_config: TransformersConfig, on_cuda: bool, longest: int) -> None:
         """Most of it DeepSpeed would get wrong in silence."""
         family = str(model_config.get("model_type"))
+        if config.precision is Precision.fp16 and not on_cuda:
+            raise ConfigError("DeepSpeed has no fp16 on a CPU.", "precision=bf16")
         if self.kernel_inject:
             raise ConfigError(f"backend.kernel_inject=true: {_without_kernels(family, on_cuda)}.", PLAIN)
         if self.zero and self.max_out_tokens is not None:
