@@ -120,7 +120,7 @@ def write_random(folder: Path, fields: dict[str, Any], precision: str) -> None:
 
 
 def job_of(model: str, folder: Path, precision: str, count: int, new_tokens: int) -> dict[str, Any]:
-    """What every contestant is given."""
+    """The job that every contestant is given."""
     fields = json.loads((folder / "config.json").read_text())
     is_random = model in RANDOM
     if is_random:

@@ -61,7 +61,7 @@ PROMPTS = (
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What is trained and how long; a checkpoint is cut into files of at most `max_shard_size`."""
+    """A model to be trained, and for how long; a checkpoint is cut into files of at most `max_shard_size`."""
 
     config: PreTrainedConfig
     steps: int

@@ -186,7 +186,7 @@ class ModulePlanner(EnginePlanner, ABC):
         return min(request.devices, request.num_devices) * of_process
 
     def packing_bytes(self, request: PlanRequest) -> int:
-        """Of quantized weights the most that lies beside them while they are loaded.
+        """The most bytes that lie beside quantized weights while they are loaded.
 
         That is whole matrices, which wait until there are UNPACKED_BYTES of them; of one that a checkpoint has
         quantized, what is stored and its words once more, or for torch's kernel its integers of four bytes, twice.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Slab:
-    """Of a stored tensor, as one of `shape`: from `start` on so many `sizes`."""
+    """The part of a stored tensor, seen as one of `shape`, that begins at `start` and spans `sizes`."""
 
     shape: tuple[int, ...]
     start: tuple[int, ...]

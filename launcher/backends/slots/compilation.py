@@ -29,8 +29,10 @@ MOST_VERSIONS = 4096  # of the code of a layer: inductor makes one for each laye
 
 
 def settled(config: RunConfig, device: torch.device) -> Compile:
-    """What `auto` is: CUDA graphs where one process has one card. Elsewhere nothing is known to be faster: inductor's
-    step takes a minute to make, and on a CPU no less time to run."""
+    """The way that is taken for the one that was asked; for `auto` CUDA graphs where one process has one card.
+
+    Elsewhere nothing is known to be faster: inductor's step takes a minute to make, and on a CPU no less time to run.
+    """
     asked = config.measure.compile
     if asked is not Compile.auto:
         return asked
@@ -117,8 +119,8 @@ class Switch:
 
 
 def differing(before: Generation, after: Generation, products: torch.dtype) -> tuple[int, int]:
-    """How many prompts have other tokens after than before; and of how many the first of these was not as likely as the
-    one in its place, to some roundings of its logit in the type of the products."""
+    """The number of prompts with other tokens after than before, and of those among them whose first other token was
+    less likely than the one in its place by more than some roundings of its logit in the type of the products."""
     width = NEAR * torch.finfo(products).eps
     later = {item.index: item.token_ids for item in after.completions}
     other = wrong = 0

@@ -104,7 +104,7 @@ def adapters(config: RunConfig, on_cpu: bool) -> JsonObject:
 
 
 def adapter_requests(config: RunConfig) -> dict[str | None, Any]:
-    """What vLLM is told of each adapter by its name; under None that of prompts that name none, if there is one."""
+    """The LoRARequest of each adapter by its name; under None that of prompts that name none, if there is one."""
     wanted = config.adapter
     folders: dict[str | None, str] = dict(wanted.paths.items())
     if wanted.path is not None:
