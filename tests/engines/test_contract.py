@@ -93,7 +93,7 @@ def test_answers_of_unlike_lengths_leave_few_slots_empty(name: str, size: int) -
     assert max(lengths) > 10 * min(lengths)
     if load_engine(name).has_slots:
         seen = ranks(name, size, "tiny_llama")
-        assert in_use(seen if load_engine(name).data_parallel else seen[:1], lengths) >= 0.9
+        assert in_use(seen if load_engine(name)().data_parallel else seen[:1], lengths) >= 0.9
 
 
 def in_use(seen: list[dict[str, Any]], lengths: list[int]) -> float:

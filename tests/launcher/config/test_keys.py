@@ -81,8 +81,11 @@ def test_an_unknown_key_is_refused_beside_every_key(prefix: str) -> None:
     for engine, key in keys():
         for word in (f"{key}.zqxj", f"{key.rpartition('.')[0]}.zqxj".lstrip(".")):
             if not key.endswith(
-                ("extra", "environment", "arguments", "config", "setup", "srun", "modules", "container", "texts")
-            ):
+                (
+                    "extra", "environment", "arguments", "config", "setup", "srun", "modules", "container", "texts",
+                    "adapter.paths",
+                )
+            ):  # fmt: skip
                 assert refusal(f"backend={engine}", f"{prefix}{word}=1").startswith(f"{word} is not ")
 
 
