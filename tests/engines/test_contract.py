@@ -20,14 +20,14 @@ from launcher.models import EMBEDDED
 pytestmark = pytest.mark.slow  # each asks engines in processes of their own
 
 MODELS = ("tiny_falcon", "tiny_llama")
-SIZES = {"transformers": (1,), "fsdp": (1, 2, 3), "deepspeed": (2,), "endpoint": (), "litgpt": ()}
+SIZES = {"transformers": (1,), "deepspeed": (2,), "endpoint": (), "litgpt": ()}
 """Numbers of devices of engines that are not tried on one and on two; an endpoint needs a server
 (test_endpoint.py), LitGPT an environment of its own (test_litgpt.py)."""
 
 WORLDS = [(name, size) for name in names() for size in SIZES.get(name, (1, 2))]
 REAL = [(name, size) for name, size in WORLDS if load_engine(name).needs_weights]
 
-UNLIKE_WORLDS = [(name, size) for name, size in REAL if size < 3] + [("deepspeed", 1)]
+UNLIKE_WORLDS = [(name, size) for name, size in REAL] + [("deepspeed", 1)]
 
 
 @cache

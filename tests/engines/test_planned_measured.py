@@ -20,7 +20,7 @@ from launcher.config.engines import load_engine
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]  # about 120 s on two idle cores
 
 ENGINES = ("fsdp", "deepspeed", "tensor_parallel", "vllm", "transformers")
-MODELS = ("tiny_falcon", "tiny_llama", "mistral_1gb")
+MODELS = ("tiny_llama", "mistral_1gb")
 POINTS = [(model, engine) for model in MODELS for engine in ENGINES]
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 30, 2
 WINDOW = 17
@@ -64,7 +64,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], d
     large = ("model=tiny_llama", "model.name=mistral_1gb", f"model.path={folder}", "model.weights=random")
     with ThreadPoolExecutor() as pool:
         started = [
-            pool.submit(sweep, folder / "runs", "model=tiny_falcon,tiny_llama"),
+            pool.submit(sweep, folder / "runs", "model=tiny_llama"),
             pool.submit(sweep, folder / "runs_1gb", *large, "precision=bf16"),
         ]
         for one in started:

@@ -237,7 +237,7 @@ ENGINES = tuple(
 def sweep(folder: Path, *overrides: str) -> dict[str, tuple[dict[str, Any], list[list[int]]]]:
     """Real runs on the prompts of the contract: the record and the tokens of each, by engine and kind of guesses."""
     ended = launcher(
-        "-m", "devices=2", "accelerator=cpu", f"output_dir={folder}", "prompts=file", f"prompts.path={RAGGED}",
+        "-m", "accelerator=cpu", f"output_dir={folder}", "prompts=file", f"prompts.path={RAGGED}",
         "measure.warmup=0", "measure.repeats=1", *overrides, timeout=650,
     )  # fmt: skip
     assert ended.code == 0, ended.out[-3000:] + ended.err[-3000:]
@@ -255,7 +255,7 @@ def sweep(folder: Path, *overrides: str) -> dict[str, tuple[dict[str, Any], list
 def test_runs_hold_what_was_planned_and_say_what_guesses_gave(tmp_path: Path) -> None:
     """A draft under each engine: its bytes as planned, as many tokens a step as guesses held, and the same answers."""
     draft = ("speculative=draft", "speculative.model=embedded:tiny_draft", "model=tiny_llama")
-    runs = sweep(tmp_path, f"backend={','.join(ENGINES)}", *draft)
+    runs = sweep(tmp_path, f"backend={','.join(ENGINES)}", "devices=2", *draft)
     assert set(runs) == {f"{name} draft" for name in ENGINES}
     expected = runs["transformers draft"][1]
     for name, (record, tokens) in runs.items():
@@ -278,7 +278,8 @@ def test_runs_hold_what_was_planned_and_say_what_guesses_gave(tmp_path: Path) ->
 @pytest.mark.skipif("vllm" not in ENGINES, reason="vllm is not installed")
 def test_vllm_looks_up_by_the_same_keys(tmp_path: Path) -> None:
     """A sweep over kinds of guesses takes the keys of all of them."""
-    runs = sweep(tmp_path, "backend=vllm", "speculative=none,ngram", "speculative.tokens=3", "model=tiny_falcon")
+    guesses = ("speculative=none,ngram", "speculative.tokens=3")
+    runs = sweep(tmp_path, "backend=vllm", "devices=1", *guesses, "model=tiny_falcon")
     (plain, tokens), (guessed, others) = runs["vllm none"], runs["vllm ngram"]
     assert tokens == others
     assert guessed["config"]["speculative"]["tokens"] == 3

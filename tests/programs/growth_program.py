@@ -1,4 +1,4 @@
-"""`growth_program.py OUT RANKS`: memory and cache of a rank of fsdp after each 1,000 of 10,000 decode steps."""
+"""`growth_program.py OUT RANKS STEPS`: memory and cache of a rank of fsdp after each of ten calls of so many steps."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ from launcher.config.schema import SamplingConfig
 from shards.machine.world import World
 from shards.parallel.fully_shard import bookkeeping_entries
 
-STEPS = SamplingConfig(max_new_tokens=1000, ignore_eos=True)
-
 
 def main() -> None:
     out, ranks = Path(sys.argv[1]), sys.argv[2]
     world = World.from_env(os.environ)
     prompts = [Prompt(index, "", (1, 2, 3)) for index in range(int(ranks))]
+    steps = SamplingConfig(max_new_tokens=int(sys.argv[3]), ignore_eos=True)
     backend, _ = loaded(configured("fsdp", "tiny_draft", int(ranks)), world, prompts)
     host, cache = [], []
     for _ in range(10):
-        backend.generate(prompts, STEPS, lambda tokens, finished=(): None)
+        backend.generate(prompts, steps, lambda tokens, finished=(): None)
         assert bookkeeping_entries(backend.model) == 0
         ctypes.CDLL(None).malloc_trim(0)  # what is free in the heap goes back: what is held is left
         host.append(host_anonymous_bytes())
