@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 
-def has_cuda_context(descriptors: Path = Path("/proc/self/fd")) -> bool:
+def has_cuda_context() -> bool:
     """True once CUDA's driver has been initialized in this process: a fork of it cannot use CUDA any more."""
-    for descriptor in descriptors.iterdir():
+    for descriptor in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):
             if os.readlink(descriptor) == "/dev/nvidia-uvm":
                 return True
