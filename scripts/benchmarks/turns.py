@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from benchmark_ranks import free_port
+from ranks import free_port
 
 from shards.machine.shared_memory import SharedMemoryWatch
 
-PROGRAM = Path(__file__).with_name("benchmark_contestant.py")
+PROGRAM = Path(__file__).with_name("contestant.py")
 LIMIT_S = 900
 
 

@@ -1,6 +1,6 @@
 """What the client of `backend=endpoint` adds to a server's times, beside the client of `vllm bench serve`, in turns.
 
-    python scripts/benchmark_client.py [--streams 1,8,64] [--tokens 100] [--rounds 5] [--step-ms 20]
+    python scripts/benchmarks/client.py [--streams 1,8,64] [--tokens 100] [--rounds 5] [--step-ms 20]
 
 Both ask tests/helpers/fake_server.py, whose streams all send a token every --step-ms and say when they did. The delay
 is from there to the moment that a client has for the token; the CPU time is that of the client's process. Figures are
@@ -22,10 +22,10 @@ from pathlib import Path
 from time import process_time
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmark_ranks import alternating  # noqa: E402
+from ranks import alternating  # noqa: E402
 
 from launcher.backends.base import Prompt  # noqa: E402
 from launcher.backends.endpoint.client import Client  # noqa: E402

@@ -27,8 +27,8 @@ except ModuleNotFoundError as error:
     print(f"{error} for {sys.executable}. HINT: {sys.executable} -m launcher.doctor", file=sys.stderr)
     sys.exit(2)
 
-ROOT = Path(__file__).resolve().parents[1]
-PAIR = ROOT / "scripts" / "check_gpu_pair.py"
+ROOT = Path(__file__).resolve().parents[2]
+PAIR = Path(__file__).with_name("check_gpu_pair.py")
 WITHIN_S = 570.0  # where a call may take ten minutes
 TRIES = 3
 REFUSED, AGAIN = 2, 3

@@ -1,6 +1,6 @@
 """Speculative decoding against plain decoding, interleaved in one process: tokens/s, and how many guesses held.
 
-    python scripts/benchmark_speculative.py [--target tiny_llama|wide] [--slots 1,4] [--tokens 4] [--repeats 5]
+    python scripts/benchmarks/speculative.py [--target tiny_llama|wide] [--slots 1,4] [--tokens 4] [--repeats 5]
 
 `wide` is tiny_llama at the cost of a model of 1 GB: its hidden states, heads and inner activations lie among others
 that are computed as well, and of which nothing comes out. So it says what tiny_llama says, and tiny_draft can draft for
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from benchmark_ranks import alternating
+from ranks import alternating
 from safetensors.torch import load_file, save_file
 
 from launcher.backends.base import Generation, Prompt
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from shards.untrusted_files import JsonObject
 
 SMALL = EMBEDDED / "tiny_llama"
-PROMPTS = Path(__file__).parents[1] / "tests" / "ragged_prompts.txt"
+PROMPTS = Path(__file__).parents[2] / "tests" / "ragged_prompts.txt"
 HIDDEN, INNER, TIMES = 2048, 7424, 16  # of the wide model, and how much wider its hidden states are
 KINDS = (NONE, NGRAM, DRAFT)
 

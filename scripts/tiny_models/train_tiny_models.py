@@ -1,4 +1,6 @@
-"""Train the embedded models on the project's own text: python scripts/train_tiny_models.py [--out DIR] [--only NAME].
+"""Train the embedded models on the project's own text.
+
+    python scripts/tiny_models/train_tiny_models.py [--out DIR] [--only NAME]
 
 Same machine, same libraries, same files: seeds are fixed, and one thread sums in one order. With --only, several runs
 can train one model each at the same time.
@@ -30,7 +32,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-OUT = Path(__file__).resolve().parent.parent / "launcher" / "models"
+OUT = Path(__file__).resolve().parents[2] / "launcher" / "models"
 THREADS = 1
 VOCAB_SIZE = 768
 CONTEXT = 1024

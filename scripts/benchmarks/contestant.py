@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """`benchmark_contestant.py DESCRIPTOR`; what is to be done comes over the connection that this is."""
+    """`contestant.py DESCRIPTOR`: take the job and each turn from the connection of this file descriptor."""
     signal_when_orphaned(signal.SIGKILL)
     os.set_inheritable(int(sys.argv[1]), False)
     driver = Connection(int(sys.argv[1]))  # closed by the end of the process, behind an error's last word

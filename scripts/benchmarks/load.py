@@ -1,6 +1,6 @@
 """Loading a large checkpoint on several ranks: this project's loader beside transformers' own, in one interleaved run.
 
-    python scripts/benchmark_load.py --size-gb 4 --ranks 2 --folder /tmp
+    python scripts/benchmarks/load.py --size-gb 4 --ranks 2 --folder /tmp
 
 A random checkpoint in bfloat16 is written to --folder and removed at the end. Cold means that its pages are dropped
 from the page cache before the ranks start together, warm that they were all read before. The clock stops when one byte
@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from benchmark_ranks import run_ranks
+from ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.distributed import DistributedConfig

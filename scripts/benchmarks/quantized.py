@@ -1,6 +1,6 @@
 """What quantized weights take and cost on a random Llama: bytes of a rank, memory while loading, speed beside bf16.
 
-    python scripts/benchmark_quantized.py --size-gb 1 --folder /tmp
+    python scripts/benchmarks/quantized.py --size-gb 1 --folder /tmp
 
 The checkpoint is written to --folder in bfloat16 and removed at the end. Bytes are those of a rank's parameters, over
 what they are unquantized under the same engine. Memory is how far the anonymous memory of a rank rose above what it
@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from benchmark_load import Watch, write_safetensors
-from benchmark_ranks import run_ranks
+from load import Watch, write_safetensors
+from ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig
 
