@@ -36,8 +36,8 @@ from shards.load.random_weights import fill_random
 from shards.load.stored import make_stored
 from shards.machine.hardware import MIB
 from shards.machine.process_group import any_rank, barrier, connect, connect_cards, device_of, disconnect
+from shards.model.known_shape import KNOWN_FAMILIES
 from shards.model.quantized_checkpoint import from_config
-from shards.model.shape import KNOWN_FAMILIES
 from shards.parallel.adapters import attach_adapter, fill_adapter
 from shards.parallel.families import keep_kv_heads_only
 from shards.parallel.products import pack_weights, quantize_layers

@@ -71,11 +71,11 @@ def join(config: RunConfig, command: tuple[str, ...], world: World, report: Call
             report(record)
         return 0
     os.environ[ATTEMPT] = str(attempt)
-    with redirected_output(run_dir.rank_log(world.rank)):
+    with redirected_output(run_dir.rank(world.rank).log):
         status = run_rank(run_dir, world, parent=None, starter=starter)
     if world.rank == 0:
         deadline = time.monotonic() + OTHERS_S
-        while time.monotonic() < deadline and not run_dir.has_last_words(world.world_size):
+        while time.monotonic() < deadline and not run_dir.has_all_results(world.world_size):
             time.sleep(0.05)
         report(finish(run_dir))
     return EXIT_CODES.get(status, 1)

@@ -10,7 +10,7 @@ from launcher.config.schema import ConfigError
 from launcher.prepare.shapes import built_of
 from shards.errors import PlanError
 from shards.machine.hardware import known_device, usual_link
-from shards.model.shape import KNOWN_FAMILIES
+from shards.model.known_shape import KNOWN_FAMILIES
 from shards.plan.plan import Plan, make_plan
 from shards.plan.request import PlanRequest
 

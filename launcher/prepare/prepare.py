@@ -29,8 +29,8 @@ from shards.checkpoint.checkpoint import Checkpoint, has_weights, is_derived
 from shards.checkpoint.hub import resolve
 from shards.machine.cards import cuda_devices
 from shards.model.config_fields import ConfigFields, check_config
+from shards.model.known_shape import KNOWN_FAMILIES, known_shape
 from shards.model.quantized_checkpoint import from_config
-from shards.model.shape import KNOWN_FAMILIES, ModelShape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -143,7 +143,7 @@ def _tensors(
         return None
     known = model_config.get("model_type") in KNOWN_FAMILIES and not config.model.trust_remote_code
     if known and config.backend.loads_by_name and not from_config(model_config):
-        shape = ModelShape.from_config(model_config)
+        shape = known_shape(model_config)
         shapes = {parameter.name: parameter.shape for parameter in shape.parameters}
         embedding = next(parameter.name for parameter in shape.parameters if parameter.cut == "embedding")
         tied = {}

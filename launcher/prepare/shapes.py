@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from shards.errors import CheckpointError, PlanError
 from shards.model.any_shape import Built, ask_transformers, shape_from_tensors
 from shards.model.config_fields import check_config
+from shards.model.known_shape import KNOWN_FAMILIES, known_shape
 from shards.model.quantized_checkpoint import from_config, unpacked
-from shards.model.shape import KNOWN_FAMILIES, ModelShape
+from shards.model.shape import ModelShape
 from shards.untrusted_files import read_json
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def built_of(
     else that of this interpreter. PlanError where neither way leads to a shape.
     """
     if model_config.get("model_type") in KNOWN_FAMILIES:
-        return Built(ModelShape.from_config(model_config))
+        return Built(known_shape(model_config))
     shapes = _asked(json.dumps(model_config, sort_keys=True), python or sys.executable)
     if isinstance(shapes, Built):
         return shapes

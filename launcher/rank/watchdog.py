@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 COLLECTIVE = re.compile(r"distributed_c10d|shards/parallel/collectives")
 """In the stack of a rank that waits for others, in the process group or in shared memory."""
-MAIN = re.compile(r'\brun \([^)]*launcher/rank/worker\.py|launcher/rank/worker\.py", line \d+ in run$')
+MAIN = re.compile(r'\brun \([^)]*launcher/rank/rank\.py|launcher/rank/rank\.py", line \d+ in run$')
 """In the stack of a rank's main thread, as py-spy or faulthandler writes it."""
 ON_DEVICE = re.compile(
     r"torch/(?:cuda|nn|autograd|_ops|_tensor|functional)\b|transformers/|launcher/backends/(?:decode|slots)"
@@ -143,8 +143,8 @@ def write_stacks(run_dir: RunDir, pids: Mapping[int, int]) -> dict[int, str]:
                 out, _ = dumps[number].communicate()
             if b"Thread" in out:
                 text = out.decode(errors="replace")
-        written[number] = text or _own_stacks(pid, run_dir.rank_log(number))
-        write_text(run_dir.stacks(number), written[number])
+        written[number] = text or _own_stacks(pid, run_dir.rank(number).log)
+        write_text(run_dir.rank(number).stacks, written[number])
     return written
 
 

@@ -22,7 +22,8 @@ from launcher.report.units import count, percent, rate, seconds
 from launcher.results.metrics import COUNTERS, ROWS, SLOTS
 from launcher.results.speculation import COUNTED
 from launcher.results.validity import STEADY
-from launcher.run_dir.run_dir import COMPLETIONS, RANK_LOGS, RunDir
+from launcher.run_dir.rank_files import RANK_LOGS
+from launcher.run_dir.run_dir import COMPLETIONS, RunDir
 from launcher.run_dir.verify import verify
 from launcher.system.typed import to_plain
 from shards.errors import UserError

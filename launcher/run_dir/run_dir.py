@@ -8,10 +8,7 @@ attempt.json           the number of the newest attempt, and the command that st
 notes.json             what was to be noted of the devices before the ranks of the newest attempt began
 saved.json             what the attempts before the newest have finished
 attempt_N/             the files of attempt N, once a later one has begun: a directory of the same form
-rank_N.json            the last word of a rank            rank_N.log     its output, rank_0.server.log of its server
-rank_N.progress        its present stage and step         stacks_rank_N.txt
-rank_N.completions.jsonl, rank_N.repeats.jsonl            what a rank has saved so far
-rank_N.trace.json                                         the steps that measure.profile traced
+rank_N.*, stacks_rank_N.txt                               of rank N: see rank_files.py
 submit.sbatch, slurm.log, slurm_job                       of a job of SLURM
 """
 
@@ -24,12 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.prompts.prompts import read_prompts, write_prompts
-from launcher.results.completions import ReportedCompletion, Saved, SavedCompletion
-from launcher.results.measured import Repeat
-from launcher.results.rank_result import RankResult
+from launcher.results.completions import ReportedCompletion, Saved
 from launcher.results.record import Record, read_record
 from launcher.run_dir.lock import locked
-from launcher.run_dir.progress import Progress, ProgressWriter, read_progress
+from launcher.run_dir.rank_files import RANK_FILES, SAVED_WORK, RankFiles
 from launcher.run_dir.run import RunDescription
 from launcher.run_dir.seal import sealed
 from launcher.run_dir.typed_files import (
@@ -43,7 +38,7 @@ from launcher.run_dir.typed_files import (
     unreadable,
     write_typed,
 )
-from launcher.system.files import absolute, read_end, write_json, write_text
+from launcher.system.files import absolute, write_json, write_text
 from shards.errors import UserError
 from shards.plan.plan import Plan
 
@@ -52,11 +47,14 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from launcher.backends.base import Prompt
+    from launcher.results.completions import SavedCompletion
+    from launcher.results.measured import Repeat
+    from launcher.results.rank_result import RankResult
+    from launcher.run_dir.progress import Progress
 
 RUN, RECORD, COMPLETIONS = "run.json", "record.json", "completions.jsonl"
 SLURM_SCRIPT, SLURM_LOG, SLURM_JOB = "submit.sbatch", "slurm.log", "slurm_job"
-OF_AN_ATTEMPT = ("rank_*", "stacks_rank_*", RECORD, "notes.json", "launch.log")
-RANK_LOGS = "rank_*.log"
+OF_AN_ATTEMPT = (*RANK_FILES, RECORD, "notes.json", "launch.log")
 
 
 class SupersededError(Exception):
@@ -214,67 +212,37 @@ class RunDir:
     def launch_log(self) -> Path:
         return self.path / "launch.log"
 
-    # The ranks: what each saves as it comes, and its last word.
+    # The ranks.
 
-    def rank_log(self, rank: int, of: str = "") -> Path:
-        return self.path / f"rank_{rank}{of}.log"
-
-    def log_end(self, rank: int) -> str:
-        return read_end(self.rank_log(rank))
-
-    def read_rank(self, rank: int) -> RankResult | None:
-        return read_typed(self.path / f"rank_{rank}.json", RankResult)
+    def rank(self, rank: int) -> RankFiles:
+        return RankFiles(self.path, rank)
 
     def read_ranks(self, count: int) -> list[RankResult | None]:
-        return [self.read_rank(rank) for rank in range(count)]
+        """The result of each of the first `count` ranks."""
+        return [self.rank(rank).read_result() for rank in range(count)]
 
-    def has_last_words(self, count: int) -> bool:
-        """True if each of the first `count` ranks has left its last word."""
-        return all((self.path / f"rank_{rank}.json").exists() for rank in range(count))
-
-    def write_rank(self, result: RankResult) -> None:
-        write_typed(self.path / f"rank_{result.rank}.json", result)
-
-    def append_completions(self, rank: int, completions: Sequence[SavedCompletion]) -> None:
-        """Save completions: a line is whole or cut off at the end of the file."""
-        with (self.path / f"rank_{rank}.completions.jsonl").open("a", encoding="utf-8") as file:
-            file.write(lines_of(completions))
+    def has_all_results(self, count: int) -> bool:
+        """True if each of the first `count` ranks has written its result."""
+        return all(self.rank(rank).result.exists() for rank in range(count))
 
     def read_rank_completions(self, ranks: Iterable[int]) -> Iterator[SavedCompletion]:
         """The completions that ranks have saved, up to each one's last whole line."""
         for rank in ranks:
-            yield from read_typed_lines(self.path / f"rank_{rank}.completions.jsonl", SavedCompletion)
-
-    def append_repeat(self, rank: int, repeat: Repeat) -> None:
-        with (self.path / f"rank_{rank}.repeats.jsonl").open("a", encoding="utf-8") as file:
-            file.write(lines_of([repeat]))
+            yield from self.rank(rank).read_completions()
 
     def read_repeats(self, ranks: Iterable[int]) -> dict[int, list[Repeat]]:
         """The repeats that all of `ranks` have finished, by number: each rank's measurements."""
-        by_rank: list[dict[int, Repeat]] = []
-        for rank in ranks:
-            repeats = read_typed_lines(self.path / f"rank_{rank}.repeats.jsonl", Repeat)
-            by_rank.append({repeat.number: repeat for repeat in repeats})
+        by_rank = [{repeat.number: repeat for repeat in self.rank(rank).read_repeats()} for rank in ranks]
         numbers = sorted(set.intersection(*map(set, by_rank)))
         return {number: [repeats[number] for repeats in by_rank] for number in numbers}
 
     def has_saved_work(self) -> bool:
         """True if some rank has saved a completion or a repeat."""
-        patterns = ("rank_*.completions.jsonl", "rank_*.repeats.jsonl")
-        return any(path.stat().st_size for pattern in patterns for path in self.path.glob(pattern))
-
-    def progress_writer(self, rank: int) -> ProgressWriter:
-        return ProgressWriter(self.path / f"rank_{rank}.progress")
+        return any(path.stat().st_size for pattern in SAVED_WORK for path in self.path.glob(pattern))
 
     def read_progress(self, count: int) -> tuple[Progress | None, ...]:
         """The progress of each rank, None of one that has not begun."""
-        return tuple(read_progress(self.path / f"rank_{rank}.progress") for rank in range(count))
-
-    def trace(self, rank: int) -> Path:
-        return self.path / f"rank_{rank}.trace.json"
-
-    def stacks(self, rank: int) -> Path:
-        return self.path / f"stacks_rank_{rank}.txt"
+        return tuple(self.rank(rank).read_progress() for rank in range(count))
 
     # The job of SLURM that the newest attempt runs in.
 

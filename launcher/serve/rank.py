@@ -48,7 +48,7 @@ def main(folder: str) -> None:
     run_dir, world = RunDir(Path(folder)), World.from_env(os.environ)
     enter_world(world)
     guard.start(int(os.environ[PARENT]), guard.Watched(lambda reason: False, lambda outcome, is_alone: None))
-    with redirected_output(run_dir.rank_log(world.rank)):
+    with redirected_output(run_dir.rank(world.rank).log):
         try:
             _serve(run_dir, world)
         except BaseException:

@@ -37,8 +37,8 @@ from shards.load.meta import build_meta
 from shards.load.quantizers import make_quantizer
 from shards.machine.hardware import CPU
 from shards.machine.world import World
+from shards.model.known_shape import known_shape
 from shards.model.quantization import known_quantization
-from shards.model.shape import ModelShape
 from shards.parallel.collectives import collectives
 from shards.parallel.fully_shard import fully_shard_model
 from shards.parallel.products import pack_weights, quantize_layers
@@ -122,7 +122,7 @@ def planned_over_bytes(engine: str, technique: str, folder: Path, ranks: int) ->
     planner = engines()[engine].planner_class
     assert planner is not None
     request = PlanRequest(
-        shape=ModelShape.from_config(json.loads((folder / "config.json").read_text())), engine=planner(),
+        shape=known_shape(json.loads((folder / "config.json").read_text())), engine=planner(),
         devices=ranks, device=CPU, quantization=known_quantization(technique),
     )  # fmt: skip
     return (request.engine.load_host_bytes(request) or 0) // ranks

@@ -12,8 +12,9 @@ from shards.machine.hardware import MIB
 from shards.model.quantization import UNPACKED_BYTES
 from shards.model.shape import ModelShape, Parameter
 from shards.plan.cuts import Cutter, Pieces, cut_up
+from shards.plan.layout import Layout, Traffic
 from shards.plan.memory import kv_bytes_per_token
-from shards.plan.request import EnginePlanner, Layout, PlanRequest, Traffic
+from shards.plan.request import EnginePlanner, PlanRequest
 
 LOAD_RING_BYTES = 64 * MIB
 """Buffers through which a rank reads its shards."""

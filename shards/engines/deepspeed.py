@@ -8,7 +8,8 @@ from typing import ClassVar
 from shards.engines.base import TensorParallelModulePlanner, uneven_heads
 from shards.model.shape import ModelShape, Parameter
 from shards.plan.cuts import Pieces, even_piece
-from shards.plan.request import PlanRequest, Traffic
+from shards.plan.layout import Traffic
+from shards.plan.request import PlanRequest
 
 _GRAIN = 64  # deepspeed/module_inject/tp_shard.py, tp_grain_size
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from shards.model.quantization import Quantization
-from shards.plan.request import EnginePlanner, Layout, PlanRequest
+from shards.plan.layout import Layout
+from shards.plan.request import EnginePlanner, PlanRequest
 from shards.plan.roofline import Scheme
 
 

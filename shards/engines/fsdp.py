@@ -10,8 +10,9 @@ from shards.engines.base import ModulePlanner, narrowed_bytes, widened_bytes
 from shards.model.quantization import Quantization, Storage
 from shards.model.shape import ModelShape, Parameter
 from shards.plan.cuts import Pieces, cut_up, row_chunk, spread_evenly, whole_bytes
+from shards.plan.layout import Layout, Traffic
 from shards.plan.memory import fits, largest
-from shards.plan.request import EnginePlanner, Layout, Offload, PlanRequest, Traffic
+from shards.plan.request import EnginePlanner, Offload, PlanRequest
 from shards.plan.roofline import Scheme
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from typing import ClassVar
 from shards.engines.base import driver_bytes, layer_activation_bytes
 from shards.model.shape import ModelShape, Parameter
 from shards.plan.cuts import Pieces, cut_up, even_piece
+from shards.plan.layout import Layout, Pool, Traffic
 from shards.plan.memory import cache_bytes
-from shards.plan.request import EnginePlanner, Layout, PlanRequest, Pool, Traffic
+from shards.plan.request import EnginePlanner, PlanRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,8 @@ from typing import ClassVar
 from shards.engines.base import ModulePlanner
 from shards.model.quantization import Quantization
 from shards.plan.cuts import spread
-from shards.plan.request import Layout, Offload, PlanRequest
+from shards.plan.layout import Layout
+from shards.plan.request import Offload, PlanRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,8 +12,9 @@ from shards.errors import PlanError
 from shards.machine.hardware import GIB, MIB
 from shards.model.quantization import Quantization
 from shards.model.shape import ModelShape, Parameter
-from shards.plan.cuts import Pieces, parameter_kinds
-from shards.plan.request import EnginePlanner, Factors, Layout, Offload, PlanRequest, Pool, Traffic
+from shards.plan.cuts import Factors, Pieces, parameter_kinds
+from shards.plan.layout import Layout, Pool, Traffic
+from shards.plan.request import EnginePlanner, Offload, PlanRequest
 
 _VOCABULARY_PADDING = 64  # vllm/model_executor/layers/vocab_parallel_embedding.py
 _GRAPHS_BYTES = 768 * MIB

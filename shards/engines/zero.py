@@ -9,7 +9,8 @@ from typing import ClassVar
 from shards.engines.base import LOAD_RING_BYTES, ModulePlanner
 from shards.model.shape import ModelShape, Parameter
 from shards.plan.cuts import Pieces
-from shards.plan.request import Layout, Offload, PlanRequest, Traffic
+from shards.plan.layout import Layout, Traffic
+from shards.plan.request import Offload, PlanRequest
 from shards.plan.roofline import Scheme
 
 

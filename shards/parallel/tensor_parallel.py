@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from shards.engines.tensor_parallel import uncuttable
 from shards.errors import PlanError
 from shards.load.blocks import Block, mark_block
-from shards.model.shape import ModelShape
+from shards.model.known_shape import known_shape
 from shards.parallel.fully_shard import decoder_layers
 from shards.parallel.products import ProductLinear
 
@@ -158,7 +158,7 @@ def tensor_parallel_model(model: nn.Module, rank: int, size: int, collectives: C
         return model
     if model.config.model_type not in LAYER_PLANS:
         raise PlanError(f"There is no tensor-parallel cut for model_type {model.config.model_type!r}.", ELSEWHERE)
-    if problem := uncuttable(ModelShape.from_config(model.config.to_dict()), size):
+    if problem := uncuttable(known_shape(model.config.to_dict()), size):
         raise PlanError(problem, ELSEWHERE)
     plan = LAYER_PLANS[model.config.model_type]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from shards.plan.cuts import whole_bytes
+from shards.plan.layout import Layout
 from shards.plan.memory import device_plans, kv_bytes_per_token
-from shards.plan.request import Layout, PlanRequest
+from shards.plan.request import PlanRequest
 from shards.plan.roofline import Limit, Machine, Roofline, Work, decode_step, prefill
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import groupby
 from math import ceil
@@ -18,6 +18,9 @@ Pieces = tuple[tuple[int, ...], ...]
 
 Cutter = Callable[[ModelShape, int, int, Parameter], Pieces]
 """Model, number of ranks, rank, parameter -> the rank's pieces."""
+
+Factors = Mapping[tuple[str, str], tuple[int, ...]]
+"""The shapes of the factors A [r, inputs] and B [outputs, r] of an adapter, by the name of their module and theirs."""
 
 
 def cut_up(
@@ -87,3 +90,14 @@ def spread(shape: ModelShape, n: int, storage: Storage = NUMBERS) -> tuple[tuple
 def spread_evenly(count: int, total: int) -> frozenset[int]:
     """The numbers of `count` of `total` layers, equally far apart, the last of them among these."""
     return frozenset(number for number in range(total) if (number + 1) * count // total > number * count // total)
+
+
+def factor_parameters(shape: ModelShape, adapters: Sequence[Factors]) -> tuple[Parameter, ...]:
+    """The factors of adapters as parameters, each cut like the matrix that it adapts."""
+    cuts = {p.name.removesuffix(".weight"): p.cut for p in shape.parameters if len(p.shape) == 2}
+    added = []
+    for (module, factor), sizes in (item for adapter in adapters for item in adapter.items()):
+        cut = cuts.get(module, "whole")
+        is_cut = (factor == "A") == (cut == "row")
+        added.append(Parameter(f"{module}.weight_lora_{factor.lower()}", sizes, cut if is_cut else "whole"))
+    return tuple(added)

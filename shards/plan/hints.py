@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from shards.machine.hardware import GIB, known_device, usual_link
 from shards.model.quantization import QUANTIZATIONS
+from shards.plan.layout import Layout
 from shards.plan.memory import device_plans, fits, make_layout, missing_bytes, usable_bytes
 from shards.plan.refusals import illegal, no_offload
-from shards.plan.request import MOST_DEVICES, Layout, Offload, PlanRequest
+from shards.plan.request import MOST_DEVICES, Offload, PlanRequest
 from shards.plan.search import is_possible, largest_batch, possible_devices
 
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from shards.model.shape import KNOWN_FAMILIES
+from shards.model.known_shape import KNOWN_FAMILIES
 from shards.plan.cuts import whole_bytes
-from shards.plan.request import Layout, PlanRequest
+from shards.plan.layout import Layout
+from shards.plan.request import PlanRequest
 
 KNOWN_TOLERANCE, OTHER_TOLERANCE = 0.01, 0.25
 

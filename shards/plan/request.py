@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import ClassVar, Literal
@@ -11,6 +11,8 @@ from typing import ClassVar, Literal
 from shards.machine.hardware import CPU, Device, Link
 from shards.model.quantization import Quantization, Storage
 from shards.model.shape import ModelShape, Parameter
+from shards.plan.cuts import Factors, factor_parameters
+from shards.plan.layout import Layout, Pool, Traffic
 from shards.plan.roofline import Scheme
 
 MOST_DEVICES = 4096
@@ -19,45 +21,6 @@ MOST_DEVICES = 4096
 
 Offload = Literal["cpu", "disk"]
 """Where weights lie that a device is sent for each pass."""
-
-Factors = Mapping[tuple[str, str], tuple[int, ...]]
-"""The shapes of the factors A [r, inputs] and B [outputs, r] of an adapter, by the name of their module and theirs."""
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """The part of a plan that does not depend on batch and lengths, by rank: bytes of parameters, and the decoder
-    layers from the first to before the end; `buffer_bytes` are the parameters that each gathers, widens or packs, and
-    `offloaded_bytes` those of each that lie in main memory or on a disk instead."""
-
-    parameter_bytes: tuple[int, ...]
-    layers: tuple[tuple[int, int], ...]
-    buffer_bytes: int = 0
-    offloaded_bytes: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Pool:
-    """The memory that an engine sets aside for keys and values; sequences that it cannot hold wait for their turn.
-
-    `nbytes` if the engine was told so many, else what is left of its `share` of a card; `sequences` are the most that
-    are answered at once.
-    """
-
-    sequences: int
-    share: float = 1.0
-    nbytes: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Traffic:
-    """Work of the link in one pass through the model: all-reduces of hidden states, numbers of logits for each sequence
-    that come together at the end, bytes of weights that are gathered, and over how many devices."""
-
-    all_reduces: int = 0
-    gathered_logits: int = 0
-    gathered_bytes: int = 0
-    gathered_over: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,13 +187,7 @@ class EnginePlanner(ABC):
 
     def factors(self, shape: ModelShape, adapters: Sequence[Factors]) -> tuple[Parameter, ...]:
         """Parameters that an adapter beside the weights adds: its factors, cut like the matrices that they are for."""
-        cuts = {p.name.removesuffix(".weight"): p.cut for p in shape.parameters if len(p.shape) == 2}
-        added = []
-        for (module, factor), sizes in (item for adapter in adapters for item in adapter.items()):
-            cut = cuts.get(module, "whole")
-            is_cut = (factor == "A") == (cut == "row")
-            added.append(Parameter(f"{module}.weight_lora_{factor.lower()}", sizes, cut if is_cut else "whole"))
-        return tuple(added)
+        return factor_parameters(shape, adapters)
 
     def sent_bytes(self, request: PlanRequest, layout: Layout) -> int:
         """Offloaded bytes that each device is sent in every pass."""

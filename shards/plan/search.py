@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from shards.plan.layout import Layout
 from shards.plan.memory import cache_bytes, device_plans, fits, largest
 from shards.plan.refusals import illegal
-from shards.plan.request import MOST_DEVICES, Layout, PlanRequest
+from shards.plan.request import MOST_DEVICES, PlanRequest
 
 _LARGEST = 2**20
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from launcher.models import EMBEDDED
 from shards.engines.vllm import VllmPlanner
 from shards.errors import PlanError
-from shards.model.shape import ModelShape
+from shards.model.known_shape import known_shape
 
 ADAPTER, MODEL = EMBEDDED / "tiny_llama_adapter", EMBEDDED / "tiny_llama"
 QUESTION = "What is your return policy?"
@@ -62,7 +62,7 @@ def test_each_prompt_is_answered_by_the_adapter_that_it_names(devices: int, tmp_
 
 
 def test_vllm_has_room_for_all_adapters_in_whole_modules() -> None:
-    shape = ModelShape.from_config(json.loads((MODEL / "config.json").read_text()))
+    shape = known_shape(json.loads((MODEL / "config.json").read_text()))
     q_proj = "model.layers.0.self_attn.q_proj"
     added = VllmPlanner(adapter_slots=2).factors(shape, [{(q_proj, "A"): (12, 128), (q_proj, "B"): (128, 12)}] * 2)
     modules = {parameter.name.split(".")[-2] for parameter in added}
@@ -72,11 +72,11 @@ def test_vllm_has_room_for_all_adapters_in_whole_modules() -> None:
 
 
 def test_what_vllm_does_not_adapt_is_refused() -> None:
-    falcon = ModelShape.from_config(json.loads((EMBEDDED / "tiny_falcon" / "config.json").read_text()))
+    falcon = known_shape(json.loads((EMBEDDED / "tiny_falcon" / "config.json").read_text()))
     dense = "transformer.h.0.self_attention.dense"
     with pytest.raises(PlanError, match="keeps no adapter beside the weights of falcon, but of llama, mistral"):
         VllmPlanner().factors(falcon, [{(dense, "A"): (4, 128), (dense, "B"): (128, 4)}])
-    llama = ModelShape.from_config(json.loads((MODEL / "config.json").read_text()))
+    llama = known_shape(json.loads((MODEL / "config.json").read_text()))
     with pytest.raises(PlanError, match="for lm_head, which the model does not have or vllm adapts otherwise"):
         VllmPlanner().factors(llama, [{("lm_head", "A"): (4, 128), ("lm_head", "B"): (768, 4)}])
     down = "model.layers.0.mlp.down_proj"

@@ -26,7 +26,7 @@ from launcher.run_dir.run_dir import RunDir
 from launcher.system.processes import of_run
 from shards.engines.vllm import VllmPlanner
 from shards.machine.shared_memory import shared_memory_files
-from shards.model.shape import ModelShape
+from shards.model.known_shape import known_shape
 from shards.plan.memory import make_layout
 from shards.plan.request import PlanRequest
 
@@ -116,7 +116,7 @@ def test_each_token_has_its_moment_within_the_call(way: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_memory_of_each_worker_is_its_share_exactly(way: str) -> None:
     size = SIZES[way]
-    shape = ModelShape.from_config(FIELDS)
+    shape = known_shape(FIELDS)
     layout = make_layout(PlanRequest(shape=shape, engine=VllmPlanner(), devices=size, dtype_bytes=4))
     block = 32 * shape.kv_values_per_token() // size * 4
     blocks = sum(-(-(len(prompt.token_ids) + 40 - 1) // 32) for prompt in encode(PROMPTS, FOLDER))

@@ -77,7 +77,7 @@ def test_a_slow_load_of_the_engine_beats_while_it_works(
     engine.config = compose_run(["backend=vllm", "devices=1", "accelerator=cpu"])
     engine.options, engine.on_cpu, engine.external = engine.config.backend, True, False
     engine.vllm = SimpleNamespace(__path__=[str(tmp_path)], LLM=load)
-    monkeypatch.setattr(engine, "_check_platform", lambda: None)
+    monkeypatch.setattr(module, "check_platform", lambda on_cpu: None)
     monkeypatch.setattr(type(engine.options), "check_extra", lambda *_: None)
     monkeypatch.setattr(engine, "_model_folder", lambda: tmp_path)
     plan = SimpleNamespace(kv_cache_memory_bytes=1, devices=[SimpleNamespace(offloaded_bytes=0)])

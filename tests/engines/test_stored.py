@@ -22,9 +22,9 @@ from shards.load.integer_quantizers import rows_divided
 from shards.load.load import load_weights
 from shards.load.meta import build_meta
 from shards.load.stored import make_stored
+from shards.model.known_shape import known_shape
 from shards.model.quantization import Quantization, Storage, as_kept
 from shards.model.quantized_checkpoint import from_config
-from shards.model.shape import ModelShape
 from shards.parallel.products import quantize_layers
 from shards.plan.cuts import cut_up
 from shards.plan.request import PlanRequest
@@ -277,7 +277,7 @@ def test_engines_cut_what_is_stored_and_hold_the_planned_bytes(tmp_path: Path) -
                 continue
             forms[f"{folder.name} {engine}"] = form
             request = PlanRequest(
-                shape=ModelShape.from_config(fields), engine=planner, devices=2, dtype_bytes=4, quantization=form
+                shape=known_shape(fields), engine=planner, devices=2, dtype_bytes=4, quantization=form
             )
             if (reason := planner.refusal(request)) is not None:
                 assert (engine, reason.endswith("which cannot be cut.")) == (refused[folder.name], True)
@@ -292,7 +292,7 @@ def test_engines_cut_what_is_stored_and_hold_the_planned_bytes(tmp_path: Path) -
         for key, result in results.items():
             name, _, engine = key.rpartition(" ")
             if engine != "transformers":
-                shape = ModelShape.from_config(json.loads((models / name / "config.json").read_text()))
+                shape = known_shape(json.loads((models / name / "config.json").read_text()))
                 storage = Storage(4, forms[key])
                 planned = cut_up(shape, engines()[engine].planner_class().pieces, 2, storage)
                 assert result["parameter_bytes"] == planned[rank], key

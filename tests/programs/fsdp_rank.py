@@ -27,7 +27,7 @@ from shards.load.blocks import local_bytes
 from shards.load.load import load_weights
 from shards.load.meta import build_meta
 from shards.machine.world import World
-from shards.model.shape import ModelShape
+from shards.model.known_shape import known_shape
 from shards.parallel import products
 from shards.parallel.collectives import collectives
 from shards.parallel.fully_shard import bookkeeping_entries, fully_shard_model, reset_bookkeeping, reshard
@@ -82,7 +82,7 @@ def resident(folder: Path, world: World, layers: int) -> dict[str, Any]:
     fully_shard_model(model, init_device_mesh("cpu", sizes, mesh_dim_names=names), layers, ways)
     load_weights(model, Checkpoint.open(folder), "cpu")
     held = local_bytes(model)
-    shape = ModelShape.from_config(json.loads((folder / "config.json").read_text()))
+    shape = known_shape(json.loads((folder / "config.json").read_text()))
     request = PlanRequest(
         shape=shape, engine=FsdpPlanner(resident_layers=layers, within_node=is_hybrid), dtype_bytes=4,
         devices=world.local_world_size, num_nodes=world.num_nodes,

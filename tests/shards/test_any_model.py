@@ -28,7 +28,7 @@ from shards.load.load import load_weights
 from shards.load.meta import build_meta
 from shards.load.meta_shapes import describe, problem
 from shards.model.any_shape import Built, ask_transformers, shape_from_tensors
-from shards.model.shape import ModelShape
+from shards.model.known_shape import known_shape
 from shards.plan.plan import make_plan
 from shards.plan.request import PlanRequest
 
@@ -133,7 +133,7 @@ def test_the_cache_with_sliding_windows_is_as_planned(name: str) -> None:
     answer = describe(model)
     shape = shape_from_tensors(answer["sizes"], answer["tensors"])
     if family != "gemma2":
-        assert ModelShape.from_config(config).windows == shape.windows
+        assert known_shape(config).windows == shape.windows
     assert list(shape.windows) == answer["sizes"].get("windows", [])
     asked = PlanRequest(
         shape=shape,

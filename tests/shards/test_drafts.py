@@ -12,13 +12,14 @@ from running import ROOT
 
 from shards.errors import PlanError
 from shards.machine.hardware import DEVICES, LINKS
+from shards.model.known_shape import known_shape
 from shards.model.shape import ModelShape
 from shards.plan.plan import Plan, make_plan
 from shards.plan.request import PlanRequest
 
 
 def preset(name: str) -> ModelShape:
-    return ModelShape.from_config(yaml.safe_load((ROOT / "conf" / "model" / f"{name}.yaml").read_text())["config"])
+    return known_shape(yaml.safe_load((ROOT / "conf" / "model" / f"{name}.yaml").read_text())["config"])
 
 
 LARGE, DRAFT = preset("llama2_13b"), preset("llama2_7b")

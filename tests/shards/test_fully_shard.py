@@ -22,7 +22,7 @@ from shards.load.blocks import local_tensor
 from shards.load.meta import build_meta
 from shards.load.random_weights import fill_random
 from shards.machine.hardware import Device
-from shards.model.shape import ModelShape
+from shards.model.known_shape import known_shape
 from shards.parallel.collectives import Collectives
 from shards.parallel.fully_shard import fully_shard_model, reshard
 from shards.plan.memory import device_plans, make_layout
@@ -76,7 +76,7 @@ AHEAD = Collectives("gloo", print, copied)
 
 
 def asked(config: dict[str, Any], **options: Any) -> PlanRequest:
-    shape = ModelShape.from_config(config)
+    shape = known_shape(config)
     return PlanRequest(shape=shape, engine=FsdpPlanner(**options), devices=2, dtype_bytes=4, prompt_tokens=1)
 
 
@@ -123,7 +123,7 @@ def test_auto_keeps_as_many_layers_as_fit_and_no_more(within_node: bool) -> None
 
 def test_auto_shards_within_a_node_where_that_fits() -> None:
     request = replace(asked(LLAMA, within_node=True), num_nodes=3)
-    needed, whole = used_bytes(request), ModelShape.from_config(LLAMA).num_parameters * 4
+    needed, whole = used_bytes(request), known_shape(LLAMA).num_parameters * 4
     for capacity, within_node, parts in ((needed, 1, 2), (needed - 1, 0, 6)):
         card = Device("card", capacity_bytes=capacity)
         plan = make_plan(replace(request, engine=FsdpPlanner(within_node=None), device=card))

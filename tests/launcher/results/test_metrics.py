@@ -9,7 +9,8 @@ from plans import plan as any_plan
 
 from launcher.results import metrics
 from launcher.results.measured import BandwidthUse, Metrics, Repeat
-from launcher.results.metrics import against_ceiling, bandwidth_used, figures
+from launcher.results.metrics import figures
+from launcher.results.utilisation import against_ceiling, bandwidth_used
 from shards.machine.hardware import DEVICES, LINKS
 from shards.plan.plan import Plan
 from shards.plan.roofline import Machine, Roofline, Work

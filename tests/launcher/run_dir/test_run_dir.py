@@ -48,7 +48,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     run_dir.write_run(run)
     run_dir.write_plan(planned)
     run_dir.write_prompts(prompts)
-    run_dir.append_completions(1, [completion])
+    run_dir.rank(1).append_completions([completion])
     run_dir.write_completions([reported])
     run_dir.write_saved(Saved((completion,), (0, 2)))
     run_dir.write_attempt(3, ["python"])
@@ -66,7 +66,8 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 
 def test_an_empty_directory_says_so(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
-    assert (run_dir.read_record(), run_dir.read_plan(), run_dir.read_rank(0), run_dir.read_job()) == (None,) * 4
+    assert (run_dir.read_record(), run_dir.read_plan(), run_dir.read_job()) == (None,) * 3
+    assert run_dir.rank(0).read_result() is None
     assert (run_dir.read_completions(), run_dir.read_saved(), run_dir.read_attempt()) == ([], Saved(), 0)
     with pytest.raises(UserError, match=r"has no run\.json: no run was begun there"):
         run_dir.read_run()
@@ -81,7 +82,7 @@ READERS: dict[str, Callable[[RunDir], object]] = {
     "attempt.json": RunDir.read_attempt,
     "saved.json": RunDir.read_saved,
     "notes.json": RunDir.read_notes,
-    "rank_0.json": lambda run_dir: run_dir.read_rank(0),
+    "rank_0.json": lambda run_dir: run_dir.rank(0).read_result(),
     "rank_0.repeats.jsonl": lambda run_dir: run_dir.read_repeats([0]),
     "rank_0.completions.jsonl": lambda run_dir: list(run_dir.read_rank_completions([0])),
 }
