@@ -1,1 +1,2 @@
-"""One engine a folder or file, named in `launcher.config.engines`; what several of them share is beside them."""
+"""The engines, one in each folder or file, listed in `launcher.config.engines`, and the code that several of them
+share."""

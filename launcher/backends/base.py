@@ -1,4 +1,4 @@
-"""The protocol of an engine in its rank: prompts in, completions and memory out."""
+"""The interface of an engine inside its rank: prompts in, completions and memory figures out."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ Phase = Literal["load", "prefill", "decode"]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt of the set. `index` is its place in the set, `token_ids` what every engine is given.
+    """One prompt of the set. `index` is its position in the set; every engine is given the same `token_ids`.
 
-    `arrival_s` is when it comes, in seconds from the first, where the set says that; `adapter` the one of
-    `adapter.paths` that it is for."""
+    `arrival_s` is its arrival time in seconds after the first prompt, if the set has arrival times. `adapter` is the
+    entry of `adapter.paths` that answers it.
+    """
 
     index: int
     text: str
@@ -39,10 +40,10 @@ class Prompt:
 class Completion:
     """The answer of an engine to one prompt.
 
-    `token_ids` are the new tokens only, up to and including the EOS token that ended them.
-    `ttft_s` is the time from the start of the call to the first token; `itl_s` the gaps between the tokens after it.
-    `top2_gaps` is the difference of the two largest logits at each token, empty where the engine does not show logits.
-    An engine that gives a text and no ids says how many tokens there are, in `num_tokens`.
+    `token_ids` are the new tokens only, up to and including the EOS token. `ttft_s` is the time from the start of the
+    call to the first token, `itl_s` are the gaps between the tokens after it. `top2_gaps` is the difference of the two
+    largest logits at each token, empty if the engine does not expose logits. An engine that returns text without token
+    ids gives the number of tokens in `num_tokens`.
     """
 
     index: int
@@ -63,21 +64,21 @@ class Completion:
 
     @property
     def answer(self) -> tuple[int, ...] | str:
-        """The part that is compared: the tokens, or the text where there are none."""
+        """The part that runs are compared by: the tokens, or the text if there are no token ids."""
         if self.text is not None:
             return self.text
         return self.token_ids
 
     @property
     def e2el_s(self) -> float | None:
-        """The time to the last token."""
+        """The end-to-end latency: the time to the last token."""
         if self.ttft_s is None:
             return None
         return self.ttft_s + sum(self.itl_s)
 
 
 def as_token_ids(eos: int | Sequence[int] | None) -> tuple[int, ...]:
-    """The EOS ids of a model, of which its files name none, one or several."""
+    """The EOS ids of a model as a tuple; its files may name none, one or several."""
     if eos is None:
         return ()
     if isinstance(eos, int):
@@ -87,12 +88,13 @@ def as_token_ids(eos: int | Sequence[int] | None) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One call of `Backend.generate`: completions in the order of the prompts, and the time of its two kinds of steps.
+    """The result of one call of `Backend.generate`: completions in the order of the prompts, and the time spent in
+    prefill and decode.
 
-    An engine that does not tell prefill from decode (vLLM) gives None, and so one that does not count its decode steps.
-    `counters` are numbers of the engine's own, by names of `launcher.results.metrics.COUNTERS`. `failures` are the
-    prompts that a server did not answer, `server` is what was seen of it. `wall_s` is the time from the first prompt to
-    the last answer, where a call has more to do than that.
+    The times are None for an engine that does not separate prefill from decode (vLLM), `decode_steps` for one that does
+    not count its steps. `counters` are the engine's own, named as in `launcher.results.metrics.COUNTERS`. `failures`
+    are the prompts that a server did not answer, `server` is what the client measured of the server. `wall_s` is the
+    time from the first prompt to the last answer, for an engine whose call does more than that.
     """
 
     completions: tuple[Completion, ...]
@@ -107,7 +109,7 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class PhaseMemory:
-    """The most that CUDA's allocator held on a device in one phase of a run."""
+    """Peaks of CUDA's allocator on a device in one phase of a run."""
 
     phase: Phase
     peak_allocated_bytes: int
@@ -116,12 +118,13 @@ class PhaseMemory:
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """Bytes that one device (one rank) holds. A value that could not be read is None, `reasons` says why by field.
+    """Memory of one device (one rank), in bytes. A value that could not be read is None, with the reason by field in
+    `reasons`.
 
-    `phases` are empty where the allocator was not watched by phase. `fragmented_bytes` are the most that were free in
-    blocks of which another part was in use, `step_growth_bytes` the most by which a decode step made the allocator
-    reserve more. `draft_parameter_bytes` and `draft_cache_bytes` are those of a draft model, 0 where there is none.
-    `offloaded_bytes` are parameters that lie in main memory or on a disk, and in none of the others.
+    `phases` is empty if the allocator was not sampled by phase. `fragmented_bytes` is the peak of free bytes in blocks
+    that are partly in use, `step_growth_bytes` the largest growth of reserved memory in one decode step.
+    `draft_parameter_bytes` and `draft_cache_bytes` belong to a draft model, 0 without one. `offloaded_bytes` are
+    parameters in main memory or on disk; no other field counts them.
     """
 
     rank: int
@@ -146,48 +149,49 @@ class DeviceMemory:
 
 
 class OnStep(Protocol):
-    """Called after each step of an engine."""
+    """A callback after each step of an engine."""
 
     def __call__(self, new_tokens: int, finished: Sequence[Completion] = ()) -> None:
-        """Report `new_tokens` new tokens, and the answers that are complete, where an engine does so before its call
-        returns.
+        """Report `new_tokens` new tokens and, if the engine knows them before its call returns, the finished answers.
 
-        It may raise, to end the call.
+        It may raise an exception to end the call.
         """
 
 
 class Backend(Protocol):
-    """An engine, made in the process that will use it. Its subclass of `launcher.config.schema.BackendConfig` says how
-    it runs (one process a device, data parallel, batches)."""
+    """An engine, created in the process that uses it. Its subclass of `launcher.config.schema.BackendConfig` describes
+    how it runs: one process for each device, data parallel, batching."""
 
     def __init__(self, config: RunConfig) -> None: ...
 
     def load(self, plan: Plan | None, world: World, progress: Callable[[int, int], None]) -> None:
-        """Put this rank's part of the model on its device; `progress(done_bytes, total_bytes)` as it comes.
+        """Load this rank's part of the model onto its device, and report `progress(done_bytes, total_bytes)`.
 
-        There is a plan where the engine has a planner."""
+        `plan` is None for an engine without a planner.
+        """
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Generation:
-        """Answer `prompts` as one batch; with continuous batching the whole set.
+        """Answer `prompts` as one batch, or the whole set with continuous batching.
 
-        Data-parallel ranks call it equally often: each with prompts of its own, none if it has none left; with
-        continuous batching all with the same, of which each answers some.
+        Data-parallel ranks make the same number of calls: each with its own prompts, with none if it has none left.
+        With continuous batching all ranks are given the whole set, and each answers a part of it.
         """
 
     def barrier(self) -> None:
-        """Return when every rank has come here; the clocks of a repeat start behind it."""
+        """Return when every rank has called it; the clocks of a repeat start after it."""
 
     def memory(self) -> list[DeviceMemory]:
-        """One entry for each device that this process answers for, as it is now."""
+        """The current memory of each device that this process reports."""
 
     def close(self) -> None:
-        """Give back what the process holds outside itself (workers, shared memory, process groups)."""
+        """Release what the process holds outside itself: workers, shared memory, process groups."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadTimes:
-    """Seconds of one process for its part of a model: to join the other ranks, to read the checkpoint (or to make
-    random values), to quantize what was read, and to build, cut and allocate the model and to lay out its weights."""
+    """The load time of one process in parts, in seconds: joining the other ranks, reading the checkpoint (or making
+    random values), quantizing, and everything else (building, cutting and allocating the model, laying out its
+    weights)."""
 
     join_s: float
     read_s: float
@@ -197,16 +201,16 @@ class LoadTimes:
 
 @runtime_checkable
 class TimedBackend(Protocol):
-    """An engine that knows the parts of the time that `load` took."""
+    """An engine that measures the parts of its load time."""
 
     def load_times(self) -> LoadTimes:
-        """The parts, which add up to all of it."""
+        """The parts; they add up to the whole load time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compilation:
-    """The outcome of `measure.compile`: the way of decode steps (none, inductor, cudagraph), the seconds that it took
-    to make them, which are in no measure and not in `load_s`, and what is to be known of it."""
+    """The outcome of `measure.compile`: how decode steps run (none, inductor, cudagraph), the seconds that it took to
+    prepare them, which no figure and not `load_s` contains, and a note for the user."""
 
     way: str
     seconds: float
@@ -215,28 +219,28 @@ class Compilation:
 
 @runtime_checkable
 class CompilingBackend(Protocol):
-    """An engine that can make its decode steps ahead."""
+    """An engine that can compile or capture its decode steps before the measurement."""
 
     def compile(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Compilation | None:
-        """Make them as configured, and compare what comes of a batch; None where there is nothing to be made."""
+        """Prepare the decode steps as configured and check them on a batch; None if there is nothing to prepare."""
 
 
 @runtime_checkable
 class StreamingBackend(Protocol):
-    """An engine that knows the tokens of an answer before it is whole."""
+    """An engine that can report the tokens of an answer before it is complete."""
 
     def stream_to(self, on_tokens: Callable[[int, Sequence[int]], None]) -> None:
-        """Call `on_tokens` with new tokens by the index of their prompt, before `on_step` of their step."""
+        """Call `on_tokens(index of the prompt, new tokens)` for every step, before `on_step`."""
 
 
 LIKELIEST = 8
-"""Tokens in each place of a scored text whose likelihoods an engine tells."""
+"""The number of most likely tokens whose log-likelihoods an engine reports at each position of a scored text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The score of a text by an engine: the log-likelihood (natural logarithm) of all its tokens but the first, and in
-    the place of each the most likely token, and the log-likelihoods of the LIKELIEST tokens."""
+    """The score of a text: the log-likelihood (natural logarithm) of all its tokens but the first, and at each of their
+    positions the most likely token and the log-likelihoods of the LIKELIEST tokens."""
 
     log_likelihood: float
     best_tokens: tuple[int, ...]
@@ -245,25 +249,25 @@ class Score:
 
 @runtime_checkable
 class ScoringBackend(Protocol):
-    """An engine that can be shown a text."""
+    """An engine that can score a text."""
 
     def score(self, token_ids: Sequence[int]) -> Score:
-        """The score of a text of two tokens or more; all ranks are asked for the same text, and all have its score."""
+        """The score of a text of two tokens or more. All ranks are given the same text, and all return its score."""
 
 
 class Trace(Protocol):
-    """A trace that has begun."""
+    """A running trace."""
 
     def stop(self) -> None:
-        """No more is traced."""
+        """End the trace."""
 
     def write(self, path: Path) -> None:
-        """Write the trace as JSON, whole or not at all."""
+        """Write the trace as JSON, atomically."""
 
 
 @runtime_checkable
 class TracingBackend(Protocol):
-    """An engine whose steps can be traced in its rank."""
+    """An engine whose steps can be traced inside its rank."""
 
     def trace(self) -> Trace:
-        """Begin to trace what this rank does."""
+        """Start to trace this rank."""

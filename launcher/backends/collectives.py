@@ -1,4 +1,4 @@
-"""A note for engines whose ranks exchange tensors through shared memory where that can be had."""
+"""A note for engines whose ranks exchange tensors through shared memory if it is available."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def slow_collectives(config: RunConfig, on_cuda: bool, verb: str) -> list[str]:
-    """A note where the ranks of one node without cards cannot `verb` through shared memory."""
+    """A note if the CPU ranks of one node cannot `verb` through shared memory; None otherwise."""
     elsewhere = config.backend.python is not None or config.launch.name == "slurm"
     if on_cuda or config.devices == 1 or config.num_nodes > 1 or elsewhere:
         return []

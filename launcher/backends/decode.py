@@ -1,4 +1,4 @@
-"""Static batching for engines that are a transformers module: one batch, left padded, until its longest answer ends."""
+"""Static batching for engines that run a transformers module: one left-padded batch, until its longest answer ends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class GrowingCache(DynamicCache):
-    """transformers' cache, which under autocast keeps keys and values as they are multiplied."""
+    """transformers' cache; under autocast it stores keys and values in the type that attention multiplies in."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -34,10 +34,10 @@ class GrowingCache(DynamicCache):
 
 @dataclass(slots=True)
 class Decoder:
-    """The generation loop over one causal LM. `kv_cache_bytes` is the largest cache that each device has held.
+    """The generation loop of one causal LM. `kv_cache_bytes` is the largest cache so far on each device.
 
-    `any_unfinished(flag)` says whether some rank still generates; ranks whose forward passes are collective (FSDP)
-    give one that asks all ranks, so that all of them take the same number of steps.
+    `any_unfinished(flag)` is True if some rank still generates. Ranks whose forward passes are collective (FSDP) pass a
+    function that asks all ranks, so that all of them take the same number of steps.
     """
 
     model: Any
@@ -50,7 +50,8 @@ class Decoder:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Generation:
-        """New tokens for each prompt, greedy or sampled; an empty batch takes part in the steps of the others."""
+        """Generate new tokens for each prompt, greedily or by sampling. A rank with an empty batch takes part in the
+        steps of the others."""
         batch = _Batch.of(prompts, sampling.max_new_tokens, self.device)
         sampler = Sampler(sampling, self.seed, self.device, self.model.get_output_embeddings())
         generators = [sampler.generator(prompt) for prompt in prompts]
@@ -99,9 +100,10 @@ class Decoder:
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """A left-padded batch [rows, width], with mask and positions for all tokens to come [rows, width + new].
+    """A left-padded batch [rows, width], with the mask and positions of all tokens of its answers [rows, width + new].
 
-    Where nothing is padded the model is given no mask: then CUDA has flash attention, and nothing waits to look at it.
+    Without padding the model is given no mask: CUDA can then use flash attention, and nothing synchronizes to inspect
+    the mask.
     """
 
     rows: int

@@ -1,5 +1,5 @@
-"""The guesser of an engine that is a transformers module: a draft model, whole on the first device of each process, or
-prompt lookup, which needs none."""
+"""The source of draft tokens for engines that run a transformers module: a draft model, whole on the first device of
+each process, or prompt lookup, which needs no model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 def make_guesser(
     wanted: SpeculativeConfig, dtype: torch.dtype, device: torch.device, prepare: Callable[[torch.nn.Module], None]
 ) -> Guesser | None:
-    """The guesser of a run, None without one; `prepare` is given a draft model once it has its weights."""
+    """The guesser of a run, None without speculative decoding. `prepare` is called with a draft model after its weights
+    are loaded."""
     if wanted.name == NGRAM:
         return Lookup(wanted.ngram_max or 1, wanted.ngram_min or 1, device)
     if wanted.name != DRAFT:
@@ -41,7 +42,7 @@ def make_guesser(
 
 
 def with_draft(memory: DeviceMemory, guesser: Guesser | None) -> DeviceMemory:
-    """The memory of a device with that of the draft model on it."""
+    """The memory of a device, with that of the draft model on it added."""
     if not isinstance(guesser, Draft):
         return memory
     memory = replace(memory, draft_parameter_bytes=parameter_bytes(guesser.model, guesser.device))

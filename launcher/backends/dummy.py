@@ -1,4 +1,4 @@
-"""An engine without weights: completes every prompt by counting upwards from its last token."""
+"""An engine without weights: it completes every prompt by counting upwards from its last token."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VOCAB_SIZE = 256  # ids stay within any real vocabulary
 
 @dataclass
 class DummyConfig(BackendConfig):
-    """For trying configurations, launchers and reports."""
+    """An engine to try configurations, launchers and reports with."""
 
     implementation: ClassVar[str] = "launcher.backends.dummy:DummyBackend"
     planner_class: ClassVar[type[EnginePlanner] | None] = DummyPlanner
@@ -47,11 +47,11 @@ class DummyConfig(BackendConfig):
 
 
 class OutOfMemoryError(RuntimeError):
-    """Stands in for torch's error, with the same name and message."""
+    """A stand-in for torch's error, with the same name and message."""
 
 
 class DummyBackend:
-    """Deterministic, importable anywhere, as slow as `step_s` says, and failing where `fail_at` says."""
+    """A deterministic engine without dependencies. Each step takes `step_s`; it fails at the stage `fail_at`."""
 
     def __init__(self, config: RunConfig) -> None:
         self.options: DummyConfig = config.backend  # type: ignore[assignment]
@@ -88,7 +88,7 @@ class DummyBackend:
         return Generation(tuple(completions), prefill_s=marks[0], decode_s=marks[-1] - marks[0])
 
     def barrier(self) -> None:
-        """Ranks of a dummy never wait for each other."""
+        """Does nothing: the ranks of a dummy never wait for each other."""
 
     def memory(self) -> list[DeviceMemory]:
         assert self.world is not None
@@ -100,7 +100,7 @@ class DummyBackend:
         return [DeviceMemory(self.world.rank, "none", parameter_bytes=0, reasons=reasons)]
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing: there is nothing to release."""
 
     @property
     def _is_last(self) -> bool:

@@ -1,4 +1,4 @@
-"""Signs of life while an engine loads in one call, which says nothing until it is over."""
+"""A heartbeat while an engine loads in one long call that reports no progress."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COMPUTING_S = 1800.0  # of computing alone: compiling and capturing graphs ends,
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The work of processes since they began: bytes read, by calls and by mapped pages, and seconds of computing."""
+    """The work of processes since they started: bytes read (by system calls and by mapped pages) and CPU seconds."""
 
     read_bytes: float = 0.0
     cpu_s: float = 0.0
@@ -33,14 +33,14 @@ class Work:
 
 
 class Activity:
-    """Tells working processes from idle ones by the work that they have done since the last look."""
+    """Distinguishes working processes from idle ones by the work done since the last sample."""
 
     def __init__(self, now: float, done: dict[int, Work]) -> None:
         self.last_look = self.last_read = now
         self.before = done
 
     def look(self, now: float, done: dict[int, Work]) -> bool:
-        """True if some process has worked since the last look."""
+        """True if some process has worked since the last sample."""
         work = sum(done.values(), Work())
         known = sum((self.before[pid] for pid in done if pid in self.before), Work())
         elapsed, self.last_look, self.before = now - self.last_look, now, done
@@ -52,7 +52,7 @@ class Activity:
 
 @contextlib.contextmanager
 def heartbeat(beat: Callable[[], object]) -> Iterator[None]:
-    """Calls `beat` in here, from another thread, again and again as long as this process or a child of it works."""
+    """Call `beat` regularly from another thread inside this context, as long as this process or a child of it works."""
     over = threading.Event()
 
     def beat_while_working() -> None:
@@ -71,7 +71,7 @@ def heartbeat(beat: Callable[[], object]) -> Iterator[None]:
 
 
 def work_of_tree() -> dict[int, Work]:
-    """The work of this process and its children, by process id; one that ends meanwhile is left out."""
+    """The work of this process and its children by process id, without those that end meanwhile."""
     parent = psutil.Process()
     work = {}
     for process in (parent, *parent.children(recursive=True)):

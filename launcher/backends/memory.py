@@ -1,4 +1,4 @@
-"""Clocks, the memory of a device, and the environment of a run."""
+"""Device clocks and memory figures of a rank."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BY_PHASE = ("phases", "fragmented_bytes", "step_growth_bytes")
 
 
 class Clock:
-    """Moments on a device, in seconds since the clock was made: CUDA events there, the monotonic clock on the CPU."""
+    """Timestamps on a device, in seconds since the clock was created: CUDA events, or the monotonic clock on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -35,7 +35,7 @@ class Clock:
         self.mark()
 
     def mark(self) -> None:
-        """Note this moment; on CUDA without waiting for the device."""
+        """Record a timestamp; on CUDA without synchronizing."""
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -44,7 +44,7 @@ class Clock:
             self._moments.append(perf_counter())
 
     def marks(self) -> list[float]:
-        """Seconds from the start to each mark, after the device has reached the last."""
+        """Seconds from the start to each timestamp, after the device has reached the last one."""
         start, *rest = self._moments
         if not self._cuda:
             return [moment - start for moment in rest]
@@ -53,13 +53,13 @@ class Clock:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was given."""
+    """Wait until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the distinct storages behind the tensors: tied and viewed tensors count once."""
+    """Bytes of the distinct storages of the tensors: tied tensors and views count once."""
     storages = {}
     for tensor in tensors:
         storage = local_tensor(tensor).untyped_storage()
@@ -68,21 +68,20 @@ def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def parameter_bytes(model: torch.nn.Module, device: torch.device) -> int:
-    """Bytes of the parameters that this rank holds on `device`: of a shard its own elements, tied parameters once."""
+    """Bytes of the parameters that this rank holds on `device`: of a sharded one the local shard, tied ones once."""
     shards = (local_tensor(parameter) for parameter in model.parameters())
     return sum(shard.nbytes for shard in shards if shard.device == device)
 
 
 def is_elsewhere(parameter: torch.Tensor, device: torch.device) -> bool:
-    """A parameter is on no device: on a disk, or in main memory beside a card."""
+    """True if a parameter is not on the device: it is on disk, or in main memory while the device is a GPU."""
     return parameter.is_meta or (parameter.device.type == "cpu" and device.type != "cpu")
 
 
 class PhasePeaks:
-    """Peaks of CUDA's allocator in each phase of a run, for the CUDA devices among those given.
+    """Peaks of CUDA's allocator in each phase of a run, for the CUDA devices among `devices`.
 
-    The allocator keeps its books when memory is asked for, not when the device comes to use it: so no phase has to wait
-    for the device.
+    The allocator counts memory when it is requested, not when the device uses it: so no phase has to synchronize.
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
@@ -95,7 +94,7 @@ class PhasePeaks:
             torch.cuda.reset_peak_memory_stats(device)
 
     def end(self, phase: Phase) -> None:
-        """All that was asked for since the last end was for this phase, in it for one step."""
+        """Attribute everything allocated since the last call to one step of `phase`."""
         for device in self.devices:
             stats = torch.cuda.memory_stats_as_nested_dict(device)
             torch.cuda.reset_peak_memory_stats(device)
@@ -123,8 +122,8 @@ def module_memory(
     peaks: PhasePeaks | None = None,
     is_reserved: bool = False,
 ) -> DeviceMemory:
-    """The memory of one device of this process, which holds `model` or a part of it, and its cache from the first if
-    that is reserved."""
+    """The memory of one device of this process, which holds `model` or a part of it. `is_reserved`: the cache was
+    allocated in full from the start."""
     values: JsonObject = {
         "parameter_bytes": parameter_bytes(model, device),
         "kv_cache_bytes": kv_cache_bytes.get(device, 0),
@@ -170,7 +169,7 @@ def module_memory(
 
 
 def nvml_used(uuid: str, reasons: dict[str, str]) -> int | None:
-    """Bytes of a card in use by this process according to the driver; None with the reason where it does not say."""
+    """Bytes of a GPU used by this process according to the driver; None, with the reason in `reasons`, if unknown."""
     try:
         this = next((process for process in processes(uuid) if process.pid == os.getpid()), None)
     except NvmlError as error:
@@ -185,7 +184,7 @@ def nvml_used(uuid: str, reasons: dict[str, str]) -> int | None:
 
 
 def host_anonymous_bytes() -> int:
-    """Anonymous resident memory of this process: its own pages, without mapped files."""
+    """Anonymous resident memory of this process, without mapped files."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024

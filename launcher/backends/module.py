@@ -1,4 +1,4 @@
-"""The base class of engines that run a transformers module: loading, the decode loop, memory."""
+"""The base class of engines that run a transformers module: loading, generation, memory."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}  # its new and its
 
 
 class ModuleBackend(ABC):
-    """An engine that is a torch module with transformers' forward; `place` is all that differs."""
+    """An engine that is a torch module with transformers' forward. Subclasses implement `place`."""
 
     mapped_files: frozenset[Path] = frozenset()  # that the weights of this process are
     stats = LoadStats(0, 0, 0.0)  # of weights that stay where they are
@@ -77,7 +77,7 @@ class ModuleBackend(ABC):
 
     @abstractmethod
     def place(self, plan: Plan | None, world: World, progress: Progress) -> torch.nn.Module:
-        """The model with this rank's part of its weights on `self.device`."""
+        """The model, with this rank's part of its weights on `self.device`."""
 
     def load(self, plan: Plan | None, world: World, progress: Progress) -> None:
         began = time.perf_counter()
@@ -107,7 +107,7 @@ class ModuleBackend(ABC):
         return LoadTimes(self.joined_s, read_s, quantize_s, self.loaded_s - self.joined_s - read_s - quantize_s)
 
     def pack(self, model: torch.nn.Module) -> None:
-        """Lay the weights of a model out as the products of a CPU want them, where that is of use."""
+        """Repack the weights of a model for the CPU's kernels if that is faster."""
         if self.device.type == "cpu" and self.packs(model):
             pack_weights(model)
 
@@ -134,18 +134,18 @@ class ModuleBackend(ABC):
 
     @property
     def devices(self) -> list[torch.device]:
-        """The devices that hold parts of the model in this process."""
+        """The devices of this process that hold parts of the model."""
         return [self.device]
 
     def meta_model(self) -> torch.nn.Module:
-        """The model without memory, from the folder of the checkpoint or the shapes of the configuration."""
+        """The model on the meta device, built from the checkpoint's folder or the configured shapes."""
         model = build_meta(self.source, self.dtype, self.config.model.trust_remote_code)
         keep_kv_heads_only(model)
         return model
 
     def quantize(self, model: torch.nn.Module) -> None:
-        """Let the layers of a model on meta have the factors of an adapter that is not merged, and store what
-        `quantization` says; before it is sharded or filled."""
+        """Prepare the layers of a model on meta for unmerged adapters and for `quantization`; before it is sharded or
+        filled."""
         if not self.config.adapter.merge and (adapter := self.adapter()) is not None:
             attach_adapter(model, adapter)
         if self.config.quantization is not WeightFormat.none:
@@ -165,9 +165,11 @@ class ModuleBackend(ABC):
         return model.path
 
     def packs(self, model: torch.nn.Module) -> bool:
-        """The ranks of this node have memory for their weights: packed ones are no longer those of the mapped files.
+        """True if weights can be repacked: the ranks of this node have memory for them, since packed weights no longer
+        lie in the mapped files.
 
-        Autocast and inductor do not know packed weights, and no offload does."""
+        Autocast, inductor and offload do not support packed weights.
+        """
         is_compiled = self.config.measure.compile is Compile.inductor
         if self.config.precision.is_mixed or is_compiled or self.config.offload is not Offload.none:
             return False
@@ -175,9 +177,10 @@ class ModuleBackend(ABC):
         return bool(nbytes < psutil.virtual_memory().available) and model.config.model_type in KNOWN_FAMILIES
 
     def fill(self, model: torch.nn.Module, progress: Progress) -> None:
-        """Give every local shard its values: this rank's bytes of the checkpoint, or random ones.
+        """Load every local shard: this rank's bytes of the checkpoint, or random values.
 
-        Of what is offloaded to main memory only the buffers come to the device."""
+        If weights are offloaded to main memory, only the buffers go to the device.
+        """
         is_away, device = self.config.offload is Offload.cpu, self.device
         if is_away:
             device = torch.device("cpu")
@@ -201,7 +204,7 @@ class ModuleBackend(ABC):
                         module._buffers[name] = buffer.to(self.device)
 
     def adapter(self) -> Adapter | None:
-        """The adapter that is added to the weights."""
+        """The adapter of `adapter.path`; None without one."""
         folder = self.config.adapter.path
         if not folder:
             return None
@@ -245,13 +248,13 @@ class ModuleBackend(ABC):
         return Score(chosen.double().sum().item(), tuple(logits.argmax(-1).tolist()), likeliest)
 
     def autocast(self) -> torch.autocast:
-        """With mixed precision products are narrow in here, of weights that are not; else nothing is changed."""
+        """A context with autocast for mixed precision; without mixed precision it does nothing."""
         return torch.autocast(
             self.device.type, self.product_dtype, enabled=self.config.precision.is_mixed, cache_enabled=False
         )
 
     def stream_to(self, on_tokens: Callable[[int, Sequence[int]], None]) -> None:
-        """A static batch is read at its end only."""
+        """Stream tokens with continuous batching; a static batch reports its tokens only at its end."""
         if isinstance(self.decoder, SlotDecoder):
             self.decoder.on_tokens = on_tokens
 
@@ -275,7 +278,7 @@ class ModuleBackend(ABC):
 
 
 def check_share(rank: int, nbytes: int, planned: int, whole: int, tolerance: float) -> None:
-    """Raise PlanError where a rank holds all of a model's bytes instead of its share, or another share than planned."""
+    """PlanError if a rank holds all of the model instead of its share, or another share than planned."""
     whole_is_right = planned > 0.98 * whole
     if abs(nbytes - planned) <= tolerance * planned and (nbytes < whole or whole_is_right):
         return

@@ -1,4 +1,4 @@
-"""The next token from logits: the best, or one drawn from a generator of each prompt's own."""
+"""The next token from logits: the most likely one, or a sample from the prompt's own random generator."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class Sampler:
-    """Chooses the next tokens of some rows, greedily or by chance, from what the `head` of a model has made of them.
+    """Chooses the next token of each row, greedily or by sampling, from the output of the model's `head`.
 
-    Each prompt is drawn for from a generator of its own, so that its sample depends on the seed and on its index only:
-    not on the batch, the rank or the number of ranks. No draw waits for the device, and none allocates once there are
-    tensors for as many rows: what is returned is valid until the next call, but for `draw`.
+    Each prompt has its own random generator, so that its sample depends only on the seed and its index: not on the
+    batch, the rank or the number of ranks. Sampling never synchronizes with the device, and allocates nothing once its
+    buffers are large enough; results are valid until the next call, except those of `draw`.
     """
 
     def __init__(self, sampling: SamplingConfig, seed: int, device: torch.device, head: object = None) -> None:
@@ -49,27 +49,27 @@ class Sampler:
     def choose(
         self, logits: torch.Tensor, generators: Sequence[torch.Generator | None]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The chosen token of each row of `logits` [rows, vocabulary], and the gap between the two largest of them."""
+        """The chosen token of each row of `logits` [rows, vocabulary], and the gap between its two largest logits."""
         best, gaps = self.best(logits)
         return (best if self.is_greedy else self._drawn(self.weights(logits), generators)), gaps
 
     def draw(
         self, logits: torch.Tensor, generators: Sequence[torch.Generator | None]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A token for each row of a whole vocabulary, and what it was drawn from, None where it is the best; in tensors
-        of their own."""
+        """A token for each row of `logits` (over the whole vocabulary), and the probabilities that it was drawn from,
+        None if greedy. Returns new tensors."""
         if self.is_greedy:
             return best_of(logits)[0], None
         weights = self.weights(logits)
         return self._drawn(weights, generators).clone(), weights.clone()
 
     def _drawn(self, weights: torch.Tensor, generators: Sequence[torch.Generator | None]) -> torch.Tensor:
-        """The first to come of as many exponential clocks as there are tokens, which is how multinomial draws one."""
+        """A sample by exponential noise, as torch.multinomial draws one: the argmax of weight / noise."""
         noise = self.noise(weights, generators)
         return torch.argmax(torch.div(weights, noise, out=noise), -1, out=self._scratch(weights).token[: len(weights)])
 
     def weights(self, logits: torch.Tensor) -> torch.Tensor:
-        """The probability with which each token is drawn."""
+        """The probability of each token after temperature, top_k and top_p."""
         sampling, rows = self.sampling, len(logits)
         scratch = self._scratch(logits)
         scores, weights, is_hidden = scratch.scores[:rows], scratch.weights[:rows], scratch.is_hidden[:rows]
@@ -88,7 +88,7 @@ class Sampler:
         return torch.softmax(scores, -1, out=weights)
 
     def noise(self, weights: torch.Tensor, generators: Sequence[torch.Generator | None]) -> torch.Tensor:
-        """Exponential noise for a draw from weights [rows, vocabulary], by each row's own generator if it has one."""
+        """Exponential noise for weights [rows, vocabulary], from each row's own generator if it has one."""
         noise = self._scratch(weights).scores[: len(weights)].fill_(1)
         for row, generator in zip(noise, generators, strict=False):
             if generator is not None:
@@ -102,8 +102,8 @@ class Sampler:
 
 
 class Scratch:
-    """The tensors of a draw for as many rows as some logits [rows, vocabulary] have: scores, which noise overwrites,
-    probabilities and tokens; with top_k the likeliest with their scores, with top_p all in order."""
+    """The buffers of a draw for as many rows as `logits` [rows, vocabulary] has: scores (overwritten by noise),
+    probabilities and tokens; with top_k the top k scores and tokens, with top_p all of them sorted."""
 
     def __init__(self, logits: torch.Tensor, sampling: SamplingConfig) -> None:
         rows, size = logits.shape
@@ -119,6 +119,6 @@ class Scratch:
 
 
 def _pair(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for so many scores and tokens of each row."""
+    """Uninitialised tensors for the scores and tokens of `count` candidates of each row."""
     values = logits.new_empty(len(logits), count)
     return values, values.new_empty(values.shape, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""A trace of torch's profiler as a file that Chrome and Perfetto open."""
+"""A trace by torch's profiler, as a file that Chrome and Perfetto open."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Tracer:
-    """Begins to trace when it is made; what this process and its device do until `write` is in the file."""
+    """Traces this process and its device from its creation until `stop`."""
 
     def __init__(self, device: torch.device) -> None:
         activities = [ProfilerActivity.CPU]
@@ -22,11 +22,11 @@ class Tracer:
         self._profile.start()
 
     def stop(self) -> None:
-        """No more is traced."""
+        """End the trace."""
         self._profile.stop()
 
     def write(self, path: Path) -> None:
-        """Write the trace as JSON, whole or not at all."""
+        """Write the trace as JSON, atomically."""
         temporary = path.with_name(f".{path.name}.part")
         self._profile.export_chrome_trace(str(temporary))
         temporary.replace(path)

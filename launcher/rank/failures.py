@@ -1,4 +1,4 @@
-"""An exception of an engine as status and error: something to mend, memory that ran out, or a failure."""
+"""An exception of an engine as status and error: refused (the user can fix it), out of memory, or failed."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ ELSEWHERE = "root cause"  # vLLM of an error in another of its processes, which 
 def explain(
     error: BaseException, log: Path | None = None, rank: int | None = None, stage: str = ""
 ) -> tuple[str, RunError]:
-    """The status of a rank that `error` ended in a stage, and the error as a record keeps it.
+    """The status of a rank that `error` ended in a stage, and the error for the record.
 
-    Where the error only points at its cause, that is looked for at the end of `log`, which the rank's processes share.
+    If the exception only points at its cause, the cause is searched at the end of `log`, which all processes of the
+    rank share.
     """
     status, text, hint = "failed", str(error), ""
     if isinstance(error, UserError):
@@ -54,7 +55,8 @@ def explain(
 
 
 def out_of_memory(error: RunError, text: str) -> RunError:
-    """The error with device, bytes asked and bytes free by the message of an allocator (torch rounds to two digits)."""
+    """The error with the device, the bytes requested and the bytes free from an allocator's message (torch rounds to
+    two digits)."""
     device = None
     if gpu := re.search(r"GPU (\d+) has a total capacity", text):
         device = f"cuda:{gpu.group(1)}"
@@ -76,7 +78,7 @@ def _size(pattern: str, text: str) -> int | None:
 
 
 def _shortage(error: BaseException, log: Path | None) -> str | None:
-    """The message that says that memory ran out, None if none does."""
+    """The message that reports the shortage of memory; None if there is none."""
     cause: BaseException | None = error
     is_elsewhere = False
     while cause is not None:

@@ -1,4 +1,5 @@
-"""A thread in each rank that acts where the main thread cannot: on signals, hangs, the end of the launching process."""
+"""A thread in each rank that acts when the main thread cannot: on signals, hangs, and the end of the launching
+process."""
 
 from __future__ import annotations
 
@@ -31,10 +32,11 @@ GONE = Outcome("failed", "the launching process is gone")
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """Callbacks of a rank's guard. None of them runs in the main thread.
+    """Callbacks of a rank's guard; none of them runs in the main thread.
 
-    `interrupt(reason)` asks the main thread to end once what it does is saved, and says whether that can be soon;
-    `end(outcome, parent_is_gone)` leaves the rank's last word; `look()` is how the rank should end now, if it should.
+    `interrupt(reason)` asks the main thread to end after saving its current work, and is True if that can be soon.
+    `end(outcome, parent_is_gone)` writes the rank's result. `look()` returns the outcome with which the rank must end
+    now, if any.
     """
 
     interrupt: Callable[[str], bool]
@@ -44,14 +46,15 @@ class Watched:
 
 
 def start(watched_pid: int | None, watched: Watched, term_interrupts: bool = False) -> None:
-    """Start the guard. From now on these end the process tree, in this order of patience:
+    """Start the guard.
 
-    SIGTERM, SIGINT and the end of `watched_pid` at once; SIGUSR1 (and with `term_interrupts` SIGTERM) as soon as the
-    main thread has saved its batch, but after a few seconds at the latest.
+    From now on SIGTERM, SIGINT and the end of `watched_pid` end the process tree at once; SIGUSR1 (and with
+    `term_interrupts` SIGTERM) ends it as soon as the main thread has saved its batch, but after a few seconds at the
+    latest.
 
-    The signal's own handler would have to wait for the main thread, which may be blocked in a collective for ever.
-    A rank whose guard fails would hear nothing any more: it ends, as failed. A process that the rank forks has no
-    guard: signals end it as they end any other.
+    A Python signal handler would have to wait for the main thread, which may be blocked in a collective for ever. If
+    the guard itself fails, the rank ends as failed, since it could not react to anything any more. A process that the
+    rank forks has no guard: signals end it in the usual way.
     """
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
@@ -65,12 +68,11 @@ def start(watched_pid: int | None, watched: Watched, term_interrupts: bool = Fal
 
 
 def _pass(number: int, frame: object) -> None:
-    """The handler of the guard's signals: that there is one makes the interpreter write them to the pipe."""
+    """A handler that does nothing: its presence makes the interpreter write the signals to the guard's pipe."""
 
 
 def _forget_guard() -> None:
-    """Detach a forked child from the guard: its signals must not go into the inherited pipe, or they would end the
-    rank."""
+    """Detach a forked child from the guard: its signals must not go into the inherited pipe and end the rank."""
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
         if signal.getsignal(number) is _pass:
@@ -156,7 +158,7 @@ class _Guard:
 
 
 def _lives(pid: int) -> bool:
-    """True if a process has not ended; one of another user may be hidden in /proc, and counts as alive."""
+    """True if a process has not ended; a process of another user may be hidden in /proc, and counts as alive."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

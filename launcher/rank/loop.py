@@ -1,7 +1,7 @@
-"""The common loop: warm up, then answer the whole prompt set `repeats` times, in one call or batch by batch.
+"""The measurement loop: warm up, then answer the whole prompt set `repeats` times, in one call or batch by batch.
 
-A run that goes on where an earlier attempt stopped answers in its first repeat what is not yet saved, in the batches
-that an undisturbed run would have made, and makes in whole the repeats that no attempt has finished.
+A run that resumes after an earlier attempt answers in its first repeat the prompts that are not yet saved, in the
+batches of an undisturbed run, and then makes the repeats that no attempt has finished.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 def schedule(
     prompts: Sequence[Prompt], world: World, config: RunConfig, saved: Saved
 ) -> list[tuple[int, list[list[Prompt]]]]:
-    """The repeats still to be made, by number, and this rank's batches in each: equally many on every rank.
+    """The repeats still to be made, by number, and this rank's batches in each; every rank has the same number of
+    batches.
 
-    The first repeat leaves out what is saved, and the batches in which no rank has anything left. If all prompts are
-    saved, but no repeat was completed and only the first is left, it is run in full, so that there is something to
-    measure.
+    The first repeat leaves out saved prompts, and batches in which no rank has any left. If all prompts are saved but
+    no repeat is complete, and only the first one is left, it is made in full, so that there is a measurement.
     """
     size, calls = call_count(len(prompts), world, config)
     whole = list(batches(split(prompts, world, config), size, calls))
@@ -57,20 +57,20 @@ def schedule(
 
 
 class Keeper(Protocol):
-    """The receiver of the loop's results; any of its methods may raise, which ends the loop."""
+    """The receiver of the loop's results. Any of its methods may raise, which ends the loop."""
 
     def save(self, completions: Sequence[Completion], failures: Sequence[RequestFailure] = ()) -> None:
-        """Keep completions, none of which was saved before, and the prompts that were not answered."""
+        """Save completions, none of which was saved before, and the prompts that failed."""
 
     def save_repeat(self, repeat: Repeat) -> None:
-        """Keep the measures of a repeat."""
+        """Save the measurements of a repeat."""
 
     def between_batches(self) -> None:
-        """Everything so far is kept: the moment to end, for a rank that is to."""
+        """Called when everything so far is saved: a rank that is to end does so here."""
 
 
 class Loop:
-    """Runs one backend over this rank's prompts; `keeper` is given the completions and the measures as they come."""
+    """Runs one backend over this rank's prompts; `keeper` receives completions and measurements as they are made."""
 
     def __init__(
         self, backend: Backend, config: RunConfig, world: World, progress: ProgressWriter, keeper: Keeper
@@ -79,7 +79,7 @@ class Loop:
         self.sampling = sampling_of(config)
 
     def trace(self, prompts: Sequence[Prompt], steps: int, is_traced: bool) -> Trace | None:
-        """Answer a batch once more, on all ranks, and trace so many of its decode steps on those that are."""
+        """Answer one more batch on all ranks, and trace `steps` of its decode steps on the ranks with `is_traced`."""
         sampling = replace(self.sampling, max_new_tokens=steps + 1, ignore_eos=True)
         trace: Trace | None = None
         seen = 0
@@ -97,7 +97,7 @@ class Loop:
         return trace
 
     def score(self, windows: Sequence[Sequence[int]]) -> Quality | None:
-        """Show the engine the windows of a text; None where there are none."""
+        """Score the windows of a text; None if there are none."""
         if not windows or not isinstance(self.backend, ScoringBackend):
             return None
         self.progress.enter("quality", len(windows))
@@ -108,14 +108,14 @@ class Loop:
         return quality_of(self.config.measure.quality or "", scores)
 
     def run(self, prompts: Sequence[Prompt], saved: Saved) -> None:
-        """The repeats that `saved` leaves to be made."""
+        """Make the repeats that `saved` does not contain."""
         first = {completion.index: completion.answer for completion in saved.completions if completion.failure is None}
         for number, calls in schedule(prompts, self.world, self.config, saved):
             self.keeper.save_repeat(self._repeat(number, calls, first))
 
     def warm_up(self, prompts: Sequence[Prompt]) -> Compilation | None:
-        """Have the engine make its decode steps ahead where it can, and answer a batch as often as is asked for, before
-        the clocks start."""
+        """Prepare the engine's decode steps if it can compile them, then answer a batch `warmup` times, before the
+        measurement."""
         batch, compilation = warm_up_batch(prompts, self.world, self.config), None
         if isinstance(self.backend, CompilingBackend):
             steps = 0
@@ -134,8 +134,9 @@ class Loop:
     def _call(
         self, stage: str, batch: list[Prompt], keep: Callable[[Sequence[Completion]], None]
     ) -> tuple[Generation, int]:
-        """Call the engine with a batch: its Generation, and the number of steps that gave a token; `keep` is given the
-        answers that are complete after each step. A call for the whole set can be ended between two steps."""
+        """Call the engine with a batch. Returns its Generation and the number of steps that made a token; `keep`
+        receives the answers that are complete after each step. A call for the whole set can be ended between two
+        steps."""
         is_continuous, total = self.config.is_continuous, self.sampling.max_new_tokens
         if is_continuous:
             total = len(batch)
@@ -158,7 +159,7 @@ class Loop:
         return self.backend.generate(batch, self.sampling, on_step), fruitful
 
     def _repeat(self, number: int, calls: list[list[Prompt]], first: dict[int, tuple[int, ...] | str]) -> Repeat:
-        """Make one repeat; `first` has the answer that each prompt was first given, and gains what is new."""
+        """Make one repeat. `first` has the answer of each prompt in its first repeat, and is extended."""
         generations, decode_steps = [], 0
         same = True
 
@@ -205,7 +206,7 @@ class Loop:
 
 
 def sum_of_all(seconds: Iterable[float | None]) -> float | None:
-    """The sum; None where one is missing."""
+    """The sum; None if a value is None."""
     total = 0.0
     for value in seconds:
         if value is None:

@@ -1,4 +1,4 @@
-"""The cost of a rank while it works: processor time, energy, and the state of the node's devices."""
+"""The cost of a rank while it works: CPU time, energy, and the state of the node's devices."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SAMPLE_S = 0.2
 MOST_SAMPLES = 1000
-"""Of each rank that reads devices: then every second one is dropped, and the next come half as often."""
+"""The most samples of each rank that reads devices: beyond it every second one is dropped, and the rate is halved."""
 
 POWERCAP = Path("/sys/class/powercap")
 NVML, RAPL = "NVML", "RAPL"
@@ -35,7 +35,7 @@ OTHER_RANK = "another rank of the node reads its devices"
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """The counters at one moment; energy by device or package, in joules."""
+    """The counters at one moment; energy by device or CPU package, in joules."""
 
     second: float
     user_s: float
@@ -44,9 +44,10 @@ class Moment:
 
 
 class Meter:
-    """The costs of this process and of those it starts, phase by phase; on the first rank of a node its devices' too.
+    """The costs of this process and its children in each phase; on the first rank of a node also those of the node's
+    devices.
 
-    Reading them takes a thread that asks the driver some times a second.
+    A thread reads them from the driver a few times a second.
     """
 
     def __init__(self, config: RunConfig, world: World) -> None:
@@ -70,9 +71,10 @@ class Meter:
         self._is_sampling = False
 
     def enter(self, phase: str) -> None:
-        """The phase until now is over, and another begins.
+        """End the current phase and begin another.
 
-        Devices are sampled once the model is loaded: until then engines may fork, never while NVML is asked.
+        Devices are sampled after the model is loaded: until then engines may fork, which is unsafe during a call of
+        NVML.
         """
         user_s, system_s = cpu_times()
         now, last = Moment(time.time() - self._began, user_s, system_s, self._energy()), self._last
@@ -94,7 +96,7 @@ class Meter:
             threading.Thread(target=self._sample, daemon=True, name="meter").start()
 
     def end(self) -> RankCost:
-        """The last phase is over; what all of them cost."""
+        """End the last phase; returns the costs of all."""
         self._ended.set()
         self.enter("")
         reason = f"no NVIDIA device, and no energy counter in {POWERCAP}"
@@ -159,7 +161,7 @@ def packages(folder: Path = POWERCAP) -> list[Path]:
 
 
 def cpu_times() -> tuple[float, float]:
-    """User and system time in seconds of this process, and of all that it started, be they over or not."""
+    """User and system time in seconds of this process and of all its children, ended ones included."""
     this = psutil.Process()
     user_s = system_s = 0.0
     for process in (this, *this.children(recursive=True)):

@@ -1,4 +1,4 @@
-"""One rank of a run: it loads, generates, saves every result at once, and writes how it ended, whatever ends it."""
+"""One rank of a run: it loads, generates, saves every result at once, and records how it ended, for whatever reason."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ LAST_WORD_S = 5.0
 
 
 class InterruptionError(Exception):
-    """The rank was asked to end, and all it did is saved."""
+    """The rank was asked to end, and all its work is saved."""
 
 
 class Rank:
-    """This process as one rank of attempt `attempt` at the run in `run_dir`; whatever ends it, its last word says so.
+    """This process as one rank of attempt `attempt` of the run in `run_dir`. It writes a result whatever ends it.
 
-    The guard's thread calls `interrupt` and `end`; the rest is the main thread's.
+    The guard's thread calls `interrupt` and `end`; everything else runs in the main thread.
     """
 
     def __init__(self, run_dir: RunDir, world: World, attempt: int) -> None:
@@ -79,7 +79,7 @@ class Rank:
         self._is_ending = False
 
     def run(self) -> str:
-        """Do the work and leave the rank's last word; gives the status. An error is recorded, never raised."""
+        """Do the work and write the rank's result; returns the status. An error is recorded, never raised."""
         status = self._work()
         self._give_way()
         return status
@@ -155,7 +155,7 @@ class Rank:
         self._give_way()
 
     def _may_save(self) -> bool:
-        """True if what is saved now will be in the record: not after the rank's last word."""
+        """True if work that is saved now will be in the record: not after the rank's result was written."""
         if self._is_ending or not self.answers:
             return False
         self.run_dir.check_attempt(self.attempt)
@@ -167,18 +167,19 @@ class Rank:
             raise InterruptionError(self.interruption)
 
     def interrupt(self, reason: str) -> bool:
-        """Ask the main thread to end after its batch; whether there is something worth waiting for."""
+        """Ask the main thread to end after its batch. True if it is about to save something worth waiting for."""
         self.interruption = reason
         return self.progress.progress.stage.startswith(WORTH_WAITING)
 
     def end(self, outcome: Outcome) -> str:
-        """Leave a word before the process ends, unless the rank has already had its last; gives the status."""
+        """Write the rank's result before the process ends, unless it is written already; returns the recorded
+        status."""
         self._is_ending = True
         stage = self.progress.progress.stage
         return self._write(outcome.status, RunError(self.world.rank, stage, "Ended", outcome.message, ""))
 
     def _give_way(self) -> None:
-        """Do nothing any more where the guard is about to end the process."""
+        """Block while the guard is about to end the process."""
         while self._is_ending:
             time.sleep(LAST_WORD_S)
 
@@ -187,7 +188,7 @@ class Rank:
         return self._write("interrupted", RunError(self.world.rank, stage, "Ended", reason, hint))
 
     def _write(self, status: str, error: RunError | None = None) -> str:
-        """Write the rank's last word once, and not if a newer attempt has begun; gives the status that counts."""
+        """Write the rank's result once, and only if no newer attempt has begun; returns the recorded status."""
         if not self._writing.acquire(timeout=LAST_WORD_S):
             return status
         try:

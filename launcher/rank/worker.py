@@ -33,8 +33,8 @@ OTHERS_S = 0.3
 
 
 def enter_world(world: World) -> None:
-    """Set this process's environment, once: the variables of its world, CUDA's numbers of cards like NVML's, and the
-    interface to other nodes."""
+    """Set this process's environment, once: the variables of its world, CUDA's numbering of GPUs (as in NVML), and the
+    network interface to other nodes."""
     os.environ.update(world.environ())
     count_as_nvml(os.environ)
     if world.num_nodes > 1:
@@ -42,11 +42,11 @@ def enter_world(world: World) -> None:
 
 
 def run_rank(run_dir: RunDir, world: World, parent: int | None, starter: int | None = None) -> str:
-    """Be one rank from here to its end, watched over by a guard; gives the status of the rank.
+    """Run one rank to its end, supervised by a guard; returns its status.
 
-    `parent` is the process that watches the run from this node and writes its record; without one, or once it is
-    gone, the rank that is told to end writes the record itself. So it does where a `starter` that does neither is gone.
-    SIGUSR2 puts all stacks on stderr.
+    `parent` is the process that supervises the run on this node and writes its record. Without a parent, or after its
+    end, the rank that is told to end writes the record itself. It also ends if `starter`, which does neither, has
+    ended. SIGUSR2 prints all stacks on stderr.
     """
     attempt = int(os.environ.get(ATTEMPT) or run_dir.read_attempt())
     try:
@@ -77,7 +77,8 @@ def run_rank(run_dir: RunDir, world: World, parent: int | None, starter: int | N
 
 
 def main(folder: str) -> None:
-    """The entry point of a started rank. Exit code 0 ok, 2 refused, 75 interrupted (go on later), 1 anything else."""
+    """The entry point of a started rank. Exit code 0 ok, 2 refused, 75 interrupted (can be resumed), 1 anything
+    else."""
     parent = int(os.environ[PARENT]) if PARENT in os.environ else None
     run_dir, world = RunDir(Path(folder)), World.from_env(os.environ)
     enter_world(world)

@@ -1,1 +1,1 @@
-"""The way from the files of the ranks to a record and its figures."""
+"""From the files of the ranks to a record and its figures."""

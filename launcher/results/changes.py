@@ -1,4 +1,5 @@
-"""Two records figure by figure: faster or slower, by how much, and whether that is more than their repeats differ."""
+"""The figures of two records compared: faster or slower, by how much, and whether the difference exceeds the noise of
+the repeats."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ OPERATORS: dict[str, Callable[[float, float], bool]] = {
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """A figure of one run: its value, and the least and most of the repeats where there are several."""
+    """A figure of one run: its value, and the minimum and maximum over the repeats if there are several."""
 
     median: float
     min: float
@@ -59,9 +60,11 @@ class Values:
 
 @dataclass(frozen=True, slots=True)
 class FigureChange:
-    """A figure of two runs, of memory that of the device of one rank. `ratio` is new over base, None where that is 0.
+    """One figure of two runs, for memory figures that of one rank's device. `ratio` is new over base, None if the base
+    is 0.
 
-    `is_different` where the repeats leave no doubt; of a figure with one value None, as its spread is not known.
+    `is_different` is True if the difference exceeds the noise of the repeats; None for a figure with a single value,
+    whose noise is not known.
     """
 
     name: str
@@ -75,8 +78,7 @@ class FigureChange:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A limit that must not be passed: a ratio (new over base) of a figure below or above a number, as in
-    `new_tokens_per_s<0.95`."""
+    """A limit on the ratio (new over base) of a figure, as in `new_tokens_per_s<0.95`."""
 
     name: str
     sign: str
@@ -84,7 +86,7 @@ class Rule:
 
     @classmethod
     def parse(cls, text: str) -> Rule:
-        """UserError for a text that is none, or for a figure that there is not."""
+        """Parse a rule; UserError for a malformed one or an unknown figure."""
         parts = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>)\s*(\d+(?:\.\d*)?|\.\d+)\s*", text)
         if parts is None:
             raise UserError(f"--fail-if {text!r} is not a figure, < or >, and a ratio.", f"--fail-if '{EXAMPLE}'")
@@ -95,7 +97,7 @@ class Rule:
         return cls(name, sign, float(limit))
 
     def broken_by(self, changes: Iterable[FigureChange], names: str) -> list[str]:
-        """A sentence for each change that must not be; UserError where the figure was not measured in both runs."""
+        """A sentence for each change that breaks the rule; UserError if the figure was not measured in both runs."""
         ratios = [change for change in changes if change.name == self.name and change.ratio is not None]
         if not ratios:
             raise UserError(f"--fail-if: {self.name} is not known of both runs ({names}).", f"--fail-if '{EXAMPLE}'")
@@ -114,7 +116,8 @@ EXAMPLE = "new_tokens_per_s<0.95"
 
 
 def changes(base: Record, new: Record) -> list[FigureChange]:
-    """All figures that both runs have: speeds and times by their repeats, the load, and the memory of each device."""
+    """All figures that both runs have: speeds and times over their repeats, the load time, and the memory of each
+    device."""
     ours, theirs = repeated(base), repeated(new)
     figures = [change_of(name, ours[name], theirs[name]) for name in ours if name in theirs]
     by_rank = {device.rank: device for device in new.devices}
@@ -127,8 +130,7 @@ def changes(base: Record, new: Record) -> list[FigureChange]:
 
 
 def repeated(record: Record) -> dict[str, tuple[float, ...]]:
-    """The values of the repeats of each speed, time and counter that was measured; of quantiles the medians of each
-    repeat."""
+    """The values of each speed, time and counter over the repeats; for quantiles the median of each repeat."""
     values: dict[str, tuple[float | None, ...]] = {}
     if record.metrics is not None:
         values |= {name: getattr(record.metrics, name).values for name in SPEEDS}
@@ -156,7 +158,7 @@ def _middle(values: Iterable[float]) -> float | None:
 
 
 def change_of(name: str, base: Sequence[float], new: Sequence[float], rank: int | None = None) -> FigureChange:
-    """One figure of two runs, from the values of their repeats."""
+    """One figure of two runs, from its values over the repeats."""
     ours, theirs = Values.of(base), Values.of(new)
     ratio = None
     if ours.median:
@@ -198,7 +200,8 @@ def _verdict(name: str, ratio: float | None, is_different: bool | None) -> str:
 
 
 def circumstances(record: Record) -> JsonObject:
-    """All that a figure may depend on, by dotted keys: configuration, versions, code, hardware, driver, neighbours."""
+    """Everything that a figure may depend on, by dotted keys: configuration, versions, code, hardware, driver, other
+    processes on the GPU."""
     values = flat({name: value for name, value in record.config.items() if name not in HOW_IT_IS_RUN})
     environment = record.environment
     if environment is not None:
@@ -239,7 +242,7 @@ def other_circumstances(base: Record, new: Record) -> list[Difference]:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """One run against the base: figure by figure, and whatever else is not the same of them."""
+    """One run compared with the base: the figures, and all other differences."""
 
     figures: list[FigureChange]
     circumstances: list[Difference]

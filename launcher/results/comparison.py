@@ -1,4 +1,4 @@
-"""Two finished runs as values: the same answers or not, and the speed of one against the other. No torch."""
+"""Two finished runs compared: whether the answers are the same, and the ratio of their speeds. No torch."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from shards.untrusted_files import JsonObject
 
 REPEATED_TOKENS = 8
-"""So many tokens at the end of a text that only repeat the one or two before them make it degenerate."""
+"""A text that ends in this many tokens that repeat the one or two before them is degenerate."""
 
 MOST_DISTINCTIONS = 3
-"""So many settings at most are in the name of a run."""
+"""The most settings in the label of a run."""
 
 WHERE_IT_RAN = ("backend", "devices", "num_nodes", "accelerator", "server", "slo", *HOW_IT_IS_RUN)
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedRun:
-    """A run that ended well, as its directory has it; prompts and completions by the index of the prompt."""
+    """A run that ended successfully, read from its directory; prompts and completions by the index of the prompt."""
 
     run_dir: Path
     record: Record
@@ -42,14 +42,14 @@ class FinishedRun:
 
     @property
     def label(self) -> str:
-        """Engine and number of devices; of an endpoint the server that answered."""
+        """Engine and number of devices; for an endpoint the server that answered."""
         if (serving := self.serving) is not None:
             return f"{self.record.backend} ({serving.software or serving.dialect})"
         return f"{self.record.backend} x{self.record.num_devices}"
 
     @property
     def serving(self) -> Serving | None:
-        """The measurements of a server, if one answered."""
+        """The measurements of the server, if there was one."""
         if self.record.metrics:
             return self.record.metrics.serving
         return None
@@ -57,10 +57,10 @@ class FinishedRun:
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """The point at which the completions of a prompt diverge: from here a token differs, or is missing (None).
+    """The position at which the two completions of a prompt diverge: from here a token differs, or is missing (None).
 
-    Where a server gave no ids, the texts part at the letter `position`. `gap` is the difference of the two largest
-    logits there, by the base if it shows logits, else by the other run.
+    If a server gave no token ids, `position` counts letters. `gap` is the difference of the two largest logits there,
+    from the base if it exposes logits, else from the other run.
     """
 
     prompt: int
@@ -73,7 +73,8 @@ class Divergence:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Tokens/s of the other run over the base's: of the medians, and the least and most over all pairs of repeats."""
+    """Tokens/s of the other run over those of the base: the ratio of the medians, and its minimum and maximum over all
+    pairs of repeats."""
 
     median: float
     min: float
@@ -82,7 +83,7 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A setting that is not the same in the base and the other run."""
+    """A setting that differs between the base and the other run."""
 
     key: str
     base: Any
@@ -91,12 +92,12 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One run against the base. Prompts are named by index; `notes` say what else keeps the two from being compared.
+    """One run compared with the base. Prompts are named by index; `notes` are other reasons that limit the comparison.
 
-    `serving_cost` is the share of the engine's tokens/s that is lost where a server has the engine (HTTP, its
-    scheduler, the client), None where one of the two is not the engine that the other asks. `agreement`
-    is the share of the tokens of the text of `measure.quality` in whose place both held the same one most likely,
-    `kl_divergence` that of the base's distributions there from the other's, in nats a token.
+    `serving_cost` is the share of the engine's tokens/s that is lost by serving it (HTTP, scheduler, client), None
+    unless one run called a server of the other run's engine. `agreement` is the share of tokens in the text of
+    `measure.quality` for which both models ranked the same token first, `kl_divergence` the divergence there of the
+    base's distributions from the other's, in nats per token.
     """
 
     base: str
@@ -120,7 +121,7 @@ class Comparison:
 
 
 def compare(base: FinishedRun, other: FinishedRun) -> Comparison:
-    """`other` against `base`; UserError where they were not given the same prompts."""
+    """Compare `other` with `base`; UserError if their prompts differ."""
     if base.prompts != other.prompts:
         same = sum(base.prompts[index] == other.prompts.get(index) for index in base.prompts)
         raise UserError(
@@ -154,7 +155,7 @@ def compare(base: FinishedRun, other: FinishedRun) -> Comparison:
 
 
 def _other_weights(base: FinishedRun, other: FinishedRun) -> list[str]:
-    """A line on an engine that makes random weights of its own, others for each number of devices."""
+    """A note if an engine generates its own random weights, which differ with the number of devices."""
     runs = (base, other)
     are_random = all(run.record.config["model"].get("weights") == "random" for run in runs)
     labels = {run.label for run in runs}
@@ -182,7 +183,7 @@ def _divergence(index: int, base: ReportedCompletion, other: ReportedCompletion)
 
 
 def _parting(ours: Sequence[Any], theirs: Sequence[Any]) -> int | None:
-    """The first place at which two sequences differ, None where they do not."""
+    """The first position at which two sequences differ, None if they do not."""
     if ours == theirs:
         return None
     shorter = min(len(ours), len(theirs))
@@ -190,7 +191,7 @@ def _parting(ours: Sequence[Any], theirs: Sequence[Any]) -> int | None:
 
 
 def is_degenerate(token_ids: Sequence[int], finish_reason: str) -> bool:
-    """True if the last REPEATED_TOKENS tokens, the EOS token left out, are one token, or two in turn."""
+    """True if the last REPEATED_TOKENS tokens, without the EOS token, are one token, or alternate between two."""
     if finish_reason == "stop":
         token_ids = token_ids[:-1]
     tail = list(token_ids[-REPEATED_TOKENS:])
@@ -208,7 +209,7 @@ def _speeds(run: FinishedRun) -> list[float]:
 
 
 def _settings(run: FinishedRun) -> JsonObject:
-    """The settings that decide the tokens and how they were timed: all but the engine and the devices."""
+    """The settings that determine the tokens and how they were timed: all but the engine and the devices."""
     return {name: value for name, value in run.record.config.items() if name not in WHERE_IT_RAN}
 
 
@@ -222,7 +223,7 @@ def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str
 
 
 def labels(runs: Sequence[FinishedRun]) -> list[str]:
-    """A name for each run that no other has: engine and devices, then the settings that differ, then the directory."""
+    """A unique label for each run: engine and devices, then the settings that differ, then the directory."""
     names = [run.label for run in runs]
     for told_apart_by in (_distinctions, _directories):
         groups: dict[str, list[int]] = {}
@@ -236,7 +237,8 @@ def labels(runs: Sequence[FinishedRun]) -> list[str]:
 
 
 def _distinctions(runs: Sequence[FinishedRun]) -> list[str]:
-    """For runs with one label, the settings that differ between them; of a group with another option only that."""
+    """For runs with the same label, the settings that differ between them; of a group with another option only that
+    one."""
     settings = [flat({k: v for k, v in run.record.config.items() if k not in HOW_IT_IS_RUN}) for run in runs]
     keys = [key for key in settings[0] if any(other.get(key) != settings[0][key] for other in settings)]
     options = {key.removesuffix(".name") for key in keys if key.endswith(".name")}
@@ -262,5 +264,5 @@ def alike(runs: Sequence[FinishedRun]) -> list[list[FinishedRun]]:
 
 
 def _weights(run: FinishedRun) -> JsonObject:
-    """The model of a run, without its name, which is for people."""
+    """The model of a run, without its display name."""
     return {name: value for name, value in run.record.config["model"].items() if name != "name"}

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class SavedCompletion:
-    """The completion of one prompt as a rank saves it: new token ids, and the gaps of the two largest logits.
+    """The completion of one prompt as a rank saves it: new token ids, and the gaps between the two largest logits.
 
-    From a server that gives no ids its `text`, of `num_tokens`. Of a request that failed `failure` is why.
+    A server that returns no ids gives `text` of `num_tokens` tokens. `failure` is the reason if the request failed.
     """
 
     index: int
@@ -22,7 +22,7 @@ class SavedCompletion:
 
     @property
     def answer(self) -> tuple[int, ...] | str:
-        """The part that is compared: the tokens, or the text where there are none."""
+        """The part that runs are compared by: the tokens, or the text if there are no token ids."""
         if self.text is None:
             return self.token_ids
         return self.text
@@ -30,9 +30,9 @@ class SavedCompletion:
 
 @dataclass(frozen=True, slots=True)
 class ReportedCompletion:
-    """The completion of one prompt with its texts and lengths: a line of the run's completions, in prompt order.
+    """The completion of one prompt with texts and lengths: a line of the run's completions, in prompt order.
 
-    A server may have given a text without token ids. Of a request that failed `failure` is why.
+    A server may return text without token ids. `failure` is the reason if the request failed.
     """
 
     index: int
@@ -53,7 +53,7 @@ class ReportedCompletion:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """The work of earlier attempts: completions in prompt order, and the numbers of whole repeats."""
+    """The work of earlier attempts: completions in prompt order, and the numbers of complete repeats."""
 
     completions: tuple[SavedCompletion, ...] = ()
     repeats: tuple[int, ...] = ()

@@ -1,4 +1,4 @@
-"""The cost of a run: time of the processors, energy, money, and the state of its devices meanwhile."""
+"""The cost of a run: CPU time, energy, money, and the state of its devices."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ PHASES = (START, LOAD, WARM_UP, REPEATS)
 
 @dataclass(frozen=True, slots=True)
 class PhaseCost:
-    """One phase of a rank or a run. `user_s` and `system_s` are of the ranks and all processes that they started.
+    """One phase of a rank or a run. `user_s` and `system_s` include all child processes of the ranks.
 
-    `energy_j` is of the devices (of a run without GPUs of the CPU packages), None where it could not be read.
+    `energy_j` is the energy of the devices (of the CPU packages in a run without GPUs), None if it could not be read.
     """
 
     phase: str
@@ -28,7 +28,8 @@ class PhaseCost:
 
 @dataclass(frozen=True, slots=True)
 class DeviceSample:
-    """A GPU at a moment, in seconds from the start of its rank; None is what its driver does not tell."""
+    """The state of a GPU at a moment, in seconds from the start of its rank; None for values that its driver does not
+    report."""
 
     second: float
     phase: str
@@ -41,9 +42,10 @@ class DeviceSample:
 
 @dataclass(frozen=True, slots=True)
 class RankCost:
-    """The phases of one rank. Of each node one rank reads the energy and the devices of all: the others have a reason.
+    """The phases of one rank. One rank of each node reads the energy and the devices of the node; the others have a
+    reason instead.
 
-    `slowed_by` are the reasons for which clocks were lower than asked for in the repeats, by device.
+    `slowed_by` are the reasons, by device, why clocks were lower than requested during the repeats.
     """
 
     phases: tuple[PhaseCost, ...]
@@ -57,10 +59,10 @@ class RankCost:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """The cost of the last attempt at a run, all ranks together; of `phases` the longest time of a rank.
+    """The cost of the last attempt of a run over all ranks; the time of a phase is that of the slowest rank.
 
-    `joules_per_token` and `watts` are of the repeats, whose new tokens count. `per_million_tokens` is in the money of
-    `cost.device_hour`: devices are paid for while the repeats last, and neither load nor warm-up is in it.
+    `joules_per_token` and `watts` are for the repeats and their new tokens. `per_million_tokens` is in the currency of
+    `cost.device_hour`; it covers the repeats only, without load and warm-up.
     """
 
     phases: tuple[PhaseCost, ...]
@@ -80,7 +82,7 @@ class Cost:
 def cost_of(
     ranks: Sequence[RankCost], new_tokens: int, tokens_per_s: float | None, num_devices: int, device_hour: float | None
 ) -> Cost | None:
-    """The cost of a run from those of its ranks; `new_tokens` are those of all repeats that these made."""
+    """The cost of a run from those of its ranks; `new_tokens` are those of all their repeats."""
     if not ranks:
         return None
     meters = [rank for rank in ranks if rank.is_meter]

@@ -25,7 +25,7 @@ def schema() -> JsonObject:
 
 
 def text() -> str:
-    """The schema as it is in the documentation."""
+    """The schema as JSON text."""
     return json.dumps(schema(), indent=2, sort_keys=True) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Measurements of one rank, and the figures that follow from those of all ranks: the types, without any arithmetic."""
+"""Measurements of one rank, and the figures computed from those of all ranks: types only."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class RequestFailure:
 
 @dataclass(frozen=True, slots=True)
 class ServerRepeat:
-    """One repeat as the client of a server saw it.
+    """One repeat as measured by the client of a server.
 
-    `tokens_checked` says what of an answer can be compared: ids, or text. `read_otherwise` counts the prompts of which
-    the server read another number of tokens than we count, None where it does not tell. `cpu_share` is of one core;
-    the lags are quantiles (p50, p99) of how late the client came to its connections, and of how late it sent requests
-    that were due. `own_metrics` are the server's. `bunched` is the share of the gaps between the parts of an answer
-    that are under 0.1 ms: those came together.
+    `tokens_checked` says what of an answer can be compared: ids, or text. `read_otherwise` counts the prompts for which
+    the server counts another number of tokens than the client, None if it does not report that. `cpu_share` is the
+    share of one core; the lags are quantiles (p50, p99) of the delay of the client's event loop, and of the delay with
+    which requests were sent. `own_metrics` are the server's. `bunched` is the share of the gaps between parts of an
+    answer under 0.1 ms: those parts arrived together.
     """
 
     software: str | None
@@ -40,14 +40,13 @@ class ServerRepeat:
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
-    """Measurements of this rank in one repeat, numbered from 0, of its prompts, or of what was left of them.
+    """Measurements of this rank in one repeat, numbered from 0, over its prompts, or over those that were left.
 
-    `wall_s` runs from a barrier of all ranks to this rank's last token.
-
-    `prefill_s` and `decode_s` are sums over the calls, None for an engine that does not tell them apart. `decode_steps`
-    are those that gave a token, but for the first of each batch; `lengths` the tokens of each prompt and its answer.
-    `counters` are the engine's own, summed over the calls. `e2el_s` is the time of each prompt to its last token, in
-    the order of `lengths`, and so is `ttft_s`. Prompts of `failures` are in none of these.
+    `wall_s` runs from a barrier of all ranks to this rank's last token. `prefill_s` and `decode_s` are sums over the
+    calls, None for an engine that does not separate them. `decode_steps` counts the steps that made a token, without
+    the first of each batch; `lengths` are the tokens of each prompt and its answer. `counters` are the engine's own,
+    summed over the calls. `e2el_s` (time to the last token) and `ttft_s` are in the order of `lengths`. Prompts in
+    `failures` are in none of the others.
     """
 
     number: int
@@ -70,7 +69,8 @@ class Repeat:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Median, extremes and raw values of a figure over the repeats; None with the reason where it was not measured."""
+    """Median, minimum, maximum and raw values of a figure over the repeats; None with the reason if it was not
+    measured."""
 
     median: float | None
     min: float | None
@@ -92,12 +92,12 @@ class Quantiles:
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """The decode steps of some repeats, the first token of each prompt left out.
+    """The decode steps of some repeats, without the first token of each prompt.
 
-    `sequences_at_once` that a rank had in a step, and `cached_tokens` that each of them had in the cache of a layer,
-    are means: of true lengths, without padding and without what came after an end. With guesses a sequence may gain
-    several tokens in a step, `tokens_per_row` in the mean; else one that gave several is several steps. With continuous
-    batching `seconds` are all from the first token to the last.
+    `sequences_at_once` (in a step of a rank) and `cached_tokens` (of each sequence in the cache of a layer) are means
+    over true lengths, without padding and without tokens after the end of an answer. In speculative decoding a sequence
+    gains `tokens_per_row` tokens in a step on average; elsewhere several tokens of one step count as several steps.
+    With continuous batching `seconds` runs from the first token to the last.
     """
 
     steps: int
@@ -111,8 +111,9 @@ class Decoding:
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """Guesses over the repeats: the share of them that was `acceptance`, the tokens that a step gave each row in the
-    mean, and the share of decoding that `guessing` took, None where the engine does not tell."""
+    """Speculative decoding over the repeats: the share of draft tokens accepted (`acceptance`), the mean number of
+    tokens per row and step, and the share of decode time spent on drafting (`guessing`), None if the engine does not
+    report it."""
 
     acceptance: Spread
     tokens_per_step: Spread
@@ -121,11 +122,11 @@ class Speculation:
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """The figures of a run that asked a server, over its whole repeats.
+    """The figures of a run that called a server, over its complete repeats.
 
-    `failures` counts requests without an answer by their kind, of `requests` in all repeats; `examples` has one of
-    each. `client_bound` says that, and why, the client was what was measured; None where it was not. `own_metrics` are
-    the server's, in the median, as is `bunched`, the share of the gaps between the parts of an answer under 0.1 ms.
+    `failures` counts requests without an answer by their kind, out of `requests` in all repeats; `examples` has one of
+    each. `client_bound` is the reason to believe that the client was the bottleneck, None if it was not. `own_metrics`
+    are the server's, as medians; so is `bunched`, the share of the gaps between parts of an answer under 0.1 ms.
     """
 
     software: str | None
@@ -147,14 +148,14 @@ class Serving:
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """The figures of a run over its whole repeats; rates are of all ranks together, in tokens/s.
+    """The figures of a run over its complete repeats; rates are over all ranks, in tokens/s.
 
-    `slots_in_use` is the part of the slots of a decode step that gave a token of an answer, `rows_in_use` that of the
-    rows which were computed; None where the engine counts neither.
+    `slots_in_use` is the share of slots in decode steps that made a token of an answer, `rows_in_use` that of the
+    computed rows; None if the engine counts neither.
 
-    Times of requests are by vLLM's definitions: `tpot_s` is the time after a prompt's first token over the number of
-    tokens after it, `e2el_s` the time to its last. `request_goodput` are the requests a second that met every limit of
-    `slo`, `slo_attainment` their share of all; one that failed has met none.
+    Times of requests follow vLLM's definitions: `tpot_s` is the time after a prompt's first token divided by the number
+    of tokens after it, `e2el_s` the time to its last token. `request_goodput` is the rate of requests that met every
+    limit of `slo`, `slo_attainment` their share; a failed request meets none.
     """
 
     new_tokens_per_s: Spread
@@ -179,7 +180,7 @@ class Metrics:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """The work that the metrics are of: repeats, and the prompts and tokens of each of them."""
+    """The work behind the metrics: the number of repeats, and the prompts and tokens of each."""
 
     repeats: int
     prompts: int
@@ -190,7 +191,7 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Partial:
-    """The share of the prompt set that was measured, where no attempt made a whole repeat."""
+    """The part of the prompt set that was measured, if no attempt made a complete repeat."""
 
     prompts: int
     of: int
@@ -198,9 +199,9 @@ class Partial:
 
 @dataclass(frozen=True, slots=True)
 class CeilingShare:
-    """Decode speed as a share of what the machine allows for the steps that were really made.
+    """Decode speed as a share of what the hardware allows for the steps that were made.
 
-    `tokens_per_s` is that ceiling, of all ranks together; over 1 a figure or a rate is wrong.
+    `tokens_per_s` is that ceiling, over all ranks. A share over 1 means that a figure or a rate is wrong.
     """
 
     share: float | None = None

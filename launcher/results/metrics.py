@@ -1,7 +1,7 @@
-"""Repeats of the prompt set -> the figures of a record: medians over the repeats, quantiles over the tokens.
+"""From repeats of the prompt set to the figures of a record: medians over the repeats, quantiles over the tokens.
 
-A counter of an engine needs an entry in `COUNTERS` and is given in `Generation.counters`; sums, record and report
-follow from that.
+To add a counter of an engine, return it in `Generation.counters` and give it an entry in `COUNTERS`; sums, record and
+report follow.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 SLOTS, ROWS = "slots_in_decode_steps", "rows_in_decode_steps"
 COUNTERS: dict[str, str] = {SLOTS: "slots, of all decode steps", ROWS: "rows computed in decode steps", **COUNTED}
-"""The label in the report of each number that an engine may count: calls and ranks add up."""
+"""The label in the report of each number that an engine may count; calls and ranks are added up."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """The figures of a run: those at the top of its record, and what they are of."""
+    """The figures of a run: the headline figures of its record, and the measurements behind them."""
 
     new_tokens_per_s: float | None
     ttft_s: float | None
@@ -40,7 +40,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class RepeatTotal:
-    """One repeat, over all ranks: tokens add up, the slowest rank sets the time."""
+    """One repeat over all ranks: tokens are added up, the slowest rank sets the time."""
 
     completions: int
     prompt_tokens: int
@@ -63,7 +63,7 @@ class RepeatTotal:
 
     @property
     def decode_tokens_per_s(self) -> float | None:
-        """The first token of each prompt is prefill's."""
+        """The first token of each prompt counts as prefill."""
         if self.decode_s:
             return (self.new_tokens - self.completions) / self.decode_s
         return None
@@ -76,11 +76,11 @@ def figures(
     windows: Sequence[int | None] = (),
     slo: SloConfig | None = None,
 ) -> Figures | None:
-    """The figures of a run from each repeat's measurements by rank; None where nothing was measured.
+    """The figures of a run from the measurements of each rank in each repeat; None if nothing was measured.
 
-    Only repeats of all `prompts` count. Where there is none, because the one repeat was split between attempts, its
-    last part does, and `partial` says how many prompts that was. `windows` are those of the model's layers. A prompt
-    whose request failed counts as asked.
+    Only repeats of all `prompts` count. If there is none, because the only repeat was split between attempts, its last
+    part counts, and `partial` has its number of prompts. `windows` are the sliding windows of the model's layers. A
+    prompt whose request failed belongs to its repeat.
     """
     answered = [ranks for ranks in repeats if any(rank.completions for rank in ranks)]
     whole = [ranks for ranks in answered if sum(rank.completions + len(rank.failures) for rank in ranks) == prompts]
@@ -124,7 +124,7 @@ def figures(
 
 
 def total(ranks: Sequence[Repeat]) -> RepeatTotal:
-    """One repeat, over all ranks."""
+    """One repeat over all ranks."""
     return RepeatTotal(
         completions=sum(rank.completions for rank in ranks),
         prompt_tokens=sum(rank.prompt_tokens for rank in ranks),
@@ -147,7 +147,7 @@ def _slowest(seconds: Iterable[float | None]) -> float | None:
 
 
 def summed(counters: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The counters of several calls or ranks added up; ValueError for one that `COUNTERS` does not name."""
+    """The sum of the counters of several calls or ranks; ValueError for a name that is not in `COUNTERS`."""
     sums: dict[str, float] = {}
     for values in counters:
         for name, value in values.items():
@@ -158,8 +158,8 @@ def summed(counters: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def in_use(totals: Sequence[RepeatTotal], name: str) -> Spread | None:
-    """The part of what a counter counts in decode steps that gave a token of an answer; where rows gain several, the
-    part of the slots in which there was one."""
+    """The share of the slots or rows counted in decode steps that made a token of an answer; in speculative decoding
+    the share of slots that were occupied."""
     if not all(repeat.counters.get(name) for repeat in totals):
         return None
     if not any(GUESSED in repeat.counters for repeat in totals):
@@ -170,7 +170,8 @@ def in_use(totals: Sequence[RepeatTotal], name: str) -> Spread | None:
 
 
 def decoding(repeats: Sequence[Sequence[Repeat]], windows: Sequence[int | None]) -> Decoding | None:
-    """The decode steps of some repeats; None where there were none. `windows` are those of the model's layers."""
+    """The decode steps of some repeats; None if there were none. `windows` are the sliding windows of the model's
+    layers."""
     ranks = [rank for repeat in repeats for rank in repeat]
     steps = sum(max(rank.decode_steps for rank in repeat) for repeat in repeats)
     tokens = sum(new - 1 for rank in ranks for _, new in rank.lengths)
@@ -201,9 +202,9 @@ def _decode_s(rank: Repeat) -> float:
 
 
 def _cached_tokens(prompt: int, new: int, windows: Sequence[int | None]) -> float:
-    """The tokens in the cache of a layer, summed over the decode steps of one sequence, a mean of the layers.
+    """The tokens in the cache of a layer, summed over the decode steps of one sequence, averaged over the layers.
 
-    Step t finds prompt + t tokens, or what a window has kept of them.
+    In step t there are prompt + t tokens, or as many as the window keeps.
     """
     total, steps = 0, new - 1
     for window, layers in Counter(windows or (None,)).items():
@@ -216,7 +217,7 @@ def _cached_tokens(prompt: int, new: int, windows: Sequence[int | None]) -> floa
 
 
 def _seen_tokens(tokens: int, windows: Sequence[int | None]) -> float:
-    """The tokens in the cache of a layer that a row sees which has so many, a mean of the layers."""
+    """The tokens in the cache of a layer for a row of `tokens` tokens, averaged over the layers."""
     if not windows:
         return tokens
     return sum(tokens if window is None else min(tokens, window - 1) for window in windows) / len(windows)

@@ -1,4 +1,4 @@
-"""The quality of a model on a text, by teacher forcing: how well it predicts each token, whatever its speed."""
+"""The quality of a model on a text by teacher forcing: how well it predicts each token, regardless of speed."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
 
 
 KL_TOKENS = 512
-"""Places of a text whose likeliest tokens a record keeps: about 150 kB."""
+"""Positions of a text whose most likely tokens a record keeps: about 150 kB."""
 
 DECIMALS = 5  # of log-likelihoods in a record
 LEAST_MASS = 1e-5
-"""What is left beside the likeliest tokens is not known to less."""
+"""The least probability assumed for all other tokens together; smaller values are below the precision of the record."""
 
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """The score on `tokens` tokens of a text, each after all before it in its window (teacher forcing): the perplexity,
-    and the most likely token in the place of each.
+    """The score on `tokens` tokens of a text, each predicted from the true tokens before it in its window (teacher
+    forcing): the perplexity, and the most likely token at each position.
 
-    The perplexity is exp(-sum(log p) / tokens); it compares runs of one tokenizer only. `likeliest` are the likeliest
-    tokens in the first KL_TOKENS places, with their log-likelihoods in the same order.
+    The perplexity is exp(-sum(log p) / tokens); it only compares runs with the same tokenizer. `likeliest` are the most
+    likely tokens at the first KL_TOKENS positions, with their log-likelihoods in the same order.
     """
 
     text: str
@@ -53,7 +53,7 @@ def quality_of(text: str, scores: Sequence[Score]) -> Quality:
 
 
 def agreement(base: Quality | None, other: Quality | None) -> float | None:
-    """The share of places with the same most likely token (top-1 agreement); None for other texts or other windows."""
+    """The share of positions with the same most likely token (top-1 agreement); None for other texts or windows."""
     if base is None or other is None or (base.text, base.tokens) != (other.text, other.tokens):
         return None
     same = sum(left == right for left, right in zip(base.best_tokens, other.best_tokens, strict=True))
@@ -61,12 +61,14 @@ def agreement(base: Quality | None, other: Quality | None) -> float | None:
 
 
 def kl_divergence(base: Quality | None, other: Quality | None) -> float | None:
-    """The mean over places of D(P || Q) in nats, P the base's distribution of the next token and Q the other's.
+    """The mean over positions of D(P
 
-    Of each place are known the likeliest tokens of both. With a cell for each token that both know, and one for all
-    others, D = sum over cells of P log(P / Q): a lower bound of that over single tokens, by the log sum inequality
-    (Cover and Thomas, Elements of Information Theory, theorem 2.7.1), and near it where the cells of single tokens have
-    nearly all of P. None for other texts or windows, and for records that lack what it takes.
+    Q) in nats, P the base's distribution of the next token and Q the other's.
+
+    At each position the most likely tokens of both are known. With one cell for each token that both know, and one for
+    all others, D = sum over cells of P log(P / Q) is a lower bound of the divergence over single tokens, by the log sum
+    inequality (Cover and Thomas, Elements of Information Theory, theorem 2.7.1), and close to it if the single-token
+    cells have nearly all of P. None for other texts or windows, and for records without the necessary values.
     """
     if base is None or other is None or (base.text, base.tokens) != (other.text, other.tokens):
         return None
@@ -82,11 +84,11 @@ def kl_divergence(base: Quality | None, other: Quality | None) -> float | None:
 
 
 def _places(quality: Quality) -> list[dict[int, float]]:
-    """The log-likelihoods of the likeliest tokens in each place."""
+    """The log-likelihoods of the most likely tokens at each position."""
     pairs = zip(quality.likeliest, quality.log_likelihoods, strict=True)
     return [dict(zip(tokens, values, strict=True)) for tokens, values in pairs]
 
 
 def _rest(place: dict[int, float], shared: Set[int]) -> float:
-    """The log-likelihood of any other token than those."""
+    """The log-likelihood of all tokens other than the shared ones."""
     return math.log(max(LEAST_MASS, 1 - sum(math.exp(place[token]) for token in shared)))

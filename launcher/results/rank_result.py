@@ -1,4 +1,4 @@
-"""The last word of one rank, as it leaves it for the record."""
+"""The result of one rank, which it writes at its end for the record."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shards.machine.network import Network
 class RankResult:
     """The end of one rank of an attempt, with its measurements and its devices.
 
-    `answers` says whether it saved completions of its own; `waits` whether a rank that hangs waits for another.
+    `answers`: it saved completions of its own. `waits`: it hangs, and waits for another rank.
     """
 
     rank: int
@@ -42,7 +42,7 @@ class RankResult:
 
     @property
     def record(self) -> RankRecord:
-        """The part that the record of the run keeps of each rank."""
+        """The part that the record of the run keeps."""
         return RankRecord(
             self.rank, self.status, self.host, self.pid, self.error, self.load_s, self.repeats, self.network,
             self.load_times,

@@ -1,10 +1,10 @@
-"""The record of a run as dataclasses, with the version of its form and a reader of older forms.
+"""The record of a run as dataclasses, with its schema version and a reader of older versions.
 
-A run may take several attempts: interrupted or killed, it goes on later in the same directory. What each attempt made
-is in `attempts`: its hosts, how it ended, and its repeats of the prompt set. The headline figures are medians over
-whole repeats only, each timed within one attempt; with none, `partial` says of how many prompts they are. `load_s`,
-`load_times` (of the slowest rank), `ranks`, `devices` and `environment` are of the last attempt; `notes` are of the
-run and the last attempt.
+A run may take several attempts: if it is interrupted or killed, it can be resumed in the same directory. `attempts` has
+the hosts, the end and the repeats of each attempt. The headline figures are medians over complete repeats only, each
+timed within one attempt; without one, `partial` has the number of prompts that were measured. `load_s`, `load_times`
+(of the slowest rank), `ranks`, `devices` and `environment` describe the last attempt; `notes` belong to the run and the
+last attempt.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SCHEMES_OF_VERSION_1 = {"fsdp": "gathered", "tensor_parallel": "split"}
 class RunError:
     """The error of a run, or of one rank: the rank and its stage, the error and a hint.
 
-    Of memory that ran out `device`, `asked_bytes` and `free_bytes` are as the allocator's message says them.
+    For out-of-memory errors `device`, `asked_bytes` and `free_bytes` are taken from the allocator's message.
     """
 
     rank: int | None
@@ -50,7 +50,7 @@ class RunError:
 
 @dataclass(frozen=True, slots=True)
 class RankRecord:
-    """One rank in the record: how it ended, its own measurements, and of several nodes its way to the others."""
+    """One rank in the record: how it ended, its own measurements, and on several nodes its network interface."""
 
     rank: int
     status: str
@@ -87,7 +87,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class BatchTry:
-    """One try of the search for the largest batch."""
+    """One trial of the search for the largest batch."""
 
     batch: int
     status: str
@@ -96,7 +96,7 @@ class BatchTry:
 
 @dataclass(frozen=True, slots=True)
 class BatchSearch:
-    """The search for the largest batch; `asked` is the configuration that it was made for."""
+    """The search for the largest batch; `asked` is the configuration that was searched."""
 
     largest_batch: int
     limited_by: str
@@ -108,9 +108,9 @@ class BatchSearch:
 
 @dataclass(frozen=True, slots=True)
 class Seal:
-    """SHA-256 of the record (with an empty `record` here) and of the files beside it, by which a change is seen.
+    """SHA-256 of the record (with an empty `record` here) and of the files next to it, to detect changes.
 
-    It is no signature: somebody who changes a run can make new ones.
+    It is not a signature: whoever changes a run can compute new hashes.
     """
 
     record: str
@@ -119,7 +119,7 @@ class Seal:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The whole of one run. `world_size` counts ranks (processes), `num_devices` the devices of all nodes."""
+    """The record of one run. `world_size` counts ranks (processes), `num_devices` the devices of all nodes."""
 
     status: str
     backend: str
@@ -160,28 +160,28 @@ class Record:
 
     @property
     def speed(self) -> Spread | None:
-        """The new tokens/s of the repeats."""
+        """New tokens/s over the repeats."""
         if self.metrics is None:
             return None
         return self.metrics.new_tokens_per_s
 
     @property
     def ceiling_tokens_per_s(self) -> float | None:
-        """The highest decode speed that the machine allows."""
+        """The highest decode speed that the hardware allows."""
         if self.ceiling is None:
             return None
         return self.ceiling.tokens_per_s
 
     @property
     def planned_devices(self) -> dict[int, DevicePlan]:
-        """The plan of each device by its rank; empty without a plan."""
+        """The plan of each device by rank; empty without a plan."""
         if self.plan is None:
             return {}
         return {device.rank: device for device in self.plan.devices}
 
 
 def read_record(values: Any) -> Record:
-    """The record in plain values of this or an older version; ValueError for values that are none."""
+    """The record from plain values of this or an older version; ValueError for values that are not a record."""
     if not isinstance(values, dict):
         raise ValueError("a record is a JSON object")
     version = values.get("schema_version", values.get("schema"))
@@ -193,8 +193,8 @@ def read_record(values: Any) -> Record:
 
 
 def _from_version_1(values: JsonObject) -> JsonObject:
-    """Version 1 counted devices as `world_size`, had the ceiling's tokens/s under the name of the measured ones, and
-    called the schemes of the roofline after engines."""
+    """Convert version 1, which counted devices as `world_size`, stored the ceiling's tokens/s under the name of the
+    measured ones, and named the schemes of the roofline after engines."""
     plan, ceiling = values["plan"], values["ceiling"]
     if plan is not None:
         roofline = plan["roofline"]

@@ -1,4 +1,5 @@
-"""Requests one by one: their times by vLLM's definitions, which of them met the limits, and what their client cost."""
+"""Metrics of single requests: their times by vLLM's definitions, the requests within the latency limits, and the
+client's cost."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ MOST_LAG_SHARE = 0.05
 
 
 def request_metrics(repeats: Sequence[Sequence[Repeat]], slo: SloConfig | None) -> JsonObject:
-    """The metrics of requests one by one, from each repeat's measurements by rank."""
+    """The metrics of single requests, from the measurements of each rank in each repeat."""
     ranks = [rank for repeat in repeats for rank in repeat]
     wall_s = [max(rank.wall_s for rank in repeat) for repeat in repeats]
     answered = [sum(rank.completions for rank in repeat) for repeat in repeats]
@@ -42,7 +43,7 @@ def request_metrics(repeats: Sequence[Sequence[Repeat]], slo: SloConfig | None) 
 
 
 def tpot_s(repeats: Iterable[Repeat]) -> Iterator[float]:
-    """The time per output token of each prompt of which there are more than one."""
+    """The time per output token of each prompt with more than one new token."""
     for repeat in repeats:
         for (_, new), ttft, e2el in zip(repeat.lengths, repeat.ttft_s, repeat.e2el_s, strict=False):
             if new > 1:
@@ -50,7 +51,8 @@ def tpot_s(repeats: Iterable[Repeat]) -> Iterator[float]:
 
 
 def good_requests(repeat: Repeat, slo: SloConfig) -> int:
-    """The requests of one rank that met every limit that is set. The tpot of a single token counts as 0, as in vLLM."""
+    """The number of requests of one rank that met every limit that is set. The tpot of a single token counts as 0, as
+    in vLLM."""
     good = 0
     for (_, new), ttft, e2el in zip(repeat.lengths, repeat.ttft_s, repeat.e2el_s, strict=False):
         tpot = 0.0
@@ -62,7 +64,7 @@ def good_requests(repeat: Repeat, slo: SloConfig) -> int:
 
 
 def serving(repeats: Sequence[Repeat]) -> Serving | None:
-    """The figures of the server that answered; None where no server did."""
+    """The figures of the server that answered; None if no server did."""
     servers = [repeat.server for repeat in repeats if repeat.server is not None]
     if not servers:
         return None
@@ -96,7 +98,7 @@ def serving(repeats: Sequence[Repeat]) -> Serving | None:
 
 
 def _median(values: Iterable[float | None]) -> float | None:
-    """The median of the values that are known."""
+    """The median of the values that are not None."""
     known = [value for value in values if value is not None]
     if known:
         return statistics.median(known)
@@ -109,7 +111,7 @@ def _worst(lags: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def _client_bound(servers: Sequence[ServerRepeat], e2el_s: Sequence[float]) -> str | None:
-    """The reason to suspect that the figures are those of the client, None without one."""
+    """The reason to believe that the client was the bottleneck, None without one."""
     share, lag = max(server.cpu_share for server in servers), max(server.loop_lag_s[0] for server in servers)
     if share > MOST_CPU_SHARE:
         return f"the client took {share:.0%} of a core"

@@ -1,4 +1,4 @@
-"""The share of an engine's speed that is lost where the same engine is asked over HTTP."""
+"""The share of an engine's speed that is lost by serving it over HTTP."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 def serving_cost(base: Record, other: Record, speed: float) -> tuple[float | None, str | None]:
     """The share of the engine's tokens/s that is lost to HTTP, the server's scheduler and the client.
 
-    One of the runs asked a server and the other did not; `speed` is that of `other` over that of `base`. None and the
-    reason where the two differ in more than the server, None and None where it is not a question.
+    One of the runs called a server and the other did not; `speed` is that of `other` over that of `base`. None and the
+    reason if the runs differ in more than the server, None and None if neither or both called a server.
     """
     engine, endpoint = base, other
     if _serving(base) is not None:

@@ -1,4 +1,5 @@
-"""The figures of speculative decoding: guesses that held, tokens that a row gained in a step, the time of guessing."""
+"""The figures of speculative decoding: accepted draft tokens, tokens per row and step, and the time spent on
+drafting."""
 
 from __future__ import annotations
 
@@ -19,17 +20,17 @@ COUNTED = {
     ACCEPTED: "guessed tokens that were accepted",
     GUESSING: "seconds of guessing",
 }
-"""The counters of an engine that guesses, with their labels; not all can tell how long guessing took."""
+"""The counters of speculative decoding, with their labels; not every engine reports the drafting time."""
 
 
 def speculates(ranks: Sequence[Repeat]) -> bool:
-    """True if guesses were made."""
+    """True if draft tokens were proposed."""
     return any(GUESSED in rank.counters for rank in ranks)
 
 
 def rows_of(rank: Repeat) -> Iterator[int]:
-    """Contexts of the rows of all decode steps of a rank, in tokens with those of the prompt: tokens of one step come
-    at one moment."""
+    """Context lengths of the rows of all decode steps of a rank, in tokens including the prompt; tokens of one step
+    have the same time."""
     gaps = iter(rank.itl_s)
     for prompt, new in rank.lengths:
         for number, gap in enumerate(islice(gaps, new - 1), 1):
@@ -38,7 +39,7 @@ def rows_of(rank: Repeat) -> Iterator[int]:
 
 
 def speculation_of(repeats: Sequence[Sequence[Repeat]]) -> Speculation | None:
-    """The figures over some repeats, each from its ranks; None where nothing was guessed."""
+    """The figures over some repeats, each from its ranks; None without draft tokens."""
     if not any(map(speculates, repeats)):
         return None
     counted = [

@@ -1,4 +1,4 @@
-"""Values of a run summed up: over its repeats, and over prompts or tokens."""
+"""Summaries of values: over the repeats, and over prompts or tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INTERLEAVED = "continuous batching interleaves prefill and decode, or nothing wa
 
 
 def spread(values: Iterable[float | None]) -> Spread:
-    """Median, extremes and the raw values over the repeats; a value that does not exist makes all of them None."""
+    """Median, extremes and raw values over the repeats; None if any value is None."""
     raw = tuple(values)
     known = [value for value in raw if value is not None]
     if not known or len(known) < len(raw):

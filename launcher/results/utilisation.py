@@ -52,9 +52,9 @@ def bandwidth_used(plan: Plan | None, metrics: Metrics | None, hint: str = "pyth
 
 
 def against_ceiling(plan: Plan | None, metrics: Metrics | None, hint: str = "python -m launcher.probe") -> CeilingShare:
-    """Measured decode speed as a share of what the machine allows for the steps that were really made.
+    """Measured decode speed as a share of what the hardware allows for the steps that were made.
 
-    `hint` says how its rates could be known.
+    `hint` says how its rates could be measured.
     """
     if metrics is None or metrics.decode is None:
         return CeilingShare(reason=NO_STEP)

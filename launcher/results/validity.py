@@ -1,4 +1,4 @@
-"""The checks that decide whether the figures of a run can be relied on, one for each known source of error."""
+"""Checks of whether the figures of a run are reliable, one for each known source of error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from launcher.results.record import Record
 
 STEADY = 1.2
-"""Repeats of which the fastest is faster than the slowest by more than this factor are no steady measurement."""
+"""Repeats whose fastest is faster than the slowest by more than this factor are not a steady measurement."""
 
 LEAST_REPEATS = 3
 CACHE_TOLERANCE = 0.01
@@ -22,7 +22,7 @@ CACHE_TOLERANCE = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One check: `is_met` is None where it could not be made, and `text` says why; else what was seen."""
+    """One check. `is_met` is None if it could not be made; `text` has the observation, or the reason."""
 
     name: str
     is_met: bool | None
@@ -31,7 +31,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Validity:
-    """All checks of a run. It is valid where none has failed; what could not be checked does not count against it."""
+    """All checks of a run. It is valid if none has failed; checks that could not be made do not count against it."""
 
     checks: tuple[Check, ...]
 
@@ -41,7 +41,7 @@ class Validity:
 
     @property
     def reasons(self) -> list[str]:
-        """The reasons against the run."""
+        """The failed checks."""
         return [check.text for check in self.checks if check.is_met is False]
 
     @property
@@ -60,7 +60,7 @@ class Validity:
 
 
 def of_the_record(record: Record, parameter_tolerance: float) -> list[Check]:
-    """The checks that need nothing but the record; the tolerance is that of the plan's parameter bytes."""
+    """The checks that need only the record; `parameter_tolerance` is the tolerance of the planned parameter bytes."""
     return [
         check_status(record),
         check_warm_up(record),
@@ -91,7 +91,7 @@ def check_warm_up(record: Record) -> Check:
 
 
 def check_repeats(record: Record) -> Check:
-    """Enough of them, and near each other."""
+    """Enough repeats, and close to each other."""
     spread = record.speed
     if spread is None or not spread.min or not spread.max:
         return Check("repeats", False, "no repeat was measured")
@@ -114,7 +114,7 @@ def check_tokens(record: Record) -> Check:
 
 
 def check_memory(record: Record, parameter_tolerance: float) -> Check:
-    """Parameters as planned, and no larger cache."""
+    """Parameters as planned, and a cache no larger than planned."""
     planned = record.planned_devices
     seen = 0
     for device in record.devices:
@@ -139,7 +139,7 @@ def check_memory(record: Record, parameter_tolerance: float) -> Check:
 
 
 def check_ceilings(record: Record) -> Check:
-    """Nothing above 100 %."""
+    """No share above 100 %."""
     shares = {"decode ceiling": record.ceiling, "memory bandwidth": record.mbu}
     known = {name: part.share for name, part in shares.items() if part is not None and part.share is not None}
     for name, share in known.items():
@@ -160,7 +160,7 @@ def check_neighbours(record: Record) -> Check:
 
 
 def check_clocks(record: Record) -> Check:
-    """Not lower than asked for, because of heat or of the power supply."""
+    """Clocks not lowered because of heat or the power supply."""
     if record.cost is None or not record.cost.samples:
         reason = record.cost and record.cost.samples_reason
         return Check("clocks", None, reason or "they were not looked at")

@@ -1,4 +1,5 @@
-"""The status of a run and the error that explains it, from the last words of its ranks and of their watcher."""
+"""The status of a run and the error that explains it, from the results of its ranks and the process that watched
+them."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ STATUSES = ("ok", "oom", "timeout", "hang", "failed", "refused", "cancelled")
 class Outcome:
     """The end of a run's processes as their watcher saw it, with the rank to blame and its stage if known.
 
-    If a rank reported its own error, that is used instead. `interrupted` is for ranks only; the run's record then says
-    `cancelled` and can be resumed.
+    If a rank reported its own error, that is used instead. `interrupted` is a status of ranks only; the run's record
+    then says `cancelled`, and the run can be resumed.
     """
 
     status: str
@@ -31,7 +32,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class LastStep:
-    """The stage and the time of the last step of a rank that left no word."""
+    """The stage and the time of the last step of a rank that wrote no result."""
 
     stage: str
     time: float
@@ -43,9 +44,10 @@ def verdict(
     outcome: Outcome | None,
     log_end: Callable[[int], str],
 ) -> tuple[str, RunError | None]:
-    """The status of the run and the error that explains it: of the rank that failed first, in its own words if any.
+    """The status of the run and the error that explains it: of the rank that failed first, in its own words if
+    possible.
 
-    `silent` are the ranks that had begun and left no word; `log_end` gives the end of a rank's log.
+    `silent` are the ranks that had begun and wrote no result; `log_end` returns the end of a rank's log.
     """
     if all(rank is not None and rank.status == "ok" for rank in ranks):
         return "ok", None

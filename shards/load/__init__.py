@@ -1,1 +1,1 @@
-"""Loading: from bytes in files to tensors on devices, each rank its own part."""
+"""Loading: from bytes in files to tensors on devices, each rank only its own part."""

@@ -1,4 +1,4 @@
-"""A LoRA adapter that is merged into the weights of a model while they are read: each rank adds to its own part."""
+"""A LoRA adapter that is merged into the weights of a model while they are read; each rank merges its own part."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """The two factors of each matrix by its name in the model: what is added is `scale * B @ A`, with A of
-    [r, inputs] and B of [outputs, r]. Source: "LoRA", https://arxiv.org/abs/2106.09685, section 4.1.
-    """
+    """The two factors of each matrix by its name in the model: the merged weight is W + scale * B @ A, with A of [r,
+    inputs] and B of [outputs, r]. Source: "LoRA", https://arxiv.org/abs/2106.09685, section 4.1."""
 
     folder: Path
     factors: dict[str, tuple[torch.Tensor, torch.Tensor, float]]
 
     def add(self, name: str, start: tuple[int, ...], values: torch.Tensor) -> None:
-        """Add to `values`, the part of matrix `name` that begins at `start`, what the adapter has for it."""
+        """Add the adapter's update to `values`, the part of matrix `name` that begins at `start`."""
         if name not in self.factors or not values.numel():
             return
         inward, outward, scale = self.factors[name]
@@ -37,7 +36,7 @@ class Adapter:
         values.copy_((values.float() + scale * (rows.float() @ columns.float())).to(values.dtype))
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """CheckpointError where the adapter is not of a model with matrices of these shapes."""
+        """CheckpointError if the model has no matrices of the adapter's names and shapes."""
         for name, (inward, outward, _) in self.factors.items():
             shape = shapes.get(name)
             if shape is None:
@@ -54,7 +53,7 @@ class Adapter:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """The adapter that peft has saved in a folder; CheckpointError for another kind than LoRA of linear layers."""
+    """The adapter that peft has saved in a folder; CheckpointError for any kind but LoRA of linear layers."""
     config = read_config(folder)
     read_safetensors(folder / WEIGHTS)  # whose checks are in words
     tensors = load_file(folder / WEIGHTS)

@@ -1,4 +1,4 @@
-"""The quantizers of bitsandbytes: LLM.int8, and four bits a value in blocks of 64."""
+"""The quantizers of bitsandbytes: LLM.int8, and four bits per value in blocks of 64."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 THRESHOLD = 6.0
-"""Inputs with a value from this on are multiplied in 16 bits, as transformers' BitsAndBytesConfig has it."""
+"""Inputs with a value of at least this are multiplied in 16 bits, as in transformers' BitsAndBytesConfig."""
 
 BLOCK, NESTED_BLOCK = 64, 256
 
 
 class LlmInt8(Quantizer):
-    """A byte a value and an fp32 scale for each output; inputs are quantized row by row, but for outliers."""
+    """One byte per value and an fp32 scale for each output; inputs are quantized row by row, except for outliers."""
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         super().__init__(name, dtype)
@@ -49,9 +49,9 @@ class LlmInt8(Quantizer):
 
 
 class FourBit(Quantizer):
-    """Half a byte a value and a maximum for each 64 in a row; with `dq` the maxima are quantized as well.
+    """Half a byte per value and a maximum for each block of 64 in a row; with `dq` the maxima are quantized as well.
 
-    Where rows are whole blocks, rows are what is stored, and can be sharded.
+    If rows are whole blocks, they are stored as rows, and can be sharded.
     """
 
     whole = frozenset({"weight_code"})

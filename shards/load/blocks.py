@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """The part of the uncut model that a plain tensor holds: of parameter `name`, of `shape`, the block at `start`."""
+    """The part of the uncut model that a plain tensor holds: of parameter `name`, with `shape`, the block at
+    `start`."""
 
     name: str
     shape: tuple[int, ...]
@@ -25,24 +26,25 @@ class Block:
 
 
 def mark_block(tensor: torch.Tensor, block: Block) -> None:
-    """Note on a plain tensor in memory which part of the model it is, for engines that cut a model their own way."""
+    """Mark on a plain tensor which block of the model it is, for engines that cut a model in their own way."""
     tensor.block = block
 
 
 def mark_parts(tensor: torch.Tensor, parts: Sequence[tuple[Block, int]]) -> None:
-    """Note on a plain tensor that it is several blocks of the model, one below the other, and the rows of each."""
+    """Mark on a plain tensor that it consists of several blocks of the model, stacked by rows, with the rows of
+    each."""
     tensor.parts = tuple(parts)
 
 
 def copy_marks(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Put the notes of one tensor on another."""
+    """Copy the marks of one tensor to another."""
     for name in ("block", "parts"):
         if hasattr(source, name):
             setattr(target, name, getattr(source, name))
 
 
 def block_of(tensor: torch.Tensor) -> Block | None:
-    """The note of `mark_block`, if there is one."""
+    """The mark of `mark_block`, if there is one."""
     block: Block | None = getattr(tensor, "block", None)
     return block
 
@@ -69,7 +71,8 @@ def local_block(tensor: torch.Tensor) -> tuple[tuple[int, ...], torch.Tensor]:
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The local part of a tensor: the shard of a DTensor, the part of a parameter of ZeRO, a plain tensor itself."""
+    """The local part of a tensor: the shard of a DTensor, the partition of a ZeRO parameter, or a plain tensor
+    itself."""
     with torch.no_grad():
         tensor = getattr(tensor, "ds_tensor", tensor)
         local: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -82,8 +85,8 @@ def local_bytes(model: nn.Module) -> int:
 
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers by name, each once; of one that is several blocks, these; of a matrix that a
-    quantizer has packed, its first part."""
+    """Parameters and persistent buffers by name, each once. A tensor that consists of several blocks is replaced by
+    these, and a packed matrix by its `weight`."""
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[2].startswith("weight_"):
             continue  # scales, which no checkpoint of ours holds

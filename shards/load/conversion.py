@@ -1,8 +1,8 @@
-"""Conversion of a checkpoint's names and layouts to the names and shapes of today's transformers modules.
+"""Conversion of a checkpoint's names and layouts to those of the current transformers modules.
 
 transformers renames tensors of older layouts while it loads them, and merges some: the matrices of a layer's experts
-into one of three dimensions, gate and up projections into one. Here that is a matter of names and places only, so that
-a rank still reads no more than its own bytes.
+into one of three dimensions, gate and up projections into one. Here only names and positions are converted, so that a
+rank still reads only its own bytes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A stored tensor that is the block at `start`, of `shape`, of a merged one; stacked ones have a 1 in front."""
+    """A stored tensor that is one block, at `start` with `shape`, of a merged tensor; stacked ones have a leading
+    dimension of 1."""
 
     entry: TensorEntry
     start: tuple[int, ...]
@@ -38,26 +39,26 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class MergedEntry(TensorEntry):
-    """A tensor that is stored in parts. File, offset and dtype are those of the first."""
+    """A tensor that is stored in parts. File, offset and dtype are those of the first part."""
 
     parts: tuple[Part, ...]
 
     @property
     def stored(self) -> tuple[TensorEntry, ...]:
-        """The entries of files that it is made of."""
+        """The entries of the files that it consists of."""
         return tuple(part.entry for part in self.parts)
 
 
 def note_conversions(model: nn.Module) -> None:
-    """Keep on a model how its stored tensors are renamed and merged: FSDP changes the class that says so."""
+    """Store on a model how its checkpoint's tensors are renamed and merged; FSDP replaces the class that defines it."""
     model.conversions = get_model_conversion_mapping(model)
 
 
 def converted(model: nn.Module, checkpoint: Checkpoint, wanted: Iterable[str]) -> Checkpoint:
-    """The same checkpoint with the `wanted` names of the modules, merged tensors as MergedEntry.
+    """The same checkpoint with the `wanted` names of the modules, and merged tensors as MergedEntry.
 
-    Names that lead to no wanted one stay as they are, for `Checkpoint.verify` to judge. CheckpointError for a tensor
-    that is made of stored ones otherwise than by stacking and joining them.
+    Names that match none of them stay as they are, for `Checkpoint.verify` to report. CheckpointError for a tensor that
+    is made from stored ones in another way than stacking and joining.
     """
     transforms: Sequence[Any] = getattr(model, "conversions", ())
     if not transforms:
@@ -82,7 +83,7 @@ def converted(model: nn.Module, checkpoint: Checkpoint, wanted: Iterable[str]) -
 
 
 def _merged(name: str, converter: Any, found: Mapping[str, list[TensorEntry]]) -> MergedEntry:
-    """The tensor that MergeModulelist (each pattern's tensors, stacked), Concatenate, or one after the other make."""
+    """The tensor that MergeModulelist (each pattern's tensors, stacked), Concatenate, or both in turn would make."""
     in_order = [found[pattern] for pattern in converter.source_patterns if pattern in found]
     stacked, axis = _layout(name, converter.operations)
     blocks = in_order
@@ -128,7 +129,7 @@ def _layout(name: str, operations: Sequence[Any]) -> tuple[bool, int]:
 
 
 def part_targets(entry: TensorEntry, start: tuple[int, ...], out: torch.Tensor) -> Iterator[Target]:
-    """The reads for the block `out` that begins at `start`: of a merged tensor one of each part."""
+    """The reads for the block `out` that begins at `start`: for a merged tensor one for each part."""
     if not isinstance(entry, MergedEntry):
         yield Target(entry, start, out)
         return

@@ -1,4 +1,4 @@
-"""Weights that stay in their files: read when they are asked for, and forgotten."""
+"""Weights that stay in their files: read when they are used, and not kept."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 
 class StoredWeights(Mapping[str, torch.Tensor]):
-    """The parameters of a model on meta by name, tied ones by all of theirs, each read anew in the type that it has."""
+    """The parameters of a model on meta by name (tied ones by all of their names), read again at each access, in the
+    model's dtype."""
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint, adapter: Adapter | None = None) -> None:
         if checkpoint.legacy and not checkpoint.tensors:
@@ -42,7 +43,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
 
     @property
     def files(self) -> frozenset[Path]:
-        """The files with the values."""
+        """The files that contain the values."""
         entries = (entry for entries in self.matched.values() for entry in entries[:1])
         return frozenset(part.file for entry in entries for part in entry.stored)
 
@@ -66,7 +67,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
 def leave_on_disk(
     model: nn.Module, checkpoint: Checkpoint, device: torch.device, adapter: Adapter | None = None
 ) -> StoredWeights:
-    """The weights of a model on meta, whose parameters stay there; its buffers come to `device` with their values."""
+    """The weights of a model on meta, whose parameters stay there; its buffers are loaded onto `device`."""
     weights = StoredWeights(model, checkpoint, adapter)
     for module in model.modules():
         materialize_buffers(model, module, device)

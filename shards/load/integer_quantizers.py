@@ -1,4 +1,5 @@
-"""Quantizers of torch's own integer kernels, with torchao's arithmetic: bytes for both factors, and four bits."""
+"""Quantizers for torch's own integer kernels, with torchao's arithmetic: int8 weights with int8 inputs, and int4
+weights."""
 
 from __future__ import annotations
 
@@ -15,17 +16,18 @@ if TYPE_CHECKING:
     from torch import nn
 
 LEAST_ROWS = 32
-"""cuBLAS multiplies no fewer rows of bytes than 17, of a count that it can align."""
+"""cuBLAS multiplies int8 matrices of at least 17 rows, and of a count that it can align."""
 
 
 def rows_in_bytes(rows: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows in int8 and their fp32 scales [rows, 1]: the `largest` magnitude of each over 127.5, as torchao rounds."""
+    """Rows in int8 and their fp32 scales [rows, 1]: the `largest` magnitude of each row over 127.5, rounded as in
+    torchao."""
     scale = largest.div(127.5).clamp_(min=torch.finfo(torch.float32).eps).float()
     return (rows * (1 / scale)).round_().clamp_(-128, 127).to(torch.int8), scale
 
 
 def rows_divided(rows: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same as compressed-tensors rounds: in the type of the rows, with a division. Source: calculate_qparams in
+    """The same, rounded as in compressed-tensors: in the dtype of the rows, by division. Source: calculate_qparams in
     quantization/utils/helpers.py, _quantize in quantization/lifecycle/forward_helpers.py."""
     scale = largest / 127.5
     scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
@@ -33,10 +35,11 @@ def rows_divided(rows: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tenso
 
 
 class DynamicInt8(Quantizer):
-    """A byte a value and an fp32 scale for each output; each row of inputs is quantized alike, and bytes multiplied.
+    """One byte per value and an fp32 scale for each output; each row of inputs is quantized as well, and bytes are
+    multiplied.
 
-    Where a layer has parts of rows, its ranks agree on the largest magnitude of the whole: the integers are those that
-    one rank would have.
+    If a layer holds parts of rows, its ranks agree on the largest magnitude of the whole row, so that the integers are
+    those of a single rank.
     """
 
     def parameters(self, outputs: int, inputs: int) -> dict[str, torch.Tensor]:
@@ -68,9 +71,10 @@ class DynamicInt8(Quantizer):
 
 
 class GroupsInt4(Quantizer):
-    """Half a byte a value; each 64 inputs of an output share a scale and the value of the middle.
+    """Half a byte per value; each group of 64 inputs of an output has a scale and a zero point (the middle of its
+    range).
 
-    What is stored has the order of the kernel of the device that it was packed on.
+    Values are stored in the layout of the kernel of the device on which they were packed.
     """
 
     group = INT4_GROUP
@@ -115,7 +119,7 @@ class GroupsInt4(Quantizer):
 
 
 def packed_int4(integers: torch.Tensor) -> torch.Tensor:
-    """Integers from 0 to 15 [outputs, inputs] as the kernel of their device reads them, as bytes."""
+    """Integers from 0 to 15 [outputs, inputs] as bytes, in the layout of their device's kernel."""
     if integers.device.type == "cpu":
         packed: torch.Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers, 1)
         return packed
@@ -125,6 +129,7 @@ def packed_int4(integers: torch.Tensor) -> torch.Tensor:
 
 
 def tiles(outputs: int, inputs: int) -> tuple[int, int, int, int]:
-    """The shape of packed words on a GPU: of 8 outputs and as many times 16 inputs as divide them, up to 8."""
+    """The shape of packed words on a GPU: 8 outputs by 16 inputs times the largest power of two that divides them, up
+    to 8."""
     inner = next(count for count in (8, 4, 2) if inputs % (16 * count) == 0)
     return outputs // 8, inputs // (16 * inner), 32, inner // 2

@@ -1,4 +1,4 @@
-"""A model on the meta device and a checkpoint -> every rank holds its own shards, and nothing else ever."""
+"""Load a checkpoint into a model on the meta device: every rank holds its own shards, and never anything else."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LoadStats:
-    """`bytes_read` from disk-backed files by this rank, `local_bytes` that its parameters and buffers take.
+    """`bytes_read` by this rank from files, `local_bytes` of its parameters and buffers.
 
-    Of the `seconds` so many were for reading (on a CPU or onto the device) and for packing what was read.
-    `mapped_files` are those that its parameters still are, in part.
+    `read_s` and `quantize_s` are the parts of `seconds` for reading (to the CPU or the device) and for packing.
+    `mapped_files` are the files that some of its parameters are mapped from.
     """
 
     bytes_read: int
@@ -58,10 +58,10 @@ def load_weights(
 ) -> LoadStats:
     """Fill every parameter and buffer of `model`, plain or DTensor, with this rank's part of `checkpoint`.
 
-    Tensors on meta come to `device`; tied ones stay tied; buffers that no checkpoint holds are computed. Only the
-    bytes of the local shards are read. On a CPU, a local part whose bytes lie in the file as the model needs them is
-    the file itself, mapped. Names and shapes are checked before anything is allocated or read. An `adapter` is added to
-    the matrices that it is for.
+    Tensors on meta are allocated on `device`; tied ones stay tied; buffers that are not in the checkpoint are computed.
+    Only the bytes of the local shards are read. On a CPU, a local part that is stored as the model needs it is mapped
+    from the file instead of copied. Names and shapes are checked before anything is allocated or read. An `adapter` is
+    merged into its matrices.
     """
     began = time.perf_counter()
     if checkpoint.legacy and not checkpoint.tensors:
@@ -101,7 +101,7 @@ def load_weights(
 
 
 def match_tensors(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[TensorEntry, ...]]:
-    """The source of each parameter and stored buffer, several for tied ones; all is checked."""
+    """The stored entries of each parameter and persistent buffer, several for tied ones, after all checks."""
     tensors, packed = dict(stored_tensors(model)), packed_layers(model)
     first = {id(tensor): name for name, tensor in tensors.items()}
     tied: dict[str, list[str]] = {}
@@ -139,9 +139,9 @@ def _read_packed(
     adapter: Adapter | None,
     progress: Callable[[int], None],
 ) -> tuple[int, float]:
-    """Read this rank's parts of the matrices of layers, some at a time, and keep what their quantizers make of them.
+    """Read this rank's parts of the layers' matrices, a few at a time, and pack them with their quantizers.
 
-    Gives the bytes read, and the seconds that the quantizers took.
+    Returns the bytes read, and the seconds spent in the quantizers.
     """
     bytes_read = done = 0
     quantize_s = 0.0
@@ -171,7 +171,7 @@ def _read_packed(
 
 
 def _targets(files: OpenFiles, entry: TensorEntry, tensor: torch.Tensor, may_map: bool) -> list[Target]:
-    """The reads for a tensor, which is put into the mapped file if that serves it and `may_map`."""
+    """The reads for a tensor. If `may_map` and the file has its bytes as needed, the tensor is mapped to the file."""
     start, local = local_block(tensor)
     if isinstance(entry, MergedEntry):
         return list(part_targets(entry, start, local))
@@ -187,9 +187,9 @@ def _targets(files: OpenFiles, entry: TensorEntry, tensor: torch.Tensor, may_map
 
 
 def _check_copies(files: OpenFiles, entries: tuple[TensorEntry, ...], tensor: torch.Tensor) -> int:
-    """A tied tensor that is stored under two names has the same values under both, as its first rows show.
+    """Check that a tied tensor stored under two names has the same values under both, by comparing its first rows.
 
-    Gives the bytes read for that.
+    Returns the bytes read.
     """
     start, local = local_block(tensor)
     bytes_read = 0

@@ -1,4 +1,4 @@
-"""A model on the meta device: made from its config, and later given memory."""
+"""A model on the meta device: built from its config, and allocated later."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def _config(source: Path | str | TransformersConfig | PretrainedConfig, trust_re
 
 
 def materialize(model: nn.Module, device: torch.device | str) -> None:
-    """Give tensors on meta memory on `device`; computed buffers get their values, all others have none yet."""
+    """Allocate tensors on meta on `device`; buffers that are computed get their values, everything else is
+    uninitialised."""
     replaced: dict[int, tuple[torch.Tensor, nn.Parameter]] = {}
     for module in model.modules():
         for name, old in list(module._parameters.items()):
@@ -70,7 +71,7 @@ def materialize(model: nn.Module, device: torch.device | str) -> None:
 
 
 def materialize_buffers(model: nn.Module, module: nn.Module, device: torch.device) -> None:
-    """Give the buffers of a module on meta memory on `device`; computed ones their values."""
+    """Allocate the buffers of a module on meta on `device`; those that are computed get their values."""
     computed = [name for name in module._non_persistent_buffers_set if _on_meta(module._buffers.get(name))]
     for name, buffer in module._buffers.items():
         if _on_meta(buffer) and name not in computed:
@@ -86,7 +87,8 @@ def _on_meta(buffer: torch.Tensor | None) -> bool:
 
 
 def _rebuilt(model: nn.Module, module: nn.Module) -> dict[str, torch.Tensor] | None:
-    """The buffers of a new module of the same class and config, where that is all the module is made of (rotary)."""
+    """The buffers of a new module of the same class and config, if its constructor takes only the config (rotary
+    embeddings)."""
     config = getattr(module, "config", None)
     if config is None or any(True for _ in module.parameters()):
         return None
@@ -96,7 +98,7 @@ def _rebuilt(model: nn.Module, module: nn.Module) -> dict[str, torch.Tensor] | N
 
 
 def _initialised(model: nn.Module, module: nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
-    """The buffers as the model's own initialisation makes them; one that it leaves alone is an error."""
+    """The buffers as the model's own initialisation makes them; CheckpointError for one that it does not set."""
     for name in names:
         buffer = module._buffers[name]
         unset = 0.0

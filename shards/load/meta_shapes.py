@@ -39,7 +39,7 @@ FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 
 
 def main() -> int:
-    """Answer for the config on stdin."""
+    """Read a config from stdin and print the answer."""
     fields: JsonObject = json.load(sys.stdin)
     fields.pop("quantization_config", None)  # shapes are those of the plain model
     obstacle = problem(fields)
@@ -111,7 +111,8 @@ class CachedLayer:
 
 
 def _cache_layers(model: Any) -> list[CachedLayer] | None:
-    """The cache of one token, on meta; None where a family's forward needs values, or keeps a cache of its own."""
+    """The cache of one token, on meta; None for a family whose forward needs values, or which has its own kind of
+    cache."""
     model.config.pad_token_id = None  # or some families look for padding, among values that are not there
     cache = DynamicCache(config=model.config)
     token = torch.zeros((1, 1), dtype=torch.long, device="meta")
@@ -124,7 +125,7 @@ def _cache_layers(model: Any) -> list[CachedLayer] | None:
 
 
 def cache_sizes(layers: Sequence[CachedLayer]) -> JsonObject:
-    """Heads and their size such that 2 x layers x heads x size is what one token takes; the window of each layer."""
+    """Heads and head size such that one token takes 2 x layers x heads x size values; the window of each layer."""
     keys = [layer.keys for layer in layers if layer.keys is not None]
     values = [layer.values for layer in layers if layer.values is not None]
     numbers = sum(tensor.numel() for tensor in (*keys, *values))

@@ -1,4 +1,4 @@
-"""Linear layers whose weights are packed into fewer bytes while they are loaded: each rank packs its own part."""
+"""Linear layers whose weights are packed into fewer bytes while they are loaded; each rank packs its own part."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ IMPLEMENTATIONS = {
 class Quantizer(ABC):
     """A way to store the matrix [outputs, inputs] of a linear layer, and to multiply with it.
 
-    What is stored are parameters of the layer: `weight`, and others whose names begin with `weight_`. Those `whole`
-    every rank keeps where the others are sharded by rows.
+    The stored tensors are parameters of the layer: `weight`, and others whose names begin with `weight_`. The
+    parameters named in `whole` are complete on every rank when the others are sharded by rows.
     """
 
     whole: frozenset[str] = frozenset()
@@ -54,21 +54,21 @@ class Quantizer(ABC):
 
     @abstractmethod
     def multiply(self, layer: nn.Module, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """`rows` [..., inputs] times the transposed matrix of a layer, and the bias: [..., outputs]."""
+        """`rows` [..., inputs] times the transposed matrix of a layer, plus the bias: [..., outputs]."""
 
 
 def make_quantizer(name: str, dtype: torch.dtype) -> Quantizer:
-    """The quantizer of a name, for activations of a type."""
+    """The quantizer of a name, for activations of a dtype."""
     module, _, attribute = IMPLEMENTATIONS[name].partition(":")
     quantizer: Quantizer = getattr(importlib.import_module(module), attribute)(name, dtype)
     return quantizer
 
 
 class RowsInt8(Quantizer):
-    """A byte a value and a scale for each output; products in the type of the activations.
+    """One byte per value and a scale for each output; products are computed in the dtype of the activations.
 
-    The scale is the largest magnitude of the row over 127.5, as torchao's weight-only int8 has it. The part of a row
-    that a rank holds has a scale of its own.
+    The scale is the largest magnitude of the row over 127.5, as in torchao's weight-only int8. A part of a row has its
+    own scale.
     """
 
     def parameters(self, outputs: int, inputs: int) -> dict[str, torch.Tensor]:
@@ -98,23 +98,23 @@ class RowsInt8(Quantizer):
 
 
 PIECE_VALUES = 1 << 20
-"""So many values are packed at a time: what is made on the way takes several times their bytes."""
+"""The number of values that are packed at a time: temporaries take several times their bytes."""
 
 
 def row_pieces(values: torch.Tensor) -> Iterator[slice]:
-    """Rows of a matrix, some at a time."""
+    """Slices of rows of a matrix, PIECE_VALUES values at a time."""
     step = max(1, PIECE_VALUES // max(1, values.shape[1]))
     return (slice(first, first + step) for first in range(0, len(values), step))
 
 
 def set_parameters(layer: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put tensors in a layer as parameters that are not trained."""
+    """Set tensors as parameters of a layer, without gradients."""
     for name, tensor in tensors.items():
         layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
 
 
 def set_quantizer(layer: nn.Module, name: str, quantizer: Quantizer) -> None:
-    """Give a linear layer on meta, which may be cut, the parameters of a quantizer in place of its weight."""
+    """Replace the weight of a linear layer on meta, which may be cut, with the parameters of a quantizer."""
     old = layer.weight
     block = block_of(old) or Block(f"{name}.weight", tuple(old.shape), (0, 0))
     layer.packed_shape = outputs, inputs = tuple(old.shape)
@@ -124,7 +124,7 @@ def set_quantizer(layer: nn.Module, name: str, quantizer: Quantizer) -> None:
 
 
 def whole_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The tensors of the packed layers that every rank keeps whole."""
+    """The tensors of packed layers that every rank holds completely."""
     layers = [module for module in model.modules() if getattr(module, "quantizer", None) is not None]
     return {getattr(layer, name) for layer in layers for name in layer.quantizer.whole}
 
@@ -137,7 +137,7 @@ def whole_shape(layer: nn.Module) -> tuple[int, ...]:
 
 
 def packed_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that have a quantizer, by the name that their matrix has in the uncut model."""
+    """The layers that have a quantizer, by the name of their matrix in the uncut model."""
     layers = {}
     for name, module in model.named_modules():
         if getattr(module, "quantizer", None) is not None:
@@ -146,14 +146,14 @@ def packed_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def part_bytes(layer: nn.Module) -> int:
-    """Bytes of this rank's part of the matrix of a layer before it is packed."""
+    """Bytes of this rank's part of the matrix of a layer before packing."""
     rows, columns = part_shape(layer)
     nbytes: int = rows * columns * layer.quantizer.dtype.itemsize
     return nbytes
 
 
 def part_of(layer: nn.Module) -> tuple[tuple[int, ...], torch.Tensor]:
-    """The start of this rank's part in the matrix of a layer, and an empty tensor for it on its device."""
+    """The start of this rank's part in the matrix of a layer, and an uninitialised tensor for it on its device."""
     start, local = local_block(layer.weight)
     return start, torch.empty(*part_shape(layer), dtype=layer.quantizer.dtype, device=local.device)
 

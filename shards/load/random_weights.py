@@ -1,4 +1,4 @@
-"""Random weights made on the device that holds them: the same values whatever the sharding."""
+"""Random weights, made on the device that holds them; the values do not depend on the sharding."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def fill_random(
     device: torch.device | str,
     progress: Progress = lambda done, total: None,
 ) -> LoadStats:
-    """Give every parameter of a meta model, plain or DTensor, its local part of a random tensor on `device`.
+    """Fill every parameter of a model on meta, plain or DTensor, with its local part of a random tensor on `device`.
 
-    A value depends on the seed, the name of the parameter, its place in the whole tensor and the kind of device, not
-    on how the tensor is sharded. Matrices are normal with standard deviation 0.02, biases 0, vectors (norms) 1.
-    Besides the local part there is never more than one block of 2**20 elements, or of one row if that is longer.
+    A value depends on the seed, the name of the parameter, its position in the whole tensor and the kind of device, not
+    on the sharding. Matrices are normal with standard deviation 0.02, biases 0, vectors (norms) 1. Temporaries never
+    exceed one block of 2**20 elements, or one row if that is longer.
     """
     began = time.perf_counter()
     materialize(model, device)
@@ -72,7 +72,7 @@ def _timed_pack(layer: nn.Module, values: torch.Tensor) -> float:
 def _fill(name: str, shape: tuple[int, ...], start: tuple[int, ...], local: torch.Tensor, seed: int) -> None:
     """Fill the part of a tensor that begins at `start`.
 
-    Whole matrices are made in blocks of rows, each from a seed of its own; `local` takes what it needs of them.
+    Whole matrices are made in blocks of rows, each from its own seed; `local` takes its part of them.
     """
     if name.endswith("bias") or not local.is_floating_point():
         local.zero_()

@@ -1,4 +1,4 @@
-"""Host memory through which bytes of a file reach tensors that cannot take them straight from it."""
+"""Host buffers for bytes on their way from a file to tensors that cannot be read into directly."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 
 class Buffer:
-    """Reusable host memory; with CUDA it is pinned, and not free before the copy out of it is done."""
+    """A reusable host buffer; with CUDA it is pinned, and in use until its copy to the device is done."""
 
     def __init__(self, nbytes: int, pinned: bool) -> None:
         self.memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
         self._copied: torch.cuda.Event | None = None
 
     def copy(self, stored: torch.Tensor, cut: Callable[[torch.Tensor], torch.Tensor], out: torch.Tensor) -> None:
-        """Give `out` what `cut` takes of elements that lie in this buffer.
+        """Copy the part `cut` of the elements in this buffer to `out`.
 
-        A card is sent all of them and cuts there: what is cut here is no longer one piece of pinned memory, and its
-        copy would go through a piece of pageable memory and hold up the thread that reads.
+        A GPU is sent all elements and cuts there: a cut in host memory is not contiguous, so its copy would go through
+        pageable memory and block the reading thread.
         """
         if out.device.type == "cpu":
             out.copy_(cut(stored))
@@ -39,12 +39,12 @@ class Buffer:
 
 
 def send(stored: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on a card; from pinned memory without waiting for it."""
+    """A copy on a GPU; asynchronous from pinned memory."""
     return stored.to(device, non_blocking=True)
 
 
 class Ring:
-    """At most `size` buffers of `nbytes` each, made when first needed. Safe to use from threads."""
+    """A thread-safe pool of at most `size` buffers of `nbytes` each, allocated on demand."""
 
     def __init__(self, size: int, nbytes: int, pinned: bool) -> None:
         self._left = size

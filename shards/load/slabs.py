@@ -1,4 +1,5 @@
-"""The parts of the tensors of a quantized matrix that belong to a part of the matrix: words, scales, zero points."""
+"""The parts of the stored tensors of a quantized matrix (packed words, scales, zero points) that belong to a part of
+the matrix."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Slab:
-    """The part of a stored tensor, seen as one of `shape`, that begins at `start` and spans `sizes`."""
+    """The part of a stored tensor, viewed with `shape`, that begins at `start` and has the given `sizes`."""
 
     shape: tuple[int, ...]
     start: tuple[int, ...]
@@ -26,14 +27,15 @@ class Slab:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """`size` of `whole` outputs or inputs, from `first` on."""
+    """A range of outputs or inputs: `size` of `whole`, beginning at `first`."""
 
     whole: int
     first: int
     size: int
 
     def over(self, unit: int) -> Span:
-        """The units, of so many outputs or inputs each, that it touches; one for all of them if `unit` is 0."""
+        """The range in units (words or groups) of `unit` outputs or inputs each; a single unit for all if `unit` is
+        0."""
         if not unit:
             return Span(1, 0, 1)
         first = self.first // unit
@@ -41,15 +43,15 @@ class Span:
 
 
 def slab(*spans: Span) -> Slab:
-    """The slab of a tensor whose dimensions these are."""
+    """The slab of a tensor with one span for each dimension."""
     return Slab(
         tuple(span.whole for span in spans), tuple(span.first for span in spans), tuple(span.size for span in spans)
     )
 
 
 def slabs_of(form: Quantization, outputs: Span, inputs: Span) -> dict[str, Slab]:
-    """The slabs of a part of a matrix, by what the names of its tensors add to that of the layer; of other tensors all
-    is needed, or nothing."""
+    """The slabs for a part of a matrix, by the suffix of the tensor's name. Tensors that are not listed are needed
+    completely, or not at all."""
     per_word, groups = 32 // form.bits, inputs.over(form.block[1])
     if form.scales == 2 and form.name.startswith(("gptq", "awq")):
         by_inputs = form.name.startswith("gptq")
@@ -78,7 +80,7 @@ SCALES = ("weight_scale", "weight_scale_inv")
 
 
 def check_shapes(name: str, form: Quantization, parts: Mapping[str, TensorEntry], slabs: Mapping[str, Slab]) -> None:
-    """CheckpointError for a stored tensor of another shape than its part is to be cut from."""
+    """CheckpointError for a stored tensor whose shape does not match its slab."""
     for leaf, entry in parts.items():
         if leaf not in slabs:
             continue

@@ -1,4 +1,4 @@
-"""Blocks of checkpoint tensors, read by their exact bytes into tensors that are already in place."""
+"""Blocks of checkpoint tensors, read by their exact bytes into allocated tensors."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """`out` is to hold the block of `entry` that begins at index `start` and has the shape of `out`.
+    """A read: `out` receives the block of `entry` that begins at index `start` and has the shape of `out`.
 
-    Where `out` is `mapped`, it is those bytes of the file itself, which only have to come into the page cache.
+    If it is `mapped`, `out` is already those bytes of the file, which only have to be brought into the page cache.
     """
 
     entry: TensorEntry
@@ -47,7 +47,8 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """`shape` elements from byte `offset` of a file; `out` takes all their rows, and of each row what `start` cuts."""
+    """A contiguous read of `shape` elements at byte `offset` of a file; `out` takes all rows, cut at `start` in the
+    other dimensions."""
 
     entry: TensorEntry
     offset: int
@@ -68,7 +69,7 @@ class _Piece:
 
     @property
     def in_place(self) -> bool:
-        """The bytes of the file are those of `out`, one after the other, in host memory."""
+        """True if the bytes of the file are those of `out`: contiguous, without a cast, in host memory."""
         return bool(
             self.out.device.type == "cpu"
             and self.out.shape == self.shape
@@ -78,9 +79,10 @@ class _Piece:
 
 
 def map_target(files: OpenFiles, target: Target) -> Target | None:
-    """The same block as a tensor that is the file itself: no memory is taken, and the ranks of a machine share it.
+    """The same read with a tensor that is mapped to the file: it takes no memory, and the ranks of a machine share its
+    pages.
 
-    None where the bytes of the file are not those of the tensor, one after the other, in host memory.
+    None if the bytes of the file are not those of the tensor: contiguous, without a cast, in host memory.
     """
     entry, out = target.entry, target.out
     row = math.prod(entry.shape[1:]) * DTYPE_BYTES[entry.dtype]
@@ -97,7 +99,7 @@ def map_target(files: OpenFiles, target: Target) -> Target | None:
 
 
 def _in_file(files: OpenFiles, entry: TensorEntry, offset: int, shape: Sequence[int]) -> torch.Tensor | None:
-    """The values of `shape` from byte `offset` on, in the mapped file; None where they are not aligned there."""
+    """The values of `shape` at byte `offset` in the mapped file; None if they are not aligned."""
     dtype = TORCH_DTYPES[entry.dtype]
     if offset % dtype.itemsize or (memory := files.mapping(entry.file)) is None:
         return None
@@ -105,9 +107,9 @@ def _in_file(files: OpenFiles, entry: TensorEntry, offset: int, shape: Sequence[
 
 
 def read_targets(files: OpenFiles, targets: Sequence[Target], progress: Progress = lambda done, total: None) -> int:
-    """Fill all targets, in the order of their bytes on disk; gives the bytes read.
+    """Read all targets in the order of their bytes on disk; returns the bytes read.
 
-    Raises CheckpointError if a file is not the one that its checkpoint was opened on, before or after.
+    Raises CheckpointError if a file has changed since its checkpoint was opened, checked before and after.
     """
     pieces: list[_Piece] = []
     for target in targets:
@@ -139,7 +141,7 @@ def read_targets(files: OpenFiles, targets: Sequence[Target], progress: Progress
 
 
 def _use_device(gpus: Sequence[torch.device]) -> None:
-    """A new thread would be on the first GPU of the machine, and open a context there."""
+    """Set the device of a new thread, which would otherwise open a context on the first GPU of the machine."""
     if gpus:
         torch.cuda.set_device(gpus[0])
 

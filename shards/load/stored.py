@@ -1,4 +1,5 @@
-"""Matrices of checkpoints that are quantized already: read as they are stored, and kept in the form of a quantizer."""
+"""Matrices of checkpoints that are already quantized: read as they are stored, and kept in the layout of a
+quantizer."""
 
 from __future__ import annotations
 
@@ -29,21 +30,21 @@ if TYPE_CHECKING:
     from shards.model.quantization import Quantization
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Where in a word of AWQ the value of each of eight outputs is."""
+"""The positions of the values of eight outputs in a word of AWQ."""
 
 Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class StoredMatrix(TensorEntry):
-    """A matrix that is stored as several tensors, by what their names add to that of its layer. File and offset are
-    those of the first."""
+    """A matrix that is stored as several tensors, by their suffix after the layer's name. File and offset are those of
+    the first."""
 
     parts: tuple[tuple[str, TensorEntry], ...]
 
 
 def make_stored(form: Quantization, dtype: torch.dtype, zeros_from: int) -> Quantizer:
-    """The quantizer that keeps matrices as a checkpoint has them; GPTQ's zero points begin at `zeros_from`."""
+    """The quantizer that keeps matrices as a checkpoint stores them; GPTQ's zero points are offset by `zeros_from`."""
     quantizer: Quantizer
     if form.unpacks and not form.flat:
         quantizer = BytesFp8(form, dtype)
@@ -60,7 +61,7 @@ def make_stored(form: Quantization, dtype: torch.dtype, zeros_from: int) -> Quan
 
 
 def with_stored(checkpoint: Checkpoint, layers: Mapping[str, nn.Module]) -> Checkpoint:
-    """The checkpoint with the matrices of layers whose quantizers keep what is stored as StoredMatrix."""
+    """The checkpoint with a StoredMatrix for each layer whose quantizer keeps the stored form."""
     prefixes = {name.removesuffix("weight"): name for name, layer in layers.items() if layer.quantizer.form}
     tensors: dict[str, TensorEntry] = {}
     parts: dict[str, list[tuple[str, TensorEntry]]] = {}
@@ -88,8 +89,8 @@ def read_stored(
     layers: Mapping[str, nn.Module],
     progress: Callable[[int], None],
 ) -> tuple[int, float]:
-    """Read the matrices of layers, one after the other, into their quantizers: the bytes read, and the seconds that it
-    took to unpack them."""
+    """Read the matrices of layers, one after the other, into their quantizers. Returns the bytes read, and the seconds
+    spent on unpacking."""
     bytes_read, unpack_s = 0, 0.0
     for name, layer in layers.items():
         entry, form = entries[name], layer.quantizer.form
@@ -121,7 +122,7 @@ def read_stored(
 
 
 def _keep(layer: nn.Module, tensors: Tensors) -> None:
-    """Put what was read of a matrix into the parameters of its layer."""
+    """Store the tensors of a matrix in the parameters of its layer."""
     quantizer, name = layer.quantizer, layer.quantizer.form.name
     weight, scale = local_tensor(layer.weight), local_tensor(getattr(layer, "weight_scale", layer.weight))
     if quantizer.form.scales == 2:
@@ -152,7 +153,7 @@ def _keep(layer: nn.Module, tensors: Tensors) -> None:
 
 
 def nibbles(words: torch.Tensor, bits: int = 4) -> torch.Tensor:
-    """The integers of so many bits in each word, the lowest bits first: [..., n] -> [..., 32 / bits * n]."""
+    """The unsigned integers of `bits` bits in each word, lowest bits first: [..., n] -> [..., 32 / bits * n]."""
     shifts = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)
     return ((words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(-2)
 
@@ -179,7 +180,7 @@ def _awq(tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def as_words(integers: torch.Tensor) -> torch.Tensor:
-    """Integers of four bits, eight a word along the rows, the first in the lowest bits."""
+    """Integers of four bits, packed eight to a word along the rows, the first in the lowest bits."""
     halves = integers[:, ::2] | integers[:, 1::2] << 4
     return halves.to(torch.uint8).contiguous().view(torch.int32)
 

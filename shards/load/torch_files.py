@@ -1,4 +1,4 @@
-"""The tensors of a pytorch_model.bin: torch reads its index, and runs no code that is pickled in it."""
+"""The tensors of a pytorch_model.bin: torch reads its index, and runs no pickled code."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ MALFORMED = (
     pickle.UnpicklingError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, EOFError,
     OverflowError, MemoryError,
 )  # fmt: skip
-"""What torch raises for an index that it did not write."""
+"""Exceptions of torch for an index that it did not write."""
 
 
 def read_torch_file(path: Path) -> list[TensorEntry]:
-    """The tensors of a state dict that torch.save wrote (torch >= 1.6), by its index alone; CheckpointError if not one.
+    """The tensors of a state dict saved by torch.save (torch >= 1.6), from its index alone; CheckpointError for another
+    file.
 
     Tied tensors share their bytes.
     """

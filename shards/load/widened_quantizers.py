@@ -1,4 +1,4 @@
-"""Layers that keep the integers or the bytes of fp8 of a checkpoint, and widen a matrix to multiply with it."""
+"""Layers that keep the integers or fp8 bytes of a checkpoint, and dequantize a matrix to multiply with it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ FP8 = torch.float8_e4m3fn
 
 
 class Widened(Quantizer):
-    """A matrix as a checkpoint has it, on any device: rows of it are rows of what is stored, so that it can be sharded.
+    """A matrix as a checkpoint stores it, on any device: its rows are stored as rows, so that it can be sharded.
 
-    Nothing is packed here: what is stored is read into the parameters.
+    Nothing is packed here: the stored tensors are read into the parameters.
     """
 
     form: Quantization
@@ -32,7 +32,7 @@ class Widened(Quantizer):
 
     @abstractmethod
     def values(self, layer: nn.Module, rows: slice) -> torch.Tensor:
-        """Some rows of the matrix, in fp32."""
+        """Some rows of the matrix, dequantized to fp32."""
 
     def pack(self, layer: nn.Module, values: torch.Tensor) -> None:
         raise NotImplementedError(f"{self.name} is read, not made")
@@ -52,7 +52,7 @@ class Widened(Quantizer):
 
 
 class GroupIntegers(Widened):
-    """Integers of four or eight bits; groups of inputs of an output share a scale and the value of the middle.
+    """Integers of four or eight bits; groups of inputs of an output have a scale and a zero point.
 
     With activation order, `weight_group` is the group of each input.
     """
@@ -81,8 +81,8 @@ class GroupIntegers(Widened):
 
 
 class BytesFp8(Widened):
-    """Values of fp8 (e4m3), and an fp32 scale for the matrix, for each output, or for blocks of both; inputs stay as
-    they are."""
+    """Values in fp8 (e4m3), with an fp32 scale for the matrix, for each output, or for blocks of both; inputs are not
+    quantized."""
 
     def __init__(self, form: Quantization, dtype: torch.dtype) -> None:
         super().__init__(form, dtype)

@@ -1,4 +1,4 @@
-"""A LoRA adapter that is not merged: its two factors beside each matrix, cut like what they sit on."""
+"""A LoRA adapter that is not merged: its two factors next to each matrix, cut in the same way."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def attach_adapter(model: nn.Module, adapter: Adapter) -> None:
-    """Give the layers of a model on meta, which may be cut but is not yet packed or sharded, the factors that an
-    adapter has for them, without values."""
+    """Add the factors of an adapter to the layers of a model on meta, uninitialised. The model may be cut, but is not
+    yet packed or sharded."""
     adapter.check({whole(name, tensor)[0]: whole(name, tensor)[1] for name, tensor in model.named_parameters()})
     for name, layer in list(model.named_modules()):
         weight = layer._parameters.get("weight")
@@ -42,7 +42,7 @@ def attach_adapter(model: nn.Module, adapter: Adapter) -> None:
 
 
 def fill_adapter(model: nn.Module, adapter: Adapter) -> None:
-    """Put this rank's parts of the factors into the layers that have them."""
+    """Load this rank's parts of the factors."""
     for layer in model.modules():
         if getattr(layer, "lora_scale", None) is not None:
             inward, outward, _ = adapter.factors[layer.lora_name]
@@ -52,7 +52,7 @@ def fill_adapter(model: nn.Module, adapter: Adapter) -> None:
 
 
 def _fill(parameter: nn.Parameter, factor: torch.Tensor, start: tuple[int, ...]) -> None:
-    """The part of a factor that begins at `start` into a plain parameter, or the shard of one that is whole."""
+    """Copy the part of a factor that begins at `start` into a plain parameter, or into the shard of a DTensor."""
     first, local = local_block(parameter)
     if isinstance(parameter, DTensor):
         start = first

@@ -1,5 +1,4 @@
-"""Collectives that add up and gather tensors: through shared memory on one machine, between cards, or by the process
-group."""
+"""All-reduce and all-gather of tensors: through shared memory on one machine, between GPUs, or by the process group."""
 
 from __future__ import annotations
 
@@ -22,17 +21,19 @@ if TYPE_CHECKING:
     from shards.machine.world import World
 
 ONE_SHOT_BYTES = 256 << 10
-"""Up to here each card reads what all others have, which takes one step; above, NCCL's rings move less."""
+"""Up to this size each GPU reads the data of all others, in one step; above it NCCL's rings move less."""
 
 
 @dataclass(frozen=True, slots=True)
 class Collectives:
-    """`add_up(tensor)` sums a contiguous tensor over the ranks in place, `gather(out, part)` puts the parts of all one
-    after the other. `way` names what does it, and why nothing faster does; `is_immediate` where neither is worth doing
-    ahead, since the ranks themselves copy. `meet` returns once all ranks have called it, and `room(nbytes)` gives the
-    ranks of a node one tensor [nbytes] of bytes that all of them write and read; None where it has no room.
+    """`add_up(tensor)` sums a contiguous tensor over the ranks in place; `gather(out, part)` concatenates the parts of
+    all ranks.
 
-    Of three ranks or more, sums may differ in their last bits from rank to rank; what is gathered never does.
+    `way` names the implementation, and why a faster one is not used. `is_immediate` is True if the ranks copy the data
+    themselves, so that prefetching gains nothing. `meet` is a barrier. `room(nbytes)` returns a tensor of bytes that
+    all ranks of a node read and write; None if there is no memory for it.
+
+    With three ranks or more, sums may differ in their last bits from rank to rank; gathered tensors never do.
     """
 
     way: str
@@ -44,10 +45,10 @@ class Collectives:
 
 
 def collectives(world: World, device: torch.device, within_node: bool = False) -> Collectives:
-    """The fastest that all ranks have, over all of them or over those of each node.
+    """The fastest implementation that all ranks support, over all ranks or (`within_node`) over those of each node.
 
-    Every rank must ask, after it has joined the process group. Within a node that is gathering only, and only through
-    shared memory: the process group is that of all ranks.
+    Every rank must call it after joining the process group. Within a node there is only `gather`, and only through
+    shared memory: the process group contains all ranks.
     """
     on_one_node = within_node or world.local_world_size == world.world_size
     if device.type != "cpu":
@@ -63,14 +64,14 @@ def _of_group(way: str) -> Collectives:
 
 
 def _obstacle(world: World) -> str | None:
-    """The reason for which the ranks of this node cannot use vLLM's operators; without one, they are loaded."""
+    """The reason why the ranks of this node cannot use vLLM's operators; None after loading them."""
     if torch.version.cuda is not None:
         return "this torch is a build for CUDA, and the operators for shared memory are of vLLM's build for CPUs"
     return missing_operators(world.local_world_size, torch.get_num_threads()) or _load_operators()
 
 
 def _load_operators() -> str | None:
-    """Load vLLM's library of operators, and not vLLM; why it cannot be had, None if it is."""
+    """Load vLLM's library of operators without importing vLLM. Returns the reason if it is not available, else None."""
     spec = importlib.util.find_spec(OPERATORS)
     assert spec is not None
     folder = Path((spec.submodule_search_locations or ["."])[0])
@@ -92,7 +93,8 @@ def _library() -> str:
 
 
 def _through_shared_memory(world: World) -> Collectives:
-    """A segment for each rank of this node, whose name is gone as soon as all have it mapped: it ends with the last."""
+    """Collectives over a segment for each rank of this node. The segments are unlinked as soon as all ranks have mapped
+    them, so that they disappear with the last rank."""
     name = from_rank_0(f"launcher_{secrets.token_hex(6)}") + f"_{world.node_rank}"
     threads = torch.tensor([torch.get_num_threads()])
     dist.all_reduce(threads, dist.ReduceOp.MIN)
@@ -122,7 +124,7 @@ def _through_shared_memory(world: World) -> Collectives:
 
 
 def _common_room(world: World, nbytes: int) -> torch.Tensor | None:
-    """Shared memory of the ranks of this node, zeros at first. Its name is gone as soon as all have it mapped."""
+    """Shared memory of the ranks of this node, initially zeros. It is unlinked as soon as all ranks have mapped it."""
     name = from_rank_0(f"launcher_{secrets.token_hex(6)}") + f"_{world.node_rank}"
     path, obstacle = SHARED_MEMORY / name, False
     if world.local_rank == 0:
@@ -140,13 +142,13 @@ def _common_room(world: World, nbytes: int) -> torch.Tensor | None:
 
 
 def unlink_segment(name: str) -> None:
-    """Remove the name of this rank's shared memory once every rank has it mapped."""
+    """Unlink this rank's shared memory after every rank has mapped it."""
     barrier()
     (SHARED_MEMORY / name).unlink(missing_ok=True)
 
 
 def _between_cards(world: World, device: torch.device) -> Collectives:
-    """Small sums in one step, where the cards can read each other's memory; the rest is NCCL's."""
+    """All-reduce in one step for small tensors, if the GPUs can access each other's memory; everything else by NCCL."""
     if not all(
         torch.cuda.can_device_access_peer(device.index, other)
         for other in range(world.local_world_size)

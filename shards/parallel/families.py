@@ -1,5 +1,5 @@
-"""Special treatment of families of models: an attention for Falcon that keeps keys and values of its kv heads only, and
-that is given a mask only if the causal order alone does not suffice."""
+"""Special treatment of model families: a Falcon attention that caches only the kv heads, and that is given a mask only
+if causal masking alone does not suffice."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ if TYPE_CHECKING:
 
 NAME = "grouped_falcon"
 FEW = 256
-"""No more queries than these of a group are laid beside each other, each with a mask of its own."""
+"""With at most this many queries of a group, the group is computed in one attention call, with a mask for each
+query."""
 
 
 class GroupedFalconAttention(FalconAttention):
     """Falcon's grouped attention with a cache of [batch, kv heads, length, head_dim].
 
-    transformers expands keys and values to all query heads before it caches them: 16 times the bytes for Falcon-40B.
-    Those of the one kv head of a Falcon-7B it leaves to torch to expand, which on CUDA writes all scores for that.
-    The fused rows are (queries of a group, its key, its value) for each kv head, also where tensor parallelism has
-    left a part of the kv heads. Returns what FalconAttention.forward returns.
+    transformers expands keys and values to all query heads before caching them: 16 times the bytes for Falcon-40B. For
+    the single kv head of Falcon-7B it relies on torch to expand them, which on CUDA materializes all attention scores.
+    The fused rows are (queries of a group, its key, its value) for each kv head, also if tensor parallelism has left
+    only some of the kv heads. Returns the same values as FalconAttention.forward.
     """
 
     def forward(
@@ -59,10 +60,11 @@ class GroupedFalconAttention(FalconAttention):
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, group: int
 ) -> torch.Tensor:
-    """Attention of `query` [batch, heads, length, head_dim], `group` heads for each head of `key` and `value`.
+    """Attention of `query` [batch, heads, length, head_dim], with `group` query heads for each head of `key` and
+    `value`.
 
-    `mask` [batch, 1, length, keys] holds for all heads; without one each token attends to itself and those before it.
-    Returns [batch, length, heads, head_dim].
+    `mask` [batch, 1, length, keys] holds for all heads; without a mask attention is causal. Returns [batch, length,
+    heads, head_dim].
     """
     batch, heads, length, head_dim = query.shape
     if (lengths := packed_lengths()) is not None:
@@ -84,18 +86,18 @@ def attend(
 
 
 def causal_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """transformers' mask for torch's attention; none where it would hide nothing that is not hidden anyway.
+    """transformers' mask for torch's attention; None if it would hide nothing beyond causal masking.
 
-    Falcon asks for one in any case, to add ALiBi to it. With a mask CUDA has no flash attention, which is the kernel
-    that shares out the keys of a step.
+    Falcon always requests one, in order to add ALiBi to it. With a mask CUDA cannot use flash attention, the kernel
+    that splits the keys of a decode step.
     """
     return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": True})
 
 
 def keep_kv_heads_only(model: torch.nn.Module) -> int:
-    """Give every attention of a Falcon without ALiBi the small cache, in place; how many were changed.
+    """Give every attention of a Falcon without ALiBi the small cache, in place; returns how many were changed.
 
-    Other families keep kv heads only as they are.
+    Other families already cache only kv heads.
     """
     changed = 0
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""The FSDP2 cut: every decoder layer and the root are split by rows over the ranks of a mesh."""
+"""Sharding by FSDP2: every decoder layer and the root module are split by rows over the ranks of a mesh."""
 
 from __future__ import annotations
 
@@ -49,14 +49,15 @@ def fully_shard_model(
     gather_dtype: torch.dtype | None = None,
     offload: bool = False,
 ) -> nn.Module:
-    """Shard `model` in place over the last dimension of `mesh`, each layer gathered only while it runs.
+    """Shard `model` in place over the last dimension of `mesh`; each layer is gathered only while it runs.
 
-    A first dimension of the mesh is one of replicas (HSDP). `resident_layers` of the layers, spread evenly, stay whole
-    on each rank, and with them what is outside the layers (embeddings, last norm, head; tied weights once). Without any
-    that is the group of the root: needed first and last in every step, it is gathered once and stays, until `reshard`.
-    With `collectives` the layers are gathered through them, and their matrices in `gather_dtype`. A mesh without ranks
-    to shard over leaves the model as it is. Works on meta, so that loading never holds more than the shard. With
-    `offload` shards lie in pinned main memory, where they are to be loaded, and are copied to the device for a gather.
+    A first dimension of the mesh holds replicas (HSDP). `resident_layers` of the layers, spread evenly, stay whole on
+    each rank, together with everything outside the layers (embeddings, last norm, head; tied weights once). Without
+    resident layers, everything outside the layers is the group of the root: needed first and last in every step, it is
+    gathered once and stays until `reshard`. With `collectives` the layers are gathered through them, and their matrices
+    in `gather_dtype`. A mesh with nothing to shard over leaves the model as it is. It works on meta, so that loading
+    never holds more than the shard. With `offload` the shards are in pinned main memory, where they must be loaded, and
+    are copied to the device before a gather.
     """
     layers = decoder_layers(model)
     resident = spread_evenly(resident_layers, len(layers))
@@ -84,9 +85,9 @@ def fully_shard_model(
 
 
 def _narrow_gathered(layer: FSDPModule, dtype: torch.dtype) -> None:
-    """Have a layer's matrices gathered in the type in which autocast multiplies with them: fewer bytes, equal products.
+    """Gather a layer's matrices in the dtype in which autocast multiplies with them: fewer bytes, equal products.
 
-    FSDP2 has one type for a group (MixedPrecisionPolicy), which would take the norms', too.
+    FSDP2's MixedPrecisionPolicy has one dtype for a group, which would include the norms.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype)
     for group in _groups(layer):
@@ -100,16 +101,16 @@ def _init_as(init: Callable[[MixedPrecisionPolicy], None], own: MixedPrecisionPo
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """True if forwards gather something: by FSDP2, or by DeepSpeed's ZeRO, which notes its part on parameters."""
+    """True if forwards gather parameters: sharded by FSDP2, or by DeepSpeed's ZeRO, which marks its parameters."""
     is_zero = any(hasattr(parameter, "ds_tensor") for parameter in model.parameters())
     return is_zero or any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def _prefetch(model: nn.Module, sharded: Sequence[nn.Module], last: nn.Module) -> None:
-    """Gather each layer while the one before it runs, and the first while the head does, for the next step.
+    """Gather each layer while the one before it runs, and the first one while the head runs, for the next step.
 
-    The gathers are asynchronous, with which FSDP2 frees what it gathered into as soon as it is copied out: two layers
-    are there at a time.
+    The gathers are asynchronous; FSDP2 then frees their buffers right after the copy-out, so at most two layers are
+    gathered.
     """
     model._set_unshard_async_op(True)
     for layer, following in pairwise(sharded):
@@ -118,7 +119,7 @@ def _prefetch(model: nn.Module, sharded: Sequence[nn.Module], last: nn.Module) -
 
 
 class _Gather(AllGather):
-    """FSDP2's all-gather by other collectives than those of the process group."""
+    """FSDP2's all-gather through other collectives than those of the process group."""
 
     def __init__(self, collectives: Collectives) -> None:
         self.collectives = collectives
@@ -134,7 +135,8 @@ class _Gather(AllGather):
 
 
 class _GatherInPlace(_Gather):
-    """One for layers, of which each rank puts its part where all ranks read the whole. One layer is there at a time."""
+    """An all-gather of layers in shared memory: each rank writes its part, and all read the whole. It holds one layer
+    at a time."""
 
     room: torch.Tensor | None = None
     is_full = False  # /dev/shm
@@ -159,7 +161,7 @@ class _GatherInPlace(_Gather):
 
 
 class _Done(Work):
-    """A finished gather in the form that FSDP2 waits for: it then frees the buffer after the copy."""
+    """A finished gather as a Work object, which makes FSDP2 free the buffer after the copy."""
 
     def wait(self, timeout: object = None) -> bool:
         return True
@@ -167,7 +169,7 @@ class _Done(Work):
 
 @torch.inference_mode()
 def reshard(model: nn.Module) -> None:
-    """Free what is gathered: afterwards a rank holds its shards only, until the next forward."""
+    """Free everything gathered: afterwards a rank holds only its shards, until the next forward."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             if any(group._all_gather_result for group in _groups(module)):
@@ -176,9 +178,9 @@ def reshard(model: nn.Module) -> None:
 
 
 def reset_bookkeeping(model: nn.Module) -> None:
-    """Forget the forwards since the last call: FSDP2 notes each one for a backward that never comes.
+    """Drop FSDP2's record of forwards since the last call, which it keeps for a backward that never comes.
 
-    Only for between forwards. The notes hold no parameter, so resident layers stay resident.
+    Only between forwards. The record holds no parameter, so resident layers stay resident.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -188,7 +190,7 @@ def reset_bookkeeping(model: nn.Module) -> None:
 
 
 def bookkeeping_entries(model: nn.Module) -> int:
-    """The number of forwards that FSDP2 has noted since the last reset, over all groups."""
+    """The number of forwards that FSDP2 has recorded since the last reset, over all groups."""
     return sum(
         len(group._post_forward_indices)
         for module in model.modules()
@@ -198,7 +200,8 @@ def bookkeeping_entries(model: nn.Module) -> int:
 
 
 def _groups(module: FSDPModule) -> list[Any]:
-    """The parameter groups of one sharded module, under the name that this torch has for them (2.10 had one group)."""
+    """The parameter groups of one sharded module, by the attribute that this version of torch has (2.10 had one
+    group)."""
     state = module._get_fsdp_state()
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)

@@ -1,4 +1,4 @@
-"""Sequences of any lengths in one row, one behind the other: nothing is computed for paddings."""
+"""Sequences of any lengths packed into one row, one after the other: nothing is computed for padding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LENGTHS: ContextVar[tuple[int, ...] | None] = ContextVar("lengths", default=Non
 
 @contextmanager
 def packed(lengths: tuple[int, ...]) -> Iterator[None]:
-    """While this lasts attention is given rows of so many sequences of these lengths."""
+    """A context in which attention is given rows that pack sequences of these lengths."""
     token = _LENGTHS.set(lengths)
     try:
         yield
@@ -26,7 +26,7 @@ def packed(lengths: tuple[int, ...]) -> Iterator[None]:
 
 
 def packed_lengths() -> tuple[int, ...] | None:
-    """The lengths of the sequences in a row; None where each has a row of its own."""
+    """The lengths of the sequences in the packed row; None if each sequence has its own row."""
     return _LENGTHS.get()
 
 
@@ -37,9 +37,9 @@ def attend_packed(
     lengths: tuple[int, ...],
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Attention of `query` [1, heads, tokens, dim] in which the tokens of each sequence see those before them.
+    """Attention of `query` [1, heads, tokens, dim], causal within each packed sequence.
 
-    Keys and values may be of fewer heads. Returns [1, tokens, heads, dim].
+    Keys and values may have fewer heads. Returns [1, tokens, heads, dim].
     """
     out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
     has_groups = query.shape[1] != key.shape[1]

@@ -73,7 +73,8 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def link_rates(world: World, device: torch.device) -> Link:
-    """Bytes/s that a rank receives in an all-gather, seconds of a small all-reduce, by what the engines here use."""
+    """Bytes/s that a rank receives in an all-gather and seconds of a small all-reduce, with the collectives that the
+    engines here use."""
     ways = collectives(world, device)
     part = torch.ones(GATHER_BYTES[device.type] // 4, device=device)
     whole = torch.empty(part.numel() * world.world_size, device=device)
@@ -88,7 +89,7 @@ def link_rates(world: World, device: torch.device) -> Link:
 
 
 def best_s(call: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> float:
-    """The shortest of some calls, after one that does not count; a GPU has finished when the clock stops."""
+    """The shortest time of several calls, after one warm-up call; on a GPU until it has finished."""
     times = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
@@ -100,7 +101,7 @@ def best_s(call: Callable[[], object], device: torch.device, repeats: int = REPE
 
 
 def main(accelerator: str) -> None:
-    """One rank, in the world that the environment describes."""
+    """Run one rank, in the world that the environment describes."""
     world = World.from_env(os.environ)
     count_as_nvml(os.environ)
     device = device_of(world, accelerator)

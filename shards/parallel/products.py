@@ -1,4 +1,5 @@
-"""Products of linear layers: weights packed for the kernels of this CPU, and layers of one input as one product."""
+"""Products of linear layers: weights packed for this CPU's kernels, and layers with the same input fused into one
+product."""
 
 from __future__ import annotations
 
@@ -22,31 +23,31 @@ if TYPE_CHECKING:
 
 BATCH_HINT = 4  # of the layouts that oneDNN offers for 1, 4 and 32 rows, this one is the best at 3 rows and more
 LEAST_VALUES = {torch.float32: 1 << 18, torch.bfloat16: 1 << 14}
-"""Matrices from this size on are faster packed: each call of oneDNN takes 12 us more than one of MKL."""
+"""Matrices with at least this many values are faster packed: a call of oneDNN takes 12 us more than one of MKL."""
 
 FUSED = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj")))
-"""The layers of one input in a Llama and its relatives, in the order in which they are called."""
+"""Layers with the same input in a Llama and its relatives, in the order in which they are called."""
 
 
 def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`rows` times the transposed `weight`, which may be packed, and the bias."""
+    """`rows` times the transposed `weight`, which may be packed, plus the bias."""
     if weight.layout is torch.strided:
         return linear(rows, weight, bias)
     return torch.ops.mkldnn._linear_pointwise.default(rows, weight, bias, "none", [], "")
 
 
 class ProductLinear(nn.Linear):
-    """A linear layer whose weight may be packed, for the kernels of a CPU or by a quantizer."""
+    """A linear layer whose weight may be packed, for CPU kernels or by a quantizer."""
 
     quantizer: Quantizer | None = None
     lora_scale: float | None = None  # of the factors of an adapter, where there are some
 
     def largest_over_ranks(self, largest: torch.Tensor) -> torch.Tensor:
-        """The largest magnitudes of whole rows, from those of the parts of rows that are here."""
+        """The largest magnitudes of whole rows, from those of this rank's parts of the rows."""
         return largest
 
     def product(self, rows: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """`rows` times the transposed weight, and a bias; with what the factors of an adapter add."""
+        """`rows` times the transposed weight, plus a bias and the output of an adapter's factors."""
         if self.quantizer is not None:
             products = self.quantizer.multiply(self, rows, bias)
         else:
@@ -60,7 +61,8 @@ class ProductLinear(nn.Linear):
 
 
 class FusedLinear(ProductLinear):
-    """The first of several linear layers of one input: makes the outputs of all, and leaves the others' to them."""
+    """The first of several linear layers with the same input: computes the outputs of all, and stores those of the
+    others."""
 
     sizes: list[int]
     left: list[torch.Tensor]
@@ -72,7 +74,7 @@ class FusedLinear(ProductLinear):
 
 
 class TakenLinear(nn.Module):
-    """One of the others: gives what the first has left for it."""
+    """Another of the fused layers: returns the output that the first one has stored for it."""
 
     left: list[torch.Tensor]
 
@@ -81,11 +83,12 @@ class TakenLinear(nn.Module):
 
 
 def fuse_projections(model: nn.Module, least_values: int) -> int:
-    """Join queries, keys and values, and gate and up, each into one linear layer, in place; how many there are then.
+    """Fuse queries, keys and values, and gate and up, into one linear layer each, in place; returns the number of fused
+    layers.
 
-    The model is on meta, whole or cut for tensor parallelism, and `shards.load.load` fills the joined weights from the
-    tensors that the checkpoint has. Layers of other kinds, those that have a bias only in part, and those that have
-    fewer than `least_values` together stay as they are.
+    The model is on meta, whole or cut for tensor parallelism; `shards.load.load` fills the fused weights from the
+    tensors of the checkpoint. Layers of other classes, layers of which only some have a bias, and layers with fewer
+    than `least_values` values together stay as they are.
     """
     fused = 0
     for name, module in list(model.named_modules()):
@@ -126,11 +129,11 @@ def _fuse(module: nn.Module, name: str, names: Sequence[str], layers: Sequence[n
 def quantize_layers(
     model: nn.Module, quantizer: Quantizer, chooses: Callable[[str], bool] = lambda module: True
 ) -> None:
-    """Let a quantizer store the matrices of the decoder layers, in place; embeddings and the head stay as they are, and
-    modules that are not chosen by name.
+    """Let a quantizer store the matrices of the decoder layers, in place, except for modules whose name `chooses`
+    rejects; embeddings and the head stay as they are.
 
-    The model is on meta, whole or cut for tensor parallelism but not yet sharded. PlanError where matrices of its
-    layers are not those of linear layers.
+    The model is on meta, whole or cut for tensor parallelism but not yet sharded. PlanError if matrices of its layers
+    do not belong to linear layers.
     """
     layers = decoder_layers(model)
     inside = set(layers.modules())
@@ -152,7 +155,7 @@ def quantize_layers(
 
 
 def least_packed(dtype: torch.dtype) -> int | None:
-    """The fewest values of a matrix for which this CPU has faster kernels if they are packed; None if it has none."""
+    """The fewest values of a matrix for which packing makes this CPU faster; None if it has no such kernels."""
     if not torch.backends.mkldnn.is_available() or dtype not in LEAST_VALUES:
         return None
     if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -162,10 +165,10 @@ def least_packed(dtype: torch.dtype) -> int | None:
 
 @torch.no_grad()
 def pack_weights(model: nn.Module) -> int:
-    """Give the large matrices of linear layers on a CPU the layout of its kernels, in place; how many bytes there are.
+    """Pack the large matrices of linear layers on a CPU for its kernels, in place; returns their bytes.
 
-    A packed weight takes as many bytes as it did, has its shape, and can be multiplied with and nothing else. A head
-    that is tied to the embedding stays as it is, since an embedding is looked up in; so do sharded layers.
+    A packed weight has the same size and shape, but can only be multiplied with. A head that is tied to the embedding
+    stays as it is, because an embedding needs its rows; so do sharded layers.
     """
     tied = model.get_input_embeddings().weight
     packed = 0

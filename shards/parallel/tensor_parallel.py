@@ -1,7 +1,7 @@
-"""The tensor-parallel cut: attention by heads, MLP by columns and rows, the vocabulary by rows.
+"""Tensor parallelism: attention is cut by heads, the MLP by columns and rows, the vocabulary by rows.
 
-Parameters are plain tensors with a note of which block of the model they are. As DTensors, which torch's own
-parallelize_module makes of them, a decode step took three times as long: each operation is dispatched in Python.
+Parameters are plain tensors, marked with the block of the model that they are. With DTensors, as in torch's own
+parallelize_module, a decode step took three times as long: each operation is dispatched in Python.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ELSEWHERE = "backend=fsdp, which shards every model"
 
 
 class PartLinear(ProductLinear):
-    """A linear layer whose inputs lie on several ranks."""
+    """A linear layer whose inputs are split over several ranks."""
 
     held: list[torch.Tensor]
     collectives: Collectives
@@ -51,7 +51,7 @@ class PartLinear(ProductLinear):
 
 
 class RowLinear(PartLinear):
-    """One of which what each rank makes of its own inputs is added up, with what was held."""
+    """A row-parallel layer: the products of all ranks with their own inputs are summed, together with the held ones."""
 
     def forward(self, part: torch.Tensor) -> torch.Tensor:
         total = self.product(part)
@@ -64,9 +64,10 @@ class RowLinear(PartLinear):
 
 
 class HeldRowLinear(PartLinear):
-    """One whose output only counts as a summand of another's, with which it is added up over the ranks at once.
+    """A row-parallel layer whose output is only added to that of another one: its product is held, and both are summed
+    over the ranks in a single all-reduce.
 
-    Returns what is then left to be added: its bias, or zero.
+    Returns what remains to be added: its bias, or zero.
     """
 
     def forward(self, part: torch.Tensor) -> torch.Tensor:
@@ -77,7 +78,7 @@ class HeldRowLinear(PartLinear):
 
 
 class VocabularyEmbedding(nn.Embedding):
-    """An embedding whose rows lie on several ranks: each looks up its own, and the others add zeros."""
+    """An embedding whose rows are split over several ranks: each looks up its own rows, and the results are summed."""
 
     first: int
     collectives: Collectives
@@ -91,8 +92,8 @@ class VocabularyEmbedding(nn.Embedding):
 
 
 class VocabularyHead(ProductLinear):
-    """A head whose rows lie on several ranks, equally many on all but the last; every rank gets all logits, or, while
-    it is not `gathering`, those of its own rows, of which `best` then finds the best of all."""
+    """A head whose rows are split over several ranks, equally on all but the last. Every rank gets all logits, or, if
+    it is not `gathering`, those of its own rows, from which `best` determines the best over all ranks."""
 
     size: int
     first: int
@@ -109,8 +110,8 @@ class VocabularyHead(ProductLinear):
         return parts.movedim(0, -2).flatten(-2)[..., : self.out_features]
 
     def best(self, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The token with the largest logit of each row of all ranks' parts [rows, own part], and its lead over the
-        second: only these travel, as float32, in which the numbers of tokens are exact."""
+        """The token with the largest logit of each row over all ranks' parts [rows, own part], and its lead over the
+        second largest. Only these are exchanged, as float32, which represents token ids exactly."""
         token, lead = best_of(part)
         mine = torch.stack((part.gather(1, token[:, None])[:, 0], lead, token + self.first), 1)
         told = mine.new_empty(self.size, *mine.shape)
@@ -126,10 +127,10 @@ Best = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def best_of(logits: torch.Tensor, out: Best | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The token with the largest of the logits [rows, vocabulary] of each row, and its lead over the second.
+    """The token with the largest of the logits [rows, vocabulary] of each row, and its lead over the second largest.
 
-    The first of equals. `out` has three tensors [rows or more, 1] to use, for values, tokens and seconds; nothing else
-    is allocated. The logits are as they were when it returns.
+    The first one of equal logits. `out` has three tensors [rows or more, 1] for values, tokens and runner-ups; nothing
+    else is allocated. The logits are unchanged on return.
     """
     rows = len(logits)
     if out is None:
@@ -147,12 +148,12 @@ CLASSES = {"row": RowLinear, "held row": HeldRowLinear, "embedding": VocabularyE
 
 
 def tensor_parallel_model(model: nn.Module, rank: int, size: int, collectives: Collectives) -> nn.Module:
-    """Leave in `model`, in place, what rank `rank` of `size` has of it; all ranks together give the model's logits.
+    """Cut `model` in place to the part of rank `rank` of `size`; all ranks together compute the model's logits.
 
-    The model is on meta and stays there, for `shards.load.load` to fill. Norms and the biases of sums stay whole; tied
-    weights stay tied. With `collectives` the ranks add up a layer twice (a Falcon's once) and the embedding once, and
-    gather the logits of the positions that are asked for.
-    Raises PlanError for what cannot be cut so. A size of one leaves the model as it is.
+    The model is on meta and stays there, for `shards.load.load` to fill. Norms and the biases of row-parallel layers
+    stay whole; tied weights stay tied. With `collectives` the ranks make two all-reduces for each layer (Falcon one)
+    and one for the embedding, and gather the logits of the requested positions. Raises PlanError for a model that
+    cannot be cut like this. With a size of one the model stays as it is.
     """
     if size == 1:
         return model

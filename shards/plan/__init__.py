@@ -1,1 +1,1 @@
-"""The plan: memory of each device and the speed that the machine allows, before anything starts."""
+"""The plan: memory of each device, and the speed that the hardware allows, before anything starts."""

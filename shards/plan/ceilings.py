@@ -1,4 +1,4 @@
-"""The limits of a plan: the work that a request asks of its devices and link, given to `shards.plan.roofline`."""
+"""The speed limits of a plan: the work of a request on its devices and links, passed to `shards.plan.roofline`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shards.plan.roofline import Limit, Machine, Roofline, Work, decode_step, pr
 
 
 def roofline(request: PlanRequest, layout: Layout) -> Roofline | None:
-    """The work, machine and scheme from which the limits of a plan follow; None for an engine that does no work."""
+    """The work, machine and scheme that determine the limits of a plan; None for an engine that does no work."""
     scheme = request.engine.scheme(request)
     if scheme is None:
         return None
@@ -41,8 +41,8 @@ def roofline(request: PlanRequest, layout: Layout) -> Roofline | None:
 
 
 def ceilings(request: PlanRequest, layout: Layout) -> tuple[Limit | None, Limit | None]:
-    """Ceilings of a decode step halfway through answers of full length, and of the prefill of a batch; None if no rates
-    are known. No step reads more cache than the pool of the engine holds."""
+    """The limits of a decode step halfway through answers of full length, and of the prefill of a batch; None if no
+    rates are known. No step reads more cache than the engine's pool holds."""
     roof = roofline(request, layout)
     if roof is None:
         return None, None
@@ -60,9 +60,9 @@ def ceilings(request: PlanRequest, layout: Layout) -> tuple[Limit | None, Limit 
 
 
 def _with_guesses(request: PlanRequest, limit: Limit | None) -> Limit | None:
-    """The limit of a decode step in which all guesses hold, or of one without if guessing takes too long.
+    """The limit of a decode step whose draft tokens are all accepted, or of a step without if drafting takes too long.
 
-    A draft is read once for each guess, before the step that checks them all.
+    The draft model is read once for each draft token, before the step that checks them all.
     """
     guesses = request.guessed_tokens
     if limit is None or not guesses:
@@ -79,7 +79,8 @@ def _with_guesses(request: PlanRequest, limit: Limit | None) -> Limit | None:
 
 
 def step_bytes(request: PlanRequest, layout: Layout) -> int:
-    """Weights that a device reads for a decode step of one token (of a pipeline: all of them, one after the other)."""
+    """Bytes of weights that a device reads for a decode step of one token (in a pipeline: all of them, one device after
+    the other)."""
     shape, n = request.shape, request.tensor_parallel_size
     if request.engine.scheme(request) is None:
         return 0

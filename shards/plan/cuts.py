@@ -1,4 +1,4 @@
-"""Bytes of a model on each device, by the pieces that an engine's own code leaves on a rank."""
+"""Bytes of a model on each device, from the pieces of each parameter that an engine's code leaves on a rank."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from shards.model.shape import ModelShape, Parameter
 NUMBERS = Storage()
 
 Pieces = tuple[tuple[int, ...], ...]
-"""The shapes of the pieces of one parameter that a rank holds."""
+"""The shapes of a rank's pieces of one parameter."""
 
 Cutter = Callable[[ModelShape, int, int, Parameter], Pieces]
 """Model, number of ranks, rank, parameter -> the rank's pieces."""
 
 Factors = Mapping[tuple[str, str], tuple[int, ...]]
-"""The shapes of the factors A [r, inputs] and B [outputs, r] of an adapter, by the name of their module and theirs."""
+"""The shapes of the factors A [r, inputs] and B [outputs, r] of an adapter, by the name of the module and of the
+factor."""
 
 
 def cut_up(
     shape: ModelShape, cut: Cutter, n: int, storage: Storage = NUMBERS, ranks: Iterable[int] | None = None
 ) -> tuple[int, ...]:
-    """Bytes of parameters on each of `n` ranks (or on some of them); with no `storage` counted in numbers."""
+    """Bytes of parameters on each of `n` ranks, or on some of them; without `storage` the number of values."""
     kinds = parameter_kinds(shape, storage)
     if ranks is None:
         ranks = range(n)
@@ -43,7 +44,7 @@ def whole_bytes(shape: ModelShape, storage: Storage) -> int:
 
 @lru_cache(maxsize=16)
 def parameter_kinds(shape: ModelShape, storage: Storage) -> tuple[tuple[Parameter, int], ...]:
-    """One parameter of each kind that is cut and stored alike, and how many there are."""
+    """One parameter of each kind that is cut and stored alike, and the number of parameters of that kind."""
     first: dict[tuple[object, ...], Parameter] = {}
     keys = [(p.shape, p.cut, ".mlp." in p.name, storage.kind(p)) for p in shape.parameters]
     for key, parameter in zip(keys, shape.parameters, strict=True):
@@ -52,7 +53,7 @@ def parameter_kinds(shape: ModelShape, storage: Storage) -> tuple[tuple[Paramete
 
 
 def even_piece(parameter: Parameter, n: int) -> Pieces:
-    """An n-th of a matrix: of its columns where products are added up (cut "row"), else of its rows."""
+    """The n-th part of a matrix: of its columns if it is row-parallel (cut "row"), else of its rows."""
     rows, *columns = parameter.shape
     if parameter.cut == "row":
         return ((rows, columns[0] // n),)
@@ -60,17 +61,17 @@ def even_piece(parameter: Parameter, n: int) -> Pieces:
 
 
 def row_chunk(parameter: Parameter, n: int, rank: int) -> Pieces:
-    """Dim 0 as torch.chunk cuts it: ceil(rows / N) each, the last ranks what is left, or nothing."""
+    """Dim 0 cut as by torch.chunk: ceil(rows / N) each, the last ranks get what is left, or nothing."""
     rows, *columns = parameter.shape or (1,)
     chunk = ceil(rows / n)
     return ((max(0, min(chunk, rows - rank * chunk)), *columns),)
 
 
 def spread(shape: ModelShape, n: int, storage: Storage = NUMBERS) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Bytes (or numbers) of parameters, and layers, on each of `n` devices, as accelerate balances them in order.
+    """Bytes (or values) of parameters, and layers, on each of `n` devices, as accelerate distributes them in order.
 
-    Each but the last is filled up to its part of the model and 1.25 layers; the first keeps room for the largest
-    module. Source: get_balanced_memory and infer_auto_device_map in accelerate/utils/modeling.py.
+    Each device but the last is filled up to its share of the model plus 1.25 layers; the first one reserves room for
+    the largest module. Source: get_balanced_memory and infer_auto_device_map in accelerate/utils/modeling.py.
     """
     units = []  # what a device map does not divide: single parameters outside the layers, and whole layers
     for layer_or_name, members in groupby(shape.parameters, lambda p: p.name if p.layer is None else p.layer):
@@ -88,7 +89,7 @@ def spread(shape: ModelShape, n: int, storage: Storage = NUMBERS) -> tuple[tuple
 
 
 def spread_evenly(count: int, total: int) -> frozenset[int]:
-    """The numbers of `count` of `total` layers, equally far apart, the last of them among these."""
+    """The numbers of `count` out of `total` layers, evenly spaced, including the last layer."""
     return frozenset(number for number in range(total) if (number + 1) * count // total > number * count // total)
 
 

@@ -1,4 +1,4 @@
-"""The fact of a request that does not fit its devices, and the changes that would make it possible."""
+"""The reason why a request does not fit its devices, and changes with which it would."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def too_large(request: PlanRequest) -> str | None:
 
 
 def hint(request: PlanRequest) -> str:
-    """Changes, each of which is possible as it stands; else a device with more memory."""
+    """Changes, each of which is sufficient; if there is none, a device with more memory."""
     changes = []
     counts = list(possible_devices(request))
     fewer = [count for count in counts if count <= request.devices]
@@ -75,8 +75,8 @@ def hint(request: PlanRequest) -> str:
 
 
 def _other_weights(request: PlanRequest, bits: int) -> list[str]:
-    """Weights that are possible in place of quantized ones: plain, or in the way of the nearest number of bits, with
-    the engine itself or with another one."""
+    """Weights that are possible instead of quantized ones: plain, or the format with the closest number of bits, with
+    the same engine or another one."""
     named = sorted(QUANTIZATIONS.values(), key=lambda quantization: abs(quantization.bits - bits))
     for engine in (request.engine, *request.alternatives):
         if engine != request.engine and not engine.is_offered(None):
@@ -97,7 +97,7 @@ def _other_weights(request: PlanRequest, bits: int) -> list[str]:
 
 
 def _larger(request: PlanRequest) -> str:
-    """The smallest machine of common cards that the request fits."""
+    """The smallest machine of common GPUs that the request fits."""
     for card in ("a6000", "a100_80g", "h200", "b200"):
         narrow = replace(request, dtype_bytes=2, mixed_bytes=None, offload=None)
         there = replace(narrow, device=known_device(card), link=usual_link(card), num_nodes=1)
@@ -112,7 +112,7 @@ def _larger(request: PlanRequest) -> str:
 
 
 def _smaller(request: PlanRequest, layout: Layout) -> list[str]:
-    """Options that make the request so small that it fits: a batch, or the pool that the engine is told to reserve."""
+    """Options that shrink the request until it fits: a smaller batch, or a smaller pool of the engine."""
     if request.engine.pool(request) is None:
         batch = largest_batch(request, layout)
         if batch:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class Layout:
     """The part of a plan that does not depend on batch and lengths, by rank: bytes of parameters, and the decoder
-    layers from the first to before the end; `buffer_bytes` are the parameters that each gathers, widens or packs, and
-    `offloaded_bytes` those of each that lie in main memory or on a disk instead."""
+    layers [first, end). `buffer_bytes` are parameters that each rank gathers, dequantizes or packs; `offloaded_bytes`
+    are its parameters in main memory or on disk."""
 
     parameter_bytes: tuple[int, ...]
     layers: tuple[tuple[int, int], ...]
@@ -19,10 +19,10 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """The memory that an engine sets aside for keys and values; sequences that it cannot hold wait for their turn.
+    """The memory that an engine reserves for keys and values; sequences that do not fit wait.
 
-    `nbytes` if the engine was told so many, else what is left of its `share` of a card; `sequences` are the most that
-    are answered at once.
+    `nbytes` if the engine was given a size, else what is left of its `share` of a GPU. At most `sequences` are answered
+    at a time.
     """
 
     sequences: int
@@ -32,8 +32,8 @@ class Pool:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Work of the link in one pass through the model: all-reduces of hidden states, numbers of logits for each sequence
-    that come together at the end, bytes of weights that are gathered, and over how many devices."""
+    """Communication in one forward pass: the number of all-reduces of hidden states, the number of logits of each
+    sequence that are gathered at the end, the bytes of weights that are gathered, and over how many devices."""
 
     all_reduces: int = 0
     gathered_logits: int = 0

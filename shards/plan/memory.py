@@ -1,4 +1,4 @@
-"""Memory of each device for a model under an engine: weights exactly, KV cache exactly, activations by formula."""
+"""Memory of each device for a model under an engine: weights and KV cache exactly, activations by formula."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ KNOWN_TOLERANCE, OTHER_TOLERANCE = 0.01, 0.25
 
 @dataclass(frozen=True, slots=True)
 class DevicePlan:
-    """Bytes on one device at their peak. Capacity and free are None where the memory of the device is not known.
+    """Peak bytes on one device. Capacity and free bytes are None if the memory of the device is not known.
 
-    `kv_cache_bytes` is what the sequences of a batch need, `kv_cache_reserved_bytes` what the engine sets aside;
-    `buffer_bytes` are parameters gathered, widened or packed; `overhead_bytes` lie outside the engine's tensors.
-    The bytes of a draft model, and of its cache, come on top.
-    `offloaded_bytes` are the device's parameters that lie in main memory or on a disk, and in none of the others.
+    `kv_cache_bytes` is what the sequences of a batch need, `kv_cache_reserved_bytes` what the engine reserves;
+    `buffer_bytes` are parameters gathered, dequantized or packed; `overhead_bytes` are outside the engine's tensors.
+    The bytes of a draft model and its cache come on top. `offloaded_bytes` are the device's parameters in main memory
+    or on disk; no other field counts them.
     """
 
     rank: int
@@ -44,16 +44,16 @@ class DevicePlan:
 
     @property
     def nvml_used_bytes(self) -> int:
-        """Bytes in use as the driver would show them."""
+        """Bytes in use as the driver reports them."""
         return self.used_bytes
 
     @property
     def peak_allocated_bytes(self) -> int:
-        """The most that the engine's tensors take."""
+        """The peak of the engine's tensors."""
         return self.used_bytes - self.overhead_bytes
 
     def peak_bytes(self, phase: Literal["load", "prefill", "decode"]) -> int:
-        """The most that tensors take in a phase of a run."""
+        """The peak of tensors in a phase of a run."""
         loaded = self.parameter_bytes + self.draft_parameter_bytes
         if phase == "load":
             return loaded
@@ -67,7 +67,7 @@ class DevicePlan:
 
 
 def make_layout(request: PlanRequest, ends_only: bool = False) -> Layout:
-    """The engine's cut of the model; `ends_only` where the fullest rank is enough."""
+    """The engine's cut of the model; with `ends_only` if the fullest rank is enough."""
     layout = request.engine.layout(request, ends_only)
     if request.offload:
         return request.engine.offloaded(request, layout)
@@ -75,7 +75,7 @@ def make_layout(request: PlanRequest, ends_only: bool = False) -> Layout:
 
 
 def device_plans(request: PlanRequest, layout: Layout) -> tuple[DevicePlan, ...]:
-    """Bytes on each device for a batch as asked for; `layout` is of the request, or of one with other lengths."""
+    """Bytes on each device for the requested batch; `layout` is that of the request, or of one with other lengths."""
     engine, pool = request.engine, request.engine.pool(request)
     activations, overhead = engine.activation_bytes(request), engine.overhead_bytes(request)
     caches = {
@@ -114,9 +114,10 @@ def device_plans(request: PlanRequest, layout: Layout) -> tuple[DevicePlan, ...]
 
 
 def draft_bytes(request: PlanRequest, rank: int) -> tuple[int, int]:
-    """Parameters, and keys and values, of a draft model on a device: it is whole in every process, on its first device.
+    """Parameters, and keys and values, of a draft model on a device. Every process holds the whole draft model on its
+    first device.
 
-    An engine with a pool cuts the draft as it does the model, and keeps what it caches in the pool.
+    An engine with a pool cuts the draft model like the model, and keeps its cache in the pool.
     """
     if request.draft is None or (request.engine.one_process and rank > 0):
         return 0, 0
@@ -130,15 +131,15 @@ def draft_bytes(request: PlanRequest, rank: int) -> tuple[int, int]:
 
 
 def kv_bytes_per_token(request: PlanRequest) -> int:
-    """Keys and values of one token of one sequence in all layers, on a device that holds all of them."""
+    """Bytes of keys and values of one token in all layers, on a device that holds all of them."""
     shape, engine = request.shape, request.engine
     return 2 * shape.num_layers * engine.kv_heads(request) * shape.head_dim * engine.kv_value_bytes(request)
 
 
 def cache_bytes(request: PlanRequest, batch: int, first: int = 0, end: int | None = None) -> int:
-    """The most keys and values of `batch` sequences, on a device that holds the layers from `first` to before `end`.
+    """The peak of keys and values of `batch` sequences, on a device with the layers [first, end).
 
-    Layers with a window hold more while an engine with a scheduler reads prompts: all tokens of a step.
+    Layers with a sliding window hold more while an engine with a scheduler reads prompts: all tokens of a step.
     """
     shape, step = request.shape, request.engine.step_tokens(request)
     windows = (shape.windows or (None,) * shape.num_layers)[first:end]
@@ -149,7 +150,7 @@ def cache_bytes(request: PlanRequest, batch: int, first: int = 0, end: int | Non
 
 
 def load_peaks(request: PlanRequest, layout: Layout) -> tuple[int | None, int]:
-    """Bytes at the worst moment of loading: of anonymous memory on the host of one node, and on one device."""
+    """Peak bytes of loading: anonymous memory on the host of one node, and on one device."""
     if request.quantization is not None:
         layout = make_layout(replace(request, quantization=request.quantization.while_loading()))
     device = max(layout.parameter_bytes) + draft_bytes(request, 0)[0] + request.engine.overhead_bytes(request)
@@ -162,7 +163,7 @@ def load_peaks(request: PlanRequest, layout: Layout) -> tuple[int | None, int]:
 
 
 def usable_bytes(request: PlanRequest, capacity: int) -> int:
-    """The part of a device that the engine may use: a share of the card where it makes its pool of what is left."""
+    """The part of a device that the engine may use: its share of the GPU if its pool is what is left of it."""
     pool = request.engine.pool(request)
     if pool is None or pool.nbytes is not None:
         return capacity
@@ -170,7 +171,7 @@ def usable_bytes(request: PlanRequest, capacity: int) -> int:
 
 
 def missing_bytes(request: PlanRequest, device: DevicePlan) -> int:
-    """Bytes that the device lacks. An engine with a pool needs room for one sequence only: the others wait."""
+    """Bytes that the device lacks. An engine with a pool needs room for a single sequence: the others wait."""
     if device.capacity_bytes is None:
         return 0
     used, pool = device.used_bytes, request.engine.pool(request)
@@ -180,13 +181,14 @@ def missing_bytes(request: PlanRequest, device: DevicePlan) -> int:
 
 
 def fits(request: PlanRequest, layout: Layout | None = None) -> bool:
-    """Every device has room for its part."""
+    """True if every device has room for its part."""
     devices = device_plans(request, layout or make_layout(request, ends_only=True))
     return all(missing_bytes(request, device) <= 0 for device in devices)
 
 
 def largest(holds: Callable[[int], bool], most: int) -> int:
-    """The largest number from 1 to `most` for which `holds`, which is true up to some number and then false; else 0."""
+    """The largest number from 1 to `most` for which `holds`, by bisection: it must be true up to some number and then
+    false. 0 if none."""
     low, high = 0, most + 1
     while high - low > 1:
         middle = (low + high) // 2
@@ -198,7 +200,7 @@ def largest(holds: Callable[[int], bool], most: int) -> int:
 
 
 def plan_tolerance(model_type: str | None) -> float:
-    """The part by which parameter bytes may be others than planned, which is a good guess for other families."""
+    """The relative error allowed for planned parameter bytes; for unknown families it is an estimate."""
     if model_type in KNOWN_FAMILIES:
         return KNOWN_TOLERANCE
     return OTHER_TOLERANCE

@@ -1,4 +1,5 @@
-"""The plan of a request, before a process starts: bytes of each device, reasons for a refusal, and best speed."""
+"""The plan of a request: bytes of each device, reasons for a refusal, and the speed limit, before any process
+starts."""
 
 from __future__ import annotations
 
@@ -23,17 +24,16 @@ __all__ = ["DevicePlan", "EnginePlanner", "Plan", "PlanError", "PlanRequest", "m
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The memory of every device and the ceiling of speed, for one request. Bytes are at their peak.
+    """The memory of every device and the speed limit for one request. Bytes are peaks.
 
-    `largest_batch` and `longest_context` fit where the rest stays as asked; with no known capacity there is no largest
-    batch. `smallest_devices` is the least number of devices a node on which this batch fits. `limit` is of a decode
-    step halfway through answers of full length, `prefill_limit` of the prompts of one batch; None where no rates are
-    known. `roofline` and the `windows` of the layers are what the limit of any other step follows from.
-    `load_host_bytes` are of all ranks of a node, None where not known, `step_bytes` the weights that a device reads for
-    a decode step and `bandwidth` the bytes/s at which it can; `kv_cache_memory_bytes` is the pool that the engine is
-    told to reserve. `slots` of `slot_tokens` tokens each are what a module engine keeps its cache in. `settings` are
-    the options of the engine that the plan has decided or been told, by name; `advice` is a line on what would be
-    faster and fits.
+    `largest_batch` and `longest_context` fit with everything else unchanged; without a known capacity there is no
+    largest batch. `smallest_devices` is the smallest number of devices per node on which this batch fits. `limit` is
+    the limit of a decode step halfway through answers of full length, `prefill_limit` that of the prompts of one batch;
+    None if no rates are known. `roofline` and the `windows` of the layers determine the limit of any other step.
+    `load_host_bytes` are over all ranks of a node, None if not known; `step_bytes` are the weights that a device reads
+    for a decode step, and `bandwidth` its rate in bytes/s; `kv_cache_memory_bytes` is the pool that the engine is told
+    to reserve. Module engines keep their cache in `slots` of `slot_tokens` tokens each. `settings` are the engine's
+    options that the plan has decided or been given, by name; `advice` suggests an option that would be faster and fits.
     """
 
     engine: str
@@ -62,7 +62,7 @@ class Plan:
     advice: str | None = None
 
     def to_dict(self) -> JsonObject:
-        """Plain values, as plan.json keeps them."""
+        """Plain values, as in plan.json."""
         values = asdict(self)
         for fields, device in zip(values["devices"], self.devices, strict=True):
             fields["free_bytes"] = device.free_bytes
@@ -70,7 +70,7 @@ class Plan:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Plan:
-        """The plan that `to_dict` gave."""
+        """The inverse of `to_dict`."""
         fields = dict(values)
         fields["devices"] = tuple(
             DevicePlan(**{name: value for name, value in device.items() if name != "free_bytes"})
@@ -84,7 +84,7 @@ class Plan:
 
 
 def make_plan(request: PlanRequest) -> Plan:
-    """The plan for `request`; PlanError for what the engine cannot do or what does not fit, with hints that hold."""
+    """The plan for `request`; PlanError, with hints that work, if the engine does not support it or it does not fit."""
     asked, request = request, replace(request, engine=request.engine.settled(request))
     problem = illegal(request) or too_large(request)
     if problem is not None:

@@ -1,4 +1,4 @@
-"""Reasons for which an engine cannot do what a request asks for, whatever the memory of the devices."""
+"""Reasons why an engine does not support a request, regardless of memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from shards.plan.request import PlanRequest
 
 
 def illegal(request: PlanRequest) -> str | None:
-    """The reason for which the engine cannot cut the model so, None if it can."""
+    """The reason why the engine cannot cut the model like this, None if it can."""
     engine, quantization = request.engine, request.quantization
     if request.mixed_bytes is not None and not engine.mixes_precision:
         return f"{engine.name} multiplies weights in the type that they have, and has no mixed precision."
@@ -27,7 +27,7 @@ def illegal(request: PlanRequest) -> str | None:
 
 
 def no_offload(request: PlanRequest) -> str | None:
-    """The reason for which weights cannot lie elsewhere, None if they can or are not to."""
+    """The reason why weights cannot be offloaded as requested, None if they can."""
     engine, storage = request.engine, request.offload
     if storage is None:
         return None

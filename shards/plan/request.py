@@ -1,4 +1,4 @@
-"""A request for a plan (model, engine, devices, batch), and the questions that the planner has for an engine."""
+"""A request for a plan (model, engine, devices, batch), and the interface of an engine to the planner."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from shards.plan.layout import Layout, Pool, Traffic
 from shards.plan.roofline import Scheme
 
 MOST_DEVICES = 4096
-"""More devices of all nodes together than these are not planned."""
+"""The largest number of devices, over all nodes, that is planned."""
 
 
 Offload = Literal["cpu", "disk"]
-"""Where weights lie that a device is sent for each pass."""
+"""The storage of weights that are sent to a device for each pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest:
-    """A model to be put on devices. `devices` are those of each node; `batch_size` is that of each rank where every
-    rank answers prompts of its own.
+    """A model to be placed on devices. `devices` is the number on each node; `batch_size` is per rank if every rank
+    answers its own prompts.
 
-    `mean_batch_size` and `mean_prompt_tokens` are those of all calls of a run, for its ceilings; None where all calls
-    are alike. `mixed_bytes` is the width of products and of the cache where it is not that of the weights. In a step
-    `guessed_tokens` of each sequence are checked at most, which `draft` has guessed or which were looked up.
-    `alternatives` are the engines that a hint may name.
+    `mean_batch_size` and `mean_prompt_tokens` are means over all calls of a run, for the speed limits; None if all
+    calls are alike. `mixed_bytes` is the width of products and of the cache if it differs from that of the weights. A
+    step checks at most `guessed_tokens` draft tokens of each sequence, from the model `draft` or from prompt lookup.
+    `alternatives` are the engines that a hint may suggest.
     """
 
     shape: ModelShape
@@ -55,7 +55,7 @@ class PlanRequest:
 
     @property
     def product_bytes(self) -> int:
-        """The width of what layers make, and of keys and values."""
+        """The width of activations, and of keys and values."""
         return self.mixed_bytes or self.dtype_bytes
 
     @property
@@ -64,17 +64,17 @@ class PlanRequest:
 
     @property
     def num_devices(self) -> int:
-        """Devices that hold parts of the model."""
+        """The number of devices that hold parts of the model."""
         return self.engine.num_devices(self)
 
     @property
     def tensor_parallel_size(self) -> int:
-        """Devices that share every layer."""
+        """The number of devices that share every layer."""
         return self.engine.tensor_parallel_size(self)
 
     @property
     def capacity_bytes(self) -> int | None:
-        """Memory of each device, None where it is not known; devices without memory of their own share the host's."""
+        """Memory of each device, None if not known. The devices of a CPU run share the host's memory."""
         capacity = self.device.capacity_bytes
         if capacity is not None and self.device.kind == "cpu":
             return capacity // self.devices
@@ -86,11 +86,12 @@ class PlanRequest:
 
     @property
     def slot_tokens(self) -> int:
-        """Tokens of a sequence at most, with guesses behind it."""
+        """The most tokens of a sequence, draft tokens included."""
         return self.context + self.guessed_tokens
 
     def kept_tokens(self, window: int | None) -> int:
-        """Tokens of a sequence for which a layer has cache at its end. A window does not begin where a block does."""
+        """Tokens of a sequence that a layer's cache holds at its end. A window need not begin at the start of a
+        block."""
         whole = self._in_blocks(self.slot_tokens)
         if window is None:
             return whole
@@ -101,7 +102,7 @@ class PlanRequest:
         return min(whole, kept)
 
     def lost_tokens(self, window: int | None) -> int:
-        """Tokens of a prompt for which a layer has no cache any more once it was read."""
+        """Tokens of a prompt that a layer's cache has dropped after reading it."""
         return max(0, self._in_blocks(self.prompt_tokens) - self.kept_tokens(window))
 
     def _in_blocks(self, tokens: int) -> int:
@@ -110,9 +111,10 @@ class PlanRequest:
 
 
 class EnginePlanner(ABC):
-    """An engine as the planner knows it: the questions that a plan asks of it, and as fields the options of its own.
+    """An engine as the planner sees it: the methods answer the planner's questions, the fields are the engine's own
+    options.
 
-    One frozen dataclass for each engine, in `shards/engines`. Bytes are those of one device where nothing else is said.
+    One frozen dataclass for each engine, in `shards/engines`. Bytes are per device unless stated otherwise.
     """
 
     __slots__ = ()
@@ -126,67 +128,67 @@ class EnginePlanner(ABC):
 
     @property
     def block_tokens(self) -> int:
-        """Tokens of a sequence for which the cache grows at a time."""
+        """The number of tokens by which the cache of a sequence grows."""
         return 1
 
     @property
     def has_slots(self) -> bool:
-        """The cache has room for all sequences of a batch at full length from the first."""
+        """True if the cache has room for all sequences of a batch at full length from the start."""
         return False
 
     def window_tokens(self, window: int) -> int:
-        """Tokens that are kept for a window: its last is not read again."""
+        """Tokens that are kept for a sliding window: its oldest one is not read again."""
         return window - 1
 
     def runs(self, quantization: Quantization) -> bool:
-        """The engine has layers for weights that are stored so."""
+        """True if the engine supports weights stored in this format."""
         return False
 
     def is_offered(self, quantization: Quantization | None) -> bool:
-        """A hint may name this engine for weights that are stored so; None for plain ones."""
+        """True if a hint may suggest this engine for weights in this format; None means plain weights."""
         return quantization is not None and self.runs(quantization)
 
     def settled(self, request: PlanRequest) -> EnginePlanner:
-        """The engine with what its options leave to the plan decided, as far as that can be."""
+        """The engine after the plan has decided the options that are left to it, as far as possible."""
         return self
 
     def settings(self) -> dict[str, int]:
-        """The decided options that a rank has to know."""
+        """The decided options that a rank needs."""
         return {}
 
     def advice(self, request: PlanRequest) -> str | None:
-        """An option with which the request would be faster, and fits."""
+        """An option that would make the request faster, and fits."""
         return None
 
     @abstractmethod
     def refusal(self, request: PlanRequest) -> str | None:
-        """The reason for which the engine cannot cut the model so, None if it can."""
+        """The reason why the engine cannot cut the model like this, None if it can."""
 
     def num_devices(self, request: PlanRequest) -> int:
-        """Devices that hold parts of the model."""
+        """The number of devices that hold parts of the model."""
         return request.devices * request.num_nodes
 
     def tensor_parallel_size(self, request: PlanRequest) -> int:
-        """Devices that share every layer; 1 where each has layers or weights of its own."""
+        """The number of devices that share every layer; 1 if each has its own layers or weights."""
         return 1
 
     def most_devices(self, request: PlanRequest) -> int:
-        """The largest number of devices that is worth trying."""
+        """The largest number of devices worth trying."""
         return request.shape.num_attention_heads
 
     @abstractmethod
     def layout(self, request: PlanRequest, ends_only: bool) -> Layout:
-        """The cut of the model, bytes of parameters exact. `ends_only`: of the first and the last rank where the engine
-        cuts every layer, one of which is always the fullest."""
+        """The cut of the model, with exact bytes of parameters. `ends_only`: only the first and the last rank, for an
+        engine that cuts every layer; one of them is always the fullest."""
 
     def offloaded(self, request: PlanRequest, layout: Layout) -> Layout:
-        """The layout of a request with offload: all parameters lie elsewhere."""
+        """The layout of a request with offload: all parameters are in main memory or on disk."""
         nothing = (0,) * len(layout.parameter_bytes)
         buffers = layout.buffer_bytes + self.streamed_bytes(request)
         return replace(layout, parameter_bytes=nothing, buffer_bytes=buffers, offloaded_bytes=layout.parameter_bytes)
 
     def factors(self, shape: ModelShape, adapters: Sequence[Factors]) -> tuple[Parameter, ...]:
-        """Parameters that an adapter beside the weights adds: its factors, cut like the matrices that they are for."""
+        """Parameters that an unmerged adapter adds: its factors, cut like their matrices."""
         return factor_parameters(shape, adapters)
 
     def sent_bytes(self, request: PlanRequest, layout: Layout) -> int:
@@ -194,11 +196,11 @@ class EnginePlanner(ABC):
         return max(layout.offloaded_bytes, default=0)
 
     def streamed_bytes(self, request: PlanRequest) -> int:
-        """The most bytes of offloaded parameters that a device has at a time."""
+        """The most bytes of offloaded parameters that are on a device at a time."""
         return 0
 
     def kv_heads(self, request: PlanRequest) -> int:
-        """Heads of one layer whose keys and values a device keeps."""
+        """The number of heads of one layer whose keys and values a device keeps."""
         return max(1, request.shape.num_key_value_heads // request.tensor_parallel_size)
 
     def kv_value_bytes(self, request: PlanRequest) -> int:
@@ -206,36 +208,37 @@ class EnginePlanner(ABC):
         return request.product_bytes
 
     def step_tokens(self, request: PlanRequest) -> int:
-        """Tokens of prompts that layers with a window hold beside it while one step reads them."""
+        """Prompt tokens that layers with a window hold in addition to it while a step reads them."""
         return 0
 
     def unsliced_bytes(self, request: PlanRequest, first: int, end: int) -> int:
-        """Keys and values outside the windows of the layers from `first` to before `end` that prompts leave behind."""
+        """Bytes of keys and values outside the windows of the layers [first, end) that prompts leave allocated."""
         return 0
 
     def pool(self, request: PlanRequest) -> Pool | None:
-        """The memory set aside for keys and values; None where it grows with the batch."""
+        """The memory reserved for keys and values; None if it grows with the batch."""
         return None
 
     def smaller_pool(self, missing_bytes: int) -> tuple[EnginePlanner, str] | None:
-        """The engine with a pool of so many bytes less, and the option that asks for it; None where none was told."""
+        """The engine with a pool smaller by `missing_bytes`, and the option for it; None if the pool has no configured
+        size."""
         return None
 
     @abstractmethod
     def activation_bytes(self, request: PlanRequest) -> int:
-        """Estimate of the largest set of temporaries."""
+        """An estimate of the largest set of temporaries."""
 
     @abstractmethod
     def overhead_bytes(self, request: PlanRequest) -> int:
-        """Memory of driver and engine outside the engine's tensors."""
+        """Memory of the driver and the engine outside the engine's tensors."""
 
     def packing_bytes(self, request: PlanRequest) -> int:
-        """Bytes beside the weights while they are packed, in the memory that has them."""
+        """Temporary bytes while weights are packed, in the memory that holds them."""
         return 0
 
     @abstractmethod
     def load_host_bytes(self, request: PlanRequest) -> int | None:
-        """Anonymous memory of the host of one node at the worst moment of loading; None where it is not known."""
+        """Peak anonymous memory of the host of one node while loading; None if not known."""
 
     def scheme(self, request: PlanRequest) -> Scheme | None:
         """The way in which the devices share a step; None for an engine that does no work."""
@@ -244,11 +247,11 @@ class EnginePlanner(ABC):
         return "pipeline"
 
     def traffic(self, request: PlanRequest) -> Traffic:
-        """Work of the link in one pass."""
+        """Communication in one pass."""
         return Traffic()
 
     def unread_bytes(self, request: PlanRequest, table: int) -> int:
-        """Bytes of an embedding of `table` bytes that the device holds and a decode step does not read."""
+        """Bytes of an embedding of `table` bytes that the device holds but a decode step does not read."""
         if request.shape.tied:
             return 0
         return table // request.tensor_parallel_size

@@ -1,8 +1,9 @@
-"""The roofline of a plan: the best time of one decode step and of one prefill, from bytes, FLOPs and links.
+"""The roofline model of a plan: the least time of one decode step and of one prefill, from bytes, FLOPs and links.
 
-The formulas count what must move or be multiplied whatever the code does, so a measured rate above them is an error
-of the measurement: a device reads the weights it uses and the cache once a step, and a link carries (N-1)/N of what is
-gathered, 2 (N-1)/N of what is reduced (ring algorithms). Gathered weights are counted with the copies that FSDP2 makes.
+The formulas count only what must be moved or multiplied whatever the code does, so a measured rate above them is a
+measurement error: a device reads its weights and the cache once for each step, and a link carries (N-1)/N of what is
+gathered and 2 (N-1)/N of what is reduced (ring algorithms). Gathered weights are counted with the copies that FSDP2
+makes.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from shards.machine.hardware import Device, Link
 
 Bound = Literal["memory", "compute", "link", "host"]
 Scheme = Literal["single", "split", "pipeline", "gathered"]
-"""The way in which N devices share a step: `split` each its part of each layer; `pipeline` one device after the other;
-`gathered` each the whole model for prompts of its own, gathered layer by layer."""
+"""The way in which N devices share a step. `split`: each has its part of each layer; `pipeline`: one device after the
+other; `gathered`: each runs the whole model for its own prompts, gathered layer by layer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """The least time of a step or prefill, what bounds it, and the tokens/s of all devices together at that pace."""
+    """The least time of a step or prefill, its bottleneck, and the tokens/s of all devices together at that pace."""
 
     seconds: float
     bound: Bound
@@ -30,12 +31,11 @@ class Limit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """The work of a model for its devices, in bytes and counts; under `gathered` batch and tokens are of each rank.
+    """The work of a model on its devices, in bytes and counts; under `gathered` batch and tokens are per rank.
 
-    `step_bytes` are the weights that a decode step reads, `gathered_bytes` those of them that travel under FSDP,
-    over so many devices as `gathered_over` says (0: all).
-    `all_reduces` are those of hidden states in one pass through the model, `gathered_logits` the numbers for each
-    sequence that come together at its end. `offloaded_bytes` are the weights that each device is sent from main memory
+    `step_bytes` are the weights that a decode step reads, `gathered_bytes` those that FSDP gathers over `gathered_over`
+    devices (0: all). `all_reduces` counts those of hidden states in one pass, `gathered_logits` the logits of each
+    sequence that are gathered at its end. `offloaded_bytes` are the weights that each device is sent from main memory
     in every pass.
     """
 
@@ -55,7 +55,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """`num_devices` equal devices and what joins them; the link is None for one device."""
+    """`num_devices` equal devices and the link between them, None for one device."""
 
     device: Device
     num_devices: int = 1
@@ -64,7 +64,8 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """All that a limit follows from but the batch and its lengths: a run that has ended is held against its own."""
+    """Everything that determines a limit, except the batch and its lengths: a finished run is compared with the limit
+    of its own."""
 
     work: Work
     machine: Machine
@@ -80,12 +81,13 @@ class Roofline:
 
 
 def decode_step(work: Work, machine: Machine, scheme: Scheme, *, batch: float, context: float) -> Limit | None:
-    """The least time in which every sequence of `batch`, of `context` tokens in each layer's cache, gets one more.
+    """The least time in which each of `batch` sequences gets one more token, with `context` tokens in each layer's
+    cache.
 
-    Of steps that are not alike, the mean batch and the mean context of their tokens give no more than their mean time.
-    None where the device or the link has no known rates. t = max(bytes / bandwidth, FLOPs / rate) of the devices that
-    work at once, plus the all-reduces (tensor parallel), or the gather if that is longer (FSDP); and no less than what
-    comes from main memory takes.
+    For steps that differ, the mean batch and the mean context give a lower bound of the mean time. None if the device
+    or the link has no known rates. t = max(bytes / bandwidth, FLOPs / rate) of the devices that work at a time, plus
+    the all-reduces (tensor parallel), or the gather if that takes longer (FSDP); and at least the transfer from main
+    memory.
     """
     rates = _rates(work, machine)
     if rates is None:
@@ -107,7 +109,7 @@ def decode_step(work: Work, machine: Machine, scheme: Scheme, *, batch: float, c
 
 
 def prefill(work: Work, machine: Machine, scheme: Scheme, *, batch: float, tokens: float) -> Limit | None:
-    """The least time to read prompts of `tokens` each, as decode_step; FLOPs 2 P T + 2 L T^2 h for a prompt."""
+    """The least time to read prompts of `tokens` each, as in decode_step; 2 P T + 2 L T^2 h FLOPs per prompt."""
     rates = _rates(work, machine)
     if rates is None:
         return None
@@ -127,7 +129,8 @@ def prefill(work: Work, machine: Machine, scheme: Scheme, *, batch: float, token
 
 
 def _rates(work: Work, machine: Machine) -> tuple[float, float, float] | None:
-    """Bytes/s, FLOP/s, and the seconds that each pass waits for main memory; that of a CPU is the device's own."""
+    """Bytes/s, FLOP/s, and the seconds of each pass for transfers from main memory; on a CPU main memory is the
+    device's own."""
     device, host = machine.device, machine.device.host_bandwidth
     bandwidth, flops = device.bandwidth, device.flops(work.dtype_bytes)
     if bandwidth is None or flops is None or (machine.num_devices > 1 and machine.link is None):
@@ -144,8 +147,8 @@ def _gathered_over(work: Work, machine: Machine) -> int:
 
 
 def _copied_bytes(work: Work, machine: Machine) -> float:
-    """Bytes that FSDP2 moves through memory beside reading the weights: copy-in of the shard (read and write), gather
-    (write), copy-out (read and write); one rank alone only copies.
+    """Bytes that FSDP2 moves through memory in addition to reading the weights: copy-in of the shard (read and write),
+    gather (write), copy-out (read and write); a single rank only copies.
 
     Source: torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py.
     """
@@ -176,7 +179,7 @@ def _collectives_s(work: Work, machine: Machine, rows: float, sequences: float) 
 
 
 def _overlapped(memory: float, compute: float, link: float, host: float, tokens: float) -> Limit:
-    """The links work while the devices do: the slowest of all sets the pace."""
+    """The links work in parallel with the devices: the slowest determines the pace."""
     bounds: tuple[tuple[float, Bound], ...] = (
         (memory, "memory"), (compute, "compute"), (link, "link"), (host, "host")
     )  # fmt: skip
@@ -185,7 +188,7 @@ def _overlapped(memory: float, compute: float, link: float, host: float, tokens:
 
 
 def _then_link(memory: float, compute: float, link: float, host: float, tokens: float) -> Limit:
-    """Devices wait for the link between them: its time comes on top of theirs."""
+    """The devices wait for the link between them: its time is added to theirs."""
     busy = _overlapped(memory, compute, 0.0, host, tokens)
     seconds, bound = busy.seconds + link, busy.bound
     if link > busy.seconds:

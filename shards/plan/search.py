@@ -1,4 +1,4 @@
-"""The numbers of devices, batches and lengths that fit: each the largest or smallest where the rest stays as asked."""
+"""The numbers of devices, batches and lengths that fit: each the largest or smallest with everything else unchanged."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _LARGEST = 2**20
 
 
 def is_possible(request: PlanRequest) -> bool:
-    """The engine can do it, and every device has room."""
+    """True if the engine supports the request, and every device has room."""
     return illegal(request) is None and fits(request)
 
 
 def possible_devices(request: PlanRequest) -> Iterator[int]:
-    """Numbers of devices a node on which the request is possible, smallest first; of a monotone engine no more than
-    one device and the smallest number of several."""
+    """Numbers of devices per node on which the request is possible, smallest first; for a monotone engine one device
+    and the smallest number of several at most."""
     most = MOST_DEVICES // request.num_nodes
     counts: Iterable[int] = range(1, min(request.engine.most_devices(request), most) + 1)
     if request.engine.is_monotone:
@@ -32,14 +32,14 @@ def possible_devices(request: PlanRequest) -> Iterator[int]:
 
 
 def smallest_devices(request: PlanRequest) -> int | None:
-    """The least number of devices a node on which the request is possible; None with no known capacity."""
+    """The smallest number of devices per node on which the request is possible; None without a known capacity."""
     if request.capacity_bytes is None:
         return None
     return next(possible_devices(request), None)
 
 
 def largest_batch(request: PlanRequest, layout: Layout) -> int | None:
-    """The largest batch that fits: into the pool where there is one; None where nothing known bounds it."""
+    """The largest batch that fits, into the pool if there is one; None if it is not bounded by anything known."""
     pool, capacity = request.engine.pool(request), request.capacity_bytes
     if pool is not None:
         if capacity is None and pool.nbytes is None:
@@ -52,7 +52,8 @@ def largest_batch(request: PlanRequest, layout: Layout) -> int | None:
 
 
 def longest_context(request: PlanRequest, layout: Layout) -> int | None:
-    """Prompt and answer together, the answer as long as asked; never longer than the model's positions."""
+    """The most tokens of prompt and answer together, with the requested length of the answer; at most the model's
+    positions."""
     most = request.shape.max_position_embeddings
     if request.capacity_bytes is None:
         return most

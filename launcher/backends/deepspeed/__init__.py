@@ -1,1 +1,1 @@
-"""DeepSpeed-Inference: `engine` is what the launcher knows of it, `backend` runs in the ranks."""
+"""DeepSpeed-Inference: `engine` has its options for the launcher, `backend` runs in the ranks."""

@@ -1,6 +1,7 @@
-"""DeepSpeed's all-reduce through shared memory on a CPU: compiled once, offered or withheld, its files removed.
+"""DeepSpeed's all-reduce through shared memory on a CPU: compiled once, enabled or disabled on all ranks, its files
+removed.
 
-Left to itself DeepSpeed takes it wherever it compiles, dies of SIGSEGV unless LOCAL_SIZE says that all ranks share this
+By default DeepSpeed uses it wherever it compiles, crashes with SIGSEGV unless LOCAL_SIZE says that all ranks share this
 machine, and leaves a file for each rank in /dev/shm.
 """
 
@@ -35,7 +36,8 @@ ABANDONED_S = 60  # a build takes about 20
 
 
 def compile_operation() -> str | None:
-    """Compile the operation, or find it compiled; why it cannot be had, None if it can. Ranks do this one by one."""
+    """Compile the operation, or reuse the compiled one. Returns the reason why it is not available, None if it is.
+    Ranks take turns."""
     folder = extensions_folder()
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     # torch looks for ninja on the PATH, where an interpreter that was called by its path has not put its own folder.
@@ -62,7 +64,7 @@ def _one_by_one(folder: Path) -> Iterator[None]:
 
 
 def _abandoned(lock: Path) -> bool:
-    """True if the process that made a lock file is gone: it keeps the file open while it builds."""
+    """True if the process that created a lock file has ended: it keeps the file open while it builds."""
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
             if os.path.samefile(link, lock):
@@ -73,9 +75,10 @@ def _abandoned(lock: Path) -> bool:
 
 
 def choose(world: World, obstacle: str | None) -> str | None:
-    """Let DeepSpeed reduce through shared memory, or over gloo: all ranks alike. Why not shared memory, None if it is.
+    """Make all ranks reduce through shared memory, or all through gloo. Returns the reason against shared memory, None
+    if it is used.
 
-    Every rank must call it, before DeepSpeed joins the process group. `obstacle` is what `compile_operation` gave.
+    Every rank must call it before DeepSpeed joins the process group. `obstacle` is the result of `compile_operation`.
     """
     if world.local_world_size != world.world_size:
         obstacle = f"the ranks are on {world.num_nodes} nodes"

@@ -1,7 +1,8 @@
-"""DeepSpeed-Inference: AutoTP cuts every layer over the ranks, which answer each prompt together; or ZeRO-Inference.
+"""DeepSpeed-Inference. AutoTP cuts every layer over the ranks, which answer each prompt together; with `zero`,
+ZeRO-Inference shards every parameter.
 
-AutoTP is given the model on meta and only decides who gets what. Each rank then reads its own blocks of the checkpoint,
-so that loading takes no more memory than the blocks themselves, however many ranks a node has.
+AutoTP is given the model on the meta device and only decides which rank gets which block. Each rank then reads its own
+blocks of the checkpoint, so that loading takes no more memory than the blocks, however many ranks a node has.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 
 
 class DeepSpeedBackend(ModuleBackend):
-    """`deepspeed.init_inference`, tensor parallel over all ranks, or with `zero` ZeRO stage 3; a world of one is the
-    plain model, unless that is offloaded."""
+    """`deepspeed.init_inference`, tensor parallel over all ranks, or with `zero` ZeRO stage 3. A world of one rank is
+    the plain model, unless its weights are offloaded."""
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
@@ -97,7 +98,7 @@ class DeepSpeedBackend(ModuleBackend):
 
 
 def mark_blocks(model: torch.nn.Module, first_names: Mapping[str, str], rank: int) -> None:
-    """Note on each parameter of a model that AutoTP has cut which block of the uncut model it is."""
+    """Mark on each parameter of a model that AutoTP has cut which block of the uncut model it is."""
     for module in model.modules():
         # The notes for DeepSpeed's universal checkpoints were on the parameters of the meta device, which are gone.
         if note := getattr(module, "_mark_uc_metadata", None):

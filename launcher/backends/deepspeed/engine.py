@@ -1,4 +1,4 @@
-"""DeepSpeed-Inference as the launcher knows it: options, and limits that are told before anything starts."""
+"""The options of DeepSpeed-Inference, and its limits, which are checked before anything starts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from shards.model.config_fields import TransformersConfig
 
 KERNEL_FAMILIES = ("bloom", "gpt2", "gpt_neo", "gpt_neox", "gptj", "internlm", "llama", "opt")
-"""Decoder models that DeepSpeed has kernels for. Source: module_inject/replace_policy.py."""
+"""Decoder families that DeepSpeed has kernels for. Source: module_inject/replace_policy.py."""
 
 UNCUTTABLE = {
     "gpt2": "DeepSpeed's own list excludes it",
@@ -39,8 +39,8 @@ PLAIN = "backend.kernel_inject=false, which is tensor parallel with transformers
 
 @dataclass
 class DeepSpeedConfig(BackendConfig):
-    """AutoTP cuts every layer over the ranks, which answer each prompt together; with `zero` ZeRO-Inference cuts every
-    parameter, and each rank answers prompts of its own."""
+    """AutoTP cuts every layer over the ranks, which answer each prompt together; with `zero`, ZeRO-Inference shards
+    every parameter, and each rank answers its own prompts."""
 
     implementation: ClassVar[str] = "launcher.backends.deepspeed.backend:DeepSpeedBackend"
     planner_class: ClassVar[type[EnginePlanner] | None] = DeepSpeedPlanner
@@ -59,11 +59,11 @@ class DeepSpeedConfig(BackendConfig):
 
     @property
     def data_parallel(self) -> bool:  # type: ignore[override]
-        """Ranks of ZeRO gather what they compute, and need not compute the same."""
+        """True with ZeRO: its ranks gather parameters, and each can compute on its own prompts."""
         return self.zero
 
     def settle(self, config: RunConfig, on_cuda: bool) -> tuple[RunConfig, list[str]]:
-        """Weights are offloaded by ZeRO."""
+        """Turn ZeRO on if weights are offloaded."""
         if config.offload is Offload.none or self.zero:
             return config, []
         note = f"offload={config.offload.name}: ZeRO-Inference (backend.zero=true), each rank has prompts of its own"
@@ -75,7 +75,7 @@ class DeepSpeedConfig(BackendConfig):
         return DeepSpeedPlanner()
 
     def refuse(self, config: RunConfig, model_config: TransformersConfig, on_cuda: bool, longest: int) -> None:
-        """Most of it DeepSpeed would get wrong in silence."""
+        """Refuse combinations, most of which DeepSpeed would silently compute wrongly."""
         family = str(model_config.get("model_type"))
         if config.precision is Precision.fp16 and not on_cuda:
             raise ConfigError("DeepSpeed has no fp16 on a CPU.", "precision=bf16")
@@ -109,7 +109,7 @@ class DeepSpeedConfig(BackendConfig):
 
 
 def _without_kernels(family: str, on_cuda: bool) -> str:
-    """The reason for which kernel injection is of no use for a model."""
+    """The reason why kernel injection does not work for a model; None if it does."""
     if family not in KERNEL_FAMILIES:
         return f"DeepSpeed has no kernels for {family}; it would replace nothing, shard nothing and not say so"
     if not on_cuda:

@@ -1,4 +1,4 @@
-"""Requirements of DeepSpeed's shared-memory all-reduce: a compiler, once, and room in /dev/shm. No torch."""
+"""Requirements of DeepSpeed's shared-memory all-reduce: a compiler (once) and space in /dev/shm. No torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SEGMENT_BYTES = 69_206_024
 
 
 def slow_all_reduce(config: RunConfig, on_cuda: bool) -> list[str]:
-    """A note where the ranks of one node cannot add up in shared memory."""
+    """A note if the ranks of one node cannot reduce through shared memory; None otherwise."""
     if on_cuda or config.devices == 1 or config.num_nodes > 1:
         return []
     reason = None
@@ -35,8 +35,8 @@ def slow_all_reduce(config: RunConfig, on_cuda: bool) -> list[str]:
 def extensions_folder() -> Path:
     """The folder in which the all-reduce is compiled: in this virtual environment, else in the user's cache.
 
-    By version, since what was compiled for one torch crashes under another, and apart from what other environments
-    compile: their ninja would start over, and their locks outlive them.
+    It is named by version, since code that was compiled for one torch crashes under another, and not shared with other
+    environments: their ninja would rebuild it, and their locks would outlive them.
     """
     if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(given)
@@ -47,7 +47,7 @@ def extensions_folder() -> Path:
 
 
 def missing_compiler() -> str | None:
-    """The thing that is missing to compile the all-reduce, None if nothing is."""
+    """The tool that is missing to compile the all-reduce; None if nothing is."""
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler):
         return None
@@ -55,5 +55,5 @@ def missing_compiler() -> str | None:
 
 
 def missing_shared_memory(ranks: int) -> str | None:
-    """The room that /dev/shm lacks for the ranks of this node, None if it has enough."""
+    """The space that /dev/shm lacks for the ranks of this node; None if it has enough."""
     return missing_room(ranks, SEGMENT_BYTES)

@@ -1,7 +1,9 @@
-"""ZeRO-Inference: parameters are given to DeepSpeed one by one as they were loaded, and never whole on all ranks.
+"""ZeRO-Inference: parameters are handed to DeepSpeed one by one as they were loaded, so that no rank ever holds the
+whole model.
 
-Each rank reads the rows that hold its own run of the values of each parameter. DeepSpeed takes that run out of a tensor
-of the full size, of whose other rows it sees nothing, and keeps it on the device or in main memory.
+Each rank reads the rows that contain its own contiguous range of the values of each parameter. DeepSpeed takes that
+range out of a tensor of the full size, of which the other rows stay unallocated, and keeps it on the device or in main
+memory.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 
 
 def partition(model: torch.nn.Module, world: World, offload: Offload, fill: Callable[[], None]) -> torch.nn.Module:
-    """The module of DeepSpeed's engine, with this rank's part of all values; `fill` loads what the model has then."""
+    """The module of DeepSpeed's engine, holding this rank's part of all values; `fill` loads the values that the model
+    has at that point."""
     if not dist.is_initialized():
         kind = "gloo"
         if torch.cuda.is_available():
@@ -52,7 +55,7 @@ def partition(model: torch.nn.Module, world: World, offload: Offload, fill: Call
 
 
 def zero_settings(model: torch.nn.Module, offload: Offload) -> JsonObject:
-    """DeepSpeed's configuration: one decoder layer comes ahead, and nothing stays once it was used."""
+    """DeepSpeed's configuration: one decoder layer is prefetched, and none is kept after its use."""
     layer = max(sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model))
     zero: JsonObject = {
         "stage": 3,
@@ -72,7 +75,7 @@ def zero_settings(model: torch.nn.Module, offload: Offload) -> JsonObject:
 
 
 def _keep_rows(model: torch.nn.Module, world: World) -> None:
-    """Leave of each parameter on meta the rows of this rank's run of values."""
+    """Reduce each parameter on meta to the rows that contain this rank's range of values."""
     kept: dict[int, torch.nn.Parameter] = {}
     first_names = {id(parameter): name for name, parameter in model.named_parameters()}
     for module in model.modules():

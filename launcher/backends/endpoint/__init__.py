@@ -1,1 +1,1 @@
-"""A server that somebody runs, asked over HTTP. No torch: any machine can be the client."""
+"""A running inference server, called over HTTP. No torch: any machine can be the client."""

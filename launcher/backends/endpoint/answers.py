@@ -1,4 +1,4 @@
-"""An exchange with a server -> the answer to a prompt, or why there is none."""
+"""An exchange with a server -> the answer to a prompt, or its failure."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 class Answer:
     """The answer of a server to one prompt.
 
-    `pieces_s` are the moments at which the parts of the answer came, in seconds from the sending of the request.
-    `new_tokens` are counted by their ids, else by the server's own word, else by the parts that came.
-    `prompt_tokens` and `prompt_ids` are what the server says that it read. With a `failure` the rest is what came
-    before it. Where there were several `attempts`, the request was sent with the first.
+    `pieces_s` are the arrival times of the parts of the answer, in seconds after the request was sent. `new_tokens` is
+    the number of token ids, else the number that the server reports, else the number of parts. `prompt_tokens` and
+    `prompt_ids` are those that the server reports to have read. With a `failure` the other fields describe what arrived
+    before it. With several `attempts`, times are relative to the first.
     """
 
     text: str = ""
@@ -43,12 +43,12 @@ class Answer:
 
     @property
     def itl_s(self) -> tuple[float, ...]:
-        """The gaps between the parts, each of one token unless the server sends several at once."""
+        """The gaps between the parts; each part is one token unless the server sends several at once."""
         return tuple(later - earlier for earlier, later in pairwise(self.pieces_s))
 
 
 class Reading:
-    """Reads an exchange some events at a time, so that a loop that has other things to do is not held up."""
+    """Parses an exchange a few events at a time, so that it does not block the event loop."""
 
     def __init__(self, exchange: Exchange, dialect: Dialect, max_new_tokens: int) -> None:
         self.exchange, self.dialect, self.max_new_tokens = exchange, dialect, max_new_tokens
@@ -60,7 +60,7 @@ class Reading:
             self.left = events(exchange.pieces)
 
     def read(self, most: int) -> bool:
-        """Read at most so many events; whether there may be more. Never raises for what is in them."""
+        """Parse at most `most` events. True if there may be more. Never raises because of their contents."""
         try:
             for moment, data in islice(self.left, most):
                 most -= 1
@@ -77,7 +77,7 @@ class Reading:
         return most == 0
 
     def answer(self) -> Answer:
-        """The answer that has been read."""
+        """The answer parsed so far."""
         deltas = [delta for _, delta in self.deltas]
         pieces = tuple(moment for moment, delta in self.deltas if delta.is_piece)
         # Of what several events say, the last counts.
@@ -112,7 +112,7 @@ class Reading:
         return replace(answer, failure=self._fault(answer, reason, counted))
 
     def _fault(self, answer: Answer, reason: str | None, counted: int | None) -> Failure | None:
-        """The fault of a stream that ended in order, None without one."""
+        """The fault of a stream that ended regularly, None without one."""
         new, most = answer.new_tokens, self.max_new_tokens
         if reason is None:
             return Failure("incomplete", "the stream ended without a reason")

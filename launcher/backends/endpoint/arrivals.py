@@ -1,4 +1,4 @@
-"""Arrival times of bytes by the kernel's clock, rather than the times at which Python read them."""
+"""Arrival times of bytes by the kernel's clock, rather than the time at which Python read them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ READ_BYTES = 256 * 1024
 
 
 class ArrivalClock:
-    """Reads a socket, and tells when what it reads had arrived, as `time.perf_counter` counts.
+    """Reads a socket, and returns the arrival time of what it read on the clock of `time.perf_counter`.
 
-    The kernel stamps packets by the time of day, which is taken to run evenly from one call of `set` to the next. Where
-    several packets wait to be read, all have the stamp of the last. Without stamps (another system, a time of day that
-    was put), the moment is that of the reading.
+    The kernel stamps packets with the time of day, which is assumed to run evenly between two calls of `set`. Several
+    packets that wait together all get the stamp of the last one. Without stamps (another operating system, an adjusted
+    time of day) the arrival time is that of the read.
     """
 
     def __init__(self, connected: socket.socket) -> None:
@@ -25,13 +25,13 @@ class ArrivalClock:
         self.set()
 
     def set(self) -> None:
-        """Compare the two clocks. Whatever comes from here on has come later than this."""
+        """Synchronize the two clocks; whatever arrives from now on is later than this."""
         self.earliest = time.perf_counter()
         self.offset = time.time() - self.earliest
 
     def receive(self) -> tuple[float, bytes]:
-        """Bytes that have arrived, with their arrival time; empty at the end of the connection. BlockingIOError if
-        there are none."""
+        """Bytes that have arrived, and their arrival time; empty at the end of the connection. BlockingIOError if there
+        are none."""
         data, ancillary, _, _ = self.socket.recvmsg(READ_BYTES, socket.CMSG_SPACE(TIMESPEC.size))
         moment = now = time.perf_counter()
         for level, kind, content in ancillary:

@@ -1,4 +1,5 @@
-"""The engine that asks a server: the client's event loop in a thread of its own, and the answers as they come."""
+"""The engine that calls a server: the client's event loop runs in its own thread and delivers the answers as they
+arrive."""
 
 from __future__ import annotations
 
@@ -53,7 +54,7 @@ SWITCH_S = 0.0005  # the client's thread waits so long for the other one at most
 
 
 class EndpointBackend:
-    """The server of `backend.url`, or one that is started in this process's name and ended with it."""
+    """The server at `backend.url`, or a server that is started as a child of this process and ended with it."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -87,7 +88,7 @@ class EndpointBackend:
         progress(1, 1)
 
     def _wait_until_ready(self, progress: Callable[[int, int], None]) -> Server:
-        """The server, once it has completed a prompt; ConfigError where it does not."""
+        """Wait until the server has completed a prompt; ConfigError if it does not."""
         served = self.options.served_model
         asked = self.options.dialect_of(self.config), served, self.config.model.path
         ready_s = self.config.server.ready_timeout_s
@@ -110,7 +111,8 @@ class EndpointBackend:
             time.sleep(READY_S)
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Generation:
-        """Ask for all prompts, in the order of the set and as `load` says. An error ends a server that was started."""
+        """Send all prompts, in the order of the set and as `load` configures. An error ends a server that was
+        started."""
         try:
             ordered = sorted(prompts, key=lambda prompt: prompt.index)
             dialect, options = DIALECTS[self.server.dialect], self.options
@@ -152,7 +154,7 @@ class EndpointBackend:
     def _follow(
         self, running: Future[ClientCost], new: queue.SimpleQueue[tuple[Prompt, Answer]], on_step: OnStep
     ) -> list[tuple[Prompt, Answer]]:
-        """All answers of a load, handed on as they come; what came before an error too."""
+        """All answers of a load, reported as they arrive, including those before an error."""
         gives_ids = DIALECTS[self.server.dialect].gives_ids
         answered: list[tuple[Prompt, Answer]] = []
         try:
@@ -174,21 +176,21 @@ class EndpointBackend:
         return answered
 
     def _samples(self) -> dict[str, float]:
-        """The server's own counters, as far as it publishes them."""
+        """The server's own metrics, if it publishes them."""
         exchange = self._run(self.client.get("/metrics"))
         if exchange.failure is not None:
             return {}
         return samples(exchange.body)
 
     def _run(self, do: Coroutine[Any, Any, Result]) -> Result:
-        """Do something in the client's loop."""
+        """Run a coroutine in the client's loop."""
         return asyncio.run_coroutine_threadsafe(do, self.loop).result()
 
     def barrier(self) -> None:
-        """A client is alone."""
+        """Does nothing: there is one client."""
 
     def memory(self) -> list[DeviceMemory]:
-        """Memory of each device by the processes of a server that was started; empty for any other server."""
+        """Device memory of the processes of a server that was started; empty for any other server."""
         if self.started is None:
             return []
         anonymous = self.started.anonymous_bytes()
@@ -219,7 +221,7 @@ class EndpointBackend:
         return devices
 
     def close(self) -> None:
-        """Close the connections, and end the server if this started it."""
+        """Close the connections, and end the server if this process started it."""
         self._run(self.client.close())
         self.loop.call_soon_threadsafe(self.loop.stop)
         if self.started is not None:

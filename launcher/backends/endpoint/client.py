@@ -1,4 +1,4 @@
-"""Requests to one server over connections that are kept, and what is wrong with those that fail."""
+"""Requests to one server over persistent connections, and a description of those that fail."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ OTHER_BYTES = 16 * 2**20  # of what is no answer to a prompt
 
 
 class Client:
-    """To be used inside one event loop, as a context.
+    """An HTTP client for one event loop, to be used as a context manager.
 
-    Certificates are verified, by `ca_file` where there is one. Redirects are not followed and proxies not used: what is
-    measured is the server at `url`. `key` goes into the header of requests, and nowhere else: it is taken out of what
-    the server says.
+    Certificates are verified, with `ca_file` if there is one. It follows no redirects and uses no proxies: it measures
+    the server at `url`. `key` is sent in the header of requests, and nowhere else: it is removed from whatever the
+    server returns.
     """
 
     def __init__(self, url: str, limits: Limits, key: str | None = None, ca_file: str | None = None) -> None:
@@ -52,16 +52,17 @@ class Client:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connections that are kept."""
+        """Close the persistent connections."""
         while self._idle:
             self._idle.pop().close()
 
     async def post(self, path: str, body: bytes, most_bytes: int = OTHER_BYTES) -> Exchange:
-        """Send one request and keep what comes; a failure is in the exchange, whatever the server does."""
+        """Send one request and collect the response; a failure is recorded in the exchange, whatever the server
+        does."""
         return await self._request("POST", path, body, most_bytes)
 
     async def get(self, path: str) -> Exchange:
-        """Ask for what is not an answer to a prompt."""
+        """Request something other than an answer to a prompt."""
         return await self._request("GET", path, b"", OTHER_BYTES)
 
     async def _request(self, method: str, path: str, body: bytes, most_bytes: int) -> Exchange:
@@ -81,7 +82,7 @@ class Client:
         return exchange
 
     def _kept(self) -> Connection | None:
-        """A connection that was used not long ago, if there is one."""
+        """An open connection that was used recently, if there is one."""
         while self._idle:
             connection = self._idle.pop()
             if connection.is_open and perf_counter() - connection.idle_since < RENEW_S:
@@ -90,7 +91,8 @@ class Client:
         return None
 
     async def _connect(self) -> Connection:
-        """A new connection, to the address that took the last one, or to the first that takes one; OSError if none."""
+        """A new connection, to the address that accepted the last one, or to the first that accepts one; OSError if
+        none."""
         loop = asyncio.get_running_loop()
         if not self._addresses:
             self._addresses = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
@@ -117,7 +119,7 @@ class Client:
         raise errors[-1]
 
     def public(self, text: str) -> str:
-        """Text of the server or about it, as one line without the key."""
+        """Text from the server or about it, as one line without the key."""
         if self._key:
             text = text.replace(self._key, "***")
         return one_line(text)

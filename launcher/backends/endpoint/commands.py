@@ -1,4 +1,4 @@
-"""The command of a server as words, out of the text that a configuration has of it."""
+"""The command line of a server, from the text in its configuration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ServerCommand:
-    """The command that starts a server, its environment, and the command that is run when it has ended."""
+    """The command that starts a server, its environment, and the command that is run after it has ended."""
 
     words: tuple[str, ...]
     environment: dict[str, str]
@@ -31,7 +31,7 @@ class ServerCommand:
 
 
 def server_command(server: ServerConfig, values: Mapping[str, str], on_cuda: bool) -> ServerCommand:
-    """The command of `server=` with `values` in place of the words in braces; ConfigError for braces of no value."""
+    """The command of `server=` with `values` in place of the names in braces; ConfigError for an unknown name."""
     if not server.command:
         raise ConfigError(
             f"server={server.name} has no command of its own.",
@@ -48,7 +48,7 @@ def server_command(server: ServerConfig, values: Mapping[str, str], on_cuda: boo
 
 
 def _filled(text: str, values: Mapping[str, str], key: str) -> tuple[str, ...]:
-    """The words of a command line; a value is one word, whatever is in it."""
+    """The words of a command line; a value stays one word, whatever it contains."""
     try:
         words = shlex.split(text)
         names = {name for word in words for _, name, _, _ in string.Formatter().parse(word) if name is not None}

@@ -1,4 +1,4 @@
-"""One HTTP/1.1 connection inside an event loop: a request goes out, and bytes are stamped as they come back."""
+"""One HTTP/1.1 connection inside an event loop: requests, and responses with arrival times."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEAD_BYTES = 64 * 1024  # of a response, before its body
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Time limits of a server: seconds for a whole request, and seconds without a byte."""
+    """Time limits of a request: seconds in total, and seconds without a byte."""
 
     timeout_s: float = 600.0
     stall_s: float = 120.0
@@ -29,7 +29,8 @@ class Limits:
 
 @dataclass(slots=True)
 class Exchange:
-    """One request and the body that came back, each piece with the moment of its arrival (of `time.perf_counter`)."""
+    """One request and the body of its response, each piece with its arrival time (on the clock of
+    `time.perf_counter`)."""
 
     sent_at: float
     status: int | None = None
@@ -38,7 +39,7 @@ class Exchange:
 
     @property
     def body(self) -> bytes:
-        """All bytes that came."""
+        """All bytes of the body."""
         return b"".join(piece for _, piece in self.pieces)
 
 
@@ -66,7 +67,7 @@ class _Response:
 
 
 class Connection:
-    """A connected socket, plain or under TLS. One exchange at a time; `is_open` says whether another one may follow."""
+    """A connected socket, plain or with TLS. One exchange at a time; `is_open` is True if another one may follow."""
 
     def __init__(self, connected: socket.socket, tls: ssl.SSLContext | None, host: str) -> None:
         self.socket = connected
@@ -82,7 +83,7 @@ class Connection:
         self._ended: asyncio.Future[Failure | None] | None = None
 
     async def begin(self) -> None:
-        """Agree on TLS if the connection is to be under it; OSError where that fails."""
+        """Make the TLS handshake, if the connection is to use TLS; OSError if it fails."""
         while self._tls is not None:
             try:
                 self._tls.do_handshake()
@@ -127,7 +128,7 @@ class Connection:
         return exchange
 
     def close(self) -> None:
-        """End the connection."""
+        """Close the connection."""
         if self.is_open:
             self.is_open = False
             self._loop.remove_reader(self.socket)
@@ -179,7 +180,7 @@ class Connection:
             self._ended.set_result(failure)
 
     async def _watch(self, stall_s: float) -> None:
-        """End the exchange where no byte comes for so long."""
+        """End the exchange if no byte arrives for `stall_s`."""
         assert self._response is not None
         while (left := self._response.read_at + stall_s - perf_counter()) > 0:
             await asyncio.sleep(left)

@@ -1,4 +1,4 @@
-"""The protocols that servers speak: what each is sent, and what its events say."""
+"""The protocols of servers: the body of a request, and the meaning of its events."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ FinishReason = Literal["stop", "length"]
 FINISHED: dict[str, FinishReason] = {
     "stop": "stop", "length": "length", "eos_token": "stop", "stop_sequence": "stop",
 }  # fmt: skip
-"""The reasons of an answer's end, by what servers call them; any other means that it was given up."""
+"""Finish reasons by the names that servers use; any other means that the server gave the answer up."""
 
 
 class MalformedError(ValueError):
-    """An event is not what the dialect allows."""
+    """An event that the dialect does not allow."""
 
 
 class ServerError(Exception):
-    """An event says that the server failed."""
+    """An event by which the server reports a failure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,8 @@ class Delta:
 class Dialect(ABC):
     """One protocol.
 
-    `takes_ids`: prompts go as token ids. `gives_ids`: answers come as such. `ignores_eos`: the server can be told to go
-    on after EOS. `ends_with_done`: behind the last event comes the word [DONE].
+    `takes_ids`: prompts are sent as token ids. `gives_ids`: answers contain token ids. `ignores_eos`: the server
+    supports generation past EOS. `ends_with_done`: the last event is followed by [DONE].
     """
 
     path: str
@@ -56,16 +56,16 @@ class Dialect(ABC):
 
     @abstractmethod
     def body(self, model: str, prompt: Prompt, sampling: SamplingConfig, seed: int, salt: str) -> JsonObject:
-        """The request that asks for a stream; `salt` keeps answers apart from those that the server has cached."""
+        """The request for a streamed answer; `salt` keeps the server from using its cache of earlier requests."""
 
     @abstractmethod
     def read(self, event: Any) -> Delta:
-        """Parse an event; MalformedError if it is not of this dialect, ServerError if it reports an error."""
+        """Parse an event; MalformedError if it does not belong to this dialect, ServerError if it reports an error."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completions(Dialect):
-    """OpenAI's /v1/completions with nothing that is not in its reference: text in, text out."""
+    """OpenAI's /v1/completions, with only the fields of its reference: text in, text out."""
 
     path: str = "/v1/completions"
     takes_ids: bool = False
@@ -103,7 +103,8 @@ class Completions(Dialect):
 
 @dataclass(frozen=True, slots=True)
 class TokenCompletions(Completions):
-    """The same of vLLM, SGLang and Ray Serve: token ids in and out. `no_top_k` is how each says that there is none."""
+    """/v1/completions of vLLM, SGLang and Ray Serve: token ids in and out. `no_top_k` is the value that turns top_k
+    off."""
 
     takes_ids: bool = True
     gives_ids: bool = True
@@ -126,7 +127,7 @@ class TokenCompletions(Completions):
 
 @dataclass(frozen=True, slots=True)
 class TransformersCompletions(Completions):
-    """The same of `transformers serve`, which refuses unknown fields and seeds its process once."""
+    """/v1/completions of `transformers serve`, which refuses unknown fields and seeds its process only once."""
 
     ignores_eos: bool = True
     ends_with_done: bool = False
@@ -146,7 +147,7 @@ class TransformersCompletions(Completions):
 
 @dataclass(frozen=True, slots=True)
 class GenerateStream(Dialect):
-    """/generate_stream of Text Generation Inference: text in, an event a token with its id out."""
+    """/generate_stream of Text Generation Inference: text in; each event has a token with its id."""
 
     path: str = "/generate_stream"
     takes_ids: bool = False
@@ -196,7 +197,7 @@ DIALECTS: dict[str, Dialect] = {
 
 
 def _raise_error(event: Any) -> None:
-    """ServerError where an event holds an error, as a text or as an object with a message."""
+    """ServerError if an event contains an error, as a text or as an object with a message."""
     if not isinstance(event, dict) or event.get("error") is None:
         return
     error = event["error"]
@@ -206,7 +207,7 @@ def _raise_error(event: Any) -> None:
 
 
 def _of(part: Any, key: str, kind: type, default: Any) -> Any:
-    """An entry of an object; the default where it is absent or null, MalformedError where it is something else."""
+    """An entry of an object; the default if it is absent or null, MalformedError if it has another type."""
     if not isinstance(part, dict):
         raise MalformedError(f"{json.dumps(part)[:80]} is no object")
     value = part.get(key)

@@ -1,4 +1,4 @@
-"""A server as the launcher knows it: an address, or a command that starts one for the run."""
+"""The options of an inference server: its address, or the command that starts one for the run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OTHER_FILES = 256  # that a client has open beside its connections
 
 @dataclass
 class EndpointConfig(BackendConfig):
-    """Any server with a protocol that `launcher.backends.endpoint.dialects` knows, asked over HTTP."""
+    """Any server with a protocol of `launcher.backends.endpoint.dialects`, called over HTTP."""
 
     implementation: ClassVar[str] = "launcher.backends.endpoint.backend:EndpointBackend"
     packages: ClassVar[tuple[str, ...]] = ("httptools",)
@@ -72,7 +72,7 @@ class EndpointConfig(BackendConfig):
             raise ConfigError(f"There is no ${self.key_variable} in the environment.", f"export {self.key_variable}=")
 
     def settle(self, config: RunConfig, on_cuda: bool) -> tuple[RunConfig, list[str]]:
-        """Refuse no server or two; the devices behind an address stay unknown."""
+        """Require exactly one server. The devices behind an address stay unknown."""
         if config.server.name == "none" and self.url is None:
             raise ConfigError("backend=endpoint needs a server.", "backend.url=http://127.0.0.1:8000, or server=vllm")
         if config.server.name != "none" and self.url is not None:
@@ -109,13 +109,13 @@ class EndpointConfig(BackendConfig):
         return [f"server: {self.command(config, 'PORT', 'MARK', on_cuda)}"]
 
     def dialect_of(self, config: RunConfig) -> str:
-        """The dialect that the server speaks, which is known of one that is started."""
+        """The configured dialect, or that of the server which is started."""
         if self.dialect == "auto":
             return config.server.dialect
         return self.dialect
 
     def command(self, config: RunConfig, port: str, mark: str, on_cuda: bool) -> ServerCommand:
-        """The command that starts the server of `server=`; ConfigError for what it does not take."""
+        """The command that starts the server of `server=`; ConfigError for options that it does not support."""
         folder = str(embedded_folder(config.model.path, "model.path") or config.model.path)
         device = "cpu"
         if on_cuda:

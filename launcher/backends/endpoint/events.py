@@ -1,4 +1,4 @@
-"""Server-sent events out of stamped bytes."""
+"""Server-sent events from bytes with arrival times."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ if TYPE_CHECKING:
 
 
 def events(pieces: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
-    """The data of each event with the moment at which its last byte came.
+    """The data of each event, with the arrival time of its last byte.
 
-    An event ends with an empty line; one that is not ended is left out, and so are comments and other fields.
+    An event ends with an empty line; an unfinished event, comments and other fields are dropped.
     """
     data: list[bytes] = []
     rest = b""

@@ -1,4 +1,4 @@
-"""The kinds of failed requests, each with a name, so that failures can be counted."""
+"""The kinds of failed requests, with names by which failures are counted."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LONGEST_MESSAGE = 300
 
 
 def one_line(text: str) -> str:
-    """Text of a server as one line of bounded length."""
+    """Text from a server as one line of limited length."""
     flat = " ".join(text.split())
     if len(flat) <= LONGEST_MESSAGE:
         return flat

@@ -1,4 +1,5 @@
-"""Many requests at once, at a number of open requests or at times fixed beforehand, and what the client itself cost."""
+"""Many requests at a time, with a fixed number of open requests or at fixed arrival times, and the client's own
+cost."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ Work = TypeVar("Work")
 
 @dataclass(slots=True)
 class ClientCost:
-    """The client's own cost: seconds of its processor, and the delays of its clock and its requests."""
+    """The client's own cost: CPU seconds, and the delays of its event loop and its requests."""
 
     wall_s: float = 0.0
     cpu_s: float = 0.0
@@ -28,8 +29,8 @@ class ClientCost:
 class Load(Generic[Work]):
     """Calls `send` for each piece of work, in order.
 
-    Closed loop: `concurrency` are open at once, and the next begins when one ends. Open loop: each begins at its moment
-    of `arrivals`, however many are open. An exception of `send` ends all and is raised.
+    Closed loop: `concurrency` requests are open at a time, and the next begins when one ends. Open loop: each begins at
+    its time in `arrivals`, however many are open. An exception of `send` ends the load and is raised.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Load(Generic[Work]):
         self.cost = ClientCost()
 
     async def run(self, work: Sequence[Work]) -> ClientCost:
-        """Do all of it; gives what that cost."""
+        """Process all work; returns the client's cost."""
         ticker = asyncio.create_task(self._tick())
         start, cpu = perf_counter(), thread_time()
         try:

@@ -1,4 +1,4 @@
-"""Prompts to one server, one at a time or many at once: asked, read, and asked again where that is wanted."""
+"""Prompts sent to one server: requested, parsed, and retried if configured."""
 
 from __future__ import annotations
 
@@ -25,13 +25,12 @@ RETRY_S = 0.5  # before the second attempt; each further one waits twice as long
 
 
 class ServerGoneError(RuntimeError):
-    """Nobody listens at the server's address any more."""
+    """Nothing listens at the server's address any more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Questions:
-    """The settings of requests. `extra` is added to each request; `retries` is the number of times a failed one is sent
-    again."""
+    """The settings of requests. `extra` is added to each request; `retries` is how often a failed one is sent again."""
 
     client: Client
     dialect: Dialect
@@ -42,7 +41,7 @@ class Questions:
     extra: dict[str, Any] | None = None
 
     async def ask(self, prompt: Prompt, salt: str) -> Answer:
-        """The server's answer; ServerGoneError where the server has ended."""
+        """The server's answer; ServerGoneError if the server has ended."""
         body = self.dialect.body(self.model, prompt, self.sampling, self.seed, salt) | (self.extra or {})
         data = json.dumps(body).encode()
         new_tokens = self.sampling.max_new_tokens

@@ -1,5 +1,4 @@
-"""Recognise a server: its dialect, the name of its model, and whether it encodes a text into the same tokens as we
-do."""
+"""Recognise a server: its dialect, the name of its model, and whether its tokenizer agrees with the local one."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ TRIAL, ONE_TOKEN = Prompt(0, "The", (1,)), SamplingConfig(max_new_tokens=1)
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server as it was recognised. `software` is what it says of itself, the engine first."""
+    """A recognised server. `software` is what it reports about itself, the engine first."""
 
     dialect: str
     model: str
@@ -31,10 +30,10 @@ class Server:
 
 
 async def recognise(client: Client, dialect: str, model: str | None, path: str) -> Server:
-    """Ask a server what it is, and for one token; ConfigError where it does not answer as it should.
+    """Ask a server for its software and for one token; ConfigError if it does not answer as it should.
 
-    `dialect` may be "auto". `model` is the name by which the server knows its model, None for the one that it lists;
-    `path` stands for that where it lists none or several.
+    `dialect` may be "auto". `model` is the name of the model on the server, None for the one that it lists; `path` is
+    used instead if it lists none or several.
     """
     listed = (await _ask_for(client, "/v1/models")).get("data")
     about = await _ask_for(client, "/info")
@@ -75,7 +74,7 @@ async def recognise(client: Client, dialect: str, model: str | None, path: str) 
 
 
 async def _ask_for(client: Client, path: str) -> JsonObject:
-    """The JSON object that a server has under a path; empty where it has none."""
+    """The JSON object at a path of a server; empty if there is none."""
     exchange = await client.get(path)
     if exchange.failure is not None:
         return {}
@@ -89,7 +88,7 @@ async def _ask_for(client: Client, path: str) -> JsonObject:
 
 
 async def check_tokenizer(questions: Questions, prompt: Prompt) -> None:
-    """ConfigError where a server makes other tokens of the text of a prompt than we do, as far as it tells."""
+    """ConfigError if a server tokenizes the text of a prompt differently, as far as it reports that."""
     as_text = replace(questions.dialect, takes_ids=False)
     answer: Answer = await replace(questions, dialect=as_text, sampling=ONE_TOKEN).ask(prompt, "trial")
     ours, theirs = len(prompt.token_ids), answer.prompt_tokens

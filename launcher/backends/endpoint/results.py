@@ -1,4 +1,4 @@
-"""The answers of a server as a run keeps them."""
+"""The answers of a server in the form that a run records."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOGETHER_S = 1e-4  # parts of an answer that are no further apart came together
 
 
 def completions_of(answered: Answered, gives_ids: bool) -> tuple[Completion, ...]:
-    """The answers that came whole, by the index of their prompts."""
+    """The complete answers, by the index of their prompts."""
     completions = []
     for prompt, answer in answered:
         if answer.failure is not None:
@@ -47,7 +47,7 @@ def completions_of(answered: Answered, gives_ids: bool) -> tuple[Completion, ...
 
 
 def failures_of(answered: Answered) -> tuple[RequestFailure, ...]:
-    """The requests that have no answer, by the index of their prompts."""
+    """The requests without an answer, by the index of their prompts."""
     failed = [(prompt.index, answer.failure) for prompt, answer in answered if answer.failure is not None]
     return tuple(RequestFailure(index, failure.kind, failure.message) for index, failure in sorted(failed))
 
@@ -55,7 +55,7 @@ def failures_of(answered: Answered) -> tuple[RequestFailure, ...]:
 def server_repeat(
     answered: Answered, server: Server, gives_ids: bool, cost: ClientCost, own_metrics: Mapping[str, float]
 ) -> ServerRepeat:
-    """One repeat as the client saw the server."""
+    """One repeat as measured by the client."""
     whole = [(prompt, answer) for prompt, answer in answered if answer.failure is None]
     counted = [(len(prompt.token_ids), answer.prompt_tokens) for prompt, answer in whole if answer.prompt_tokens]
     events = sum(len(answer.pieces_s) for _, answer in whole)

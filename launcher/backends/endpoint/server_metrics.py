@@ -17,7 +17,7 @@ MEANS = {
     "e2el_s": ("vllm:e2e_request_latency_seconds", "sglang:e2e_request_latency_seconds", "tgi_request_duration"),
     "queue_s": ("vllm:request_queue_time_seconds", "sglang:queue_time_seconds", "tgi_request_queue_duration"),
 }
-"""Means over requests, of histograms by the names that servers give them."""
+"""Means over requests, from histograms by the names that servers use."""
 
 COUNTS = {
     "prompt_tokens": ("vllm:prompt_tokens_total", "sglang:prompt_tokens_total"),
@@ -28,7 +28,7 @@ COUNTS = {
 
 
 def samples(text: bytes) -> dict[str, float]:
-    """The values of Prometheus' text form by name, added up over their labels."""
+    """The values in Prometheus' text format by name, summed over their labels."""
     values: dict[str, float] = {}
     for name, value in SAMPLE.findall(text):
         try:
@@ -41,7 +41,7 @@ def samples(text: bytes) -> dict[str, float]:
 
 
 def between(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-    """Counts of a server between two readings, and the means of its timings, as far as it publishes them."""
+    """Counts of a server between two samples, and the means of its timings, as far as it publishes them."""
     grown = {name: value - before.get(name, 0.0) for name, value in after.items()}
     measured: dict[str, float] = {}
     for name, histograms in MEANS.items():

@@ -1,4 +1,4 @@
-"""A server that is started for a run: its processes from the first to the last, and what they hold."""
+"""A server that is started for a run: its processes, and what they leave behind."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ LAST_LINES = 5
 
 
 class ServerEndedError(RuntimeError):
-    """The server that was started has ended by itself."""
+    """The started server has ended by itself."""
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
+    """A port of this machine that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -38,7 +38,7 @@ def free_port() -> int:
 
 
 class StartedServer:
-    """The processes of a server, from its start to the end of a context. What they print goes to `log`."""
+    """The processes of a server, from its start to the end of a context. They write to `log`."""
 
     def __init__(self, command: ServerCommand, log: Path) -> None:
         self.command, self.log = command, log
@@ -50,7 +50,7 @@ class StartedServer:
         return self
 
     def start(self) -> None:
-        """Start it; ConfigError where its program is not there."""
+        """Start the server; ConfigError if its program is missing."""
         with self.log.open("ab") as log:
             try:
                 self._process = subprocess.Popen(
@@ -69,7 +69,7 @@ class StartedServer:
         self.close()
 
     def check(self) -> None:
-        """ServerEndedError where the server has ended, with its last words. To be called now and then."""
+        """ServerEndedError, with its last output, if the server has ended. To be called regularly."""
         self._memory.look(self.pids())
         if (code := self._process.poll()) is not None:
             lines = [line for line in read_end(self.log).splitlines() if line.strip()]
@@ -77,7 +77,7 @@ class StartedServer:
             raise ServerEndedError(f"the server ended with exit code {code}; its last lines: {tail}")
 
     def pids(self) -> list[int]:
-        """The processes of the server, this one's children and theirs, whichever session they are in."""
+        """The processes of the server: the started one, its children and theirs, whatever their session."""
         return [process.pid for process in of_run(self.mark, SERVER)]
 
     def anonymous_bytes(self) -> int:

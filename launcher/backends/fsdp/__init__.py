@@ -1,1 +1,1 @@
-"""FSDP2 through Lightning Fabric: `engine` is what the launcher knows of it, `backend` runs in the ranks."""
+"""FSDP2 through Lightning Fabric: `engine` has its options for the launcher, `backend` runs in the ranks."""

@@ -1,8 +1,7 @@
-"""Fully sharded data parallel: Lightning Fabric's ModelParallelStrategy with FSDP2, prompts split over the ranks.
+"""Fully sharded data parallel: Lightning Fabric's ModelParallelStrategy with FSDP2, the prompts split over the ranks.
 
-Every rank holds 1/N of each parameter but of those of the layers that it keeps whole, gathers one layer at a time and
-answers its own prompts. All ranks take the same number of steps, since each forward pass is a collective. A world of
-one is the plain model.
+Every rank holds 1/N of each parameter (resident layers whole), gathers one layer at a time and answers its own prompts.
+Each forward pass is a collective, so all ranks take the same number of steps. A world of one rank is the plain model.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ RESET_STEPS = 500  # between two resets of what FSDP2 notes of each forward: som
 
 
 class FsdpBackend(ModuleBackend):
-    """FSDP2 on every decoder layer and the root."""
+    """FSDP2 applied to every decoder layer and to the root module."""
 
     def place(self, plan: Plan | None, world: World, progress: Progress) -> torch.nn.Module:
         assert plan is not None, "the plan says which layers stay whole"

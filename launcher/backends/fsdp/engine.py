@@ -1,4 +1,4 @@
-"""FSDP2 as the launcher knows it: options, and the way it runs."""
+"""The options of FSDP2."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class FsdpConfig(BackendConfig):
-    """Fully sharded data parallel; each rank answers prompts of its own."""
+    """Fully sharded data parallel; each rank answers its own prompts."""
 
     implementation: ClassVar[str] = "launcher.backends.fsdp.backend:FsdpBackend"
     planner_class: ClassVar[type[EnginePlanner] | None] = FsdpPlanner

@@ -1,1 +1,1 @@
-"""LitGPT in an environment of its own: `engine` is what the launcher knows of it, `backend` runs in the ranks."""
+"""LitGPT in a separate environment: `engine` has its options for the launcher, `backend` runs in the ranks."""

@@ -1,4 +1,5 @@
-"""LitGPT's own modules and loop: `generate/sequentially.py` in one process, or `generate/tp.py` over several ranks."""
+"""LitGPT's own modules and generation loop: `generate/sequentially.py` in one process, or `generate/tp.py` over several
+ranks."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ LEAST_LENGTH = 16  # of the cache until the first prompts come
 
 
 class LitgptBackend:
-    """One prompt after the other, as LitGPT's scripts answer one; token ids in, token ids out."""
+    """Answers one prompt after the other, as LitGPT's scripts do; token ids in, token ids out."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -131,7 +132,7 @@ class LitgptBackend:
         return Generation(tuple(completions), prefill_s, decode_s, steps)
 
     def _tokens(self, prompt: Prompt, sampling: SamplingConfig) -> Any:
-        """The tokens of a prompt as LitGPT's loop yields them, EOS included."""
+        """The tokens of an answer as LitGPT's loop yields them, EOS included."""
         torch.manual_seed(self.config.seed + prompt.index)
         eos = self._eos_token_ids()
         if sampling.ignore_eos:
@@ -176,8 +177,8 @@ class LitgptBackend:
 
 
 def order_heads(model: Any, ranks: int) -> None:
-    """Put queries, keys and values of each rank together: LitGPT's tensor_parallel cuts their joint matrix into equal
-    blocks of rows, and its converter has written all queries before all keys (release 0.5.13)."""
+    """Group queries, keys and values by rank: LitGPT's tensor_parallel cuts their joint matrix into equal blocks of
+    rows, but its converter has written all queries before all keys (release 0.5.13)."""
     config = model.config
     sizes = [heads * config.head_size for heads in (config.n_head, config.n_query_groups, config.n_query_groups)]
     for block in model.transformer.h:

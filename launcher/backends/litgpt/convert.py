@@ -1,4 +1,4 @@
-"""A checkpoint of transformers as LitGPT's own script converts it, kept in the user's cache folder."""
+"""A transformers checkpoint converted by LitGPT's own script, and cached in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ MODEL = "lit_model.pth"
 
 
 def converted(folder: Path, values: Mapping[str, Any]) -> Path:
-    """The folder with the converted checkpoint of a folder; made now if it is not there, whole or not at all.
+    """The folder with the converted checkpoint; it is converted now if it is missing, atomically.
 
-    It is named by a digest of what the checkpoint's files are and were last written, of the config and of LitGPT.
+    Its name is a digest of the checkpoint's files (with their modification times), the config and LitGPT's version.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
     known = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]

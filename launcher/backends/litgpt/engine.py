@@ -1,4 +1,4 @@
-"""LitGPT as the launcher knows it: it answers one prompt after the other, in an environment of its own."""
+"""The options of LitGPT, which answers one prompt after the other, in a separate environment."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SEQUENTIAL, TENSOR_PARALLEL = "sequential", "tensor_parallel"
 
 @dataclass
 class LitgptConfig(BackendConfig):
-    """The tool of the articles: its own modules and loop over a checkpoint that it has converted."""
+    """The tool that many published articles use: its own modules and loop, over a checkpoint that it has converted."""
 
     implementation: ClassVar[str] = "launcher.backends.litgpt.backend:LitgptBackend"
     packages: ClassVar[tuple[str, ...]] = ("torch", "litgpt:GPT", "lightning:Fabric")
@@ -40,12 +40,12 @@ class LitgptConfig(BackendConfig):
 
     @property
     def one_process_per_device(self) -> bool:  # type: ignore[override]
-        """A rank for each device where layers are cut."""
+        """True if layers are cut (tensor parallel): one rank for each device."""
         return self.generate == TENSOR_PARALLEL
 
     @property
     def joins_ranks(self) -> bool:  # type: ignore[override]
-        """Only ranks that share each layer are several."""
+        """True if layers are cut: only then are there several ranks."""
         return self.generate == TENSOR_PARALLEL
 
     @classmethod
@@ -56,20 +56,20 @@ class LitgptConfig(BackendConfig):
         return 1
 
     def planner(self, config: RunConfig, model_config: TransformersConfig, on_cuda: bool) -> EnginePlanner | None:
-        """None where Fabric packs the weights in its own way."""
+        """The planner; None for quantized weights, which Fabric packs in its own way."""
         if self.quantize != "none":
             return None
         return LitgptPlanner(cuts_layers=self.generate == TENSOR_PARALLEL)
 
     def settle(self, config: RunConfig, on_cuda: bool) -> tuple[RunConfig, list[str]]:
-        """Layers are spread over cards only."""
+        """Without GPUs use one device: LitGPT spreads layers over GPUs only."""
         if self.generate == SEQUENTIAL and config.devices > 1 and not on_cuda:
             note = f"devices={config.devices}, but litgpt's sequential has one device without GPUs"
             return replace(config, devices=1), [note]
         return config, []
 
     def refuse(self, config: RunConfig, model_config: TransformersConfig, on_cuda: bool, longest: int) -> None:
-        """Refuse what LitGPT would get wrong, or ends with a traceback."""
+        """Refuse combinations that LitGPT would compute wrongly or end with a traceback."""
         values, devices = litgpt_config(model_config), config.devices * config.num_nodes
         if config.model.weights is Weights.random:
             raise ConfigError("backend=litgpt converts a checkpoint, and model.weights=random is none.", ELSEWHERE)

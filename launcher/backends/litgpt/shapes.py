@@ -1,4 +1,4 @@
-"""The config of transformers -> that of LitGPT. No LitGPT, no torch."""
+"""Convert a transformers config to LitGPT's. Imports neither LitGPT nor torch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ ELSEWHERE = "backend=transformers"
 
 
 def litgpt_config(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of litgpt.Config; ConfigError for what LitGPT would read otherwise, or not at all.
+    """The arguments of litgpt.Config; ConfigError for a config that LitGPT would misread or cannot express.
 
-    Its converter goes by the name of a Falcon: those of 7b have one norm in a layer, those of 40b two.
+    LitGPT's converter decides by the name of a Falcon: those named 7b have one norm in a layer, those named 40b two.
     """
     family, config = str(fields.get("model_type")), ConfigFields(fields)
     if family not in ("falcon", "llama"):

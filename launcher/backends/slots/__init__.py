@@ -1,1 +1,2 @@
-"""Continuous batching for engines that are a transformers module: a cache of slots, and who is in them."""
+"""Continuous batching for engines that run a transformers module: a cache of slots, and the schedule of its
+sequences."""

@@ -1,4 +1,4 @@
-"""Acceptance of guessed tokens, and the token after them: the target's own choice, or a draw from its distribution."""
+"""Acceptance of draft tokens, and the token after them: the target's argmax, or a sample from its distribution."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 
 
 def greedy(best: torch.Tensor, guesses: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens [rows, 1 + width], guesses accepted [rows]) where `best` [rows, 1 + width] has the target's own choices
-    at the newest token and at each of `guesses` [rows, width], of which a row has `counts` [rows].
+    """Accept draft tokens that equal the target's argmax. Returns (tokens [rows, 1 + width], number accepted [rows]).
 
-    Of a row's tokens as many count as were accepted, and the one behind them.
+    `best` [rows, 1 + width] is the target's argmax at the newest token and at each of the `guesses` [rows, width], of
+    which row r has `counts[r]`. In each row of the result as many tokens are valid as were accepted, plus one.
     """
     holds = guesses == best[:, :-1]
     return best, _leading(holds, counts)
@@ -23,13 +23,12 @@ def sampled(
     uniform: torch.Tensor,
     noise: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Accept by rejection sampling, with the results of `greedy`: the tokens are distributed as if each had been drawn
-    from `target` [rows, 1 + width, vocabulary].
+    """Accept draft tokens by rejection sampling, with the same results as `greedy`: the tokens are distributed as if
+    each had been drawn from `target` [rows, 1 + width, vocabulary].
 
-    `drafted` [rows, width, vocabulary] are the distributions that the guesses were drawn from; None where they were no
-    matter of chance. `uniform` [rows, width] is drawn from [0, 1), `noise` [rows, vocabulary] exponentially. A guess is
-    accepted with the probability p / q at most 1; in place of the first that is not a token is drawn from what p has
-    more than q.
+    `drafted` [rows, width, vocabulary] are the distributions q that the guesses were drawn from; None if the guesses
+    were deterministic. `uniform` [rows, width] is drawn from [0, 1), `noise` [rows, vocabulary] is exponential. A guess
+    is accepted with probability min(1, p / q); the first one rejected is replaced by a sample from max(0, p - q).
     """
     rows = torch.arange(len(guesses), device=guesses.device)
     p = target[:, :-1].gather(2, guesses[..., None])[..., 0]
@@ -53,6 +52,6 @@ def sampled(
 
 
 def _leading(holds: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """The number of guesses of each row up to the first that does not hold."""
+    """The number of guesses of each row before the first one that is rejected."""
     is_there = torch.arange(holds.shape[1], device=holds.device) < counts[:, None]
     return (holds & is_there).long().cumprod(1).sum(1)

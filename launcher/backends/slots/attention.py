@@ -1,4 +1,4 @@
-"""The attention of slots: keys and values are read where they lie, those of kv heads once for all their queries."""
+"""Attention over slots: it reads keys and values in place, those of a kv head once for all of its queries."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention as transformers' own functions compute it, for `query` [rows, heads, tokens, dim], as [rows, tokens,
-    heads, dim].
+    """Attention as transformers' own functions compute it: `query` [rows, heads, tokens, dim] -> [rows, tokens, heads,
+    dim].
 
-    transformers copies keys and values to all query heads wherever there is a mask, in slots at most steps.
+    transformers repeats keys and values for all query heads whenever there is a mask, which is most steps in slots.
     """
     if (lengths := packed_lengths()) is not None:
         return attend_packed(query, key, value, lengths, scaling), None
@@ -54,7 +54,7 @@ def attention(
 
 
 def use_slots(model: nn.Module) -> None:
-    """Have a model attend so, if its family leaves it to others how; its own attention does as well."""
+    """Make a model use this attention if its family supports attention functions; its own attention works as well."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     if getattr(model, "_supports_attention_backend", False) and model.config._attn_implementation == "sdpa":
@@ -62,5 +62,5 @@ def use_slots(model: nn.Module) -> None:
 
 
 def can_be_packed(model: nn.Module) -> bool:
-    """The attention of a model in slots reads several sequences in one row."""
+    """True if the model's attention supports several sequences packed into one row."""
     return model.config._attn_implementation in (NAME, FALCON)

@@ -1,4 +1,4 @@
-"""Keys and values of the sequences in the slots of a process: allocated once, each row at a length of its own."""
+"""Keys and values of the sequences in the slots of a process: allocated once, with a different length in each row."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A forward that reads prompts into the slots `rows` [n]: their tokens from `start` on, none lies at `ends` [n].
+    """A forward that reads prompts into the slots `rows` [n]: tokens from position `start` up to `ends` [n].
 
-    Rows are padded on their right. Where a `start` is given there is one row, `first_row`, and no padding; where there
-    are `lengths` the prompts come in one row, one behind the other.
+    Rows are padded on the right. With a `start` there is one row, `first_row`, without padding; with `lengths` the
+    prompts are packed into one row.
     """
 
     rows: torch.Tensor
@@ -33,7 +33,8 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Stepping:
-    """A forward that decodes the first `rows` slots, tokens at `positions` [rows, tokens]; none lies at `reach`."""
+    """A forward that decodes in the first `rows` slots; the tokens are at `positions` [rows, tokens], all below
+    `reach`."""
 
     rows: int
     positions: torch.Tensor
@@ -41,7 +42,7 @@ class Stepping:
 
 
 def as_multiplied(states: torch.Tensor) -> torch.Tensor:
-    """Keys or values in the type in which attention multiplies with them: under autocast they come in several."""
+    """Keys or values in the type that attention multiplies in: under autocast they arrive in several types."""
     kind = states.device.type
     if torch.is_autocast_enabled(kind):
         return states.to(torch.get_autocast_dtype(kind))
@@ -49,11 +50,11 @@ def as_multiplied(states: torch.Tensor) -> torch.Tensor:
 
 
 class SlotLayer(CacheLayerMixin):
-    """One layer: keys and values [slots, kv heads, size, head_dim], zeros until they are written.
+    """The cache of one layer: keys and values [slots, kv heads, size, head_dim], initially zeros.
 
-    A layer with a window has as many places as the window, used in turn: token n lies at place n modulo the size, so
-    that a row holds the last `size` tokens, all of which the newest may see. `spare` places more take tokens that may
-    be given up again, in place of none that is still seen.
+    A layer with a sliding window is a ring buffer: token n is at position n modulo the size, so that a row holds the
+    last `size` tokens, all of which the newest one may attend to. `spare` further positions hold tokens that may be
+    rejected later, so that they overwrite none that is still needed.
     """
 
     def __init__(self, slots: int, length: int, window: int | None, spare: int = 0) -> None:
@@ -67,7 +68,7 @@ class SlotLayer(CacheLayerMixin):
         self.views: tuple[int, int, Pair] | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Allocate, for heads as these states have them."""
+        """Allocate, with the shapes and types of these states."""
         self.keys, self.values = (
             torch.zeros(
                 self.slots, states.shape[1], self.size, states.shape[3], dtype=states.dtype, device=states.device
@@ -77,7 +78,7 @@ class SlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Pair:
-        """Write the states of prompts; the keys and values that their attention is to see."""
+        """Write the states of prompts; returns the keys and values that they attend to."""
         assert isinstance(self.doing, Reading)
         if self.doing.start:
             return self._read_on(self.doing, key_states, value_states)
@@ -90,7 +91,7 @@ class SlotLayer(CacheLayerMixin):
         return key_states, value_states
 
     def _last(self, states: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """The last `size` tokens of prompts [rows, heads, width, dim], each in its place."""
+        """The last `size` tokens of prompts [rows, heads, width, dim], each at its position in the ring buffer."""
         last = ends.to(states.device)[:, None] - 1
         tokens = last - (last - torch.arange(self.size, device=states.device)) % self.size
         tokens = tokens.clamp_(min=0)[:, None, :, None]
@@ -105,7 +106,8 @@ class SlotLayer(CacheLayerMixin):
         return key_states, value_states
 
     def _read_on(self, reading: Reading, key_states: torch.Tensor, value_states: torch.Tensor) -> Pair:
-        """The next tokens of one prompt, behind those before them that they may see, in order."""
+        """Append the next tokens of one prompt; returns them after the earlier ones that they may attend to, in
+        order."""
         start, row, end = reading.start, reading.first_row, reading.start + key_states.shape[2]
         if self.window is None:
             self.keys[row, :, start:end] = key_states[0]
@@ -122,7 +124,7 @@ class SlotLayer(CacheLayerMixin):
         return keys, values
 
     def step(self, key_states: torch.Tensor, value_states: torch.Tensor, index: torch.Tensor) -> Pair:
-        """Write tokens to `index` of the heads' places in a row; views of what the rows hold."""
+        """Write new tokens at `index` of the flattened [slots, heads, size]; returns views of what the rows hold."""
         assert isinstance(self.doing, Stepping)
         rows, reach = self.doing.rows, self.doing.reach
         for cache, states in ((self.keys, key_states), (self.values, value_states)):
@@ -132,13 +134,13 @@ class SlotLayer(CacheLayerMixin):
         return self.views[2]
 
     def _num_before(self, start: int) -> int:
-        """The number of tokens among the first `start` that the next one may see."""
+        """The number of the first `start` tokens that the next one may attend to."""
         if self.window is None:
             return start
         return min(start, self.window - 1)
 
     def get_seq_length(self) -> int:
-        """Tokens before those of this forward, as the model is to believe."""
+        """The number of earlier tokens that the model is told."""
         match self.doing:
             case Reading(start=start):
                 return start
@@ -157,21 +159,21 @@ class SlotLayer(CacheLayerMixin):
         return query_length, 0
 
     def get_max_length(self) -> int:
-        """Tokens of a sequence that a slot has places for."""
+        """Tokens for which a slot has room."""
         return self.size
 
     get_max_cache_shape = get_max_length  # as older releases of transformers call it
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """The two, once they are there."""
+        """Keys and values, once they are allocated."""
         if not self.is_initialized:
             return ()
         return self.keys, self.values
 
 
 class SlotCache(Cache):
-    """The cache of `slots` sequences of at most `length` tokens. `do` says what the next forward is for."""
+    """The cache of `slots` sequences of at most `length` tokens. `do` sets the kind of the next forward."""
 
     def __init__(self, config: PretrainedConfig, slots: int, length: int, spare: int = 0) -> None:
         self.slots, self.length = slots, length
@@ -197,7 +199,7 @@ class SlotCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Pair:
-        """Write what a layer made of the tokens of this forward; the keys and values that they are to see."""
+        """Write the keys and values of this forward's tokens in one layer; returns those that they attend to."""
         layer: SlotLayer = self.layers[layer_idx]
         key_states, value_states = as_multiplied(key_states), as_multiplied(value_states)
         if not layer.is_initialized:
@@ -207,7 +209,7 @@ class SlotCache(Cache):
         return layer.step(key_states, value_states, self._index_of(layer))
 
     def _index_of(self, layer: SlotLayer) -> torch.Tensor:
-        """Indices of this step's tokens in [slots, heads, size], flattened; layers of equal shape share them."""
+        """Indices of this step's tokens in the flattened [slots, heads, size]; layers of equal shape share them."""
         kind = layer.keys.device, layer.keys.shape[1], layer.size
         if kind not in self._index:
             self._kinds[kind] = layer.is_sliding
@@ -233,12 +235,12 @@ class SlotCache(Cache):
         return torch.add(self._bases[kind][:rows], positions, out=index).view(-1)
 
     def move(self, source: int, target: int) -> None:
-        """Copy what one slot holds to another."""
+        """Copy the contents of one slot to another."""
         for tensor in self.tensors():
             tensor[target].copy_(tensor[source])
 
     def clear(self, row: int) -> None:
-        """Overwrite what a slot holds."""
+        """Overwrite a slot with zeros."""
         for tensor in self.tensors():
             tensor[row].zero_()
 

@@ -1,4 +1,5 @@
-"""`measure.compile`: decode steps of fixed sizes made ahead, and taken where the tokens of a batch stay the same."""
+"""`measure.compile`: decode steps of fixed sizes, prepared before the measurement, and used if the tokens of a batch
+stay the same."""
 
 from __future__ import annotations
 
@@ -29,9 +30,10 @@ MOST_VERSIONS = 4096  # of the code of a layer: inductor makes one for each laye
 
 
 def settled(config: RunConfig, device: torch.device) -> Compile:
-    """The way that is taken for the one that was asked; for `auto` CUDA graphs where one process has one card.
+    """The compilation mode to use; `auto` means CUDA graphs for one process with one GPU, none otherwise.
 
-    Elsewhere nothing is known to be faster: inductor's step takes a minute to make, and on a CPU no less time to run.
+    In other cases no mode is known to be faster: inductor takes a minute for each step, and on a CPU the steps are not
+    faster.
     """
     asked = config.measure.compile
     if asked is not Compile.auto:
@@ -44,10 +46,10 @@ def settled(config: RunConfig, device: torch.device) -> Compile:
 
 @torch.inference_mode()
 def compile_steps(decoder: SlotDecoder, config: RunConfig, generate: Callable[[], Generation]) -> Compilation:
-    """Let the slots of a decoder make steps as configured. `generate` answers a batch, first without, then with them.
+    """Prepare the decode steps of a decoder as configured. `generate` answers a batch, first without, then with them.
 
-    With `auto` they are given up again where they fail or lead to other tokens, unless these were as likely in the
-    precision of the products; what was asked for by name is kept, and what fails then ends the run.
+    With `auto` they are discarded if they fail or change tokens, unless the tokens were equally likely in the precision
+    of the products. A mode that was configured by name is kept, and its failure ends the run.
     """
     way, is_asked = settled(config, decoder.device), config.measure.compile is not Compile.auto
     if way is Compile.none:
@@ -79,7 +81,7 @@ def compile_steps(decoder: SlotDecoder, config: RunConfig, generate: Callable[[]
 
 
 def make_static(way: Compile, slots: Slots) -> Forward:
-    """The steps of slots that have answered something before, in one of the ways."""
+    """The prepared steps of slots that have answered a batch before."""
     if way is Compile.cudagraph:
         return Graphs(slots)
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MOST_VERSIONS
@@ -94,7 +96,7 @@ def make_static(way: Compile, slots: Slots) -> Forward:
 
 
 class Switch:
-    """Layers whose forwards are compiled for the steps of slots, and as they were for all else."""
+    """Layers with compiled forwards, which are used for decode steps only."""
 
     def __init__(self, slots: Slots) -> None:
         self.slots, self.is_on = slots, False
@@ -119,8 +121,9 @@ class Switch:
 
 
 def differing(before: Generation, after: Generation, products: torch.dtype) -> tuple[int, int]:
-    """The number of prompts with other tokens after than before, and of those among them whose first other token was
-    less likely than the one in its place by more than some roundings of its logit in the type of the products."""
+    """The number of prompts whose tokens differ between two generations, and how many of them differ for more than
+    rounding: their first different token was less likely by more than some roundings of its logit in the type
+    `products`."""
     width = NEAR * torch.finfo(products).eps
     later = {item.index: item.token_ids for item in after.completions}
     other = wrong = 0

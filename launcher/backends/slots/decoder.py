@@ -36,14 +36,15 @@ if TYPE_CHECKING:
     Kind = type[Read | Step | Guesses]
 
 LATE = {"cpu": 0, "cuda": 4}
-"""So many forwards later it is read which tokens one has made, and so whether an answer has ended: before, the host
-would have to wait. A flag on the device would be read as late, by a copy more, and free no slot sooner. What a row
-makes meanwhile lies in its own slot, is left out, and counts as computed for nothing."""
+"""The number of forwards after which the host reads the tokens of a forward, and so notices the end of an answer:
+reading at once would synchronize with the device. (A flag on the device would be read just as late, cost another copy,
+and free no slot sooner.) Tokens that a row makes after its end stay in its own slot, are dropped, and count as computed
+in vain."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The tokens chosen in one forward, on their way to the host."""
+    """The tokens chosen in one forward, while they are copied to the host."""
 
     forward: Read | Step
     number: int
@@ -68,7 +69,7 @@ class Chosen:
 
 @dataclass(slots=True)
 class SlotDecoder:
-    """The generation loop of a model over `num_slots` sequences of at most `length` tokens at a time."""
+    """The generation loop of a model over `num_slots` sequences of at most `length` tokens."""
 
     model: torch.nn.Module
     eos_token_ids: tuple[int, ...]
@@ -96,7 +97,7 @@ class SlotDecoder:
 
     @torch.inference_mode()
     def generate(self, prompts: SequenceOf[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Generation:
-        """New tokens for each prompt that this rank answers, in the order of the prompts."""
+        """Generate new tokens for each prompt that this rank answers, in the order of the prompts."""
         call, late = _Call(self, prompts, sampling, on_step), LATE[self.device.type]
         if self.guesser is not None:
             late = 0
@@ -112,7 +113,7 @@ class SlotDecoder:
         return call.generation()
 
     def ready(self, longest: int) -> Slots:
-        """The slots, made anew if a call needs longer ones than all before."""
+        """The slots, allocated again if a call needs longer ones than before."""
         if self.slots is None or longest > self.slots.cache.length:
             self.length = max(longest, self.length)
             self.slots = None
@@ -162,7 +163,7 @@ class _Call:
         self.clock = Clock(decoder.device)
 
     def forward(self) -> None:
-        """Start the next forward of this rank, an idle one if it has nothing to do."""
+        """Launch the next forward of this rank, an idle one if there is nothing to do."""
         forward = self.schedule.next()
         self.queue.follow()
         if forward is None:
@@ -191,7 +192,7 @@ class _Call:
         self.decoder.peaks.end(phase)
 
     def _choose(self, forward: Read | Step) -> None:
-        """A token for each row, of which nobody waits to hear."""
+        """Launch a forward and the choice of a token for each row, without waiting for either."""
         if isinstance(forward, Read):
             if self.decoder.must_clear and not forward.start:
                 self.slots.clear(forward.sequences)
@@ -209,7 +210,7 @@ class _Call:
         return self.generators[sequence.prompt.index]
 
     def take(self, chosen: Chosen | Checked) -> None:
-        """Read what a forward has chosen. What a sequence was given after its end is left out."""
+        """Read the tokens of a forward. Tokens after the end of a sequence are dropped."""
         for sequence, tokens, gaps in zip(chosen.forward.sequences, *chosen.values(), strict=True):
             for token, gap in zip(tokens, gaps, strict=True):
                 self.decoder.must_clear |= not math.isfinite(gap)
@@ -218,7 +219,7 @@ class _Call:
             sequence.begun = max(sequence.begun, len(sequence.token_ids))
 
     def _give(self, sequence: Sequence, number: int, token: int, gap: float) -> None:
-        """A sequence has a new token, by the forward of a number."""
+        """Append a new token, made by forward `number`, to a sequence."""
         sequence.token_ids.append(token)
         sequence.gaps.append(gap)
         sequence.forwards.append(number)
@@ -231,7 +232,7 @@ class _Call:
             self.ended.append(sequence)
 
     def report(self) -> None:
-        """Say what is new since the last time."""
+        """Report what is new since the last call."""
         new = [self._completion(sequence) for sequence in self.ended[self.reported :]]
         self.reported = len(self.ended)
         self.on_step(self.new_tokens, new)

@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from launcher.backends.slots.schedule import Read, Sequence, Step
 
 BLOCK = 64
-"""Attention spans as many positions as the longest row has, rounded up to a multiple of these, and a mask hides what
-lies behind the others. Rows of one length need neither: without a mask CUDA has flash attention."""
+"""Attention spans the length of the longest row, rounded up to a multiple of BLOCK, and a mask hides the rest of the
+shorter rows. Rows of equal length need neither: without a mask CUDA can use flash attention."""
 
 Forward = Callable[[int, int], torch.Tensor]
-"""Gives the logits of so many rows, and perhaps of others behind them, whose attention reaches so far or farther."""
+"""(rows, reach) -> the logits of at least `rows` rows, whose attention spans at least `reach` positions."""
 
 
 class Slots:
-    """The cache of a model, and of each row its newest token and the position where that will lie.
+    """The cache of a model, and for each row its newest token and that token's position.
 
-    `read` and `step` give logits [rows, vocabulary] in fp32; `keep` takes what was chosen from them. All that a step
-    needs beside the model's own activations lies in tensors that are made once: its inputs are at the same addresses
-    in every step. `static` are forwards for certain numbers of rows and reaches only, where there are any.
+    `read` and `step` return logits [rows, vocabulary] in fp32; `keep` stores the tokens chosen from them. All inputs of
+    a step are in tensors that are allocated once: they have the same addresses in every step. `static` are prepared
+    forwards, for certain numbers of rows and reaches only.
     """
 
     def __init__(self, model: Any, slots: int, length: int, device: torch.device, spare: int = 0) -> None:
@@ -60,7 +60,7 @@ class Slots:
         self.computed_rows = 0  # in all decode steps
 
     def read(self, forward: Read) -> torch.Tensor:
-        """Read prompts, or a chunk of one; the logits of the last token of each."""
+        """Read prompts, or a chunk of one; returns the logits of the last token of each."""
         self.move(forward)
         if forward.is_packed:
             return self._read_packed(forward)
@@ -93,7 +93,7 @@ class Slots:
             return self._logits(ids, positions, None, 0)
 
     def step(self, forward: Step) -> torch.Tensor:
-        """Decode a token of each row."""
+        """Decode one token of each row."""
         self.move(forward)
         rows = len(forward.sequences)
         lengths = {one.length + 1 for one in forward.sequences}
@@ -110,10 +110,10 @@ class Slots:
         return logits[:rows]
 
     def lay_out(self, rows: int, reach: int, is_masked: bool = True) -> Slots:
-        """Write down where the newest tokens of the first `rows` rows go, and what they may see. Rows that decode
-        nothing may be among them.
+        """Write where the newest tokens of the first `rows` rows go, and the mask of what they attend to.
 
-        These write where their next token will lie, or at the end of their slot, where none will.
+        Rows among them that decode nothing write to the position of their next token, or to the end of their slot,
+        which stays unused.
         """
         positions = self.places_now[:rows]
         torch.clamp(self.positions[:rows, None], max=self.cache.length - 1, out=positions)
@@ -122,11 +122,11 @@ class Slots:
         return self
 
     def forward(self, rows: int, reach: int) -> torch.Tensor:
-        """The logits of what was laid out so."""
+        """The logits for the inputs that `lay_out` wrote."""
         return self._logits(self.tokens[:rows, None], self.places_now[:rows], self.shown, 1)
 
     def keep(self, forward: Read | Step, chosen: torch.Tensor) -> None:
-        """Note the newest tokens of the rows of a forward."""
+        """Store the newest tokens of the rows of a forward."""
         rows = [one.row for one in forward.sequences]
         if rows == list(range(rows[0], rows[0] + len(rows))):
             self.tokens[rows[0] : rows[0] + len(rows)].copy_(chosen)
@@ -134,11 +134,11 @@ class Slots:
             self.tokens.index_copy_(0, self._sent(rows), chosen)
 
     def idle(self) -> None:
-        """A forward for the sake of the other ranks, of which nothing is kept."""
+        """A forward that only serves the collectives of the other ranks; its result is dropped."""
         self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
 
     def clear(self, sequences: tuple[Sequence, ...]) -> None:
-        """Leave nothing of those before in the slots of some sequences."""
+        """Overwrite the slots of some sequences with zeros."""
         for one in sequences:
             self.cache.clear(one.row)
 
@@ -150,8 +150,8 @@ class Slots:
                 tensor[target].copy_(tensor[source])
 
     def _sent(self, values: list[Any]) -> torch.Tensor:
-        """Integers on the device, by way of pinned memory: from other memory the host would wait for all steps before
-        this one."""
+        """Integers on the device, through pinned memory: from pageable memory the host would wait for all earlier
+        steps."""
         return torch.tensor(values, pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
 
     def _logits(self, ids: torch.Tensor, positions: torch.Tensor, mask: Any, kept: int) -> torch.Tensor:
@@ -176,10 +176,10 @@ class Slots:
         return self.wide_logits[: len(logits)].copy_(logits)
 
     def _mask(self, positions: torch.Tensor, reach: int) -> Any:
-        """The mask of a step: each row sees all up to its newest token, [rows, 1, 1, reach]; a mask for each kind of
-        layer if there are several.
+        """The mask of a step [rows, 1, 1, reach]: each row attends to all positions up to its newest token; a mask for
+        each kind of layer if there are several.
 
-        Families with ALiBi make biases of a mask [rows, reach] themselves.
+        Families with ALiBi make biases from a mask [rows, reach] themselves.
         """
         rows = len(positions)
         is_seen, mask = self.is_seen[:rows, :reach], self.mask[:rows, :reach]
@@ -194,8 +194,8 @@ class Slots:
 
 @contextlib.contextmanager
 def last_tokens(head: torch.nn.Module, rows: torch.Tensor, places: torch.Tensor) -> Iterator[None]:
-    """While this lasts a model's head is given, of the hidden states [rows, tokens, size], those at some places only,
-    each in a row of its own."""
+    """A context in which a model's head sees only some positions of the hidden states [rows, tokens, size], each as a
+    row of its own."""
 
     def choose(module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden, *others = given

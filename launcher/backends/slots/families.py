@@ -1,4 +1,4 @@
-"""Models that can decode in slots, judged by their transformers config alone."""
+"""Models that support decoding in slots, judged by their transformers config alone."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ FAMILIES = frozenset({
     "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe",
     "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2", "xglm",
 })  # fmt: skip
-"""The values of model_type whose tokens in slots are, by a test, those of one prompt at a time."""
+"""The model_types whose tokens in slots a test has compared with those of one prompt at a time."""
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 SHARED_FREQUENCIES = {"dynamic", "longrope"}
 
 
 def why_static(config: Mapping[str, Any], is_remote_code: bool = False) -> str | None:
-    """The reason for decoding a model in static batches only; None if it can have slots."""
+    """The reason why a model is decoded in static batches only; None if it supports slots."""
     family = config.get("model_type")
     if family not in FAMILIES or (is_remote_code and "auto_map" in config):
         return f"{family} is not among the families whose cache is known to lie in slots"
@@ -35,7 +35,7 @@ def why_static(config: Mapping[str, Any], is_remote_code: bool = False) -> str |
 
 
 def why_no_guesses(config: Mapping[str, Any]) -> str | None:
-    """The reason for decoding one token of a row in a step; None if the model can check several."""
+    """The reason why a model decodes one token of a row in a step; None if it can check several draft tokens."""
     family = config.get("model_type")
     if family in ("bloom", "mpt") or config.get("alibi"):
         return f"the biases of a {family} with ALiBi are those of one new token"

@@ -1,4 +1,5 @@
-"""Prompt lookup: what followed the newest tokens of a sequence when it last had them. Plain bookkeeping: no tensor."""
+"""Prompt lookup: what followed the newest tokens of a sequence at their last occurrence. Bookkeeping only, no
+tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Ngrams:
-    """The tokens of a sequence, and for each run of `least` to `most` of them where it was last followed by another."""
+    """The tokens of a sequence, and for each n-gram of `least` to `most` tokens the position after its last
+    occurrence."""
 
     most: int
     least: int
@@ -27,7 +29,7 @@ class Ngrams:
             self.tokens.append(token)
 
     def guess(self, count: int) -> list[int]:
-        """The tokens, at most `count`, that followed the longest matching n-gram; empty without a match."""
+        """At most `count` tokens that followed the longest matching n-gram; empty without a match."""
         here = len(self.tokens)
         if count == 0:
             return []

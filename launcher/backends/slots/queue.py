@@ -1,4 +1,4 @@
-"""The prompts that wait, and the ranks that they are given to."""
+"""The waiting prompts of a call, and their assignment to ranks."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 
 
 class Queue:
-    """The prompts of a call, and which rank is given each: the one that has most free slots. Of several each is given
-    one of the next, the longest to that which was given the fewest tokens.
+    """The waiting prompts of a call. The next prompt goes to the rank with most free slots; among several such ranks
+    the longest of the next prompts goes to the rank that was given the fewest tokens.
 
-    Alone, or where ranks answer together, there is one schedule. Ranks that answer apart keep in step: where it is
-    known when answers end each follows the schedules of all, else they tell each other how many slots are free. Where
-    their forwards need no other rank (`is_apart`) they do so no longer once all prompts are given.
+    A single rank, or ranks that answer together, have one schedule. Data-parallel ranks must make the same assignments:
+    if the ends of answers are known in advance each rank follows the schedules of all, otherwise (`votes`) they
+    exchange the number of free slots. Ranks whose forwards are not collective (`is_apart`) stop doing so once all
+    prompts are assigned.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class Queue:
         self.schedules, self.own, self.votes, self.is_apart = schedules, schedules[rank], votes, is_apart
 
     def fill(self) -> bool:
-        """Give prompts to free slots; whether this rank has something to do, or any for which it is needed."""
+        """Assign prompts to free slots. True if this rank has work, or others need it for their collectives."""
         if self.is_apart and not self.prompts:
             return self.own.free < len(self.own.seats)
         free = [schedule.free for schedule in self.schedules]
@@ -58,7 +59,7 @@ class Queue:
         return any(number < len(schedule.seats) for number, schedule in zip(free, self.schedules, strict=True))
 
     def follow(self) -> None:
-        """Note what the other ranks do beside this one's forward, where that is known."""
+        """Advance the schedules of the other ranks, if they are known."""
         for schedule in self.schedules if not self.votes else ():
             if schedule is not self.own and (forward := schedule.next()):
                 schedule.begin(forward)

@@ -1,4 +1,4 @@
-"""The assignment of prompts to slots, and the order of the forwards. Plain bookkeeping: no tensor, no device."""
+"""The assignment of prompts to slots, and the order of the forwards. Bookkeeping only: no tensors, no device."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ if TYPE_CHECKING:
     from launcher.backends.base import Prompt
 
 NEAR = {"cpu": 16, "cuda": 256}
-"""Prompts that differ by no more tokens are read together, the shorter padded: about what one more forward costs.
-Where they can lie in one row, one behind the other, all that wait are."""
+"""Prompts whose lengths differ by no more tokens are read together, padded: the padding costs about as much as one more
+forward. If prompts can be packed into one row, all waiting ones are read together."""
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A prompt in a slot. `row` is the slot, `read` counts its tokens in the cache, `begun` the new tokens for which
-    forwards were started; what is known of these is in the lists, with the number of the forward that gave each."""
+    """A prompt in a slot. `row` is the slot, `read` the number of its prompt tokens in the cache, `begun` the number of
+    new tokens whose forwards were launched. The lists hold the new tokens known so far, with the number of the forward
+    that made each."""
 
     prompt: Prompt
     row: int = -1
@@ -33,13 +34,13 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens in the cache once all that is begun is done."""
+        """Tokens in the cache after all launched forwards are done."""
         return self.read + max(self.begun - 1, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A forward that reads prompts, once moves (from, to) are made: a chunk of one, or all tokens of several."""
+    """A forward that reads prompts, after the moves (from, to): a chunk of one prompt, or all tokens of several."""
 
     sequences: tuple[Sequence, ...]
     start: int
@@ -49,32 +50,32 @@ class Read:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the model is given, paddings among them."""
+        """Tokens that the model is given, including padding."""
         if self.is_packed:
             return sum(len(sequence.prompt.token_ids) for sequence in self.sequences)
         return self.width * len(self.sequences)
 
     @property
     def is_last(self) -> bool:
-        """True if this forward reads the prompts to their ends and so gives each its first new token."""
+        """True if this forward reads the prompts to their ends, and so makes the first new token of each."""
         return self.start + self.width >= len(self.sequences[0].prompt.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A forward that decodes the sequences in the first slots, once moves (from, to) are made."""
+    """A forward that decodes the sequences in the first slots, after the moves (from, to)."""
 
     sequences: tuple[Sequence, ...]
     moves: tuple[tuple[int, int], ...]
 
 
 class Schedule:
-    """The slots of one process.
+    """The schedule of the slots of one process.
 
-    `next` says what to do, `begin` takes note that it was begun, `end` that a sequence has met its end. Between two
-    steps of the others no more than `prefill_tokens` tokens of prompts are read. The first that waits is next, with
-    all others of about its length, or with those that come next where prompts are packed (`near` is None). A prompt
-    takes the first free slot, one that is read in several forwards the last; for a step those that decode close ranks.
+    `next` returns the next forward, `begin` records that it was launched, `end` that a sequence has ended. Between two
+    decode steps at most `prefill_tokens` prompt tokens are read. The first waiting prompt is read next, with all others
+    of about its length, or with the ones after it if prompts are packed (`near` is None). A prompt takes the first free
+    slot, one that is read in chunks the last slot; before a step the decoding sequences are moved to the first slots.
     """
 
     def __init__(self, slots: int, max_new_tokens: int, prefill_tokens: int, near: int | None) -> None:
@@ -86,11 +87,11 @@ class Schedule:
 
     @property
     def free(self) -> int:
-        """Slots that no prompt was given to."""
+        """Slots that are not assigned to a prompt."""
         return len(self.seats) - self.decoding - len(self.waiting)
 
     def add(self, prompt: Prompt) -> None:
-        """Give a prompt one of the free slots."""
+        """Assign a free slot to a prompt."""
         assert self.free > 0
         self.waiting.append(Sequence(prompt))
 
@@ -132,7 +133,7 @@ class Schedule:
         return [sequence for sequence, end in zip(self.waiting, ends, strict=False) if end <= room]
 
     def _close_ranks(self) -> Iterator[tuple[int, int]]:
-        """Move sequences that decode from the last slots to free ones among the first."""
+        """Move decoding sequences from the last slots to free ones among the first."""
         for target in range(self.decoding):
             if self.seats[target] is None:
                 source = max(row for row, sequence in enumerate(self.seats) if sequence)
@@ -143,7 +144,7 @@ class Schedule:
                 yield source, target
 
     def begin(self, forward: Read | Step) -> None:
-        """Note that a forward was begun. Those that need no further one leave their slots."""
+        """Record that a forward was launched. Sequences that need no further one leave their slots."""
         if isinstance(forward, Step):
             self.budget = self.prefill_tokens
             for sequence in forward.sequences:
@@ -162,7 +163,7 @@ class Schedule:
                 self.end(sequence)
 
     def end(self, sequence: Sequence) -> None:
-        """The slot of a sequence is free, if it was not yet."""
+        """Free the slot of a sequence, unless it is free already."""
         if self.seats[sequence.row] is sequence:
             self.seats[sequence.row] = None
             self.decoding -= 1

@@ -1,5 +1,5 @@
-"""Speculative decoding: guesses of each row are checked in one forward of the target, which gives it what holds of them
-and one token more."""
+"""Speculative decoding: one forward of the target checks the draft tokens of each row, and yields the accepted ones and
+one more."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """The tokens that a step has given each of its rows, and the gap between the two largest logits at each."""
+    """The tokens that a step yields for each of its rows, and the gap between the two largest logits at each."""
 
     forward: Step
     number: int
@@ -32,7 +32,7 @@ class Checked:
 
 
 class Speculation:
-    """The steps of one call of a decoder."""
+    """The speculative steps of one call of a decoder."""
 
     def __init__(
         self, guesser: Guesser, slots: AheadSlots, sampler: Sampler, sampling: SamplingConfig, ahead: int
@@ -47,14 +47,14 @@ class Speculation:
         return {GUESSED: self.guessed, ACCEPTED: self.accepted}
 
     def guess(self, forward: Step, generators: Generators) -> Guesses:
-        """Guesses for the rows of a step; of the last token of an answer there is none, since the target makes it."""
+        """Draft tokens for the rows of a step; none for the last token of an answer, which the target makes itself."""
         most = [min(self.ahead, self.max_new_tokens - len(sequence.token_ids) - 1) for sequence in forward.sequences]
         guesses = self.guesser.guess(forward, most, self.drafting, generators)
         self.guessed += sum(guesses.counts)
         return guesses
 
     def check(self, forward: Step, number: int, guesses: Guesses, generators: Generators) -> Checked:
-        """Decode the newest tokens of the rows with their guesses behind them, and keep what holds."""
+        """Decode the newest token of each row together with its draft tokens, and keep the accepted ones."""
         slots, rows = self.slots, len(forward.sequences)
         slots.move(forward)
         ids = torch.cat((slots.tokens[:rows, None], guesses.tokens), 1)

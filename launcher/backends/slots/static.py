@@ -1,4 +1,4 @@
-"""A decode step of a few fixed sizes, made before the clocks start: as CUDA graphs, or as code of inductor."""
+"""Decode steps of a few fixed sizes, prepared before the measurement: as CUDA graphs, or compiled by inductor."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from launcher.backends.slots.device import Forward, Slots
 
 REACHES = 128
-"""A graph spans as many positions as the longest row has, rounded up to a multiple of these."""
+"""A graph spans as many positions as the longest row has, rounded up to a multiple of REACHES."""
 
 
 def up_to(value: int, sizes: list[int]) -> int:
-    """The least of the sizes, which are in order, that is not below a value."""
+    """The smallest of the sorted sizes that is at least `value`."""
     return next(size for size in sizes if size >= value)
 
 
 def doubled(first: int, last: int) -> list[int]:
-    """`first`, twice that and so on below `last`, and `last`."""
+    """`first`, doubled repeatedly while below `last`, and `last`."""
     sizes = [first << number for number in range(last.bit_length())]
     return [size for size in sizes if size < last] + [last]
 
@@ -30,12 +30,12 @@ def doubled(first: int, last: int) -> list[int]:
 class Graphs:
     """CUDA graphs of a step, one for each number of rows (powers of two) and each reach (multiples of 128).
 
-    A replay launches all kernels of a step at once. Rows that decode nothing are computed beside the others. All graphs
-    use one pool of memory: they are replayed one at a time, and what one leaves is read before the next. They read
-    where `Slots.lay_out` writes, the same addresses for all; nothing in them is drawn by chance.
+    A replay launches all kernels of a step at once; rows that decode nothing are computed too. All graphs share one
+    memory pool: only one is replayed at a time, and its result is read before the next. They read their inputs where
+    `Slots.lay_out` writes them, at the same addresses for all; they contain no random sampling.
 
-    They are captured on the stream of the forwards before them, in which libraries make their workspaces: each stream
-    has some of its own, and they stay. RuntimeError for a forward that waits for the device, before it is captured.
+    They are captured on the same stream as the forwards before them, because libraries allocate a workspace for each
+    stream and keep it. RuntimeError, before the capture, for a forward that synchronizes with the device.
     """
 
     def __init__(self, slots: Slots) -> None:
@@ -73,8 +73,8 @@ class Graphs:
 
 @contextlib.contextmanager
 def no_waiting() -> Iterator[None]:
-    """While this lasts, what would wait for the device raises RuntimeError. In a capture it would break that, and leave
-    CUDA's allocator in the middle of it."""
+    """A context in which synchronizing with the device raises RuntimeError. Inside a capture it would break the capture
+    and leave CUDA's allocator in an undefined state."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -84,7 +84,8 @@ def no_waiting() -> Iterator[None]:
 
 
 class Compiled:
-    """A forward compiled for all rows, and for reaches of 128 tokens, twice that and so on: each takes a minute."""
+    """A forward compiled for all rows, and for reaches of 128 tokens, doubled repeatedly: compiling each takes a
+    minute."""
 
     def __init__(self, slots: Slots, forward: Forward) -> None:
         self.slots, self.forward = slots, forward

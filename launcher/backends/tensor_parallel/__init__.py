@@ -1,1 +1,1 @@
-"""The project's own tensor parallelism: `engine` is what the launcher knows of it, `backend` runs in the ranks."""
+"""The project's own tensor parallelism: `engine` has its options for the launcher, `backend` runs in the ranks."""

@@ -1,4 +1,5 @@
-"""Tensor parallel with torch and transformers alone: each layer cut over the ranks; all answer each prompt together."""
+"""Tensor parallelism with only torch and transformers: each layer is cut over the ranks, which answer each prompt
+together."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 
 class TensorParallelBackend(ModuleBackend):
-    """Our own cut of transformers' Falcon, Llama, Mistral, Qwen2 and Qwen3; a world of one is the plain model."""
+    """This project's cut of transformers' Falcon, Llama, Mistral, Qwen2 and Qwen3. A world of one rank is the plain
+    model."""
 
     def place(self, plan: Plan | None, world: World, progress: Progress) -> torch.nn.Module:
         model = self.meta_model()

@@ -1,4 +1,4 @@
-"""The project's own tensor parallelism as the launcher knows it."""
+"""The options of the project's own tensor parallelism."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Plain transformers: `engine` is what the launcher knows of it, `backend` runs in the ranks."""
+"""Plain transformers: `engine` has its options for the launcher, `backend` runs in the rank."""

@@ -1,4 +1,4 @@
-"""The reference: the plain transformers model in one process; over several GPUs accelerate spreads its layers."""
+"""The reference engine: the plain transformers model in one process; on several GPUs accelerate spreads its layers."""
 
 from __future__ import annotations
 
@@ -78,14 +78,14 @@ class TransformersBackend(ModuleBackend):
 
     @property
     def devices(self) -> list[torch.device]:
-        """All cards of the run; without GPUs the one processor."""
+        """All GPUs of the run; without GPUs the CPU."""
         if self.device.type == "cpu":
             return [self.device]
         return [torch.device("cuda", card) for card in range(self.config.devices)]
 
 
 def pinned(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters of a model in main memory by all of their names, where a card can read them by itself."""
+    """The parameters of a model, by all of their names, in pinned main memory that a GPU can read."""
     copies: dict[int, torch.Tensor] = {}
     named = list(model.named_parameters(remove_duplicate=False))
     for _, parameter in named:
@@ -95,7 +95,7 @@ def pinned(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def allocate_parameters(module: torch.nn.Module, device: torch.device) -> None:
-    """Give the parameters of a module on meta memory on `device`, without values."""
+    """Allocate the parameters of a module on meta on `device`, uninitialised."""
     for part in module.modules():
         for name, old in part._parameters.items():
             if old is not None and old.is_meta:

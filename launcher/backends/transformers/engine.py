@@ -1,4 +1,4 @@
-"""Plain transformers as the launcher knows it: one process, whatever it is asked for."""
+"""The options of plain transformers, which always runs in one process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class TransformersConfig(BackendConfig):
-    """The reference for tokens; over several GPUs accelerate spreads the layers."""
+    """The reference for tokens; on several GPUs accelerate spreads the layers."""
 
     implementation: ClassVar[str] = "launcher.backends.transformers.backend:TransformersBackend"
     planner_class: ClassVar[type[EnginePlanner] | None] = TransformersPlanner
@@ -52,7 +52,7 @@ class TransformersConfig(BackendConfig):
         return as_kept(stored)
 
     def settle(self, config: RunConfig, on_cuda: bool) -> tuple[RunConfig, list[str]]:
-        """One node, and without GPUs one device, so that the reference has its row in every sweep."""
+        """Use one node, and without GPUs one device, so that every sweep can include the reference."""
         notes: list[str] = []
         if config.num_nodes > 1:
             notes.append(f"num_nodes={config.num_nodes}, but plain transformers is one process on one node")
@@ -68,6 +68,6 @@ class TransformersConfig(BackendConfig):
         return config, notes
 
     def refuse(self, config: RunConfig, model_config: Mapping[str, Any], on_cuda: bool, longest: int) -> None:
-        """Random weights are in no file."""
+        """Refuse to offload random weights to disk: there is no file that holds them."""
         if config.offload is Offload.disk and config.model.weights is Weights.random:
             raise ConfigError("offload=disk, and model.weights=random are in no file.", "offload=none")

@@ -1,1 +1,1 @@
-"""vLLM: `engine` is what the launcher knows of it, `backend` runs in the rank that holds it."""
+"""vLLM: `engine` has its options for the launcher, `backend` runs in the rank that holds it."""

@@ -1,4 +1,4 @@
-"""vLLM: tensor parallelism, paged KV cache and continuous batching over the whole prompt set."""
+"""vLLM: tensor parallelism, a paged KV cache and continuous batching over the whole prompt set."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ NO_CORE = "vLLM's engine core runs in a process of its own"
 
 
 class VllmBackend:
-    """`vllm.LLM` behind token ids: one process that starts workers, or one rank a device under a foreign launcher."""
+    """`vllm.LLM` with token ids: one process that starts workers, or one rank for each device under an external
+    launcher."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -157,7 +158,7 @@ class VllmBackend:
         return Generation(tuple(completions[place] for place in range(len(prompts))), counters=counters)
 
     def _guesses(self) -> dict[str, float]:
-        """Tokens guessed and accepted since the engine started; nothing where it does not guess."""
+        """Draft tokens proposed and accepted since the engine started; empty without speculative decoding."""
         if not self.config.speculative.is_on:
             return {}
         counts = {metric.name: getattr(metric, "value", 0) for metric in self.llm.get_metrics()}
@@ -191,7 +192,8 @@ class VllmBackend:
         return outputs
 
     def barrier(self) -> None:
-        """Ranks under torchrun and the like meet in vLLM's group of them; a process with workers is alone."""
+        """With an external launcher wait in vLLM's process group; a single process with workers has nobody to wait
+        for."""
         if self.external:
             importlib.import_module("vllm.distributed.parallel_state").get_world_group().barrier()
 
@@ -208,8 +210,8 @@ class VllmBackend:
         return devices
 
     def close(self) -> None:
-        """Shut the engine down. Its kernels unlink their shared memory only in an orderly exit, which a worker that was
-        killed or slow and a rank that leaves by `os._exit` never come to: what they held is unlinked here."""
+        """Shut the engine down, and unlink the shared memory of its kernels. They unlink it themselves only on an
+        orderly exit, which a worker that is killed or slow, or a rank that leaves by `os._exit`, does not make."""
         if self.llm is not None:
             self.llm.llm_engine.engine_core.shutdown()
             importlib.import_module("vllm.distributed").cleanup_dist_env_and_memory()

@@ -1,4 +1,4 @@
-"""vLLM as the launcher knows it: options, the pool that it is told to reserve, and what its own arguments change."""
+"""The options of vLLM, the size of the KV cache that it is told to reserve, and the effect of its own arguments."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OTHER_PARALLELISM = (
 
 @dataclass
 class VllmConfig(BackendConfig):
-    """Tensor parallel, with its own scheduler and a paged cache of keys and values."""
+    """Tensor parallelism with vLLM's own scheduler and its paged KV cache."""
 
     implementation: ClassVar[str] = "launcher.backends.vllm.backend:VllmBackend"
     planner_class: ClassVar[type[EnginePlanner] | None] = VllmPlanner
@@ -75,7 +75,7 @@ class VllmConfig(BackendConfig):
             self.check_extra(package)
 
     def check_extra(self, package: Path) -> None:
-        """ConfigError for an entry of `extra` that the vLLM in a folder does not take."""
+        """ConfigError for an entry of `extra` that the vLLM in folder `package` does not accept."""
         check_extra(package, self.extra, [item.name for item in fields(self)])
 
     @classmethod
@@ -133,11 +133,11 @@ class VllmConfig(BackendConfig):
         )
 
     def pool_bytes(self, config: RunConfig, model_config: TransformersConfig, on_cpu: bool) -> int | None:
-        """The KV cache that each worker is told to reserve; None where vLLM takes what `gpu_memory_utilization` leaves.
+        """The KV cache that each worker is told to reserve; None if vLLM takes what `gpu_memory_utilization` leaves.
 
-        On a CPU it is as large as 64 sequences of the model's context, but together not over a quarter of the memory
-        that is free now: a run asks once, and its plan keeps the answer. At least 64 MiB, and a GiB where the shape of
-        the model is not known. VLLM_CPU_KVCACHE_SPACE is vLLM's own variable, in GiB, which wins over what it is told.
+        On a CPU it fits 64 sequences of the model's context, but all workers together take at most a quarter of the
+        memory that is free now (the plan keeps the value). At least 64 MiB; 1 GiB if the shape of the model is not
+        known. vLLM's own variable VLLM_CPU_KVCACHE_SPACE, in GiB, takes precedence.
         """
         asked: int | None = self.given("kv_cache_memory_bytes")
         if not on_cpu:
@@ -159,11 +159,11 @@ class VllmConfig(BackendConfig):
         return max(64 * MIB, min(wanted, free // 4 // size))
 
     def given(self, name: str) -> Any:
-        """An option as vLLM is given it: `extra` wins."""
+        """The value of an option that vLLM is given: `extra` takes precedence."""
         return self.extra.get(name, getattr(self, name))
 
 
 def adapter_slots(config: RunConfig, on_cuda: bool) -> int:
-    """The adapters for which vLLM has room at once: all, and where a prompt may name none one more on a CPU, where the
-    kernels give such a prompt the last one (vllm/lora/ops/torch_ops indexes with -1)."""
+    """The number of adapters for which vLLM has room at once: all of them. On a CPU one more if a prompt may name none,
+    since the kernels would give such a prompt the last adapter (vllm/lora/ops/torch_ops indexes with -1)."""
     return len(config.adapter.beside) + (bool(config.adapter.paths) and not on_cuda)

@@ -1,4 +1,4 @@
-"""Check `backend.extra` against the arguments of the vLLM that is installed, read from its source."""
+"""Check `backend.extra` against the arguments of the installed vLLM, read from its source."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OURS = {
     "trust_remote_code": "model.trust_remote_code=",
     "worker_extension_cls": "leave it out",
 }
-"""Arguments that the launcher sets, and what to do in place of setting them."""
+"""Arguments that the launcher sets, and the option to use instead."""
 
 
 def installed_package(python: str | None) -> Path | None:
@@ -66,7 +66,7 @@ def _class_in(path: Path, name: str) -> list[ast.stmt]:
 def check_extra(package: Path, extra: Mapping[str, Any], options: Collection[str]) -> None:
     """ConfigError for a key of `backend.extra` that vllm.LLM does not have, or that the launcher itself sets.
 
-    `options` are those of the engine that have keys beside `extra`.
+    `options` are the options of this engine that exist besides `extra`.
     """
     known = accepted_arguments(package)
     for name, value in extra.items():

@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 class Watch:
-    """Sees what leaves the engine core, and when; the engine's own outputs for each step would cost far more.
+    """Watches the output of the engine core; reading the engine's own outputs for each step would cost far more.
 
-    `arrivals` has the moments of the tokens of each request since `restart`; `peak_blocks` the most blocks of the KV
-    cache that were in use at once since the engine started, None where the engine core is another process.
+    `arrivals` has the arrival times of the tokens of each request since `restart`. `peak_blocks` is the most blocks of
+    the KV cache in use at once since the engine started, None if the engine core is another process.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -31,7 +31,7 @@ class Watch:
             core.scheduler.schedule = self._watched_schedule
 
     def restart(self) -> float:
-        """Forget what came; gives the moment from which the times of arrival count."""
+        """Reset the counts; returns the time that arrival times are relative to."""
         self.arrivals, self.new_tokens = {}, 0
         return perf_counter()
 

@@ -23,7 +23,7 @@ WORKER = "launcher.backends.vllm.worker.WorkerMemory"
 
 
 def environment(config: RunConfig, on_cpu: bool) -> dict[str, str]:
-    """Variables with which vLLM starts and runs well, for those that the user has not set."""
+    """Environment variables for vLLM, set unless the user has set them."""
     variables = {
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
@@ -43,7 +43,7 @@ def arguments(
     config: RunConfig, folder: Path, external: bool, on_cpu: bool, pool: int | None, offloaded_bytes: int = 0
 ) -> JsonObject:
     """The arguments of vllm.LLM for a run with `pool` bytes of KV cache and `offloaded_bytes` of weights in main memory
-    for each worker; those of `backend.extra` win."""
+    for each worker. `backend.extra` takes precedence."""
     options: VllmConfig = config.backend  # type: ignore[assignment]
     methods = {name: method for method, name in ONLINE.items()}
     values: JsonObject = {
@@ -77,7 +77,7 @@ def arguments(
 
 
 def speculation(config: RunConfig) -> JsonObject:
-    """Arguments for guesses, which vLLM counts where its statistics are on."""
+    """The arguments for speculative decoding, with statistics on so that vLLM counts draft tokens."""
     wanted = config.speculative
     if not wanted.is_on:
         return {}
@@ -90,7 +90,7 @@ def speculation(config: RunConfig) -> JsonObject:
 
 
 def adapters(config: RunConfig, on_cpu: bool) -> JsonObject:
-    """Arguments for adapters beside the weights: room for all of them at once, in the modules that they are for."""
+    """The arguments for unmerged adapters: room for all of them at once, in the modules that they adapt."""
     folders = config.adapter.beside
     if not folders:
         return {}
@@ -104,7 +104,7 @@ def adapters(config: RunConfig, on_cpu: bool) -> JsonObject:
 
 
 def adapter_requests(config: RunConfig) -> dict[str | None, Any]:
-    """The LoRARequest of each adapter by its name; under None that of prompts that name none, if there is one."""
+    """The LoRARequest of each adapter by its name; under None the one for prompts that name none, if there is one."""
     wanted = config.adapter
     folders: dict[str | None, str] = dict(wanted.paths.items())
     if wanted.path is not None:
@@ -116,7 +116,7 @@ def adapter_requests(config: RunConfig) -> dict[str | None, Any]:
 
 
 def refusal(error: ValueError) -> str:
-    """The reason for which vLLM refuses its arguments, with the name of one where pydantic knows it."""
+    """The reason why vLLM refuses its arguments, with the name of the argument if pydantic knows it."""
     problems: list[JsonObject] = getattr(error, "errors", list)()
     if not problems:
         return str(error)

@@ -1,4 +1,4 @@
-"""Memory figures of vLLM's workers; vLLM mixes this class into its own worker, in the worker's process."""
+"""Memory figures of vLLM's workers; vLLM mixes this class into its own worker class, in the worker's process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ class WorkerMemory:
     """A worker extension: `collective_rpc("device_memory")` gives one entry for each worker."""
 
     def device_memory(self) -> JsonObject:
-        """The fields of DeviceMemory without `kv_cache_bytes`, and `num_blocks`, the blocks of the KV cache."""
+        """The fields of DeviceMemory without `kv_cache_bytes`, plus `num_blocks`, the number of blocks of the KV
+        cache."""
         runner = self.model_runner  # type: ignore[attr-defined]
         memory = asdict(module_memory(runner.model, runner.device, self.rank, {}))  # type: ignore[attr-defined]
         del memory["kv_cache_bytes"]
@@ -38,10 +39,10 @@ class WorkerMemory:
 
 
 def held_bytes(model: torch.nn.Module, device: torch.device) -> int | None:
-    """Bytes of this worker's share of the parameters; None where that cannot be told.
+    """Bytes of this worker's share of the parameters; None if unknown.
 
-    On a CPU vLLM packs the weight of a linear layer into memory of its kernels and leaves an empty parameter: its bytes
-    follow from the sizes that the layer keeps.
+    On a CPU vLLM packs the weight of a linear layer into memory of its kernels and leaves an empty parameter: the bytes
+    are computed from the sizes that the layer keeps.
     """
     packed = 0
     for module in model.modules():
@@ -56,13 +57,13 @@ def held_bytes(model: torch.nn.Module, device: torch.device) -> int | None:
 
 
 def adapter_bytes(model: torch.nn.Module) -> int:
-    """Bytes of the room for adapters: stacks of factors that are plain attributes of the layers."""
+    """Bytes reserved for adapters: stacks of factors that are plain attributes of the layers."""
     stacks = [vars(module).get(name, ()) for module in model.modules() for name in ("lora_a_stacked", "lora_b_stacked")]
     return sum(tensor.nbytes for stack in stacks for tensor in stack)
 
 
 def offloaded_bytes(model: torch.nn.Module) -> int:
-    """Bytes of parameters in main memory that a card reads as if they were its own."""
+    """Bytes of parameters in main memory that the GPU reads directly."""
     return sum(p.nbytes for p in model.parameters() if getattr(p, "_vllm_is_uva_offloaded", False))
 
 
