@@ -44,7 +44,7 @@ def finish(run_dir: RunDir, outcome: Outcome | None = None) -> Record:
         for number, step in enumerate(run_dir.read_progress(len(ranks)))
         if step is not None and ranks[number] is None
     }
-    status, error = verdict(ranks, silent, outcome, run_dir.log_end)
+    status, error = verdict(ranks, silent, outcome, lambda rank: run_dir.rank(rank).log_end())
 
     attempts = [*run_dir.earlier_attempts(), (run_dir.read_attempt(), run_dir)]
     repeats = {number: folder.read_repeats(run.answering_ranks) for number, folder in attempts}
