@@ -12,29 +12,29 @@ from launcher.prepare.prepare import prepare
 from shards.errors import UserError
 
 ENGINES = {"transformers": 1, "fsdp": 2, "tensor_parallel": 2, "deepspeed": 2, "vllm": 2}
-"""Engines, and the number of devices that each is asked for."""
+"""Engines, and the number of devices that each is given."""
 
 TECHNIQUES = {
-    "quantization=int8_wo": "a byte a value, a scale for each output; products in `precision`",
-    "quantization=int8_dyn": "the same, and each row of inputs in 8 bits (torchao's dynamic activations)",
-    "quantization=int4_wo": "half a byte a value, a scale and a middle for each 64 inputs (torchao's arithmetic)",
-    "quantization=int8": "LLM.int8 of bitsandbytes: as `int8_wo`, and inputs in 8 bits but for outliers",
-    "quantization=nf4": "bitsandbytes: half a byte a value, a scale for each 64",
+    "quantization=int8_wo": "one byte per value, a scale for each output; products in `precision`",
+    "quantization=int8_dyn": "the same, with each row of inputs in 8 bits (torchao's dynamic activations)",
+    "quantization=int4_wo": "half a byte per value, a scale and zero point for each 64 inputs (torchao's arithmetic)",
+    "quantization=int8": "LLM.int8 of bitsandbytes: as `int8_wo`, with inputs in 8 bits except outliers",
+    "quantization=nf4": "bitsandbytes: half a byte per value, a scale for each 64",
     "quantization=fp4": "the same, in floating point",
-    "quantization=nf4_dq": "`nf4` with scales in a byte",
+    "quantization=nf4_dq": "`nf4` with 8-bit scales",
     "quantization=fp8 precision=bf16": "vLLM's own; so are `fp8_channel` and `fp8_block`",
     "precision=bf16_mixed": "weights in fp32, products under autocast; so is `fp16_mixed`",
     "offload=cpu": "weights in main memory",
     "offload=disk": "weights in their files",
     "adapter.path=embedded:tiny_llama_adapter": "a LoRA adapter, merged while weights are read",
-    "adapter.path=embedded:tiny_llama_adapter adapter.merge=false": "its factors beside the weights",
-    "speculative=ngram": "guesses by prompt lookup",
-    "speculative=draft speculative.model=embedded:tiny_draft": "guesses by a draft model",
+    "adapter.path=embedded:tiny_llama_adapter adapter.merge=false": "its factors kept separate from the weights",
+    "speculative=ngram": "draft tokens by prompt lookup",
+    "speculative=draft speculative.model=embedded:tiny_draft": "draft tokens by a draft model",
     "measure.compile=inductor": "steps compiled by torch.compile",
     "measure.compile=cudagraph": "steps captured as CUDA graphs",
-    "measure.quality=builtin": "perplexity, and agreement with the base of a comparison",
+    "measure.quality=builtin": "perplexity, and agreement with the base run of a comparison",
 }
-"""What is said on the command line, and what it means."""
+"""Options on the command line, and their meaning."""
 
 
 def accepts(*overrides: str) -> bool:
