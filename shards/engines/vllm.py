@@ -24,6 +24,8 @@ ADAPTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # of those known here
 PACKED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Matrices of these families that are one module of vLLM."""
 
+NOT_READ = "no longer has bitsandbytes, nor GPTQ that is asymmetric or has desc_act over groups"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmPlanner(EnginePlanner):
@@ -32,7 +34,7 @@ class VllmPlanner(EnginePlanner):
     and tokens of a step, None where vLLM decides; `adapter_slots`: the adapters for which there is room at once."""
 
     name: ClassVar[str] = "vllm"
-    plain_only: ClassVar[str] = "vLLM no longer has bitsandbytes, nor GPTQ with desc_act over groups"  # release 0.32
+    plain_only: ClassVar[str] = f"vLLM {NOT_READ}"
     offloads: ClassVar[tuple[Offload, ...]] = ("cpu",)
 
     gpu_memory_utilization: float = 0.92
@@ -48,7 +50,9 @@ class VllmPlanner(EnginePlanner):
         return self.kv_block_tokens
 
     def runs(self, quantization: Quantization) -> bool:
-        return quantization.fused and not (quantization.ordered and quantization.name.startswith("gptq"))
+        """Release 0.32: AutoGPTQConfig.TYPE_MAP, normalize_and_validate_gptq_desc_act."""
+        is_plain = not (quantization.ordered or quantization.zero_points)
+        return quantization.fused and (is_plain or not quantization.name.startswith("gptq"))
 
     def is_offered(self, quantization: Quantization | None) -> bool:
         return quantization is None or self.runs(quantization)

@@ -49,18 +49,17 @@ def from_config(config: TransformersConfig) -> Quantization | None:
 
 
 def _gptq(given: ConfigFields) -> Quantization:
-    """Symmetric GPTQ of 4 and 8 bits; with activation order over groups vLLM no longer reads it.
+    """GPTQ of 4 and 8 bits; asymmetric, or with activation order over groups, vLLM does not read it.
 
     Source: AutoGPTQConfig in vllm/model_executor/layers/quantization/auto_gptq.py.
     """
     bits, group, symmetric = given.size("bits"), _group_size(given, "group_size"), given.flag("sym", True)
-    if bits not in (4, 8) or not symmetric:
-        kind = "asymmetric"
-        if symmetric:
-            kind = "symmetric"
-        raise PlanError(f"vLLM reads symmetric GPTQ of 4 or 8 bits, not {kind} of {bits}.", _UNQUANTIZED)
+    if bits not in (4, 8):
+        raise PlanError(f"GPTQ of 4 and of 8 bits is read here, and this has {bits}.", _UNQUANTIZED)
     is_ordered = given.flag("desc_act", False) and group > 0
     name = _grouped_name("gptq", bits, group)
+    if not symmetric:
+        name += "_asym"
     if is_ordered:
         name += "_desc_act"
     rules = given.group("dynamic").fields
@@ -72,8 +71,8 @@ def _gptq(given: ConfigFields) -> Quantization:
         ordered=is_ordered,
         bits=bits,
         block=(1, group),
-        zero_points=False,
-        zeros_to_load=True,
+        zero_points=not symmetric,
+        zeros_to_load=symmetric,
         head=given.flag("lm_head", False),
         skipped=tuple(f"^(?:{_pattern(rule.removeprefix('-:'))})" for rule in rules),
         only=tuple(map(re.escape, _flat(given, "modules_in_block_to_quantize"))),

@@ -43,6 +43,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gptq 8 bits": GPTQ | {"bits": 8},
     "gptq in rows": GPTQ | {"group_size": -1},
     "gptq in order": GPTQ | {"desc_act": True},
+    "gptq asymmetric": GPTQ | {"sym": False},
     "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]},
     "fp8 tensor": {"quant_method": "fp8", "activation_scheme": "static"},
     "float8": {
@@ -106,7 +107,9 @@ def packed(method: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], 
 
 
 def packed_gptq(config: dict[str, Any], weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """With activation order the inputs of a group lie anywhere; zero points are one less than they are."""
+    """With activation order the inputs of a group lie anywhere. Words of zero points are less by one for each, so that
+    a zero point of 0, which asymmetric ones can be, borrows from the next. Source: convert_gptq_v2_to_v1_format in
+    gptqmodel/utils/model.py."""
     bits, inputs = config["bits"], weight.shape[1]
     group = config["group_size"] if config["group_size"] > 0 else inputs
     order = torch.arange(inputs)
@@ -116,12 +119,15 @@ def packed_gptq(config: dict[str, Any], weight: torch.Tensor) -> tuple[dict[str,
     most, middle = (1 << bits) - 1, 1 << (bits - 1)
     largest = torch.stack([weight[:, numbers == number].abs().amax(1) for number in range(inputs // group)], 1)
     scale = (largest / (most / 2)).half().float()
-    integers = (weight / scale[:, numbers] + middle).round().clamp(0, most)
-    zeros = torch.full((scale.shape[1], len(weight)), middle - 1)
+    zeros = torch.full_like(scale, middle)
+    if not config["sym"]:
+        zeros = torch.randint(most + 1, scale.shape, generator=torch.Generator().manual_seed(0)).float()
+    integers = (weight / scale[:, numbers] + zeros[:, numbers]).round().clamp(0, most)
+    ones = words(torch.ones(len(weight)), bits)
     return {
         "qweight": words(integers, bits).t().contiguous(),
-        "qzeros": words(zeros, bits), "scales": scale.t().half().contiguous(), "g_idx": numbers.int(),
-    }, (integers - middle) * scale[:, numbers]  # fmt: skip
+        "qzeros": words(zeros.t(), bits) - ones, "scales": scale.t().half().contiguous(), "g_idx": numbers.int(),
+    }, (integers - zeros[:, numbers]) * scale[:, numbers]  # fmt: skip
 
 
 def packed_fp8(method: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

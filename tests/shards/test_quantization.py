@@ -252,7 +252,8 @@ LLAMA2_7B = preset("llama2_7b")
         ),
         (
             *(FALCON_40B, "vllm", 1, "int8"),
-            "vllm cannot run int8 weights: vLLM no longer has bitsandbytes, nor GPTQ with desc_act over groups. "
+            "vllm cannot run int8 weights: vLLM no longer has bitsandbytes, nor GPTQ that is asymmetric or has "
+            "desc_act over groups. "
             "HINT: backend=fsdp, or backend=tensor_parallel, or backend=transformers",
         ),
         (

@@ -12,6 +12,7 @@ import pytest
 from running import ROOT, launcher
 from test_quantization import AT, AWQ, CHECKPOINTS, FP8, GPTQ, TOKENS, W4A16, W8A8, compressed, quantization
 
+from launcher.__main__ import main as launch
 from launcher.composition.compose import compose_run
 from launcher.plan import main
 from launcher.prepare.planning import quantization_of
@@ -93,8 +94,7 @@ def test_what_a_config_says(fields: dict[str, Any] | None, expected: Quantizatio
             "bitsandbytes, compressed-tensors, or an unquantized one",
         ),
         ({"bits": 4}, "The bytes of a checkpoint quantized by an unnamed method are not known. HINT: "),
-        ({**GPTQ, "bits": 3}, "vLLM reads symmetric GPTQ of 4 or 8 bits, not symmetric of 3. HINT: "),
-        ({**GPTQ, "sym": False}, "vLLM reads symmetric GPTQ of 4 or 8 bits, not asymmetric of 4. HINT: "),
+        ({**GPTQ, "bits": 3}, "GPTQ of 4 and of 8 bits is read here, and this has 3. HINT: "),
         (
             {**GPTQ, "dynamic": {"+:.*mlp": {"bits": 8}}},
             "The GPTQ rule '+:.*mlp' for single modules cannot be planned.",
@@ -205,13 +205,19 @@ def test_a_run_is_planned_with_the_quantization_of_its_model(
             "backend=vllm precision=bf16",
             {**GPTQ, "desc_act": True},
             "The checkpoint is quantized (gptq_int4_g128_desc_act), and backend=vllm no longer has bitsandbytes, nor "
-            "GPTQ with desc_act over groups. HINT: use the unquantized checkpoint, or backend=",
+            "GPTQ that is asymmetric or has desc_act over groups. HINT: use the unquantized checkpoint, or backend=",
+        ),
+        (
+            "backend=vllm precision=bf16",
+            {**GPTQ, "sym": False},
+            "The checkpoint is quantized (gptq_int4_g128_asym), and backend=vllm no longer has bitsandbytes, nor "
+            "GPTQ that is asymmetric or has desc_act over groups. HINT: use the unquantized checkpoint, or backend=",
         ),
         (
             "backend=vllm precision=bf16",
             {"load_in_8bit": True},
             "The checkpoint is quantized (int8), and backend=vllm no longer has bitsandbytes, nor "
-            "GPTQ with desc_act over groups. HINT: use the unquantized checkpoint",
+            "GPTQ that is asymmetric or has desc_act over groups. HINT: use the unquantized checkpoint",
         ),
         (
             "backend=vllm precision=fp32",
@@ -243,12 +249,41 @@ def test_the_command_reads_the_config_of_a_quantized_folder(tmp_path: Path, caps
     assert "deepspeed gptq_int4_g32: deepspeed cannot run gptq_int4_g32 weights" in out
 
 
-def quantized_copy(folder: Path) -> None:
-    """tiny_llama as if GPTQ had quantized it: its config, that is; the weights are left as they were."""
+def quantized_copy(folder: Path, fields: dict[str, Any] | None = None) -> None:
+    """tiny_llama as if it were quantized: its config, that is; the weights are left as they were."""
     shutil.copytree(ROOT / "launcher/models/tiny_llama", folder)
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {**GPTQ, "group_size": 32}
+    config["quantization_config"] = fields or {**GPTQ, "group_size": 32}
     (folder / "config.json").write_text(json.dumps(config))
+
+
+BLOCKS = {**FP8, "weight_block_size": [128, 128]}
+BLOCKS_TOGETHER = "fp8_128x128 keeps 128 outputs and 128 inputs together, and a device would have 64 x 128 of a matrix."
+TORN: list[tuple[str, int, dict[str, Any], str]] = [
+    ("tensor_parallel", 2, GPTQ, "gptq_int4_g128 keeps 16 outputs and 128 inputs together, and a device would have"),
+    ("tensor_parallel", 2, {**GPTQ, "desc_act": True}, "gptq_int4_g128_desc_act has groups of inputs from anywhere"),
+    ("tensor_parallel", 4, AWQ, "awq_int4_g64 keeps 16 outputs and 64 inputs together, and a device would have"),
+    ("tensor_parallel", 2, BLOCKS, BLOCKS_TOGETHER),
+    ("fsdp", 2, BLOCKS, BLOCKS_TOGETHER),
+    ("fsdp", 3, GPTQ, "gptq_int4_g128 keeps 8 outputs and 128 inputs together, and a device would have 43 x 128"),
+    ("fsdp", 3, AWQ, "awq_int4_g64 keeps 8 outputs and 64 inputs together, and a device would have 43 x 128"),
+]
+
+
+@pytest.mark.parametrize(("backend", "devices", "fields", "fact"), TORN)
+def test_what_a_cut_would_tear_apart_is_refused_and_each_hint_works(
+    backend: str, devices: int, fields: dict[str, Any], fact: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantized_copy(tmp_path / "model", fields)
+    asked = [f"backend={backend}", f"devices={devices}", f"model.path={tmp_path / 'model'}", "dry_run=true"]
+    assert launch(asked) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(fact)
+    assert error.count("\n") == 1
+    changes = error.strip().partition(" HINT: ")[2].split(", or ")
+    assert changes[0].startswith("devices=")
+    for change in changes:
+        assert launch([*asked, *change.split()]) == 0, change
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from launcher.config.formats import WeightFormat
 from launcher.config.options import COUNT, MOST_BYTES, SHARE, Bounds, number
 from launcher.config.schema import BackendConfig
 from launcher.config.storage import Precision
-from shards.engines.vllm import VllmPlanner
+from shards.engines.vllm import NOT_READ, VllmPlanner
 from shards.errors import PlanError
 from shards.machine.hardware import GIB, MIB
 from shards.model.known_shape import known_shape
@@ -54,7 +54,7 @@ class VllmConfig(BackendConfig):
     takes_load: ClassVar[bool] = True
     own_random_weights: ClassVar[bool] = True  # load_format=dummy, which depend on how the model is cut
     quantizations: ClassVar[tuple[str, ...]] = tuple(ONLINE.values())
-    stored_weights: ClassVar[str] = "no longer has bitsandbytes, nor GPTQ with desc_act over groups"
+    stored_weights: ClassVar[str] = NOT_READ
 
     name: str = "vllm"
     gpu_memory_utilization: float = number(0.92, SHARE)
