@@ -96,7 +96,7 @@ def _quality(base: FinishedRun, other: FinishedRun, comparison: Comparison) -> s
     )
     if comparison.kl_divergence is None:
         return f"{shown}; no KL divergence, since a record is from before it had one"
-    return f"{shown}; KL divergence {comparison.kl_divergence:.3g} nats a token"
+    return f"{shown}; KL divergence at least {comparison.kl_divergence:.3g} nats a token"
 
 
 def _degenerate(indices: Sequence[int], prompts: int) -> str:

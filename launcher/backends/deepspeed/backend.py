@@ -57,7 +57,7 @@ class DeepSpeedBackend(ModuleBackend):
         if self.options.zero and (world.world_size > 1 or self.config.offload is not Offload.none):
             if self.device.type == "cpu":
                 deepspeed_reduce.choose(world, self.obstacle)
-            model = partition(model, world, self.config.offload, lambda: self.fill(model, progress))
+            model = partition(model, world, self.device, self.config.offload, lambda: self.fill(model, progress))
             self.mapped_files = frozenset()  # its values are copies
             return model
         if world.world_size == 1:

@@ -26,15 +26,18 @@ if TYPE_CHECKING:
     from shards.untrusted_files import JsonObject
 
 
-def partition(model: torch.nn.Module, world: World, offload: Offload, fill: Callable[[], None]) -> torch.nn.Module:
+def partition(
+    model: torch.nn.Module, world: World, device: torch.device, offload: Offload, fill: Callable[[], None]
+) -> torch.nn.Module:
     """The module of DeepSpeed's engine, holding this rank's part of all values; `fill` loads the values that the model
     has at that point."""
+    on_cuda = device.type == "cuda"
     if not dist.is_initialized():
         kind = "gloo"
-        if torch.cuda.is_available():
+        if on_cuda:
             kind = "cpu:gloo,cuda:nccl"
         dist.init_process_group(kind, store=dist.HashStore(), rank=0, world_size=1)
-    settings = zero_settings(model, offload)
+    settings = zero_settings(model, offload, on_cuda)
     _keep_rows(model, world)
     fill()
     parts = deepspeed.zero.Init(config_dict_or_path=settings, dtype=model.dtype)
@@ -54,7 +57,7 @@ def partition(model: torch.nn.Module, world: World, offload: Offload, fill: Call
     return engine.module  # type: ignore[no-any-return]
 
 
-def zero_settings(model: torch.nn.Module, offload: Offload) -> JsonObject:
+def zero_settings(model: torch.nn.Module, offload: Offload, on_cuda: bool) -> JsonObject:
     """DeepSpeed's configuration: one decoder layer is prefetched, and none is kept after its use."""
     layer = max(sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model))
     zero: JsonObject = {
@@ -65,7 +68,7 @@ def zero_settings(model: torch.nn.Module, offload: Offload) -> JsonObject:
         "stage3_max_reuse_distance": 0,
     }
     if offload is Offload.cpu:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_param"] = {"device": "cpu", "pin_memory": on_cuda}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": zero,
