@@ -69,6 +69,7 @@ class BackendConfig:
     needs_weights: ClassVar[bool] = True  # False: of a model only config and tokenizer are looked at
     loads_by_name: ClassVar[bool] = False  # True: `shards.load` gives it every tensor by the name in the model
     speculates: ClassVar[bool] = False  # True: it can check several guessed tokens in a step
+    merges_adapters: ClassVar[bool] = False  # True: adapter.path, which is added to the weights while they are read
     takes_adapters: ClassVar[bool] = False  # True: adapter.merge=false, whose factors are beside the weights
     names_adapters: ClassVar[bool] = False  # True: adapter.paths, of which a prompt names its own
     can_score: ClassVar[bool] = False  # True: measure.quality lets it score a text

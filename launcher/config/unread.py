@@ -96,16 +96,16 @@ def _check_adapter(config: RunConfig) -> None:
         return
     if not is_merged and not config.backend.takes_adapters:
         fact = f"adapter.merge=false, and backend={config.backend.name} keeps no adapter beside its weights."
-        if config.backend.loads_by_name:
+        if config.backend.merges_adapters:
             raise ConfigError(fact, "adapter.merge=true")
         raise ConfigError(fact, example_with("takes_adapters"))
     if not is_merged and config.offload is not Offload.none:
         fact = f"adapter.merge=false, and offload={config.offload.name} takes merged weights only."
         raise ConfigError(fact, "adapter.merge=true")
-    if is_merged and not config.backend.loads_by_name:
+    if is_merged and not config.backend.merges_adapters:
         fact = f"adapter.path={path}, and backend={config.backend.name} merges no adapter."
         beside = "adapter.merge=false" if config.backend.takes_adapters else "adapter.path=null"
-        raise ConfigError(fact, f"{beside}, or {example_with('loads_by_name')}")
+        raise ConfigError(fact, f"{beside}, or {example_with('merges_adapters')}")
     if config.model.weights is Weights.random:
         fact = f"adapter.path={path} is for weights that were trained, and model.weights=random are not."
         raise ConfigError(fact, "adapter.path=null")

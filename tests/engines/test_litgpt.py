@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from running import ROOT, launcher
+from safetensors.torch import save_file
 
 from launcher.backends.litgpt.engine import INSTALL
 from launcher.backends.litgpt.shapes import litgpt_config
@@ -39,6 +41,23 @@ def ran(folder: Path, *asked: str) -> tuple[dict[str, Any], list[list[int]]]:
     return record, [json.loads(line)["token_ids"] for line in lines]
 
 
+def falcon_adapter(folder: Path) -> Path:
+    """Factors of two ranks for two matrices of a layer: LitGPT has one rank, and factors for all layers."""
+    fields = json.loads((EMBEDDED / "tiny_falcon" / "config.json").read_text())
+    hidden, kv_heads = fields["hidden_size"], fields["num_kv_heads"]
+    joint = hidden + 2 * kv_heads * hidden // fields["num_attention_heads"]
+    generator, at, factors = torch.Generator().manual_seed(0), "base_model.model.transformer.h.1", {}
+    for name, outputs, inputs, rank in (
+        ("self_attention.query_key_value", joint, hidden, 4), ("mlp.dense_4h_to_h", hidden, 4 * hidden, 2),
+    ):  # fmt: skip
+        factors[f"{at}.{name}.lora_A.weight"] = torch.randn(rank, inputs, generator=generator) / inputs**0.5
+        factors[f"{at}.{name}.lora_B.weight"] = torch.randn(outputs, rank, generator=generator)
+    folder.mkdir()
+    save_file(factors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 6}))
+    return folder
+
+
 @real
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
@@ -61,6 +80,11 @@ def test_its_tokens_are_those_of_the_reference_and_it_converts_once(model: str, 
     held = [device["parameter_bytes"] for device in cut["devices"]]
     assert len(held) == 2
     assert all(part - ends == pytest.approx((whole - ends) / 2, rel=0.02) for part in held)
+    path = EMBEDDED / "tiny_llama_adapter" if model == "tiny_llama" else falcon_adapter(tmp_path / "adapter")
+    adapted = (f"model={model}", "devices=1", f"adapter.path={path}")
+    other = ran(tmp_path, "backend=transformers", *adapted)[1]
+    assert other != expected
+    assert ran(tmp_path, "backend=litgpt", python, *adapted)[1] == other
 
 
 PUBLISHED = {
@@ -82,6 +106,7 @@ LLAMA = {
     "model_type": "llama", "num_hidden_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "vocab_size": 768,
     "num_key_value_heads": 2, "intermediate_size": 384, "max_position_embeddings": 1024,
 }  # fmt: skip
+ADAPTER = f"adapter.path={EMBEDDED / 'tiny_llama_adapter'}"
 REFUSALS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "converts a falcon and a llama here, and no gpt2": ((), {"model_type": "gpt2"}),
     "no llama with attention_bias=true": ((), {"attention_bias": True}),
@@ -90,6 +115,11 @@ REFUSALS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "backend.quantize=bnb.nf4: LitGPT quantizes through Fabric on CUDA only": (("backend.quantize=bnb.nf4",), {}),
     "one process on one node": (("num_nodes=2",), {}),
     "the model has 4 layers to put on them": (("devices=5",), {}),
+    "lora_A of model.layers.0.mlp.down_proj, which has 128 x 256": ((ADAPTER,), {"intermediate_size": 256}),
+    "is for model.layers.1.mlp.down_proj, which is no matrix": (
+        (ADAPTER,),
+        {"num_hidden_layers": 1, "num_key_value_heads": 4},
+    ),
     "cannot divide n_query_groups=2 by 4": (("devices=4", "backend.generate=tensor_parallel"), {}),
 }
 

@@ -51,6 +51,7 @@ class DeepSpeedConfig(BackendConfig):
     speculates: ClassVar[bool] = True
     can_trace: ClassVar[bool] = True
     loads_by_name: ClassVar[bool] = True
+    merges_adapters: ClassVar[bool] = True
 
     name: str = "deepspeed"
     zero: bool = False  # ZeRO-Inference in place of AutoTP; offload= asks for it

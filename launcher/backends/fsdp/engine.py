@@ -34,6 +34,7 @@ class FsdpConfig(BackendConfig):
     speculates: ClassVar[bool] = True
     can_trace: ClassVar[bool] = True
     loads_by_name: ClassVar[bool] = True
+    merges_adapters: ClassVar[bool] = True
     takes_adapters: ClassVar[bool] = True
     quantizations: ClassVar[tuple[str, ...]] = ("int8_wo", "int8_dyn", "int8", "nf4", "fp4")
     stored_weights: ClassVar[str] = f"{READS}, and no scales of scales"

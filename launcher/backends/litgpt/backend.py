@@ -21,7 +21,7 @@ from litgpt.model import GPT, build_mask_cache
 
 from launcher.backends.base import LENGTH, STOP, Completion, Generation, as_token_ids
 from launcher.backends.heartbeat import heartbeat
-from launcher.backends.litgpt.convert import MODEL, converted
+from launcher.backends.litgpt.convert import CONFIG, MODEL, converted
 from launcher.backends.litgpt.engine import SEQUENTIAL
 from launcher.backends.litgpt.shapes import litgpt_config
 from launcher.backends.memory import DECODE, PREFILL, PhasePeaks, module_memory
@@ -70,12 +70,14 @@ class LitgptBackend:
         with heartbeat(lambda: progress(0, 1)):
             fabric.launch()
             fields = read_json(self.folder / "config.json")
+            adapter = self.config.adapter.path
+            asked = (self.folder, litgpt_config(fields), Path(adapter) if adapter else None)
             if fabric.local_rank == 0:
-                converted(self.folder, litgpt_config(fields))
+                converted(*asked)
             fabric.barrier()
-            folder = converted(self.folder, litgpt_config(fields))
+            folder = converted(*asked)
             with fabric.init_tensor(), torch.device("meta"):
-                model = GPT(Config.from_file(folder / "model_config.yaml"))
+                model = GPT(Config.from_file(folder / CONFIG))
             state = torch.load(folder / MODEL, mmap=True, map_location="cpu")
             if "lm_head.weight" not in state:  # tied in transformers, and never in LitGPT
                 state["lm_head.weight"] = state["transformer.wte.weight"].clone()

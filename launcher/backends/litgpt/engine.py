@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from launcher.backends.litgpt.shapes import ELSEWHERE, litgpt_config
+from launcher.backends.litgpt.shapes import ELSEWHERE, check_adapter, litgpt_config
 from launcher.config.formats import Weights
 from launcher.config.options import choice
 from launcher.config.schema import BackendConfig, ConfigError
@@ -33,6 +34,7 @@ class LitgptConfig(BackendConfig):
     implementation: ClassVar[str] = "launcher.backends.litgpt.backend:LitgptBackend"
     packages: ClassVar[tuple[str, ...]] = ("torch", "litgpt:GPT", "lightning:Fabric")
     continuous_batching: ClassVar[bool] = True
+    merges_adapters: ClassVar[bool] = True
 
     name: str = "litgpt"
     generate: str = choice(SEQUENTIAL, TENSOR_PARALLEL)  # its scripts: layers one after the other, or each cut
@@ -73,6 +75,8 @@ class LitgptConfig(BackendConfig):
         values, devices = litgpt_config(model_config), config.devices * config.num_nodes
         if config.model.weights is Weights.random:
             raise ConfigError("backend=litgpt converts a checkpoint, and model.weights=random is none.", ELSEWHERE)
+        if config.adapter.path is not None:
+            check_adapter(Path(config.adapter.path), model_config)
         if self.quantize != "none" and not on_cuda:
             fact = f"backend.quantize={self.quantize}: LitGPT quantizes through Fabric on CUDA only."
             raise ConfigError(fact, "backend.quantize=none, or backend=transformers quantization=nf4")

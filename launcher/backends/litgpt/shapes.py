@@ -1,16 +1,62 @@
-"""Convert a transformers config to LitGPT's. Imports neither LitGPT nor torch."""
+"""Convert a transformers config to LitGPT's, and check an adapter. Imports neither LitGPT nor torch."""
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from launcher.config.schema import ConfigError
+from shards.checkpoint.adapter_config import factor_shapes
 from shards.model.config_fields import ConfigFields
+from shards.model.shape import ModelShape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
 ELSEWHERE = "backend=transformers"
+QKV = "attn.qkv"
+PARTS_OF_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+PLACES = {
+    **dict.fromkeys(PARTS_OF_QKV, QKV), "self_attn.o_proj": "attn.proj",
+    "mlp.gate_proj": "mlp.fc_1", "mlp.up_proj": "mlp.fc_2", "mlp.down_proj": "mlp.proj",
+    "self_attention.query_key_value": QKV, "self_attention.dense": "attn.proj",
+    "mlp.dense_h_to_4h": "mlp.fc", "mlp.dense_4h_to_h": "mlp.proj",
+}  # fmt: skip
+"""The matrices of a layer of a Llama and of a Falcon, and those of LitGPT that they are, or are a part of."""
+
+LAYER = re.compile(r"(?:model\.layers|transformer\.h)\.(\d+)\.(.+)")
+
+
+def litgpt_matrix(name: str) -> tuple[str, str]:
+    """A module of transformers -> LitGPT's module, and the name within the layer; KeyError for what LitGPT does not
+    adapt."""
+    if name == "lm_head":
+        return name, name
+    match = LAYER.fullmatch(name)
+    if match is None:
+        raise KeyError(name)
+    return f"transformer.h.{match[1]}.{PLACES[match[2]]}", match[2]
+
+
+def check_adapter(folder: Path, fields: Mapping[str, Any]) -> None:
+    """ConfigError for an adapter of other matrices than LitGPT adapts, or of another model."""
+    matrices = {parameter.name: parameter.shape for parameter in ModelShape.from_config(fields).parameters}
+    for (name, factor), shape in factor_shapes(folder).items():
+        whole = matrices.get(f"{name}.weight")
+        try:
+            litgpt_matrix(name)
+        except KeyError:
+            whole = None
+        if whole is None:
+            fact = f"{folder} is for {name}, which is no matrix of this model that LitGPT adapts."
+            raise ConfigError(fact, "the adapter of this model")
+        outputs, inputs = whole
+        fits = shape[-1:] == (inputs,) if factor == "A" else shape[:1] == (outputs,)
+        if len(shape) != 2 or not fits:
+            has = " x ".join(map(str, shape))
+            fact = f"{folder} has {has} as lora_{factor} of {name}, which has {outputs} x {inputs}."
+            raise ConfigError(fact, "the adapter of this model")
 
 
 def litgpt_config(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class TensorParallelConfig(BackendConfig):
     speculates: ClassVar[bool] = True
     can_trace: ClassVar[bool] = True
     loads_by_name: ClassVar[bool] = True
+    merges_adapters: ClassVar[bool] = True
     takes_adapters: ClassVar[bool] = True
     quantizations: ClassVar[tuple[str, ...]] = OWN_QUANTIZATIONS
     stored_weights: ClassVar[str] = READS

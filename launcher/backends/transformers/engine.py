@@ -38,6 +38,7 @@ class TransformersConfig(BackendConfig):
     speculates: ClassVar[bool] = True
     can_trace: ClassVar[bool] = True
     loads_by_name: ClassVar[bool] = True
+    merges_adapters: ClassVar[bool] = True
     takes_adapters: ClassVar[bool] = True
     is_reference: ClassVar[bool] = True
     quantizations: ClassVar[tuple[str, ...]] = OWN_QUANTIZATIONS
