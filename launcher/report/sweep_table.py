@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from launcher.results.record import Record
     from shards.untrusted_files import JsonObject
 
-QUALITY = ("perplexity", "same top-1", "KL (nats) ≥")
+QUALITY = ("perplexity", "same top-1", "KL≥, nats")
 FIGURES = ("new tokens/s", "min … max", "ttft p50", "itl p50", "load", "parameters/device")
 
 

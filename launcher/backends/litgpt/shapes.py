@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.config.schema import ConfigError
 from shards.checkpoint.adapter_config import factor_shapes
 from shards.model.config_fields import ConfigFields
-from shards.model.shape import ModelShape
+from shards.model.known_shape import known_shape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,7 +41,7 @@ def litgpt_matrix(name: str) -> tuple[str, str]:
 
 def check_adapter(folder: Path, fields: Mapping[str, Any]) -> None:
     """ConfigError for an adapter of other matrices than LitGPT adapts, or of another model."""
-    matrices = {parameter.name: parameter.shape for parameter in ModelShape.from_config(fields).parameters}
+    matrices = {parameter.name: parameter.shape for parameter in known_shape(fields).parameters}
     for (name, factor), shape in factor_shapes(folder).items():
         whole = matrices.get(f"{name}.weight")
         try:
