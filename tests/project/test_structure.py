@@ -32,6 +32,7 @@ TENSORS = {
     "launcher.backends.fsdp.backend",
     "launcher.backends.litgpt.backend",
     "launcher.backends.litgpt.convert",
+    "launcher.backends.litgpt.lora",
     "launcher.compress.calibrated",
     "launcher.compress.gradients",
     "launcher.compress.streamed",
