@@ -8,6 +8,7 @@ venv=$root/.venv
 unfinished=$venv/.unfinished # there from the first change to the last
 stamp=$venv/.stamp           # written last: where the environment was made, and the hash of what was asked for
 installed=$venv/.lock        # copy of the lock that was installed
+beside=$root/scripts/lock/beside.txt
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 
@@ -65,7 +66,7 @@ check_compiler() {
 
 # A change of the first line needs a new environment, a change of the second an update.
 base() { echo "$("$venv/bin/python" -V 2>&1) $flavor $root"; }
-wanted() { cat "$lock" "$root/pyproject.toml" "${BASH_SOURCE[0]}" | sha256sum; }
+wanted() { cat "$lock" "$beside" "$root/pyproject.toml" "${BASH_SOURCE[0]}" | sha256sum; }
 is_ready() { [[ -f $stamp && ! -e $unfinished && $(<"$stamp") == "$(base)"$'\n'"$(wanted)" ]]; }
 
 # Takes an environment away that cannot be updated; one that a person made is left to them.
@@ -121,6 +122,8 @@ install_all() {
     # DeepSpeed's setup looks for nvcc where it sees a GPU, though it is told to build nothing.
     DS_BUILD_OPS=0 DS_IGNORE_CUDA_DETECTION=1 run_pip install --no-compile --no-deps --no-build-isolation --requirement "$lock"
     run_pip install --no-deps --no-build-isolation --editable "$root"
+    # For tests only, which put the folder on their path: transformers imports torchao in every process that has it.
+    run_pip install --no-compile --no-deps --upgrade --target "$venv/beside" "$(<"$beside")"
     compile_all
 }
 
