@@ -24,7 +24,8 @@ class FsdpPlanner(ModulePlanner):
     """`resident_layers` stay whole on each device, and with them what is outside the layers; None: as many as fit.
 
     `within_node`: parameters are sharded over the devices of a node, and each node has all of them (HSDP); None: where
-    that fits. `host_bytes` is what a device may take of its host where it has no memory of its own.
+    that fits. `host_bytes` is what a device may take of its host where it has no memory of its own; `in_place` where the
+    devices of a node gather in memory that they share.
     """
 
     name: ClassVar[str] = "fsdp"
@@ -35,6 +36,7 @@ class FsdpPlanner(ModulePlanner):
     resident_layers: int | None = 0
     within_node: bool | None = False
     host_bytes: int | None = None
+    in_place: bool = False
 
     def runs(self, quantization: Quantization) -> bool:
         return quantization.has_rows
@@ -131,8 +133,9 @@ class FsdpPlanner(ModulePlanner):
         return replace(shape, parameters=tuple(p for p in shape.parameters if p.layer not in resident))
 
     def buffer_bytes(self, request: PlanRequest) -> int:
-        """Gathered parameters: two layers (the next is gathered ahead, or there twice while it is copied out), and
-        beside them the root group for good where it is sharded, or the root's own copy while it is gathered."""
+        """Gathered parameters: two layers (the next is gathered ahead, or beside the one before it in memory of all, or
+        there twice while it is copied out), and beside them the root group for good where it is sharded, or the root's
+        own copy while it is gathered."""
         n = self.shards_over(request)
         beside = narrowed_bytes(request, self.pieces, 1) + widened_bytes(request)
         if n == 1:
@@ -166,7 +169,8 @@ class FsdpPlanner(ModulePlanner):
             return Traffic()
         layers = [p for p in self._sharded(request.shape).parameters if p.layer is not None]
         nbytes = sum(gathered_storage(request, parameter).nbytes(parameter) for parameter in layers)
-        return Traffic(gathered_bytes=nbytes, gathered_over=n)
+        in_place = self.in_place and n == request.devices
+        return Traffic(gathered_bytes=nbytes, gathered_over=n, gathered_in_place=in_place)
 
     def unread_bytes(self, request: PlanRequest, table: int) -> int:
         """Also what is lost of gathered matrices that are narrower than they are stored."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 
 from shards.errors import PlanError
 from shards.load.quantizers import whole_parameters
+from shards.parallel.shared_layers import share_layers
 from shards.plan.cuts import spread_evenly
 
 if TYPE_CHECKING:
@@ -54,10 +54,10 @@ def fully_shard_model(
     A first dimension of the mesh holds replicas (HSDP). `resident_layers` of the layers, spread evenly, stay whole on
     each rank, together with everything outside the layers (embeddings, last norm, head; tied weights once). Without
     resident layers, everything outside the layers is the group of the root: needed first and last in every step, it is
-    gathered once and stays until `reshard`. With `collectives` the layers are gathered through them, and their matrices
-    in `gather_dtype`. A mesh with nothing to shard over leaves the model as it is. It works on meta, so that loading
-    never holds more than the shard. With `offload` the shards are in pinned main memory, where they must be loaded, and
-    are copied to the device before a gather.
+    gathered once and stays until `reshard`. With `collectives` the layers are gathered through them, in shared memory
+    where the ranks have it, and their matrices in `gather_dtype`. A mesh with nothing to shard over leaves the model as
+    it is. It works on meta, so that loading never holds more than the shard. With `offload` the shards are in pinned main
+    memory, where they must be loaded, and are copied to the device before a gather.
     """
     layers = decoder_layers(model)
     resident = spread_evenly(resident_layers, len(layers))
@@ -73,14 +73,14 @@ def fully_shard_model(
     elsewhere = {parameter for layer in sharded for parameter in layer.parameters()}
     kept = set(model.parameters()) - elsewhere if resident else whole_parameters(model)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=kept, offload_policy=policy)
-    if collectives is not None and collectives.is_immediate:
-        if _groups(model):
-            model.set_custom_all_gather(_Gather(collectives))
-        in_place = _GatherInPlace(collectives)
-        for layer in sharded:
-            layer.set_custom_all_gather(in_place)
-    else:
+    if collectives is None or not collectives.is_immediate:
         _prefetch(model, sharded, layers[-1])
+        return model
+    model.shared_layers = share_layers(sharded, collectives, gather_dtype)
+    gather = _Gather(collectives)
+    for module in (model, *sharded):
+        if _groups(module):
+            module.set_custom_all_gather(gather)
     return model
 
 
@@ -134,32 +134,6 @@ class _Gather(AllGather):
         return _Done()
 
 
-class _GatherInPlace(_Gather):
-    """An all-gather of layers in shared memory: each rank writes its part, and all read the whole. It holds one layer
-    at a time."""
-
-    room: torch.Tensor | None = None
-    is_full = False  # /dev/shm
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        nbytes = math.prod(size) * dtype.itemsize
-        if not self.is_full and (self.room is None or nbytes > len(self.room)):
-            self.room = self.collectives.room(nbytes)
-            self.is_full = self.room is None
-        if self.room is None:
-            return super().allocate(size, dtype=dtype, device=device)
-        self.collectives.meet()  # all have copied out what was there
-        return self.room[:nbytes].view(dtype).view(*size)
-
-    def __call__(
-        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: ProcessGroup, async_op: bool = False
-    ) -> Work:
-        if self.room is None:
-            return super().__call__(output_tensor, input_tensor, group, async_op)
-        self.collectives.meet()
-        return _Done()
-
-
 class _Done(Work):
     """A finished gather as a Work object, which makes FSDP2 free the buffer after the copy."""
 
@@ -170,6 +144,8 @@ class _Done(Work):
 @torch.inference_mode()
 def reshard(model: nn.Module) -> None:
     """Free everything gathered: afterwards a rank holds only its shards, until the next forward."""
+    if (shared := getattr(model, "shared_layers", None)) is not None:
+        shared.give_back()
     for module in model.modules():
         if isinstance(module, FSDPModule):
             if any(group._all_gather_result for group in _groups(module)):

@@ -33,6 +33,7 @@ def roofline(request: PlanRequest, layout: Layout) -> Roofline | None:
         dtype_bytes=request.product_bytes,
         gathered_bytes=traffic.gathered_bytes,
         gathered_over=traffic.gathered_over,
+        gathered_in_place=traffic.gathered_in_place,
         all_reduces=traffic.all_reduces,
         gathered_logits=traffic.gathered_logits,
         offloaded_bytes=request.engine.sent_bytes(request, layout),

@@ -33,9 +33,11 @@ class Pool:
 @dataclass(frozen=True, slots=True)
 class Traffic:
     """Communication in one forward pass: the number of all-reduces of hidden states, the number of logits of each
-    sequence that are gathered at the end, the bytes of weights that are gathered, and over how many devices."""
+    sequence that are gathered at the end, the bytes of weights that are gathered, over how many devices, and whether these
+    read them in shared memory."""
 
     all_reduces: int = 0
     gathered_logits: int = 0
     gathered_bytes: int = 0
     gathered_over: int = 0
+    gathered_in_place: bool = False

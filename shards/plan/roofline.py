@@ -3,7 +3,7 @@
 The formulas count only what must be moved or multiplied whatever the code does, so a measured rate above them is a
 measurement error: a device reads its weights and the cache once for each step, and a link carries (N-1)/N of what is
 gathered and 2 (N-1)/N of what is reduced (ring algorithms). Gathered weights are counted with the copies that FSDP2
-makes.
+makes, or with those of ranks that gather in shared memory.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Work:
     """The work of a model on its devices, in bytes and counts; under `gathered` batch and tokens are per rank.
 
     `step_bytes` are the weights that a decode step reads, `gathered_bytes` those that FSDP gathers over `gathered_over`
-    devices (0: all). `all_reduces` counts those of hidden states in one pass, `gathered_logits` the logits of each
-    sequence that are gathered at its end. `offloaded_bytes` are the weights that each device is sent from main memory
-    in every pass.
+    devices (0: all), `gathered_in_place` where these read them in shared memory. `all_reduces` counts those of hidden
+    states in one pass, `gathered_logits` the logits of each sequence that are gathered at its end. `offloaded_bytes` are
+    the weights that each device is sent from main memory in every pass.
     """
 
     step_bytes: int
@@ -48,6 +48,7 @@ class Work:
     dtype_bytes: int = 2
     gathered_bytes: int = 0
     gathered_over: int = 0
+    gathered_in_place: bool = False
     all_reduces: int = 0
     gathered_logits: int = 0
     offloaded_bytes: int = 0
@@ -147,19 +148,21 @@ def _gathered_over(work: Work, machine: Machine) -> int:
 
 
 def _copied_bytes(work: Work, machine: Machine) -> float:
-    """Bytes that FSDP2 moves through memory in addition to reading the weights: copy-in of the shard (read and write),
-    gather (write), copy-out (read and write); a single rank only copies.
+    """Bytes moved through memory in addition to reading the weights: copy-in of the shard (read and write); with FSDP2
+    also gather (write) and copy-out (read and write); a single rank only copies.
 
-    Source: torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py.
+    Source: torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py; shards/parallel/shared_layers.py.
     """
     over = _gathered_over(work, machine)
+    if work.gathered_in_place:
+        return 2 / over * work.gathered_bytes
     if over == 1:
         return 2 * work.gathered_bytes
     return (3 + 2 / over) * work.gathered_bytes
 
 
 def _gather_s(work: Work, machine: Machine) -> float:
-    if machine.link is None or machine.num_devices == 1:
+    if machine.link is None or machine.num_devices == 1 or work.gathered_in_place:
         return 0.0
     over = _gathered_over(work, machine)
     return (over - 1) / over * work.gathered_bytes / machine.link.bandwidth

@@ -29,8 +29,10 @@ PROMPTS = [Prompt(index, "", IDS[: 8 - index]) for index in range(4)]
 
 
 def gathered_bytes(model: torch.nn.Module) -> int:
-    """What FSDP2 gathers of the decoder layers in one pass."""
+    """What is gathered of the decoder layers in one pass."""
     layers = [layer for layer in decoder_layers(model) if isinstance(layer, FSDPModule)]
+    if getattr(model, "shared_layers", None) is not None:
+        return sum(parameter.nbytes for layer in layers for parameter in layer.parameters())
     parameters = [parameter for layer in layers for group in _groups(layer) for parameter in group.fsdp_params]
     return sum(output.nbytes for parameter in parameters for output in parameter.all_gather_outputs)
 

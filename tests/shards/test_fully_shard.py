@@ -121,6 +121,14 @@ def test_auto_keeps_as_many_layers_as_fit_and_no_more(within_node: bool) -> None
         assert plan.devices[0].used_bytes == needed[max(room)]
 
 
+def test_layers_are_gathered_in_place_by_the_devices_of_one_node() -> None:
+    request = asked(LLAMA, in_place=True)
+    assert request.engine.traffic(request).gathered_in_place
+    assert not request.engine.traffic(replace(request, num_nodes=2)).gathered_in_place
+    within = replace(request, num_nodes=2, engine=replace(request.engine, within_node=True))
+    assert within.engine.traffic(within).gathered_in_place
+
+
 def test_auto_shards_within_a_node_where_that_fits() -> None:
     request = replace(asked(LLAMA, within_node=True), num_nodes=3)
     needed, whole = used_bytes(request), known_shape(LLAMA).num_parameters * 4

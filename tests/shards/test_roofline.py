@@ -121,6 +121,22 @@ def test_the_slowest_of_three_bounds_a_gathering_step(
     assert found == expected
 
 
+@pytest.mark.parametrize(("over", "seconds"), [(0, 0.009), (2, 0.012)])
+def test_gathering_in_place_costs_each_rank_a_copy_of_its_part(over: int, seconds: float) -> None:
+    """Of 6 GB each of four reads and writes a quarter, or of two a half, and then reads the whole; no link is used."""
+    work = replace(
+        FALCON,
+        step_bytes=6_000_000_000,
+        step_parameters=1,
+        kv_bytes_per_token=0,
+        gathered_bytes=6_000_000_000,
+        gathered_over=over,
+        gathered_in_place=True,
+    )
+    machine = Machine(Device("card", bandwidth=1e12, flops_16=1e18), 4, Link("link", 1.0, 1.0))
+    assert decode_step(work, machine, "gathered", batch=1, context=1) == Limit(seconds, "memory", 4 / seconds)
+
+
 def test_every_collective_costs_its_latency_and_its_bytes() -> None:
     """Three all-reduces of 2 x 8 numbers (prefill: 20 x 8) over four devices, and a gather of 2 x 100 logits."""
     work = Work(

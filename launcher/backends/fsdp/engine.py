@@ -64,7 +64,10 @@ class FsdpConfig(BackendConfig):
         if not on_cuda and config.launch.name != "slurm":
             host_bytes = available_bytes() // config.devices
         within_node = {"world": False, "node": True, "auto": None}[self.shard_over]
-        return FsdpPlanner(resident_layers=resident_layers, within_node=within_node, host_bytes=host_bytes)
+        in_place = not on_cuda and not slow_collectives(config, on_cuda, "gather")
+        return FsdpPlanner(
+            resident_layers=resident_layers, within_node=within_node, host_bytes=host_bytes, in_place=in_place
+        )
 
     def notes(self, config: RunConfig, on_cuda: bool) -> list[str]:
         return slow_collectives(config, on_cuda, "gather")
