@@ -24,8 +24,8 @@ class FsdpPlanner(ModulePlanner):
     """`resident_layers` stay whole on each device, and with them what is outside the layers; None: as many as fit.
 
     `within_node`: parameters are sharded over the devices of a node, and each node has all of them (HSDP); None: where
-    that fits. `host_bytes` is what a device may take of its host where it has no memory of its own; `in_place` where the
-    devices of a node gather in memory that they share.
+    that fits. `host_bytes` is what a device may take of its host where it has no memory of its own; `in_place`
+    where the devices of a node gather in memory that they share.
     """
 
     name: ClassVar[str] = "fsdp"

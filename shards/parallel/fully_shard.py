@@ -56,8 +56,8 @@ def fully_shard_model(
     resident layers, everything outside the layers is the group of the root: needed first and last in every step, it is
     gathered once and stays until `reshard`. With `collectives` the layers are gathered through them, in shared memory
     where the ranks have it, and their matrices in `gather_dtype`. A mesh with nothing to shard over leaves the model as
-    it is. It works on meta, so that loading never holds more than the shard. With `offload` the shards are in pinned main
-    memory, where they must be loaded, and are copied to the device before a gather.
+    it is. It works on meta, so that loading never holds more than the shard. With `offload` the shards are in pinned
+    main memory, where they must be loaded, and are copied to the device before a gather.
     """
     layers = decoder_layers(model)
     resident = spread_evenly(resident_layers, len(layers))

@@ -24,9 +24,9 @@ class SharedLayers:
     parameter into shared memory and waits for the others, and all read the whole there.
 
     Two halves of a room are used in turns: once all ranks have written a layer, none reads the layer before it, whose
-    half the next layer takes. From a forward until `give_back` the parameters of the layers are views of the room, valid
-    while their layer runs. Matrices are gathered in `gather_dtype`, if given. Every forward of the model must run all
-    layers in order.
+    half the next layer takes. From a forward until `give_back` the parameters of the layers are views of the room,
+    valid while their layer runs. Matrices are gathered in `gather_dtype`, if given. Every forward of the model must run
+    all layers in order.
     """
 
     def __init__(
@@ -47,15 +47,14 @@ class SharedLayers:
 
     def _gather(self, number: int, *_: object) -> None:
         if not self.copies:
-            self._use_room()
+            with torch.inference_mode(mode=False), torch.no_grad():  # these are used again outside of it
+                self._use_room()
         if number == 0:  # a rank may still read the last layer of the pass before
             self.meet()
         places, shards = self.copies[number]
         torch._foreach_copy_(places, shards)
         self.meet()
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def _use_room(self) -> None:
         for number, layer in enumerate(self.layers):
             places, shards = [], []

@@ -33,7 +33,7 @@ class Pool:
 @dataclass(frozen=True, slots=True)
 class Traffic:
     """Communication in one forward pass: the number of all-reduces of hidden states, the number of logits of each
-    sequence that are gathered at the end, the bytes of weights that are gathered, over how many devices, and whether these
+    sequence that are gathered at the end, the bytes of weights that are gathered, over how many devices, and whether they
     read them in shared memory."""
 
     all_reduces: int = 0

@@ -35,8 +35,8 @@ class Work:
 
     `step_bytes` are the weights that a decode step reads, `gathered_bytes` those that FSDP gathers over `gathered_over`
     devices (0: all), `gathered_in_place` where these read them in shared memory. `all_reduces` counts those of hidden
-    states in one pass, `gathered_logits` the logits of each sequence that are gathered at its end. `offloaded_bytes` are
-    the weights that each device is sent from main memory in every pass.
+    states in one pass, `gathered_logits` the logits of each sequence that are gathered at its end. `offloaded_bytes`
+    are the weights that each device is sent from main memory in every pass.
     """
 
     step_bytes: int
