@@ -33,8 +33,8 @@ class Pool:
 @dataclass(frozen=True, slots=True)
 class Traffic:
     """Communication in one forward pass: the number of all-reduces of hidden states, the number of logits of each
-    sequence that are gathered at the end, the bytes of weights that are gathered, over how many devices, and whether they
-    read them in shared memory."""
+    sequence that are gathered at the end, the bytes of weights that are gathered, over how many devices, and whether
+    these read them in shared memory."""
 
     all_reduces: int = 0
     gathered_logits: int = 0
