@@ -9,8 +9,9 @@ number of slots. They take turns, each in a new order every round, and those tha
 that what disturbs one disturbs all; the first round is not counted. The embedded models answer tests/ragged_prompts.txt
 to their EOS, the random Llamas prompts of 8 to 80 tokens with as many new ones each (that of 1 GB a quarter).
 Ratios are medians of the ratios of each round. With --output, NAME.json has every figure and NAME.md the tables. With
---within no round is begun that would not end in time, as long as that of before, and no model without a share of it.
-litgpt takes part where it is installed, or where LITGPT_PYTHON is an interpreter that has it.
+--within no round is begun that would not end in time, as long as that of before, and none after the fifth of a model
+beyond its share of that time. litgpt takes part where it is installed, or where LITGPT_PYTHON is an interpreter that
+has it. A contestant that main memory has no room for beside the others is not started, and its row says so.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -51,8 +53,12 @@ BASE = "model.generate"
 MODELS = ("tiny_falcon", "tiny_llama", *RANDOM)
 FEWER = {"random_1gb": 4}
 """Of a large model each contestant makes so many times fewer tokens."""
-WEIGHTS = {"random_100mb": 2, "random_1gb": 3}
+WEIGHTS = {"random_100mb": 2, "random_1gb": 8}
 """Shares of the time of models that take more of it than the embedded ones."""
+LEAST_ROUNDS = 5
+"""Rounds that a model has even if they take more than its share of the time."""
+PROCESS_BYTES = 1 << 30
+"""Main memory of a process beside its weights, at most."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,8 @@ def ours(name: str, reference: str, *overrides: str, **more: Any) -> Contestant:
     return Contestant(name, "ours", reference, overrides, **more)
 
 
+BARE_VLLM: dict[str, Any] = {"arguments": {}, "environment": {}}
+
 CONTESTANTS = (
     Contestant("model.generate", "model.generate", "model.generate", ("backend=transformers",), devices=1),
     ours("transformers", "model.generate", "backend=transformers", devices=1),
@@ -83,9 +91,10 @@ CONTESTANTS = (
     ours("fsdp all resident", "Fabric FSDP2 + generate", "backend=fsdp", "backend.resident_layers=auto", ranks=True),
     Contestant("deepspeed.init_inference", "deepspeed", "model.generate", ("backend=deepspeed",), ranks=True),
     ours("deepspeed", "deepspeed.init_inference", "backend=deepspeed", ranks=True),
-    Contestant("vllm.LLM", "vllm", "model.generate", ("backend=vllm",), needs="vllm",
-               more={"arguments": {}, "environment": {}}),
+    Contestant("vllm.LLM", "vllm", "model.generate", ("backend=vllm",), needs="vllm", more=BARE_VLLM),
     ours("vllm", "vllm.LLM", "backend=vllm", needs="vllm"),
+    Contestant("vllm.LLM x1", "vllm", "model.generate", ("backend=vllm",), needs="vllm", more=BARE_VLLM, devices=1),
+    ours("vllm x1", "vllm.LLM x1", "backend=vllm", needs="vllm", devices=1),
     ours("tensor_parallel", "vllm", "backend=tensor_parallel", ranks=True),
     Contestant("litgpt", "litgpt", "model.generate", ("backend=transformers",), devices=1, needs="litgpt",
                more={"python": os.environ.get("LITGPT_PYTHON")}),
@@ -124,13 +133,18 @@ def ceiling(like: tuple[str, ...], job: dict[str, Any]) -> float | None:
     return plan.limit.tokens_per_s
 
 
-def measure(groups: list[Group], repeats: int, end: float, tick: Callable[[], None]) -> list[dict[str, Any]]:
-    """One entry a round: seconds and answers of each contestant by its name. At least one is made, also after `end`."""
+def measure(
+    groups: list[Group], repeats: int, share: float, end: float, tick: Callable[[], None]
+) -> list[dict[str, Any]]:
+    """One entry a round: seconds and answers of each contestant by its name.
+
+    At least one is made, also after `end`; all until then but `LEAST_ROUNDS` end at `share`.
+    """
     rounds, chance = [], random.Random(0)
     began = time.monotonic()
     for number in range(repeats + 1):
         before, began = began, time.monotonic()
-        if rounds and began + (began - before) > end:
+        if rounds and began + (began - before) > (share if len(rounds) >= LEAST_ROUNDS else end):
             break
         row = {"load_average": os.getloadavg()[0]}
         for group in chance.sample(groups, len(groups)):
@@ -221,7 +235,7 @@ def main() -> None:
                 print(f"{model}, {precision}: not run, no time was left", flush=True)
                 continue
             progress.update(task, description=f"{model} {precision}")
-            results.append(run_point(model, precision, chosen, options, share, lambda: progress.advance(task)))
+            results.append(run_point(model, precision, chosen, options, (share, end), lambda: progress.advance(task)))
             spent = time.monotonic() - now
             print(markdown(results[-1:]), flush=True)
             if options.output:
@@ -233,10 +247,11 @@ def run_point(
     precision: str,
     chosen: list[Contestant],
     options: argparse.Namespace,
-    end: float,
+    ends: tuple[float, float],
     tick: Callable[[], None],
 ) -> dict[str, Any]:
-    """Start all contestants, let them take turns until `end`, and end them."""
+    """Start all contestants, let them take turns as `measure` does until the first and the second of `ends`, and end
+    them."""
     groups: list[Group] = []
     with tempfile.TemporaryDirectory(prefix="benchmark_engines_") as scratch:
         folder = EMBEDDED / model
@@ -246,15 +261,21 @@ def run_point(
             write_random(folder, RANDOM[model], precision)
         new_tokens = options.new_tokens // FEWER.get(model, 1)
         job = job_of(model, folder, precision, options.prompts, new_tokens)
+        weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         try:
             for number, one in enumerate(chosen):
                 devices = one.devices or options.ranks
                 job_of_one = {**job, "kind": one.kind, "devices": devices, "overrides": one.like, **one.more}
                 processes = options.ranks if one.ranks else 1
-                groups.append(Group(one.name, job_of_one, processes, Path(scratch) / f"{number}.log"))
-                groups[-1].start()
+                group = Group(one.name, job_of_one, processes, Path(scratch) / f"{number}.log")
+                groups.append(group)
+                needed, free = devices * (weights + PROCESS_BYTES), psutil.virtual_memory().available
+                if free < needed:
+                    group.failure = f"not started: {free / 1e9:.1f} GB of memory free, {needed / 1e9:.1f} needed"
+                else:
+                    group.start()
                 tick()
-            rounds = measure(groups, options.repeats, end, tick)
+            rounds = measure(groups, options.repeats, *ends, tick)
             rows = rows_of(groups, rounds)
         finally:
             for group in groups:

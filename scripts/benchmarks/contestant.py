@@ -76,6 +76,8 @@ def ours(job: dict[str, Any], world: World) -> tuple[Answer, Callable[[], None]]
     tensors = checkpoint.Checkpoint.open(Path(job["folder"])).tensors
     plan = planning.plan_of(config, fields, tensors, prompts, False)
     backend.load(plan, world, lambda done, total: None)
+    if hasattr(backend, "compile"):
+        backend.compile(prompts, config.sampling, lambda *_: None)
 
     def answer() -> Answers:
         generation = backend.generate(prompts, config.sampling, lambda *_: None)

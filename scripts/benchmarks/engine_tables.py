@@ -23,8 +23,8 @@ model.generate; in bf16 additions in another order may choose otherwise. Load: u
 has its own defaults, and so as many threads in each worker as there are cores; backend=vllm shares the cores out, and
 scripts/benchmarks/vllm_overhead.py compares the two with the same threads.
 """
-HEADER = "| contestant | tokens/s (min … max) | of model.generate | of its reference | of the ceiling | same | load |"
-RULE = "|---|---|---|---|---|---|---|"
+HEADER = "| contestant | tokens/s (min … max) | rounds | of model.generate | of reference | of ceiling | same | load |"
+RULE = "|---|---|---|---|---|---|---|---|"
 
 
 def markdown(points: list[dict[str, Any]]) -> str:
@@ -34,7 +34,7 @@ def markdown(points: list[dict[str, Any]]) -> str:
         lines += ["", f"{point['model']}, {point['precision']}, {point['prompts']} prompts", "", HEADER, RULE]
         for row in point["rows"]:
             if "failure" in row:
-                lines.append(f"| {row['name']} | {row['failure']} | | | | | |")
+                lines.append(f"| {row['name']} | {row['failure']} | | | | | | |")
                 continue
             same = ""
             if row["same_answers"] is not None:
@@ -44,7 +44,7 @@ def markdown(points: list[dict[str, Any]]) -> str:
                 cell(row["of_base"], ".2f"), cell(row["of_reference"], ".2f", f" of {row['reference']}"),
                 cell(row["share_of_ceiling"], ".1%"),
             )  # fmt: skip
-            cells = (row["name"], speed, *shares, same, f"{row['load_s']:.1f} s")
+            cells = (row["name"], speed, str(len(row["rounds"])), *shares, same, f"{row['load_s']:.1f} s")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines).strip() + "\n"
 
