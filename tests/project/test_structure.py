@@ -66,6 +66,7 @@ TENSORS = {
     "shards.parallel.fully_shard",
     "shards.parallel.packed",
     "shards.parallel.products",
+    "shards.parallel.shared_layers",
     "shards.load.bitsandbytes_quantizers",
     "shards.load.disk",
     "shards.load.integer_quantizers",
