@@ -123,7 +123,17 @@ class _Guard:
     def _parent_is_gone(self) -> bool:
         if self.parent_fd is not None:
             return bool(select.select([self.parent_fd], [], [], 0)[0])
-        return self.parent is not None and not _lives(self.parent)
+        if self.parent is None:
+            return False
+        try:
+            os.kill(self.parent, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:  # a process of another user, which /proc may hide
+            return False
+        with contextlib.suppress(psutil.Error):
+            return bool(psutil.Process(self.parent).status() == psutil.STATUS_ZOMBIE)
+        return False
 
     def _on_signal(self, number: int) -> None:
         if number not in SIGNALS:
@@ -155,16 +165,3 @@ class _Guard:
                     with contextlib.suppress(psutil.Error):
                         child.kill()
             os._exit(EXIT_CODES.get(outcome.status, 1))
-
-
-def _lives(pid: int) -> bool:
-    """True if a process has not ended; a process of another user may be hidden in /proc, and counts as alive."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    with contextlib.suppress(psutil.Error):
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    return True

@@ -225,13 +225,13 @@ def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str
 def labels(runs: Sequence[FinishedRun]) -> list[str]:
     """A unique label for each run: engine and devices, then the settings that differ, then the directory."""
     names = [run.label for run in runs]
-    for told_apart_by in (_distinctions, _directories):
+    for suffixes in (_distinctions, lambda group: [run.run_dir.name for run in group]):
         groups: dict[str, list[int]] = {}
         for index, name in enumerate(names):
             groups.setdefault(name, []).append(index)
         for group in groups.values():
             if len(group) > 1:
-                for index, more in zip(group, told_apart_by([runs[index] for index in group]), strict=True):
+                for index, more in zip(group, suffixes([runs[index] for index in group]), strict=True):
                     names[index] = f"{names[index]} {more}".rstrip()
     return names
 
@@ -244,10 +244,6 @@ def _distinctions(runs: Sequence[FinishedRun]) -> list[str]:
     options = {key.removesuffix(".name") for key in keys if key.endswith(".name")}
     told = [key for key in keys if key.endswith(".name") or key.rpartition(".")[0] not in options][:MOST_DISTINCTIONS]
     return [" ".join(f"{key.removesuffix('.name')}={values.get(key)}" for key in told) for values in settings]
-
-
-def _directories(runs: Sequence[FinishedRun]) -> list[str]:
-    return [run.run_dir.name for run in runs]
 
 
 def alike(runs: Sequence[FinishedRun]) -> list[list[FinishedRun]]:

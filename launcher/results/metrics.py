@@ -175,13 +175,24 @@ def decoding(repeats: Sequence[Sequence[Repeat]], windows: Sequence[int | None])
     ranks = [rank for repeat in repeats for rank in repeat]
     steps = sum(max(rank.decode_steps for rank in repeat) for repeat in repeats)
     tokens = sum(new - 1 for rank in ranks for _, new in rank.lengths)
-    seconds = sum(max(map(_decode_s, repeat)) for repeat in repeats)
+    seconds = 0.0
+    for repeat in repeats:
+        times = []
+        for rank in repeat:
+            decode_s = rank.decode_s
+            if decode_s is None:  # of an engine that mixes prefill and decode
+                decode_s = rank.wall_s - min(rank.ttft_s, default=rank.wall_s)
+            times.append(decode_s)
+        seconds += max(times)
     if not steps or not tokens or not seconds:
         return None
     is_guessing, rows = speculates(ranks), tokens
     if is_guessing:
-        contexts = [tokens for rank in ranks for tokens in rows_of(rank)]
-        rows, cached = len(contexts), sum(_seen_tokens(context, windows) for context in contexts)
+        contexts = [context for rank in ranks for context in rows_of(rank)]
+        rows, cached = len(contexts), 0.0
+        for window in windows or (None,):  # a layer keeps at most the tokens of its window
+            kept = contexts if window is None else [min(context, window - 1) for context in contexts]
+            cached += sum(kept) / max(len(windows), 1)
     else:
         cached = sum(_cached_tokens(prompt, new, windows) for rank in ranks for prompt, new in rank.lengths)
     return Decoding(
@@ -193,12 +204,6 @@ def decoding(repeats: Sequence[Sequence[Repeat]], windows: Sequence[int | None])
         several_tokens_a_step=not is_guessing and any(gap == 0 for rank in ranks for gap in rank.itl_s),
         tokens_per_row=tokens / rows,
     )
-
-
-def _decode_s(rank: Repeat) -> float:
-    if rank.decode_s is not None:
-        return rank.decode_s
-    return rank.wall_s - min(rank.ttft_s, default=rank.wall_s)
 
 
 def _cached_tokens(prompt: int, new: int, windows: Sequence[int | None]) -> float:
@@ -214,10 +219,3 @@ def _cached_tokens(prompt: int, new: int, windows: Sequence[int | None]) -> floa
             kept = (steps - growing) * (window - 1)
         total += layers * (growing * prompt + growing * (growing + 1) // 2 + kept)
     return total / max(len(windows), 1)
-
-
-def _seen_tokens(tokens: int, windows: Sequence[int | None]) -> float:
-    """The tokens in the cache of a layer for a row of `tokens` tokens, averaged over the layers."""
-    if not windows:
-        return tokens
-    return sum(tokens if window is None else min(tokens, window - 1) for window in windows) / len(windows)

@@ -130,32 +130,29 @@ def _write_completions(run_dir: RunDir, run: RunDescription, prompts: Sequence[P
         saved.setdefault(item.index, item)
     if not saved:
         return
-    asked = {prompt.index: prompt for prompt in prompts}
-    if strange := saved.keys() - asked.keys():
+    by_index = {prompt.index: prompt for prompt in prompts}
+    if strange := saved.keys() - by_index.keys():
         raise UserError(f"{run_dir} has a completion of prompt {min(strange)}, which is none of its prompts.", AGAIN)
     items = [saved[index] for index in sorted(saved)]
     folder = None
     if run.model_folder:
         folder = Path(run.model_folder)
     texts = decode([item.token_ids for item in items], folder)
-    lines = [_reported(asked[item.index], item, text) for item, text in zip(items, texts, strict=True)]
+    lines = []
+    for item, text in zip(items, texts, strict=True):
+        prompt, new_tokens = by_index[item.index], item.num_tokens
+        if new_tokens is None:
+            new_tokens = len(item.token_ids)
+        line = ReportedCompletion(
+            index=prompt.index,
+            prompt=prompt.text,
+            text=text if item.text is None else item.text,
+            token_ids=item.token_ids,
+            prompt_tokens=len(prompt.token_ids),
+            new_tokens=new_tokens,
+            finish_reason=item.finish_reason,
+            top2_gaps=item.top2_gaps,
+            failure=item.failure,
+        )
+        lines.append(line)
     run_dir.write_completions(lines)
-
-
-def _reported(prompt: Prompt, saved: SavedCompletion, text: str) -> ReportedCompletion:
-    new_tokens = len(saved.token_ids)
-    if saved.num_tokens is not None:
-        new_tokens = saved.num_tokens
-    if saved.text is not None:
-        text = saved.text
-    return ReportedCompletion(
-        index=prompt.index,
-        prompt=prompt.text,
-        text=text,
-        token_ids=saved.token_ids,
-        prompt_tokens=len(prompt.token_ids),
-        new_tokens=new_tokens,
-        finish_reason=saved.finish_reason,
-        top2_gaps=saved.top2_gaps,
-        failure=saved.failure,
-    )

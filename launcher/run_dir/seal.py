@@ -33,9 +33,21 @@ def sealed(record: Record, folder: Path) -> Record:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file of a run that the record depends on, by its path in the folder."""
+    """SHA-256 of each file of a run that the record depends on, by its path in the folder; the reason for a file that
+    cannot be read or is larger than any run's."""
     paths = sorted({path for pattern in FILES for path in folder.glob(pattern) if path.is_file()})
-    return {path.relative_to(folder).as_posix(): _sha256(path) for path in paths}
+    hashed = {}
+    for path in paths:
+        name = path.relative_to(folder).as_posix()
+        try:
+            if (size := path.stat().st_size) > MAX_RUN_BYTES:
+                hashed[name] = f"{size} bytes, which are not hashed"
+                continue
+            with path.open("rb") as file:
+                hashed[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            hashed[name] = f"cannot be read: {error.strerror}"
+    return hashed
 
 
 def digest(values: JsonObject) -> str:
@@ -62,14 +74,3 @@ def broken_seal(values: JsonObject, folder: Path) -> list[str]:
         elif before[name] != now[name]:
             problems.append(f"{name} is not as it was written")
     return problems
-
-
-def _sha256(path: Path) -> str:
-    """The hash, or why there is none: of a file that cannot be read, or is larger than what any run reads."""
-    try:
-        if (size := path.stat().st_size) > MAX_RUN_BYTES:
-            return f"{size} bytes, which are not hashed"
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"

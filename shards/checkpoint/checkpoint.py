@@ -92,7 +92,14 @@ class Checkpoint:
         `prefix` of the base model ("transformer", "model"). Missing, surplus and misshapen tensors are one error;
         surplus ones that `ignore` knows are none.
         """
-        matched = {name: tuple(self._stored([name, *(tied or {}).get(name, ())], prefix)) for name in expected}
+        matched: dict[str, tuple[TensorEntry, ...]] = {}
+        for name in expected:
+            matched[name] = ()
+            for alias in (name, *(tied or {}).get(name, ())):
+                spellings = (alias, alias.removeprefix(f"{prefix}."), f"{prefix}.{alias}")
+                stored = next((spelling for spelling in spellings if spelling in self.tensors), None)
+                if stored is not None:
+                    matched[name] += (self.tensors[stored],)
         used = {entry.name for entries in matched.values() for entry in entries}
         misshapen = [
             f"{entry.name} is {list(entry.shape)} where the model has {list(expected[name])}"
@@ -112,12 +119,6 @@ class Checkpoint:
                 "config.json and the weight files must come from the same model and revision",
             )
         return matched
-
-    def _stored(self, names: Iterable[str], prefix: str) -> Iterable[TensorEntry]:
-        for name in names:
-            spellings = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-            if spelling := next((spelling for spelling in spellings if spelling in self.tensors), None):
-                yield self.tensors[spelling]
 
 
 def changed(path: Path) -> CheckpointError:

@@ -16,7 +16,7 @@ from shards.plan.request import EnginePlanner, Offload, PlanRequest
 from shards.plan.roofline import Scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,18 +88,14 @@ class FsdpPlanner(ModulePlanner):
         known = request.capacity_bytes or self.host_bytes
         if known is None and (self.resident_layers is None or self.within_node is None):
             return "What fits a device cannot be known here, where the memory of the devices is not known."
-        return self._split_row(request) or self.split_group(request)
-
-    def _split_row(self, request: PlanRequest) -> str | None:
-        """The reason why rows of quantized values cannot be sharded: a scale would be for values of two rows."""
         quantization = request.quantization
-        if quantization is None or not quantization.flat or self.shards_over(request) == 1:
-            return None
-        for parameter in request.shape.parameters:
-            if quantization.applies(parameter) and parameter.shape[1] % quantization.flat:
-                inputs = parameter.shape[1]
-                return f"{inputs} inputs cannot be divided by the {quantization.flat} that {quantization.name} scales."
-        return None
+        if quantization is not None and quantization.flat and self.shards_over(request) > 1:
+            for parameter in request.shape.parameters:
+                inputs = parameter.shape[-1]
+                if quantization.applies(parameter) and inputs % quantization.flat:  # a scale would span two rows
+                    size = quantization.flat
+                    return f"{inputs} inputs cannot be divided by the {size} that {quantization.name} scales."
+        return self.split_group(request)
 
     def shards_over(self, request: PlanRequest) -> int:
         """The devices that have parts of each parameter."""
@@ -141,7 +137,12 @@ class FsdpPlanner(ModulePlanner):
         if n == 1:
             return beside
         groups = self._sharded(request.shape).groups()
-        sizes = {layer: _gathered_bytes(members, n, request) for layer, members in groups.items()}
+        sizes = dict.fromkeys(groups, 0)
+        for layer, members in groups.items():
+            for parameter in members:  # every rank has equally many rows
+                rows, *columns = parameter.shape or (1,)
+                shape = (ceil(rows / n) * n, *columns)
+                sizes[layer] += gathered_storage(request, parameter).nbytes(parameter, shape)
         root = sizes.pop(None, 0)
         return beside + root + max(root, 2 * max(sizes.values(), default=0))
 
@@ -188,12 +189,3 @@ def gathered_storage(request: PlanRequest, parameter: Parameter) -> Storage:
     if is_narrowed:
         return Storage(request.product_bytes)
     return request.storage
-
-
-def _gathered_bytes(parameters: Sequence[Parameter], n: int, request: PlanRequest) -> int:
-    """Bytes of parameters of which each rank has equally many rows."""
-    total = 0
-    for parameter in parameters:
-        rows, *columns = parameter.shape or (1,)
-        total += gathered_storage(request, parameter).nbytes(parameter, (ceil(rows / n) * n, *columns))
-    return total

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +14,6 @@ from shards.load.blocks import copy_marks
 from shards.load.conversion import note_conversions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from shards.model.config_fields import TransformersConfig
 
 
@@ -92,8 +89,13 @@ def _rebuilt(model: nn.Module, module: nn.Module) -> dict[str, torch.Tensor] | N
     config = getattr(module, "config", None)
     if config is None or any(True for _ in module.parameters()):
         return None
-    with _default_dtype(getattr(model, "dtype", torch.float32)), torch.device("cpu"):
-        fresh = type(module)(config=config)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(model, "dtype", torch.float32))
+    try:
+        with torch.device("cpu"):
+            fresh = type(module)(config=config)
+    finally:
+        torch.set_default_dtype(default)
     return dict(fresh._buffers)
 
 
@@ -114,13 +116,3 @@ def _initialised(model: nn.Module, module: nn.Module, names: list[str]) -> dict[
             "use backend=transformers, which builds the model in full",
         )
     return {name: module._buffers[name] for name in names}
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(previous)

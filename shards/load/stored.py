@@ -66,7 +66,9 @@ def with_stored(checkpoint: Checkpoint, layers: Mapping[str, nn.Module]) -> Chec
     tensors: dict[str, TensorEntry] = {}
     parts: dict[str, list[tuple[str, TensorEntry]]] = {}
     for name, entry in checkpoint.tensors.items():
-        prefix = next((prefix for prefix in _beginnings(name) if prefix in prefixes), None)
+        words = name.split(".")
+        candidates = (".".join(words[:count]) + "." for count in range(len(words) - 1, 0, -1))
+        prefix = next((candidate for candidate in candidates if candidate in prefixes), None)
         if prefix is None or name == f"{prefix}bias":
             tensors[name] = entry
         else:
@@ -76,11 +78,6 @@ def with_stored(checkpoint: Checkpoint, layers: Mapping[str, nn.Module]) -> Chec
         nbytes, shape = sum(entry.nbytes for _, entry in found), whole_shape(layers[name])
         tensors[name] = StoredMatrix(name, first.file, "BF16", shape, first.offset, nbytes, tuple(found))
     return replace(checkpoint, tensors=tensors)
-
-
-def _beginnings(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:count]) + "." for count in range(len(parts) - 1, 0, -1)]
 
 
 def read_stored(

@@ -90,24 +90,25 @@ def kept_open() -> Iterator[None]:
 
 def readings(uuids: Sequence[str]) -> tuple[Reading, ...]:
     """Each of some cards as it is now; NvmlError where there is no driver."""
+    values = []
     with _session():
-        return tuple(_reading(uuid, _ask(pynvml.nvmlDeviceGetHandleByUUID, uuid)) for uuid in uuids)
-
-
-def _reading(uuid: str, handle: Any) -> Reading:
-    energy = _ask(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)  # mJ
-    power = _ask(pynvml.nvmlDeviceGetPowerUsage, handle)  # mW
-    utilisation = _ask(pynvml.nvmlDeviceGetUtilizationRates, handle)  # %
-    bits = _ask(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle) or 0
-    return Reading(
-        uuid=uuid,
-        energy_j=_divided(energy, 1000),
-        power_w=_divided(power, 1000),
-        utilisation=_divided(getattr(utilisation, "gpu", None), 100),
-        sm_clock_mhz=_ask(pynvml.nvmlDeviceGetClockInfo, handle, SM_CLOCK),
-        temperature_c=_ask(pynvml.nvmlDeviceGetTemperature, handle, GPU_TEMPERATURE),
-        slowed_by=tuple(name for bit, name in SLOWED_BY.items() if bits & bit),
-    )
+        for uuid in uuids:
+            handle = _ask(pynvml.nvmlDeviceGetHandleByUUID, uuid)
+            energy = _ask(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)  # mJ
+            power = _ask(pynvml.nvmlDeviceGetPowerUsage, handle)  # mW
+            utilisation = _ask(pynvml.nvmlDeviceGetUtilizationRates, handle)  # %
+            bits = _ask(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle) or 0
+            reading = Reading(
+                uuid=uuid,
+                energy_j=_divided(energy, 1000),
+                power_w=_divided(power, 1000),
+                utilisation=_divided(getattr(utilisation, "gpu", None), 100),
+                sm_clock_mhz=_ask(pynvml.nvmlDeviceGetClockInfo, handle, SM_CLOCK),
+                temperature_c=_ask(pynvml.nvmlDeviceGetTemperature, handle, GPU_TEMPERATURE),
+                slowed_by=tuple(name for bit, name in SLOWED_BY.items() if bits & bit),
+            )
+            values.append(reading)
+    return tuple(values)
 
 
 def _divided(value: int | None, divisor: int) -> float | None:

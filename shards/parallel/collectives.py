@@ -64,32 +64,28 @@ def _of_group(way: str) -> Collectives:
 
 
 def _obstacle(world: World) -> str | None:
-    """The reason why the ranks of this node cannot use vLLM's operators; None after loading them."""
+    """The reason why the ranks of this node cannot use vLLM's operators; None after loading them, without vLLM."""
     if torch.version.cuda is not None:
         return "this torch is a build for CUDA, and the operators for shared memory are of vLLM's build for CPUs"
-    return missing_operators(world.local_world_size, torch.get_num_threads()) or _load_operators()
-
-
-def _load_operators() -> str | None:
-    """Load vLLM's library of operators without importing vLLM. Returns the reason if it is not available, else None."""
+    if missing := missing_operators(world.local_world_size, torch.get_num_threads()):
+        return missing
+    # The library that vLLM chooses for this CPU. Source: import_kernels in vllm/platforms/cpu.py.
+    library = "_C_AVX2"
+    if not torch.cpu._is_avx2_supported() or torch.cpu._is_avx512_bf16_supported():
+        library = "_C"
+    elif torch.cpu._is_avx512_supported():
+        library = "_C_AVX512"
     spec = importlib.util.find_spec(OPERATORS)
     assert spec is not None
     folder = Path((spec.submodule_search_locations or ["."])[0])
     try:
-        torch.ops.load_library(folder / f"{_library()}.abi3.so")
+        torch.ops.load_library(folder / f"{library}.abi3.so")
     except OSError as error:
         return f"vLLM's operators do not load: {str(error).strip().splitlines()[0]}"
-    names = ("init_shm_manager", "join_shm_manager", "shm_allreduce", "shm_all_gather")
-    missing = [name for name in names if not hasattr(torch.ops._C, name)]
-    return f"this vLLM has no {missing[0]}" if missing else None
-
-
-def _library() -> str:
-    """The library of shared-memory kernels that vLLM chooses for this CPU. Source: import_kernels in
-    vllm/platforms/cpu.py."""
-    if not torch.cpu._is_avx2_supported() or torch.cpu._is_avx512_bf16_supported():
-        return "_C"
-    return "_C_AVX512" if torch.cpu._is_avx512_supported() else "_C_AVX2"
+    for name in ("init_shm_manager", "join_shm_manager", "shm_allreduce", "shm_all_gather"):
+        if not hasattr(torch.ops._C, name):
+            return f"this vLLM has no {name}"
+    return None
 
 
 def _through_shared_memory(world: World) -> Collectives:

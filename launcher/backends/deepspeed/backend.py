@@ -103,22 +103,20 @@ def mark_blocks(model: torch.nn.Module, first_names: Mapping[str, str], rank: in
         # The notes for DeepSpeed's universal checkpoints were on the parameters of the meta device, which are gone.
         if note := getattr(module, "_mark_uc_metadata", None):
             note()
-    for name, parameter in model.named_parameters():
-        mark_block(parameter, _block(first_names[name], parameter, getattr(parameter, DS_AUTOTP_UC_META, None), rank))
-
-
-def _block(name: str, parameter: torch.Tensor, notes: Mapping[str, Any] | None, rank: int) -> Block:
-    if notes is None or notes["partition_dim"] is None:
-        return Block(name, tuple(parameter.shape), (0,) * parameter.dim())
-    dim, shape = notes["partition_dim"], tuple(notes["logical_shape"])
-    groups = notes["sub_param_shard_widths"] or []
-    if notes["partition_sizes"]:
-        groups = [notes["partition_sizes"]]
-    if len(groups) != 1 or (*shape[:dim], groups[0][rank], *shape[dim + 1 :]) != tuple(parameter.shape):
-        raise PlanError(
-            f"DeepSpeed cuts {name} {list(shape)} to {list(parameter.shape)} otherwise than by one block a rank.",
-            "backend=fsdp, or devices=1",
-        )
-    start = [0] * len(shape)
-    start[dim] = sum(groups[0][:rank])
-    return Block(name, shape, tuple(start))
+    for given_name, parameter in model.named_parameters():
+        name, notes = first_names[given_name], getattr(parameter, DS_AUTOTP_UC_META, None)
+        if notes is None or notes["partition_dim"] is None:
+            mark_block(parameter, Block(name, tuple(parameter.shape), (0,) * parameter.dim()))
+            continue
+        dim, shape = notes["partition_dim"], tuple(notes["logical_shape"])
+        groups = notes["sub_param_shard_widths"] or []
+        if notes["partition_sizes"]:
+            groups = [notes["partition_sizes"]]
+        if len(groups) != 1 or (*shape[:dim], groups[0][rank], *shape[dim + 1 :]) != tuple(parameter.shape):
+            raise PlanError(
+                f"DeepSpeed cuts {name} {list(shape)} to {list(parameter.shape)} otherwise than by one block a rank.",
+                "backend=fsdp, or devices=1",
+            )
+        start = [0] * len(shape)
+        start[dim] = sum(groups[0][:rank])
+        mark_block(parameter, Block(name, shape, tuple(start)))

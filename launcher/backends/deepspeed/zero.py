@@ -86,20 +86,15 @@ def _keep_rows(model: torch.nn.Module, world: World) -> None:
             if whole is None:
                 continue
             if id(whole) not in kept:
-                kept[id(whole)] = _rows_of(whole, first_names[id(whole)], world)
+                shape, size = tuple(whole.shape), ceil(whole.numel() / world.world_size)
+                begin, end = min(world.rank * size, whole.numel()), min((world.rank + 1) * size, whole.numel())
+                row = max(1, prod(shape[1:]))
+                first = last = begin // row
+                if end > begin:
+                    last = ceil(end / row)
+                part, start = whole.detach(), [0] * len(shape)
+                if shape:
+                    part, start[0] = part[first:last], first
+                kept[id(whole)] = torch.nn.Parameter(part, requires_grad=False)
+                mark_block(kept[id(whole)], Block(first_names[id(whole)], shape, tuple(start)))
             module._parameters[name] = kept[id(whole)]
-
-
-def _rows_of(whole: torch.nn.Parameter, name: str, world: World) -> torch.nn.Parameter:
-    shape, size = tuple(whole.shape), ceil(whole.numel() / world.world_size)
-    begin, end = min(world.rank * size, whole.numel()), min((world.rank + 1) * size, whole.numel())
-    row = max(1, prod(shape[1:]))
-    first = last = begin // row
-    if end > begin:
-        last = ceil(end / row)
-    part, start = whole.detach(), [0] * len(shape)
-    if shape:
-        part, start[0] = part[first:last], first
-    rows = torch.nn.Parameter(part, requires_grad=False)
-    mark_block(rows, Block(name, shape, tuple(start)))
-    return rows

@@ -9,7 +9,7 @@ from time import perf_counter, thread_time
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
 
 TICK_S = 0.01
 
@@ -44,14 +44,19 @@ class Load(Generic[Work]):
 
     async def run(self, work: Sequence[Work]) -> ClientCost:
         """Process all work; returns the client's cost."""
+
+        async def send_remaining() -> None:
+            for item in remaining:
+                await self.send(item)
+
+        remaining = iter(work)
         ticker = asyncio.create_task(self._tick())
         start, cpu = perf_counter(), thread_time()
         try:
             async with asyncio.TaskGroup() as group:
                 if self.arrivals is None:
-                    left = iter(work)
                     for _ in range(min(self.concurrency or len(work), len(work))):
-                        group.create_task(self._one_after_another(left))
+                        group.create_task(send_remaining())
                 else:
                     for item, moment in zip(work, self.arrivals, strict=True):
                         await asyncio.sleep(max(start + moment - perf_counter(), 0))
@@ -63,10 +68,6 @@ class Load(Generic[Work]):
             ticker.cancel()
         self.cost.wall_s, self.cost.cpu_s = perf_counter() - start, thread_time() - cpu
         return self.cost
-
-    async def _one_after_another(self, left: Iterator[Work]) -> None:
-        for item in left:
-            await self.send(item)
 
     async def _tick(self) -> None:
         """Measure the delay of the event loop: the time stamp of every answer can be late by as much."""
