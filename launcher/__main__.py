@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.run_dir is not None:  # to finish the run there as it was configured
             others = [item for item in overrides if item.partition("=")[0] not in ("resume", "run_dir")]
             if others or not config.resume or world.launcher != "alone":
-                fact = "run_dir= goes on with a run as it was configured, and takes nothing but resume=true."
+                fact = "run_dir= resumes a run with its own configuration; only resume=true can be given with it."
                 raise ConfigError(fact, "python -m launcher resume=true run_dir=PATH")
             return _report(start(RunDir(absolute(config.run_dir))), began, arguments.json)
         if config.dry_run:

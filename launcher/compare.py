@@ -78,12 +78,16 @@ def to_dict(
 def parse(argv: Sequence[str] | None) -> Namespace:
     """The command line; ConfigError for what is wrong with it."""
     parser = Parser(prog="python -m launcher.compare", description="Compare runs with the first one.")
-    parser.add_argument("base", type=Path, metavar="RUN", help="the run directory that the others are held against")
+    parser.add_argument("base", type=Path, metavar="RUN", help="the run directory that the others are compared with")
     parser.add_argument("others", type=Path, metavar="RUN", nargs="+")
     parser.add_argument("--min-match", type=share, metavar="SHARE", help="least share of equal completions: 1 is all")
     parser.add_argument("--min-speed-ratio", type=ratio, metavar="RATIO", help="least ratio of the median tokens/s")
     parser.add_argument(
-        "--fail-if", metavar="RULE", action="append", default=[], help=f"a ratio that must not be: '{EXAMPLE}'"
+        "--fail-if",
+        metavar="RULE",
+        action="append",
+        default=[],
+        help=f"a ratio that makes the command fail: '{EXAMPLE}'",
     )
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     return parser.parse_intermixed_args(argv)

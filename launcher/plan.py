@@ -183,7 +183,7 @@ def plans(shape: ModelShape, values: dict[str, str], kinds: Sequence[Quantizatio
 
 
 def chosen(values: dict[str, str]) -> list[str]:
-    """The engines that were asked for; ConfigError for a name that is none."""
+    """The engines that were requested; ConfigError for a name that is none."""
     with_weights = [name for name, kind in engines().items() if kind.needs_weights and kind.planner_class]
     asked = with_weights
     if "backend" in values:

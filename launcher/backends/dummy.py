@@ -42,7 +42,7 @@ class DummyConfig(BackendConfig):
 
     def refuse(self, config: RunConfig, model_config: TransformersConfig, on_cuda: bool, longest: int) -> None:
         if self.fail_after and not self.fail_at:
-            fact = f"backend.fail_after={self.fail_after} is read with backend.fail_at= only."
+            fact = f"backend.fail_after={self.fail_after} is only used with backend.fail_at=."
             raise ConfigError(fact, "backend.fail_at=generate")
 
 

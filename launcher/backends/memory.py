@@ -179,7 +179,7 @@ def nvml_used(uuid: str, reasons: dict[str, str]) -> int | None:
         reasons["nvml_used_bytes"] = "NVML does not show this process (another PID namespace?)"
         return None
     if this.memory_bytes is None:
-        reasons["nvml_used_bytes"] = "NVML shows this process, and the driver does not say what it holds"
+        reasons["nvml_used_bytes"] = "NVML lists this process, but the driver does not report its memory"
     return this.memory_bytes
 
 

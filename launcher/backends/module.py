@@ -282,7 +282,7 @@ def check_share(rank: int, nbytes: int, planned: int, whole: int, tolerance: flo
     whole_is_right = planned > 0.98 * whole
     if abs(nbytes - planned) <= tolerance * planned and (nbytes < whole or whole_is_right):
         return
-    verdict = "it was sharded otherwise than planned"
+    verdict = "it was sharded differently than planned"
     if nbytes >= whole:
         verdict = "nothing was sharded"
     raise PlanError(

@@ -42,7 +42,7 @@ that is null, AssertionError for an entry of a null dict."""
 def in_one_line(error: Exception, overrides: Sequence[str], config_dirs: Sequence[str]) -> ConfigError:
     """The error in one of the overrides, or in a file."""
     if isinstance(error, RecursionError):
-        return ConfigError("A file of the configuration has too many levels.", "fewer of [ and { in one another")
+        return ConfigError("A file of the configuration has too many levels.", "fewer nested [ and {")
     causes = (error.__cause__, error.__context__)  # Hydra raises its own error from, or beside, that of OmegaConf
     cause = next((other for other in causes if isinstance(other, OmegaConfBaseException)), error)
     key, engine = getattr(cause, "full_key", None), chosen_engine(overrides)
@@ -54,7 +54,8 @@ def in_one_line(error: Exception, overrides: Sequence[str], config_dirs: Sequenc
         if mark := error.problem_mark:
             source = f"{mark.name}:{mark.line + 1}"
         return ConfigError(
-            f"{source} is not YAML: {error.problem}.", "mend that line: KEY: VALUE, below a KEY: two blanks before it"
+            f"{source} is not YAML: {error.problem}.",
+            "fix that line: KEY: VALUE, indented by two spaces under its KEY:",
         )
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")

@@ -63,7 +63,7 @@ def _readable(item: str, engine: str | None, known: Mapping[str, Any]) -> str:
         raise ConfigError(f"{item} has no key.", f"KEY{item}, where {ALL_KEYS}")
     if not equals and not written.startswith("~"):
         if item in COMMANDS:
-            raise ConfigError(f"{item} is a command of its own.", f"python -m launcher.{item}")
+            raise ConfigError(f"{item} is a separate command.", f"python -m launcher.{item}")
         every = {option: group for group in groups() for option in options(group)}
         near = nearest(item, known)
         if near is not None and item not in every:
@@ -75,7 +75,7 @@ def _readable(item: str, engine: str | None, known: Mapping[str, Any]) -> str:
     if not has_key(key.partition("@")[2] or key, known) and key not in groups():
         raise unknown_key(key, engine, value)
     if written.startswith("~") and not is_entry:
-        raise ConfigError(f"{item} would take {key} away, and every run has it.", f"leave ~{key} out")
+        raise ConfigError(f"{item} would take {key} which every run needs.", f"leave ~{key} out")
     try:
         parse(item)
     except HydraException as error:

@@ -54,7 +54,7 @@ def _count(override: Override, config_dirs: Sequence[str]) -> int:
         raise ConfigError(f"{text} has no points: an interval is for a search.", f"{key}=1,2")
     if isinstance(values, Glob):
         names = values.filter(options(key, config_dirs))
-        raise ConfigError(f"{text} is not read: a sweep names its points.", f"{key}={','.join(names) or 'a,b'}")
+        raise ConfigError(f"{text} is not used: a sweep names its points.", f"{key}={','.join(names) or 'a,b'}")
     if isinstance(values, ChoiceSweep):
         return len(values.list)
     assert isinstance(values, RangeSweep), "there are four kinds of sweeps"

@@ -24,8 +24,8 @@ METHODS = {
     "llm_pruner": "the same, the weakest by the gradients of the loss of the calibration prompts",
     "rtn": "values are rounded to the nearest of their scheme",
     "wanda": "values that matter least for the calibration prompts become zeros (llm-compressor)",
-    "sparsegpt": "the same, and what is left makes up for them (llm-compressor)",
-    "gptq": "rounded one column after the other, the next making up for the last (llm-compressor)",
+    "sparsegpt": "the same, and the remaining values compensate for them (llm-compressor)",
+    "gptq": "rounded column by column, each compensating for the error of the last (llm-compressor)",
     "awq": "scaled before they are rounded, by the calibration prompts (llm-compressor)",
 }
 CALIBRATED = ("wanda", "sparsegpt", "gptq", "awq")
@@ -77,7 +77,7 @@ def read_request(items: Sequence[str]) -> Request:
     if method in CALIBRATED:
         read |= {"prompts", "python"}
     for key in values.keys() - read:
-        raise ConfigError(f"method={method} does not read {key}=.", f"leave {key}= out")
+        raise ConfigError(f"method={method} does not use {key}=.", f"leave {key}= out")
     if values.get("pattern", "2:4") not in ("2:4", "unstructured"):
         raise ConfigError(f"pattern={values['pattern']} is neither unstructured nor 2:4.", "pattern=2:4")
     if "scheme" in values and values["scheme"] not in SCHEMES[method]:
@@ -92,7 +92,7 @@ def read_request(items: Sequence[str]) -> Request:
         raise ConfigError(f"method={method} needs prompts to calibrate with.", "prompts=FILE, one prompt a line")
     out = Path(values["out"])
     if out.exists():
-        raise ConfigError(f"{out} is there already, and nothing is written over.", f"out={out}_2")
+        raise ConfigError(f"{out} exists already, and is not overwritten.", f"out={out}_2")
     prompts = None
     if "prompts" in values:
         prompts = Path(values["prompts"])
@@ -116,7 +116,7 @@ def _ratio(text: str, pattern: str) -> float:
     except ValueError:
         ratio = -1.0
     if not 0 < ratio < 1:
-        raise ConfigError(f"ratio={text} is no share between 0 and 1.", "ratio=0.5")
+        raise ConfigError(f"ratio={text} is not a ratio between 0 and 1.", "ratio=0.5")
     if pattern == "2:4" and ratio != 0.5:
         raise ConfigError(f"ratio={text}, and pattern=2:4 leaves two of four values.", "ratio=0.5")
     return ratio
@@ -128,7 +128,7 @@ def matrices(shape: ModelShape, tensors: dict[str, TensorEntry]) -> dict[str, Pa
     missing = [name for name in named if name not in tensors]
     if missing:
         raise ConfigError(
-            f"The checkpoint has no {missing[0]}: its tensors have other names than today's modules.",
+            f"The checkpoint has no {missing[0]}: its tensors are named as in an older transformers.",
             "save it again with transformers 5 (from_pretrained, save_pretrained)",
         )
     return named
@@ -139,9 +139,9 @@ def check_shapes(request: Request, chosen: dict[str, Parameter]) -> None:
     for name, parameter in chosen.items():
         inputs = parameter.shape[1]
         if request.pattern == "2:4" and inputs % 4:
-            raise ConfigError(f"{name} has {inputs} inputs, which are no groups of four.", "pattern=unstructured")
+            raise ConfigError(f"{name} has {inputs} inputs, which is not a multiple of four.", "pattern=unstructured")
         if request.method == "rtn" and request.scheme == "w4a16" and group_of(inputs) is None:
-            raise ConfigError(f"{name} has {inputs} inputs, which are no groups of 32.", "scheme=w8a8")
+            raise ConfigError(f"{name} has {inputs} inputs, which is not a multiple of 32.", "scheme=w8a8")
 
 
 def group_of(*inputs: int) -> int | None:

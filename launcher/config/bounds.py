@@ -89,7 +89,7 @@ def check(config: RunConfig) -> None:
         if isinstance(items, dict):
             items = items.values()
         if stray := [item for item in items if not isinstance(item, str)]:
-            raise ConfigError(f"{key} has {str(stray[0])[:80]}, which is no text.", f"{key}={example_of(hint)}")
+            raise ConfigError(f"{key} has {str(stray[0])[:80]}, which is not a text.", f"{key}={example_of(hint)}")
     _check_experiment(config.experiment)
     bounds = BOUNDS | _check_backend(backend)
     for key, value in numbers(config):
@@ -102,34 +102,34 @@ def check(config: RunConfig) -> None:
         hint = f"devices={MOST_DEVICES // config.num_nodes}"
         raise ConfigError(f"devices x num_nodes is {size}, more than {MOST_DEVICES}.", hint)
     if measure.find_batch_size and backend.continuous_batching:
-        fact = f"{backend.name} makes its batches itself: there is none to find."
+        fact = f"{backend.name} forms its own batches: there is no batch size to find."
         raise ConfigError(fact, "measure.find_batch_size=false")
     if measure.find_batch_size and config.launch.name != "local":
         raise ConfigError("measure.find_batch_size needs launch=local: each try waits for the last.", "launch=local")
     if backend.continuous_batching and measure.scheduling is Scheduling.static:
-        fact = f"{backend.name} has a scheduler of its own, which is continuous."
+        fact = f"{backend.name} has its own scheduler, which is continuous."
         raise ConfigError(fact, "measure.scheduling=continuous")
     reads = backend.has_slots and config.is_continuous
     reader = f"backend={backend.name}"
     if backend.has_slots:
         reader = "measure.scheduling=static"
     if measure.compile is not Compile.auto and not reads:
-        raise ConfigError(f"measure.compile={measure.compile.name}: {reader} does not read it.", "measure.compile=auto")
+        raise ConfigError(f"measure.compile={measure.compile.name}: {reader} does not use it.", "measure.compile=auto")
     if measure.compile in (Compile.inductor, Compile.cudagraph) and config.speculative.is_on:
-        fact = f"measure.compile={measure.compile.name}: steps with guesses are not made ahead."
+        fact = f"measure.compile={measure.compile.name}: steps of speculative decoding cannot be compiled."
         raise ConfigError(fact, "measure.compile=auto, or speculative=none")
     if measure.prefill_tokens is not None and not reads:
-        fact = f"measure.prefill_tokens={measure.prefill_tokens}: {reader} does not read it."
+        fact = f"measure.prefill_tokens={measure.prefill_tokens}: {reader} does not use it."
         raise ConfigError(fact, "measure.prefill_tokens=null")
     ways = {"concurrency": load.concurrency, "request_rate": load.request_rate, "arrivals": load.arrivals or None}
     given = [f"load.{name}" for name, value in ways.items() if value is not None]
     if given and not backend.takes_load:
-        raise ConfigError(f"backend={backend.name} is given batches, and does not read {given[0]}.", f"{given[0]}=null")
+        raise ConfigError(f"backend={backend.name} is given batches, and does not use {given[0]}.", f"{given[0]}=null")
     if len(given) > 1:
-        raise ConfigError(f"{given[0]} and {given[1]} are different ways in which prompts come.", f"{given[1]}=null")
+        raise ConfigError(f"{given[0]} and {given[1]} are different arrival modes.", f"{given[1]}=null")
     if config.server.name != "none" and not backend.starts_servers:
         raise ConfigError(
-            f"backend={backend.name} asks no server, and server={config.server.name} starts one.", "server=none"
+            f"backend={backend.name} calls no server, but server={config.server.name} starts one.", "server=none"
         )
     _check_speculative(config)
     _check_prompts(config.prompts)
@@ -160,13 +160,15 @@ def _check_speculative(config: RunConfig) -> None:
     if unread:
         key = unread[0]
         reader = next(kind for kind, keys in KEYS.items() if key in keys)
-        fact = f"speculative.{key}={getattr(wanted, key)} is not read with speculative={wanted.name}."
+        fact = f"speculative.{key}={getattr(wanted, key)} is not used with speculative={wanted.name}."
         raise ConfigError(fact, f"speculative={reader}, or speculative.{key}=null")
     if wanted.is_on and not config.backend.speculates:
-        fact = f"speculative={wanted.name}, and backend={name} takes no guesses."
+        fact = f"speculative={wanted.name}, and backend={name} does not support it."
         raise ConfigError(fact, f"speculative=none, or {example_with('speculates')}")
     if wanted.is_on and not config.is_continuous:
-        fact = f"speculative={wanted.name}: rows gain unlike numbers of tokens, which a static batch has no places for."
+        fact = (
+            f"speculative={wanted.name}: rows gain different numbers of tokens, which a static batch does not support."
+        )
         raise ConfigError(fact, "measure.scheduling=continuous")
     missing = [key for key in KEYS[wanted.name] if getattr(wanted, key) is None]
     if missing:
@@ -198,10 +200,10 @@ def _check_prompts(wanted: PromptsConfig) -> None:
     """A prompt set has one source, its texts, a file or random ids: another one would be passed over."""
     path, length, count = wanted.path, wanted.input_tokens, wanted.count
     if path is not None and (wanted.texts is not None or length is not None):
-        fact = f"prompts={wanted.name} has prompts of its own, and does not read prompts.path={path}."
+        fact = f"prompts={wanted.name} has its own prompts, and does not use prompts.path={path}."
         raise ConfigError(fact, f"prompts=file prompts.path={path}")
     if path is None and wanted.field is not None:
-        fact = f"prompts={wanted.name} has no file, and does not read prompts.field={wanted.field}."
+        fact = f"prompts={wanted.name} has no file, and does not use prompts.field={wanted.field}."
         raise ConfigError(fact, f"prompts=file prompts.path=questions.csv prompts.field={wanted.field}")
     if length is not None and (wanted.texts is not None or count is None):
         fact = f"prompts.input_tokens={length} is the length of random prompts, and prompts={wanted.name} has others."
@@ -221,10 +223,10 @@ def _check_prompts(wanted: PromptsConfig) -> None:
         fact = f"prompts.shared_tokens={shared}, and a prompt has prompts.input_tokens={length}."
         raise ConfigError(fact, f"prompts.shared_tokens={length}")
     if wanted.chat and length is not None:
-        fact = f"prompts.chat=true, and the prompts of prompts={wanted.name} are random tokens, no texts."
+        fact = f"prompts.chat=true, and the prompts of prompts={wanted.name} are random tokens, not texts."
         raise ConfigError(fact, "prompts.chat=false")
     if wanted.system is not None and not wanted.chat:
-        raise ConfigError("prompts.system= is read with prompts.chat=true only.", "prompts.chat=true")
+        raise ConfigError("prompts.system= is only used with prompts.chat=true.", "prompts.chat=true")
 
 
 def numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float]]:

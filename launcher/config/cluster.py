@@ -38,21 +38,21 @@ def check_cluster(cluster: ClusterConfig) -> None:
         )
     if cluster.time and (limit := seconds(cluster.time)) is not None and cluster.signal_s >= limit:
         raise ConfigError(
-            f"cluster.signal_s={cluster.signal_s} is no time before the end of cluster.time={cluster.time}.",
+            f"cluster.signal_s={cluster.signal_s} is not before the end of cluster.time={cluster.time}.",
             f"cluster.signal_s={limit // 3}",
         )
     if cluster.gpus_flag not in ("gpus-per-node", "gres", "none"):
         raise ConfigError(f"cluster.gpus_flag={cluster.gpus_flag} is not known.", "cluster.gpus_flag=gpus-per-node")
     if cluster.gpus_flag == "none" and cluster.gpu_type is not None:
-        fact = f"cluster.gpu_type={cluster.gpu_type} is not read with cluster.gpus_flag=none."
+        fact = f"cluster.gpu_type={cluster.gpu_type} is not used with cluster.gpus_flag=none."
         raise ConfigError(fact, "cluster.gpus_flag=gpus-per-node")
     if not cluster.requeue and cluster.max_requeues != type(cluster)().max_requeues:
-        fact = f"cluster.max_requeues={cluster.max_requeues} is not read with cluster.requeue=false."
+        fact = f"cluster.max_requeues={cluster.max_requeues} is not used with cluster.requeue=false."
         raise ConfigError(fact, "cluster.requeue=true")
     for name in cluster.environment:
         if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
             better = re.sub(r"\W", "_", name, flags=re.ASCII).lstrip("0123456789") or "NAME"
-            fact = f"cluster.environment.{name}: {name!r} is no name of a variable."
+            fact = f"cluster.environment.{name}: {name!r} is not the name of a variable."
             raise ConfigError(fact, for_shell(f"cluster.environment.{better}={cluster.environment[name]}"))
 
 

@@ -89,7 +89,7 @@ def other_machine(config: RunConfig) -> tuple[Device, Link] | None:
 def how_to_know_rates(config: RunConfig) -> str:
     """The command or key that provides the missing rates for the ceilings of a run."""
     if config.num_nodes > 1 and config.link is None:
-        return "link= names what joins the nodes, as link=infiniband_hdr"
+        return "link= sets the link between the nodes, as link=infiniband_hdr"
     if config.machine is not None or config.launch.name == "slurm":
         return "device.bandwidth= and device.flops= give them, as device.bandwidth=768GB/s device.flops=154.8TFLOP/s"
     return f"python -m launcher.probe devices={config.devices} accelerator={config.accelerator.name}"

@@ -190,7 +190,9 @@ def show(found: JsonObject) -> None:
 
 def parse(argv: Sequence[str] | None) -> Namespace:
     """The command line; ConfigError for what is wrong with it."""
-    parser = Parser(prog="python -m launcher.doctor", description="What works here, and what would mend the rest.")
+    parser = Parser(
+        prog="python -m launcher.doctor", description="Check what works on this machine, and how to fix the rest."
+    )
     parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="for the import of one engine")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     return parser.parse_intermixed_args(argv)

@@ -75,7 +75,7 @@ def _problems(gpu: JsonObject, gpus: Sequence[JsonObject]) -> tuple[State, list[
     index = gpu["index"]
     findings: list[tuple[State, str, str]] = []
     if gpu["mig"]:
-        findings.append(("warning", "MIG is on, and a run takes whole cards", f"nvidia-smi -i {index} -mig 0"))
+        findings.append(("warning", "MIG is on, but a run needs whole GPUs", f"nvidia-smi -i {index} -mig 0"))
     if gpu["compute_mode"] not in (None, "default"):
         mode = f"compute mode {gpu['compute_mode']}: not every process may use it"
         findings.append(("warning", mode, f"nvidia-smi -i {index} -c DEFAULT"))

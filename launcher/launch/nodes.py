@@ -55,7 +55,7 @@ def check_nodes(config: RunConfig) -> None:
         raise ConfigError(f"launch.node_rank={launch.node_rank} is not one of num_nodes={nodes}.", hint)
     if (python := config.backend.python) is not None:
         raise ConfigError(
-            f"launch.rendezvous starts whole launchers, and backend.python={python} is for ranks alone.",
+            f"launch.rendezvous starts launchers, but backend.python={python} applies to ranks only.",
             f"{python} -m launcher ..., without backend.python",
         )
 
@@ -117,7 +117,7 @@ def _receive(host: str, port: int, num_nodes: int, deadline: float, limit_s: flo
                 node.sendall(b"go")
     except TimeoutError:
         missing = ", ".join(str(number) for number in range(1, num_nodes) if number not in came)
-        fact = f"Nodes {missing} of {num_nodes} have not come to {host}:{port} within {limit_s:g} s"
+        fact = f"Nodes {missing} of {num_nodes} did not connect to {host}:{port} within {limit_s:g} s"
         raise WorldError(f"{fact}; node 0 listens there on {here(host, port)}.", ELSEWHERE) from None
     except OSError as error:
         other_port = 29400

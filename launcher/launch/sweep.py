@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 ONE_FOR_ALL_ENGINES = ("measure.batch_size",)
 """Keys that a sweep over engines may give to all of them: those that do not read it say so in a note."""
 
-NOT_BEGUN = "the sweep was ended before its turn"
+NOT_BEGUN = "the sweep was cancelled before this point"
 
 
 @dataclass(frozen=True, slots=True)

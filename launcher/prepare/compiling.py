@@ -20,7 +20,7 @@ def check_compile(config: RunConfig, on_cuda: bool) -> None:
     """Raise ConfigError for a way of making steps that cannot be had."""
     way, backend = config.measure.compile, config.backend
     if way is Compile.inductor and config.launch.name == "local" and not has_compiler():
-        fact = f"measure.compile=inductor writes C++, and there is no compiler ({' or '.join(COMPILERS)})."
+        fact = f"measure.compile=inductor generates C++, but there is no compiler ({' or '.join(COMPILERS)})."
         raise ConfigError(fact, "apt-get install g++, or measure.compile=none")
     if way is not Compile.cudagraph:
         return
@@ -28,10 +28,12 @@ def check_compile(config: RunConfig, on_cuda: bool) -> None:
         fact = "measure.compile=cudagraph captures kernels of CUDA, and this run is on CPUs."
         raise ConfigError(fact, "measure.compile=auto")
     if backend.data_parallel and config.num_devices > 1:
-        fact = f"measure.compile=cudagraph: backend={backend.name} gathers layers into other memory in each step."
+        fact = f"measure.compile=cudagraph: backend={backend.name} gathers layers into different memory in each step."
         raise ConfigError(fact, "measure.compile=inductor, or devices=1")
     if config.offload is not Offload.none:
-        fact = f"measure.compile=cudagraph: offload={config.offload.name} brings weights to other memory in each step."
+        fact = (
+            f"measure.compile=cudagraph: offload={config.offload.name} copies weights to different memory in each step."
+        )
         raise ConfigError(fact, "measure.compile=auto, or offload=none")
     if not backend.one_process_per_device and config.num_devices > 1:
         fact = f"measure.compile=cudagraph captures one card, and backend={backend.name} is one process for all."

@@ -46,7 +46,7 @@ def check_experiment(config: RunConfig) -> None:
     experiment = config.experiment
     if experiment.name is not None and experiment.needs:
         raise ConfigError(
-            f"experiment={experiment.name} needs {' and '.join(experiment.needs)}, which is not there yet.",
+            f"experiment={experiment.name} needs {' and '.join(experiment.needs)}, which is not supported yet.",
             "python -m launcher.experiments shows those that can be made",
         )
 

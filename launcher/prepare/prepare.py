@@ -70,7 +70,7 @@ def prepare(config: RunConfig, command: tuple[str, ...], given: Sequence[Prompt]
     fields, tensors = ConfigFields(model_config), _tensors(config, folder, model_config, notes)
     vocab_size, prompts = fields.size("vocab_size"), list(given)
     if not prompts and config.dry_run and is_text_without_tokenizer(config, folder):
-        notes.append(f"{config.model.path} has no tokenizer here: prompts are counted as a token for each 4 bytes")
+        notes.append(f"{config.model.path} has no tokenizer here: prompts are estimated as one token for each 4 bytes")
         prompts = guessed_prompts(config, vocab_size)
     elif not prompts:
         prompts = load_prompts(config, folder, vocab_size)

@@ -76,7 +76,7 @@ def read_arrivals(wanted: PromptsConfig) -> list[float]:
     """The moments at which the prompts of a file of rows come, in seconds; ConfigError for a set that has none."""
     path = Path(wanted.path or "")
     if path.suffix.lower() not in ROW_FILES:
-        fact = f"load.arrivals=true, and prompts={wanted.name} says of no prompt when it comes."
+        fact = f"load.arrivals=true, and prompts={wanted.name} has no arrival times."
         raise ConfigError(fact, WITH_ARRIVALS)
     moments: list[float] = []
     earliest = 0.0
@@ -126,7 +126,7 @@ def _rows(path: Path) -> list[Row]:
             if len(lists) == 1:
                 value = next(iter(lists.values()))
         if not isinstance(value, list):
-            fact = f"{path} is no list of prompts, nor an object that has one list."
+            fact = f"{path} is neither a list of prompts nor an object with one list."
             raise ConfigError(fact, 'a file like [{"prompt": "The capital of France is"}]')
         return [Row(f"{path}: item {number}", item) for number, item in enumerate(value)]
     lines = ((f"{path}:{number}", line) for number, line in enumerate(content.split("\n"), 1) if line.strip())

@@ -100,7 +100,7 @@ def read_texts(wanted: PromptsConfig) -> list[str]:
             fact = f"Prompt {index} has {len(text):,} letters, more than {MAX_PROMPT_BYTES:,}."
             raise ConfigError(fact, "a shorter prompt, or prompts of a line each")
         if any("\ud800" <= letter <= "\udfff" for letter in text):  # of JSON's escapes, or bytes that are not UTF-8
-            raise ConfigError(f"Prompt {index} has half of a surrogate pair, which is no letter.", "leave it out")
+            raise ConfigError(f"Prompt {index} has an unpaired surrogate, which is not a character.", "leave it out")
     return texts
 
 

@@ -184,7 +184,7 @@ class Rank:
             time.sleep(LAST_WORD_S)
 
     def _interrupted(self, reason: str) -> str:
-        stage, hint = self.progress.progress.stage, "resume=true goes on with it"
+        stage, hint = self.progress.progress.stage, "resume=true continues it"
         return self._write("interrupted", RunError(self.world.rank, stage, "Ended", reason, hint))
 
     def _write(self, status: str, error: RunError | None = None) -> str:

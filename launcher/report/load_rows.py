@@ -18,7 +18,7 @@ def load_rows(times: LoadTimes | None, compilation: Compilation | None) -> list[
     """Rows of the table of a run, where the engine knows the parts, and where it has made steps ahead."""
     rows = []
     if compilation is not None and compilation.seconds:
-        note = escape(compilation.note or "made before all measures")
+        note = escape(compilation.note or "made before all measurements")
         rows = [[f"steps by {compilation.way}", seconds(compilation.seconds), "", "", note]]
     if times is None:
         return rows

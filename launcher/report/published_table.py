@@ -69,7 +69,7 @@ def published_beside(record: Record) -> PublishedBeside | None:
         rows.append((LABELS[published.name], *figure_text(published), shown, limit, share))
     source = f"{config.experiment.source}; {config.experiment.location}"
     if is_rehearsal:
-        source += "\nA rehearsal: another model than the published one."
+        source += "\nA rehearsal with another model than the published one."
     headings = ("figure", f"published ({hardware})", "limit there", "share", "measured here", "limit here", "share")
     return PublishedBeside(headings, tuple(rows), speeds, source)
 

@@ -47,9 +47,9 @@ def serving_rows(serving: Serving) -> list[Row]:
     name = serving.software or serving.dialect
     checked = f"checked: {serving.tokens_checked}"
     if serving.read_otherwise:
-        checked += f", {serving.read_otherwise} prompts read otherwise"
+        checked += f", {serving.read_otherwise} prompts tokenized differently"
     if (serving.bunched or 0) >= MANY_TOGETHER:
-        checked += f", {serving.bunched:.0%} of the parts came together"
+        checked += f", {serving.bunched:.0%} of the parts arrived together"
     rows: list[Row] = [["server", name, "", "", checked]]
     if serving.failures:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(serving.failures.items()))

@@ -89,7 +89,7 @@ def show(record: Record, began: float = 0.0, only_json: bool = False) -> None:
         print(error_line(record), file=sys.stderr)
         print(f"Logs: {record.run_dir}/{RANK_LOGS}", file=sys.stderr)
     if record.status in GOES_ON:
-        print(f"Go on: python -m launcher resume=true run_dir={record.run_dir}", file=sys.stderr)
+        print(f"To continue: python -m launcher resume=true run_dir={record.run_dir}", file=sys.stderr)
     print_json(json_line(record), only_json)
 
 
@@ -145,7 +145,7 @@ def _remarks(record: Record, began: float) -> list[str]:
     remarks = []
     if record.ended_at is not None and record.ended_at < began:
         ended = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.ended_at))
-        remarks.append(f"this run ended on {ended} and was not made again: resume=true shows what it measured")
+        remarks.append(f"this run ended on {ended} and was not repeated: resume=true shows its result")
     if partial := record.partial:
         measured = f"measured over {partial.prompts} of {counted(partial.of, 'prompt')}"
         remarks.append(f"{measured}: the run was split between attempts")
@@ -153,7 +153,7 @@ def _remarks(record: Record, began: float) -> list[str]:
     if speed and speed.min and speed.max and speed.max / speed.min > STEADY:
         factor = f"a factor of {speed.max / speed.min:.3g} between repeats"
         remarks.append(
-            f"new tokens/s differ by {factor}: the median says little; more measure.repeats or measure.warmup"
+            f"new tokens/s differ by {factor}: the median is unreliable; increase measure.repeats or measure.warmup"
         )
     return remarks
 
@@ -163,10 +163,10 @@ def batch_line(search: BatchSearch) -> str:
     largest, planned = search.largest_batch, search.planned
     line = f"largest batch: {largest} by {counted(len(search.tries), 'try', 'tries')}"
     if search.limited_by != "memory":
-        line += ", and the prompts suffice for no larger one"
+        line += ", and there are not enough prompts for a larger one"
     if planned:
         return f"{line}; the plan allowed {planned}, {planned / largest - 1:+.0%}"
-    return f"{line}; the plan knew no limit"
+    return f"{line}; the plan had no limit"
 
 
 def _completions(completions: Sequence[ReportedCompletion], out: Console) -> Table:

@@ -93,14 +93,16 @@ class Rule:
         name, sign, limit = parts.groups()
         if name not in (*SPEEDS, *TIMES, *MEMORY, *COUNTERS):
             known = ", ".join((*SPEEDS, *TIMES, *MEMORY, *COUNTERS))
-            raise UserError(f"--fail-if: {name} is no figure.", f"one of {known}")
+            raise UserError(f"--fail-if: {name} is not a figure.", f"one of {known}")
         return cls(name, sign, float(limit))
 
     def broken_by(self, changes: Iterable[FigureChange], names: str) -> list[str]:
         """A sentence for each change that breaks the rule; UserError if the figure was not measured in both runs."""
         ratios = [change for change in changes if change.name == self.name and change.ratio is not None]
         if not ratios:
-            raise UserError(f"--fail-if: {self.name} is not known of both runs ({names}).", f"--fail-if '{EXAMPLE}'")
+            raise UserError(
+                f"--fail-if: {self.name} was not measured in both runs ({names}).", f"--fail-if '{EXAMPLE}'"
+            )
         sentences = []
         for change in ratios:
             if change.ratio is not None and OPERATORS[self.sign](change.ratio, self.limit):
@@ -196,7 +198,7 @@ def _verdict(name: str, ratio: float | None, is_different: bool | None) -> str:
         return f"{text}, outside the spread of both"
     if name in MEMORY:
         return text
-    return f"{text}, of one value each: the spread is not known"
+    return f"{text}, of single values: the spread is not known"
 
 
 def circumstances(record: Record) -> JsonObject:

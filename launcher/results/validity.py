@@ -86,7 +86,7 @@ def check_status(record: Record) -> Check:
 def check_warm_up(record: Record) -> Check:
     warmup = record.config.get("measure", {}).get("warmup")
     if not warmup:
-        return Check("warm-up", False, "nothing was run to warm up: measure.warmup=1")
+        return Check("warm-up", False, "there was no warm-up: measure.warmup=1")
     return Check("warm-up", True, f"{warmup} before the clocks started")
 
 
@@ -134,7 +134,7 @@ def check_memory(record: Record, parameter_tolerance: float) -> Check:
                 "memory", False, f"rank {device.rank} had {cache:,} bytes of KV cache, and {most:,} were planned"
             )
     if not seen:
-        return Check("memory", None, "nothing was planned of it, or nothing measured")
+        return Check("memory", None, "not planned, or not measured")
     return Check("memory", True, f"as planned on {seen} devices")
 
 
@@ -155,7 +155,7 @@ def check_neighbours(record: Record) -> Check:
     if notes:
         return Check("neighbours", False, notes[0])
     if record.environment is None or record.environment.gpus is None:
-        return Check("neighbours", None, "no driver tells who else uses the devices")
+        return Check("neighbours", None, "no driver reports other processes on the devices")
     return Check("neighbours", True, "none on the devices")
 
 
@@ -163,18 +163,19 @@ def check_clocks(record: Record) -> Check:
     """Clocks not lowered because of heat or the power supply."""
     if record.cost is None or not record.cost.samples:
         reason = record.cost and record.cost.samples_reason
-        return Check("clocks", None, reason or "they were not looked at")
+        return Check("clocks", None, reason or "they were not sampled")
     if record.cost.slowed_by:
         return Check("clocks", False, f"the clocks were slowed: {', '.join(record.cost.slowed_by)}")
-    return Check("clocks", True, "not slowed by heat or power supply, as often as they were looked at")
+    return Check("clocks", True, "not slowed by heat or power supply in any sample")
 
 
 def check_reference(comparisons: Sequence[Comparison], names: Iterable[str]) -> Check:
     """The same tokens as each run of the reference engine."""
     for comparison, name in zip(comparisons, names, strict=True):
         if comparison.divergences:
-            fact = f"{comparison.prompts - comparison.matching} of {comparison.prompts} answers are not the reference's"
+            different = comparison.prompts - comparison.matching
+            fact = f"{different} of {comparison.prompts} answers differ from the reference's"
             return Check("reference", False, f"{fact} ({name})")
     if not comparisons:
-        return Check("reference", None, "there is no run of the reference with it")
+        return Check("reference", None, "there is no reference run to compare with")
     return Check("reference", True, f"the tokens of {', '.join(names)}")

@@ -76,8 +76,8 @@ def verdict(
             return outcome.status, RunError(number, silent[number].stage, "Ended", outcome.message)
         death = "killed, or crashed in native code"
         if "Fatal Python error: Bus error" in log_end(number):
-            death = "a file that was its memory was cut short under it, or cannot be read (SIGBUS)"
-        message = f"rank {number} ended without a word: {death}"
+            death = "a mapped file was truncated or cannot be read (SIGBUS)"
+        message = f"rank {number} ended without a result: {death}"
         if first and first.error:
             message += f"; rank {first.rank} then saw {first.error.type}"
         return "failed", RunError(number, silent[number].stage, "ProcessDied", message)

@@ -132,7 +132,7 @@ def _write_completions(run_dir: RunDir, run: RunDescription, prompts: Sequence[P
         return
     by_index = {prompt.index: prompt for prompt in prompts}
     if strange := saved.keys() - by_index.keys():
-        raise UserError(f"{run_dir} has a completion of prompt {min(strange)}, which is none of its prompts.", AGAIN)
+        raise UserError(f"{run_dir} has a completion of prompt {min(strange)}, which is not one of its prompts.", AGAIN)
     items = [saved[index] for index in sorted(saved)]
     folder = None
     if run.model_folder:

@@ -51,7 +51,7 @@ def read_word(path: Path, form: str) -> str | None:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.", AGAIN) from None
     if not re.fullmatch(form, word):
-        raise UserError(f"{path} is not what a run writes: {word!r}.", AGAIN)
+        raise UserError(f"{path} is not a valid file of a run: {word!r}.", AGAIN)
     return word
 
 
@@ -81,4 +81,4 @@ def unreadable(path: Path, error: Exception) -> UserError:
     reason = f"{error}"
     if isinstance(error, KeyError):
         reason = f"it has no {error}"
-    return UserError(f"{path} is not what a run writes: {reason}.", AGAIN)
+    return UserError(f"{path} is not a valid file of a run: {reason}.", AGAIN)

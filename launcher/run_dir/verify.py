@@ -102,7 +102,7 @@ def check_figures(run_dir: RunDir, run: RunDescription, record: Record) -> Check
 
 def _against_references(run_dir: RunDir, record: Record, references: Iterable[RunDir]) -> Check:
     if record.precision != EXACT or record.config["sampling"]["temperature"]:
-        return Check("reference", None, f"tokens are held against the reference in {EXACT}, greedy")
+        return Check("reference", None, f"tokens are compared with the reference in {EXACT}, greedy")
     run = read_finished(run_dir.path)
     comparisons: list[Comparison] = []
     names: list[str] = []

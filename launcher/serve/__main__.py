@@ -87,7 +87,7 @@ def _serve(run_dir: RunDir, host: str, port: int) -> int:
                     time.sleep(poll_s)
         except KeyboardInterrupt:
             return 0
-    print(f"The engine has ended with exit code {process.returncode}; what its ranks said last:", file=sys.stderr)
+    print(f"The engine has ended with exit code {process.returncode}; the last output of its ranks:", file=sys.stderr)
     for rank in range(run.world_size):
         print(f"rank {rank}:", *run_dir.rank(rank).log_end().splitlines()[-LAST_LINES:], sep="\n  ", file=sys.stderr)
     return 1

@@ -32,10 +32,12 @@ def listen(host: str, port: int) -> socket.socket:
         listening.bind((host, port))
     except OverflowError:
         listening.close()
-        raise ConfigError(f"--port={port} is no port.", "--port=0 takes a free one") from None
+        raise ConfigError(f"--port={port} is not a port.", "--port=0 takes a free one") from None
     except socket.gaierror as error:
         listening.close()
-        raise ConfigError(f"--host={host} is no address of this machine: {error.strerror}.", "--host=0.0.0.0") from None
+        raise ConfigError(
+            f"--host={host} is not an address of this machine: {error.strerror}.", "--host=0.0.0.0"
+        ) from None
     except OSError as error:
         listening.close()
         raise ConfigError(f"Cannot listen on {host}:{port}: {error.strerror}.", "--port=0 takes a free one") from None

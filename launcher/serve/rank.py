@@ -94,7 +94,7 @@ def _serve(run_dir: RunDir, world: World) -> None:
         except BaseException as error:
             lines = str(error).strip().splitlines() or [""]
             batches.fail(f"the engine failed: {type(error).__name__}: {lines[0]}")
-            time.sleep(LAST_WORDS_S)  # for those who wait to be told
+            time.sleep(LAST_WORDS_S)  # so that waiting clients are told
             raise
 
 

@@ -39,7 +39,7 @@ class Wanted:
 def read_request(body: Any, model: str, encode: Callable[[str], list[int]], context: int | None) -> Wanted:
     """A checked request for `model`; BadRequestError says in one line what is wrong with it."""
     if not isinstance(body, dict):
-        raise BadRequestError("the body is no JSON object")
+        raise BadRequestError("the body is not a JSON object")
     if body.get("model") not in (None, model):
         raise BadRequestError(f"there is no model {body['model']!r}, only {model!r}")
     for name, values in NEUTRAL.items():
@@ -61,7 +61,7 @@ def read_request(body: Any, model: str, encode: Callable[[str], list[int]], cont
         raise BadRequestError(f"{len(ids)} tokens and {sampling.max_new_tokens} new ones are over {context} of context")
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
-        raise BadRequestError("stream_options is no object")
+        raise BadRequestError("stream_options is not an object")
     is_stream, with_usage = _flag(body, "stream"), _flag(options, "include_usage")
     return Wanted(model, ids, sampling, is_stream, with_usage or not is_stream, _flag(body, "return_token_ids"))
 

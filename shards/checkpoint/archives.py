@@ -48,4 +48,4 @@ def check_archive(path: Path) -> list[TensorEntry]:
 
 
 def no_state_dict(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"{path} is no state dict of tensors ({reason.rstrip('.')}).", AS_SAFETENSORS)
+    return CheckpointError(f"{path} is not a state dict of tensors ({reason.rstrip('.')}).", AS_SAFETENSORS)

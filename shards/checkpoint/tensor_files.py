@@ -87,7 +87,7 @@ def _header_length(path: Path, head: bytes, size: int) -> int:
     length: int = struct.unpack("<Q", head[:8])[0]
     if length > MAX_BYTES:
         raise CheckpointError(
-            f"{path} is no safetensors file: its header would be {length:,} bytes long (limit {MAX_BYTES:,}).",
+            f"{path} is not a safetensors file: its header would be {length:,} bytes long (limit {MAX_BYTES:,}).",
             AGAIN,
         )
     if 8 + length > size:

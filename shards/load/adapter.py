@@ -61,7 +61,7 @@ def read_adapter(folder: Path) -> Adapter:
     for name, tensor in tensors.items():
         match = FACTOR.match(name)
         if match is None or tensor.dim() != 2:
-            raise CheckpointError(f"{folder / WEIGHTS} has {name}, which is no factor of LoRA.", f"see {CONFIG}")
+            raise CheckpointError(f"{folder / WEIGHTS} has {name}, which is not a factor of LoRA.", f"see {CONFIG}")
         factors.setdefault(f"{match.group(1)}.weight", {})[match.group(2)] = tensor
     scaled = {}
     for name, pair in factors.items():

@@ -41,7 +41,7 @@ def _config(source: Path | str | TransformersConfig | PretrainedConfig, trust_re
             name = str(source)
         if "trust_remote_code" in str(error):
             raise CheckpointError(
-                f"{name} brings code of its own, which is not run unasked.",
+                f"{name} needs its own code, which is not run without permission.",
                 "model.trust_remote_code=true, if you trust it",
             ) from None
         raise CheckpointError(

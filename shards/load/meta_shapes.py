@@ -58,7 +58,7 @@ def problem(fields: TransformersConfig) -> str | None:
     if family in CONFIG_MAPPING:
         if CONFIG_MAPPING[family] in MODEL_FOR_CAUSAL_LM_MAPPING:
             return None
-        return f"model_type {family!r} is no causal language model of {version}"
+        return f"model_type {family!r} is not a causal language model of {version}"
     note = ""
     if "auto_map" in fields:
         note = ", and the model's own code is not run for a plan"

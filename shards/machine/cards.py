@@ -65,7 +65,7 @@ def cuda_devices(environ: Mapping[str, str]) -> tuple[Device, ...]:
             which = f"{cut} is cut into parts"
         else:
             which = f"CUDA_VISIBLE_DEVICES={setting} is a part of a card"
-        raise PlanError(f"{which} (MIG), and a run takes whole cards.", "accelerator=cpu, or other cards")
+        raise PlanError(f"{which} (MIG), but a run needs whole GPUs.", "accelerator=cpu, or other cards")
     return shown
 
 

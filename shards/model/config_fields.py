@@ -76,7 +76,7 @@ class ConfigFields:
     def wrong(self, name: str, what: str) -> PlanError:
         """The error for a field."""
         return PlanError(
-            f"The model's {self.name} gives {name}={what}.", f"mend {name} in config.json, or download the model again."
+            f"The model's {self.name} gives {name}={what}.", f"fix {name} in config.json, or download the model again."
         )
 
 

@@ -248,7 +248,7 @@ def _pattern(text: str) -> str:
         raise PlanError(f"The model's quantization_config has {text!r}: {error}.", _UNQUANTIZED) from None
     if len(_REPEATS.findall(text)) > MOST_REPEATS or _REPEATED_GROUP.search(text):
         raise PlanError(
-            f"The model's quantization_config has {text!r}, which may take for ever to look for.", _UNQUANTIZED
+            f"The model's quantization_config has {text!r}, which may take too long to match.", _UNQUANTIZED
         )
     return text
 

@@ -86,14 +86,14 @@ def test_what_vllm_does_not_adapt_is_refused() -> None:
 
 NAMED = "adapter.paths={a: embedded:tiny_llama_adapter}"
 REFUSALS = {
-    "backend=fsdp has one adapter for all prompts. HINT: backend=vllm": ("backend=fsdp", NAMED),
-    "prompts=seed says of no prompt whose it is. HINT: prompts=file": ("backend=vllm", NAMED),
+    "backend=fsdp supports one adapter for all prompts. HINT: backend=vllm": ("backend=fsdp", NAMED),
+    "prompts=seed assigns no adapter to a prompt. HINT: prompts=file": ("backend=vllm", NAMED),
     "beside which adapter.path and adapter.merge are not read": (
         "backend=vllm", NAMED, "adapter.path=embedded:tiny_llama_adapter",
     ),
     "names the adapter 'b', and adapter.paths has a. HINT: ": ("backend=vllm", NAMED, "b"),
     "No prompt of ": ("backend=vllm", NAMED, ""),
-    "backend=vllm merges no adapter. HINT: adapter.merge=false": (
+    "backend=vllm does not merge adapters. HINT: adapter.merge=false": (
         "backend=vllm", "adapter.path=embedded:tiny_llama_adapter",
     ),
 }  # fmt: skip

@@ -78,7 +78,7 @@ def test_without_a_compiler_the_ranks_add_up_over_gloo(tmp_path: Path) -> None:
     why = "no /nowhere/c++ here to compile its shared-memory all-reduce with (apt install g++)"
     assert f"all-reduce: gloo, since {why}" in (cut / "rank_1.log").read_text()
     [note] = json.loads((cut / "record.json").read_text())["notes"]
-    assert note == f"DeepSpeed's ranks add up over gloo, two to three times slower: {why}"
+    assert note == f"DeepSpeed's ranks reduce over gloo, two to three times slower: {why}"
 
 
 @pytest.fixture
@@ -126,8 +126,8 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], bool, tuple[str, str] 
     "plain": ({}, FALCON, False, None),
     "kernels for falcon": (
         {"kernel_inject": True}, FALCON, True,
-        ("backend.kernel_inject=true: DeepSpeed has no kernels for falcon; it would replace nothing, shard nothing and "
-         "not say so.", PLAIN),
+        ("backend.kernel_inject=true: DeepSpeed has no kernels for falcon; it would silently replace and "
+         "shard nothing.", PLAIN),
     ),
     "kernels on a CPU": (
         {"kernel_inject": True}, {"model_type": "llama"}, False,
@@ -144,7 +144,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], bool, tuple[str, str] 
     ),
     "alibi": (
         {}, {"model_type": "falcon", "alibi": True}, False,
-        ("DeepSpeed's AutoTP cuts the heads of a Falcon and not its alibi, which has one slope a head.",
+        ("DeepSpeed's AutoTP splits the heads of a Falcon but not its ALiBi slopes, one for each head.",
          "backend=fsdp, or devices=1"),
     ),
     "a limit that is too low": (
@@ -226,7 +226,7 @@ def test_a_lock_is_abandoned_when_it_is_old_and_nobody_has_it_open(tmp_path: Pat
         (1000, 1000, None),
         (1000, 500, "nothing was sharded"),
         (1000, 970, "nothing was sharded"),
-        (300, 500, "it was sharded otherwise than planned"),
+        (300, 500, "it was sharded differently than planned"),
     ],
 )
 def test_a_rank_holds_its_share(held: int, planned: int, verdict: str | None) -> None:

@@ -28,14 +28,14 @@ def test_steps_by_inductor_give_the_same_tokens(backend: str, ranks: int, tmp_pa
     ("overrides", "line"),
     [
         (["backend=transformers", "measure.compile=cudagraph"], "captures kernels of CUDA, and this run is on CPUs."),
-        (["backend=vllm", "measure.compile=none"], "measure.compile=none: backend=vllm does not read it."),
+        (["backend=vllm", "measure.compile=none"], "measure.compile=none: backend=vllm does not use it."),
         (
             ["backend=fsdp", "measure.scheduling=static", "measure.compile=inductor"],
-            "measure.compile=inductor: measure.scheduling=static does not read it.",
+            "measure.compile=inductor: measure.scheduling=static does not use it.",
         ),
         (
             ["backend=fsdp", "speculative=ngram", "measure.compile=inductor"],
-            "measure.compile=inductor: steps with guesses are not made ahead.",
+            "measure.compile=inductor: steps of speculative decoding cannot be compiled.",
         ),
     ],
 )
@@ -52,4 +52,4 @@ def test_inductor_needs_a_compiler(tmp_path: Path) -> None:
         f"output_dir={tmp_path / 'runs'}", PATH=str(tmp_path), CXX="",
     )  # fmt: skip
     assert ended.code == 2
-    assert "writes C++, and there is no compiler (g++ or clang++). HINT: apt-get install g++" in ended.err
+    assert "generates C++, but there is no compiler (g++ or clang++). HINT: apt-get install g++" in ended.err

@@ -89,10 +89,10 @@ REFUSALS = {
         "backend=fsdp", "offload=cpu", "machine=1xa6000",
     ],
     "and these are in nf4. HINT: offload=none": ["backend=transformers", "offload=disk", "quantization=nf4"],
-    "model.weights=random are in no file. HINT: offload=none": [
+    "model.weights=random has none. HINT: offload=none": [
         "backend=transformers", "offload=disk", "model.weights=random",
     ],
-    "offload=cpu leaves none whole. HINT: backend.resident_layers=0": [
+    "offload=cpu keeps no layer whole. HINT: backend.resident_layers=0": [
         "backend=fsdp", "offload=cpu", "backend.resident_layers=auto",
     ],
 }  # fmt: skip

@@ -87,7 +87,7 @@ def test_agreement_is_of_one_text_only() -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (["backend=dummy", "measure.quality=builtin"], "backend=dummy scores no text. HINT: measure.quality=null"),
+        (["backend=dummy", "measure.quality=builtin"], "backend=dummy cannot score a text. HINT: measure.quality=null"),
         (["backend=fsdp", "measure.quality=/dev/zero"], "/dev/zero"),
         (["backend=fsdp", "measure.quality=/nowhere.txt"], "/nowhere.txt"),
     ],

@@ -184,7 +184,7 @@ def test_rows_of_one_length_are_attended_to_without_a_mask(
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        ({"model_type": "mamba"}, "mamba is not among the families"),
+        ({"model_type": "mamba"}, "mamba is not one of the families"),
         ({"model_type": "llama", "rope_parameters": {"rope_type": "dynamic"}}, "frequencies of type dynamic"),
         ({"model_type": "phi3", "rope_scaling": {"type": "longrope"}}, "frequencies of type longrope"),
         ({"model_type": "gemma3_text", "layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),

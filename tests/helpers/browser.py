@@ -33,7 +33,7 @@ def missing() -> str | None:
 
 @contextlib.contextmanager
 def serving(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """The address of a server of the files in `folder`, and the list of the paths that were asked for."""
+    """The address of a server of the files in `folder`, and the list of the paths that were requested."""
     asked: list[str] = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):

@@ -163,7 +163,7 @@ def test_the_cache_with_sliding_windows_is_as_planned(name: str) -> None:
     ("config", "fact"),
     [
         ({"model_type": "gpt2"}, None),
-        ({"model_type": "t5"}, r"model_type 't5' is no causal language model of transformers 5\.\d+\.\d+"),
+        ({"model_type": "t5"}, r"model_type 't5' is not a causal language model of transformers 5\.\d+\.\d+"),
         ({"model_type": "mine"}, r"model_type 'mine' is not one of transformers 5\.\d+\.\d+"),
         ({"model_type": "mine", "auto_map": {}}, r".*, and the model's own code is not run for a plan"),
         ({}, r"model_type None is not one of .*"),

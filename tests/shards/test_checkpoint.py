@@ -179,7 +179,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "file cut in its header": (cut(40), "a header of 189 bytes in a file of 40"),
     "file cut in its data": (cut(220), "220 of 229 bytes are there, model.a.weight, model.b.weight not in full"),
     "file too long": (lambda folder: first(folder).open("ab").write(b"xyz"), "has 3 bytes more"),
-    "no safetensors file": (text(FILE, b"PK\3\4" + bytes(range(60, 120))), "is no safetensors file"),
+    "no safetensors file": (text(FILE, b"PK\3\4" + bytes(range(60, 120))), "is not a safetensors file"),
     "Git LFS pointer": (text(FILE, b"version https://git-lfs.github.com/spec/v1\n"), "is a Git LFS pointer"),
     "header of garbage": (header(b"\xff\xfe{{{{"), "is not valid JSON"),
     "header without a shape": (header(b'{"a": {"dtype": "F32", "data_offsets": [0, 32]}}'), "makes no sense"),

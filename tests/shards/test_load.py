@@ -155,10 +155,10 @@ def bad_bin(path: Path, content: Any, keep: float = 1.0) -> None:
     ("content", "keep", "fact"),
     [
         ({"a": torch.ones(99)}, 0.8, "is truncated, or was written by torch older than 1.6"),
-        ({"a": torch.ones(4, 3).T}, 1.0, "is no state dict of tensors (a is not stored row by row)"),
-        ({"a": {"b": torch.ones(3)}}, 1.0, "is no state dict of tensors (a is a dict)"),
-        ({"a": Path("x")}, 1.0, "is no state dict of tensors (Unsupported global: GLOBAL pathlib."),
-        ({"a": nn.Linear(2, 2)}, 1.0, "is no state dict of tensors (Unsupported global: GLOBAL torch.nn"),
+        ({"a": torch.ones(4, 3).T}, 1.0, "is not a state dict of tensors (a is not stored row by row)"),
+        ({"a": {"b": torch.ones(3)}}, 1.0, "is not a state dict of tensors (a is a dict)"),
+        ({"a": Path("x")}, 1.0, "is not a state dict of tensors (Unsupported global: GLOBAL pathlib."),
+        ({"a": nn.Linear(2, 2)}, 1.0, "is not a state dict of tensors (Unsupported global: GLOBAL torch.nn"),
     ],
 )
 def test_a_bad_bin_file_is_one_line_and_runs_no_code(tmp_path: Path, content: Any, keep: float, fact: str) -> None:
@@ -189,7 +189,7 @@ def test_an_index_that_torch_did_not_write_is_one_line(tmp_path: Path, kind: str
         archive.writestr("x/data.pkl", PICKLES[kind])
         archive.writestr("x/version", b"3\n")
     with pytest.raises(
-        CheckpointError, match=r"(is no state dict of tensors \(.+\)|holds no tensor)\. HINT: "
+        CheckpointError, match=r"(is not a state dict of tensors \(.+\)|holds no tensor)\. HINT: "
     ) as caught:
         Checkpoint.open(tmp_path, read_torch_file)
     assert "\n" not in str(caught.value)

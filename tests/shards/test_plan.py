@@ -421,9 +421,9 @@ def test_what_a_driver_does_not_tell_of_a_card_is_not_known(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("setting", "problem"),
     [
-        (None, "NVIDIA A100-SXM4-40GB is cut into parts (MIG), and a run takes whole cards."),
-        ("1", "NVIDIA A100-SXM4-40GB is cut into parts (MIG), and a run takes whole cards."),
-        ("MIG-7", "CUDA_VISIBLE_DEVICES=MIG-7 is a part of a card (MIG), and a run takes whole cards."),
+        (None, "NVIDIA A100-SXM4-40GB is cut into parts (MIG), but a run needs whole GPUs."),
+        ("1", "NVIDIA A100-SXM4-40GB is cut into parts (MIG), but a run needs whole GPUs."),
+        ("MIG-7", "CUDA_VISIBLE_DEVICES=MIG-7 is a part of a card (MIG), but a run needs whole GPUs."),
         ("0", ""),
     ],
 )

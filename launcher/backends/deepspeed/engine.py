@@ -83,7 +83,9 @@ class DeepSpeedConfig(BackendConfig):
         if self.kernel_inject:
             raise ConfigError(f"backend.kernel_inject=true: {_without_kernels(family, on_cuda)}.", PLAIN)
         if self.zero and self.max_out_tokens is not None:
-            fact = f"backend.max_out_tokens={self.max_out_tokens} is of init_inference, which ZeRO-Inference has not."
+            fact = (
+                f"backend.max_out_tokens={self.max_out_tokens} is an option of init_inference, not of ZeRO-Inference."
+            )
             raise ConfigError(fact, "backend.max_out_tokens=null")
         if self.zero and config.measure.compile is Compile.inductor:
             fact = "measure.compile=inductor: ZeRO gathers parameters in hooks, which are not compiled."
@@ -94,7 +96,7 @@ class DeepSpeedConfig(BackendConfig):
                 raise ConfigError(f"DeepSpeed's AutoTP cannot be used for {family}: {reason}.", elsewhere)
             if family == "falcon" and model_config.get("alibi"):
                 raise ConfigError(
-                    "DeepSpeed's AutoTP cuts the heads of a Falcon and not its alibi, which has one slope a head.",
+                    "DeepSpeed's AutoTP splits the heads of a Falcon but not its ALiBi slopes, one for each head.",
                     elsewhere,
                 )
         if self.max_out_tokens is not None and self.max_out_tokens < longest:
@@ -112,7 +114,7 @@ class DeepSpeedConfig(BackendConfig):
 def _without_kernels(family: str, on_cuda: bool) -> str:
     """The reason why kernel injection does not work for a model; None if it does."""
     if family not in KERNEL_FAMILIES:
-        return f"DeepSpeed has no kernels for {family}; it would replace nothing, shard nothing and not say so"
+        return f"DeepSpeed has no kernels for {family}; it would silently replace and shard nothing"
     if not on_cuda:
         return f"DeepSpeed's kernels for {family} run on CUDA only"
     return (

@@ -29,7 +29,7 @@ def slow_all_reduce(config: RunConfig, on_cuda: bool) -> list[str]:
     reason = reason or missing_shared_memory(config.devices)
     if reason is None:
         return []
-    return [f"DeepSpeed's ranks add up over gloo, two to three times slower: {reason}"]
+    return [f"DeepSpeed's ranks reduce over gloo, two to three times slower: {reason}"]
 
 
 def extensions_folder() -> Path:

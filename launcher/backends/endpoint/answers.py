@@ -121,9 +121,9 @@ class Reading:
         if not self.is_done:
             return Failure("incomplete", "the stream ended without its last event")
         if new > most:
-            return Failure("too_many_tokens", f"{new} tokens came, and {most} were asked for")
+            return Failure("too_many_tokens", f"{new} tokens arrived, but {most} were requested")
         if answer.token_ids is not None and counted is not None and counted != new:
-            return Failure("tokens_lost", f"{new} tokens came, and the server made {counted}")
+            return Failure("tokens_lost", f"{new} tokens arrived, but the server made {counted}")
         if new == 0:
             return Failure("incomplete", "no token came")
         return None

@@ -63,10 +63,11 @@ class EndpointConfig(BackendConfig):
             except ValueError:
                 is_address = False
             if not is_address:
-                raise ConfigError(f"backend.url={self.url} is no address.", "backend.url=http://127.0.0.1:8000")
+                raise ConfigError(f"backend.url={self.url} is not an address.", "backend.url=http://127.0.0.1:8000")
             if parts.username or parts.query or parts.fragment:
                 raise ConfigError(
-                    "backend.url has more than an address, and would be written down.", "backend.key_variable=NAME"
+                    "backend.url contains more than an address, and would be stored in the record.",
+                    "backend.key_variable=NAME",
                 )
         if self.key_variable is not None and not os.environ.get(self.key_variable):
             raise ConfigError(f"There is no ${self.key_variable} in the environment.", f"export {self.key_variable}=")
@@ -94,7 +95,7 @@ class EndpointConfig(BackendConfig):
         ignores_eos = config.sampling.ignore_eos or config.prompts.output_tokens is not None
         if dialect is not None and not dialect.ignores_eos and ignores_eos:
             raise ConfigError(
-                f"dialect={self.dialect_of(config)} cannot go on after the end of a text.", "sampling.ignore_eos=false"
+                f"dialect={self.dialect_of(config)} cannot continue after EOS.", "sampling.ignore_eos=false"
             )
         most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if (config.load.concurrency or 0) > most - OTHER_FILES:
@@ -105,7 +106,7 @@ class EndpointConfig(BackendConfig):
         if self.url is not None:
             if config.machine is not None:
                 return []
-            return ["the devices behind an address are not known: figures a device are figures of the server"]
+            return ["the devices of the server are not known: figures per device are figures of the whole server"]
         return [f"server: {self.command(config, 'PORT', 'MARK', on_cuda)}"]
 
     def dialect_of(self, config: RunConfig) -> str:

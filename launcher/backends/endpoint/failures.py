@@ -22,7 +22,7 @@ class Failure:
         incomplete    the stream ended without saying why the answer does
         aborted       the server says that it gave the answer up
         tokens_lost   fewer or more tokens came than the server says it made
-        too_many_tokens  more tokens came than were asked for
+        too_many_tokens  more tokens came than were requested
     `message` is one line.
     """
 

@@ -54,9 +54,8 @@ class FsdpConfig(BackendConfig):
                 "backend.resident_layers=auto",
             )
         if config.offload is not Offload.none and self.resident_layers != "0":
-            fact = (
-                f"backend.resident_layers={self.resident_layers}, and offload={config.offload.name} leaves none whole."
-            )
+            offload = config.offload.name
+            fact = f"backend.resident_layers={self.resident_layers}, and offload={offload} keeps no layer whole."
             raise ConfigError(fact, "backend.resident_layers=0")
         resident_layers = host_bytes = None
         if self.resident_layers != "auto":

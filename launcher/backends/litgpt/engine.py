@@ -74,14 +74,14 @@ class LitgptConfig(BackendConfig):
         """Refuse combinations that LitGPT would compute wrongly or end with a traceback."""
         values, devices = litgpt_config(model_config), config.devices * config.num_nodes
         if config.model.weights is Weights.random:
-            raise ConfigError("backend=litgpt converts a checkpoint, and model.weights=random is none.", ELSEWHERE)
+            raise ConfigError("backend=litgpt converts a checkpoint, and model.weights=random has none.", ELSEWHERE)
         if config.adapter.path is not None:
             check_adapter(Path(config.adapter.path), model_config)
         if self.quantize != "none" and not on_cuda:
             fact = f"backend.quantize={self.quantize}: LitGPT quantizes through Fabric on CUDA only."
             raise ConfigError(fact, "backend.quantize=none, or backend=transformers quantization=nf4")
         if self.quantize != "none" and self.generate == TENSOR_PARALLEL and devices > 1:
-            fact = f"backend.quantize={self.quantize}: what is packed is not cut by heads."
+            fact = f"backend.quantize={self.quantize}: packed weights cannot be split by heads."
             raise ConfigError(fact, "backend.generate=sequential, or backend.quantize=none")
         if self.generate == SEQUENTIAL:
             if config.num_nodes > 1:

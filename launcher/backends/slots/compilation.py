@@ -70,13 +70,13 @@ def compile_steps(decoder: SlotDecoder, config: RunConfig, generate: Callable[[]
     prompts = len(before.completions)
     if not is_asked and any_rank(obstacle is not None or wrong > 0):
         decoder.slots.static = None
-        why = obstacle or f"with measure.compile={way.name} {wrong} of {prompts} prompts had other tokens"
+        why = obstacle or f"with measure.compile={way.name} {wrong} of {prompts} prompts had different tokens"
         return Compilation(Compile.none.name, perf_counter() - start, why)
     note = None
     if other:
-        note = f"{other} of {prompts} prompts had other tokens than without it"
+        note = f"{other} of {prompts} prompts had different tokens than without it"
         if not wrong:
-            note += ", from a place on where two were as likely"
+            note += ", from a position where two were equally likely"
     return Compilation(way.name, perf_counter() - start, note)
 
 

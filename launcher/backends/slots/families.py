@@ -24,7 +24,7 @@ def why_static(config: Mapping[str, Any], is_remote_code: bool = False) -> str |
     """The reason why a model is decoded in static batches only; None if it supports slots."""
     family = config.get("model_type")
     if family not in FAMILIES or (is_remote_code and "auto_map" in config):
-        return f"{family} is not among the families whose cache is known to lie in slots"
+        return f"{family} is not one of the families that are known to support slots"
     if others := set(config.get("layer_types") or ()) - LAYER_TYPES:
         return f"layers of type {sorted(others)[0]} keep no keys and values for each token"
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}

@@ -59,9 +59,7 @@ class TransformersConfig(BackendConfig):
             notes.append(f"num_nodes={config.num_nodes}, but plain transformers is one process on one node")
             config = replace(config, num_nodes=1)
         if not on_cuda and config.devices > 1:
-            notes.append(
-                f"devices={config.devices}, but plain transformers has one device without GPUs: the machine's memory"
-            )
+            notes.append(f"devices={config.devices}, but without GPUs plain transformers uses one device, the CPU")
             config = replace(config, devices=1)
         if config.offload is not Offload.none and config.devices > 1:
             notes.append(f"devices={config.devices}, but an offloaded model runs on one device")
@@ -71,4 +69,4 @@ class TransformersConfig(BackendConfig):
     def refuse(self, config: RunConfig, model_config: Mapping[str, Any], on_cuda: bool, longest: int) -> None:
         """Refuse to offload random weights to disk: there is no file that holds them."""
         if config.offload is Offload.disk and config.model.weights is Weights.random:
-            raise ConfigError("offload=disk, and model.weights=random are in no file.", "offload=none")
+            raise ConfigError("offload=disk needs weights in files, and model.weights=random has none.", "offload=none")

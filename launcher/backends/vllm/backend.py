@@ -113,7 +113,7 @@ class VllmBackend:
         engine.reset_prefix_cache()  # a repeat must not find the prompts of the last one already computed
         if self.external and self.config.load.is_open:
             raise ConfigError(
-                "Ranks that others started cannot take prompts by the clock.",
+                "Ranks that another launcher started do not support arrival times.",
                 "load.request_rate=null load.arrivals=false, or python -m launcher alone",
             )
         if self.config.load.is_set:

@@ -103,10 +103,10 @@ def test_a_run_of_failures_is_a_failure(server: FakeServer, tmp_path: Path) -> N
     ("overrides", "words"),
     [
         ([], "backend=endpoint needs a server. HINT: backend.url=http://127.0.0.1:8000, or server=vllm"),
-        (["backend.url=127.0.0.1:80"], "backend.url=127.0.0.1:80 is no address. HINT: "),
-        (["backend.url=http://a:port"], "backend.url=http://a:port is no address. HINT: "),
-        (["backend.url=http://me:secret@127.0.0.1:80"], "backend.url has more than an address"),
-        (["backend.url='http://127.0.0.1:80/?key=secret'"], "backend.url has more than an address"),
+        (["backend.url=127.0.0.1:80"], "backend.url=127.0.0.1:80 is not an address. HINT: "),
+        (["backend.url=http://a:port"], "backend.url=http://a:port is not an address. HINT: "),
+        (["backend.url=http://me:secret@127.0.0.1:80"], "backend.url contains more than an address"),
+        (["backend.url='http://127.0.0.1:80/?key=secret'"], "backend.url contains more than an address"),
         (["backend.url=http://a", "backend.key_variable=NO_SUCH"], "There is no $NO_SUCH in the environment. HINT: "),
         (["backend.url=http://a", "server=vllm"], "server=vllm starts a server, and backend.url=http://a has one. "),
         (["backend.url=http://a", "backend.dialect=openai"], "prompts=synthetic are token ids, and dialect=openai "),
@@ -121,15 +121,15 @@ def test_a_run_of_failures_is_a_failure(server: FakeServer, tmp_path: Path) -> N
         ),
         (
             ["backend.url=http://a", "load.arrivals=true", "prompts=seed"],
-            "load.arrivals=true, and prompts=seed says of no",
+            "load.arrivals=true, and prompts=seed has no",
         ),
         (
             ["backend=dummy", "load.concurrency=4"],
-            "backend=dummy is given batches, and does not read load.concurrency. ",
+            "backend=dummy is given batches, and does not use load.concurrency. ",
         ),
         (
             ["backend=dummy", "server=vllm"],
-            "backend=dummy asks no server, and server=vllm starts one. HINT: server=none",
+            "backend=dummy calls no server, but server=vllm starts one. HINT: server=none",
         ),
         (["server=litserve", "prompts=seed"], 'server=litserve has no command of its own. HINT: "server.command='),
         (["server=vllm", "server.command='a {what}'"], "server.command has {what}, which is not known. HINT: {"),

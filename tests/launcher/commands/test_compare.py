@@ -318,8 +318,8 @@ def test_what_is_no_finished_run_is_refused_in_one_line(
     for name, expected in {
         "nothing": " has no record.json. HINT: python -m launcher.status runs, which names run directories",
         "failed": " did not finish: its status is oom. HINT: python -m launcher resume=true run_dir=",
-        "old": "/record.json is not what a run writes: a record of schema version 0, and versions 1 to 2 are known. "
-        "HINT: run it again",
+        "old": "/record.json is not a valid file of a run: a record of schema version 0, and versions 1 to 2 are "
+        "known. HINT: run it again",
         "torn": "/record.json is not valid JSON: Expecting value: line 1 column 1 (char 0). HINT: run it again",
         "short": " has 0 completions for 4 prompts. HINT: python -m launcher resume=true run_dir=",
     }.items():
@@ -329,7 +329,7 @@ def test_what_is_no_finished_run_is_refused_in_one_line(
     for name in ("no_prompts", "list"):
         with pytest.raises(
             UserError,
-            match=f"{name}/.* (is not what a run writes|is not valid JSON|cannot be read): .* HINT: run it again",
+            match=f"{name}/.* (is not a valid file of a run|is not valid JSON|cannot be read): .* HINT: run it again",
         ):
             read_finished(bad[name])
     assert command.main([str(good), str(tmp_path / "not there")]) == 2

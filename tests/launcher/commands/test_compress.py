@@ -163,10 +163,10 @@ LLAMA = "model=tiny_llama"
     [
         ([LLAMA, "method=magnitude"], "out= is missing. HINT: python -m launcher.compress model=tiny_llama"),
         ([LLAMA, "method=prune", "out=OUT"], "method=prune is not one of magnitude, structured, llm_pruner"),
-        ([LLAMA, "method=magnitude", "out=."], ". is there already, and nothing is written over. HINT: out=._2"),
-        ([LLAMA, "method=magnitude", "ratio=2", "out=OUT"], "ratio=2 is no share between 0 and 1. HINT: ratio=0.5"),
+        ([LLAMA, "method=magnitude", "out=."], ". exists already, and is not overwritten. HINT: out=._2"),
+        ([LLAMA, "method=magnitude", "ratio=2", "out=OUT"], "ratio=2 is not a ratio between 0 and 1. HINT: ratio=0.5"),
         ([LLAMA, "method=magnitude", "ratio=0.3", "pattern=2:4", "out=OUT"], "leaves two of four values. HINT: ratio"),
-        ([LLAMA, "method=rtn", "ratio=0.3", "out=OUT"], "method=rtn does not read ratio=. HINT: leave ratio= out"),
+        ([LLAMA, "method=rtn", "ratio=0.3", "out=OUT"], "method=rtn does not use ratio=. HINT: leave ratio= out"),
         ([LLAMA, "method=rtn", "scheme=w2a16", "out=OUT"], "scheme=w2a16 is not one of w4a16, w8a8. HINT: scheme="),
         ([LLAMA, "method=gptq", "out=OUT"], "method=gptq is llm-compressor's, whose packages do not fit"),
         ([LLAMA, "method=gptq", "python=no", "out=OUT"], "method=gptq needs prompts to calibrate with. HINT: prompts="),

@@ -253,7 +253,7 @@ IDLE = CARD | {"index": 0}
     ("card", "others", "state", "words", "mend"),
     [
         ({}, [], "ok", "driver 580.1, CUDA ?", ""),
-        ({"mig": True}, [], "warning", "MIG is on, and a run takes whole cards", "nvidia-smi -i 1 -mig 0"),
+        ({"mig": True}, [], "warning", "MIG is on, but a run needs whole GPUs", "nvidia-smi -i 1 -mig 0"),
         ({"compute_mode": "prohibited"}, [], "warning", "prohibited: not every", "nvidia-smi -i 1 -c DEFAULT"),
         ({"ecc_errors": 2}, [], "warning", "2 uncorrected memory errors", "nvidia-smi --gpu-reset -i 1"),
         ({"processes": [[2**22 + 1, GIB]]}, [], "warning", "in use: process 4194305 (not", "kill 4194305"),

@@ -65,7 +65,7 @@ def test_a_rehearsal_can_be_run_without_gpus(command: str) -> None:
 def test_what_cannot_be_made_yet_says_so() -> None:
     config = compose_run([f"experiment={NAMES[0]}"])
     config.experiment.needs = ["a time machine"]
-    with pytest.raises(ConfigError, match=f"experiment={NAMES[0]} needs a time machine, which is not there yet"):
+    with pytest.raises(ConfigError, match=f"experiment={NAMES[0]} needs a time machine, which is not supported yet"):
         prepare(config, ())
 
 

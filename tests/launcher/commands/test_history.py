@@ -42,7 +42,7 @@ def test_the_slower_engine_is_named(runs: list[Path], capsys: pytest.CaptureFixt
     assert "what differs" not in printed
     assert "no difference beyond the spread" in printed
     assert compare.main([base, same, "--fail-if", "speed<1"]) == 2
-    assert capsys.readouterr().err.startswith("--fail-if: speed is no figure. HINT: one of new_tokens_per_s, ")
+    assert capsys.readouterr().err.startswith("--fail-if: speed is not a figure. HINT: one of new_tokens_per_s, ")
 
 
 def test_series(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -211,7 +211,7 @@ def test_several_values_without_multirun_name_the_flag(capsys: pytest.CaptureFix
         ("", "The prompt set is empty"),
         ('{"prompt": "a"}\n{"prompt"\n', "prompts.jsonl:2 is not valid JSON"),
         ('{"prompt": "a"}\n\n{"text": "b"}\n', 'prompts.jsonl:3 has no text under "prompt".'),
-        ('{"prompt": "a"}\n{"prompt": "\\ud800 x"}\n', "Prompt 1 has half of a surrogate pair"),
+        ('{"prompt": "a"}\n{"prompt": "\\ud800 x"}\n', "Prompt 1 has an unpaired surrogate"),
     ],
 )
 def test_a_prompt_file_is_refused_with_its_line(

@@ -95,7 +95,7 @@ def test_what_somebody_else_wrote_is_one_line(made: Path, tmp_path: Path, capsys
     for config in ({}, {"measure": [1], "sampling": 3}):
         (copy / "record.json").write_text(json.dumps(values | {"config": config}))
         assert verify.main([str(copy)]) == 2
-        assert re.fullmatch(r".*record.json is not what a run writes: .*\n", capsys.readouterr().err)
+        assert re.fullmatch(r".*record.json is not a valid file of a run: .*\n", capsys.readouterr().err)
         assert verdict_of(RunDir(copy)) == "unreadable"
     shutil.copy(made / "record.json", copy)
     with (copy / "rank_9.json").open("wb") as file:
@@ -119,7 +119,7 @@ def test_the_tokens_of_a_reference(made: Path, tmp_path: Path) -> None:
     assert (checks["reference"].is_met, checks["reference"].text) == (True, "the tokens of other, reference")
     lines = (copies[2] / "completions.jsonl").read_text()
     (copies[2] / "completions.jsonl").write_text(lines.replace('"token_ids": [', '"token_ids": [9, ', 1))
-    assert verify_run(RunDir(copies[0]), references).reasons[-1] == "1 of 2 answers are not the reference's (other)"
+    assert verify_run(RunDir(copies[0]), references).reasons[-1] == "1 of 2 answers differ from the reference's (other)"
 
 
 def test_command(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,7 +170,7 @@ def test_each_check_has_its_reason(made: Path) -> None:
     assert bad(good, status="oom") == ["the run did not end well: oom"]
     assert bad(good, partial=Partial(1, 2)) == ["only 1 of 2 prompts were measured at once"]
     cold = good.config | {"measure": good.config["measure"] | {"warmup": 0}}
-    assert bad(good, config=cold) == ["nothing was run to warm up: measure.warmup=1"]
+    assert bad(good, config=cold) == ["there was no warm-up: measure.warmup=1"]
     few = replace(steady, new_tokens_per_s=Spread(10.0, 9.5, 10.5, (9.5, 10.5)))
     assert bad(good, metrics=few) == ["2 of at least 3 repeats: measure.repeats=3"]
     apart = replace(steady, new_tokens_per_s=Spread(10.0, 5.0, 10.0, (10.0, 5.0, 10.0)))

@@ -143,7 +143,7 @@ def test_a_sweep_is_the_product_of_its_axes(overrides: list[str], points: list[l
         (["seed=interval(0,1)"], "seed=interval(0,1) has no points: an interval is for a search. HINT: "),
         (
             ["model=glob(tiny*)"],
-            "model=glob(tiny*) is not read: a sweep names its points. HINT: model=tiny_draft,tiny_falcon,tiny_llama",
+            "model=glob(tiny*) is not used: a sweep names its points. HINT: model=tiny_draft,tiny_falcon,tiny_llama",
         ),
     ],
 )
@@ -245,10 +245,10 @@ def test_every_number_has_its_bounds() -> None:
         (["cluster.array_limit=0"], "cluster.array_limit=0 is not a number of 1 or more. HINT: cluster.array_limit=1"),
         (
             ["prompts.path=mine.txt"],
-            "prompts=seed has prompts of its own, and does not read prompts.path=mine.txt. "
+            "prompts=seed has its own prompts, and does not use prompts.path=mine.txt. "
             "HINT: prompts=file prompts.path=mine.txt",
         ),
-        (["prompts=synthetic", "prompts.path=a.txt"], "prompts=synthetic has prompts of its own, and does not read "),
+        (["prompts=synthetic", "prompts.path=a.txt"], "prompts=synthetic has its own prompts, and does not use "),
         (
             ["backend=transformers", "backend.device_map=foo"],
             "backend.device_map=foo is not one of auto, balanced, balanced_low_0, sequential. HINT: ",

@@ -173,7 +173,7 @@ def test_the_largest_batch_is_found_and_run(tmp_path: Path) -> None:
     search = (*SYNTHETIC, "backend.memory_batch=6", "measure.find_batch_size=true", f"output_dir={tmp_path}")
     ended = launcher(*search)
     assert ended.code == 0, ended.err
-    assert "largest batch: 6 by 4 tries; the plan knew no limit" in ended.out
+    assert "largest batch: 6 by 4 tries; the plan had no limit" in ended.out
     [record] = records(tmp_path)
     assert (record["status"], record["config"]["measure"]["batch_size"], record["totals"]["prompts"]) == ("ok", 6, 40)
     found = record["batch_search"]
@@ -217,7 +217,7 @@ def test_a_neighbour_on_a_device_is_named() -> None:
     [
         ([(1, 5), (os.getpid(), 3 * GIB)], 3 * GIB, None),
         ([(1, 5)], None, "NVML does not show this process (another PID namespace?)"),
-        ([(os.getpid(), None)], None, "NVML shows this process, and the driver does not say what it holds"),
+        ([(os.getpid(), None)], None, "NVML lists this process, but the driver does not report its memory"),
         (None, None, "NVML: Not Supported"),
     ],
 )

@@ -69,7 +69,9 @@ def test_nodes_that_cannot_reach_each_other_say_so_with_address_and_interface(ma
     assert [ended[number].code for number in (0, 1)] == [2, 2]
     address = rf"{re.escape(machines.addresses[0])}:{PORT}"
     listens = rf"node 0 listens there on {machines.interfaces[0]} \({re.escape(machines.addresses[0])}\)"
-    assert re.fullmatch(rf"Nodes 1 of 2 have not come to {address} within 4\.5 s; {listens}\. HINT: .+\n", ended[0].err)
+    assert re.fullmatch(
+        rf"Nodes 1 of 2 did not connect to {address} within 4\.5 s; {listens}\. HINT: .+\n", ended[0].err
+    )
     reached = (
         rf"Node 1 did not reach all nodes through {address} from an unknown interface \(no address\) within 4\.5 s"
     )

@@ -92,7 +92,7 @@ def test_environment_of_ranks() -> None:
         ),
         (
             ["num_nodes=2", "launch.rendezvous=node1:29400", "launch.node_rank=1", "backend.python=/venv/bin/python"],
-            "launch.rendezvous starts whole launchers, and backend.python=/venv/bin/python is for ranks alone. "
+            "launch.rendezvous starts launchers, but backend.python=/venv/bin/python applies to ranks only. "
             "HINT: /venv/bin/python -m launcher ..., without backend.python",
         ),
     ],

@@ -186,7 +186,7 @@ def test_an_interrupted_run_goes_on(overrides: tuple[str, ...], repeats: int, tm
     first = record_of(run_dir)
     assert (process.returncode, first["status"], first["error"]["message"]) == (1, "cancelled", "received SIGUSR1")
     assert "cancelled: rank " in err
-    assert f"Go on: python -m launcher resume=true run_dir={run_dir}" in err
+    assert f"To continue: python -m launcher resume=true run_dir={run_dir}" in err
     before = len(answers(run_dir))
     assert 0 < before < 20
     assert of_run(RunDir(run_dir).mark) == []
@@ -243,7 +243,7 @@ def test_what_is_done_is_reported_again(tmp_path: Path) -> None:
     written = (run_dir / "record.json").stat().st_mtime_ns
     again = launcher(f"output_dir={tmp_path}", *DUMMY, "devices=1", "resume=true", "hang_timeout_s=99")
     assert (again.code, again.last_json["run_dir"]) == (0, str(run_dir))
-    assert "and was not made again: resume=true shows what it measured" in again.out
+    assert "and was not repeated: resume=true shows its result" in again.out
     assert (run_dir / "record.json").stat().st_mtime_ns == written
     by_name = launcher("resume=true", f"run_dir={run_dir}")
     assert by_name.last_json == again.last_json

@@ -217,20 +217,20 @@ def test_how_gpus_are_asked_for(cluster: ClusterConfig, on_cuda: bool, expected:
         ),
         (
             ClusterConfig(time="1:00"),
-            "cluster.signal_s=90 is no time before the end of cluster.time=1:00. HINT: cluster.signal_s=20",
+            "cluster.signal_s=90 is not before the end of cluster.time=1:00. HINT: cluster.signal_s=20",
         ),
         (ClusterConfig(gpus_flag="gpu"), "cluster.gpus_flag=gpu is not known. HINT: cluster.gpus_flag=gpus-per-node"),
         (
             ClusterConfig(gpus_flag="none", gpu_type="a6000"),
-            "cluster.gpu_type=a6000 is not read with cluster.gpus_flag=none. HINT: cluster.gpus_flag=gpus-per-node",
+            "cluster.gpu_type=a6000 is not used with cluster.gpus_flag=none. HINT: cluster.gpus_flag=gpus-per-node",
         ),
         (
             ClusterConfig(requeue=False, max_requeues=3),
-            "cluster.max_requeues=3 is not read with cluster.requeue=false. HINT: cluster.requeue=true",
+            "cluster.max_requeues=3 is not used with cluster.requeue=false. HINT: cluster.requeue=true",
         ),
         (
             ClusterConfig(environment={"A-B": "1"}),
-            "cluster.environment.A-B: 'A-B' is no name of a variable. HINT: cluster.environment.A_B=1",
+            "cluster.environment.A-B: 'A-B' is not the name of a variable. HINT: cluster.environment.A_B=1",
         ),
     ],
 )

@@ -185,7 +185,7 @@ def test_a_device_is_as_it_is_described() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["machine=2xa6000"], "machine=2xa6000 is read with dry_run=true only. HINT: dry_run=true"),
+        (["machine=2xa6000"], "machine=2xa6000 is only used with dry_run=true. HINT: dry_run=true"),
         (["dry_run=true", "machine=a6000"], "machine=a6000 has no number of devices. HINT: machine=2xa6000"),
         (["dry_run=true", "machine=2xa600"], "machine=2xa600: a600 is not one of the devices "),
         (

@@ -76,8 +76,8 @@ def test_what_makes_no_chat_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["prompts.system=x"], "prompts.system= is read with prompts.chat=true only. HINT: prompts.chat=true"),
-        (["prompts=synthetic", "prompts.chat=true"], "are random tokens, no texts. HINT: prompts.chat=false"),
+        (["prompts.system=x"], "prompts.system= is only used with prompts.chat=true. HINT: prompts.chat=true"),
+        (["prompts=synthetic", "prompts.chat=true"], "are random tokens, not texts. HINT: prompts.chat=false"),
         (["prompts.shared_tokens=3"], "HINT: prompts=synthetic prompts.shared_tokens=3"),
         (["prompts=synthetic", "prompts.shared_tokens=65"], "HINT: prompts.shared_tokens=64"),
     ],

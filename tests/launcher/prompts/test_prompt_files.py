@@ -61,8 +61,14 @@ def test_texts_of_a_file(name: str, content: str, field: str | None, expected: l
         ("a.csv", "prompt\na,b\n", None, "a.csv:2 has 2 fields, and the first line names 1.", None),
         ("a.csv", 'prompt\n"a\n', None, "a.csv:2 is not CSV: unexpected end of data.", None),
         ("a.csv", "prompt\n" + "x" * (5 << 20), None, "a.csv:2 is not CSV: field larger than field limit", None),
-        ("a.json", '{"prompt": "a"}', None, "a.json is no list of prompts, nor an object that has one list.", None),
-        ("a.json", '{"a": [], "b": []}', None, "a.json is no list of prompts, nor an object that has one list.", None),
+        ("a.json", '{"prompt": "a"}', None, "a.json is neither a list of prompts nor an object with one list.", None),
+        (
+            "a.json",
+            '{"a": [], "b": []}',
+            None,
+            "a.json is neither a list of prompts nor an object with one list.",
+            None,
+        ),
         ("a.json", '"a"\n"b"', None, "a.json is not valid JSON: Extra data", None),
         ("a.json", "[" * 99 + "]" * 99, None, "a.json is not valid JSON: more than 50 levels deep.", None),
         (
@@ -90,7 +96,7 @@ def test_a_file_without_texts_is_one_line_with_the_field_that_was_meant(
 def test_a_field_of_what_has_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"prompts.field=a, and .*a.txt has no fields.* HINT: prompts.field=null"):
         read(tmp_path, "a.txt", "one\n", "a")
-    with pytest.raises(ConfigError, match=r"prompts=seed has no file, and does not read prompts\.field=a\."):
+    with pytest.raises(ConfigError, match=r"prompts=seed has no file, and does not use prompts\.field=a\."):
         compose_run(["prompts.field=a"])
 
 

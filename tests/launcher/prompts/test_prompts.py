@@ -52,7 +52,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
         (b'{"prompt": %s}\n' % (b"[" * 60 + b"]" * 60), "a.jsonl:1 is not valid JSON: more than 50 levels deep."),
         (b'"a"\n%s\n' % (b"[" * 10**6), "a.jsonl:2 is not valid JSON: more than 50 levels deep."),
         (b'{"prompt": %s}\n' % (b"9" * 5000), "a.jsonl:1 is not valid JSON: a number of 5,000 digits."),
-        (b'{"prompt": NaN}\n', "a.jsonl:1 is not valid JSON: NaN is no number of JSON."),
+        (b'{"prompt": NaN}\n', "a.jsonl:1 is not valid JSON: NaN is not a JSON number."),
         (b'{"prompt": 5}\n', 'a.jsonl:1 has no text under "prompt".'),
         (b'{"prompt": "%s"}\n' % (b"x" * (3 << 20)), "Prompt 0 has 3,145,728 letters, more than 2,097,152."),
         (b'"a"\n' * (10**5 + 1), "There are 100,001 prompts, more than 100,000."),

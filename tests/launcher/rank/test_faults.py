@@ -116,7 +116,7 @@ def _overwrite(path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "status", "message"),
-    [(_cut_short, "failed", "was cut short under it"), (_overwrite, "refused", "changed while it was in use")],
+    [(_cut_short, "failed", "was truncated"), (_overwrite, "refused", "changed while it was in use")],
 )
 def test_weights_that_change_in_a_mapped_file_end_the_run(
     spoil: Callable[[Path], None], status: str, message: str, tmp_path: Path

@@ -165,8 +165,8 @@ def test_steps_are_traced_and_their_cost_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["backend=dummy", "measure.profile=3"], "measure.profile=3, and backend=dummy is no torch module"),
-        (["backend=vllm", "measure.profile=3"], "backend=vllm is no torch module"),
+        (["backend=dummy", "measure.profile=3"], "measure.profile=3, and backend=dummy runs no torch module"),
+        (["backend=vllm", "measure.profile=3"], "backend=vllm runs no torch module"),
         (["backend=fsdp", "measure.profile=40"], "there are 31 decode steps in an answer. HINT: sampling.max_new_tok"),
         (["backend=fsdp", "measure.profile=0"], "measure.profile=0"),
         (["cost.device_hour=-1"], "cost.device_hour=-1"),

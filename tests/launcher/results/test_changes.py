@@ -95,7 +95,7 @@ def test_a_slow_down_of_ten_percent_is_told_from_noise_in_each_of_20_pairs() -> 
         ("new_tokens_per_s", (10, 10.6, 10), (9.8, 9.2, 9.9), False, "no difference beyond the spread"),
         ("new_tokens_per_s", (10, 10, 10), (9.9, 9.9, 9.9), False, "no difference beyond the spread"),
         ("ttft_s", (0.1, 0.1, 0.1), (0.05, 0.05, 0.05), True, "50 % shorter, outside the spread of both"),
-        ("load_s", (2,), (2.5,), None, "25 % longer, of one value each: the spread is not known"),
+        ("load_s", (2,), (2.5,), None, "25 % longer, of single values: the spread is not known"),
         ("peak_allocated_bytes", (100,), (103,), None, "3 % more"),
         ("peak_allocated_bytes", (100,), (100,), None, "equal"),
         ("kv_cache_bytes", (0,), (0,), None, "equal"),
@@ -150,13 +150,13 @@ def test_rules(rule: str, broken: list[str]) -> None:
 
 def test_rules_that_cannot_be_asked() -> None:
     for text, message in {
-        "speed<1": r"--fail-if: speed is no figure. HINT: one of new_tokens_per_s, ",
+        "speed<1": r"--fail-if: speed is not a figure. HINT: one of new_tokens_per_s, ",
         "new_tokens_per_s=1": r"is not a figure, < or >, and a ratio. HINT: --fail-if 'new_tokens_per_s<0.95'",
         "new_tokens_per_s<fast": r"is not a figure, < or >, and a ratio.",
     }.items():
         with pytest.raises(UserError, match=message):
             Rule.parse(text)
-    with pytest.raises(UserError, match=r"nvml_used_bytes is not known of both runs \(b against a\)"):
+    with pytest.raises(UserError, match=r"nvml_used_bytes was not measured in both runs \(b against a\)"):
         Rule.parse("nvml_used_bytes>1").broken_by(changes(measured([1.0]), measured([1.0])), "b against a")
 
 

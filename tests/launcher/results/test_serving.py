@@ -101,7 +101,13 @@ def test_parts_that_came_together_are_told() -> None:
     serving = metrics_of(repeat(), repeat(server=replace(SERVER, bunched=0.75))).serving
     assert serving is not None
     assert serving.bunched == 0.5
-    assert serving_rows(serving)[0] == ["server", "vllm 0.32.0", "", "", "checked: ids, 50% of the parts came together"]
+    assert serving_rows(serving)[0] == [
+        "server",
+        "vllm 0.32.0",
+        "",
+        "",
+        "checked: ids, 50% of the parts arrived together",
+    ]
     alone = serving_rows(replace(serving, bunched=0.05))[0]
     assert alone is not None
     assert alone[-1] == "checked: ids"

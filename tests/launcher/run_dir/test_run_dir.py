@@ -104,7 +104,7 @@ def test_what_is_no_file_of_a_run_is_refused_in_one_line(name: str, damage: str,
         READERS[name](RunDir(tmp_path))
     [line] = str(caught.value).splitlines()
     assert line.startswith(f"{tmp_path / name}")
-    assert re.search(r"(is not valid JSON: |is not what a run writes: ).* HINT: ", line)
+    assert re.search(r"(is not valid JSON: |is not a valid file of a run: ).* HINT: ", line)
 
 
 def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:

@@ -163,9 +163,9 @@ def test_a_port_that_is_taken_is_one_line() -> None:
 @pytest.mark.parametrize(
     ("host", "port", "words"),
     [
-        ("127.0.0.1", 99999, "--port=99999 is no port. HINT: --port=0 takes a free one"),
-        ("127.0.0.1", -1, "--port=-1 is no port. HINT: "),
-        ("no such host", 0, "--host=no such host is no address of this machine: "),
+        ("127.0.0.1", 99999, "--port=99999 is not a port. HINT: --port=0 takes a free one"),
+        ("127.0.0.1", -1, "--port=-1 is not a port. HINT: "),
+        ("no such host", 0, "--host=no such host is not an address of this machine: "),
         ("192.0.2.77", 0, "Cannot listen on 192.0.2.77:0: "),
     ],
 )
