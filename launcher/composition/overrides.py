@@ -75,7 +75,7 @@ def _readable(item: str, engine: str | None, known: Mapping[str, Any]) -> str:
     if not has_key(key.partition("@")[2] or key, known) and key not in groups():
         raise unknown_key(key, engine, value)
     if written.startswith("~") and not is_entry:
-        raise ConfigError(f"{item} would take {key} which every run needs.", f"leave ~{key} out")
+        raise ConfigError(f"{item} would remove {key}, which every run needs.", f"leave ~{key} out")
     try:
         parse(item)
     except HydraException as error:

@@ -14,14 +14,14 @@ from launcher.system.files import write_json, write_text
 from launcher.system.typed import to_plain
 from shards.machine.rates import this_machine
 
-TITLE = """# All engines beside what one would write without this project
+TITLE = """# All engines compared with equivalent code without this project
 
-tokens/s: new tokens of all prompts by the time from the first to the last of a call, median of the rounds with minimum
-and maximum. Contestants take turns and stand still meanwhile; ratios are medians of those of each round. The ceiling is
-what the measured rates of the machine allow for the steps by the plan of a run. Same: prompts with the answer of
-model.generate; in bf16 additions in another order may choose otherwise. Load: until the first prompt can come. vllm.LLM
-has its own defaults, and so as many threads in each worker as there are cores; backend=vllm shares the cores out, and
-scripts/benchmarks/vllm_overhead.py compares the two with the same threads.
+tokens/s: new tokens of all prompts divided by the time of the call, median of the rounds with minimum and maximum.
+Contestants take turns, and the others are stopped meanwhile; ratios are medians of the ratios of each round. The ceiling is
+what the measured rates of the machine allow for the planned steps. Same: prompts with the same answer as model.generate; in
+bf16 another order of additions may change it. Load: until the first prompt can be answered. vllm.LLM runs with its own
+defaults, and so with as many threads in each worker as there are cores; backend=vllm divides the cores among its workers,
+and scripts/benchmarks/vllm_overhead.py compares the two with equal threads.
 """
 HEADER = "| contestant | tokens/s (min … max) | rounds | of model.generate | of reference | of ceiling | same | load |"
 RULE = "|---|---|---|---|---|---|---|---|"
