@@ -1,1 +1,1 @@
-"""Composition of a configuration from command-line words and files."""
+"""Composition of a configuration from command-line overrides and files."""

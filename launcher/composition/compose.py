@@ -1,4 +1,5 @@
-"""Command-line overrides and `conf/` -> RunConfig. The border of Hydra: nothing past this module sees a DictConfig."""
+"""Compose a RunConfig from command-line overrides and `conf/`. Only this module and its folder use Hydra: no other
+module sees a DictConfig."""
 
 from __future__ import annotations
 
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
 
 
 def compose_run(overrides: list[str], config_dirs: tuple[str, ...] = (), for_others: tuple[str, ...] = ()) -> RunConfig:
-    """The typed, checked configuration of one run; ConfigError with one line for whatever is wrong with it.
+    """The typed, checked configuration of one run; ConfigError with one line for any mistake.
 
-    Keys `for_others` may be among the overrides though this run does not read them.
+    Keys `for_others` may be among the overrides even if this run does not use them.
     """
     own_folders = folders(config_dirs)[1:]
     search = ",".join(in_quotes(f"file://{folder.absolute()}") for folder in own_folders)
@@ -79,5 +80,5 @@ def typed(composed: DictConfig, config_dirs: Sequence[str]) -> RunConfig:
 
 
 def command_of(overrides: Sequence[str], config_dirs: Sequence[str]) -> tuple[str, ...]:
-    """The command that composes the same."""
+    """The command line that composes the same configuration."""
     return ("python", "-m", "launcher", *overrides, *(f"--config-dir={folder}" for folder in config_dirs))

@@ -29,7 +29,7 @@ def version() -> str:
 
 
 def text(config_dirs: Sequence[str] = ()) -> str:
-    """The whole help, with the options that the user's own folders have."""
+    """The whole help, including the options in the user's own folders."""
     width = max(map(len, groups()))
     choices = "\n".join(f"  {group:<{width}}  {' | '.join(options(group, config_dirs))}" for group in groups())
     examples = "\n".join(f"  # {purpose}\n  python -m launcher {command}".rstrip() for purpose, command in EXAMPLES)

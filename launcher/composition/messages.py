@@ -1,5 +1,5 @@
-"""Errors of Hydra and OmegaConf in one line: by the fields of the errors and the types of our schema, not by their
-prose."""
+"""Errors of Hydra and OmegaConf in one line, from the fields of the errors and the types of the schema, not from their
+texts."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ EXAMPLES = {
 UNREADABLE = (
     HydraException, OmegaConfBaseException, MarkedYAMLError, AttributeError, ValueError, AssertionError, RecursionError,
 )  # fmt: skip
-"""What composing raises for what a user has written: AttributeError for {..} over a null dict, ValueError for a group
-that is null, AssertionError for an entry of a null dict."""
+"""Exceptions of composing for a user's mistake: AttributeError for {..} over a null dict, ValueError for a group that
+is null, AssertionError for an entry of a null dict."""
 
 
 def in_one_line(error: Exception, overrides: Sequence[str], config_dirs: Sequence[str]) -> ConfigError:
-    """The error in one of the overrides, or in a file."""
+    """The ConfigError for a mistake in an override, or in a file."""
     if isinstance(error, RecursionError):
         return ConfigError("A file of the configuration has too many levels.", "fewer nested [ and {")
     causes = (error.__cause__, error.__context__)  # Hydra raises its own error from, or beside, that of OmegaConf
@@ -78,7 +78,7 @@ def in_one_line(error: Exception, overrides: Sequence[str], config_dirs: Sequenc
 
 
 def in_file(error: ConfigError, key: str, config_dirs: Sequence[str]) -> ConfigError:
-    """The error with the name of the user's file that has the key, if one has."""
+    """The error, with the name of the user's file that sets the key, if there is one."""
     line = re.compile(rf"^\s*[\"']?{re.escape(key.rpartition('.')[2])}[\"']?\s*:", re.MULTILINE)
     for path in (path for folder in config_dirs for path in sorted(Path(folder).rglob("*.yaml"))):
         if line.search(path.read_text(encoding="utf-8", errors="replace")):

@@ -1,4 +1,4 @@
-"""Overrides of the command line as Hydra reads them: keys that exist, paths as they are, other texts in quotes."""
+"""Command-line overrides in Hydra's grammar: checked keys, unchanged paths, and quotes around other texts."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ COMMANDS = ("compare", "doctor", "experiments", "plan", "probe", "report", "serv
 
 
 def chosen_engine(overrides: Sequence[str]) -> str | None:
-    """The engine of a run; None where the option is a file of the user's, or several are a sweep. ConfigError for one
-    that a package brings and that is of no use."""
+    """The engine of a run; None if the option is a file of the user's, or a sweep over several. ConfigError for an
+    invalid engine of a package."""
     chosen = [item.partition("=")[2] for item in overrides if item.lstrip("+").startswith("backend=")]
     name = [default_options()["backend"], *chosen][-1]
     if name not in names():
@@ -46,10 +46,10 @@ def chosen_engine(overrides: Sequence[str]) -> str | None:
 
 
 def readable(overrides: Sequence[str]) -> list[str]:
-    """The overrides as Hydra's grammar takes them; ConfigError for one whose key or value no run can have.
+    """The overrides in Hydra's grammar; ConfigError for an unknown key or an invalid value.
 
-    A `+` is only kept before an entry that the user may name; a path that Hydra cannot read (`model.path=/a=b`) is put
-    in quotes.
+    A `+` is only kept before an entry that the user may name; a path that Hydra cannot parse (`model.path=/a=b`) is
+    quoted.
     """
     engine = chosen_engine(overrides)
     known = known_keys(engine)
@@ -101,11 +101,13 @@ def _readable(item: str, engine: str | None, known: Mapping[str, Any]) -> str:
 
 
 NAMED_BY_THE_USER = ("adapter.paths", "backend.extra", "cluster.environment")
-"""Keys that begin empty: what is put below them is always new. An entry of model.config, without a +, must be there."""
+"""Keys that are empty by default, so that entries below them are always new. An entry of model.config without a + must
+exist."""
 
 
 def parse(item: str) -> Override:
-    """An override by Hydra's grammar; HydraException for what is none, also for very many digits or levels."""
+    """An override parsed by Hydra's grammar; HydraException for an invalid one, also for excessively many digits or
+    levels."""
     try:
         return OverridesParser.create().parse_override(item)
     except (ValueError, RecursionError, OverflowError) as error:
@@ -113,7 +115,7 @@ def parse(item: str) -> Override:
 
 
 def check_options(overrides: Sequence[str], config_dirs: Sequence[str]) -> None:
-    """ConfigError for a group that is set to an option which it does not have."""
+    """ConfigError for a group that is set to an unknown option."""
     for override in map(parse, overrides):
         key = override.key_or_group
         text = override.input_line or ""
@@ -124,7 +126,7 @@ def check_options(overrides: Sequence[str], config_dirs: Sequence[str]) -> None:
 
 
 def no_option(group: str, given: str, known: Sequence[str]) -> ConfigError:
-    """A group has no such option."""
+    """The error for an unknown option of a group."""
     fact = f"{group}={given} is not one of {', '.join(known)}."
     if close := nearest(given, known):
         return ConfigError(fact, f"{group}={close}")
@@ -136,7 +138,7 @@ def no_option(group: str, given: str, known: Sequence[str]) -> ConfigError:
 
 
 def option_like(word: str) -> str:
-    """The hint for a flag that there is not: keys are written without dashes."""
+    """The hint for an unknown flag: keys are written without dashes."""
     key, _, value = word.lstrip("-").partition("=")
     near = nearest(key, known_keys(None))
     if near is None:

@@ -1,4 +1,4 @@
-"""The folders of configuration files: groups, the options of each, and which of them a run has by default."""
+"""The folders of configuration files: groups, their options, and the defaults of a run."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def conf_dir() -> Path:
 
 
 def folders(config_dirs: Sequence[str]) -> list[Path]:
-    """The built-in folder, those of the user, those of packages that bring engines; ConfigError for a user's that is
-    none."""
+    """The built-in folder, those of the user, and those of packages with engines; ConfigError for a user's folder that
+    does not exist."""
     for name in config_dirs:
         if not name or not Path(name).is_dir():
             raise ConfigError(f"--config-dir={name} is not a folder.", "--config-dir=FOLDER, which has model/mine.yaml")
@@ -39,7 +39,7 @@ def groups() -> list[str]:
 
 
 def options(group: str, config_dirs: Sequence[str] = ()) -> list[str]:
-    """The values of `group=`, with those of the user's own folders and of packages that bring engines."""
+    """The values of `group=`, including those in the user's folders and of packages with engines."""
     names = {path.stem for folder in folders(config_dirs) for path in (folder / group).glob("*.yaml")}
     if group == "backend":
         names.update(brought())
@@ -48,7 +48,7 @@ def options(group: str, config_dirs: Sequence[str] = ()) -> list[str]:
 
 @cache
 def default_options() -> dict[str, str]:
-    """The option of each group where none is chosen."""
+    """The default option of each group."""
     base = yaml.safe_load((conf_dir() / "config.yaml").read_text(encoding="utf-8"))
     chosen: dict[str, str] = {}
     for entry in base["defaults"]:

@@ -1,4 +1,4 @@
-"""Texts in quotes, as Hydra's grammar and a shell read them back."""
+"""Quoting of texts for Hydra's grammar and for a shell."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import shlex
 
 
 def quoted(text: str) -> str:
-    """`text` as a value of an override that stands for exactly itself: no quote, brace or `${...}` in it is read."""
+    """`text` as an override value that stands for exactly itself: quotes, braces and `${...}` in it have no meaning."""
     return in_quotes(re.sub(r"(\\*)\$\{", lambda match: match.group(1) * 2 + r"\${", text))  # OmegaConf's own escape
 
 
 def in_quotes(text: str) -> str:
-    """`text` as Hydra's grammar reads it back; `${...}` in it is still OmegaConf's."""
+    """`text` quoted for Hydra's grammar; `${...}` in it is still interpolated by OmegaConf."""
     text = re.sub(r"(\\*)(')", lambda match: match.group(1) * 2 + r"\'", text)
     return "'" + re.sub(r"(\\+)\Z", r"\1\1", text) + "'"
 
 
 def for_shell(override: str) -> str:
-    """An override as it is pasted into a shell."""
+    """An override quoted for a shell."""
     if re.fullmatch(r"[\w@%+=:,./-]+", override, re.ASCII):
         return override
     plain = f'"{override}"'

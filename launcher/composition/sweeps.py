@@ -1,4 +1,4 @@
-"""The points of a sweep, counted before there is any of them."""
+"""The points of a sweep, counted before they are created."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOST_POINTS = 10_000
 
 
 def expand_sweep(overrides: list[str], config_dirs: Sequence[str] = ()) -> list[list[str]]:
-    """The points of `-m a=1,2 b=x,y`: one list of overrides each, the last key fastest.
+    """The points of `-m a=1,2 b=x,y`: one list of overrides each; the last key varies fastest.
 
     ConfigError for an axis without points or end, and for more than MOST_POINTS points.
     """
@@ -45,7 +45,7 @@ def expand_sweep(overrides: list[str], config_dirs: Sequence[str] = ()) -> list[
 
 
 def _count(override: Override, config_dirs: Sequence[str]) -> int:
-    """The number of points of one axis; an override with a single value has one."""
+    """The number of points of one axis; 1 for an override with a single value."""
     if not override.is_sweep_override():
         return 1
     key, values = override.get_key_element(), override.value()

@@ -1,4 +1,4 @@
-"""The values that a run can have: bounds of every number of its configuration, and options that exclude each other."""
+"""Limits of the configuration: bounds of every number, and options that exclude each other."""
 
 from __future__ import annotations
 
@@ -74,12 +74,12 @@ BOUNDS: dict[str, Bounds] = {
     "cluster.max_requeues": NOT_NEGATIVE,
     "cluster.array_limit": COUNT,
 }
-"""The bounds of each number by its key; those of an engine's options are said with the options. A key that may be null
-is checked where it is not."""
+"""The bounds of each number by its key; those of an engine's options are declared with the options. None is not
+checked."""
 
 
 def check(config: RunConfig) -> None:
-    """Raise ConfigError for a value that no run can have."""
+    """Raise ConfigError for a value that is never valid."""
     backend, measure, load = config.backend, config.measure, config.load
     keys = key_types(RunConfig) | key_types(type(config.backend), "backend.")
     for key, hint in keys.items():
@@ -136,7 +136,7 @@ def check(config: RunConfig) -> None:
 
 
 def _check_experiment(experiment: ExperimentConfig) -> None:
-    """ConfigError for a published figure that is none, or hardware that is not known."""
+    """ConfigError for an invalid published figure, or for unknown hardware."""
     if experiment.hardware is not None:
         machine_of(experiment.hardware, "experiment.hardware")
     for figure in experiment.figures:
@@ -149,7 +149,7 @@ def _check_experiment(experiment: ExperimentConfig) -> None:
 
 
 def _check_speculative(config: RunConfig) -> None:
-    """Guesses of a kind that is known, for an engine with slots or vLLM."""
+    """Check the kind of speculative decoding, and that the engine supports it."""
     wanted, name = config.speculative, config.backend.name
     if wanted.name not in KEYS:
         fact = f"speculative.name={wanted.name} is not one of {', '.join(KEYS)}."
@@ -184,7 +184,7 @@ def _check_speculative(config: RunConfig) -> None:
 
 
 def _check_backend(backend: BackendConfig) -> dict[str, Bounds]:
-    """The bounds of the engine's own numbers; ConfigError for a text that is none of its option's choices."""
+    """The bounds of the engine's own numbers; ConfigError for a text that is not one of its option's choices."""
     bounds = {}
     for item in dataclasses.fields(backend):
         key, choices = f"backend.{item.name}", item.metadata.get(CHOICES)
@@ -197,7 +197,7 @@ def _check_backend(backend: BackendConfig) -> dict[str, Bounds]:
 
 
 def _check_prompts(wanted: PromptsConfig) -> None:
-    """A prompt set has one source, its texts, a file or random ids: another one would be passed over."""
+    """A prompt set has one source (texts, a file or random ids): options of another source would be ignored."""
     path, length, count = wanted.path, wanted.input_tokens, wanted.count
     if path is not None and (wanted.texts is not None or length is not None):
         fact = f"prompts={wanted.name} has its own prompts, and does not use prompts.path={path}."
@@ -230,7 +230,7 @@ def _check_prompts(wanted: PromptsConfig) -> None:
 
 
 def numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a configuration by their keys; what an engine or a model is given as it is (dicts) is not ours."""
+    """The numbers of a configuration by their keys, without those in free-form dicts of an engine or a model."""
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):

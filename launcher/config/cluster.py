@@ -1,4 +1,4 @@
-"""Checks of what a SLURM cluster is asked for."""
+"""Checks of the settings of a SLURM cluster."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TIME = re.compile(r"(\d+-)?\d+(:\d+){1,2}|\d+-\d+|UNLIMITED|INFINITE", re.IGNORE
 
 
 def check_cluster(cluster: ClusterConfig) -> None:
-    """ConfigError for what would end a #SBATCH line early, or mean to SLURM something else than it says."""
+    """ConfigError for a value that would end a #SBATCH line early, or that SLURM would read differently."""
     for name in ("partition", "account", "qos", "constraint", "reservation", "gpu_type", "mem", "time"):
         if (value := getattr(cluster, name)) and UNSAFE.search(value):
             parts = [part for part in UNSAFE.split(value) if part] or [EXAMPLES.get(name, "null")]

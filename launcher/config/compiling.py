@@ -6,8 +6,8 @@ from enum import Enum
 
 
 class Compile(Enum):
-    """Way in which the decode steps of a module engine are made: as they are written, or ahead; `auto` is what is known
-    to be faster, if the tokens stay the same."""
+    """The way in which decode steps of a module engine run: eagerly, compiled or captured; `auto` is the fastest known
+    one that keeps the tokens."""
 
     auto = "auto"
     none = "none"

@@ -1,4 +1,4 @@
-"""Devices as the user describes them: rates, memory and price."""
+"""Devices described by the user: rates, memory and price."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class DeviceConfig:
-    """The memory and rates of a device that is not known, or in place of known ones; with their units."""
+    """Memory and rates of a device, with units, for an unknown device or to override known values."""
 
     memory: str | None = None  # 48GiB
     bandwidth: str | None = None  # 768GB/s

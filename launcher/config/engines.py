@@ -1,4 +1,4 @@
-"""The engines by name: those of the launcher, a line each, and those that installed packages bring."""
+"""The engines by name: the built-in ones, and those of installed packages."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ BUILT_IN = {
 }
 
 GROUP = "launcher.backends"
-"""The group of entry points under which a package names its engines: mine = "package.module:MineConfig"."""
+"""The group of entry points in which a package registers its engines: mine = "package.module:MineConfig"."""
 
 NO_PLAN = "no plan: this engine's memory is not known here"
 
 
 @cache
 def brought() -> dict[str, EntryPoint]:
-    """The engines of installed packages by name; ConfigError for a name that several have."""
+    """The engines of installed packages by name; ConfigError for a name that several packages use."""
     entries: dict[str, EntryPoint] = {}
     for entry in entry_points(group=GROUP):
         if entry.name in BUILT_IN or entry.name in entries:
@@ -56,7 +56,7 @@ def names() -> tuple[str, ...]:
 
 @cache
 def load_engine(name: str) -> type[BackendConfig]:
-    """The engine of this name; ConfigError where there is none, or where that of a package is of no use."""
+    """The engine of this name; ConfigError for an unknown name, or if the package's engine is invalid."""
     kind: Any
     if name in BUILT_IN:
         kind = resolve(BUILT_IN[name])
@@ -84,7 +84,7 @@ def load_engine(name: str) -> type[BackendConfig]:
 
 
 def engines() -> dict[str, type[BackendConfig]]:
-    """All engines by name, without those of packages that are of no use."""
+    """All engines by name, without invalid ones of packages."""
     usable = {}
     for name in names():
         try:
@@ -95,12 +95,12 @@ def engines() -> dict[str, type[BackendConfig]]:
 
 
 def example_with(ability: str) -> str:
-    """`backend=NAME` of the first engine that says so of itself (`can_score`, `is_reference`), for a hint."""
+    """`backend=NAME` of the first engine with this ability (`can_score`, `is_reference`), for a hint."""
     return next(f"backend={name}" for name, kind in engines().items() if getattr(kind, ability))
 
 
 def planned_engines() -> tuple[str, ...]:
-    """The engines whose memory is known here."""
+    """The engines that have a planner."""
     return tuple(name for name, kind in engines().items() if kind.planner_class)
 
 
@@ -109,7 +109,7 @@ def _package(entry: EntryPoint) -> str:
 
 
 def conf_folders() -> list[Path]:
-    """The `conf` folders of packages that bring engines, found without importing them."""
+    """The `conf` folders of packages with engines, found without importing them."""
     folders = []
     for package in dict.fromkeys(entry.module.partition(".")[0] for entry in brought().values()):
         spec = importlib.util.find_spec(package)
@@ -122,6 +122,6 @@ def conf_folders() -> list[Path]:
 
 
 def resolve(reference: str) -> Any:
-    """The object that "module:name" stands for; imports the module."""
+    """The object that "module:name" refers to; imports the module."""
     module, _, name = reference.partition(":")
     return getattr(importlib.import_module(module), name)

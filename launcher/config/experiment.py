@@ -1,4 +1,4 @@
-"""A published measurement, as a configuration that makes it again has it."""
+"""A published measurement, as part of the configuration that reproduces it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MISSING: Any = "???"  # how OmegaConf spells a mandatory value
 
 
 FIGURES = ("new_tokens_per_s", "generation_s", "load_s", "user_s", "system_s", "peak_memory_gb")
-"""What is published of a run; the last word is the unit."""
+"""Names of published figures; the last word is the unit."""
 
 
 @dataclass
@@ -23,7 +23,7 @@ class FigureConfig:
 
 @dataclass
 class ExperimentConfig:
-    """A published measurement that a preset of conf/experiment makes again; nothing of it changes the run."""
+    """A published measurement that a preset of conf/experiment reproduces; nothing here changes the run."""
 
     name: str | None = None
     about: str | None = None

@@ -23,15 +23,15 @@ class WeightFormat(Enum):
 
 
 OWN_QUANTIZATIONS = ("int8_wo", "int8_dyn", "int4_wo", "int8", "nf4", "nf4_dq", "fp4")
-"""Those that layers of our own have, on the engines that run the module of transformers."""
+"""The formats that this project's layers support, on the engines that run the transformers module."""
 
 
 READS = "reads GPTQ, AWQ, packed integers, W8A8, fp8 and bitsandbytes, but no quantized head"
-"""Said by these engines of a checkpoint whose quantized weights none of their layers keeps."""
+"""The description of what these engines read, for a checkpoint with quantized weights that they cannot keep."""
 
 
 class Weights(Enum):
-    """`auto` reads the checkpoint; `random` makes values of the same shapes on the device that holds them."""
+    """`auto` reads the checkpoint; `random` makes values of the same shapes on their device."""
 
     auto = "auto"
     random = "random"

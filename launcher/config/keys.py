@@ -1,4 +1,4 @@
-"""The keys of a configuration, by the dataclasses of its schema, and the nearest of them to a word that is none."""
+"""The keys of a configuration, from the dataclasses of its schema, and the nearest key to a misspelled one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ALL = "which shows every key"
 ALL_KEYS = f"python -m launcher --cfg, {ALL}"
 
 LEAST_ALIKE = 0.7
-"""How much of two words must agree (difflib's ratio) for one to be a misspelling of the other."""
+"""The similarity of two words (difflib's ratio) from which one counts as a misspelling of the other."""
 
 OTHER_WORDS = {
     "batch": "measure.batch_size",
@@ -38,10 +38,10 @@ OTHER_WORDS = {
     "tensor_parallel_size": "devices",
     "tp": "devices",
 }
-"""What other tools call a key."""
+"""Names that other tools use for a key."""
 
 SAME_VALUES = {"gpu": "cuda", "float": "fp32", "half": "fp16"}
-"""What other tools call a value of an Enum; its own value, as torch's name of a precision, is known as well."""
+"""Names that other tools use for a value of an Enum; its own value (torch's name of a precision) is accepted too."""
 
 
 def key_types(kind: type, prefix: str = "") -> JsonObject:
@@ -63,31 +63,31 @@ def run_keys(engine: str) -> JsonObject:
 
 
 def known_keys(engine: str | None) -> JsonObject:
-    """The type of each key that a run can have: of all engines where it is not known with which."""
+    """The type of each key that a run can have: those of all engines if the engine is not known."""
     if engine:
         return run_keys(engine)
     return {path: hint for name in engines() for path, hint in run_keys(name).items()}
 
 
 def engine_of(kind: type[BackendConfig]) -> str | None:
-    """The engine that a dataclass is of."""
+    """The name of the engine that a dataclass configures."""
     return next((name for name, other in engines().items() if other is kind), None)
 
 
 def without_none(hint: Any) -> Any:
-    """A type that may be None as what it is else."""
+    """A type without its `None`."""
     if isinstance(hint, types.UnionType):
         return next(option for option in get_args(hint) if option is not types.NoneType)
     return hint
 
 
 def is_open(hint: Any) -> bool:
-    """True if the keys below one of this type are chosen by the user."""
+    """True if the user chooses the keys below a key of this type."""
     return get_origin(hint) in (dict, list)
 
 
 def has_key(key: str, known: Mapping[str, Any]) -> bool:
-    """True if a dotted key is one of `known`, an entry below one whose entries the user names, or an item of a list."""
+    """True if a dotted key is one of `known`, an entry with a name chosen by the user, or an item of a list."""
     if key in known:
         return True
     parts = key.split(".")
@@ -109,8 +109,8 @@ def strays(tree: Mapping[str, Any], kind: type, prefix: str = "") -> Iterator[st
 
 
 def unknown_key(key: str, engine: str | None, value: str | None = None) -> ConfigError:
-    """There is no such key; the hint is the nearest one with the value that was given, or one that it can have.
-    `engine` is None where it is not known."""
+    """The error for an unknown key; the hint is the nearest key with the given value, or with a valid one. `engine` is
+    None if it is not known."""
     known = known_keys(engine)
     is_option = key.startswith("backend.")
     fact, hint = f"{key} is not a key of the configuration.", ALL_KEYS
@@ -127,7 +127,7 @@ def unknown_key(key: str, engine: str | None, value: str | None = None) -> Confi
 
 
 def nearest(key: str, known: Iterable[str]) -> str | None:
-    """The key that was most likely meant: one beside it, one of the same last word, or one that is much alike."""
+    """The key that was most likely meant: a sibling, one with the same last word, or a similar one."""
     paths = list(known)
     word = key.replace("-", "_")
     if word in paths:
@@ -144,7 +144,7 @@ def nearest(key: str, known: Iterable[str]) -> str | None:
 
 
 def wrong_value(key: str, value: Any, hint: Any) -> ConfigError:
-    """A value of another kind than its key has."""
+    """The error for a value of another type than its key has."""
     given = str(value)
     if value is None:
         given = "null"
@@ -170,7 +170,7 @@ def example_of(hint: Any) -> str:
 
 
 def _kind(hint: Any) -> tuple[str, str]:
-    """A type in words, and a value of it; none of a group of keys."""
+    """A description of a type and an example value; no example for a group of keys."""
     kinds = {
         bool: ("true or false", "true"),
         int: ("a whole number", "1"),

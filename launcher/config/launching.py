@@ -1,4 +1,4 @@
-"""Configuration of the start of ranks: on this machine, on several nodes, as a job of SLURM. Standard library only."""
+"""The start of ranks: on this machine, on several nodes, or as a SLURM job. Standard library only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class LaunchConfig:
 
 @dataclass
 class ClusterConfig:
-    """Settings of a SLURM job; None and empty leave a line out. Times as SLURM writes them, in quotes."""
+    """Settings of a SLURM job; None and empty values are left out. Times as SLURM writes them, in quotes."""
 
     name: str = "default"
     partition: str | None = None

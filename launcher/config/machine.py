@@ -37,7 +37,7 @@ def machine_of(text: str, key: str = "machine") -> tuple[int, str]:
 
 
 def quantity(key: str, text: str) -> float:
-    """The value of `device.memory` and the like in bytes, bytes/s or FLOP/s; ConfigError for one without its unit."""
+    """The value of `device.memory` and similar keys in bytes, bytes/s or FLOP/s; ConfigError without a unit."""
     units, example = UNITS[key]
     parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z/]+)", text.strip().lower())
     if parts is None or parts[2] not in units or float(parts[1]) == 0:
@@ -46,7 +46,7 @@ def quantity(key: str, text: str) -> float:
 
 
 def described(device: Device, given: Mapping[str, str], dtype_bytes: int) -> Device:
-    """A device with what `given` says of it, by the keys of UNITS, in place of what is known."""
+    """A device with the values of `given` (by the keys of UNITS) in place of the known ones."""
     amounts = {key: quantity(key, text) for key, text in given.items()}
     if (memory := amounts.get("device.memory")) is not None:
         device = replace(device, capacity_bytes=int(memory))
@@ -59,13 +59,13 @@ def described(device: Device, given: Mapping[str, str], dtype_bytes: int) -> Dev
 
 
 def given_of(config: RunConfig) -> dict[str, str]:
-    """The figures of devices that a run gives, by the keys of UNITS."""
+    """The device figures that a run configures, by the keys of UNITS."""
     values = {key: getattr(config.device, key.removeprefix("device.")) for key in UNITS}
     return {key: text for key, text in values.items() if text is not None}
 
 
 def settle_machine(config: RunConfig, given: Collection[str]) -> None:
-    """Take the number of devices from `machine`; ConfigError where what is said of the machine makes no sense."""
+    """Set the number of devices from `machine`; ConfigError for a contradictory description."""
     described(CPU, given_of(config), config.precision.products.num_bytes)
     if config.link is not None:
         known_link(config.link)
@@ -79,7 +79,7 @@ def settle_machine(config: RunConfig, given: Collection[str]) -> None:
 
 
 def other_machine(config: RunConfig) -> tuple[Device, Link] | None:
-    """The device and the usual link of `machine`; None where a run is planned for the machine that it runs on."""
+    """The device and the usual link of `machine`; None if the run is planned for this machine."""
     if config.machine is None:
         return None
     _, name = machine_of(config.machine)

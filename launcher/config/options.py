@@ -1,4 +1,4 @@
-"""Options of an engine with the values that they can have: `step_s: float = number(0.0, NOT_NEGATIVE)`."""
+"""Options of an engine with their allowed values: `step_s: float = number(0.0, NOT_NEGATIVE)`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Bounds:
         return math.isfinite(value) and is_enough and (self.most is None or value <= self.most)
 
     def nearest(self, value: float) -> int:
-        """A value within them, for one that is not."""
+        """The nearest value within the bounds."""
         if self.most is not None and value > self.most:
             return self.most
         if self.is_open:
@@ -29,7 +29,8 @@ class Bounds:
         return self.least
 
     def beside(self, value: float) -> str:
-        """The bounds in words, for a value that is not within them; one that is there for safety where it is passed."""
+        """The bounds in words, for a value outside them; a bound that exists only for safety is named only if
+        exceeded."""
         is_passed = self.most is not None and (self.most < MOST_TIMES or value > self.most)
         if self.is_open and is_passed:
             return f"above {self.least} and at most {self.most}"
@@ -57,10 +58,10 @@ BOUND, CHOICES = "bounds", "choices"  # in the metadata of a field
 
 
 def number(default: float | None, bounds: Bounds) -> Any:
-    """A field of a dataclass that is a number within `bounds`; None, where the field may be that, is not checked."""
+    """A dataclass field that is a number within `bounds`; None, if the field allows it, is not checked."""
     return field(default=default, metadata={BOUND: bounds})
 
 
 def choice(default: str, *others: str) -> Any:
-    """A field of a dataclass that is one of these texts."""
+    """A dataclass field that is one of these texts."""
     return field(default=default, metadata={CHOICES: (default, *others)})

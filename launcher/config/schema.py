@@ -26,7 +26,7 @@ DEFAULT_PREFILL_TOKENS = 2048  # that a module engine with slots reads in a forw
 
 
 class ConfigError(UserError):
-    """A value of the configuration is wrong."""
+    """An invalid value of the configuration."""
 
 
 class Accelerator(Enum):
@@ -38,7 +38,7 @@ class Accelerator(Enum):
 
 
 class Scheduling(Enum):
-    """The moment at which a prompt begins: as soon as a slot is free, or with a batch that waits for its longest
+    """The time at which a prompt begins: as soon as a slot is free, or with a batch that waits for its longest
     answer."""
 
     continuous = "continuous"
@@ -47,9 +47,8 @@ class Scheduling(Enum):
 
 @dataclass
 class BackendConfig:
-    """An engine as the launcher knows it without importing it, a subclass for each: its options are fields, class
-    variables say how it runs, and the methods are asked in their order while a run is prepared.
-    """
+    """An engine as the launcher sees it without importing it, with a subclass for each engine. Fields are its options,
+    class variables its properties, and the methods are called in this order while a run is prepared."""
 
     implementation: ClassVar[str] = ""  # "module:Class" of its `launcher.backends.base.Backend`; only ranks import it
     planner_class: ClassVar[type[EnginePlanner] | None] = None  # None: its memory is not known, and it has no plan
@@ -106,37 +105,39 @@ class BackendConfig:
 
     @classmethod
     def kept(cls, stored: Quantization) -> Quantization | None:
-        """The form in which layers of our own keep weights that a checkpoint has so; None where the engine has none."""
+        """The format in which this project's layers keep weights that a checkpoint stores as `stored`; None if they
+        cannot."""
         return None
 
     @classmethod
     def reads(cls, quantization: Quantization) -> bool:
-        """The engine can read a checkpoint whose weights are stored so."""
+        """True if the engine can read a checkpoint in this format."""
         return cls.kept(quantization) is not None
 
     def most_at_once(self, config: RunConfig) -> int | None:
-        """The most prompts that are answered at a time on all devices, or each; None for all of the set."""
+        """The most prompts answered at a time, on all devices or on each; None for the whole set."""
         if self.continuous_batching:
             return config.load.concurrency
         return config.measure.batch_size
 
     def check_here(self) -> None:
-        """Raise ConfigError for an option that the engine's packages on this machine do not take; on every node."""
+        """Raise ConfigError for an option that the engine's packages on this machine do not support; called on every
+        node."""
 
     def settle(self, config: RunConfig, on_cuda: bool) -> tuple[RunConfig, list[str]]:
-        """The run as this engine can do it, and a note on each thing that was changed for it."""
+        """The run as this engine can perform it, and a note on each change."""
         return config, []
 
     def refuse(self, config: RunConfig, model_config: Mapping[str, Any], on_cuda: bool, longest: int) -> None:
-        """Raise ConfigError for a run that the engine would get wrong; `longest` is the most tokens of a prompt and its
-        answer."""
+        """Raise ConfigError for a run that the engine would compute wrongly; `longest` is the most tokens of a prompt
+        and its answer."""
 
     def notes(self, config: RunConfig, on_cuda: bool) -> list[str]:
         """Lines that the user should read before the run."""
         return []
 
     def quantization(self, config: RunConfig, stored: Quantization | None, on_cuda: bool) -> Quantization | None:
-        """The way in which the run holds its weights: as they are stored, or quantized while they are loaded."""
+        """The format of the run's weights: as they are stored, or quantized while they are loaded."""
         if stored is not None and config.adapter.path is not None and config.adapter.merge:
             fact = f"An adapter is not merged into weights that are quantized already ({stored.name})."
             raise PlanError(fact, "adapter.merge=false")
@@ -145,7 +146,7 @@ class BackendConfig:
         return QUANTIZATIONS[config.quantization.name]
 
     def planner(self, config: RunConfig, model_config: Mapping[str, Any], on_cuda: bool) -> EnginePlanner | None:
-        """The engine with these options, for the plan of a run; None where it has no plan."""
+        """The engine with these options, for the plan of a run; None if it has no plan."""
         return self.planner_class() if self.planner_class else None
 
 
@@ -235,19 +236,21 @@ class RunConfig:
 
     @property
     def num_shares(self) -> int:
-        """Shares of the prompt set: one for each device, or one that all devices answer together."""
+        """The number of parts of the prompt set: one for each device, or a single one that all devices answer
+        together."""
         if self.backend.data_parallel:
             return self.num_devices
         return 1
 
     @property
     def join_s(self) -> float:
-        """Seconds in which all ranks must have met: who is missing is said before the run counts as hung."""
+        """Seconds within which all ranks must have connected: a missing rank is reported before the run counts as
+        hung."""
         return 0.9 * self.hang_timeout_s or 1800.0
 
     @property
     def world_size(self) -> int:
-        """Ranks (processes): one for each device, or one that spreads over the devices of a single node by itself."""
+        """The number of ranks (processes): one for each device, or a single one that uses all devices of its node."""
         if self.num_nodes > 1 or self.backend.one_process_per_device:
             return self.num_devices
         return 1
@@ -260,7 +263,7 @@ class RunConfig:
 
     @property
     def splits_prompts(self) -> bool:
-        """True if each rank has prompts of its own from the start and takes none of another."""
+        """True if each rank has a fixed part of the prompts from the start."""
         return self.backend.data_parallel and not self.is_continuous
 
 
@@ -268,4 +271,4 @@ HOW_IT_IS_RUN = (
     "output_dir", "resume", "run_dir", "hang_timeout_s", "timeout_s", "dry_run", "machine", "link", "device", "cost",
     "launch", "cluster", "experiment",
 )  # fmt: skip
-"""The keys that do not say what is run: two configurations that differ in nothing else are one point."""
+"""Keys that do not change what is run: two configurations that differ only in these are the same point."""

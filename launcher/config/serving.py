@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 @dataclass
 class LoadConfig:
-    """The arrival times of prompts, for an engine that schedules them itself; all at once by default.
+    """The arrival of prompts, for an engine with its own scheduler; all at once by default.
 
-    Closed loop: `concurrency` prompts are being answered at any time. Open loop: they come at `request_rate`, or at the
-    times of the prompt set, whatever becomes of those before them.
+    Closed loop: `concurrency` prompts are being answered at any time. Open loop: prompts arrive at `request_rate`, or
+    at the times of the prompt set, regardless of earlier ones.
     """
 
     concurrency: int | None = None
@@ -28,7 +28,7 @@ class LoadConfig:
 
 @dataclass
 class SloConfig:
-    """The limits that make a request a good one, in seconds; None is no limit."""
+    """The latency limits of a good request, in seconds; None is no limit."""
 
     ttft: float | None = None  # to the first token
     tpot: float | None = None  # for each token after it
@@ -43,8 +43,8 @@ class SloConfig:
 class ServerConfig:
     """A server that is started for the run and ended with it.
 
-    `command` is a line as for a shell, with the words of `launcher.backends.endpoint` in braces; `arguments` follow it
-    as they are. What begins with `cpu_` is added where the run is not on CUDA. `after` runs when the server has ended.
+    `command` is a shell-like command line with names of `launcher.backends.endpoint` in braces; `arguments` are
+    appended unchanged. Settings that begin with `cpu_` are added without CUDA. `after` runs after the server has ended.
     """
 
     name: str = "none"

@@ -10,12 +10,12 @@ if TYPE_CHECKING:
 
 NONE, NGRAM, DRAFT = "none", "ngram", "draft"
 KEYS = {NONE: (), NGRAM: ("tokens", "ngram_max", "ngram_min"), DRAFT: ("tokens", "model")}
-"""The keys that are read with each kind of guesses."""
+"""The keys that each kind of speculative decoding uses."""
 
 
 @dataclass
 class SpeculativeConfig:
-    """Tokens that are guessed ahead, and checked all at once in a step of the model."""
+    """Draft tokens, which a step of the model checks all at once."""
 
     name: str = NONE
     tokens: int | None = None  # the most that are guessed for a row in a step
@@ -29,12 +29,12 @@ class SpeculativeConfig:
 
     @property
     def most(self) -> int:
-        """The most tokens that are guessed for a row in a step."""
+        """The most draft tokens of a row in a step."""
         return self.tokens or 0
 
 
 def without_others(overrides: Sequence[str]) -> list[str]:
-    """The words of a command line, less the keys that only kinds of guesses other than its own read."""
+    """The overrides of a command line without keys that only other kinds of speculative decoding use."""
     kind = next((item.partition("=")[2] for item in reversed(overrides) if item.startswith("speculative=")), NONE)
     others = {f"speculative.{key}" for keys in KEYS.values() for key in keys}.difference(
         f"speculative.{key}" for key in KEYS.get(kind, ())

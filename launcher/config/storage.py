@@ -1,4 +1,4 @@
-"""The types of weights and products, and where weights lie. Standard library only."""
+"""Data types of weights and products, and the place of weights. Standard library only."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from enum import Enum
 
 
 class Precision(Enum):
-    """Data type of weights and activations, by torch's name; of the mixed ones, as Fabric names them, weights are fp32
-    and products are made in the narrow type, under autocast.
-    """
+    """Data type of weights and activations, by torch's name. The mixed ones, as Fabric names them, have fp32 weights
+    and 16-bit products under autocast."""
 
     fp32 = "float32"
     fp16 = "float16"
@@ -18,7 +17,7 @@ class Precision(Enum):
 
     @property
     def is_mixed(self) -> bool:
-        """Products are narrower than the weights."""
+        """True if products have a narrower type than the weights."""
         return self in (Precision.fp16_mixed, Precision.bf16_mixed)
 
     @property
@@ -40,7 +39,7 @@ class Precision(Enum):
 
     @property
     def mixed_bytes(self) -> int | None:
-        """Bytes of a value of a product where it has another type than the weights."""
+        """Bytes of a product value if its type differs from that of the weights."""
         if self.is_mixed:
             return self.products.num_bytes
         return None

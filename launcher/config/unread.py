@@ -1,4 +1,4 @@
-"""Options that a run would not read: each is refused, for whoever sets one means something by it."""
+"""Options that a run would ignore: each is refused, since whoever sets one expects an effect."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WITH_ADAPTERS = 'prompts=file prompts.path= a .jsonl with {"prompt": "...", "ada
 
 
 def check_read(config: RunConfig, given: Collection[str]) -> None:
-    """ConfigError for a value that nothing reads beside the others; `given` are the keys of the command line."""
+    """ConfigError for a value that has no effect together with the others; `given` are the keys of the command line."""
     if config.machine is not None and not config.dry_run and config.backend.uses_devices:
         raise ConfigError(f"machine={config.machine} is only used with dry_run=true.", "dry_run=true")
     _check_launch(config)
@@ -112,7 +112,7 @@ def _check_adapter(config: RunConfig) -> None:
 
 
 def _check_named_adapters(config: RunConfig) -> None:
-    """Several adapters are beside the weights, and a prompt names the one that it is for."""
+    """Named adapters are not merged, and each prompt names its own."""
     names, backend = ", ".join(config.adapter.paths), config.backend
     if not backend.names_adapters:
         fact = f"adapter.paths has {names}, and backend={backend.name} supports one adapter for all prompts."
@@ -135,7 +135,7 @@ def _check_named_adapters(config: RunConfig) -> None:
 
 
 def _check_model(config: RunConfig, given: Collection[str]) -> None:
-    """A folder has one revision, and a config.json of its own."""
+    """A local folder has a single revision, and its own config.json."""
     model = config.model
     is_here = model.path.startswith("embedded:") or os.path.isdir(model.path)
     if model.revision is not None and is_here:
@@ -159,13 +159,13 @@ def _check_model(config: RunConfig, given: Collection[str]) -> None:
 
 
 def unread_batch_size(config: RunConfig) -> str:
-    """The batch size of an engine that does not read it, in words."""
+    """A sentence about the batch size of an engine that does not use it."""
     size, name = config.measure.batch_size, config.backend.name
     return f"measure.batch_size={size} is not used: backend={name} makes its batches itself."
 
 
 def changed(config: Any, defaults: Any, names: Collection[str] | None = None) -> str | None:
-    """The first field, of those named or all, that is not as it is by default."""
+    """The first field, of those in `names` or of all, that differs from its default."""
     fields = (field.name for field in dataclasses.fields(config))
     return next(
         (n for n in fields if (names is None or n in names) and getattr(config, n) != getattr(defaults, n)), None

@@ -1,4 +1,4 @@
-"""A configuration as plain values and back: what `config.yaml` and `run.json` keep of it."""
+"""A configuration as plain values and back, for `config.yaml` and `run.json`."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> JsonObject:
 
 
 def from_dict(raw: JsonObject) -> RunConfig:
-    """The inverse of `to_dict` for a whole configuration; the engine's name picks its dataclass.
+    """The inverse of `to_dict` for a whole configuration; the engine's name selects its dataclass.
 
-    ConfigError for a key that is not in the schema: a run of another version must not go on as another run.
+    ConfigError for a key that is not in the schema: a run of another version must not be resumed as a different run.
     """
     plain = {**raw, "backend": None}
     engine = raw["backend"]["name"]

@@ -1,7 +1,7 @@
-"""`measure.find_batch_size=true`: the largest batch that fits, by trying; and how far the plan was from it.
+"""`measure.find_batch_size=true`: the largest batch that fits, by trial, compared with the plan.
 
-Each try is a run of its own, in fresh processes: one batch of the longest prompts, each with all of its new tokens.
-Then the run itself is made with the batch that was found.
+Each trial is a separate run in fresh processes: one batch of the longest prompts, each with all of its new tokens. Then
+the run itself is made with the largest batch that fits.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ MOST = 2**20
 
 
 def run_with_largest_batch(run: Run, start: Start) -> Record:
-    """The record of the run with the largest batch that fits; of the try that failed otherwise, or if none fits."""
+    """The record of the run with the largest batch that fits; of the trial that failed for another reason, or if none
+    fits."""
     config = run.config
     if config.resume and (earlier := _earlier_search(config)) is not None:
         return start(earlier)
@@ -71,9 +72,9 @@ def run_with_largest_batch(run: Run, start: Start) -> Record:
 
 
 def largest(fits: Callable[[int], bool], start: int, most: int) -> int:
-    """The largest batch in 1..`most` that fits, 0 for none; bigger ones never fit where a smaller does not.
+    """The largest batch in 1..`most` that fits, 0 for none; a larger batch never fits if a smaller one does not.
 
-    Looks near `start` first: in steps that double until one side is found, then by halving.
+    The search begins near `start`, in steps that double until an upper and a lower bound are found, and then bisects.
     """
     step, low, high = max(start // STEPS, 1), 0, most + 1  # `low` fits, `high` does not
     batch = start
@@ -94,7 +95,7 @@ def largest(fits: Callable[[int], bool], start: int, most: int) -> int:
 
 
 class TryFailedError(Exception):
-    """A try ended neither well nor for want of memory: nothing is known of larger batches."""
+    """A trial that failed for another reason than memory: nothing is known about larger batches."""
 
     def __init__(self, record: Record) -> None:
         super().__init__(record.status)
@@ -102,7 +103,7 @@ class TryFailedError(Exception):
 
 
 class Tries:
-    """The tries of one search, in `folder`; `records` has each one's by its batch."""
+    """The trials of one search, in `folder`; `records` has their records by batch size."""
 
     def __init__(self, run: Run, folder: Path, start: Start) -> None:
         self.run, self.folder, self.start = run, folder, start
@@ -111,7 +112,7 @@ class Tries:
         self.records: dict[int, Record] = {}
 
     def fits(self, batch: int) -> bool:
-        """True if a run with a batch of this size ends well."""
+        """True if a run with a batch of this size succeeds."""
         config = self.run.config
         measure = replace(config.measure, batch_size=batch, warmup=0, repeats=1, find_batch_size=False)
         sampling = replace(config.sampling, ignore_eos=True)
@@ -125,7 +126,7 @@ class Tries:
 
 
 def enlarged(prompts: tuple[Prompt, ...], batch: int, ranks: int) -> tuple[Prompt, ...]:
-    """`batch` prompts for each of `ranks`, the longest first and again from the first where they do not suffice."""
+    """`batch` prompts for each of `ranks`, longest first, repeated if there are not enough."""
     ordered = sorted(prompts, key=lambda prompt: -len(prompt.token_ids))
     chosen = []
     for index in range(batch * ranks):  # rank r answers r, r + ranks, ...
@@ -134,7 +135,7 @@ def enlarged(prompts: tuple[Prompt, ...], batch: int, ranks: int) -> tuple[Promp
 
 
 def _earlier_search(config: RunConfig) -> RunDir | None:
-    """The run of an earlier search for the same, which has its batch already."""
+    """The run of an earlier search for the same configuration, which has already determined its batch."""
     asked = what_is_run(to_dict(config))
     for run_dir in reversed(run_dirs_in(Path(config.output_dir))):
         with contextlib.suppress(UserError):

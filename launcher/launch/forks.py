@@ -1,7 +1,7 @@
-"""The ranks of this machine as forks of one process, which has imported their packages once for all of them.
+"""The ranks of this machine as forks of one process, which imports their packages once for all of them.
 
 Started as `python -m launcher.launch.forks RANKS MODULE ARGUMENT`; each rank calls MODULE's `main(ARGUMENT)`, as
-`python -m MODULE ARGUMENT` does in a process of its own.
+`python -m MODULE ARGUMENT` would in its own process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def has_cuda_context() -> bool:
-    """True once CUDA's driver has been initialized in this process: a fork of it cannot use CUDA any more."""
+    """True if CUDA's driver has been initialized in this process: forks of it cannot use CUDA any more."""
     for descriptor in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):
             if os.readlink(descriptor) == "/dev/nvidia-uvm":
@@ -36,7 +36,7 @@ def has_cuda_context() -> bool:
 
 
 def run_as_rank(rank: int, module: str, argument: str, environ: Mapping[str, str], server: socket.socket) -> NoReturn:
-    """Be a rank in this fork, or in a new interpreter where the imports have initialized CUDA."""
+    """Run a rank in this fork, or in a new interpreter if the imports have initialized CUDA."""
     server.close()  # it is the store's, whose end must be seen by ranks that outlive it
     os.environ.update(environ, RANK=str(rank), LOCAL_RANK=str(rank))
     if has_cuda_context():
@@ -46,10 +46,10 @@ def run_as_rank(rank: int, module: str, argument: str, environ: Mapping[str, str
 
 
 def main() -> int:
-    """Import MODULE, and the engine where ARGUMENT is the directory of a run; fork the ranks and wait for their end.
+    """Import MODULE, and the engine if ARGUMENT is the directory of a run; fork the ranks and wait for them.
 
-    The first that fails ends the others. This process keeps the store by which they find each other, so that nobody
-    else can take its port between its choice and its use. Gives 0, or 1 with the rank that has failed on stderr.
+    The first failing rank ends the others. This process keeps the store through which they connect, so that nobody else
+    can take its port between its choice and its use. Returns 0, or 1 with the failed rank on stderr.
     """
     count, module, argument = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # that asks for cards without initializing CUDA

@@ -1,4 +1,5 @@
-"""A run whose ranks somebody else started: torchrun, srun, mpirun, deepspeed, accelerate. This process is one rank."""
+"""A run whose ranks were started by another launcher: torchrun, srun, mpirun, deepspeed, accelerate. This process is
+one rank."""
 
 from __future__ import annotations
 
@@ -33,16 +34,17 @@ OTHERS_S = 60.0  # how long rank 0 waits for the last words of the others
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """The run as rank 0 has begun it; no attempt where the run is done already."""
+    """The run as rank 0 has begun it; no attempt if the run is already done."""
 
     run_dir: RunDir
     attempt: int | None
 
 
 def join(config: RunConfig, command: tuple[str, ...], world: World, report: Callable[[Record], None]) -> int:
-    """Be this rank of the run; rank 0 prepares it, makes the run directory and reports. The exit code of this process.
+    """Run this rank; rank 0 prepares the run, creates the run directory and reports. Returns the exit code of this
+    process.
 
-    What keeps rank 0 from making it is raised on all ranks; each node answers for its own devices and packages.
+    An error of rank 0 is raised on all ranks; each node checks its own devices and packages.
     """
     starter = starter_of(os.environ)
     kind = "cpu"

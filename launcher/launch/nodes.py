@@ -1,7 +1,7 @@
 """Several machines without a scheduler: the same command on each of them, joined by torch's elastic launcher.
 
-The rendezvous is static: `launch.node_rank` says which node is which, so that the first node has rank 0 and prints the
-report. A dynamic one would give the ranks in the order of arrival, and nobody joins later here.
+The rendezvous is static: `launch.node_rank` numbers the nodes, so that the first node has rank 0 and prints the report.
+A dynamic one would assign ranks in the order of arrival, and no node joins later here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ADDRESS = re.compile(r"(?P<host>[^\s:/]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})")
 
 
 def check_one_node(config: RunConfig) -> None:
-    """ConfigError for a run on several nodes, where this process can start ranks on its own only."""
+    """ConfigError for a run on several nodes, if this process can start ranks on its own node only."""
     if config.launch.name == "local" and config.num_nodes > 1:
         raise ConfigError(
             f"num_nodes={config.num_nodes}, and this command starts ranks on one node.",
@@ -40,9 +40,9 @@ def check_one_node(config: RunConfig) -> None:
 
 
 def check_nodes(config: RunConfig) -> None:
-    """ConfigError where `launch.rendezvous` and `launch.node_rank` do not say which of the nodes this is.
+    """ConfigError if `launch.rendezvous` and `launch.node_rank` do not determine the number of this node.
 
-    Also for another interpreter: these ranks compose and report, which takes more than the packages of a rank.
+    Also for another interpreter: these ranks compose and report, which needs more than the packages of a rank.
     """
     launch, nodes = config.launch, config.num_nodes
     if ADDRESS.fullmatch(launch.rendezvous or "") is None:
@@ -61,7 +61,8 @@ def check_nodes(config: RunConfig) -> None:
 
 
 def node_command(config: RunConfig, command: Sequence[str]) -> tuple[str, ...]:
-    """The command that starts the ranks of this node, each of which is `command` again; rank 0 makes the directory."""
+    """The command that starts the ranks of this node, each of which runs `command`; rank 0 creates the run
+    directory."""
     address = ADDRESS.fullmatch(config.launch.rendezvous or "")
     assert address is not None, "check_nodes comes first"
     return (
@@ -73,9 +74,9 @@ def node_command(config: RunConfig, command: Sequence[str]) -> tuple[str, ...]:
 
 
 def become_node(config: RunConfig, command: Sequence[str], on_cuda: bool) -> NoReturn:
-    """This process becomes the one that starts the ranks of this node: signals and exit code are its own.
+    """Replace this process by the one that starts the ranks of this node, with its signals and exit code.
 
-    WorldError where the nodes have not come together in time.
+    WorldError if the nodes have not connected in time.
     """
     meet(config)
     words = node_command(config, command)
@@ -85,8 +86,8 @@ def become_node(config: RunConfig, command: Sequence[str], on_cuda: bool) -> NoR
 
 
 def meet(config: RunConfig) -> None:
-    """Return once all nodes have come to the rendezvous. torchrun would say of one that is missing neither which it is
-    nor where it was waited for."""
+    """Return once all nodes have connected to the rendezvous. torchrun would report neither which node is missing nor
+    where it was expected."""
     address = ADDRESS.fullmatch(config.launch.rendezvous or "")
     assert address is not None, "check_nodes comes first"
     host, port = address["host"].strip("[]"), int(address["port"])
@@ -98,7 +99,7 @@ def meet(config: RunConfig) -> None:
 
 
 def _receive(host: str, port: int, num_nodes: int, deadline: float, limit_s: float) -> None:
-    """Wait for every other node, then let all of them go on."""
+    """Wait for every other node, then release all of them."""
     came: dict[int, socket.socket] = {}
     try:
         family, both = socket.AF_INET, socket.has_dualstack_ipv6()
@@ -130,7 +131,7 @@ def _receive(host: str, port: int, num_nodes: int, deadline: float, limit_s: flo
 
 
 def _come(host: str, port: int, config: RunConfig, deadline: float) -> None:
-    """Tell node 0 that this one is there, as soon as it listens, and wait for all others to be."""
+    """Connect to node 0 as soon as it listens, and wait for all other nodes."""
     reason = ""
     while (left := deadline - time.monotonic()) > 0:
         try:
@@ -150,5 +151,5 @@ def _come(host: str, port: int, config: RunConfig, deadline: float) -> None:
 
 
 def here(host: str, port: int) -> Network:
-    """The interface of this node towards an address."""
+    """The interface and address of this node towards another address."""
     return network_of(World(master_addr=host, master_port=port), {}, "cpu")

@@ -1,4 +1,5 @@
-"""The ranks of this node as child processes: their command, their environment, an end that leaves nothing behind."""
+"""The ranks of this node as child processes: their command, their environment, and a cleanup that leaves nothing
+behind."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ class Terminated(KeyboardInterrupt):
 
 
 def worker_command(module: str, argument: str, processes: int, python: str | None) -> tuple[str, ...]:
-    """The command that starts so many ranks of a module on this machine, several as forks of one process.
+    """The command that starts `processes` ranks of a module on this machine, several as forks of one process.
 
     Each rank is given `argument`, for a run its directory.
     """
@@ -46,7 +47,7 @@ def rank_command(run_dir: RunDir, run: RunDescription) -> tuple[str, ...]:
 
 
 def rank_environment(environ: Mapping[str, str], processes: int, on_cuda: bool) -> dict[str, str]:
-    """The environment of the ranks of this node: our packages on the path, the cores shared out between them."""
+    """The environment of the ranks of this node: this project on the path, and the cores divided among them."""
     threads = max(len(os.sched_getaffinity(0)) // processes, 1)
     common = {"PYTHONPATH": python_path(environ), "TOKENIZERS_PARALLELISM": "false"}
     hidden = {} if on_cuda else {"CUDA_VISIBLE_DEVICES": ""}
@@ -62,7 +63,7 @@ class StartedRanks:
     memory: SharedMemoryWatch
 
     def look_at_memory(self) -> None:
-        """Note the shared memory that the processes of the run have open now, to be removed behind them."""
+        """Record the shared memory that the processes of the run have open, to remove it at the end."""
         self.memory.look([item.pid for item in processes.of_run(self.mark)])
 
 
@@ -77,7 +78,8 @@ class Signals:
 def started_ranks(
     run_dir: RunDir, run: RunDescription, command: Sequence[str], variables: Mapping[str, str], signals: Signals
 ) -> Iterator[StartedRanks]:
-    """Start the ranks of a run by `command`; whatever ends the block, no process and no shared memory is left of them.
+    """Start the ranks of a run with `command`; however the block ends, none of their processes and none of their shared
+    memory is left.
 
     `variables` are added to their environment.
     """
@@ -109,14 +111,14 @@ def started_ranks(
 
 
 def living(ranks: Sequence[Progress | None], mark: str) -> dict[int, int]:
-    """The process ids of the ranks that live, by rank; a number that another run's process has by now is not one."""
+    """The process ids of the living ranks, by rank; a process id that another run has reused does not count."""
     pids = {process.pid for process in processes.of_run(mark)}
     return {number: rank.pid for number, rank in enumerate(ranks) if rank and rank.pid in pids}
 
 
 @contextlib.contextmanager
 def handled_signals(run_dir: RunDir, run: RunDescription) -> Iterator[Signals]:
-    """Pass SIGUSR1 on to the ranks; raise at the first SIGINT or SIGTERM, unless the end has begun."""
+    """Forward SIGUSR1 to the ranks, and raise at the first SIGINT or SIGTERM, unless the end has begun."""
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():
         yield signals  # only the main thread may set handlers: a caller in Python sees to its own signals

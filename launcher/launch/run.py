@@ -1,7 +1,7 @@
-"""One run from its configuration to its record: prepared, started on this machine or by SLURM, watched to its end.
+"""One run from its configuration to its record: prepared, started on this machine or by SLURM, and watched to its end.
 
-Its directory is made in `run_dir.lifecycle` and its record in `run_dir.gathering`, its processes in `launch.ranks` or
-`launch.slurm`.
+`run_dir.lifecycle` creates its directory, `run_dir.gathering` its record; `launch.ranks` or `launch.slurm` its
+processes.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ LOOK_EVERY = 10  # polls between looks at shared memory
 
 
 def run(config: RunConfig, command: tuple[str, ...] = (), turn: Turn | None = None) -> Record:
-    """Prepare, start and watch one run; its record, which may be there already with `resume=true`.
+    """Prepare, start and watch one run; returns its record, which may exist already with `resume=true`.
 
-    `command` is what composes the same configuration, for the script that makes the run once more; `turn` says which
-    point of a sweep it is. UserError for whatever keeps the run from starting.
+    `command` composes the same configuration, for the script that repeats the run; `turn` is the point of a sweep.
+    UserError if the run cannot start.
     """
     prepared = prepare(config, command)
     check_one_node(prepared.config)
@@ -60,9 +60,9 @@ def run(config: RunConfig, command: tuple[str, ...] = (), turn: Turn | None = No
 
 
 def run_again(run_dir: RunDir, output_dir: str, command: tuple[str, ...] = ()) -> Record:
-    """Make a run once more from its directory alone, with the batch that it had, in a new directory of `output_dir`.
+    """Repeat a run from its directory alone, with the same batch, in a new directory of `output_dir`.
 
-    UserError for a directory that has no run, and for whatever keeps the run from starting.
+    UserError for a directory without a run, and if the run cannot start.
     """
     before = run_dir.read_run()
     config = before.run_config
@@ -77,7 +77,8 @@ def run_again(run_dir: RunDir, output_dir: str, command: tuple[str, ...] = ()) -
 
 
 def start(run_dir: RunDir, turn: Turn | None = None) -> Record:
-    """Start the run in a directory, or go on with it, and watch it to its end; its record. A run that is done stays."""
+    """Start or continue the run in a directory, and watch it to its end; returns its record. A finished run is not
+    repeated."""
     if run_dir.is_done() and (record := run_dir.read_record()):
         return record
     description = run_dir.read_run()
@@ -93,11 +94,11 @@ def start(run_dir: RunDir, turn: Turn | None = None) -> Record:
 
 
 def run_local(run_dir: RunDir, show: Show) -> Record:
-    """Make the next attempt at the run in `run_dir`: start its ranks, watch them to their end, leave nothing behind.
+    """Make the next attempt at the run in `run_dir`: start its ranks, watch them to their end, and clean up.
 
-    Gives the record. SIGUSR1 to this process is passed on to the ranks: they save what they have, and the run can go on
-    later. SIGINT and SIGTERM end it at once; all after the first are passed over, until the record is written.
-    UserError where another process has the run in hand.
+    Returns the record. SIGUSR1 to this process is forwarded to the ranks: they save their work, and the run can be
+    resumed. SIGINT and SIGTERM end it at once; further ones are ignored until the record is written. UserError if
+    another process is running it.
     """
     with run_dir.lock():
         run = replace(run_dir.read_run(), mark=run_dir.mark)
@@ -124,7 +125,7 @@ def run_local(run_dir: RunDir, show: Show) -> Record:
 
 
 def _watch(started: StartedRanks, run_dir: RunDir, run: RunDescription, show: Show) -> Outcome | None:
-    """Poll until the started process ends, or has to be ended; how it did where it was not well."""
+    """Poll until the started process ends, or must be ended; returns the outcome if it did not end successfully."""
     watchdog = Watchdog(run.run_config)
     polls = 0
     while started.process.poll() is None:

@@ -1,4 +1,4 @@
-"""The points of a sweep: each is a fresh set of processes, and what one breaks the next does not feel."""
+"""The points of a sweep; each runs in fresh processes, so that a failure of one does not affect the next."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 ONE_FOR_ALL_ENGINES = ("measure.batch_size",)
-"""Keys that a sweep over engines may give to all of them: those that do not read it say so in a note."""
+"""Keys that a sweep over engines may set for all of them: engines that do not use one print a note."""
 
 NOT_BEGUN = "the sweep was cancelled before this point"
 
@@ -41,7 +41,7 @@ class Point:
 
 
 def points_of(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> list[Point]:
-    """The points of `a=1,2 b=x,y`, composed, the last key fastest."""
+    """The points of `a=1,2 b=x,y`, composed; the last key varies fastest."""
     expanded = expand_sweep(list(overrides), config_dirs)
     if len({item for point in expanded for item in point if item.startswith("speculative=")}) > 1:
         expanded = [without_others(point) for point in expanded]
@@ -56,9 +56,10 @@ def points_of(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> list
 
 
 def run_points(points: Sequence[Point]) -> list[Record]:
-    """Run every point, those of a cluster as jobs after those of this machine; their records in the order of points.
+    """Run every point, those on a cluster as jobs after those on this machine; returns their records in the order of
+    points.
 
-    A line on stderr says of each what became of it. Ctrl-C ends the whole sweep.
+    A line on stderr reports each result. Ctrl-C ends the whole sweep.
     """
     local = [number for number, point in enumerate(points) if point.config.launch.name != "slurm"]
     queued = [number for number in range(len(points)) if number not in local]

@@ -1,4 +1,4 @@
-"""Refuse a `measure.compile` that the run or this machine cannot have."""
+"""Refuse a `measure.compile` that the run or this machine does not support."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COMPILERS = ("g++", "clang++")
 
 
 def check_compile(config: RunConfig, on_cuda: bool) -> None:
-    """Raise ConfigError for a way of making steps that cannot be had."""
+    """Raise ConfigError for a compilation mode that is not available."""
     way, backend = config.measure.compile, config.backend
     if way is Compile.inductor and config.launch.name == "local" and not has_compiler():
         fact = f"measure.compile=inductor generates C++, but there is no compiler ({' or '.join(COMPILERS)})."
@@ -41,5 +41,5 @@ def check_compile(config: RunConfig, on_cuda: bool) -> None:
 
 
 def has_compiler() -> bool:
-    """True if torch's inductor finds a C++ compiler: that of CXX, or one of the usual ones."""
+    """True if torch's inductor finds a C++ compiler: that of CXX, or a common one."""
     return any(shutil.which(name) for name in (os.environ.get("CXX"), *COMPILERS) if name)

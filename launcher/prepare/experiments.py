@@ -1,4 +1,4 @@
-"""Published measurements against the ceilings of the hardware that they were made on."""
+"""Published measurements compared with the limits of their hardware."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from launcher.results.record import Record
 
 FASTEST_OF_THE_TIME = "h100"
-"""The card with the most bandwidth when the articles were written: a bound where they do not name theirs."""
+"""The GPU with the highest bandwidth when the articles were written: a bound for articles that do not name theirs."""
 
 BYTES_OF_A_LETTER_TOKEN = 4
 
 
 @dataclass(frozen=True, slots=True)
 class PublishedFigure:
-    """A published figure, the best that its hardware allows, and the share of that which was reached.
+    """A published figure, the best value that its hardware allows, and the share of it that was reached.
 
-    `limit` is in the unit of the figure: the most tokens/s, the least seconds, the planned memory. None where it is not
-    known. `objection` is the arithmetic by which the figure cannot be true.
+    `limit` is in the unit of the figure: the most tokens/s, the least seconds, the planned memory; None if not known.
+    `objection` is a calculation that shows why the figure cannot be true.
     """
 
     name: str
@@ -42,7 +42,7 @@ class PublishedFigure:
 
 
 def check_experiment(config: RunConfig) -> None:
-    """Raise ConfigError for an experiment that needs what this launcher does not have yet."""
+    """Raise ConfigError for an experiment that needs an option that this launcher does not have yet."""
     experiment = config.experiment
     if experiment.name is not None and experiment.needs:
         raise ConfigError(
@@ -54,7 +54,7 @@ def check_experiment(config: RunConfig) -> None:
 def published_plan(config: RunConfig, hardware: str) -> Plan | None:
     """The plan of an experiment on `hardware`.
 
-    None for an engine without a plan, where it does not fit there, and for a model or prompts of another place.
+    None for an engine without a plan, if it does not fit, and for a model or prompts that are not available.
     """
     if config.model.config is None or not config.prompts.texts:
         return None
@@ -87,9 +87,9 @@ def published_plan(config: RunConfig, hardware: str) -> Plan | None:
 
 
 def published_figures(config: RunConfig, asks: bool = True) -> list[PublishedFigure]:
-    """The figures of an experiment beside the limits of its hardware, or of the fastest of its time.
+    """The figures of an experiment with the limits of its hardware, or of the fastest hardware of its time.
 
-    Without `asks` there are no limits of models whose shapes transformers would have to be asked for, which takes time.
+    Without `asks` there are no limits for models whose shapes only transformers knows, since asking it takes time.
     """
     experiment = config.experiment
     hardware = experiment.hardware or f"{config.devices}x{FASTEST_OF_THE_TIME}"

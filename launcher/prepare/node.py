@@ -19,10 +19,10 @@ WORKER_PACKAGES = ("msgspec", "psutil", "tokenizers", "pynvml")  # what a rank n
 
 
 def check_node(config: RunConfig) -> bool:
-    """True for a run on CUDA, here for good; ConfigError for packages and devices that this machine lacks.
+    """True for a run on CUDA; ConfigError for packages and devices that this machine lacks.
 
-    A plan for another machine needs neither. The machine that submits to SLURM says nothing of the nodes: there it is
-    on CUDA where the job asks for GPUs.
+    A plan for another machine needs neither. The machine that submits to SLURM says nothing about the nodes: there a
+    run is on CUDA if the job requests GPUs.
     """
     if config.dry_run and (other := other_machine(config)) is not None:
         return other[0].kind == "cuda" and config.backend.uses_devices
@@ -46,7 +46,8 @@ def check_node(config: RunConfig) -> bool:
 
 
 def _check_packages(config: RunConfig) -> None:
-    """The engine's packages must be there, in this environment or in that of `backend.python`, but for a container."""
+    """Check that the engine's packages are installed, in this environment or in that of `backend.python`; not inside a
+    container."""
     backend, python, key = config.backend, config.backend.python, "backend.python"
     if config.launch.name == "slurm" and (config.cluster.container or config.dry_run):
         return

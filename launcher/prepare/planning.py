@@ -1,4 +1,4 @@
-"""RunConfig -> a request of `shards.plan.plan`."""
+"""Convert a RunConfig to a request of `shards.plan.plan`."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def plan_of(
     on_cuda: bool,
     at_once: int | None = None,
 ) -> Plan | None:
-    """The plan of a run on this machine; PlanError where the model cannot be cut so, or a part does not fit.
+    """The plan of a run on this machine; PlanError if the model cannot be cut like this, or a part does not fit.
 
-    Memory is that of the longest prompt, the ceilings are those of the prompts as they are, or of `at_once` of them on
-    all devices together. None where the memory of the engine is not known here.
+    Memory is planned for the longest prompt, ceilings for the actual prompts, or for `at_once` of them on all devices
+    together. None if the engine has no planner.
     """
     quantization = quantization_of(config, model_config, on_cuda)
     planner = config.backend.planner(config, model_config, on_cuda)
@@ -100,10 +100,10 @@ def plan_of(
 
 
 def short_memory(config: RunConfig, plan: Plan, tensors: Mapping[str, TensorEntry] | None) -> str | None:
-    """A line on the memory of the ranks of this node without GPUs, where less of it is free.
+    """A line if the ranks of this node need more main memory than is free.
 
-    Weights that `shards.load` reads stay in their files, mapped, if they need no cast; activations are estimates, and
-    not counted. On CUDA that is what is offloaded to main memory.
+    Weights that `shards.load` reads stay in their mapped files if they need no cast; activations are estimates, and not
+    counted. On CUDA it counts weights offloaded to main memory.
     """
     if config.launch.name == "slurm" or config.machine is not None:
         return None
@@ -127,16 +127,16 @@ def short_memory(config: RunConfig, plan: Plan, tensors: Mapping[str, TensorEntr
 
 
 def default_planners() -> tuple[EnginePlanner, ...]:
-    """Each engine that can be planned, with its options as they are if nobody changes them."""
+    """Each engine that can be planned, with its default options."""
     return tuple(kind.planner_class() for kind in engines().values() if kind.planner_class)
 
 
 def paces(
     config: RunConfig, plan_for: Callable[[RunConfig, int | None], Plan | None], at_once: int
 ) -> dict[str, float]:
-    """The decode ceiling of each engine that could do a run in place of its own, in tokens/s, fastest first.
+    """The decode ceiling of each engine that could perform a run instead of its own, in tokens/s, fastest first.
 
-    All of them with the same number of prompts at once.
+    All with the same number of prompts at a time.
     """
     ceilings = {}
     for name, kind in engines().items():
@@ -153,7 +153,7 @@ def paces(
 
 
 def quantization_of(config: RunConfig, model_config: TransformersConfig, on_cuda: bool) -> Quantization | None:
-    """The way in which a run holds its weights; PlanError for a quantized checkpoint that its engine cannot read."""
+    """The format of a run's weights; PlanError for a quantized checkpoint that its engine cannot read."""
     name, backend = config.quantization.name, config.backend
     if config.quantization is not WeightFormat.none and name not in backend.quantizations:
         able = [kind for kind, engine in engines().items() if name in engine.quantizations]
@@ -182,8 +182,8 @@ def quantization_of(config: RunConfig, model_config: TransformersConfig, on_cuda
 
 
 def _devices(config: RunConfig, on_cuda: bool) -> tuple[Device, Link | None]:
-    """The device and link of the ranks: of a cluster the card that is named, with no figures where none is. The link
-    between nodes is not known but by `link`."""
+    """The device and link of the ranks; on a cluster the configured GPU, without figures if none is configured. The
+    link between nodes is only known from `link`."""
     device: Device
     link: Link | None
     if (other := other_machine(config)) is not None:
@@ -204,9 +204,11 @@ def _devices(config: RunConfig, on_cuda: bool) -> tuple[Device, Link | None]:
 
 
 def _batches(config: RunConfig, prompts: Sequence[Prompt], request: PlanRequest) -> JsonObject:
-    """The prompts that one rank answers at once, at most and in the mean over its calls, and their mean length: with
-    continuous batching all that the engine takes, in slots as many as these, else those of a call, padded to the
-    longest of it."""
+    """The prompts that one rank answers at a time, at most and on average over its calls, and their mean length.
+
+    With continuous batching these are all prompts in the engine or its slots, otherwise those of a call, padded to its
+    longest.
+    """
     mean_tokens = sum(len(prompt.token_ids) for prompt in prompts) / len(prompts)
     if config.backend.continuous_batching:
         at_once = len(prompts)

@@ -1,4 +1,5 @@
-"""RunConfig -> a run that can start. What the user can fix is found here, before any process."""
+"""Convert a RunConfig to a run that can start. Mistakes that the user can fix are found here, before any process
+starts."""
 
 from __future__ import annotations
 
@@ -45,8 +46,8 @@ HEAD = "lm_head.weight"
 
 
 def prepare(config: RunConfig, command: tuple[str, ...], given: Sequence[Prompt] = ()) -> Run:
-    """Resolve, check and plan a run, of the prompts of its configuration or those that are given as token ids. Nothing
-    is written. Raises UserError."""
+    """Resolve, check and plan a run, with the prompts of its configuration or those given as token ids. Writes nothing.
+    Raises UserError."""
     check_experiment(config)
     if config.launch.name not in ("local", "slurm"):
         raise ConfigError(f"launch.name={config.launch.name} is not known.", "launch=local, or launch=slurm")
@@ -106,8 +107,8 @@ def prepare(config: RunConfig, command: tuple[str, ...], given: Sequence[Prompt]
 
 
 def _settle_model(config: RunConfig, model_config: TransformersConfig, notes: list[str]) -> RunConfig:
-    """The run with the folders of its adapters, which must be such as can be had; in static batches, with a note,
-    where the model cannot have slots."""
+    """The run with the folders of its adapters, after checking them; in static batches, with a note, if the model does
+    not support slots."""
     if config.backend.has_slots and config.is_continuous and not config.speculative.is_on:
         reason = why_static(model_config, config.model.trust_remote_code)
         if reason is not None:
@@ -120,7 +121,7 @@ def _settle_model(config: RunConfig, model_config: TransformersConfig, notes: li
 
 
 def _adapter_folder(path: str) -> str:
-    """The folder of an adapter, which must be one that can be had here."""
+    """The folder of an adapter; ConfigError if it is not available."""
     folder = absolute(Path(path))
     if path.startswith("embedded:"):
         folder = EMBEDDED / path.removeprefix("embedded:")
@@ -131,8 +132,8 @@ def _adapter_folder(path: str) -> str:
 def _tensors(
     config: RunConfig, folder: Path | None, model_config: TransformersConfig, notes: list[str]
 ) -> Mapping[str, TensorEntry] | None:
-    """The tensors of the checkpoint, which must be those of the model, as far as that is known before transformers has
-    built it; None without a checkpoint, or for one of pytorch_model*.bin, which only a rank can read, by torch."""
+    """The tensors of the checkpoint, checked against the model as far as possible before transformers has built it;
+    None without a checkpoint, or for pytorch_model*.bin, which only a rank can read, with torch."""
     if folder is None or config.model.weights is not Weights.auto or not config.backend.uses_weights:
         return None
     if config.dry_run and not has_weights(folder):
@@ -160,7 +161,7 @@ def _notes(
     plan: Plan | None,
     on_cuda: bool,
 ) -> list[str]:
-    """Lines that the user should read before the run."""
+    """Notes that the user should read before the run."""
     notes = []
     if config.backend.continuous_batching and config.measure.batch_size != MeasureConfig().batch_size:
         # of a file, as of an experiment that is made again with another engine: of the command line it is refused
@@ -178,8 +179,8 @@ def _notes(
 
 
 def model_folder(config: RunConfig) -> Path | None:
-    """The folder of the model on this machine; None where shapes are enough (random weights, dry run, random tokens for
-    a server)."""
+    """The folder of the model on this machine; None if its shapes are enough (random weights, dry run, random tokens
+    for a server)."""
     path = config.model.path
     if folder := embedded_folder(path, "model.path"):
         return folder

@@ -1,4 +1,4 @@
-"""Prepare speculative decoding: check that the model can, and find a draft model's folder and shape."""
+"""Prepare speculative decoding: check the model's support, and find a draft model's folder and shape."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def settle_guesses(config: RunConfig, model_config: TransformersConfig, longest: int) -> RunConfig:
-    """The run with the folder of its draft model; ConfigError for a model or a draft that cannot be had together.
+    """The run with the folder of its draft model; ConfigError for a model and a draft that do not work together.
 
     `longest` is the most tokens of a prompt and its answer.
     """

@@ -17,11 +17,11 @@ from shards.machine.rates import this_machine
 TITLE = """# All engines compared with equivalent code without this project
 
 tokens/s: new tokens of all prompts divided by the time of the call, median of the rounds with minimum and maximum.
-Contestants take turns, and the others are stopped meanwhile; ratios are medians of the ratios of each round. The ceiling is
-what the measured rates of the machine allow for the planned steps. Same: prompts with the same answer as model.generate; in
-bf16 another order of additions may change it. Load: until the first prompt can be answered. vllm.LLM runs with its own
-defaults, and so with as many threads in each worker as there are cores; backend=vllm divides the cores among its workers,
-and scripts/benchmarks/vllm_overhead.py compares the two with equal threads.
+Contestants take turns, and the others are stopped meanwhile; ratios are medians of the ratios of each round. The
+ceiling is what the measured rates of the machine allow for the planned steps. Same: prompts with the same answer as
+model.generate; in bf16 another order of additions may change it. Load: until the first prompt can be answered.
+vllm.LLM runs with its own defaults, and so with as many threads in each worker as there are cores; backend=vllm
+divides the cores among its workers, and scripts/benchmarks/vllm_overhead.py compares the two with equal threads.
 """
 HEADER = "| contestant | tokens/s (min … max) | rounds | of model.generate | of reference | of ceiling | same | load |"
 RULE = "|---|---|---|---|---|---|---|---|"

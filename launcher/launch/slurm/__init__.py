@@ -1,1 +1,1 @@
-"""Runs as jobs of a SLURM cluster: the batch script, the job and its end, arrays of jobs for sweeps."""
+"""Runs as jobs of a SLURM cluster: the batch script, the job and its end, job arrays for sweeps."""

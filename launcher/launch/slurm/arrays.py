@@ -1,6 +1,6 @@
-"""Runs as jobs of SLURM: one, or the points of a sweep as arrays of jobs that ask for the same.
+"""Runs as SLURM jobs: a single one, or the points of a sweep as job arrays, one array for points with equal resources.
 
-Each point keeps its own run directory with what every rank left there, and its own script to submit it again.
+Each point has its own run directory with everything its ranks wrote, and its own script to submit it again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DETACHED = 130  # exit code of a command that Ctrl-C has ended, and whose jobs g
 
 
 class Detached(KeyboardInterrupt):
-    """Ctrl-C while jobs were followed: they go on."""
+    """Ctrl-C while following jobs, which continue."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class _PointOnDisk:
-    """A point as the folder of its sweep keeps it: the run directory by its name, a record of any version."""
+    """A point as stored in the folder of its sweep: the run directory by its name, a record of any version."""
 
     overrides: tuple[str, ...]
     run_dir: str | None = None
@@ -58,7 +58,7 @@ class _PointOnDisk:
 
 
 def submit_run(run_dir: RunDir) -> str:
-    """Submit one run; the number of its job. UserError where it is in a job already."""
+    """Submit one run; returns the number of its job. UserError if it is in a job already."""
     if active := jobs.active([run_dir]):
         [(job, state)] = active.values()
         raise UserError(f"{run_dir} is in job {job}, which is {state}.", f"wait for its end, or scancel {job}")
@@ -74,10 +74,10 @@ def _write_script(run_dir: RunDir) -> None:
 
 
 def submit_points(folder: Path, points: Sequence[Point]) -> tuple[dict[str, RunDir], list[Point]]:
-    """Submit the points that are to run, those with equal demands as one array; their jobs, and all points.
+    """Submit the points to run, those with equal resources as one array; returns their jobs, and all points.
 
-    A point that is in a job already stays in it. The scripts lie in `folder`, beside the run directories. What SLURM
-    refuses has a record now.
+    A point that is in a job already stays in it. The scripts are in `folder`, next to the run directories. Points that
+    SLURM refuses get a record.
     """
     to_run = [point.run_dir for point in points if point.run_dir is not None and point.record is None]
     active = jobs.active(to_run)
@@ -107,7 +107,7 @@ def submit_points(folder: Path, points: Sequence[Point]) -> tuple[dict[str, RunD
 
 
 def write_points(folder: Path, points: Sequence[Point]) -> None:
-    """Keep the points of a sweep in its folder, which is beside the run directories."""
+    """Store the points of a sweep in its folder, next to the run directories."""
     rows = []
     for point in points:
         row = _PointOnDisk(point.overrides)
@@ -120,7 +120,7 @@ def write_points(folder: Path, points: Sequence[Point]) -> None:
 
 
 def read_points(folder: Path) -> list[Point]:
-    """The points of the sweep of a folder, none where it is no such folder."""
+    """The points of the sweep in a folder; none if it is not the folder of a sweep."""
     points = []
     for row in read_typed(folder / POINTS, list[_PointOnDisk]) or []:
         point = Point(row.overrides)
@@ -139,9 +139,9 @@ def follow(
     poll_s: float,
     ended: Callable[[RunDir, Record], None] = lambda *_: None,
 ) -> dict[RunDir, Record]:
-    """Follow jobs to their end, with a word on stderr for each change: run directory -> record.
+    """Follow jobs to their end, with a line on stderr for each change; returns run directory -> record.
 
-    Ctrl-C stops the following, not the jobs: Detached, after a line that says how to see them again or end them.
+    Ctrl-C stops following, not the jobs: Detached, after a line that says how to follow or cancel them.
     """
     out = console(stderr=True)
     records = {}
@@ -165,7 +165,7 @@ def how_to_go_on(runs: Mapping[str, RunDir], folder: Path) -> str:
 
 
 def run_job(run_dir: RunDir) -> Record:
-    """Submit the run and follow it: its record; with `launch.wait=false` what is known of it until there is one."""
+    """Submit the run and follow it; returns its record. With `launch.wait=false` the record so far."""
     run = run_dir.read_run()
     launch = run.run_config.launch
     job = submit_run(run_dir)
@@ -176,9 +176,9 @@ def run_job(run_dir: RunDir) -> Record:
 
 
 def run_points(asked: Sequence[tuple[RunConfig, tuple[str, ...]]]) -> list[Record]:
-    """Run configurations, each with its command, as jobs; their records in order.
+    """Run configurations, each with its command, as jobs; returns their records in order.
 
-    With `launch.wait=false` what is known of the runs until there are records.
+    With `launch.wait=false` the records so far.
     """
     points = []
     for config, command in asked:

@@ -1,9 +1,10 @@
-"""The end of a batch script: goes on later, or writes the record.
+"""The end of a batch script: queue the job again, or write the record.
 
 `python -m launcher.launch.slurm.end RUN_DIR CODE [HOW]`
 
-CODE is what srun ended with; HOW is `1` where the script itself was told to end (scancel, time limit, requeue), `final`
-where the job cannot be queued again, else empty. Exit code 75: queue the job again; else 0 ok, 2 refused, 1 otherwise.
+CODE is the exit code of srun; HOW is `1` if the script itself was told to end (scancel, time limit, requeue), `final`
+if the job cannot be queued again, otherwise empty. Exit code 75: queue the job again; else 0 ok, 2 refused, 1
+otherwise.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ EXIT_CODES = {"ok": 0, "refused": 2}
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit code of the batch script."""
+    """Decide how the batch script ends; returns its exit code."""
     run_dir, code, how = RunDir(Path(arguments[0])), int(arguments[1]), (*arguments[2:], "")[0]
     count = run_dir.read_run().world_size
     ranks: list[str | None] = []
@@ -62,7 +63,7 @@ def is_stopped(ranks: Sequence[str | None], code: int) -> bool:
 
 
 def _may_go_on(run_dir: RunDir, environ: Mapping[str, str]) -> bool:
-    """True if the job may be queued again: that is allowed, and one of its last two attempts made some progress."""
+    """True if the job may be queued again: it is allowed, and one of its last two attempts made progress."""
     cluster = run_dir.read_run().run_config.cluster
     if not cluster.requeue or int(environ.get("SLURM_RESTART_COUNT", 0)) >= cluster.max_requeues:
         return False
@@ -71,7 +72,7 @@ def _may_go_on(run_dir: RunDir, environ: Mapping[str, str]) -> bool:
 
 
 def _at_time_limit(environ: Mapping[str, str]) -> bool:
-    """True if SLURM says that the job has used up its time; False if SLURM does not answer."""
+    """True if SLURM reports that the job has used up its time; False if SLURM does not answer."""
     command = ["squeue", "-h", "-j", environ.get("SLURM_JOB_ID", ""), "-o", "%L"]
     try:
         left = subprocess.run(command, capture_output=True, text=True, timeout=2, check=True).stdout.strip()

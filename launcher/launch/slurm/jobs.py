@@ -1,4 +1,4 @@
-"""Jobs of SLURM: submitted, looked up, followed to their end. What became of them is in their run directories."""
+"""SLURM jobs: submit, query, follow. Their results are in their run directories."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ POSITION_EVERY = 5  # looks at the own jobs between two at the whole queue
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A job in SLURM's words; `reason` says why it waits."""
+    """A job in SLURM's terms; `reason` is why it waits."""
 
     name: str
     reason: str = ""
@@ -66,7 +66,8 @@ class State:
 
 
 def submit(folder: Path, script: str = SLURM_SCRIPT) -> str:
-    """Submit the batch script in `folder`; the number of the job. UserError with SLURM's words where it refuses."""
+    """Submit the batch script in `folder`; returns the number of the job. UserError with SLURM's message if it
+    refuses."""
     if shutil.which("sbatch") is None:
         raise not_found("sbatch")
     done = subprocess.run(
@@ -83,12 +84,12 @@ def submit(folder: Path, script: str = SLURM_SCRIPT) -> str:
 
 
 def environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of SLURM's programs: nothing of a job that this process itself may be part of."""
+    """The environment for SLURM's programs, without variables of a job that this process may be part of."""
     return {key: value for key, value in environ.items() if not key.startswith("SLURM_") or key in KEPT}
 
 
 def look(jobs: Sequence[str]) -> dict[str, State] | None:
-    """The state of each job, FORGOTTEN where SLURM no longer knows it; None while SLURM does not answer."""
+    """The state of each job, FORGOTTEN if SLURM no longer knows it; None if SLURM does not answer."""
     form = "JobArrayID:|,State:|,Reason:|,RestartCnt:|"
     answer = _squeue("--array", "-t", "all", f"--jobs={','.join(jobs)}", "-O", form)
     if answer is None:
@@ -103,7 +104,8 @@ def look(jobs: Sequence[str]) -> dict[str, State] | None:
 
 
 def settled(jobs: Sequence[str], sure: Collection[str] = ()) -> dict[str, State] | None:
-    """The states of `look`, where a job is over only if it is so twice: a requeued job passes through such states.
+    """The states of `look`; a job counts as over only after two equal answers, because a requeued job passes through
+    such states.
 
     Those in `sure` are believed at once.
     """
@@ -122,10 +124,8 @@ def settled(jobs: Sequence[str], sure: Collection[str] = ()) -> dict[str, State]
 
 
 def active(run_dirs: Sequence[RunDir]) -> dict[RunDir, tuple[str, State]]:
-    """The runs that are in a job which is not over, with its number and state; UserError while SLURM does not answer:
-
-    another job for such a run would end its ranks.
-    """
+    """The runs that are in an unfinished job, with its number and state; UserError if SLURM does not answer, since a
+    second job for such a run would end its ranks."""
     runs = {job: run_dir for run_dir in run_dirs if (job := run_dir.read_job()) is not None}
     if not runs:
         return {}
@@ -165,7 +165,7 @@ def position(job: str) -> str:
 
 
 def close(run_dir: RunDir, state: State) -> Record:
-    """The record of a job that is over: its own, or one made of what its ranks have left."""
+    """The record of a job that is over: its own, or one gathered from what its ranks left."""
     status, message = ENDS[state.name]
     deadline = time.monotonic()
     if state.name in ("COMPLETED", "FAILED"):
@@ -178,7 +178,7 @@ def close(run_dir: RunDir, state: State) -> Record:
 
 
 class Follower:
-    """Looks at jobs until all are over. `say(job, text)` is told what is new, `show(ranks)` how far the first is."""
+    """Polls jobs until all are over. `say(job, text)` reports news, `show(ranks)` the progress of the first job."""
 
     def __init__(
         self,
@@ -193,7 +193,7 @@ class Follower:
         self.looks = 0
 
     def follow(self, poll_s: float) -> Iterator[tuple[str, Record]]:
-        """Each job with its record as soon as it is over."""
+        """Yield each job with its record as soon as it is over."""
         open_jobs = list(self.runs)
         while open_jobs:
             states = look(open_jobs) or {}
@@ -213,7 +213,7 @@ class Follower:
                 time.sleep(poll_s)
 
     def _tell(self, job: str, before: State | None, state: State) -> None:
-        """The whole lines that the job's log has gained, and its state and place in the queue where they are new."""
+        """Report new complete lines of the job's log, and changes of its state and position in the queue."""
         with contextlib.suppress(FileNotFoundError), self.runs[job].slurm_log.open("rb") as file:
             file.seek(self.read[job])
             new = file.read()

@@ -1,4 +1,4 @@
-"""The batch script of a run for SLURM, as text. No path stands in a #SBATCH line, all else is quoted for bash."""
+"""The SLURM batch script of a run, as text. No #SBATCH line contains a path; everything else is quoted for bash."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FREE_PORT = (  # below those that Linux gives to outgoing connections, which cou
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Settings that determine the batch script; runs with equal ones share an array."""
+    """The settings that determine a batch script; runs with equal settings share an array."""
 
     cluster: ClusterConfig
     num_nodes: int
@@ -45,7 +45,7 @@ class Job:
 
     @property
     def cpus_per_task(self) -> int:
-        """Cores of a task: of the cluster's own number, or as many as its cards need."""
+        """Cores of a task: as configured, or as many as its GPUs need."""
         if self.cluster.cpus_per_task is not None:
             return self.cluster.cpus_per_task
         if self.on_cuda:
@@ -75,15 +75,16 @@ def job_of(run: RunDescription) -> Job:
 
 
 def name_of(run: RunDescription) -> str:
-    """A name for the job that no other has, of letters that SLURM and every shell take as they are."""
+    """A unique name for the job, in letters that SLURM and every shell accept."""
     text = f"{run.config['backend']['name']}_{run.config['model']['name']}_x{run.num_devices}"
     return re.sub(r"[^A-Za-z0-9_.-]", "_", text) + f"-{run.mark[:6]}"
 
 
 def sbatch_text(job: Job, name: str, points: Sequence[str] = ()) -> str:
-    """The batch script of a run, to be submitted from its directory; or of an array, from the one `points` are beside.
+    """The batch script of a run, to be submitted from its directory; or of an array, from the directory that contains
+    the `points`.
 
-    The job ends 0 where every rank is ok, 2 where it was refused, 1 otherwise; 75 where it is queued again.
+    The exit code of the job is 0 if every rank is ok, 2 if it was refused, 75 if it is queued again, 1 otherwise.
     """
     cluster = job.cluster
     words: dict[str, object] = {
@@ -119,8 +120,8 @@ def sbatch_text(job: Job, name: str, points: Sequence[str] = ()) -> str:
 
 
 def _command_lines(job: Job, points: Sequence[str]) -> Iterator[str]:
-    """The commands of the script: to find its run directory, with its log and those of the ranks; to set the
-    environment; to run the ranks; to have the end of the attempt judged."""
+    """The commands of the script: find the run directory, with its log and those of the ranks; set the environment; run
+    the ranks; evaluate the end of the attempt."""
     cluster = job.cluster
     yield "# Submit it from the directory that it is in: sbatch " + SLURM_SCRIPT
     if points:

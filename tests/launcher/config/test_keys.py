@@ -186,7 +186,7 @@ def test_in_processes_of_their_own(tmp_path: Path) -> None:
         (["+model@draft=tiny_draft"], "model@draft is not a key"),
         (["+backend/other=fsdp"], "backend/other is not a key"),
         (["hydra.verbose=true"], "hydra.verbose is not a key"),
-        (["~sampling"], "~sampling would take sampling which every run needs. HINT: leave ~sampling out"),
+        (["~sampling"], "~sampling would remove sampling, which every run needs. HINT: leave ~sampling out"),
         (["~cluster=default"], "~cluster=default would remove cluster"),
         (["model=[tiny_llama,tiny_falcon]"], "model=[tiny_llama,tiny_falcon] is not one of "),
         (["seed=1,2"], "seed=1,2 has several values, which are a sweep. HINT: -m seed=1,2"),
