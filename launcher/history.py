@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 FIGURE = "new_tokens_per_s"
 MOST_NAMED = 3
-"""So many things that differ from the run before are named in the table; the JSON has all."""
+"""The most differences from the previous run that the table names; the JSON has all."""
 
 
 @dataclass(frozen=True, slots=True)

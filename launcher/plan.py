@@ -69,7 +69,7 @@ SOURCES = {
     "fp8_block": "an fp8 checkpoint, or a run with quantization=fp8_block",
     "int4_g128": "a GPTQ or AWQ checkpoint of 4 bits in groups of 128",
 }
-"""Where the weights of a quantization come from that is asked for by name."""
+"""Sources of weights in a quantization format."""
 
 
 def main(argv: Sequence[str]) -> int:

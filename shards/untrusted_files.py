@@ -26,7 +26,7 @@ MAX_DIGITS = 18
 """Of a whole number: those of 64 bits."""
 
 _UNUSUAL = re.compile(rf"\d{{{MAX_DIGITS + 1}}}|[eE]\+?\d{{3}}|NaN|Infinity")
-"""What a number out of bounds has in it; most texts have it nowhere, and are read without looking at each number."""
+"""The form of a number that may be out of bounds; texts without it, as most are, need no check of each number."""
 
 
 def open_regular(path: Path) -> BinaryIO:

@@ -1,1 +1,1 @@
-"""Smaller checkpoints made of a checkpoint: pruned, or quantized, before any run."""
+"""Smaller checkpoints from existing ones: pruned or quantized, before any run."""

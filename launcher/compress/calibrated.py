@@ -35,7 +35,7 @@ def recipe(method: str, ratio: float, pattern: str, scheme: str) -> Any:
 
 
 def with_plain_layers(model: nn.Module) -> nn.Module:
-    """The model with nn.Linear in place of classes derived from it, which llm-compressor passes over."""
+    """The model with nn.Linear in place of derived classes, which llm-compressor skips."""
     for module in model.modules():
         if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
             module.__class__ = nn.Linear

@@ -1,4 +1,4 @@
-"""The importance of weights by the gradients of a loss, for pruning what is coupled together."""
+"""The importance of weights by the gradients of a loss, for pruning coupled structures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The request for a compression, checked, and the bytes that it will hold. No torch."""
+"""The checked request for a compression, and the memory that it needs. No torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ EXAMPLE = "python -m launcher.compress model=tiny_llama method=magnitude ratio=0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """`ratio` of the values (or columns and heads) go; `scheme` is that of quantized weights."""
+    """`ratio` of the values (or columns and heads) are removed; `scheme` is that of quantized weights."""
 
     model: str
     method: str
@@ -52,7 +52,7 @@ class Request:
 
 
 def read_request(items: Sequence[str]) -> Request:
-    """The request in `key=value` arguments; ConfigError for one that cannot be."""
+    """The request in `key=value` arguments; ConfigError for an invalid one."""
     values: dict[str, str] = {}
     for item in items:
         key, equals, value = item.partition("=")
@@ -123,7 +123,7 @@ def _ratio(text: str, pattern: str) -> float:
 
 
 def matrices(shape: ModelShape, tensors: dict[str, TensorEntry]) -> dict[str, Parameter]:
-    """The matrices of the decoder layers, by their names in the checkpoint; ConfigError where they have others."""
+    """The matrices of the decoder layers, by their names in the checkpoint; ConfigError for other names."""
     named = {p.name: p for p in shape.parameters if p.layer is not None and len(p.shape) == 2}
     missing = [name for name in named if name not in tensors]
     if missing:
@@ -135,7 +135,7 @@ def matrices(shape: ModelShape, tensors: dict[str, TensorEntry]) -> dict[str, Pa
 
 
 def check_shapes(request: Request, chosen: dict[str, Parameter]) -> None:
-    """ConfigError for a matrix that the method cannot make smaller."""
+    """ConfigError for a matrix that the method cannot compress."""
     for name, parameter in chosen.items():
         inputs = parameter.shape[1]
         if request.pattern == "2:4" and inputs % 4:
@@ -151,7 +151,7 @@ def group_of(*inputs: int) -> int | None:
 
 
 def planned(request: Request, chosen: dict[str, Parameter], tensors: dict[str, TensorEntry]) -> list[str]:
-    """Lines on what will be read, held and written, and what is to be expected of it."""
+    """Lines about what will be read, held and written, and what to expect from it."""
     total = sum(entry.nbytes for entry in tensors.values())
     inside = sum(tensors[name].nbytes for name in chosen)
     values = sum(prod(parameter.shape) for parameter in chosen.values())

@@ -1,4 +1,4 @@
-"""What is made of a checkpoint here, one decoder layer at a time: it is written as it comes."""
+"""Compression of a checkpoint in this process, one decoder layer at a time, written as it is made."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COLUMNS_TOGETHER = 64
 
 
 class Writer:
-    """Tensors into .safetensors files of some 2 GB, with their index."""
+    """Writes tensors into .safetensors files of about 2 GB, with their index."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.waiting, self.files = folder, Tensors(), 0
@@ -61,7 +61,7 @@ class Writer:
 def write_compressed(
     request: Request, checkpoint: Checkpoint, chosen: dict[str, Parameter], config: dict[str, Any], folder: Path
 ) -> str:
-    """Write the compressed checkpoint into a folder; gives a line on what was made."""
+    """Write the compressed checkpoint into a folder; returns a line about the result."""
     writer, before = Writer(folder), 0
     new_config = dict(config)
     scores: Tensors | None = None
@@ -97,7 +97,7 @@ def write_compressed(
 
 
 def by_layer(checkpoint: Checkpoint) -> Iterator[Tensors]:
-    """The tensors of a checkpoint, those of a decoder layer together."""
+    """The tensors of a checkpoint, grouped by decoder layer."""
     groups: dict[int | None, list[str]] = {}
     for name in checkpoint.tensors:
         groups.setdefault(layer_of(name), []).append(name)
@@ -110,12 +110,12 @@ def by_layer(checkpoint: Checkpoint) -> Iterator[Tensors]:
 
 
 def group(chosen: dict[str, Parameter]) -> int:
-    """The inputs that share a scale in all matrices."""
+    """The number of inputs that share a scale, in all matrices."""
     return group_of(*{parameter.shape[1] for parameter in chosen.values()}) or 0
 
 
 def pruned(weight: torch.Tensor, ratio: float, pattern: str) -> torch.Tensor:
-    """A matrix with zeros in the place of its smallest values: of all of it, or two of each four in a row."""
+    """A matrix whose smallest values are replaced by zeros: over the whole matrix, or two of each four in a row."""
     size = weight.float().abs()
     if pattern == "2:4":
         fours = size.view(len(size), -1, 4)
@@ -129,7 +129,7 @@ def pruned(weight: torch.Tensor, ratio: float, pattern: str) -> torch.Tensor:
 
 
 def rounded(name: str, weight: torch.Tensor, scheme: str, group: int) -> Tensors:
-    """The tensors that compressed-tensors stores of a matrix, its values rounded to the nearest."""
+    """The tensors that compressed-tensors stores for a matrix, with values rounded to the nearest."""
     prefix, values = name.removesuffix("weight"), weight.float()
     if scheme == "w8a8":
         scale = (values.abs().amax(1, keepdim=True) / 127.5).clamp_(min=torch.finfo(torch.float32).tiny)
@@ -149,7 +149,7 @@ def rounded(name: str, weight: torch.Tensor, scheme: str, group: int) -> Tensors
 
 
 def quantization_config(scheme: str, group: int) -> dict[str, Any]:
-    """compressed-tensors' own words for a scheme."""
+    """The description of a scheme in the format of compressed-tensors."""
     weights: dict[str, Any] = {
         "num_bits": 4,
         "type": "int",
@@ -170,8 +170,8 @@ def quantization_config(scheme: str, group: int) -> dict[str, Any]:
 
 
 def narrowed(tensors: Tensors, scores: Tensors, config: dict[str, Any], ratio: float) -> tuple[Tensors, dict[str, int]]:
-    """The tensors of a decoder layer without its inner columns and heads of the least scores, summed over the weights
-    that go together, and what the config then says."""
+    """The tensors of a decoder layer without the inner columns and heads with the lowest scores (summed over coupled
+    weights), and the resulting config."""
     leaves = {".".join(name.split(".")[-3:]): name for name in tensors}
     smaller = dict(tensors)
     if "mlp.dense_h_to_4h.weight" in leaves:
@@ -206,8 +206,8 @@ def _strongest(
     ratio: float,
     multiple_of: int | None = None,
 ) -> torch.Tensor:
-    """The units of so many rows of the inward matrices, and columns of the outward one, that are left, in order; where
-    `multiple_of` has to be a multiple of their number, the next that is."""
+    """The remaining units in order; a unit has `unit` rows of the inward matrices and columns of the outward one. If
+    `multiple_of` must be a multiple of their number, the next such number is kept."""
     strength = scores[leaves[f"{outward}.weight"]].sum(0).view(-1, unit).sum(1)
     for name in inward:
         strength = strength + scores[leaves[f"{name}.weight"]].sum(1).view(-1, unit).sum(1)

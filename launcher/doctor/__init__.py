@@ -1,1 +1,1 @@
-"""Try each engine on this machine in a process of its own: `python -m launcher.doctor`."""
+"""Try each engine on this machine in its own process: `python -m launcher.doctor`."""

@@ -45,7 +45,7 @@ AT_ONCE = 2  # imports of engines are heavy
 
 
 def check_engine(one: Engine, on_gpus: bool) -> Check:
-    """The line of one engine; a build for CPUs on a machine with GPUs is a warning."""
+    """The line of one engine; a CPU build on a machine with GPUs is a warning."""
     versions = ", ".join(f"{module} {version or '?'}" for module, version in one.versions.items())
     if one.error is not None:
         state: State = "broken"
@@ -62,7 +62,8 @@ def check_engine(one: Engine, on_gpus: bool) -> Check:
 
 
 def _mend_engine(one: Engine, on_gpus: bool) -> str:
-    """The lock is what is known to work together; the CPU build of vLLM cannot be had in another way."""
+    """The command that fixes an engine: the lock is known to work together; the CPU build of vLLM is not available in
+    another way."""
     try:
         kind = registry.load_engine(one.name)
     except ConfigError as error:
@@ -74,7 +75,7 @@ def _mend_engine(one: Engine, on_gpus: bool) -> str:
 
 
 def check_devices(found: JsonObject | None, reason: str, machine: host.Host) -> list[Check]:
-    """The cards and what joins them, then the processor."""
+    """The GPUs and their links, then the CPU."""
     parts = [machine.cpu or platform.machine(), f"{machine.cores} cores for this process"]
     if machine.numa_nodes == 1:
         parts.append("1 NUMA node")
@@ -87,7 +88,7 @@ def check_devices(found: JsonObject | None, reason: str, machine: host.Host) -> 
 
 
 def check_memory(machine: host.Host) -> Check:
-    """Memory of the machine, and of the container where that is less."""
+    """Memory of the machine, and of the container if it is less."""
     memory = f"{size(machine.memory_bytes)}, {size(machine.memory_available_bytes)} available"
     limit = machine.memory_limit_bytes
     if limit is not None and (machine.memory_bytes is None or limit < machine.memory_bytes):
@@ -96,7 +97,7 @@ def check_memory(machine: host.Host) -> Check:
 
 
 def check_system(machine: host.Host) -> list[Check]:
-    """Check what engines and clusters need beside Python packages."""
+    """Check what engines and clusters need besides Python packages."""
     tools = [path for path in map(host.find_tool, ("sbatch", "srun", "squeue")) if path]
     slurm = Check("system", "SLURM client", "note", ", ".join(tools) or "none; only launching on a cluster needs it")
     if len(tools) == 3:
@@ -114,7 +115,7 @@ def check_system(machine: host.Host) -> list[Check]:
 
 
 def check_shared_memory(machine: host.Host) -> Check:
-    """The room in which ranks of one machine exchange tensors."""
+    """The space in which ranks of one machine exchange tensors."""
     shared = machine.shared_memory_bytes
     fact = f"{size(shared)}, {size(machine.shared_memory_free_bytes)} free"
     if shared is None or shared < host.SHARED_MEMORY_WANTED:
@@ -124,7 +125,7 @@ def check_shared_memory(machine: host.Host) -> Check:
 
 
 def check_locked_memory(machine: host.Host) -> Check:
-    """The limit of memory that InfiniBand may read and write by itself."""
+    """The limit of memory that InfiniBand may access directly."""
     locked = machine.locked_memory_bytes
     if locked is None:
         return Check("system", "locked memory", "ok", "unlimited")
@@ -142,7 +143,7 @@ def _tool(name: str, purpose: str, mend: str) -> Check:
 
 
 def examine(timeout_s: float) -> JsonObject:
-    """Everything, as plain JSON values; takes as long as the engines take to import."""
+    """All checks, as plain JSON values; takes as long as the engines take to import."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         asked = pool.submit(nvml)
         engines = list(pool.map(lambda name: engine(name, timeout_s), registry.names()))
@@ -165,7 +166,7 @@ def examine(timeout_s: float) -> JsonObject:
 
 
 def show(found: JsonObject) -> None:
-    """Print the table; as plain lines where rich is not there to draw it."""
+    """Print the table, without rich as plain lines."""
     if Console is None:
         for check in found["checks"]:
             line = f"{check['state']:<8} {check['name']:<14} {check['found']}"
@@ -189,7 +190,7 @@ def show(found: JsonObject) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
-    """The command line; ConfigError for what is wrong with it."""
+    """Parse the command line; ConfigError for mistakes."""
     parser = Parser(
         prog="python -m launcher.doctor", description="Check what works on this machine, and how to fix the rest."
     )
@@ -199,7 +200,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Always 0: what is missing is a line of the table. 2 for a wrong argument."""
+    """Always 0: problems are lines of the table. 2 for a wrong argument."""
     try:
         arguments = parse(argv)
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""The cards of a machine, what joins them, and what engines on them need of the machine. Standard library only."""
+"""The GPUs of a machine, their links, and what engines need to use them. Standard library only."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ HIDDEN = 2 << 30
 
 
 def check_cards(found: JsonObject | None, reason: str) -> list[Check]:
-    """The cards and what joins them; a note where there are none."""
+    """The GPUs and their links; a note if there are none."""
     if not (found or {}).get("gpus"):
         fact = f"none: {reason or 'NVML is silent'}"
         if found is not None:
@@ -71,7 +71,7 @@ def _facts(gpu: JsonObject, found: JsonObject) -> list[str]:
 
 
 def _problems(gpu: JsonObject, gpus: Sequence[JsonObject]) -> tuple[State, list[str], str]:
-    """Problems that keep a run off a card or distort it, the gravest first, with the remedy for that one."""
+    """Problems that prevent a run on a GPU or distort it, the most serious first, with the fix for that one."""
     index = gpu["index"]
     findings: list[tuple[State, str, str]] = []
     if gpu["mig"]:
@@ -104,7 +104,7 @@ def _problems(gpu: JsonObject, gpus: Sequence[JsonObject]) -> tuple[State, list[
 
 
 def _users(gpu: JsonObject) -> str:
-    """The processes that hold memory of a card; in a container the driver may not show all of them."""
+    """The processes that hold memory of a GPU; in a container the driver may not show all of them."""
     if gpu["processes"]:
         shown = (f"process {pid} ({host.process_name(pid)}, {size(held)})" for pid, held in gpu["processes"])
         return ", ".join(shown)
@@ -129,9 +129,9 @@ def _check_link(link: JsonObject) -> Check:
 
 
 def check_cuda(found: JsonObject | None, built_for: Sequence[str]) -> list[Check]:
-    """Check what CUDA engines need: a driver that runs them, a compiler with Python's headers, perhaps nvcc.
+    """Check what CUDA engines need: a driver, a compiler with Python's headers, optionally nvcc.
 
-    `built_for` are the CUDA versions of the torch builds that are installed; where there are none, that of the lock.
+    `built_for` are the CUDA versions of the installed torch builds; without any, that of the lock.
     """
     if not (found or {}).get("gpus"):
         return []
@@ -150,7 +150,7 @@ def check_cuda(found: JsonObject | None, built_for: Sequence[str]) -> list[Check
 
 
 def _check_driver(driver: str | None, cuda_driver: int | None, cuda: int | None) -> Check:
-    """Older ones do with NVIDIA's package for forward compatibility, with which they name a newer CUDA."""
+    """Older drivers work with NVIDIA's package for forward compatibility, and then report a newer CUDA."""
     least = LEAST_DRIVERS.get(cuda or 0)
     major = re.match(r"\d+", driver or "")
     if least is None or major is None:
@@ -164,7 +164,7 @@ def _check_driver(driver: str | None, cuda_driver: int | None, cuda: int | None)
 
 
 def locked_cuda() -> int | None:
-    """The major version of CUDA that the packages of the lock are built for; None outside a checkout."""
+    """The major version of CUDA that the locked packages are built for; None outside a checkout."""
     if not LOCK.is_file():
         return None
     match = re.search(r"^nvidia-cuda-runtime==(\d+)", LOCK.read_text(), re.MULTILINE)
@@ -174,7 +174,8 @@ def locked_cuda() -> int | None:
 
 
 def _check_nvcc(cuda: int | None) -> Check:
-    """No engine needs it; vLLM compiles FlashInfer's kernels with it where it is there, so it must be of that CUDA."""
+    """No engine requires it; if it is there, vLLM compiles FlashInfer's kernels with it, so it must match CUDA's
+    version."""
     path = host.find_tool("nvcc")
     if path is None:
         return Check("system", "nvcc", "note", "not found; vLLM does without FlashInfer's kernels")
@@ -186,7 +187,7 @@ def _check_nvcc(cuda: int | None) -> Check:
 
 
 def check_compiler() -> list[Check]:
-    """A C compiler and Python's headers: vLLM on CUDA compiles its kernels' launchers, DeepSpeed its CPU operation."""
+    """A C compiler and Python's headers: vLLM on CUDA compiles kernel launchers, DeepSpeed its CPU operation."""
     named = os.environ.get("CC")
     if named:
         compiler = host.find_tool(named)

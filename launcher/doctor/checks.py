@@ -12,7 +12,7 @@ State = Literal["ok", "note", "warning", "missing", "broken"]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the table: what was found, and the one command that mends it where something is to mend."""
+    """One line of the table: the finding, and the command that fixes it if something is wrong."""
 
     section: str
     name: str
@@ -22,7 +22,7 @@ class Check:
 
 
 def size(value: int | None) -> str:
-    """GiB for a reader, MiB where that would be nothing."""
+    """GiB as text, MiB if that would be 0."""
     if value is None:
         return "?"
     if value >= GIB // 2:

@@ -1,4 +1,4 @@
-"""A description of this machine: processor, memory, tools, limits. Standard library only."""
+"""A description of this machine: CPU, memory, tools, limits. Standard library only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SPEED_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """Processor and memory in bytes; None is not known. `memory_limit_bytes` is the container's, where it has one."""
+    """CPU and memory in bytes; None is not known. `memory_limit_bytes` is the container's, if it has one."""
 
     cpu: str | None
     cores: int
@@ -76,12 +76,12 @@ def describe() -> Host:
 
 
 def find_tool(name: str) -> str | None:
-    """The path of a program: on PATH, or beside the interpreter, where an environment that is not activated has it."""
+    """The path of a program: on PATH, or next to the interpreter, where an environment that is not activated has it."""
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
 def process_name(pid: int) -> str:
-    """The name of a process; it may be hidden, or gone."""
+    """The name of a process; it may be hidden, or have ended."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
     return "not visible from here"

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def attempt(name: str, part: str = "") -> JsonObject:
-    """The version of module `name` once it is imported, or `missing`, or why it cannot be, in one line.
+    """The version of module `name` after importing it, `missing`, or a one-line error.
 
-    `part` is asked of a module that imports its parts when they are first used.
+    `part` is an attribute of a module that imports its parts on first use.
     """
     try:
         if importlib.util.find_spec(name) is None:
@@ -41,7 +41,7 @@ def attempt(name: str, part: str = "") -> JsonObject:
 
 
 def main() -> None:
-    """Import the modules on the command line in order, until one cannot be."""
+    """Import the modules on the command line in order, until one fails."""
     out: IO[str] = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for package in sys.argv[1:]:

@@ -1,4 +1,4 @@
-"""Things that may raise, crash or hang, tried in processes of their own. Standard library only."""
+"""Operations that may raise, crash or hang, tried in separate processes. Standard library only."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A process that was tried: its lines on stdout, the last words on stderr, and how it ended (None: time was up)."""
+    """A finished trial: its lines on stdout, the last output on stderr, and its exit code (None: it was timed out)."""
 
     out: list[str]
     last_words: str
@@ -51,7 +51,7 @@ class Ended:
 
 
 def attempt(module: str, arguments: Sequence[str], timeout_s: float) -> Ended:
-    """Run a module of this package in a process of its own; it and its children are killed when the time is up."""
+    """Run a module of this package in its own process; it and its children are killed after the time limit."""
     process = subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         env=os.environ | {"PYTHONPATH": python_path(os.environ)},
@@ -76,7 +76,7 @@ def attempt(module: str, arguments: Sequence[str], timeout_s: float) -> Ended:
 
 
 def engine(name: str, timeout_s: float) -> Engine:
-    """Import what the engine needs and see."""
+    """Try to import the packages of an engine."""
     try:
         packages = engines.load_engine(name).packages
     except ConfigError as error:
@@ -109,7 +109,7 @@ def _objects(lines: Sequence[str]) -> list[JsonObject]:
 
 
 def _end(ended: Ended, timeout_s: float) -> str:
-    """A description of the end of a process that left no message."""
+    """A description of how a process without a message ended."""
     if ended.code is None:
         return f"took more than {timeout_s:g} s"
     if ended.code < 0:
@@ -118,7 +118,7 @@ def _end(ended: Ended, timeout_s: float) -> str:
 
 
 def nvml() -> tuple[JsonObject | None, str]:
-    """The answer of NVML, or None with the reason. Before pynvml is installed nvidia-smi tells some of it."""
+    """The answer of NVML, or None with the reason. Before pynvml is installed nvidia-smi reports a part of it."""
     ended = attempt("shards.machine.nvml", (), NVML_S)
     reports = _objects(ended.out)
     if ended.code == 0 and reports:
@@ -131,7 +131,7 @@ def nvml() -> tuple[JsonObject | None, str]:
 
 
 def nvidia_smi() -> JsonObject | None:
-    """The cards as nvidia-smi lists them, in the form of shards.machine.nvml; None if it does not run."""
+    """The GPUs as nvidia-smi lists them, in the form of shards.machine.nvml; None if it does not run."""
     program = find_tool("nvidia-smi")
     if program is None:
         return None

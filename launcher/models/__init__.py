@@ -11,9 +11,9 @@ EMBEDDED = Path(__file__).parent
 
 
 def embedded_folder(path: str, key: str) -> Path | None:
-    """The folder of an embedded model, None for a path of another kind; ConfigError if there is no such model.
+    """The folder of an embedded model, None for another kind of path; ConfigError for an unknown model.
 
-    `key` is the key that the path was given by.
+    `key` is the key of the path.
     """
     name = path.removeprefix("embedded:")
     if name == path:

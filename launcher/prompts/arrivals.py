@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def arrivals_of(config: RunConfig, prompts: Sequence[Prompt]) -> tuple[float, ...] | None:
-    """The moments in seconds from the start at which prompts come, in their order; None where answers decide that.
+    """The arrival times of prompts in seconds from the start, in order; None without arrival times.
 
     ConfigError for a prompt that has none.
     """
@@ -36,7 +36,7 @@ def arrivals_of(config: RunConfig, prompts: Sequence[Prompt]) -> tuple[float, ..
 
 
 def poisson_arrivals(count: int, rate: float, seed: int) -> tuple[float, ...]:
-    """`count` moments, `rate` a second on average, the same for a seed everywhere."""
+    """`count` arrival times with `rate` per second on average, the same for a seed on every machine."""
     draw = random.Random(seed)
     moment, moments = 0.0, []
     for _ in range(count):
@@ -47,9 +47,9 @@ def poisson_arrivals(count: int, rate: float, seed: int) -> tuple[float, ...]:
 
 @dataclass(slots=True)
 class Pacing:
-    """The prompts of a call whose time has come, for an engine that runs in this process.
+    """The prompts of a call that are due, for an engine that runs in this process.
 
-    `begun` of `count` have; moments are seconds from the start of the call.
+    `begun` of `count` have begun; times are in seconds from the start of the call.
     """
 
     count: int
@@ -63,7 +63,7 @@ class Pacing:
         return cls(len(prompts), config.load.concurrency, arrivals_of(config, prompts))
 
     def due(self, moment: float, open_now: int) -> range:
-        """The places of the prompts that begin now, while `open_now` are being answered; they count as begun."""
+        """The positions of the prompts that begin now, while `open_now` are being answered; they count as begun."""
         end = self.count
         if self.concurrency is not None:
             end = min(end, self.begun + max(self.concurrency - open_now, 0))

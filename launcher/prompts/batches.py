@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def split(prompts: Sequence[Prompt], world: World, config: RunConfig) -> list[Prompt]:
-    """The prompts of this rank: every world_size-th where ranks have prompts of their own, else all of them.
+    """The prompts of this rank: every world_size-th if ranks answer their own prompts, otherwise all.
 
-    The longest come first: prompts of like lengths share a batch, which then has the least padding, ranks have like
-    batches at the same time, and where memory does not suffice, that is seen at once.
+    The longest come first: prompts of similar lengths share a batch, which minimizes padding; ranks have similar
+    batches at the same time; and a shortage of memory shows at once.
     """
     ordered = sorted(prompts, key=lambda prompt: -len(prompt.token_ids))
     if config.splits_prompts:
@@ -26,7 +26,7 @@ def split(prompts: Sequence[Prompt], world: World, config: RunConfig) -> list[Pr
 
 
 def batches(prompts: Sequence[Prompt], size: int, calls: int) -> Iterator[list[Prompt]]:
-    """`calls` batches of at most `size`, the last ones empty where the prompts have run out."""
+    """`calls` batches of at most `size` prompts; the last ones may be empty."""
     return (list(prompts[call * size : (call + 1) * size]) for call in range(calls))
 
 

@@ -1,4 +1,4 @@
-"""Texts as turns of a chat, by the template that comes with a model's tokenizer."""
+"""Texts as turns of a chat, formatted by the model's chat template."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ DAY = "2026-01-01"
 
 
 def chats(texts: Sequence[str], system: str | None, folder: Path) -> list[str]:
-    """Each text as a user's turn, after a system text if there is one, up to where the model answers.
+    """Each text as a user's turn, after a system text if there is one, up to the beginning of the answer.
 
-    ConfigError where the tokenizer in `folder` has no chat template, or its template refuses.
+    ConfigError if the tokenizer in `folder` has no chat template, or its template refuses.
     """
     config: JsonObject = {}
     source: Any

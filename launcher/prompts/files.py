@@ -1,4 +1,4 @@
-"""Prompt files: .txt and stdin have a prompt a line; .jsonl, .json, .csv and .tsv have rows, and a field is read."""
+"""Prompt files: .txt and stdin have one prompt per line; .jsonl, .json, .csv and .tsv have rows with fields."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ENCODING = "utf-8-sig"  # Windows' editors begin a file with a mark of their encoding
 MAX_FIELD_CHARACTERS = 4 << 20
 FIELDS = ("prompt", "text", "question", "instruction", "conversations", "messages")
-"""The fields that are looked for, in this order, where `prompts.field` names none."""
+"""The fields that are tried in this order if `prompts.field` is not set."""
 
 TABLES = {".csv": ",;\t", ".tsv": "\t"}
 ROW_FILES = (".jsonl", ".ndjson", ".json", *TABLES)
@@ -40,14 +40,14 @@ WITH_ARRIVALS = 'load.arrivals=false, or prompts.path= a .jsonl with {"prompt": 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A JSON value or the fields of a table's row, and where in which file it is."""
+    """A JSON value or the fields of a table's row, and its location."""
 
     location: str
     value: Any
 
 
 def read_file(wanted: PromptsConfig) -> list[str]:
-    """The prompts of a file; ConfigError for one that cannot be read, or that has no text where it should."""
+    """The prompts of a file; ConfigError for one that cannot be read, or that lacks a text."""
     assert wanted.path is not None, "a prompt set without a file has texts"
     path = Path(wanted.path)
     if path.suffix.lower() not in ROW_FILES:
@@ -73,7 +73,7 @@ def read_file(wanted: PromptsConfig) -> list[str]:
 
 
 def read_arrivals(wanted: PromptsConfig) -> list[float]:
-    """The moments at which the prompts of a file of rows come, in seconds; ConfigError for a set that has none."""
+    """The arrival times of the prompts in a file of rows, in seconds; ConfigError for a set without them."""
     path = Path(wanted.path or "")
     if path.suffix.lower() not in ROW_FILES:
         fact = f"load.arrivals=true, and prompts={wanted.name} has no arrival times."
@@ -96,7 +96,7 @@ def read_arrivals(wanted: PromptsConfig) -> list[float]:
 
 
 def read_adapters(wanted: PromptsConfig, names: Collection[str]) -> list[str | None]:
-    """The adapter of each prompt of a file of rows, of these `names`; None for the model alone. ConfigError for another
+    """The adapter of each prompt in a file of rows, one of `names`; None for the plain model. ConfigError for another
     name, and for a set that names none."""
     path = Path(wanted.path or "")
     rows = _rows(path) if path.suffix.lower() in ROW_FILES else []
@@ -134,7 +134,7 @@ def _rows(path: Path) -> list[Row]:
 
 
 def _rows_of_table(content: str, path: Path, separators: str) -> list[Row]:
-    """The rows below the first, which names the columns; what separates them is what the first row has most of."""
+    """The rows after the first, which names the columns; the separator is the most frequent one in the first row."""
     first = content.partition("\n")[0]
     reader = csv.reader(io.StringIO(content, newline=""), delimiter=max(separators, key=first.count), strict=True)
     csv.field_size_limit(MAX_FIELD_CHARACTERS)
@@ -158,7 +158,7 @@ def _rows_of_table(content: str, path: Path, separators: str) -> list[Row]:
 
 
 def _usual_field(rows: Sequence[Row], path: Path) -> str:
-    """The first of FIELDS that the first row with fields has; ConfigError where it has none of them."""
+    """The first of FIELDS in the first row with fields; ConfigError if it has none of them."""
     names = next((list(row.value) for row in rows if isinstance(row.value, dict)), list(FIELDS))
     for name in FIELDS:
         if name in names:
@@ -168,8 +168,8 @@ def _usual_field(rows: Sequence[Row], path: Path) -> str:
 
 
 def _question(value: Any) -> str | None:
-    """A text itself, or what is asked first in a conversation: a list of texts, or of turns as OpenAI and ShareGPT have
-    them. None for anything else."""
+    """A text itself, or the first question of a conversation: a list of texts, or of turns as in OpenAI and ShareGPT.
+    None for anything else."""
     turns = value
     if not isinstance(value, list):
         turns = [value]
@@ -185,7 +185,7 @@ def _question(value: Any) -> str | None:
 
 
 def _field_like(field: str, rows: Sequence[Row]) -> str | None:
-    """`prompts.field=` with the name of a field that has a text in the first row, the nearest to `field`."""
+    """`prompts.field=` with the name of the field most similar to `field` that has a text in the first row."""
     first = next((row.value for row in rows if isinstance(row.value, dict)), {})
     names = [name for name, value in first.items() if name and name != field and _question(value)]
     for name in difflib.get_close_matches(field, names, 1, cutoff=0):

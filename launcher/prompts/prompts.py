@@ -1,4 +1,4 @@
-"""A prompt set -> token ids, once for each run, so that every engine is given the same ids."""
+"""A prompt set as token ids, encoded once for each run, so that every engine is given the same ids."""
 
 from __future__ import annotations
 
@@ -57,17 +57,17 @@ def load_prompts(config: RunConfig, folder: Path | None, vocab_size: int) -> lis
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """True if a model's folder has the file that prompts are encoded by."""
+    """True if a model's folder has a tokenizer.json."""
     return (folder / "tokenizer.json").is_file()
 
 
 def is_text_without_tokenizer(config: RunConfig, folder: Path | None) -> bool:
-    """True if the prompts are texts, and the folder of the model has no tokenizer that would encode them."""
+    """True if the prompts are texts, and the folder of the model has no tokenizer for them."""
     return config.prompts.input_tokens is None and (folder is None or not has_tokenizer(folder))
 
 
 def guessed_prompts(config: RunConfig, vocab_size: int) -> list[Prompt]:
-    """Prompts of about the right lengths, for a plan without the model's tokenizer: a token for each 4 bytes."""
+    """Prompts of about the right lengths, for a plan without the model's tokenizer: one token for each 4 bytes."""
     wanted = config.prompts
     if wanted.input_tokens is not None:
         return load_prompts(config, None, vocab_size)
@@ -105,7 +105,7 @@ def read_texts(wanted: PromptsConfig) -> list[str]:
 
 
 def encode(texts: Sequence[str], folder: Path, adds_special_tokens: bool = True) -> list[Prompt]:
-    """Token ids by the model's own tokenizer.json, special tokens added as it says, which a chat has already."""
+    """Token ids by the model's tokenizer.json, with its special tokens, unless they are in a chat already."""
     tokenizer = _tokenizer(folder)
     prompts = [
         Prompt(index, text, tuple(tokenizer.encode(text, add_special_tokens=adds_special_tokens).ids))
@@ -117,7 +117,7 @@ def encode(texts: Sequence[str], folder: Path, adds_special_tokens: bool = True)
 
 
 def decode(completions: Sequence[Sequence[int]], folder: Path | None) -> list[str]:
-    """Texts of token ids, special tokens left out; empty texts where the model has no tokenizer."""
+    """Texts of token ids, without special tokens; empty texts if the model has no tokenizer."""
     if folder is None or not (folder / "tokenizer.json").is_file():
         return ["" for _ in completions]
     tokenizer = _tokenizer(folder)
@@ -134,9 +134,9 @@ def _tokenizer(folder: Path) -> Tokenizer:
 
 
 def synthetic_prompts(count: int, length: int, vocab_size: int, seed: int, shared: int = 0) -> list[Prompt]:
-    """`count` prompts of exactly `length` random token ids, of which the first `shared` are those of all of them.
+    """`count` prompts of exactly `length` random token ids, of which the first `shared` are common to all.
 
-    They are the same for a seed everywhere.
+    They are the same for a seed on every machine.
     """
     draw = random.Random(seed)
     prefix = tuple(draw.randrange(vocab_size) for _ in range(shared))
@@ -145,14 +145,14 @@ def synthetic_prompts(count: int, length: int, vocab_size: int, seed: int, share
 
 
 def sampling_of(config: RunConfig) -> SamplingConfig:
-    """The sampling of the run: a synthetic set fixes the number of new tokens."""
+    """The sampling of the run; a synthetic set fixes the number of new tokens."""
     if config.prompts.output_tokens is None:
         return config.sampling
     return replace(config.sampling, max_new_tokens=config.prompts.output_tokens, ignore_eos=True)
 
 
 def check_context(config: RunConfig, prompts: Sequence[Prompt], context: int | None) -> int:
-    """The most tokens of a prompt and its answer; ConfigError where the context of the model is shorter."""
+    """The most tokens of a prompt and its answer; ConfigError if the model's context is shorter."""
     key, new_tokens = "prompts.output_tokens", config.prompts.output_tokens
     if new_tokens is None:
         key, new_tokens = "sampling.max_new_tokens", config.sampling.max_new_tokens

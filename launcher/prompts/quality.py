@@ -1,4 +1,4 @@
-"""The text that `measure.quality` shows a model, as windows of token ids."""
+"""The text of `measure.quality`, as windows of token ids."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ MOST_TEXT_BYTES = 1 << 20
 
 
 def windows(config: RunConfig, folder: Path | None, context: int | None) -> tuple[tuple[int, ...], ...]:
-    """The first 4,096 tokens of the text in windows of 256, or of the model's context where that is less.
+    """The first 4,096 tokens of the text in windows of 256, or of the model's context if that is shorter.
 
-    Without `measure.quality` none; ConfigError for a text of fewer than two tokens, or a model without a tokenizer.
+    None without `measure.quality`; ConfigError for a text of fewer than two tokens, or a model without a tokenizer.
     """
     text = config.measure.quality
     if text is None:

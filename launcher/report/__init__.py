@@ -1,1 +1,1 @@
-"""Tables and progress for people."""
+"""Tables, pages and progress for people."""

@@ -38,7 +38,7 @@ class _Row:
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
-    """The command line; ConfigError for what is wrong with it."""
+    """Parse the command line; ConfigError for mistakes."""
     parser = Parser(prog="python -m launcher.report", description=(__doc__ or "").partition(": ")[2])
     parser.add_argument("paths", type=Path, metavar="PATH", nargs="+", help="runs, sweeps, or folders of runs")
     parser.add_argument("--html", type=Path, metavar="PAGE", help="write one self-contained page")
@@ -52,7 +52,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 
 def read_runs(paths: Sequence[Path]) -> list[tuple[RunDir, Record]]:
-    """All runs below the paths that have a record, in order, with it; UserError where there is none."""
+    """All runs below the paths that have a record, in order, with their records; UserError if there is none."""
     runs = []
     for path in paths:
         if not path.is_dir():
@@ -69,7 +69,7 @@ def read_runs(paths: Sequence[Path]) -> list[tuple[RunDir, Record]]:
 
 
 def runs_in(path: Path) -> list[RunDir]:
-    """The run in a folder, those of the sweep that it is of, or those of its folders."""
+    """The run in a folder, the runs of its sweep, or the runs in its folders."""
     if RunDir(path).has_record():
         return [RunDir(path)]
     if (path / JSON).is_file():
@@ -81,7 +81,7 @@ def runs_in(path: Path) -> list[RunDir]:
 def write_page(
     runs: Sequence[tuple[RunDir, Record]], page_path: Path | None, folder: Path | None, formats: Sequence[str]
 ) -> None:
-    """The page, the figures as files, or both; UserError where matplotlib is not installed."""
+    """Write the page, the figures as files, or both; UserError if matplotlib is not installed."""
     try:
         sections = importlib.import_module("launcher.report.page.sections")
     except ModuleNotFoundError as error:
@@ -107,7 +107,7 @@ def write_page(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0, or 2 with one line on stderr for what the user can mend."""
+    """Returns 0, or 2 with one line on stderr for a mistake that the user can fix."""
     try:
         arguments = parse(argv)
         formats = arguments.format.split(",")

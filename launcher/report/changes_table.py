@@ -1,4 +1,4 @@
-"""Two runs figure by figure, with a verdict on each, and what else is not the same of them."""
+"""Two runs compared figure by figure, with a verdict on each, and all other differences."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ NAMES = {
 
 
 def show_changes(parts: Sequence[Changes], names: Sequence[str], out: Console) -> None:
-    """Print each run against the base, figure by figure; the first of `names` is the base's."""
+    """Print each run compared with the base, figure by figure; the first of `names` is the base's."""
     for name, part in zip(names[1:], parts, strict=True):
         pair = (f"{names[0]} (base)", name)
         out.print(changes_table(part.figures, pair, out))
@@ -65,7 +65,7 @@ def changes_table(changes: Sequence[FigureChange], names: Sequence[str], out: Co
 
 
 def shown(name: str, values: Values) -> str:
-    """A value with its unit, and the least and most of its repeats."""
+    """A value with its unit, and the minimum and maximum of its repeats."""
     unit: Callable[[float], str] = seconds
     if name in SPEEDS:
         unit = rate

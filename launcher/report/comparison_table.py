@@ -25,7 +25,8 @@ COMPARED_MEMORY = (
 
 
 def show(runs: Sequence[FinishedRun], out: Console) -> list[Comparison]:
-    """Print the first run against each other one, and the memory of all their devices; the comparisons."""
+    """Print the first run compared with each other one, and the memory of all their devices; returns the
+    comparisons."""
     comparisons = [compare(runs[0], other) for other in runs[1:]]
     base, *others = names = labels(runs)
     out.print(table(comparisons, runs, names, out))
@@ -53,7 +54,7 @@ def show(runs: Sequence[FinishedRun], out: Console) -> list[Comparison]:
 
 
 def table(comparisons: Sequence[Comparison], runs: Sequence[FinishedRun], names: Sequence[str], out: Console) -> Table:
-    """The base, and a row for each other run against it."""
+    """A row for the base, and one for each other run compared with it."""
     base = runs[0]
     degenerate = _degenerate(comparisons[0].base_degenerate, len(base.prompts))
     rows = [[f"{escape(names[0])} (base)", "", "", "", degenerate, rate(base.record.new_tokens_per_s), "", ""]]
@@ -106,7 +107,7 @@ def _degenerate(indices: Sequence[int], prompts: int) -> str:
 
 
 def devices(runs: Sequence[FinishedRun], names: Sequence[str], out: Console) -> Table:
-    """The memory of each device of each run; "-" is not known, and the record says why."""
+    """The memory of each device of each run; "-" means not known, with the reason in the record."""
     rows = [(name, device) for run, name in zip(runs, names, strict=True) for device in run.record.devices]
     figures = [figure for figure in COMPARED_MEMORY if any(getattr(device, figure) is not None for _, device in rows)]
     cells = []

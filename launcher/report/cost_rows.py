@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def cost_rows(cost: Cost) -> list[list[str]]:
-    """Time of the processors; energy where it could be read, and money where a price is given."""
+    """CPU time; energy if it could be read, and money if a price is configured."""
     processors = f"user {seconds(cost.user_s)}, system {seconds(cost.system_s)}"
     rows = [["processor time", seconds(cost.user_s + cost.system_s), "", "", processors]]
     if cost.joules_per_token is not None:

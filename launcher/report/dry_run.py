@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def show_plan(run: Run, out: Console) -> None:
-    """Print what a run would hold on each device, and the ceiling of its speed where the device is known."""
+    """Print what a run would use on each device, and its speed limit if the device is known."""
     plan, names = run.plan, f"{run.config.backend.name} · {escape(run.config.model.name)}"
     if plan is not None:
         names += f" · {plan.num_parameters:,} parameters"

@@ -1,4 +1,4 @@
-"""Tables that fit the width they are printed at, and what goes to the terminal or to a program."""
+"""Tables that fit the width of the terminal, and output for terminals and programs."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 WIDTH_WITHOUT_TERMINAL = 140
 LEAST_TEXT = 14
-"""A column of text is folded to no fewer letters."""
+"""The minimum width of a folded text column."""
 
 
 def console(stderr: bool = False) -> Console:
-    """A console that does not break its tables at 80 columns where there is no terminal."""
+    """A console that does not fold its tables at 80 columns when the output is not a terminal."""
     usual = Console(stderr=stderr, highlight=False)
     if usual.is_terminal:
         return usual
@@ -32,7 +32,7 @@ def console(stderr: bool = False) -> Console:
 
 
 def print_json(values: Any, always: bool) -> None:
-    """Print an object as the last line of stdout for the program that reads it; for a person only if asked to."""
+    """Print an object as the last line of stdout for a program; on a terminal only if requested."""
     if sys.stdout is not None and (always or not sys.stdout.isatty()):
         print(json.dumps(values), flush=True)
 
@@ -48,7 +48,7 @@ class _Measured:
 
     @property
     def least(self) -> int:
-        """The width that it needs with its heading, and the words of a text, folded."""
+        """The width of the column with its heading and words folded."""
         needed = max(self.cells, *map(len, self.name.split()), 1)
         if self.is_text:
             return min(needed, LEAST_TEXT)
@@ -56,7 +56,7 @@ class _Measured:
 
     @property
     def whole(self) -> int:
-        """The width that it needs with its heading in one line."""
+        """The width of the column with its heading on one line."""
         return max(self.least, len(self.name))
 
     def column(self, folded: bool) -> Column:
@@ -77,10 +77,10 @@ def fitted(
     caption: str = "",
     styles: Sequence[str] = (),
 ) -> Table:
-    """A table that fits the console with every figure whole. None among the rows is a line between sections.
+    """A table that fits the console without cutting any figure. None among the rows is a separator between sections.
 
-    Where it is too wide, the columns of `texts` and headings are folded, then those of `optional` are left out, the
-    first of them first, which the caption says. `styles` are those of the rows.
+    If it is too wide, the columns of `texts` and the headings are folded; then columns of `optional` are left out, in
+    order, and the caption names them. `styles` are the styles of the rows.
     """
     kept = []
     for index, name in enumerate(columns):
@@ -111,12 +111,12 @@ def counted(number: int, singular: str, plural: str = "") -> str:
 
 
 def rounded(value: Any) -> Any:
-    """A figure to the fourth digit behind the point, a smaller one to four digits that are not leading zeros."""
+    """A value rounded to four decimal places, a smaller one to four significant digits."""
     if isinstance(value, float) and value:
         return round(value, max(4, 3 - math.floor(math.log10(abs(value)))))
     return value
 
 
 def shown(text: str) -> str:
-    """A text of a prompt or an engine for the terminal: what would move its cursor or set its colours is replaced."""
+    """Text of a prompt or an engine for the terminal, with control characters replaced."""
     return "".join("\ufffd" if unicodedata.category(letter) == "Cc" else letter for letter in text.replace("\t", " "))

@@ -1,4 +1,4 @@
-"""The lengths of a prompt set in one line: least, median, most, and a small histogram."""
+"""The lengths of a prompt set on one line: minimum, median, maximum, and a small histogram."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOST_BINS = 16
 
 
 def lengths_line(prompts: Sequence[Prompt]) -> str:
-    """`prompts: 4 of 5 to 8 tokens, median 6, 26 together  5 ▅▅▁█ 8`; a bar stands for equally many lengths."""
+    """`prompts: 4 of 5 to 8 tokens, median 6, 26 together  5 ▅▅▁█ 8`; each bar covers an equal range of lengths."""
     lengths = [len(prompt.token_ids) for prompt in prompts]
     least, most = min(lengths), max(lengths)
     together = f"{sum(lengths):,} together"
@@ -28,7 +28,7 @@ def lengths_line(prompts: Sequence[Prompt]) -> str:
 
 
 def histogram(lengths: Sequence[int]) -> str:
-    """A bar for each of some equally wide ranges from the least to the most; a range without any is a blank."""
+    """A bar for each of several equal ranges from the minimum to the maximum; an empty range is a space."""
     least, most = min(lengths), max(lengths)
     width = -(-(most - least + 1) // MOST_BINS)
     counts = [0] * (-(-(most - least + 1) // width))

@@ -1,4 +1,4 @@
-"""The time to load a model, by its parts."""
+"""The load time of a model in parts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOAD_PARTS = {"read_s": "read", "quantize_s": "quantize", "place_s": "place", "j
 
 
 def load_rows(times: LoadTimes | None, compilation: Compilation | None) -> list[list[str]]:
-    """Rows of the table of a run, where the engine knows the parts, and where it has made steps ahead."""
+    """Rows of a run's table, if the engine measures the parts, and if it has compiled its steps."""
     rows = []
     if compilation is not None and compilation.seconds:
         note = escape(compilation.note or "made before all measurements")

@@ -34,14 +34,14 @@ MEMORY = {
 """The label of each figure of a device's memory."""
 
 DRAFT = {"draft_parameter_bytes": "draft", "draft_cache_bytes": "draft's KV cache"}
-"""Those of a draft model, where there is one."""
+"""The labels for a draft model, if there is one."""
 
 
 PLANNED = "in brackets: as planned"
 LEAST_WANTED = (
     "host anonymous", "tensors", "growth of a step", "fragmented", "KV reserved", "peak reserved", "NVML used",
 )  # fmt: skip
-"""What a narrow terminal does without, the first of them first."""
+"""Columns that are left out on a narrow terminal, in this order."""
 
 
 def device_table(record: Record, out: Console) -> Table:
@@ -65,9 +65,9 @@ def device_table(record: Record, out: Console) -> Table:
 
 
 def phase_table(records: Sequence[Record], out: Console, names: Sequence[str] = ()) -> Table | None:
-    """The peaks of CUDA's allocator in each phase on each device of some runs; None where no device was watched so.
+    """The peaks of CUDA's allocator in each phase on each device of some runs; None if they were not measured.
 
-    `names` are those of several runs.
+    `names` are the names of several runs.
     """
     rows = []
     for name, record in zip(names or ("",) * len(records), records, strict=True):
@@ -89,7 +89,7 @@ def phase_table(records: Sequence[Record], out: Console, names: Sequence[str] = 
 
 
 def _planned(expected: int | None) -> str:
-    """The planned size in brackets, where there is one."""
+    """The planned size in brackets, if there is one."""
     if expected is None:
         return ""
     return f" [dim]({size(expected)})[/]"

@@ -37,7 +37,7 @@ COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One choice: its plan for the batch asked for and for the largest that fits, or why there is none."""
+    """One choice: its plan for the requested batch and for the largest that fits, or the reason why there is none."""
 
     machine: str
     engine: str
@@ -56,7 +56,7 @@ class Row:
 
 
 def cells(row: Row) -> list[str]:
-    """The cells of a row, of its fullest device; dashes where there is no plan."""
+    """The cells of a row, for its fullest device; dashes if there is no plan."""
     names = [row.machine, row.engine]
     if row.quantization:
         names.append(row.quantization)
@@ -80,7 +80,7 @@ def cells(row: Row) -> list[str]:
 
 
 def fastest(rows: Sequence[Row]) -> set[int]:
-    """The places of the rows whose ceiling for one prompt is within 1 % of the highest on that machine.
+    """The indices of rows whose ceiling for one prompt is within 1 % of the highest on that machine.
 
     Rows are compared with those of the same quantization.
     """
@@ -92,14 +92,14 @@ def fastest(rows: Sequence[Row]) -> set[int]:
 
 
 def headings(rows: Sequence[Row]) -> list[str]:
-    """The columns: with the quantization where it was asked for."""
+    """The columns, with the quantization if it was given."""
     if any(row.quantization for row in rows):
         return [*COLUMNS[:2], "quantization", *COLUMNS[2:]]
     return [*COLUMNS]
 
 
 def problems(rows: Sequence[Row]) -> list[str]:
-    """The reasons for choices without a plan, a line each."""
+    """A line for each choice without a plan, with the reason."""
     lines = []
     for row in rows:
         if row.problem:
@@ -108,7 +108,7 @@ def problems(rows: Sequence[Row]) -> list[str]:
 
 
 def show(name: str, model: str, caption: str, rows: Sequence[Row]) -> None:
-    """Print the table, the fastest of each machine in bold, and why some choices have no plan."""
+    """Print the table, the fastest of each machine in bold, and the reasons for choices without a plan."""
     out = console()
     marked = fastest(rows)
     styles = ["" if row.plan else "dim" for row in rows]
@@ -141,7 +141,7 @@ def markdown(name: str, model: str, caption: str, rows: Sequence[Row]) -> str:
 
 
 def as_json(name: str, num_parameters: int, rows: Sequence[Row]) -> str:
-    """The whole plans, one JSON object; null for what a choice has not."""
+    """The complete plans as one JSON object; null for what a choice does not have."""
     choices = [
         {
             "machine": row.machine,
@@ -158,7 +158,8 @@ def as_json(name: str, num_parameters: int, rows: Sequence[Row]) -> str:
 
 
 def show_modules(name: str, shape: ModelShape, dtype_bytes: int) -> None:
-    """Print the parameters of a model by module, those of all layers in one row; `*` stands for their numbers."""
+    """Print the parameters of a model by module, with equal modules of all layers in one row; `*` stands for the layer
+    number."""
     times = Counter((re.sub(r"\.\d+(?=\.)", ".*", parameter.name), parameter.shape) for parameter in shape.parameters)
     rows = []
     for (module, sizes), count in times.items():

@@ -1,6 +1,6 @@
-"""The progress of a run for people: a bar on a terminal, a line every half minute anywhere else.
+"""The progress of a run: a bar on a terminal, a line every half minute elsewhere.
 
-Both are drawn by the watching process from what the ranks write. Of a sweep it is one bar over all points.
+Both are drawn by the watching process from what the ranks write. A sweep has one bar over all points.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RATE_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The place of a run among the points of a sweep, from 1, and the time when the sweep began."""
+    """The position of a run among the points of a sweep, from 1, and the time when the sweep began."""
 
     number: int
     total: int
@@ -50,12 +50,12 @@ class _Rate:
 
 
 class Bars:
-    """One bar for all there is to do: point, stage, share, tokens/s and the time that is left."""
+    """One bar with point, stage, share, tokens/s and the remaining time."""
 
     def __init__(
         self, title: str, console: Console, turn: Turn | None = None, answering: Sequence[int] | None = None
     ) -> None:
-        """`answering` are the ranks whose tokens count: of ranks that answer together, one; None for all of them."""
+        """`answering` are the ranks whose tokens count: one of ranks that answer together; None for all ranks."""
         columns = (
             TextColumn("[bold]{task.fields[title]}[/]"),
             TextColumn("{task.description}"),
@@ -111,7 +111,7 @@ class Bars:
             self._console.print(" · ".join(filter(None, parts)), markup=False, soft_wrap=True)
 
     def seconds_left(self, share: float, now: float) -> float | None:
-        """An estimate from the pace so far, of this point and of those that have ended; None before there is one."""
+        """An estimate from the pace of this point and of finished ones; None before there is one."""
         if not share or self._measuring is None or now == self._measuring:
             return None
         here = (now - self._measuring) * (1 - share) / share
@@ -124,7 +124,7 @@ class Bars:
 
 
 def _left(seconds: float | None) -> str:
-    """The time that is left for a reader; empty before there is an estimate."""
+    """The remaining time as text; empty before there is an estimate."""
     if seconds is None:
         return ""
     if seconds < 60:

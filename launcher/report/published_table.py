@@ -1,4 +1,4 @@
-"""A run of an experiment beside the published figures and the limits of both machines."""
+"""A run of an experiment compared with the published figures and the limits of both machines."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LABELS = {
 
 @dataclass(frozen=True, slots=True)
 class PublishedBeside:
-    """A run of an experiment beside what was published: a row for each figure, and the speeds as numbers."""
+    """A run of an experiment compared with the published figures: a row for each figure, and the speeds as numbers."""
 
     headings: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -38,7 +38,7 @@ class PublishedBeside:
 
 
 def published_beside(record: Record) -> PublishedBeside | None:
-    """Published, measured, and the limits there and here; None for a run of no experiment."""
+    """Published and measured figures, and the limits on both machines; None for a run without an experiment."""
     experiment = record.config.get("experiment") or {}
     if experiment.get("name") is None:
         return None
@@ -86,7 +86,7 @@ def published_table(record: Record) -> Table | None:
 
 
 def figure_text(published: PublishedFigure) -> tuple[str, str, str]:
-    """The figure, its limit and its share of it, for a reader."""
+    """The figure, its limit and its share of it, as text."""
     share = figure(published.share, ".0%")
     if published.objection:
         share = "above the limit"

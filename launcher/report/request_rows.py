@@ -1,4 +1,4 @@
-"""The rows of a report that are about requests: their rates and times, the server that answered, and its client."""
+"""The rows of a report about requests: rates and times, the server, and the client."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MANY_TOGETHER = 0.1  # with so many of them the gaps between parts say little
 
 
 def rate_rows(metrics: Metrics, repeats: str) -> list[Row]:
-    """Requests a second, and those that met the limits."""
+    """Requests per second, and those within the latency limits."""
     rates: dict[str, Spread | None] = {
         "requests/s": metrics.request_throughput,
         "good requests/s": metrics.request_goodput,
@@ -32,7 +32,7 @@ def rate_rows(metrics: Metrics, repeats: str) -> list[Row]:
 
 
 def time_rows(metrics: Metrics) -> list[Row]:
-    """The time of a token after the first, and of a request to its last."""
+    """The time of a token after the first, and of a request to its last token."""
     times: dict[str, Quantiles | None] = {"time per output token": metrics.tpot_s, "request latency": metrics.e2el_s}
     rows: list[Row] = []
     for label, quantiles in times.items():
@@ -43,7 +43,7 @@ def time_rows(metrics: Metrics) -> list[Row]:
 
 
 def serving_rows(serving: Serving) -> list[Row]:
-    """The server, what of its answers was checked, what failed, and what the client took."""
+    """The server, which parts of its answers were checked, the failures, and the client's cost."""
     name = serving.software or serving.dialect
     checked = f"checked: {serving.tokens_checked}"
     if serving.read_otherwise:

@@ -1,4 +1,4 @@
-"""Runs as flat rows, one a run, every swept key a column: for CSV, JSON, Markdown and the page."""
+"""Runs as flat rows, one for each run with a column for each swept key: for CSV, JSON, Markdown and the page."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def swept_keys(records: Sequence[Record]) -> tuple[str, ...]:
 
 
 def flat_values(config: JsonObject) -> JsonObject:
-    """The values of a nested configuration by dotted keys, but for those that no sweep is over."""
+    """The values of a nested configuration by dotted keys, without keys that are never swept."""
     settings = {name: value for name, value in flat(config).items() if name not in NOT_SWEPT}
     return {name: value for name, value in settings.items() if not name.startswith("model.config.")}
 

@@ -1,4 +1,4 @@
-"""The row of a report about guessed tokens, and the cell of a table of runs."""
+"""The row of a report about speculative decoding, and the cell in a table of runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLUMN = "accepted guesses"
 
 
 def speculation_rows(speculation: Speculation | None) -> list[list[str]]:
-    """The share of guesses that held, what a step gave a row by it, and the share of time that guessing took."""
+    """The share of accepted draft tokens, the tokens per row and step, and the share of time spent on drafting."""
     if speculation is None:
         return []
     accepted = speculation.acceptance
@@ -28,7 +28,7 @@ def speculation_rows(speculation: Speculation | None) -> list[list[str]]:
 
 
 def draft_facts(plan: Plan) -> dict[str, str]:
-    """The draft model of a plan that has one."""
+    """The draft model of a plan, if there is one."""
     first = plan.devices[0]
     if not first.draft_parameter_bytes:
         return {}
@@ -37,12 +37,12 @@ def draft_facts(plan: Plan) -> dict[str, str]:
 
 
 def has_guesses(records: Sequence[Record]) -> bool:
-    """True if a table of runs has a column for it."""
+    """True if a table of runs needs a column for speculative decoding."""
     return any(record.metrics is not None and record.metrics.speculation is not None for record in records)
 
 
 def cell(record: Record) -> str:
-    """The share of guesses that held in a run, and what a step gave a row."""
+    """The share of accepted draft tokens in a run, and the tokens per row and step."""
     if record.metrics is None or record.metrics.speculation is None:
         return "-"
     speculation = record.metrics.speculation

@@ -1,4 +1,4 @@
-"""The points of a sweep: a line as each ends, one table at the end, and the JSON line for a program."""
+"""The points of a sweep: a line as each ends, a table at the end, and the JSON line for a program."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FIGURES = ("new tokens/s", "min … max", "ttft p50", "itl p50", "load", "parame
 
 
 def varied(points: Sequence[Sequence[str]]) -> list[dict[str, str]]:
-    """The swept values: of each point the overrides that not all points have, by their keys."""
+    """The swept values: for each point the overrides that not all points have, by key."""
     common: set[str] = set()
     if len(points) > 1:
         common = set.intersection(*map(set, points))
@@ -38,12 +38,12 @@ def varied(points: Sequence[Sequence[str]]) -> list[dict[str, str]]:
 
 
 def named(point: Mapping[str, str]) -> str:
-    """A point by what was swept."""
+    """A point by its swept values."""
     return " ".join(f"{key}={value}" for key, value in point.items())
 
 
 def show_point(point: Mapping[str, str], record: Record, out: Console) -> None:
-    """Print one line as soon as a point of a sweep has ended."""
+    """Print one line when a point of a sweep has ended."""
     if record.status == "ok":
         outcome = f"ok, {rate(record.new_tokens_per_s)} new tokens/s"
     else:
@@ -54,7 +54,7 @@ def show_point(point: Mapping[str, str], record: Record, out: Console) -> None:
 
 
 def show_sweep(records: Sequence[Record], points: Sequence[Mapping[str, str]], out: Console) -> None:
-    """Print one row a point of a sweep, whatever became of it, with a column for each key that was swept."""
+    """Print one row for each point of a sweep, whatever its status, with a column for each swept key."""
     keys = list(dict.fromkeys(key for point in points for key in point))
     columns = [*keys, "status", *FIGURES]
     shows_guesses = has_guesses(records)
@@ -91,8 +91,8 @@ def show_sweep(records: Sequence[Record], points: Sequence[Mapping[str, str]], o
 def sweep_line(
     records: Sequence[Record], points: Sequence[Mapping[str, str]] = (), more: Sequence[str] = ()
 ) -> JsonObject:
-    """The last line of a sweep as an object: how many points ended how, and of each its JSON line with the values of
-    every key that was swept, and `more` of its record."""
+    """The last line of a sweep as an object: the number of points by status, and for each point its JSON line with the
+    swept values, and the fields `more` of its record."""
     lines = [json_line(record, more) for record in records]
     for line, record, point in zip(lines, records, points, strict=False):
         line["swept"] = {key: _value(record.config, key, value) for key, value in point.items()}
@@ -100,7 +100,7 @@ def sweep_line(
 
 
 def _value(config: Mapping[str, Any], key: str, given: str) -> Any:
-    """The value of a key in a composed configuration; of a group the option that was chosen."""
+    """The value of a key in a composed configuration; for a group the chosen option."""
     value: Any = config
     for name in key.split("."):
         if not isinstance(value, dict) or name not in value:

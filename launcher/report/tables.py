@@ -41,10 +41,10 @@ if TYPE_CHECKING:
 
 SHOWN_COMPLETIONS = 8
 WORDS_OF_OURS = ("ProcessDied", "Ended", "Cancelled")
-"""Types of errors that are no exception's name."""
+"""Error types that are not names of exceptions."""
 
 GOES_ON = ("cancelled", "timeout")
-"""How runs end that are finished by resume=true."""
+"""Statuses of runs that resume=true can continue."""
 
 LINE_FIELDS = (
     "status", "backend", "model", "precision", "world_size", "num_devices", "batch_size", "new_tokens_per_s", "ttft_s",
@@ -54,7 +54,7 @@ LINE_FIELDS = (
 
 
 def json_line(record: Record, more: Sequence[str] = ()) -> JsonObject:
-    """The last line of stdout as an object: the figures that a program asks for first, and `more` of the record."""
+    """The last line of stdout as an object: the headline figures, and the fields `more` of the record."""
     line = {name: rounded(getattr(record, name)) for name in (*LINE_FIELDS, *more)}
     if record.error is not None:
         error = to_plain(record.error)
@@ -79,9 +79,9 @@ def error_line(record: Record) -> str:
 
 
 def show(record: Record, began: float = 0.0, only_json: bool = False) -> None:
-    """Print one run: its tables, an error in one line on stderr, and its JSON line as the last of stdout.
+    """Print one run: its tables, its error on one line of stderr, and its JSON line as the last line of stdout.
 
-    One that had ended before `began` was not made now, and a note says so.
+    A note marks a run that had ended before `began` and was not repeated.
     """
     if not only_json:
         show_record(record, console(), began)
@@ -130,7 +130,7 @@ def badge_line(run_dir: RunDir) -> str:
 
 
 def _batching(record: Record) -> str:
-    """The prompts that are answered at once."""
+    """The number of prompts that are answered at a time, as text."""
     engine = engines().get(record.backend)
     if record.batch_size is None or (engine is not None and engine.continuous_batching):
         return "continuous batching"
@@ -159,7 +159,7 @@ def _remarks(record: Record, began: float) -> list[str]:
 
 
 def batch_line(search: BatchSearch) -> str:
-    """The result of the search for the largest batch, and how far the plan was from it."""
+    """The result of the search for the largest batch, compared with the plan."""
     largest, planned = search.largest_batch, search.planned
     line = f"largest batch: {largest} by {counted(len(search.tries), 'try', 'tries')}"
     if search.limited_by != "memory":
@@ -181,7 +181,7 @@ def _completions(completions: Sequence[ReportedCompletion], out: Console) -> Tab
 
 
 def range_of(spread: Spread | None) -> str:
-    """The slowest and the fastest repeat, marked where they are far apart."""
+    """The slowest and the fastest repeat, marked if they are far apart."""
     if spread is None or not spread.min or not spread.max:
         return "-"
     text = f"{rate(spread.min)} … {rate(spread.max)}"

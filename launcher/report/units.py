@@ -1,4 +1,4 @@
-"""Figures with their units, for a reader."""
+"""Figures with their units, as text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from shards.machine.hardware import GIB, MIB
 
 
 def size(value: int | None) -> str:
-    """Bytes for a reader, in MiB or GiB; a dash for what is not known."""
+    """Bytes in MiB or GiB; a dash for None."""
     if value is None:
         return "-"
     if value >= GIB:
@@ -15,7 +15,7 @@ def size(value: int | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """Seconds for a reader, in ms below one."""
+    """Seconds, in ms below one."""
     if value is None:
         return "-"
     if value >= 1:
@@ -24,7 +24,7 @@ def seconds(value: float | None) -> str:
 
 
 def rate(value: float | None) -> str:
-    """Tokens per second for a reader."""
+    """Tokens per second."""
     if value is None:
         return "-"
     if value >= 10:
@@ -33,17 +33,17 @@ def rate(value: float | None) -> str:
 
 
 def count(value: float | None) -> str:
-    """A number of things for a reader."""
+    """A count."""
     return figure(value, ",.10g")
 
 
 def percent(value: float | None) -> str:
-    """A share for a reader."""
+    """A share."""
     return figure(value, ".1%")
 
 
 def figure(value: float | None, form: str, unit: str = "") -> str:
-    """A figure in the form of a format specification, with its unit; a dash for what is not known."""
+    """A figure in a format, with its unit; a dash for None."""
     if value is None:
         return "-"
     return f"{value:{form}} {unit}".rstrip()

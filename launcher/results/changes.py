@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from shards.untrusted_files import JsonObject
 
 SMALLEST = 0.02
-"""A difference of less is none: two starts of one program differ by as much."""
+"""Smaller relative differences do not count: two starts of the same program differ by as much."""
 
 MARGINS = {2: 8.0, 3: 2.0, 4: 1.0}
 MARGIN = 0.25
-"""How many times the wider spread the ranges of so many repeats have to lie apart, at the least, to be different. With
-normal noise that happens to two equal runs by chance in 1 of 250 cases at most."""
+"""By number of repeats: the least gap between the ranges of two different figures, in units of the wider range. With
+normal noise at most 1 of 250 pairs of equal runs exceeds it by chance."""
 
 SPEEDS = ("new_tokens_per_s", "prefill_tokens_per_s", "decode_tokens_per_s")
 TIMES = ("ttft_s", "itl_s", "tpot_s", "e2el_s", "load_s")

@@ -1,7 +1,7 @@
-"""The attempts at a run: what each has left is kept, the next goes on from it, and only the newest may write.
+"""The attempts at a run: the results of each are kept, the next one continues, and only the newest may write.
 
-`python -m launcher.run_dir.attempts RUN_DIR` begins the next attempt and prints its number: for a batch
-script, before it starts the ranks.
+`python -m launcher.run_dir.attempts RUN_DIR` begins the next attempt and prints its number: for a batch script, before
+it starts the ranks.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ ATTEMPT = "LAUNCHER_ATTEMPT"  # the number of the attempt that a rank belongs to
 
 
 def begin(run_dir: RunDir) -> int:
-    """Open the next attempt at the run in `run_dir`; its number, from 1.
+    """Begin the next attempt at the run in `run_dir`; returns its number, from 1.
 
-    Killed at any moment, it can be called again: files are moved, never removed, and what is saved is gathered from
-    all attempts before it.
+    If it is killed at any moment it can be called again: files are moved, never removed, and saved results are gathered
+    from all earlier attempts.
     """
     number = run_dir.read_attempt() + 1
     run_dir.write_attempt(number)  # from here on late ranks of older attempts are mute

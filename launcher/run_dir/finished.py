@@ -1,4 +1,4 @@
-"""A run that ended well, read back from its directory to be compared."""
+"""A successful run, read from its directory for a comparison."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shards.errors import UserError
 
 
 def read_finished(path: Path) -> FinishedRun:
-    """The run in a directory; UserError where there is none, it cannot be read, or it did not end well."""
+    """The run in a directory; UserError if there is none, it cannot be read, or it did not succeed."""
     if not path.is_dir():
         kind, folder = "not there", Path("runs")
         if path.exists():

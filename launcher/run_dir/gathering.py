@@ -1,6 +1,6 @@
-"""The record and the completions of a run, gathered from what its ranks left.
+"""The record and the completions of a run, gathered from what its ranks wrote.
 
-Nothing is lost: completions are those that were saved first, whichever attempt made them.
+Nothing is lost: for each prompt the first saved completion counts, of whatever attempt.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def finish(run_dir: RunDir, outcome: Outcome | None = None) -> Record:
-    """Gather what the ranks left into the record and the completions of the run; both are replaced atomically."""
+    """Gather the results of the ranks into the record and the completions of the run; both are replaced atomically."""
     run = run_dir.read_run()
     prompts, plan = run_dir.read_prompts(), run_dir.read_plan()
     ranks = run_dir.read_ranks(run.world_size)
@@ -94,7 +94,7 @@ def finish(run_dir: RunDir, outcome: Outcome | None = None) -> Record:
 
 
 def _with_load(record: Record, ranks: Sequence[RankResult]) -> Record:
-    """The record with the time that the slowest rank took to load, if all went well."""
+    """The record with the load time of the slowest rank, if the run succeeded."""
     if record.status != "ok":
         return record
     slowest = max(ranks, key=lambda rank: rank.load_s or 0.0)
@@ -124,7 +124,7 @@ def _attempt(number: int, folder: RunDir, world_size: int, repeats: Mapping[int,
 
 
 def _write_completions(run_dir: RunDir, run: RunDescription, prompts: Sequence[Prompt]) -> None:
-    """All completions that this attempt and those before it have saved so far, with their texts."""
+    """Write all completions that this attempt and earlier ones have saved, with their texts."""
     saved: dict[int, SavedCompletion] = {}
     for item in (*run_dir.read_saved().completions, *run_dir.read_rank_completions(run.answering_ranks)):
         saved.setdefault(item.index, item)

@@ -1,6 +1,6 @@
-"""The directory of a run, with all that a rank reads: a new one, or that of an earlier attempt.
+"""The directory of a run, with everything that a rank reads: a new one, or that of an earlier attempt.
 
-And the records of runs without results: that were refused, whose turn never came, or that have not ended.
+Also the records of runs without results: refused, never begun, or unfinished.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 def directory_of(run: Run) -> RunDir:
     """The run directory: a new one, unless `resume=true` and the same run was begun before.
 
-    It is the same run where model, prompts and all of the resolved configuration that says what is run are the same;
-    of several the one that is done, else the latest.
+    Runs are the same if the model, the prompts and the relevant part of the configuration are equal; among several the
+    finished one is chosen, else the latest.
     """
     begun = _begun(run)
     if not begun:
@@ -47,7 +47,8 @@ def directory_of(run: Run) -> RunDir:
 
 
 def create_run_dir(run: Run, batch_search: BatchSearch | None = None) -> RunDir:
-    """A new directory that no other run has, with everything a rank reads, and how its batch was searched if it was."""
+    """Create a new run directory with everything that a rank reads, and the result of the batch search if there was
+    one."""
     run_dir = RunDir(new_folder(run.config))
     description = describe(run, time.time(), uuid.uuid4().hex, batch_search)
     try:
@@ -62,21 +63,21 @@ def create_run_dir(run: Run, batch_search: BatchSearch | None = None) -> RunDir:
 
 
 def new_folder(config: RunConfig, suffix: str = "") -> Path:
-    """A folder in `output_dir` that no other run has; UserError where none can be made."""
+    """Create a new folder in `output_dir`; UserError if that is not possible."""
     model = re.sub(r"[^A-Za-z0-9._-]", "_", config.model.name)[:100]
     name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config.backend.name}_{model}_x{config.num_devices}{suffix}"
     return make_folder(Path(config.output_dir), name)
 
 
 def what_is_run(config: JsonObject) -> JsonObject:
-    """The part of a resolved configuration by which two runs are the same point."""
+    """The part of a resolved configuration that decides whether two runs are the same point."""
     return {name: value for name, value in config.items() if name not in HOW_IT_IS_RUN}
 
 
 def _begun(run: Run) -> list[tuple[RunDir, RunDescription]]:
-    """The directories of the same run that have all that a rank reads; none without `resume=true`.
+    """The complete directories of the same run; none without `resume=true`.
 
-    Those that cannot be read are passed over.
+    Unreadable ones are skipped.
     """
     if not run.config.resume:
         return []
@@ -105,7 +106,7 @@ def refused(config: RunConfig, error: UserError, moment: float, run_dir: RunDir 
 
 
 def refusal(config: RunConfig, error: UserError) -> Record:
-    """The record of a point that is refused, in a directory of its own: with `resume=true` the one it had before."""
+    """The record of a refused point, in its own directory: with `resume=true` in the one of its earlier refusal."""
     try:
         run_dir = _refused(config) or RunDir(new_folder(config))
         run_dir.write_config(yaml.safe_dump(to_dict(config), sort_keys=False))
@@ -116,7 +117,7 @@ def refusal(config: RunConfig, error: UserError) -> Record:
 
 
 def _refused(config: RunConfig) -> RunDir | None:
-    """The first directory in which the same point was refused, with a record and nothing more; for `resume=true`."""
+    """The first directory in which the same point was refused, if it contains only that record; for `resume=true`."""
     if not config.resume:
         return None
     asked = what_is_run(to_dict(config))
@@ -131,7 +132,7 @@ def _refused(config: RunConfig) -> RunDir | None:
 
 
 def never_begun(config: RunConfig, message: str, moment: float) -> Record:
-    """The record of a point whose turn never came."""
+    """The record of a point that was never started."""
     why = RunError(None, "start", "Ended", message, "resume=true")
     return replace(blank(config, "cancelled"), error=why, started_at=moment, ended_at=moment)
 
@@ -153,7 +154,7 @@ def unfinished(run_dir: RunDir, status: str) -> Record:
 
 
 def blank(config: RunConfig, status: str) -> Record:
-    """The record of a run of which nothing but its configuration is known."""
+    """A record that contains only the configuration of a run."""
     batch_size = None  # the engine's own
     if not config.backend.continuous_batching:
         batch_size = config.measure.batch_size

@@ -1,4 +1,4 @@
-"""The lock of a run directory: whoever launches the run has it."""
+"""The lock of a run directory, held by the process that launches the run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """UserError where another process has the lock, which ends with that; none where the file system has no locks."""
+    """Lock a run directory until the process ends; UserError if another process holds the lock. File systems without
+    locks are not locked."""
     descriptor = os.open(folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
     try:
         try:

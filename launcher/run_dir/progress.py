@@ -1,4 +1,4 @@
-"""The progress of one rank in a small file that survives kill -9: for bars, the watchdog and post-mortems."""
+"""The progress of one rank in a small file that survives kill -9: for progress bars, the watchdog and post-mortems."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZE = 256  # one fixed-size line, rewritten in place: a write is one system cal
 
 @dataclass(slots=True)
 class Progress:
-    """The work of one rank now: `stage`, and `done` of `total` in it. `ticks` grows with every sign of life."""
+    """The current work of one rank: `stage`, and `done` of `total` in it. `ticks` grows with every sign of life."""
 
     pid: int = 0
     stage: str = "start"

@@ -22,7 +22,7 @@ FILES = (
     "rank_*.completions.jsonl", "rank_*.repeats.jsonl", "attempt_*/rank_*.json",
     "attempt_*/rank_*.completions.jsonl", "attempt_*/rank_*.repeats.jsonl",
 )  # fmt: skip
-"""What was asked for, and all that the figures and texts of a record are made of; logs are not."""
+"""The files of the request, and all files behind the figures and texts of a record; no logs."""
 
 
 def sealed(record: Record, folder: Path) -> Record:
@@ -57,7 +57,8 @@ def digest(values: JsonObject) -> str:
 
 
 def broken_seal(values: JsonObject, folder: Path) -> list[str]:
-    """A sentence for the record, given as the plain values of its file, and for each file, that is not as written."""
+    """A sentence for each file that has changed since it was written, and for the record, given as the plain values of
+    its file."""
     seal = values.get("seal")
     if not isinstance(seal, dict) or not isinstance(seal.get("files"), dict):
         return ["the record has no hashes, as those of older versions"]

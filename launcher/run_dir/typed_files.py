@@ -1,4 +1,4 @@
-"""JSON files of typed values: what is read back has the right types, or is refused in one line."""
+"""JSON files of typed values: values with wrong types are refused in one line."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Value = TypeVar("Value")
 MAX_RUN_BYTES = 256 << 20  # a record has the time of every token
 AGAIN = "run it again"
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
-"""What values of another origin can raise where they are looked at."""
+"""Exceptions that malformed values can raise when they are checked."""
 
 
 def read_value(path: Path, check: Callable[[Any], Value]) -> Value | None:
-    """The checked value in a JSON file, None where there is no such file; UserError where it cannot be read."""
+    """The checked value in a JSON file, None for a missing file; UserError if it cannot be read."""
     try:
         values = read_json(path, UserError, AGAIN, MAX_RUN_BYTES)
     except FileNotFoundError:
@@ -43,7 +43,7 @@ def read_typed(path: Path, kind: type[Value]) -> Value | None:
 
 
 def read_word(path: Path, form: str) -> str | None:
-    """The one word in a file, None where there is no such file; UserError where it has not the form."""
+    """The single word in a file, None for a missing file; UserError if it does not match the form."""
     try:
         word = read_bytes(path, 100).decode(errors="replace").strip()
     except FileNotFoundError:
@@ -56,12 +56,12 @@ def read_word(path: Path, form: str) -> str | None:
 
 
 def write_typed(path: Path, value: Any) -> None:
-    """Replace a JSON file by a dataclass."""
+    """Write a dataclass as a JSON file, atomically."""
     write_json(path, to_plain(value))
 
 
 def read_typed_lines(path: Path, kind: type[Value]) -> Iterator[Value]:
-    """The values of a JSON-lines file, up to its last whole line; none where there is no such file."""
+    """The values of a JSON-lines file, up to its last complete line; none for a missing file."""
     try:
         for values in read_json_lines(path, UserError, AGAIN, MAX_RUN_BYTES):
             yield decode(values, kind)
@@ -77,7 +77,7 @@ def lines_of(values: Sequence[Any], ensure_ascii: bool = True) -> str:
 
 
 def unreadable(path: Path, error: Exception) -> UserError:
-    """The refusal of a file that is not what a run writes."""
+    """The error for a file that is not a valid file of a run."""
     reason = f"{error}"
     if isinstance(error, KeyError):
         reason = f"it has no {error}"

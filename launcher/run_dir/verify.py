@@ -1,4 +1,4 @@
-"""The checks of a run by its directory: its files, its figures, its record, and the reference beside it."""
+"""The checks of a run from its directory: its files, its figures, its record, and the reference runs next to it."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 WHAT_IS_ASKED = ("model", "precision", "sampling")
 EXACT = "fp32"
-"""In a narrower precision engines may part from the reference where two logits are near each other."""
+"""In narrower precisions engines may differ from the reference where two logits are close."""
 
 
 def verify(run_dir: RunDir, references: Iterable[RunDir] = ()) -> Validity:
-    """All checks of a run that has ended; UserError where its files cannot be read.
+    """All checks of a finished run; UserError if its files cannot be read.
 
-    Of `references` those count that had the same model, prompts and sampling.
+    Of `references` only those with the same model, prompts and sampling count.
     """
     record = run_dir.read_record()
     if record is None:
@@ -54,7 +54,7 @@ def verify(run_dir: RunDir, references: Iterable[RunDir] = ()) -> Validity:
 
 
 def verdict_of(run_dir: RunDir, references: Iterable[RunDir] = ()) -> str:
-    """The badge of a run, `unreadable` where its files cannot be read, and nothing for one that did not end well."""
+    """The badge of a run, `unreadable` if its files cannot be read, and nothing for an unsuccessful run."""
     try:
         record = run_dir.read_record()
         if record is not None and record.status == "ok":
@@ -65,7 +65,7 @@ def verdict_of(run_dir: RunDir, references: Iterable[RunDir] = ()) -> str:
 
 
 def references_in(folder: Path) -> list[RunDir]:
-    """The runs in a folder of an engine that others are held against."""
+    """The runs of a reference engine in a folder."""
     runs = []
     for run_dir in run_dirs_in(folder):
         with contextlib.suppress(UserError):  # one that cannot be read is no reference
@@ -81,7 +81,7 @@ def is_reference(engine: str) -> bool:
 
 
 def check_files(run_dir: RunDir) -> Check:
-    """The record and what it was made of, as they were written."""
+    """Check that the record and its files are unchanged."""
     problems = read_value(run_dir.path / RECORD, lambda values: broken_seal(values, run_dir.path))
     if problems:
         return Check("files", False, "; ".join(problems))
@@ -89,7 +89,7 @@ def check_files(run_dir: RunDir) -> Check:
 
 
 def check_figures(run_dir: RunDir, run: RunDescription, record: Record) -> Check:
-    """The figures at the top of the record follow from the repeats that the ranks have saved."""
+    """Check that the headline figures of the record follow from the repeats saved by the ranks."""
     folders = [*(folder for _, folder in run_dir.earlier_attempts()), run_dir]
     repeats = [ranks for folder in folders for ranks in folder.read_repeats(run.answering_ranks).values()]
     again = figures(repeats, len(run_dir.read_prompts()), run.num_devices)

@@ -1,1 +1,1 @@
-"""An engine behind OpenAI's completions protocol: what a run measures, to be tried by hand and by others' clients."""
+"""An engine behind OpenAI's completions API: the engine of a run, for trying by hand and for other clients."""

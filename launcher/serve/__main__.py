@@ -1,9 +1,9 @@
-"""`python -m launcher.serve [overrides] [--host=H] [--port=P]`: an engine behind OpenAI's completions protocol.
+"""`python -m launcher.serve [overrides] [--host=H] [--port=P]`: an engine behind OpenAI's completions API.
 
     python -m launcher.serve backend=fsdp devices=2 model=tiny_llama --port=8000
     curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "The capital of France is"}'
 
-A batch at a time: requests that come while one is answered wait for its end. Runs until Ctrl-C.
+It answers one batch at a time: requests that arrive meanwhile wait. Runs until Ctrl-C.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LAST_LINES = 15
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
-    """The command line; ConfigError for what is wrong with it."""
+    """Parse the command line; ConfigError for mistakes."""
     parser = Parser(prog="python -m launcher.serve", description="Serve an engine over HTTP until Ctrl-C.")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for python -m launcher")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for everybody who can reach this machine")
@@ -48,7 +48,8 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 once it is interrupted, 1 where the engine fails, 2 where the user can mend it: one line on stderr says how."""
+    """Returns 0 after an interrupt, 1 if the engine fails, 2 for a mistake that the user can fix, explained on
+    stderr."""
     try:
         arguments = parse(argv)
         config = compose_run(arguments.overrides, tuple(arguments.config_dir))
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(run_dir: RunDir, host: str, port: int) -> int:
-    """Start the ranks, say when they answer, and wait for their end or for a signal; nothing of them is left then."""
+    """Start the ranks, report when they answer, and wait for their end or for a signal; then clean up."""
     run = run_dir.read_run()
     command = worker_command("launcher.serve.rank", str(run_dir), run.world_size, run.run_config.backend.python)
     poll_s = START_POLL_S

@@ -31,7 +31,7 @@ VOCABULARY = "prompt has token ids that the model does not have"
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """New tokens of an answer as they come; the last part has the reason of its end, or an error."""
+    """New tokens of an answer; the last part has the finish reason, or an error."""
 
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
@@ -43,10 +43,10 @@ class Part:
 
 
 class Engine(Protocol):
-    """The interface of the engine behind the server; its threads are its own."""
+    """The interface of the engine behind the server; it runs in its own threads."""
 
     def submit(self, wanted: Wanted, deliver: Callable[[Part], None]) -> None:
-        """Answer a request, and give its parts to `deliver` as they come, from whichever thread."""
+        """Answer a request, and pass its parts to `deliver`, from any thread."""
 
     @property
     def failure(self) -> str | None:
@@ -55,7 +55,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """The application for one engine and model. Without a `tokenizer` prompts are token ids, and texts empty."""
+    """The application for one engine and model. Without a `tokenizer` prompts are token ids, and texts are empty."""
 
     engine: Engine
     model: str
@@ -76,12 +76,12 @@ class Service:
         )
 
     async def models(self, request: Request) -> Response:
-        """The one model."""
+        """The list with the single model."""
         entry = {"id": self.model, "object": "model", "owned_by": "launcher", "max_model_len": self.context}
         return JSONResponse({"object": "list", "data": [entry]})
 
     async def health(self, request: Request) -> Response:
-        """200 while the engine answers."""
+        """Status 200 while the engine answers."""
         if self.engine.failure:
             return JSONResponse({"status": self.engine.failure}, 503)
         return JSONResponse({"status": "ok"})
@@ -91,7 +91,7 @@ class Service:
         return JSONResponse({"version": __version__, "engine": self.backend})
 
     async def completions(self, request: Request) -> Response:
-        """An answer, whole or as a stream."""
+        """Answer a request, as a whole or as a stream."""
         try:
             wanted = read_request(json.loads(await request.body()), self.model, self._encode, self.context)
             if max(wanted.token_ids) >= self.vocab_size:
@@ -114,7 +114,7 @@ class Service:
         return ids
 
     async def _answer(self, wanted: Wanted) -> AsyncIterator[Part]:
-        """The parts of an answer as the engine gives them."""
+        """The parts of an answer as the engine makes them."""
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Part] = asyncio.Queue()
 
@@ -153,14 +153,14 @@ class Service:
 
 
 class _Text:
-    """Token ids as text, piece by piece; nothing where there is no tokenizer."""
+    """Incremental decoding of token ids; empty texts without a tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
 
     def add(self, token_ids: tuple[int, ...]) -> str:
-        """The text that these tokens bring to an end."""
+        """The text that these tokens complete."""
         if self._tokenizer is None:
             return ""
         pieces = [self._stream.step(self._tokenizer, token) for token in token_ids]

@@ -1,4 +1,4 @@
-"""Requests on their way to an engine, which answers them batch by batch, and its tokens on their way back."""
+"""Requests collected into batches for an engine, and its tokens on their way back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ INDICES = 2**32  # with the seed above it, an index is torch's 64 bits
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """New tokens of one prompt; the last of them have the reason of the end."""
+    """New tokens of one prompt; the last of them have the finish reason."""
 
     index: int
     token_ids: tuple[int, ...]
@@ -32,7 +32,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Prompts that are answered together, as one call of an engine; an empty one is a sign of life."""
+    """Prompts that are answered together in one call of an engine; an empty one only keeps other ranks alive."""
 
     prompts: tuple[Prompt, ...]
     sampling: SamplingConfig | None
@@ -40,7 +40,7 @@ class Batch:
 
 @dataclass(slots=True)
 class Batches:
-    """The engine of `launcher.serve.app`: threads of HTTP submit, the thread of the engine takes and delivers."""
+    """The engine of `launcher.serve.app`: HTTP threads submit, the engine's thread takes and delivers."""
 
     size: int
     failure: str | None = None
@@ -50,14 +50,14 @@ class Batches:
     _change: threading.Condition = field(default_factory=threading.Condition)
 
     def submit(self, wanted: Wanted, deliver: Callable[[Part], None]) -> None:
-        """Wait for a batch; `deliver` is called from other threads."""
+        """Queue a request; `deliver` is called from other threads."""
         with self._change:
             self._waiting.append((wanted, deliver))
             self._change.notify()
 
     def take(self, patience_s: float) -> Batch:
-        """The next batch: of the requests that wait, the first and those that are sampled as it is. Empty where none
-        comes for so long."""
+        """The next batch: the first waiting request, and those with the same sampling. Empty if none arrives for
+        `patience_s`."""
         with self._change:
             self._change.wait_for(lambda: self._waiting, patience_s)
             if not self._waiting:
@@ -73,7 +73,7 @@ class Batches:
             return Batch(tuple(prompts), sampling)
 
     def deliver(self, news: Sequence[Tokens]) -> None:
-        """Hand new tokens to those who asked for them."""
+        """Pass new tokens to the clients that requested them."""
         for new in news:
             with self._change:
                 if new.finish_reason:
@@ -83,7 +83,7 @@ class Batches:
             give(Part(new.token_ids, new.finish_reason))
 
     def fail(self, message: str) -> None:
-        """Tell everybody that the engine answers no more."""
+        """Tell all clients that the engine has failed."""
         with self._change:
             self.failure = message
             everybody = [*self._asked.values(), *(give for _, give in self._waiting)]
@@ -94,8 +94,8 @@ class Batches:
 
 
 class News:
-    """Collects the new tokens of a batch at each step and passes them on: each token once, with a prompt's last one the
-    reason."""
+    """Collects the new tokens of a batch in each step and passes them on: each token once, with the finish reason of a
+    prompt at its last one."""
 
     def __init__(self, hand_on: Callable[[Sequence[Tokens]], None]) -> None:
         self.hand_on = hand_on
@@ -104,11 +104,11 @@ class News:
         self.ended: set[int] = set()
 
     def on_tokens(self, index: int, token_ids: Sequence[int]) -> None:
-        """New tokens, of an engine that knows them before an answer is whole."""
+        """New tokens of an engine that reports them before an answer is complete."""
         self.fresh.setdefault(index, []).extend(token_ids)
 
     def __call__(self, new_tokens: int, finished: Sequence[Completion] = ()) -> None:
-        """A step has ended."""
+        """Called after each step."""
         news = []
         for completion in finished:
             self.ended.add(completion.index)

@@ -1,4 +1,4 @@
-"""An application on a port of this machine, in a thread of its own."""
+"""An HTTP application on a port of this machine, in its own thread."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ START_S = 30.0
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that takes connections; ConfigError where the address cannot be had."""
+    """A listening socket; ConfigError if the address is not available."""
     family = socket.AF_INET
     if ":" in host:
         family = socket.AF_INET6
@@ -46,7 +46,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 @contextlib.contextmanager
 def serving(app: Starlette, listening: socket.socket) -> Iterator[None]:
-    """Within this context the application answers what comes over a socket."""
+    """A context in which the application answers requests on a socket."""
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True, name="http")
     thread.start()

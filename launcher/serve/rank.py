@@ -1,4 +1,4 @@
-"""One rank of an engine that is served: `python -m launcher.serve.rank RUN_DIR`. The first one has the HTTP side."""
+"""One rank of a served engine: `python -m launcher.serve.rank RUN_DIR`. Rank 0 runs the HTTP server."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SOCKET = "tokens.sock"  # in the run directory: where the other ranks bring thei
 
 
 def main(folder: str) -> None:
-    """Serve until this process is ended: by its parent, by the end of its parent, or by a failure of the engine."""
+    """Serve until this process ends: by its parent, by the end of its parent, or by a failure of the engine."""
     run_dir, world = RunDir(Path(folder)), World.from_env(os.environ)
     enter_world(world)
     guard.start(int(os.environ[PARENT]), guard.Watched(lambda reason: False, lambda outcome, is_alone: None))
@@ -99,11 +99,11 @@ def _serve(run_dir: RunDir, world: World) -> None:
 
 
 def _drop(news: Sequence[Tokens]) -> None:
-    """Ranks that answer together have the same tokens: those of the first are handed on."""
+    """Ranks that answer together have the same tokens: only those of rank 0 are used."""
 
 
 def most_at_once(config: RunConfig, world: World) -> int:
-    """The prompts of one call."""
+    """The number of prompts of one call."""
     if config.is_continuous:
         return MOST_AT_ONCE
     if config.splits_prompts:
@@ -113,14 +113,14 @@ def most_at_once(config: RunConfig, world: World) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Answerer:
-    """The loop of a rank."""
+    """The serving loop of a rank."""
 
     backend: Backend
     config: RunConfig
     world: World
 
     def run(self, next_batch: Callable[[], Batch], hand_on: Callable[[Sequence[Tokens]], None]) -> NoReturn:
-        """Answer batches for ever; `hand_on` is given the tokens of this rank's answers as they come."""
+        """Answer batches for ever; `hand_on` receives the tokens of this rank's answers as they are made."""
         while True:
             batch = next_batch()
             if batch.sampling is None:
@@ -135,7 +135,7 @@ class Answerer:
 
 @contextlib.contextmanager
 def _tokens_of_others(address: str, world: World, backend: Backend, batches: Batches) -> Iterator[None]:
-    """Within this context the other ranks bring the tokens of their answers."""
+    """A context in which the other ranks send the tokens of their answers."""
     if world.world_size == 1:
         yield
         return

@@ -1,4 +1,4 @@
-"""The body of a request to /v1/completions -> what the engine is asked."""
+"""The body of a request to /v1/completions, converted to a request for the engine."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,), "best_of": (1,), "echo": (False,), "logprobs": (), "stop": ("", []), "suffix": ("",),
     "repetition_penalty": (1,), "frequency_penalty": (0,), "presence_penalty": (0,), "min_p": (0,), "logit_bias": ({},),
 }  # fmt: skip
-"""Fields that are not acted on, with the values that ask for nothing; null does so everywhere."""
+"""Unsupported fields, with the values that have no effect; null never has one."""
 
 
 class BadRequestError(ValueError):
-    """A request that the server does not take."""
+    """A request that the server refuses."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """One request: a prompt as token ids, how it is continued, and how the answer is to come."""
+    """One request: a prompt as token ids, its sampling, and the form of the answer."""
 
     model: str
     token_ids: tuple[int, ...]
@@ -37,7 +37,7 @@ class Wanted:
 
 
 def read_request(body: Any, model: str, encode: Callable[[str], list[int]], context: int | None) -> Wanted:
-    """A checked request for `model`; BadRequestError says in one line what is wrong with it."""
+    """A checked request for `model`; BadRequestError with one line for mistakes."""
     if not isinstance(body, dict):
         raise BadRequestError("the body is not a JSON object")
     if body.get("model") not in (None, model):
@@ -67,7 +67,7 @@ def read_request(body: Any, model: str, encode: Callable[[str], list[int]], cont
 
 
 def _prompt_ids(prompt: Any, encode: Callable[[str], list[int]]) -> tuple[int, ...]:
-    """Token ids of a text, or as they are; of a list of several prompts only the one that it may have."""
+    """Token ids of a text, or the given ids; a list must contain a single prompt."""
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         prompt = prompt[0]
     if isinstance(prompt, str):

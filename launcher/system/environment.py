@@ -1,4 +1,4 @@
-"""Versions, code state, hardware and driver that a run was measured on."""
+"""Versions, code state, hardware and driver of a measurement."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class GitState:
 
 @dataclass(frozen=True, slots=True)
 class Gpus:
-    """Names of the cards in the order of the driver, and its versions; None is what the driver does not tell."""
+    """Names of the GPUs in the order of the driver, and its versions; None if the driver does not report them."""
 
     names: tuple[str | None, ...]
     driver: str | None
@@ -72,7 +72,7 @@ def describe() -> Environment:
 
 
 def versions() -> dict[str, str]:
-    """The installed versions of the packages that matter to a measurement: those of all engines among them."""
+    """The installed versions of the packages that matter to a measurement, including those of all engines."""
     of_engines = (name for kind in engines().values() for name in (*kind.modules(), *kind.distributions))
     installed = {}
     for name in dict.fromkeys((*of_engines, *PACKAGES)):
@@ -82,7 +82,7 @@ def versions() -> dict[str, str]:
 
 
 def git_state(folder: Path) -> GitState | None:
-    """The state of the checkout that `folder` is in; None outside of one."""
+    """The state of the checkout that contains `folder`; None outside of one."""
 
     def git(*arguments: str) -> str:
         # Without locks: a rank that is killed meanwhile must not leave one in the checkout.
@@ -105,7 +105,7 @@ def cpu_name() -> str | None:
 
 
 def gpus() -> Gpus | None:
-    """Names of the cards, driver and CUDA version by NVML; None without an NVIDIA driver."""
+    """Names of the GPUs, driver and CUDA version by NVML; None without an NVIDIA driver."""
     known = nvml.versions()
     if known is None:
         return None

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written through a temporary name and a rename."""
+"""Atomic writing of files, through a temporary name and a rename."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 @contextlib.contextmanager
 def writing_in(folder: Path) -> Iterator[None]:
-    """UserError where the file system of `folder` takes no more of what is written in here, or has lost it."""
+    """A context that raises UserError if the file system of `folder` is full, or has disappeared."""
     try:
         yield
     except OSError as error:
@@ -41,12 +41,12 @@ MOST_SIBLINGS = 1000
 
 
 def absolute(path: Path | str) -> Path:
-    """The path without links; one that is a loop of links as it is, which whoever opens it will say."""
+    """The path without links; a loop of links is returned unchanged, and reported when it is opened."""
     return Path(os.path.realpath(path))
 
 
 def sibling(path: Path) -> Path | None:
-    """The regular file beside `path` whose name is most like its own; None where there is none like it."""
+    """The regular file in the folder of `path` with the most similar name; None if there is none."""
     try:
         with os.scandir(path.parent) as entries:
             names = [entry.name for entry in itertools.islice(entries, MOST_SIBLINGS) if entry.is_file()]
@@ -59,7 +59,7 @@ def sibling(path: Path) -> Path | None:
 
 
 def make_folder(parent: Path, name: str) -> Path:
-    """A new folder in `parent`, `name` or that with a number; UserError where none can be made."""
+    """Create a new folder in `parent`, called `name`, or `name` with a number; UserError if that is not possible."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
         for number in itertools.count(1):
@@ -76,7 +76,7 @@ def make_folder(parent: Path, name: str) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text`, so that a reader sees the old file or the new one, never half of it."""
+    """Replace `path` by `text` atomically: a reader sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")  # a file system has many hosts
     try:
         with temporary.open("w", encoding="utf-8", errors="surrogateescape") as file:  # a path may be any bytes
@@ -96,7 +96,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value in `path`, or None where there is no such file."""
+    """The value in `path`, or None for a missing file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -104,7 +104,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_lines(path: Path) -> list[JsonObject]:
-    """The objects of a JSON-lines file, up to its last whole line: what a killed writer left is still readable."""
+    """The objects of a JSON-lines file, up to its last complete line: the file of a killed writer is still readable."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -113,7 +113,7 @@ def read_lines(path: Path) -> list[JsonObject]:
 
 
 def read_end(log: Path) -> str:
-    """The last 256 KiB of a log; empty where there is none."""
+    """The last 256 KiB of a log; empty if it is missing."""
     try:
         with log.open("rb") as stream:
             stream.seek(max(0, log.stat().st_size - LOG_END_BYTES))

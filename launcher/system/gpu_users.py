@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def neighbours(environ: Mapping[str, str], devices: int) -> list[str]:
-    """A sentence for each foreign process that holds memory on the first `devices` cards that `environ` shows."""
+    """A sentence for each process of others that holds memory on the first `devices` GPUs that `environ` shows."""
     uuids = [device.uuid for device in cuda_devices(environ)[:devices] if device.uuid is not None]
     lines = []
     for uuid in uuids:
@@ -30,7 +30,7 @@ HELD = "when the run began"
 
 
 def is_of_a_neighbour(note: str) -> bool:
-    """True if a note of a run is a sentence about a foreign process."""
+    """True if a note of a run is a sentence about a process of others."""
     return note.endswith(HELD)
 
 

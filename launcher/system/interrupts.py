@@ -1,4 +1,4 @@
-"""Ctrl-C while a command is still importing: one line, as it is later (launcher.system.terminal)."""
+"""Ctrl-C while a command is still importing: one line, as later by launcher.system.terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def end_quietly_when_interrupted() -> None:
-    """Make an uncaught interrupt one line and exit code 130 from now on."""
+    """From now on an uncaught interrupt prints one line and gives exit code 130."""
     sys.excepthook = _without_traceback
 
 

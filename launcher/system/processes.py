@@ -19,9 +19,9 @@ GRACE_S = 3.0
 
 
 def of_run(mark: str, variable: str = MARK) -> list[psutil.Process]:
-    """The living processes of a run of this user, this one excepted; ValueError for what is no mark.
+    """The living processes of a run of this user, without this one; ValueError for an invalid mark.
 
-    Another `variable` marks something else in the same way.
+    Another `variable` can mark something else in the same way.
     """
     if not isinstance(mark, str) or not MARK_FORM.fullmatch(mark):
         raise ValueError(f"{mark!r} is no mark of a run")
@@ -36,7 +36,8 @@ def of_run(mark: str, variable: str = MARK) -> list[psutil.Process]:
 
 
 def end_run(mark: str, variable: str = MARK, grace_s: float = GRACE_S) -> int:
-    """End every process of a run: SIGTERM, after a grace SIGKILL, until none is left. Returns how many there were."""
+    """End every process of a run: SIGTERM, and SIGKILL after a grace period, until none is left. Returns their
+    number."""
     ended = set()
     deadline = time.monotonic() + grace_s
     while living := of_run(mark, variable):
@@ -57,6 +58,6 @@ def scratch_prefix(mark: str) -> str:
 
 
 def remove_scratch(mark: str) -> None:
-    """Remove the scratch folders that engines of a run have named after it in the temporary directory."""
+    """Remove the scratch folders of a run's engines from the temporary directory."""
     for folder in Path(tempfile.gettempdir()).glob(f"{scratch_prefix(mark)}*"):
         shutil.rmtree(folder, ignore_errors=True)

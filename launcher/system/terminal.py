@@ -1,4 +1,4 @@
-"""The border of every command to where its words go, be it a terminal, a file or a pipe, and to Ctrl-C."""
+"""The output and the end of every command, be it on a terminal, into a file or a pipe, and on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ PIPE_BROKEN = 128 + signal.SIGPIPE
 
 
 class Parser(ArgumentParser):
-    """A parser that raises ConfigError for wrong arguments, takes no shortened names, and prints its description as
-    it is."""
+    """An argument parser that raises ConfigError, accepts no abbreviations, and prints its description unchanged."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter, **settings)
@@ -32,7 +31,8 @@ class Parser(ArgumentParser):
 
 
 def run_command(main: Callable[[], int]) -> int:
-    """The exit code of `main`, in one line whatever happens; PYTHONINSPECT, which is for scripts, is passed over."""
+    """Run `main` and return its exit code, with at most one line on failure; PYTHONINSPECT, which is for scripts, is
+    ignored."""
     code = _run(main)
     if os.environ.get("PYTHONINSPECT"):
         os._exit(code)  # or the interpreter shows a traceback of its own exit, and waits for input
@@ -40,9 +40,9 @@ def run_command(main: Callable[[], int]) -> int:
 
 
 def _run(main: Callable[[], int]) -> int:
-    """The exit code of `main`, of which neither Ctrl-C nor what becomes of its output makes a traceback.
+    """The exit code of `main`; neither Ctrl-C nor a closed output gives a traceback.
 
-    Letters that an output has not are replaced. 2 and a line on stderr where it cannot be written to.
+    Characters that an output cannot encode are replaced. 2 and a line on stderr if it cannot be written to.
     """
     for number in (0, 1, 2):
         try:
@@ -72,7 +72,7 @@ def _run(main: Callable[[], int]) -> int:
 
 
 def _ended(line: str, code: int) -> int:
-    """`code`, with a last line on stderr; what is still in a buffer that no one takes is thrown away."""
+    """`code`, with a last line on stderr; buffered output that nobody reads is dropped."""
     if line:
         line += "\n"
     for stream, last in ((sys.stdout, ""), (sys.stderr, line)):
@@ -87,7 +87,7 @@ def _ended(line: str, code: int) -> int:
 
 @contextlib.contextmanager
 def redirected_output(path: Path) -> Iterator[None]:
-    """All that this process and its children print goes to `path`, native code's words too."""
+    """A context in which all output of this process and its children goes to `path`, including that of native code."""
     log = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
     saved = os.dup(1), os.dup(2)
     _point_output(log, log)

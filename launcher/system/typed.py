@@ -15,5 +15,5 @@ def to_plain(value: Any) -> Any:
 
 
 def decode(values: Any, kind: type[Value]) -> Value:
-    """A `kind` from plain values; ValueError that says what is wrong and where. Unknown keys are passed over."""
+    """A `kind` from plain values; ValueError with the location of a mistake. Unknown keys are ignored."""
     return msgspec.convert(values, kind)

@@ -1,4 +1,4 @@
-"""What the client of `backend=endpoint` adds to a server's times, beside the client of `vllm bench serve`, in turns.
+"""The delay that the clients of `backend=endpoint` and of `vllm bench serve` add to a server's times, in turns.
 
     python scripts/benchmarks/client.py [--streams 1,8,64] [--tokens 100] [--rounds 5] [--step-ms 20]
 

@@ -1,4 +1,4 @@
-"""How much the deepspeed backend adds to DeepSpeed: tokens/s of `backend.generate` over those of the same loop by hand.
+"""The overhead of the deepspeed backend: tokens/s of `backend.generate` over those of the same loop by hand.
 
     python scripts/benchmarks/deepspeed_overhead.py [--pairs 9] [--hidden 768] [--layers 8] [--batch 4]
                                                    [--new-tokens 32]

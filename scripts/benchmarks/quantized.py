@@ -1,4 +1,4 @@
-"""What quantized weights take and cost on a random Llama: bytes of a rank, memory while loading, speed beside bf16.
+"""Quantized weights of a random Llama: bytes of a rank, memory while loading, and speed compared with bf16.
 
     python scripts/benchmarks/quantized.py --size-gb 1 --folder /tmp
 

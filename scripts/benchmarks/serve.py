@@ -1,4 +1,4 @@
-"""What `backend=endpoint` and `vllm bench serve` say of the same server: throughput, ttft and tpot.
+"""Throughput, ttft and tpot of one server as measured by `backend=endpoint` and by `vllm bench serve`.
 
     python scripts/benchmarks/serve.py --url http://127.0.0.1:8000 --model tiny_llama [--concurrency 4] [--rounds 10]
     python scripts/benchmarks/serve.py --url http://127.0.0.1:8000 --model tiny_llama --commands [--rounds 5]

@@ -1,4 +1,4 @@
-"""How much the vllm backend adds to vLLM: tokens/s of `backend.generate` over those of a bare `LLM.generate`.
+"""The overhead of the vllm backend over vLLM: tokens/s of `backend.generate` over those of a bare `LLM.generate`.
 
     python scripts/benchmarks/vllm_overhead.py [--model tiny_falcon] [--devices 1] [--prompts 64] [--new-tokens 64]
                                                [--pairs 15] [--variants all] [--engines 3]

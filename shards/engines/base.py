@@ -1,4 +1,4 @@
-"""Formulas that several engines share, and the planner of an engine that runs the module of transformers."""
+"""Formulas that several engines share, and the planner of engines that run the transformers module."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NCCL_BYTES = 384 * MIB
 
 
 def cut_layout(request: PlanRequest, cut: Cutter, ends_only: bool, buffer_bytes: int) -> Layout:
-    """The layout of an engine of which every rank has a piece of every layer."""
+    """The layout of an engine in which every rank has a piece of every layer."""
     n = request.num_devices
     ranks: Iterable[int] = range(n)
     if ends_only:
@@ -34,7 +34,7 @@ def cut_layout(request: PlanRequest, cut: Cutter, ends_only: bool, buffer_bytes:
 
 
 def driver_bytes(request: PlanRequest) -> int:
-    """Memory of a CUDA context, and of NCCL's buffers where several processes share the devices."""
+    """Memory of a CUDA context, and of NCCL's buffers if several processes share the work."""
     if request.device.kind == "cpu":
         return 0
     if request.num_devices == 1 or request.engine.one_process:
@@ -45,8 +45,8 @@ def driver_bytes(request: PlanRequest) -> int:
 def layer_activation_bytes(request: PlanRequest, rows: int, cached_heads: int) -> int:
     """Temporaries of one layer for `rows` tokens.
 
-    For each token its input, the norms and their sum (4 h); in attention the fused, the ordered and the rotated heads
-    and their output; in the MLP the inner activations (2 I, gated 3 I).
+    For each token its input, the norms and their sum (4 h); in attention the fused, ordered and rotated heads and their
+    output; in the MLP the inner activations (2 I, gated 3 I).
     """
     shape, n = request.shape, request.tensor_parallel_size
     heads = shape.num_attention_heads + 2 * cached_heads
@@ -56,7 +56,7 @@ def layer_activation_bytes(request: PlanRequest, rows: int, cached_heads: int) -
 
 
 def widened_bytes(request: PlanRequest) -> int:
-    """The largest matrix of a quantization that widens its weights to multiply with them."""
+    """The largest matrix of a quantization that is dequantized for multiplication."""
     quantization = request.quantization
     if quantization is None or not quantization.unpacks:
         return 0
@@ -65,8 +65,8 @@ def widened_bytes(request: PlanRequest) -> int:
 
 
 def narrowed_bytes(request: PlanRequest, cut: Cutter, n: int) -> int:
-    """The largest matrix as autocast copies it into the type of products, of those that `cut` leaves on one of `n`
-    devices; 0 where products have the type of the weights."""
+    """The largest matrix that autocast copies to a narrower type, among those that `cut` leaves on one of `n` devices;
+    0 if products have the type of the weights."""
     shape = request.shape
     multiplied = [p for p in shape.parameters if len(p.shape) == 2 and (p.cut != "embedding" or shape.tied)]
     sizes = [prod(piece) for parameter in multiplied for piece in cut(shape, n, 0, parameter)]
@@ -74,7 +74,7 @@ def narrowed_bytes(request: PlanRequest, cut: Cutter, n: int) -> int:
 
 
 def uneven_heads(request: PlanRequest) -> str | None:
-    """The reason for which heads cannot be cut evenly for tensor parallelism, None if they can."""
+    """The reason why heads cannot be split evenly for tensor parallelism, None if they can."""
     heads, n = request.shape.num_attention_heads, request.tensor_parallel_size
     if heads % n == 0:
         return None
@@ -83,7 +83,7 @@ def uneven_heads(request: PlanRequest) -> str | None:
 
 
 def tensor_parallel_traffic(request: PlanRequest) -> Traffic:
-    """All-reduces behind the embedding and behind attention and MLP of each layer, which a parallel layer adds first;
+    """All-reduces after the embedding and after attention and MLP of each layer (a single one in a parallel layer);
     every rank has its part of the logits."""
     shape = request.shape
     if request.tensor_parallel_size == 1:
@@ -94,11 +94,10 @@ def tensor_parallel_traffic(request: PlanRequest) -> Traffic:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModulePlanner(EnginePlanner, ABC):
-    """An engine that runs the module of transformers, with weights read by `shards.load`.
+    """An engine that runs the transformers module, with weights loaded by `shards.load`.
 
-    `kv_heads_only`: keys and values of kv heads only are kept, not as transformers' own Falcon expands them.
-    `prefill_tokens` of prompts are the most that are read at once into slots; None for a static batch, whose cache
-    grows with each token.
+    `kv_heads_only`: only kv heads are cached, unlike transformers' own Falcon. `prefill_tokens`: the most prompt tokens
+    read at a time into slots; None for a static batch, whose cache grows with each token.
     """
 
     mixes_precision: ClassVar[bool] = True
@@ -111,8 +110,8 @@ class ModulePlanner(EnginePlanner, ABC):
         return self.prefill_tokens is not None
 
     def window_tokens(self, window: int) -> int:
-        """The tokens that a layer with a window keeps: in a slot the newest takes the place of the one that no later
-        token will see."""
+        """Tokens that a layer with a sliding window keeps: in a slot the newest replaces the one that is no longer
+        needed."""
         if self.has_slots:
             return window
         return window - 1
@@ -121,7 +120,7 @@ class ModulePlanner(EnginePlanner, ABC):
         return self.split_group(request)
 
     def ranks_of_matrix(self, request: PlanRequest) -> int:
-        """The ranks over which a matrix is cut."""
+        """The number of ranks over which a matrix is split."""
         return self.tensor_parallel_size(request)
 
     def split_group(self, request: PlanRequest) -> str | None:
@@ -145,24 +144,24 @@ class ModulePlanner(EnginePlanner, ABC):
         return cut_layout(request, self.pieces, ends_only, self.buffer_bytes(request))
 
     def buffer_bytes(self, request: PlanRequest) -> int:
-        """Parameters that a device gathers, widens or narrows: of a quantization that widens its weights, and of mixed
-        precision, the largest matrix."""
+        """Parameters that a device gathers, dequantizes or converts: for quantized weights that are dequantized, and
+        for mixed precision, the largest matrix."""
         return widened_bytes(request) + narrowed_bytes(request, self.pieces, request.num_devices)
 
     def kv_heads(self, request: PlanRequest) -> int:
         return max(1, request.shape.cached_heads(self.kv_heads_only) // request.tensor_parallel_size)
 
     def unsliced_bytes(self, request: PlanRequest, first: int, end: int) -> int:
-        """Transformers cuts sliding layers to their window by views, which hold on to all keys and values of a prompt
-        until the next step."""
+        """transformers keeps sliding windows as views, which hold all keys and values of a prompt until the next
+        step."""
         if self.has_slots:
             return 0
         lost = sum(request.lost_tokens(window) for window in request.shape.windows[first:end])
         return request.batch_size * lost * kv_bytes_per_token(request) // request.shape.num_layers
 
     def activation_bytes(self, request: PlanRequest) -> int:
-        """The prefill of one layer with the mask, and one layer's keys and values once more, joined or expanded to the
-        query heads; or these and the logits of the last tokens, which are there in fp32 as well."""
+        """The prefill of one layer with its mask, plus a copy of one layer's keys and values, joined or expanded to the
+        query heads; or these and the logits of the last tokens, also in fp32."""
         shape, e, n = request.shape, request.dtype_bytes, request.tensor_parallel_size
         rows = request.batch_size * request.prompt_tokens
         if self.prefill_tokens is not None:
@@ -177,8 +176,8 @@ class ModulePlanner(EnginePlanner, ABC):
         return driver_bytes(request)
 
     def load_host_bytes(self, request: PlanRequest) -> int | None:
-        """Every process reads its own shards through small buffers into place: never more than the shards, and on a CPU
-        what waits to be packed."""
+        """Every process reads its own shards through small buffers: never more than the shards, plus on a CPU the
+        weights that wait for packing."""
         of_process = LOAD_RING_BYTES
         if request.device.kind == "cpu":
             of_process += self.packing_bytes(request)
@@ -187,10 +186,10 @@ class ModulePlanner(EnginePlanner, ABC):
         return min(request.devices, request.num_devices) * of_process
 
     def packing_bytes(self, request: PlanRequest) -> int:
-        """The most bytes that lie beside quantized weights while they are loaded.
+        """The peak of temporaries while quantized weights are loaded.
 
-        That is whole matrices, which wait until there are UNPACKED_BYTES of them; of one that a checkpoint has
-        quantized, what is stored and its words once more, or for torch's kernel its integers of four bytes, twice.
+        Whole matrices wait until there are UNPACKED_BYTES of them; for a quantized checkpoint it is the stored tensors
+        and a copy of their words, and for torch's kernel two copies of the integers in four bytes.
         """
         quantization, n = request.quantization, self.ranks_of_matrix(request)
         if quantization is None:

@@ -1,4 +1,5 @@
-"""DeepSpeed's AutoTP: attention cut by heads, MLP and head by grains of 64; the embedding is whole on every rank."""
+"""DeepSpeed's AutoTP: attention split by heads, MLP and head by multiples of 64; the embedding is whole on every
+rank."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ _GRAIN = 64  # deepspeed/module_inject/tp_shard.py, tp_grain_size
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeepSpeedPlanner(TensorParallelModulePlanner):
-    """Tensor parallelism over all ranks; a tied model gets a head of its own."""
+    """Tensor parallelism over all ranks; a tied model gets a separate head."""
 
     name: ClassVar[str] = "deepspeed"
     mixes_precision: ClassVar[bool] = False  # init_inference has one type for weights and products
@@ -52,8 +53,8 @@ class DeepSpeedPlanner(TensorParallelModulePlanner):
         return ((_grained(sizes[0], n, rank), *sizes[1:]),)
 
     def traffic(self, request: PlanRequest) -> Traffic:
-        """The embedding needs no all-reduce, attention and MLP of a Falcon are not added first, and logits are added up
-        as well, which carries twice what gathering them does."""
+        """The embedding needs no all-reduce, attention and MLP of a Falcon have separate ones, and logits are summed as
+        well, which transfers twice as much as gathering them."""
         if request.tensor_parallel_size == 1:
             return Traffic()
         return Traffic(2 * request.shape.num_layers, 2 * request.shape.vocab_size)

@@ -1,4 +1,4 @@
-"""An engine without a model: it holds nothing and does no work, on as many devices as are asked for."""
+"""An engine without a model: it holds nothing and does no work, on any number of devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FSDP2: each rank keeps its rows of every parameter, gathers one layer at a time and answers prompts of its own."""
+"""FSDP2: each rank keeps its rows of every parameter, gathers one layer at a time and answers its own prompts."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FsdpPlanner(ModulePlanner):
-    """`resident_layers` stay whole on each device, and with them what is outside the layers; None: as many as fit.
+    """`resident_layers` stay whole on each device, together with everything outside the layers; None: as many as fit.
 
-    `within_node`: parameters are sharded over the devices of a node, and each node has all of them (HSDP); None: where
-    that fits. `host_bytes` is what a device may take of its host where it has no memory of its own; `in_place`
-    where the devices of a node gather in memory that they share.
+    `within_node`: parameters are sharded over the devices of a node, and each node has all of them (HSDP); None: if
+    that fits. `host_bytes` is the share of the host's memory for a device without its own. `in_place`: the devices of a
+    node gather into shared memory.
     """
 
     name: ClassVar[str] = "fsdp"
@@ -45,7 +45,7 @@ class FsdpPlanner(ModulePlanner):
         return quantization is None or self.runs(quantization)
 
     def settled(self, request: PlanRequest) -> FsdpPlanner:
-        """First the nodes are made independent of each other, then layers are kept as long as all fits."""
+        """First make the nodes independent of each other, then keep layers whole as long as everything fits."""
         if request.device.kind == "cpu":
             host_bytes = self.host_bytes and self.host_bytes * request.devices
             request = replace(request, device=replace(request.device, capacity_bytes=host_bytes))
@@ -71,7 +71,7 @@ class FsdpPlanner(ModulePlanner):
         return {"resident_layers": self.resident_layers or 0, "within_node": int(self.within_node or False)}
 
     def advice(self, request: PlanRequest) -> str | None:
-        """Layers that could stay whole, where none was asked for."""
+        """The number of layers that could stay whole, if it was not configured."""
         if self.resident_layers != 0 or self.shards_over(request) == 1 or request.offload:
             return None
         most = replace(self, resident_layers=None).settled(request).resident_layers
@@ -98,7 +98,7 @@ class FsdpPlanner(ModulePlanner):
         return self.split_group(request)
 
     def shards_over(self, request: PlanRequest) -> int:
-        """The devices that have parts of each parameter."""
+        """The number of devices over which each parameter is sharded."""
         if self.within_node:
             return request.devices
         return request.num_devices
@@ -122,16 +122,16 @@ class FsdpPlanner(ModulePlanner):
         return Layout(tuple(parts), ((0, shape.num_layers),) * len(parts), self.buffer_bytes(request))
 
     def _sharded(self, shape: ModelShape) -> ModelShape:
-        """The model without what stays whole on each device."""
+        """The model without the parts that stay whole on each device."""
         if not self.resident_layers:
             return shape
         resident = {None, *spread_evenly(self.resident_layers, shape.num_layers)}
         return replace(shape, parameters=tuple(p for p in shape.parameters if p.layer not in resident))
 
     def buffer_bytes(self, request: PlanRequest) -> int:
-        """Gathered parameters: two layers (the next is gathered ahead, or beside the one before it in memory of all, or
-        there twice while it is copied out), and beside them the root group for good where it is sharded, or the root's
-        own copy while it is gathered."""
+        """Gathered parameters: two layers (the next one is prefetched, or next to the one before it in shared memory,
+        or one is held twice during its copy-out), plus the root group permanently if it is sharded, or its copy while
+        it is gathered."""
         n = self.shards_over(request)
         beside = narrowed_bytes(request, self.pieces, 1) + widened_bytes(request)
         if n == 1:
@@ -147,7 +147,7 @@ class FsdpPlanner(ModulePlanner):
         return beside + root + max(root, 2 * max(sizes.values(), default=0))
 
     def sent_bytes(self, request: PlanRequest, layout: Layout) -> int:
-        """The root group stays, once it is gathered."""
+        """Offloaded bytes without the root group, which stays once it is gathered."""
         if not request.offload:
             return 0
         layers = [p for p in self._sharded(request.shape).parameters if p.layer is not None]
@@ -174,7 +174,7 @@ class FsdpPlanner(ModulePlanner):
         return Traffic(gathered_bytes=nbytes, gathered_over=n, gathered_in_place=in_place)
 
     def unread_bytes(self, request: PlanRequest, table: int) -> int:
-        """Also what is lost of gathered matrices that are narrower than they are stored."""
+        """Also the bytes saved by gathering matrices in a narrower type than they are stored."""
         unread = EnginePlanner.unread_bytes(self, request, table)
         if self.shards_over(request) == 1:
             return unread

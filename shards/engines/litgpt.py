@@ -1,4 +1,5 @@
-"""LitGPT: whole layers one device after the other, or each layer cut; embedding and head whole, and never tied."""
+"""LitGPT: whole layers on one device after the other, or each layer split; embedding and head are whole and never
+tied."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from shards.plan.request import EnginePlanner, PlanRequest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LitgptPlanner(EnginePlanner):
-    """Its `generate/sequentially.py`, or with `cuts_layers` its `generate/tp.py`: one prompt at a time in both."""
+    """`generate/sequentially.py`, or with `cuts_layers` `generate/tp.py`: both answer one prompt at a time."""
 
     name: ClassVar[str] = "litgpt"
     plain_only: ClassVar[str] = "it converts plain weights"
@@ -64,7 +65,7 @@ class LitgptPlanner(EnginePlanner):
         return Layout(tuple(parameters), tuple(zip([0, *ends], ends, strict=False)))
 
     def pool(self, request: PlanRequest) -> Pool | None:
-        """The cache of one prompt with its answer, from the first."""
+        """The cache of one prompt with its answer, allocated at the start."""
         return Pool(1, nbytes=cache_bytes(request, 1))
 
     def activation_bytes(self, request: PlanRequest) -> int:
@@ -76,11 +77,11 @@ class LitgptPlanner(EnginePlanner):
         return driver_bytes(request)
 
     def load_host_bytes(self, request: PlanRequest) -> int | None:
-        """Its script converts a checkpoint in the same process, where that was never done."""
+        """LitGPT's script converts a checkpoint in the same process, if it is not yet converted."""
         return None
 
     def traffic(self, request: PlanRequest) -> Traffic:
-        """Attention and MLP of each layer are added up; logits are whole on every rank."""
+        """Attention and MLP of each layer are reduced; logits are whole on every rank."""
         if request.tensor_parallel_size == 1:
             return Traffic()
         return Traffic(2 * request.shape.num_layers)

@@ -1,4 +1,4 @@
-"""The project's own tensor-parallel cut: heads, columns and rows evenly, the vocabulary in chunks of ceil(rows / N)."""
+"""The project's own tensor parallelism: heads, columns and rows evenly, the vocabulary in chunks of ceil(rows / N)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CUT_FAMILIES = ("falcon", "llama", "mistral", "qwen2", "qwen3")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorParallelPlanner(TensorParallelModulePlanner):
-    """Tensor parallelism over all ranks, of the families that `shards.parallel.tensor_parallel` cuts."""
+    """Tensor parallelism over all ranks, for the families that `shards.parallel.tensor_parallel` supports."""
 
     name: ClassVar[str] = "tensor_parallel"
     plain_only: ClassVar[str] = "its layers multiply plain weights and those that they quantize"
@@ -37,7 +37,7 @@ class TensorParallelPlanner(TensorParallelModulePlanner):
 
 
 def uncuttable(shape: ModelShape, n: int) -> str | None:
-    """The reason for which the cut cannot be made for `n` ranks, None if it can."""
+    """The reason why the model cannot be split over `n` ranks, None if it can."""
     if n == 1:
         return None
     if shape.family not in CUT_FAMILIES:

@@ -33,7 +33,7 @@ class TransformersPlanner(ModulePlanner):
         return self.split_group(request)
 
     def streamed_bytes(self, request: PlanRequest) -> int:
-        """The parameters of one module: accelerate brings those of each for its forward."""
+        """The parameters of one module: accelerate copies those of each for its forward."""
         modules: dict[str, int] = {}
         for parameter in request.shape.parameters:
             module = parameter.name.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""vLLM: tensor parallelism with an even cut, a paged pool of keys and values, and continuous batching."""
+"""vLLM: tensor parallelism with an even split, a paged pool of keys and values, and continuous batching."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _GRAPHS_BYTES = 768 * MIB
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # MaxLoRARanks in vllm/config/lora.py
 ADAPTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # of those known here; its Falcon takes no adapters
 PACKED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Matrices of these families that are one module of vLLM."""
+"""Matrices of these families that are one module in vLLM."""
 
 NOT_READ = "no longer has bitsandbytes, nor GPTQ that is asymmetric or has desc_act over groups"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmPlanner(EnginePlanner):
-    """Options as vLLM names them. `kv_dtype_bytes`: the width of a key or value, None for that of the weights;
+    """Options by vLLM's names. `kv_dtype_bytes`: the width of a key or value, None for that of the weights;
     `kv_block_tokens`: the tokens of a block of the cache; `max_num_seqs` and `max_num_batched_tokens`: the sequences
-    and tokens of a step, None where vLLM decides; `adapter_slots`: the adapters for which there is room at once."""
+    and tokens of a step, None if vLLM decides; `adapter_slots`: the number of adapters for which memory is reserved."""
 
     name: ClassVar[str] = "vllm"
     plain_only: ClassVar[str] = f"vLLM {NOT_READ}"
@@ -76,7 +76,7 @@ class VllmPlanner(EnginePlanner):
         return None
 
     def _quantized_misfit(self, request: PlanRequest) -> str | None:
-        """The reason for which quantized layers cannot be cut, None if they can."""
+        """The reason why quantized layers cannot be split, None if they can."""
         if request.quantization is None:
             return None
         for parameter, _ in parameter_kinds(request.shape, request.storage):
@@ -91,7 +91,7 @@ class VllmPlanner(EnginePlanner):
         return request.num_devices
 
     def pieces(self, shape: ModelShape, n: int, rank: int, parameter: Parameter) -> Pieces:
-        """An even cut, with the vocabulary padded to 64 rows, and kv heads repeated where there are more ranks."""
+        """An even split, with the vocabulary padded to 64 rows, and kv heads repeated if there are more ranks."""
         sizes, kv_heads = parameter.shape, max(1, shape.num_key_value_heads // n)
         if parameter.cut == "whole":
             return (sizes,)
@@ -116,7 +116,7 @@ class VllmPlanner(EnginePlanner):
         return cut_layout(request, self.pieces, ends_only, packed_bytes)
 
     def offloaded(self, request: PlanRequest, layout: Layout) -> Layout:
-        """The decoder layers lie in main memory, which the card reads (vllm/model_executor/offloader/uva.py)."""
+        """The decoder layers are in main memory, which the GPU reads (vllm/model_executor/offloader/uva.py)."""
         shape = request.shape
         outside = replace(shape, parameters=tuple(p for p in shape.parameters if p.layer is None))
         kept = cut_layout(replace(request, shape=outside), self.pieces, False, layout.buffer_bytes)
@@ -125,8 +125,8 @@ class VllmPlanner(EnginePlanner):
         return replace(layout, parameter_bytes=parts, offloaded_bytes=away)
 
     def factors(self, shape: ModelShape, adapters: Sequence[Factors]) -> tuple[Parameter, ...]:
-        """Room for `adapter_slots` of the largest rank, in each matrix of the modules that one of them is for;
-        what vLLM has packed into one module has it for all of its parts (vllm/lora/layers)."""
+        """Memory for `adapter_slots` of the largest rank, in each matrix of the adapted modules; in a packed module of
+        vLLM for all of its parts (vllm/lora/layers)."""
         if shape.family not in ADAPTED_FAMILIES:
             known = ", ".join(ADAPTED_FAMILIES)
             raise PlanError(
@@ -166,7 +166,7 @@ class VllmPlanner(EnginePlanner):
         return replace(self, kv_cache_memory_bytes=nbytes), f"backend.kv_cache_memory_bytes={nbytes}"
 
     def activation_bytes(self, request: PlanRequest) -> int:
-        """The tokens of a step through one layer, or the logits of its sequences, which are there in fp32 as well."""
+        """The tokens of a step through one layer, or the logits of its sequences, which also exist in fp32."""
         shape = request.shape
         layer = layer_activation_bytes(request, self.batched_tokens(request), shape.num_key_value_heads)
         logits = self.sequences(request) * shape.vocab_size * (request.dtype_bytes + 4)
@@ -178,7 +178,7 @@ class VllmPlanner(EnginePlanner):
         return driver_bytes(request) + _GRAPHS_BYTES
 
     def load_host_bytes(self, request: PlanRequest) -> int | None:
-        """Its own loaders (backend.load_format) map or read files as they see fit."""
+        """Unknown: vLLM's own loaders (backend.load_format) map or read files."""
         return None
 
     def traffic(self, request: PlanRequest) -> Traffic:
@@ -198,12 +198,12 @@ class VllmPlanner(EnginePlanner):
 
 
 def adapted_modules(adapters: Sequence[Factors]) -> set[str]:
-    """The last names of the modules that adapters are for."""
+    """The last parts of the names of the adapted modules."""
     return {module.rpartition(".")[2] for adapter in adapters for module, _ in adapter}
 
 
 def adapter_rank(adapters: Sequence[Factors]) -> int:
-    """The rank of the room that vLLM keeps for each adapter: the next that it has kernels for."""
+    """The rank for which vLLM reserves memory for each adapter: the next larger one with kernels."""
     largest = max(sizes[0] for adapter in adapters for (_, factor), sizes in adapter.items() if factor == "A")
     if largest > ADAPTER_RANKS[-1]:
         raise PlanError(f"An adapter has rank {largest}, and vllm takes {ADAPTER_RANKS[-1]} at most.", "backend=fsdp")
@@ -216,7 +216,7 @@ def padded_vocabulary(rows: int) -> int:
 
 
 def _step_defaults(request: PlanRequest) -> tuple[int, int]:
-    """Sequences and tokens of a step where vLLM decides: get_batch_defaults in vllm/engine/arg_utils.py."""
+    """Sequences and tokens of a step if vLLM decides: get_batch_defaults in vllm/engine/arg_utils.py."""
     device = request.device
     if device.kind == "cpu":
         return 256 * request.num_devices, 4096 * request.num_devices

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-Inference: each rank has a run of each parameter's values, gathered for its module."""
+"""DeepSpeed's ZeRO-Inference: each rank has a contiguous range of each parameter's values, gathered for its module."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shards.plan.roofline import Scheme
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ZeroPlanner(ModulePlanner):
-    """ZeRO stage 3 without an optimizer: every rank answers prompts of its own, and nothing stays gathered."""
+    """ZeRO stage 3 without an optimizer: every rank answers its own prompts, and nothing stays gathered."""
 
     name: ClassVar[str] = "deepspeed"
     mixes_precision: ClassVar[bool] = False
@@ -25,16 +25,16 @@ class ZeroPlanner(ModulePlanner):
     offloads: ClassVar[tuple[Offload, ...]] = ("cpu",)
 
     def is_whole(self, request: PlanRequest) -> bool:
-        """The model is the plain one, on its only device."""
+        """True if the model is the plain one, on its only device."""
         return request.num_devices == 1 and not request.offload
 
     def pieces(self, shape: ModelShape, n: int, rank: int, parameter: Parameter) -> Pieces:
-        """Values one after the other, whatever the rows, padded to the same number on all ranks."""
+        """Contiguous ranges of values, regardless of rows, padded to the same number on all ranks."""
         return ((ceil(parameter.numel / n),),)
 
     def buffer_bytes(self, request: PlanRequest) -> int:
-        """Gathered parameters: the largest module outside the layers, and a layer twice: while one is computed the
-        next comes, and is copied out of the buffer that it came in."""
+        """Gathered parameters: the largest module outside the layers, and a layer twice: while one is computed the next
+        is gathered, and copied out of its buffer."""
         if self.is_whole(request):
             return 0
         outside = (p for p in request.shape.parameters if p.layer is None)
@@ -42,7 +42,7 @@ class ZeroPlanner(ModulePlanner):
         return largest + 2 * largest_layer(request.shape) * request.dtype_bytes
 
     def sent_bytes(self, request: PlanRequest, layout: Layout) -> int:
-        """A tied table comes twice: for the embedding and for the head."""
+        """A tied table is sent twice: for the embedding and for the head."""
         if not request.offload:
             return 0
         return max(layout.offloaded_bytes) + self._second_table(request) // request.num_devices
@@ -52,7 +52,7 @@ class ZeroPlanner(ModulePlanner):
         return max(map(request.storage.nbytes, request.shape.parameters)) // request.num_devices
 
     def load_host_bytes(self, request: PlanRequest) -> int:
-        """Beside the buffers what is read of a parameter, before it is a part of ZeRO."""
+        """The buffers, and the values of a parameter that are read before ZeRO partitions it."""
         processes = min(request.devices, request.num_devices)
         return processes * (LOAD_RING_BYTES + self.streamed_bytes(request))
 

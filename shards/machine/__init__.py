@@ -1,1 +1,1 @@
-"""The machine: devices, links, measured rates, and the ranks that take part."""
+"""The machine: devices, links, measured rates, and the ranks of a run."""

@@ -1,4 +1,4 @@
-"""The CUDA devices of this machine, as the driver tells of them. No torch."""
+"""The CUDA devices of this machine, as reported by the driver. No torch."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ _BY_DRIVER_NAME = {
 
 
 def count_as_nvml(environ: MutableMapping[str, str]) -> None:
-    """Let CUDA number the cards as NVML does, where the user has not chosen: its own order has the fastest first.
+    """Make CUDA number the GPUs as NVML does, unless the user has chosen: CUDA's own order puts the fastest first.
 
-    Only of use before this process first asks CUDA for anything.
+    It only works before this process first uses CUDA.
     """
     environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 
 
 def cuda_devices(environ: Mapping[str, str]) -> tuple[Device, ...]:
-    """The CUDA devices that a process with `environ` sees, in the order of NVML; none where there is no driver.
+    """The CUDA devices that a process with `environ` sees, in the order of NVML; none without a driver.
 
-    Asks the driver through NVML, which makes no CUDA context. What a card can do is added from the presets; what NVML
-    does not tell is None. PlanError where a part of a card would be seen (MIG).
+    It asks the driver through NVML, which creates no CUDA context. Rates are added from the presets; values that NVML
+    does not report are None. PlanError if a part of a GPU is visible (MIG).
     """
     setting = environ.get("CUDA_VISIBLE_DEVICES")
     cards = nvml.cards()
@@ -70,7 +70,7 @@ def cuda_devices(environ: Mapping[str, str]) -> tuple[Device, ...]:
 
 
 def visible(devices: list[Device], setting: str | None) -> tuple[Device, ...]:
-    """`devices` as CUDA_VISIBLE_DEVICES shows them: indices or UUID prefixes, cut off at the first that is neither."""
+    """`devices` as CUDA_VISIBLE_DEVICES shows them: indices or UUID prefixes, up to the first that is neither."""
     if setting is None:
         return tuple(devices)
     shown: list[Device] = []
@@ -89,10 +89,10 @@ def visible(devices: list[Device], setting: str | None) -> tuple[Device, ...]:
 
 
 def _is_among(device: Device, devices: list[Device]) -> bool:
-    """Itself, not one that is equal to it: cards that do not tell their UUIDs are."""
+    """True for the device itself, not for an equal one: some GPUs do not report their UUIDs."""
     return any(device is other for other in devices)
 
 
 def short_name(name: str) -> str:
-    """The short name of a card, as plans have it, by the name that the driver gives it; that itself where unknown."""
+    """The short name of a GPU, as used in plans, from its name in the driver; that name itself if unknown."""
     return _BY_DRIVER_NAME.get(name.removeprefix("NVIDIA "), name)

@@ -1,4 +1,4 @@
-"""Cards and links as numbers, with their sources. No torch, no driver."""
+"""GPUs and links as numbers, with their sources. No torch, no driver."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ MIB = 1024**2
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A device as a plan sees it: bytes, bytes/s, multiply-adds counted as two FLOP/s. None is not known.
+    """A device for a plan: bytes, bytes/s, FLOP/s (a multiply-add counts as two). None is not known.
 
-    `host_bandwidth` is that of what joins it to main memory.
+    `host_bandwidth` is the bandwidth of its link to main memory.
     """
 
     name: str
@@ -38,7 +38,8 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A link between devices: bytes/s that a device sends and receives at once, and the time of a small all-reduce."""
+    """A link between devices: bytes/s that a device sends and receives simultaneously, and the time of a small
+    all-reduce."""
 
     name: str
     bandwidth: float
@@ -46,7 +47,7 @@ class Link:
 
 
 CPU = Device("CPU", kind="cpu")
-"""A processor: its capacity is that of the machine, which the ranks share, and with the files that they have mapped."""
+"""A CPU: its capacity is that of the machine, shared by the ranks and the files that they have mapped."""
 
 # Memory: what the driver leaves to programs, as torch names it where memory runs out ("has a total capacity of 47.54
 # GiB"); drivers differ by 0.1 GiB, here is the least that was reported. In whole MiB is what the driver reports with
@@ -114,14 +115,14 @@ _USUAL_LINKS = {
 
 
 def known_device(name: str) -> Device:
-    """A preset by its short name, in letters of either size; PlanError names the others."""
+    """A preset by its short name, in any case; PlanError with the known names."""
     if name.lower() not in DEVICES:
         raise PlanError(f"{name} is not one of the devices {', '.join(DEVICES)}.", _nearest(name, DEVICES))
     return preset(name.lower())
 
 
 def preset(name: str) -> Device:
-    """The preset of a short name, with what a card reads from main memory in its slot of 16 lanes."""
+    """The preset of a short name, with its bandwidth from main memory over 16 lanes."""
     device = DEVICES[name]
     is_bare = device.kind == "cpu" or device.bandwidth is None
     if is_bare:
@@ -130,7 +131,7 @@ def preset(name: str) -> Device:
 
 
 def known_link(name: str) -> Link:
-    """A preset by its short name, in letters of either size; PlanError names the others."""
+    """A preset by its short name, in any case; PlanError with the known names."""
     if name.lower() not in LINKS:
         raise PlanError(f"{name} is not one of the links {', '.join(LINKS)}.", f"link={_nearest(name, LINKS)}")
     return LINKS[name.lower()]

@@ -1,4 +1,4 @@
-"""The memory of the C library: pages that are freed and taken again in every step."""
+"""The memory of the C library: pages that are freed and allocated again in every step."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _LARGEST_BLOCK = 1 << 30
 
 
 def keep_freed_pages() -> None:
-    """Have glibc keep large blocks that are freed, for the next of their size.
+    """Make glibc keep large freed blocks for the next allocation of their size.
 
-    It gives back each to the kernel otherwise, which clears every page anew: for layers that are gathered one after the
-    other, that takes longer than to copy them.
+    By default it returns each to the kernel, which clears every page again: for layers that are gathered in turn, that
+    takes longer than copying them.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL(None)

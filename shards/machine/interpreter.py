@@ -1,4 +1,4 @@
-"""Other Python processes that are to find these packages, whatever interpreter runs them."""
+"""Python processes with another interpreter that must find these packages."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ ROOT = Path(__file__).resolve().parents[2]  # the folder that both packages are 
 
 
 def pip_install(extra: str) -> str:
-    """The command that installs an extra of this project, in a checkout of it or beside the installed package."""
+    """The command that installs an extra of this project, in a checkout or next to the installed package."""
     if (ROOT / "pyproject.toml").is_file():
         return f'pip install -e ".[{extra}]"'
     return f'pip install "multi-gpu-launcher[{extra}]"'
 
 
 def python_path(environ: Mapping[str, str]) -> str:
-    """PYTHONPATH for such a process: our packages come before all that `environ` has on it."""
+    """PYTHONPATH for such a process: this project before everything in `environ`."""
     return os.pathsep.join([str(ROOT), *filter(None, environ.get("PYTHONPATH", "").split(os.pathsep))])

@@ -1,4 +1,4 @@
-"""Main memory of this machine, as the kernel tells of it. Standard library only."""
+"""Main memory of this machine, as reported by the kernel. Standard library only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def available_bytes() -> int:
-    """Memory that new processes can have without swapping (MemAvailable)."""
+    """Memory available to new processes without swapping (MemAvailable)."""
     text = Path("/proc/meminfo").read_text(encoding="ascii")
     match = re.search(r"^MemAvailable:\s+(\d+) kB$", text, re.MULTILINE)
     if match:

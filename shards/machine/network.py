@@ -1,4 +1,4 @@
-"""The network interface by which the ranks of several nodes reach each other."""
+"""The network interface through which the ranks of several nodes communicate."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ INFINIBAND = Path("/sys/class/infiniband")
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """The interface that a rank uses to the other nodes, and its address there; None is not known.
+    """The interface that a rank uses to other nodes, and its address there; None is not known.
 
-    `infiniband` are the adapters of the node over which NCCL sends data, none where it may not; the interface then only
-    serves to find each other.
+    `infiniband` are the node's adapters over which NCCL sends data, empty if it may not; the interface then only serves
+    for connection set-up.
     """
 
     interface: str | None
@@ -35,7 +35,8 @@ class Network:
 
 
 def network_of(world: World, environ: Mapping[str, str], kind: str) -> Network:
-    """The network of this rank on a device of `kind`: as the environment names it, else the one towards rank 0."""
+    """The network of this rank on a device of `kind`: as configured in the environment, otherwise the route to rank
+    0."""
     addresses = _addresses()
     if named := environ.get(VARIABLES[kind]):
         if kind != "cuda":  # gloo's is a whole name
@@ -53,9 +54,9 @@ def network_of(world: World, environ: Mapping[str, str], kind: str) -> Network:
 
 
 def choose_interface(world: World, environ: MutableMapping[str, str]) -> None:
-    """Let gloo and NCCL take the interface towards rank 0 where the user has named none.
+    """Make gloo and NCCL use the interface towards rank 0, unless the user has configured one.
 
-    gloo would take that of the host's own name, which is often the loopback, and NCCL the first that is up.
+    gloo would use that of the host's own name, which is often the loopback, and NCCL the first that is up.
     """
     interface, _ = _towards(world, _addresses())
     if interface is not None:
@@ -79,7 +80,7 @@ def _towards(world: World, addresses: Mapping[str, list[str]]) -> tuple[str | No
 
 
 def address_towards(host: str, port: int) -> str | None:
-    """The address from which this machine sends to a host; None where there is no way. Nothing is sent."""
+    """The local address used to reach a host; None without a route. Nothing is sent."""
     try:
         for family, kind, protocol, _, target in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
             with socket.socket(family, kind, protocol) as probe:
@@ -91,7 +92,7 @@ def address_towards(host: str, port: int) -> str | None:
 
 
 def named_by(setting: str, interfaces: list[str]) -> str | None:
-    """The first interface that NCCL's setting names: prefixes, whole names behind `=`, all but these behind `^`."""
+    """The first interface that NCCL's setting selects: prefixes, whole names after `=`, all but these after `^`."""
     words = setting.lstrip("^=").split(",")
     is_exact, is_not = "=" in setting[:2], setting.startswith("^")
     for name in interfaces:

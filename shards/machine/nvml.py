@@ -41,7 +41,8 @@ class NvmlError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A card in the order of the driver. `memory_bytes` is what programs can have: not what the driver has reserved."""
+    """A GPU in the order of the driver. `memory_bytes` is available to programs: without the driver's own
+    reservation."""
 
     index: int
     name: str | None
@@ -52,7 +53,7 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class CardProcess:
-    """A process that has a context on a card, and what it holds there."""
+    """A process that has a context on a GPU, and its memory there."""
 
     pid: int
     memory_bytes: int | None
@@ -60,10 +61,11 @@ class CardProcess:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A card at one moment: energy since the driver was loaded, the rest as it is now. None is what it does not tell.
+    """The state of a GPU at one moment: energy since the driver was loaded, everything else current. None if not
+    reported.
 
-    `slowed_by` are the reasons for which its clocks are lower than asked for: heat and power supply (a power limit
-    that software has set, as cards have under load, is none).
+    `slowed_by` are the reasons why its clocks are lower than requested: heat and power supply (the software power
+    limit, normal under load, does not count).
     """
 
     uuid: str
@@ -83,13 +85,14 @@ SM_CLOCK, GPU_TEMPERATURE = 1, 0  # nvmlClockType_t, nvmlTemperatureSensors_t
 
 @contextlib.contextmanager
 def kept_open() -> Iterator[None]:
-    """The driver's library stays open, so that what is asked meanwhile costs little; NvmlError where there is none."""
+    """A context that keeps the driver's library open, so that repeated queries are cheap; NvmlError if there is
+    none."""
     with _session():
         yield
 
 
 def readings(uuids: Sequence[str]) -> tuple[Reading, ...]:
-    """Each of some cards as it is now; NvmlError where there is no driver."""
+    """The current state of some GPUs; NvmlError without a driver."""
     values = []
     with _session():
         for uuid in uuids:
@@ -118,7 +121,7 @@ def _divided(value: int | None, divisor: int) -> float | None:
 
 
 def cards() -> tuple[Card, ...]:
-    """The cards of this machine; none where there is no driver."""
+    """The GPUs of this machine; none without a driver."""
     try:
         with _session():
             known = []
@@ -131,7 +134,7 @@ def cards() -> tuple[Card, ...]:
 
 
 def versions() -> tuple[str | None, int | None] | None:
-    """Version of the driver and of the newest CUDA that it runs (13010 is 13.1); None where there is no driver."""
+    """Version of the driver and of the newest CUDA that it supports (13010 is 13.1); None without a driver."""
     try:
         with _session():
             return _ask(pynvml.nvmlSystemGetDriverVersion), _ask(pynvml.nvmlSystemGetCudaDriverVersion_v2)
@@ -140,7 +143,7 @@ def versions() -> tuple[str | None, int | None] | None:
 
 
 def processes(uuid: str) -> tuple[CardProcess, ...]:
-    """The processes that compute on a card, of all users; NvmlError if the driver does not tell."""
+    """The compute processes on a GPU, of all users; NvmlError if the driver does not report them."""
     with _session():
         try:
             return _processes(pynvml.nvmlDeviceGetHandleByUUID(uuid))
@@ -149,7 +152,7 @@ def processes(uuid: str) -> tuple[CardProcess, ...]:
 
 
 def describe() -> JsonObject:
-    """Driver, cards and what joins them, as plain values; NvmlError where there is no driver."""
+    """Driver, GPUs and their links, as plain values; NvmlError without a driver."""
     with _session():
         handles = _handles()
         pairs = [(a, b) for b in range(len(handles)) for a in range(b)]
@@ -189,9 +192,9 @@ def _handles() -> list[Any]:
 
 
 def _memory(handle: Any) -> tuple[int | None, int | None, int | None]:
-    """Bytes that programs can have, that the driver has reserved, and that are free.
+    """Bytes available to programs, reserved by the driver, and free.
 
-    The first version of the call, all that drivers before 510 have, counts what is reserved as if it could be had.
+    The first version of the call, the only one before driver 510, counts reserved memory as available.
     """
     if memory := _ask(pynvml.nvmlDeviceGetMemoryInfo, handle, pynvml.nvmlMemory_v2):
         return int(memory.total - memory.reserved), int(memory.reserved), int(memory.free)
@@ -205,7 +208,7 @@ def _mig(handle: Any) -> bool | None:
 
 
 def _switch(modes: Sequence[int] | None) -> bool | None:
-    """The current mode of a switch, of which NVML also gives the one after the next reboot."""
+    """The current mode of a switch; NVML also returns the mode after the next reboot."""
     if not modes:
         return None
     return bool(modes[0])

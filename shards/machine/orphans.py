@@ -1,4 +1,5 @@
-"""The kernel tells a process of its parent's end (Linux): also one that is stopped, or that has not begun to listen."""
+"""Notification of a process by the kernel at its parent's end (Linux), even if it is stopped or has not started to
+listen."""
 
 from __future__ import annotations
 
@@ -14,15 +15,16 @@ PR_SET_PDEATHSIG = 1
 
 
 def signal_when_orphaned(number: int) -> None:
-    """Have this process sent a signal as soon as its parent ends."""
+    """Have the kernel send this process a signal as soon as its parent ends."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
 def before_exec(number: int) -> Callable[[], None]:
-    """For `preexec_fn` of a child of this process: it is sent the signal when this process ends, however it does.
+    """A `preexec_fn` for children of this process: the kernel sends them the signal when this process ends, for
+    whatever reason.
 
-    A child of which this process has ended before that ends too.
+    A child whose parent ends even earlier ends too.
     """
     parent = os.getpid()
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def device_of(world: World, accelerator: str) -> torch.device:
-    """The device of this rank: the card of its local rank, or the CPU. WorldError where torch cannot use that card."""
+    """The device of this rank: the GPU of its local rank, or the CPU. WorldError if torch cannot use that GPU."""
     if accelerator == "cpu":
         return torch.device("cpu")
     try:
@@ -48,8 +48,8 @@ def device_of(world: World, accelerator: str) -> torch.device:
 def connect(world: World, device: torch.device, join_s: float = GROUP_S, timeout_s: float = GROUP_S) -> None:
     """Join the group of all ranks, if there is more than one and this process has not joined yet.
 
-    WorldError, with the address and the interface, where the ranks have not come together within `join_s`; `timeout_s`
-    is the most that they wait for each other later. The variables of `world.environ()` are in the environment.
+    WorldError, with the address and the interface, if the ranks have not connected within `join_s`; `timeout_s` is the
+    time limit of later collectives. The variables of `world.environ()` are in the environment.
     """
     if world.world_size == 1 or dist.is_initialized():
         return
@@ -81,8 +81,8 @@ def connect(world: World, device: torch.device, join_s: float = GROUP_S, timeout
 
 
 def connect_cards(world: World, device: torch.device, join_s: float) -> None:
-    """Have NCCL connect the cards of several nodes, which it otherwise does when it is first used. WorldError where
-    that has not come about within `join_s`; on one node there is nothing in the way."""
+    """Make NCCL connect the GPUs of several nodes now, instead of at its first use. WorldError if that fails within
+    `join_s`; on a single node nothing is done."""
     if device.type == "cuda" and world.num_nodes > 1:
         try:
             dist.all_reduce(torch.zeros(1, device=device), async_op=True).wait(timedelta(seconds=join_s))
@@ -96,7 +96,7 @@ def _unconnected(world: World, network: Network, error: RuntimeError) -> WorldEr
 
 
 def _store(world: World, limit: timedelta) -> dist.Store:
-    """The store by which the ranks find each other: torchrun's, where it has started them, else one of rank 0."""
+    """The store through which the ranks connect: torchrun's if it started them, otherwise one of rank 0."""
     is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(
         world.master_addr,
@@ -115,13 +115,13 @@ def _first_line(error: BaseException) -> str:
 
 
 def barrier() -> None:
-    """Wait for all ranks, on the host; nothing to wait for in a world of one."""
+    """Wait for all ranks, on the host; returns at once with a single rank."""
     if dist.is_initialized():
         dist.all_reduce(torch.zeros(1))
 
 
 def any_rank(flag: bool) -> bool:
-    """True if the flag is set on some rank; every rank must ask."""
+    """True if the flag is set on some rank; every rank must call it."""
     if not dist.is_initialized():
         return flag
     vote = torch.tensor([flag], dtype=torch.int32)
@@ -130,7 +130,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def from_rank_0(value: Any) -> Any:
-    """The value that rank 0 has."""
+    """Broadcast a value from rank 0."""
     if not dist.is_initialized():
         return value
     box = [value]

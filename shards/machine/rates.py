@@ -1,4 +1,4 @@
-"""The figures that `shards.parallel.probe` measured on this machine, kept in the user's cache folder. No torch."""
+"""Rates that `shards.parallel.probe` measured on this machine, stored in the user's cache folder. No torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Best of several repeats, with `num_devices` ranks at work at once; the link is None for one."""
+    """The best of several repeats, with `num_devices` ranks working at the same time; the link is None for a single
+    one."""
 
     device: Device
     num_devices: int
@@ -48,13 +49,13 @@ def cache_folder(environ: Mapping[str, str]) -> Path:
 
 
 def cache_file(environ: Mapping[str, str], device: Device, num_devices: int) -> Path:
-    """The file with the figures of this number of this device on this host."""
+    """The file with the rates of this number of this device on this host."""
     name = "".join(letter if letter.isalnum() else "_" for letter in device.name.lower())
     return cache_folder(environ) / f"probe_{os.uname().nodename}_{name}_{num_devices}.json"
 
 
 def save(environ: Mapping[str, str], measured: Measured) -> Path:
-    """Keep the figures; the file is whole or not there."""
+    """Store the rates atomically."""
     path = cache_file(environ, measured.device, measured.num_devices)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -64,7 +65,7 @@ def save(environ: Mapping[str, str], measured: Measured) -> Path:
 
 
 def main_memory_bytes() -> int:
-    """Memory of this machine, or of the container that this process is in."""
+    """Memory of this machine, or of the container that contains this process."""
     total: int = psutil.virtual_memory().total
     try:
         limit = LIMIT.read_text(encoding="ascii").strip()
@@ -76,9 +77,9 @@ def main_memory_bytes() -> int:
 
 
 def this_machine(environ: Mapping[str, str], num_devices: int, on_cuda: bool) -> tuple[Device, Link | None]:
-    """The device of this machine, the rates measured on it before those of its data sheet, and the measured link.
+    """The device of this machine, with measured rates in preference to those of its data sheet, and the measured link.
 
-    None for the link where `num_devices` of them were never probed; a cache that cannot be read counts as none.
+    The link is None if `num_devices` devices were never probed; an unreadable cache counts as empty.
     """
     device = replace(CPU, capacity_bytes=main_memory_bytes())
     if on_cuda and (cards := cuda_devices(environ)):

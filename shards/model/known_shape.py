@@ -99,7 +99,7 @@ def _falcon(config: ConfigFields) -> ModelShape:
 
 
 def _llama(config: ConfigFields) -> ModelShape:
-    """Llama and those built like it; they differ in biases, in norms of queries and keys, and in defaults."""
+    """Llama and similar families; they differ in biases, in norms of queries and keys, and in defaults."""
     family = str(config.fields["model_type"])
     hidden, heads = config.size("hidden_size", 4096), config.size("num_attention_heads", 32)
     default_kv_heads = heads  # of a null
@@ -151,7 +151,8 @@ def _llama(config: ConfigFields) -> ModelShape:
 
 
 def _windows(config: ConfigFields, family: str, layers: int) -> tuple[int | None, ...]:
-    """The window of each layer by the rules of transformers' configs; a Mistral that names none has one."""
+    """The sliding window of each layer by the rules of transformers' configs; a Mistral without this setting has
+    one."""
     if family == "llama" or (family != "mistral" and not config.flag("use_sliding_window", False)):
         return ()
     if not config.fields.get("sliding_window", 4096):  # null and 0 are none

@@ -9,15 +9,16 @@ from math import prod
 from typing import Literal
 
 Cut = Literal["whole", "column", "row", "key_value", "query_key_value", "embedding", "head"]
-"""How tensor parallelism may cut a parameter: `column` by output rows (dim 0), `row` by inputs (dim 1); `key_value` and
-`query_key_value` are columns in units of heads; `embedding` and `head` differ by engine; `whole` is on every rank."""
+"""The way in which tensor parallelism may split a parameter: `column` by output rows (dim 0), `row` by inputs (dim 1);
+`key_value` and `query_key_value` are columns in units of heads; `embedding` and `head` differ by engine; `whole` is on
+every rank."""
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One tensor, under the name that `model.named_parameters()` gives it in transformers."""
+    """One tensor, with its name in transformers' `model.named_parameters()`."""
 
     name: str
     shape: tuple[int, ...]
@@ -29,7 +30,7 @@ class Parameter:
 
     @property
     def layer(self) -> int | None:
-        """The decoder layer it belongs to, None for embedding, last norm and head."""
+        """The decoder layer that contains it, None for embedding, last norm and head."""
         return layer_of(self.name)
 
 
@@ -44,10 +45,10 @@ def layer_of(name: str) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A decoder-only language model as sizes. `parameters` are in the order of the module, tied ones once.
+    """The sizes of a decoder-only language model. `parameters` are in the order of the module, tied ones once.
 
-    `experts` of a layer with a mixture of them: how many there are, and how many a token is sent to. `windows`: the
-    tokens that each layer's attention spans, None for all; empty where it is all of them in every layer.
+    `experts`: the number of experts in a mixture-of-experts layer, and the number used for each token. `windows`: the
+    number of tokens that each layer's attention spans, None for all; empty if no layer has a sliding window.
     """
 
     family: str
@@ -74,12 +75,12 @@ class ModelShape:
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters inside decoder layers: what a prompt token is multiplied with, the head left out."""
+        """Parameters inside decoder layers: a prompt token is multiplied with all of these, but not with the head."""
         return sum(parameter.numel for parameter in self.parameters if parameter.layer is not None)
 
     @property
     def step_parameters(self) -> int:
-        """Parameters that a decode step of one token reads: all but idle experts and a table that is not the head."""
+        """Parameters that a decode step of one token reads: all but unused experts and an untied embedding."""
         table = 0
         if not self.tied:
             table = sum(p.numel for p in self.parameters if p.cut == "embedding")
@@ -87,8 +88,8 @@ class ModelShape:
 
     @property
     def idle(self) -> tuple[Parameter, ...]:
-        """Parameters that a token does not use: of each stack of experts, a tensor of three dimensions, the part that
-        it is not sent to."""
+        """Parameters that a token does not use: of each stack of experts (a tensor of three dimensions) the unused
+        ones."""
         number, used = self.experts
         stacks = (p for p in self.parameters if p.layer is not None and len(p.shape) == 3 and p.shape[0] == number)
         return tuple(replace(p, shape=(number - used, *p.shape[1:])) for p in stacks if used < number)
@@ -101,17 +102,17 @@ class ModelShape:
         return {layer: tuple(members) for layer, members in groups.items()}
 
     def cached_heads(self, kv_heads_only: bool = True) -> int:
-        """Heads whose keys and values a cache keeps: transformers' own Falcon (new decoder) keeps all query heads."""
+        """Heads whose keys and values are cached: transformers' own Falcon (new decoder) caches all query heads."""
         if self.expanded_cache and not kv_heads_only:
             return self.num_attention_heads
         return self.num_key_value_heads
 
     def kept_tokens(self, tokens: float) -> float:
-        """Tokens that the cache of a layer keeps of a sequence of `tokens`, in the mean over the layers."""
+        """Tokens of a sequence of `tokens` that the cache of a layer keeps, averaged over the layers."""
         if not self.windows:
             return tokens
         return sum(min(tokens, window - 1) if window else tokens for window in self.windows) / len(self.windows)
 
     def kv_values_per_token(self, kv_heads_only: bool = True) -> int:
-        """Keys and values of one token in all layers, counted in numbers, on one device."""
+        """The number of values in the keys and values of one token in all layers, on one device."""
         return 2 * self.num_layers * self.cached_heads(kv_heads_only) * self.head_dim

@@ -1,1 +1,1 @@
-"""The page of runs and sweeps: sections with figures, and the document that holds them."""
+"""The HTML page of runs and sweeps: its sections with figures, and the document around them."""

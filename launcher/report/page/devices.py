@@ -1,4 +1,4 @@
-"""The samples of devices as lines over time, and a table of what they were in the repeats."""
+"""Samples of devices as lines over time, and a table of their values in the repeats."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def devices_over_time(costs: Sequence[tuple[str, Cost]]) -> DevicesOverTime:
 
 
 def middle(samples: Sequence[DeviceSample], state: str, unit: str) -> str:
-    """The median of a state with the least and most; a dash where it is not known."""
+    """The median of a value with its minimum and maximum; a dash if it is not known."""
     values = [value for sample in samples if (value := getattr(sample, state)) is not None]
     if not values:
         return "-"

@@ -34,7 +34,7 @@ class DataTable:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of a page: what it shows, an SVG element where there is a figure, and the same as a table."""
+    """A part of a page: what it shows, an SVG element if there is a figure, and the same values as a table."""
 
     title: str
     text: str
@@ -59,7 +59,7 @@ def page(title: str, summary: str, sections: Sequence[Section], footer: str) -> 
 
 
 def section_html(section: Section) -> str:
-    """One section; the table of a figure is folded away, one without a figure is open."""
+    """One section; the table of a figure is collapsed, a section without a figure is open."""
     notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in section.notes)
     heading = f"<h2>{html.escape(section.title)}</h2>"
     table = table_html(section.table)

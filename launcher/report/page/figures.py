@@ -1,6 +1,6 @@
-"""Figures of runs as SVG text by matplotlib, or as files: each is given plain numbers and knows nothing of records.
+"""Figures of runs as SVG text by matplotlib, or as files; they are given plain numbers, not records.
 
-Text stays text, and black becomes the colour of the surrounding page, so that one figure serves light and dark.
+Text stays text, and black becomes the text colour of the page, so that a figure works on light and dark backgrounds.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ STYLE = {
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One line of a figure: values over `x`, with their spread and ceilings where those are known."""
+    """One line of a figure: values over `x`, with their spread and ceilings if known."""
 
     name: str
     x: tuple[float, ...]
@@ -141,7 +141,7 @@ def stacked_figure(stacks: Sequence[Stack], x_label: str, limits: Sequence[float
 
 
 def scatter_figure(points: Sequence[Point], x_label: str, y_label: str) -> Figure:
-    """Points with their names; those of the Pareto front are joined."""
+    """Points with their names; points of the Pareto front are connected."""
     figure, axes = _figure()
     front = sorted((point for point in points if point.on_front), key=lambda point: point.x)
     axes.plot([point.x for point in front], [point.y for point in front], color=COLOURS[1], label="Pareto front")
@@ -156,7 +156,7 @@ def scatter_figure(points: Sequence[Point], x_label: str, y_label: str) -> Figur
 
 
 def timeline_figure(spans: Sequence[Span], x_label: str) -> Figure:
-    """A row for each rank, coloured by what it did."""
+    """A row for each rank, coloured by activity."""
     rows = list(dict.fromkeys(span.row for span in spans))
     kinds = list(dict.fromkeys(span.kind for span in spans))
     figure, axes = _figure(rows=len(rows))
@@ -190,7 +190,7 @@ def merged_spans(spans: Sequence[Span], most: int = 2000) -> list[Span]:
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """The points again, marked where no other is at least as good in both directions and better in one."""
+    """The points, marked if no other point is at least as good in both directions and better in one."""
 
     def is_beaten(point: Point) -> bool:
         return any(
@@ -201,7 +201,7 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 
 
 def svg(figure: Figure, title: str, description: str) -> str:
-    """The figure as an inline SVG element with a title and a description for those who cannot see it."""
+    """The figure as an inline SVG element with a title and a description for screen readers."""
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -216,7 +216,7 @@ def svg(figure: Figure, title: str, description: str) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write the figure to a file of the format that its suffix names."""
+    """Write the figure to a file in the format of its suffix."""
     with matplotlib.rc_context(STYLE):
         figure.savefig(path, dpi=150)
 
@@ -237,7 +237,7 @@ def _colours(count: int) -> list[str]:
 
 
 def _short(value: float) -> str:
-    """Three digits, or all in front of the point."""
+    """Three significant digits, or all digits before the decimal point."""
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""The parts of which the memory of a device is made, measured and planned, for stacked bars."""
+"""The parts of a device's memory, measured and planned, for stacked bars."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def cache_of(device: DeviceMemory) -> int:
-    """Bytes of keys and values on a device: reserved, or what the largest call had."""
+    """Bytes of keys and values on a device: the reserved bytes, or those of the largest call."""
     return max(device.kv_cache_bytes or 0, device.kv_cache_reserved_bytes or 0)
 
 

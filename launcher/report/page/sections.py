@@ -54,7 +54,7 @@ class Report:
         self.figures: list[NamedFigure] = []
 
     def sections(self) -> list[Section]:
-        """All that the runs have values for; runs that did not end well are in the first table only."""
+        """All sections for which the runs have values; failed runs are in the first table only."""
         sections = [self._overview()]
         if self.measured:
             sections += [self._speed(), self._latency(), self._memory(), self._timeline()]
@@ -112,11 +112,11 @@ class Report:
         return Section(title, text, self._drawn("speed", figure, title, text), DataTable(headings, tuple(rows)))
 
     def _longest_line(self, axis: str) -> int:
-        """The most points of a line over an axis."""
+        """The largest number of points of a line over an axis."""
         return max(len(set(line.x)) for line in self._lines(axis))
 
     def _lines(self, axis: str) -> list[Series]:
-        """Runs that differ in `axis` only are one line."""
+        """Runs that differ in `axis` only form one line."""
         groups: dict[str, list[Record]] = defaultdict(list)
         others = [key for key in self.swept if key not in ("devices", "num_nodes", "measure.batch_size")]
         other_axis = next(name for name in AXES if name != axis)
@@ -232,7 +232,7 @@ class Report:
         return Section(title, text, drawing, DataTable(headings, tuple(rows)))
 
     def _scaling(self) -> list[Section]:
-        """Efficiency against the fewest devices of the same line, where there are lines."""
+        """Efficiency relative to the fewest devices of the same line, if there are lines."""
         if len({record.num_devices for _, record in self.measured}) < 2:
             return []
         title = "Scaling efficiency"
@@ -251,7 +251,7 @@ class Report:
         return [Section(title, text, drawing, DataTable(("runs", "devices", "efficiency"), tuple(rows)))]
 
     def _pareto(self) -> list[Section]:
-        """Speed for one user against throughput of the hardware, where at least two runs have both."""
+        """Speed for one user against throughput per device, if at least two runs have both."""
         title = "One user against all"
         text = (
             "Tokens/s that one user sees (one over the median gap between tokens) against tokens/s for each device. "
@@ -272,7 +272,7 @@ class Report:
         return [Section(title, text, self._drawn("pareto", figure, title, text), DataTable(headings, tuple(rows)))]
 
     def _devices(self) -> list[Section]:
-        """Power, utilisation, clock and temperature of the devices, where the driver gave them."""
+        """Power, utilisation, clock and temperature of the devices, if the driver reported them."""
         parts = devices_over_time([(label, record.cost) for label, record in self.measured if record.cost])
         if not parts.series:
             return []
@@ -281,7 +281,7 @@ class Report:
         return [Section(title, text, drawing, parts.table)]
 
     def _published(self) -> list[Section]:
-        """Runs of experiments beside what was published."""
+        """Runs of experiments compared with the published figures."""
         pairs = [(label, beside) for label, r in self.measured if (beside := published_beside(r)) is not None]
         if not pairs:
             return []
