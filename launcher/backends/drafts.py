@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 
 def make_guesser(
-    wanted: SpeculativeConfig, dtype: torch.dtype, device: torch.device, prepare: Callable[[torch.nn.Module], None]
+    speculative: SpeculativeConfig, dtype: torch.dtype, device: torch.device, prepare: Callable[[torch.nn.Module], None]
 ) -> Guesser | None:
     """The guesser of a run, None without speculative decoding. `prepare` is called with a draft model after its weights
     are loaded."""
-    if wanted.name == NGRAM:
-        return Lookup(wanted.ngram_max or 1, wanted.ngram_min or 1, device)
-    if wanted.name != DRAFT:
+    if speculative.name == NGRAM:
+        return Lookup(speculative.ngram_max or 1, speculative.ngram_min or 1, device)
+    if speculative.name != DRAFT:
         return None
-    folder = Path(wanted.model or "")
+    folder = Path(speculative.model or "")
     model = build_meta(folder, dtype, False)
     keep_kv_heads_only(model)
     load_weights(model, Checkpoint.open(folder), device, lambda done, total: None)

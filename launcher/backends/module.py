@@ -112,10 +112,10 @@ class ModuleBackend(ABC):
             pack_weights(model)
 
     def _decoder(self, plan: Plan | None) -> Decoder | SlotDecoder:
-        apart, eos, seed = self.config.backend.data_parallel, eos_token_ids(self.model), self.config.seed
+        is_data_parallel, eos, seed = self.config.backend.data_parallel, eos_token_ids(self.model), self.config.seed
         if not self.config.is_continuous:
             decoder = Decoder(self.model, eos, self.device, seed, peaks=self.peaks)
-            if apart:
+            if is_data_parallel:
                 decoder.any_unfinished = any_rank
             return decoder
         measure = self.config.measure
@@ -127,7 +127,7 @@ class ModuleBackend(ABC):
             num_slots=num_slots,
             length=length,
             prefill_tokens=measure.prefill_tokens or DEFAULT_PREFILL_TOKENS,
-            splits_prompts=apart,
+            splits_prompts=is_data_parallel,
             guesser=self.guesser,
             ahead=self.config.speculative.most,
         )  # fmt: skip

@@ -150,36 +150,43 @@ def _check_experiment(experiment: ExperimentConfig) -> None:
 
 def _check_speculative(config: RunConfig) -> None:
     """Check the kind of speculative decoding, and that the engine supports it."""
-    wanted, name = config.speculative, config.backend.name
-    if wanted.name not in KEYS:
-        fact = f"speculative.name={wanted.name} is not one of {', '.join(KEYS)}."
-        raise ConfigError(fact, f"speculative={difflib.get_close_matches(wanted.name, KEYS, 1, cutoff=0)[0]}")
+    speculative, name = config.speculative, config.backend.name
+    if speculative.name not in KEYS:
+        fact = f"speculative.name={speculative.name} is not one of {', '.join(KEYS)}."
+        raise ConfigError(fact, f"speculative={difflib.get_close_matches(speculative.name, KEYS, 1, cutoff=0)[0]}")
     unread = [
-        key for key in vars(wanted) if key not in ("name", *KEYS[wanted.name]) and getattr(wanted, key) is not None
+        key
+        for key in vars(speculative)
+        if key not in ("name", *KEYS[speculative.name]) and getattr(speculative, key) is not None
     ]
     if unread:
         key = unread[0]
         reader = next(kind for kind, keys in KEYS.items() if key in keys)
-        fact = f"speculative.{key}={getattr(wanted, key)} is not used with speculative={wanted.name}."
+        fact = f"speculative.{key}={getattr(speculative, key)} is not used with speculative={speculative.name}."
         raise ConfigError(fact, f"speculative={reader}, or speculative.{key}=null")
-    if wanted.is_on and not config.backend.speculates:
-        fact = f"speculative={wanted.name}, and backend={name} does not support it."
+    if speculative.is_on and not config.backend.speculates:
+        fact = f"speculative={speculative.name}, and backend={name} does not support it."
         raise ConfigError(fact, f"speculative=none, or {example_with('speculates')}")
-    if wanted.is_on and not config.is_continuous:
-        fact = (
-            f"speculative={wanted.name}: rows gain different numbers of tokens, which a static batch does not support."
-        )
+    if speculative.is_on and not config.is_continuous:
+        kind = speculative.name
+        fact = f"speculative={kind}: rows gain different numbers of tokens, which a static batch does not support."
         raise ConfigError(fact, "measure.scheduling=continuous")
-    missing = [key for key in KEYS[wanted.name] if getattr(wanted, key) is None]
+    missing = [key for key in KEYS[speculative.name] if getattr(speculative, key) is None]
     if missing:
         key = f"speculative.{missing[0]}"
         example = {"speculative.model": "embedded:tiny_draft"}.get(key, "1")
-        raise ConfigError(f"{key} has no value, and speculative={wanted.name} reads it.", f"{key}={example}")
-    if wanted.ngram_max is not None and wanted.ngram_min is not None and wanted.ngram_min > wanted.ngram_max:
-        fact = f"speculative.ngram_min={wanted.ngram_min} is above speculative.ngram_max={wanted.ngram_max}."
-        raise ConfigError(fact, f"speculative.ngram_min={wanted.ngram_max}")
-    if wanted.is_on and (steps := config.measure.profile) is not None:
-        fact = f"measure.profile={steps} are steps of a token a row, and with speculative={wanted.name} they are not."
+        raise ConfigError(f"{key} has no value, and speculative={speculative.name} reads it.", f"{key}={example}")
+    if (
+        speculative.ngram_max is not None
+        and speculative.ngram_min is not None
+        and speculative.ngram_min > speculative.ngram_max
+    ):
+        fact = f"speculative.ngram_min={speculative.ngram_min} is above speculative.ngram_max={speculative.ngram_max}."
+        raise ConfigError(fact, f"speculative.ngram_min={speculative.ngram_max}")
+    if speculative.is_on and (steps := config.measure.profile) is not None:
+        fact = (
+            f"measure.profile={steps} are steps of a token a row, and with speculative={speculative.name} they are not."
+        )
         raise ConfigError(fact, "measure.profile=null, or speculative=none")
 
 
@@ -196,36 +203,36 @@ def _check_backend(backend: BackendConfig) -> dict[str, Bounds]:
     return bounds
 
 
-def _check_prompts(wanted: PromptsConfig) -> None:
+def _check_prompts(prompts: PromptsConfig) -> None:
     """A prompt set has one source (texts, a file or random ids): options of another source would be ignored."""
-    path, length, count = wanted.path, wanted.input_tokens, wanted.count
-    if path is not None and (wanted.texts is not None or length is not None):
-        fact = f"prompts={wanted.name} has its own prompts, and does not use prompts.path={path}."
+    path, length, count = prompts.path, prompts.input_tokens, prompts.count
+    if path is not None and (prompts.texts is not None or length is not None):
+        fact = f"prompts={prompts.name} has its own prompts, and does not use prompts.path={path}."
         raise ConfigError(fact, f"prompts=file prompts.path={path}")
-    if path is None and wanted.field is not None:
-        fact = f"prompts={wanted.name} has no file, and does not use prompts.field={wanted.field}."
-        raise ConfigError(fact, f"prompts=file prompts.path=questions.csv prompts.field={wanted.field}")
-    if length is not None and (wanted.texts is not None or count is None):
-        fact = f"prompts.input_tokens={length} is the length of random prompts, and prompts={wanted.name} has others."
+    if path is None and prompts.field is not None:
+        fact = f"prompts={prompts.name} has no file, and does not use prompts.field={prompts.field}."
+        raise ConfigError(fact, f"prompts=file prompts.path=questions.csv prompts.field={prompts.field}")
+    if length is not None and (prompts.texts is not None or count is None):
+        fact = f"prompts.input_tokens={length} is the length of random prompts, and prompts={prompts.name} has others."
         raise ConfigError(fact, f"prompts=synthetic prompts.input_tokens={length}")
     if count is not None and length is None:
-        fact = f"prompts.count={count} is the number of random prompts, and prompts={wanted.name} has others."
+        fact = f"prompts.count={count} is the number of random prompts, and prompts={prompts.name} has others."
         raise ConfigError(fact, f"prompts=synthetic prompts.count={count}")
     if count is not None and length is not None and count * length > MOST_TOKENS:
         fact = f"prompts.count={count} of prompts.input_tokens={length} are {count * length:,} tokens, more than "
         raise ConfigError(f"{fact}{MOST_TOKENS:,}.", f"prompts.count={max(MOST_TOKENS // length, 1)}")
 
-    shared = wanted.shared_tokens
+    shared = prompts.shared_tokens
     if shared is not None and length is None:
-        fact = f"prompts.shared_tokens={shared} is of random prompts, and prompts={wanted.name} has others."
+        fact = f"prompts.shared_tokens={shared} is of random prompts, and prompts={prompts.name} has others."
         raise ConfigError(fact, f"prompts=synthetic prompts.shared_tokens={shared}")
     if shared is not None and length is not None and shared > length:
         fact = f"prompts.shared_tokens={shared}, and a prompt has prompts.input_tokens={length}."
         raise ConfigError(fact, f"prompts.shared_tokens={length}")
-    if wanted.chat and length is not None:
-        fact = f"prompts.chat=true, and the prompts of prompts={wanted.name} are random tokens, not texts."
+    if prompts.chat and length is not None:
+        fact = f"prompts.chat=true, and the prompts of prompts={prompts.name} are random tokens, not texts."
         raise ConfigError(fact, "prompts.chat=false")
-    if wanted.system is not None and not wanted.chat:
+    if prompts.system is not None and not prompts.chat:
         raise ConfigError("prompts.system= is only used with prompts.chat=true.", "prompts.chat=true")
 
 

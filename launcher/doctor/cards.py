@@ -136,13 +136,13 @@ def check_cuda(found: JsonObject | None, built_for: Sequence[str]) -> list[Check
     if not (found or {}).get("gpus"):
         return []
     assert found is not None
-    wanted = max((int(version.partition(".")[0]) for version in built_for), default=None) or locked_cuda()
-    checks = [_check_driver(found["driver"], found.get("cuda_driver"), wanted), _check_nvcc(wanted)]
-    least = LEAST_CAPABILITIES.get(wanted or 0, (0, 0))
+    required = max((int(version.partition(".")[0]) for version in built_for), default=None) or locked_cuda()
+    checks = [_check_driver(found["driver"], found.get("cuda_driver"), required), _check_nvcc(required)]
+    least = LEAST_CAPABILITIES.get(required or 0, (0, 0))
     for gpu in found["gpus"]:
         capability = gpu["compute_capability"]
         if capability and tuple(map(int, capability.split("."))) < least:
-            kernels = f"builds for CUDA {wanted} have kernels from {'.'.join(map(str, least))} on"
+            kernels = f"builds for CUDA {required} have kernels from {'.'.join(map(str, least))} on"
             fact = f"compute capability {capability}, and {kernels}"
             mend = "LAUNCHER_FLAVOR=cpu bash scripts/setup.sh"
             checks.append(Check("system", f"GPU {gpu['index']}", "broken", fact, mend))

@@ -136,10 +136,10 @@ def enlarged(prompts: tuple[Prompt, ...], batch: int, ranks: int) -> tuple[Promp
 
 def _earlier_search(config: RunConfig) -> RunDir | None:
     """The run of an earlier search for the same configuration, which has already determined its batch."""
-    asked = what_is_run(to_dict(config))
+    point = what_is_run(to_dict(config))
     for run_dir in reversed(run_dirs_in(Path(config.output_dir))):
         with contextlib.suppress(UserError):
             search = run_dir.read_run().batch_search
-            if search is not None and search.asked == asked:
+            if search is not None and search.asked == point:
                 return run_dir
     return None

@@ -26,16 +26,16 @@ def settle_guesses(config: RunConfig, model_config: TransformersConfig, longest:
 
     `longest` is the most tokens of a prompt and its answer.
     """
-    wanted, backend = config.speculative, config.backend
-    if not wanted.is_on:
+    speculative, backend = config.speculative, config.backend
+    if not speculative.is_on:
         return config
     remote = config.model.trust_remote_code
     if backend.has_slots and (why := why_static(model_config, remote) or why_no_guesses(model_config)) is not None:
-        raise ConfigError(f"speculative={wanted.name}, and {why}.", "speculative=none")
-    if wanted.name != DRAFT:
+        raise ConfigError(f"speculative={speculative.name}, and {why}.", "speculative=none")
+    if speculative.name != DRAFT:
         return config
     folder = _folder(config)
-    fields, path = config_of(folder), wanted.model
+    fields, path = config_of(folder), speculative.model
     ours, theirs = ConfigFields(model_config).size("vocab_size"), ConfigFields(fields).size("vocab_size")
     if ours != theirs:
         fact = f"The draft {path} has a vocabulary of {theirs} tokens, and {config.model.name} one of {ours}."
@@ -49,7 +49,7 @@ def settle_guesses(config: RunConfig, model_config: TransformersConfig, longest:
     if context is not None and longest > context:
         fact = f"The draft {path} has {context} positions, and the longest prompt with its answer {longest} tokens."
         raise ConfigError(fact, "speculative=ngram speculative.model=null")
-    return replace(config, speculative=replace(wanted, model=str(folder)))
+    return replace(config, speculative=replace(speculative, model=str(folder)))
 
 
 def draft_shape(config: RunConfig) -> ModelShape | None:

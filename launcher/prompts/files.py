@@ -46,23 +46,23 @@ class Row:
     value: Any
 
 
-def read_file(wanted: PromptsConfig) -> list[str]:
+def read_file(source: PromptsConfig) -> list[str]:
     """The prompts of a file; ConfigError for one that cannot be read, or that lacks a text."""
-    assert wanted.path is not None, "a prompt set without a file has texts"
-    path = Path(wanted.path)
+    assert source.path is not None, "a prompt set without a file has texts"
+    path = Path(source.path)
     if path.suffix.lower() not in ROW_FILES:
-        if wanted.field is not None:
-            fact = f"prompts.field={wanted.field}, and {path} has no fields: it is read as a prompt a line."
+        if source.field is not None:
+            fact = f"prompts.field={source.field}, and {path} has no fields: it is read as a prompt a line."
             raise ConfigError(fact, "prompts.field=null")
         return [line for line in _content(path).split("\n") if line.strip()]  # splitlines() also splits at U+2028
     rows = _rows(path)
-    field = wanted.field or _usual_field(rows, path)
+    field = source.field or _usual_field(rows, path)
     texts = []
     for row in rows:
         value = row.value
         if isinstance(row.value, dict):
             value = row.value.get(field)
-        elif wanted.field is not None:  # a row without fields is a prompt itself where none is chosen
+        elif source.field is not None:  # a row without fields is a prompt itself where none is chosen
             value = None
         text = _question(value)
         if not text:
@@ -72,11 +72,11 @@ def read_file(wanted: PromptsConfig) -> list[str]:
     return texts
 
 
-def read_arrivals(wanted: PromptsConfig) -> list[float]:
+def read_arrivals(source: PromptsConfig) -> list[float]:
     """The arrival times of the prompts in a file of rows, in seconds; ConfigError for a set without them."""
-    path = Path(wanted.path or "")
+    path = Path(source.path or "")
     if path.suffix.lower() not in ROW_FILES:
-        fact = f"load.arrivals=true, and prompts={wanted.name} has no arrival times."
+        fact = f"load.arrivals=true, and prompts={source.name} has no arrival times."
         raise ConfigError(fact, WITH_ARRIVALS)
     moments: list[float] = []
     earliest = 0.0
@@ -95,10 +95,10 @@ def read_arrivals(wanted: PromptsConfig) -> list[float]:
     return moments
 
 
-def read_adapters(wanted: PromptsConfig, names: Collection[str]) -> list[str | None]:
+def read_adapters(source: PromptsConfig, names: Collection[str]) -> list[str | None]:
     """The adapter of each prompt in a file of rows, one of `names`; None for the plain model. ConfigError for another
     name, and for a set that names none."""
-    path = Path(wanted.path or "")
+    path = Path(source.path or "")
     rows = _rows(path) if path.suffix.lower() in ROW_FILES else []
     chosen: list[str | None] = []
     for row in rows:

@@ -75,20 +75,20 @@ def guessed_prompts(config: RunConfig, vocab_size: int) -> list[Prompt]:
     return [Prompt(index, text, (0,) * -(-len(text.encode()) // 4)) for index, text in enumerate(texts)]
 
 
-def read_texts(wanted: PromptsConfig) -> list[str]:
+def read_texts(source: PromptsConfig) -> list[str]:
     """The texts of a prompt preset; ConfigError for a file that is missing, empty or malformed, with the line."""
-    if wanted.texts is not None:
-        texts = list(wanted.texts)
-    elif wanted.path is None:
-        raise ConfigError(f"prompts={wanted.name} needs a file.", "prompts.path=questions.txt")
+    if source.texts is not None:
+        texts = list(source.texts)
+    elif source.path is None:
+        raise ConfigError(f"prompts={source.name} needs a file.", "prompts.path=questions.txt")
     else:
-        texts = read_file(wanted)
+        texts = read_file(source)
     if not texts:
-        if wanted.path is None:
+        if source.path is None:
             hint = for_shell("prompts.texts=[Hello]")
         else:
-            hint = f"a prompt in {wanted.path}, or prompts=seed prompts.path=null"
-        raise ConfigError(f"The prompt set is empty ({wanted.path or wanted.name}).", hint)
+            hint = f"a prompt in {source.path}, or prompts=seed prompts.path=null"
+        raise ConfigError(f"The prompt set is empty ({source.path or source.name}).", hint)
     if len(texts) > MOST_PROMPTS:
         raise ConfigError(f"There are {len(texts):,} prompts, more than {MOST_PROMPTS:,}.", f"the first {MOST_PROMPTS}")
     for index, text in enumerate(texts):

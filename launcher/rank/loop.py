@@ -82,15 +82,15 @@ class Loop:
         """Answer one more batch on all ranks, and trace `steps` of its decode steps on the ranks with `is_traced`."""
         sampling = replace(self.sampling, max_new_tokens=steps + 1, ignore_eos=True)
         trace: Trace | None = None
-        seen = 0
+        num_steps = 0
 
         def on_step(new_tokens: int, finished: Sequence[Completion] = ()) -> None:
-            nonlocal trace, seen
-            if is_traced and seen == 0 and isinstance(self.backend, TracingBackend):  # behind the prompts
+            nonlocal trace, num_steps
+            if is_traced and num_steps == 0 and isinstance(self.backend, TracingBackend):  # behind the prompts
                 trace = self.backend.trace()
-            if trace is not None and seen == steps:
+            if trace is not None and num_steps == steps:
                 trace.stop()
-            seen += 1
+            num_steps += 1
 
         self.progress.enter("profile", steps)
         self.backend.generate(warm_up_batch(prompts, self.world, self.config), sampling, on_step)

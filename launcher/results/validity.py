@@ -116,12 +116,12 @@ def check_tokens(record: Record) -> Check:
 def check_memory(record: Record, parameter_tolerance: float) -> Check:
     """Parameters as planned, and a cache no larger than planned."""
     planned = record.planned_devices
-    seen = 0
+    num_devices = 0
     for device in record.devices:
         plan = planned.get(device.rank)
         if plan is None or device.parameter_bytes is None:
             continue
-        seen += 1
+        num_devices += 1
         measured_bytes = device.parameter_bytes + device.draft_parameter_bytes
         planned_bytes = plan.parameter_bytes + plan.draft_parameter_bytes
         if abs(measured_bytes - planned_bytes) > parameter_tolerance * planned_bytes:
@@ -133,9 +133,9 @@ def check_memory(record: Record, parameter_tolerance: float) -> Check:
             return Check(
                 "memory", False, f"rank {device.rank} had {cache:,} bytes of KV cache, and {most:,} were planned"
             )
-    if not seen:
+    if not num_devices:
         return Check("memory", None, "not planned, or not measured")
-    return Check("memory", True, f"as planned on {seen} devices")
+    return Check("memory", True, f"as planned on {num_devices} devices")
 
 
 def check_ceilings(record: Record) -> Check:

@@ -82,12 +82,12 @@ def _begun(run: Run) -> list[tuple[RunDir, RunDescription]]:
     if not run.config.resume:
         return []
     same = []
-    asked = what_is_run(to_dict(run.config))
+    point = what_is_run(to_dict(run.config))
     for run_dir in run_dirs_in(Path(run.config.output_dir)):
         with contextlib.suppress(UserError):
             before = run_dir.read_run()
             if (
-                what_is_run(before.config) == asked
+                what_is_run(before.config) == point
                 and before.model_config == run.model_config
                 and before.num_devices == run.num_devices
                 and run_dir.read_prompts() == list(run.prompts)
@@ -120,13 +120,13 @@ def _refused(config: RunConfig) -> RunDir | None:
     """The first directory in which the same point was refused, if it contains only that record; for `resume=true`."""
     if not config.resume:
         return None
-    asked = what_is_run(to_dict(config))
+    point = what_is_run(to_dict(config))
     for run_dir in run_dirs_in(Path(config.output_dir)):
         with contextlib.suppress(UserError):
             if run_dir.has_run():
                 continue
             record = run_dir.read_record()
-            if record is not None and what_is_run(record.config) == asked:
+            if record is not None and what_is_run(record.config) == point:
                 return run_dir
     return None
 

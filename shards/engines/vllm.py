@@ -119,10 +119,10 @@ class VllmPlanner(EnginePlanner):
         """The decoder layers are in main memory, which the GPU reads (vllm/model_executor/offloader/uva.py)."""
         shape = request.shape
         outside = replace(shape, parameters=tuple(p for p in shape.parameters if p.layer is None))
-        kept = cut_layout(replace(request, shape=outside), self.pieces, False, layout.buffer_bytes)
-        parts = kept.parameter_bytes[: len(layout.parameter_bytes)]
-        away = tuple(whole - part for whole, part in zip(layout.parameter_bytes, parts, strict=True))
-        return replace(layout, parameter_bytes=parts, offloaded_bytes=away)
+        resident = cut_layout(replace(request, shape=outside), self.pieces, False, layout.buffer_bytes)
+        parts = resident.parameter_bytes[: len(layout.parameter_bytes)]
+        elsewhere = tuple(whole - part for whole, part in zip(layout.parameter_bytes, parts, strict=True))
+        return replace(layout, parameter_bytes=parts, offloaded_bytes=elsewhere)
 
     def factors(self, shape: ModelShape, adapters: Sequence[Factors]) -> tuple[Parameter, ...]:
         """Memory for `adapter_slots` of the largest rank, in each matrix of the adapted modules; in a packed module of

@@ -54,8 +54,8 @@ def note_conversions(model: nn.Module) -> None:
     model.conversions = get_model_conversion_mapping(model)
 
 
-def converted(model: nn.Module, checkpoint: Checkpoint, wanted: Iterable[str]) -> Checkpoint:
-    """The same checkpoint with the `wanted` names of the modules, and merged tensors as MergedEntry.
+def converted(model: nn.Module, checkpoint: Checkpoint, expected: Iterable[str]) -> Checkpoint:
+    """The same checkpoint with the `expected` names of the modules, and merged tensors as MergedEntry.
 
     Names that match none of them stay as they are, for `Checkpoint.verify` to report. CheckpointError for a tensor that
     is made from stored ones in another way than stacking and joining.
@@ -65,7 +65,7 @@ def converted(model: nn.Module, checkpoint: Checkpoint, wanted: Iterable[str]) -
         return checkpoint
     converters = [item for item in transforms if isinstance(item, WeightConverter)]
     renamings = [item for item in transforms if not isinstance(item, WeightConverter)]
-    known, prefix = dict.fromkeys(wanted, True), getattr(model, "base_model_prefix", "")
+    known, prefix = dict.fromkeys(expected, True), getattr(model, "base_model_prefix", "")
     tensors: dict[str, TensorEntry] = {}
     merged: dict[str, dict[str, list[TensorEntry]]] = {}
     for name in sorted(checkpoint.tensors, key=dot_natural_key):

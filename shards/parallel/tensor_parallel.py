@@ -114,9 +114,9 @@ class VocabularyHead(ProductLinear):
         second largest. Only these are exchanged, as float32, which represents token ids exactly."""
         token, lead = best_of(part)
         mine = torch.stack((part.gather(1, token[:, None])[:, 0], lead, token + self.first), 1)
-        told = mine.new_empty(self.size, *mine.shape)
-        self.collectives.gather(told, mine)
-        value, leads, tokens = told.unbind(-1)
+        gathered = mine.new_empty(self.size, *mine.shape)
+        self.collectives.gather(gathered, mine)
+        value, leads, tokens = gathered.unbind(-1)
         rank = value.argmax(0, keepdim=True)
         others = value.scatter(0, rank, -torch.inf).amax(0)
         gap = torch.minimum(leads.gather(0, rank)[0], value.amax(0) - others)

@@ -35,9 +35,9 @@ def settled(config: RunConfig, device: torch.device) -> Compile:
     In other cases no mode is known to be faster: inductor takes a minute for each step, and on a CPU the steps are not
     faster.
     """
-    asked = config.measure.compile
-    if asked is not Compile.auto:
-        return asked
+    configured = config.measure.compile
+    if configured is not Compile.auto:
+        return configured
     is_plain = config.num_devices == 1 and config.offload is Offload.none and not config.speculative.is_on
     if is_plain and device.type == "cuda":
         return Compile.cudagraph

@@ -81,11 +81,11 @@ class AheadSlots(Slots):
             places = self.places[: min(reach, size)]
             window = self.windows[kind]
             if window is None:
-                seen = places <= now
+                is_visible = places <= now
             else:
-                lies = newest - (newest - places) % size  # the newest token that has been at a place
-                seen = (lies >= 0) & (lies <= now) & (lies > now - window)
-            masks[kind] = torch.where(seen, self.seen, self.hidden)[:, None]
+                token_at = newest - (newest - places) % size  # the newest token that has been at a place
+                is_visible = (token_at >= 0) & (token_at <= now) & (token_at > now - window)
+            masks[kind] = torch.where(is_visible, self.seen, self.hidden)[:, None]
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
 

@@ -43,9 +43,9 @@ class Queue:
             return self.own.free < len(self.own.seats)
         free = [schedule.free for schedule in self.schedules]
         if self.votes:
-            told = [torch.zeros(1, dtype=torch.long) for _ in free]
-            dist.all_gather(told, torch.tensor([self.own.free]))
-            free = [int(one) for one in told]
+            counts = [torch.zeros(1, dtype=torch.long) for _ in free]
+            dist.all_gather(counts, torch.tensor([self.own.free]))
+            free = [int(one) for one in counts]
         while self.prompts and (most := max(free)):
             ranks = [rank for rank, number in enumerate(free) if number == most]
             prompts = [self.prompts.popleft() for _ in range(min(len(ranks), len(self.prompts)))]

@@ -165,9 +165,9 @@ class VllmBackend:
         return {name: float(counts.get(theirs, 0)) for name, theirs in GUESSES.items()}
 
     def score(self, token_ids: Sequence[int]) -> Score:
-        wanted = self.vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=LIKELIEST, detokenize=False)
-        asked, alone = [{"prompt_token_ids": list(token_ids)}], self.adapters.get(None)
-        [answer] = self.llm.generate(asked, wanted, lora_request=alone, use_tqdm=False)
+        params = self.vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=LIKELIEST, detokenize=False)
+        prompts, alone = [{"prompt_token_ids": list(token_ids)}], self.adapters.get(None)
+        [answer] = self.llm.generate(prompts, params, lora_request=alone, use_tqdm=False)
         likely = answer.prompt_logprobs[1:]  # of each place the likeliest tokens, and the one that is there
         chosen = [place[token].logprob for place, token in zip(likely, token_ids[1:], strict=True)]
         best = tuple(max(place, key=lambda token: place[token].logprob) for place in likely)

@@ -78,15 +78,19 @@ def arguments(
 
 def speculation(config: RunConfig) -> JsonObject:
     """The arguments for speculative decoding, with statistics on so that vLLM counts draft tokens."""
-    wanted = config.speculative
-    if not wanted.is_on:
+    speculative = config.speculative
+    if not speculative.is_on:
         return {}
-    told: JsonObject = {"num_speculative_tokens": wanted.tokens}
-    if wanted.name == DRAFT:
-        told |= {"method": "draft_model", "model": wanted.model}
+    settings: JsonObject = {"num_speculative_tokens": speculative.tokens}
+    if speculative.name == DRAFT:
+        settings |= {"method": "draft_model", "model": speculative.model}
     else:
-        told |= {"method": "ngram", "prompt_lookup_max": wanted.ngram_max, "prompt_lookup_min": wanted.ngram_min}
-    return {"speculative_config": told, "disable_log_stats": False}
+        settings |= {
+            "method": "ngram",
+            "prompt_lookup_max": speculative.ngram_max,
+            "prompt_lookup_min": speculative.ngram_min,
+        }
+    return {"speculative_config": settings, "disable_log_stats": False}
 
 
 def adapters(config: RunConfig, on_cpu: bool) -> JsonObject:
