@@ -64,6 +64,7 @@ class ModuleBackend(ABC):
     """An engine that is a torch module with transformers' forward. Subclasses implement `place`."""
 
     mapped_files: frozenset[Path] = frozenset()  # that the weights of this process are
+    gather: Callable[[torch.Tensor, torch.Tensor], object] = staticmethod(dist.all_gather_into_tensor)
     stats = LoadStats(0, 0, 0.0)  # of weights that stay where they are
 
     def __init__(self, config: RunConfig) -> None:
@@ -130,6 +131,7 @@ class ModuleBackend(ABC):
             length=length,
             prefill_tokens=measure.prefill_tokens or DEFAULT_PREFILL_TOKENS,
             splits_prompts=is_data_parallel,
+            gather=self.gather,
             guesser=self.guesser,
             ahead=self.config.speculative.most,
         )  # fmt: skip

@@ -74,6 +74,8 @@ class FsdpBackend(ModuleBackend):
         )
         fabric.launch()
         fabric.setup(model, move_to_device=False)
+        if ways.is_immediate and not is_hybrid:
+            self.gather = ways.gather
         return model
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Generation:

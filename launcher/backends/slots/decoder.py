@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 
 from launcher.backends.base import LENGTH, STOP, Completion, Generation
 from launcher.backends.memory import DECODE, PREFILL, Clock, PhasePeaks
@@ -82,6 +83,7 @@ class SlotDecoder:
     prefill_tokens: int
     splits_prompts: bool
     guesser: Guesser | None = None
+    gather: Callable[[torch.Tensor, torch.Tensor], object] = dist.all_gather_into_tensor
     ahead: int = 0  # tokens that are guessed for a row in a step
     on_tokens: Callable[[int, SequenceOf[int]], None] | None = None
     slots: Slots | None = None
@@ -146,7 +148,8 @@ class _Call:
         self.schedule = schedules[rank]
         is_told = sampling.ignore_eos and decoder.guesser is None  # when answers end
         is_apart = ranks > 1 and not is_sharded(decoder.model)
-        self.queue = Queue(prompts, schedules, rank, votes=ranks > 1 and not is_told, is_apart=is_apart)
+        votes = ranks > 1 and not is_told
+        self.queue = Queue(prompts, schedules, rank, votes, is_apart, decoder.gather)
         self.sampler = Sampler(sampling, decoder.seed, decoder.device, decoder.model.get_output_embeddings())
         self.speculation: Speculation | None = None
         if decoder.guesser is not None and isinstance(self.slots, AheadSlots):

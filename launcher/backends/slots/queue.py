@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from collections.abc import Sequence as SequenceOf
 
     from launcher.backends.base import Prompt
@@ -21,8 +22,8 @@ class Queue:
 
     A single rank, or ranks that answer together, have one schedule. Data-parallel ranks must make the same assignments:
     if the ends of answers are known in advance each rank follows the schedules of all, otherwise (`votes`) they
-    exchange the number of free slots. Ranks whose forwards are not collective (`is_apart`) stop doing so once all
-    prompts are assigned.
+    exchange the number of free slots by `gather`. Ranks whose forwards are not collective (`is_apart`) stop doing so
+    once all prompts are assigned.
     """
 
     def __init__(
@@ -32,10 +33,12 @@ class Queue:
         rank: int,
         votes: bool,
         is_apart: bool = False,
+        gather: Callable[[torch.Tensor, torch.Tensor], object] = dist.all_gather_into_tensor,
     ) -> None:
         self.prompts = deque(prompts)
         self.tokens = [0] * len(schedules)  # of the prompts that each rank was given
         self.schedules, self.own, self.votes, self.is_apart = schedules, schedules[rank], votes, is_apart
+        self.gather = gather
 
     def fill(self) -> bool:
         """Assign prompts to free slots. True if this rank has work, or others need it for their collectives."""
@@ -43,9 +46,9 @@ class Queue:
             return self.own.free < len(self.own.seats)
         free = [schedule.free for schedule in self.schedules]
         if self.votes:
-            counts = [torch.zeros(1, dtype=torch.long) for _ in free]
-            dist.all_gather(counts, torch.tensor([self.own.free]))
-            free = [int(one) for one in counts]
+            counts = torch.zeros(len(free))
+            self.gather(counts, torch.tensor([float(self.own.free)]))
+            free = [int(one) for one in counts.tolist()]
         while self.prompts and (most := max(free)):
             ranks = [rank for rank, number in enumerate(free) if number == most]
             prompts = [self.prompts.popleft() for _ in range(min(len(ranks), len(self.prompts)))]
