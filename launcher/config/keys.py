@@ -46,7 +46,7 @@ SAME_VALUES = {"gpu": "cuda", "float": "fp32", "half": "fp16"}
 
 def key_types(kind: type, prefix: str = "") -> JsonObject:
     """The type of every key of a dataclass, at every depth, by its dotted path."""
-    hints = get_type_hints(kind)
+    hints = type_hints(kind)
     types: JsonObject = {}
     for field in dataclasses.fields(kind):
         path, hint = prefix + field.name, without_none(hints[field.name])
@@ -98,9 +98,15 @@ def has_key(key: str, known: Mapping[str, Any]) -> bool:
     return False
 
 
+@cache
+def type_hints(kind: type) -> Mapping[str, Any]:
+    """The types of a dataclass's fields by name, resolved once: a configuration is read many times in a run."""
+    return get_type_hints(kind)
+
+
 def strays(tree: Mapping[str, Any], kind: type, prefix: str = "") -> Iterator[str]:
     """The dotted keys in a tree of plain values that the dataclass does not have."""
-    hints = get_type_hints(kind)
+    hints = type_hints(kind)
     for name, value in tree.items():
         if name not in hints:
             yield f"{prefix}{name}"

@@ -8,7 +8,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from launcher.config.engines import load_engine
-from launcher.config.keys import strays, unknown_key, without_none
+from launcher.config.keys import strays, type_hints, unknown_key, without_none
 from launcher.config.schema import RunConfig
 from launcher.system import typed
 
@@ -57,7 +57,7 @@ def from_dict(raw: JsonObject) -> RunConfig:
 
 
 def _build(kind: type, raw: JsonObject) -> Any:
-    hints = typing.get_type_hints(kind)
+    hints = type_hints(kind)
     return kind(**{key: _convert(hints[key], value) for key, value in raw.items()})
 
 

@@ -7,6 +7,7 @@ Started as `python -m launcher.launch.forks RANKS MODULE ARGUMENT`; each rank ca
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import socket
@@ -56,6 +57,7 @@ def main() -> int:
     with contextlib.suppress(Exception):  # a rank imports it once more and reports the error
         importlib.import_module(module)
         resolve(RunDir(Path(argument)).read_run().run_config.backend.implementation)
+    gc.freeze()  # what is imported stays in pages that all ranks share
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

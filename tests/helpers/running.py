@@ -10,14 +10,18 @@ import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import psutil
+from warm import Template, is_forkable
 
 from launcher.system.processes import MARK, end_run
 from shards.machine.shared_memory import shared_memory_files, shared_memory_of
 
 ROOT = Path(__file__).resolve().parents[2]
+is_warm = False  # with pytest's option --warm
+templates: list[Template] = []
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,11 @@ def environment(**extra: str) -> dict[str, str]:
 def run(command: list[str], timeout: float = 120, cwd: Path = ROOT, **extra: str) -> Ended:
     """Run a command to its end; on a time-out its whole tree is killed and the test fails."""
     mark = uuid.uuid4().hex
+    environ = environment(**{MARK: mark, **extra})
+    if is_warm and (template := template_for(command, environ)):
+        return _run_fork(template, command, timeout, cwd, environ)
     process = subprocess.Popen(
-        command, cwd=cwd, env=environment(**{MARK: mark, **extra}), text=True, stdin=subprocess.DEVNULL,
+        command, cwd=cwd, env=environ, text=True, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     try:
@@ -55,6 +62,34 @@ def run(command: list[str], timeout: float = 120, cwd: Path = ROOT, **extra: str
         out, err = process.communicate()
         raise AssertionError(f"{command} took over {timeout} s\n{out[-2000:]}\n{err[-2000:]}") from None
     return Ended(process.returncode, out, err)
+
+
+def template_for(command: list[str], environ: dict[str, str]) -> Template | None:
+    """The interpreter of which the command can be a fork: one that would have read the same environment."""
+    if not is_forkable(command):
+        return None
+    common = {key: value for key, value in environ.items() if key not in (MARK, "PYTEST_CURRENT_TEST", "PYTHONPATH")}
+    if not templates:
+        templates.append(Template(common | {"PYTHONPATH": str(ROOT)}))
+    [template] = templates
+    return template if template.environ == common | {"PYTHONPATH": str(ROOT)} else None
+
+
+def _run_fork(template: Template, command: list[str], timeout: float, cwd: Path, environ: dict[str, str]) -> Ended:
+    with TemporaryFile() as out, TemporaryFile() as err:
+        with template.start(command, cwd, environ, out.fileno(), err.fileno()) as code:
+            code.settimeout(timeout)
+            try:
+                ended = code.recv(10)
+            except TimeoutError:
+                end_run(environ[MARK])
+                ended = b""
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode())
+        assert ended, f"{command} took over {timeout} s\n{texts[0][-2000:]}\n{texts[1][-2000:]}"
+        return Ended(int(ended), *texts)
 
 
 def wait_until_ended(pids: list[int], seconds: float) -> None:

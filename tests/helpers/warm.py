@@ -1,0 +1,201 @@
+"""An interpreter with the launcher's packages imported, of which commands in tests are forks: it saves their imports.
+
+A fork has its own session, folder, output and environment, in /proc too, and is otherwise what the command line makes.
+`scripts/test.sh` uses it for the whole suite; single tests start interpreters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = (
+    "launcher.__main__",
+    "launcher.launch.forks",
+    "launcher.rank.worker",
+    "launcher.backends.fsdp.backend",
+    "launcher.backends.tensor_parallel.backend",
+    "launcher.backends.transformers.backend",
+)
+FORKED = ("launcher", "launcher.launch.forks", "launcher.rank.worker")  # modules of `python -m` that are forked
+ROOM = 1 << 16  # bytes of a template's own environment, in which that of a fork must have room
+MESSAGE = 1 << 17
+INHERITED: set[int] = set()  # descriptors that packages have opened; all others are closed in ranks, as by exec
+
+
+class Template:
+    """The interpreter to fork, started by the first command; `environ` is its environment."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self.environ = dict(environ)
+        self.control, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with control:
+            subprocess.Popen(
+                [sys.executable, __file__, str(control.fileno())],
+                env={**environ, "WARM_ROOM": "-" * ROOM},
+                pass_fds=[control.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def start(self, command: Sequence[str], cwd: Path, environ: Mapping[str, str], out: int, err: int) -> socket.socket:
+        """Start a command as a fork; its exit code comes on the socket."""
+        code, theirs = socket.socketpair()
+        with theirs:
+            request = json.dumps([list(command), str(cwd), dict(environ)]).encode()
+            socket.send_fds(self.control, [request], [out, err, theirs.fileno()])
+        return code
+
+
+def is_forkable(command: Sequence[str]) -> bool:
+    """True for Python programs by path, and for the modules that a run consists of."""
+    if command[0] != sys.executable:
+        return False
+    return command[1].endswith(".py") or (command[1] == "-m" and command[2] in FORKED)
+
+
+def serve(control: socket.socket) -> None:
+    """Fork for each command until the tests have ended. Returns in the fork, as the process of that command."""
+    for package in PACKAGES:
+        importlib.import_module(package)
+    gc.freeze()
+    INHERITED.update(map(int, os.listdir("/proc/self/fd")))
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the forks that wait are not waited for
+    while True:
+        request, descriptors, _, _ = socket.recv_fds(control, MESSAGE, 3)
+        if not request:
+            os._exit(0)
+        if os.fork() == 0:
+            control.close()
+            break
+        for descriptor in descriptors:
+            os.close(descriptor)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    out, err, code = descriptors
+    if pid := os.fork():
+        os.close(out)
+        os.close(err)
+        _, status = os.waitpid(pid, 0)
+        os.write(code, str(os.waitstatus_to_exitcode(status)).encode())
+        os._exit(0)
+    os.close(code)
+    command, cwd, environ = json.loads(request)
+    os.setsid()
+    os.chdir(cwd)
+    become(command, environ, out, err)
+    os.close(out)
+    os.close(err)
+    ranks: Any = importlib.import_module("launcher.launch.ranks")
+    ranks.subprocess = SimpleNamespace(**vars(subprocess) | {"Popen": fork_or_start})
+    execute(command)
+
+
+def become(command: Sequence[str], environ: Mapping[str, str], out: int, err: int) -> None:
+    """Give this process the output, the environment and the module path of a command."""
+    os.dup2(out, 1)
+    os.dup2(err, 2)
+    paths = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+    os.environ.clear()
+    os.environ.update(environ)
+    block = b"".join(f"{key}={value}\0".encode() for key, value in environ.items())
+    assert len(block) < ROOM, f"{len(block)} bytes of environment"
+    start, end = map(int, Path("/proc/self/stat").read_text().rpartition(")")[2].split()[47:49])
+    ctypes.memset(start, 0, end - start)
+    ctypes.memmove(start, block, len(block))
+    own = [part for part in environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+    first = str(Path(command[1]).parent)
+    if command[1] == "-m":
+        first = os.getcwd()
+    sys.path[:] = [first, *own, *(path for path in sys.path[1:] if path not in paths)]
+
+
+def execute(command: Sequence[str]) -> None:
+    """Run the program of a command line as the main module."""
+    if command[1] == "-m":
+        sys.argv[:] = command[2:]
+        for module in (command[2], f"{command[2]}.__main__"):
+            if module != "launcher":
+                sys.modules.pop(module, None)  # as where it has been imported by nobody
+        runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv[:] = command[1:]
+        runpy.run_path(command[1], run_name="__main__")
+
+
+class Fork:
+    """The ranks of a run as a fork of the process that launches them, with what `launcher.launch.ranks` asks of it."""
+
+    def __init__(
+        self, command: Sequence[str], env: Mapping[str, str], stdout: Any, preexec_fn: Callable[[], None], **_: Any
+    ) -> None:
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._be_ranks(command, env, stdout.fileno(), preexec_fn)
+
+    def _be_ranks(
+        self, command: Sequence[str], env: Mapping[str, str], log: int, preexec_fn: Callable[[], None]
+    ) -> NoReturn:
+        code = 1
+        try:
+            os.setsid()
+            for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+                if callable(signal.getsignal(number)):
+                    signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            preexec_fn()
+            become(command, env, log, log)
+            for name in os.listdir("/proc/self/fd"):
+                if int(name) not in INHERITED:
+                    with contextlib.suppress(OSError):
+                        os.close(int(name))
+            execute(command)
+            code = 0
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def poll(self) -> int | None:
+        """The exit code once the process has ended."""
+        if self.returncode is None and (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
+            self.returncode = os.waitstatus_to_exitcode(ended[1])
+        return self.returncode
+
+    def wait(self) -> int:
+        """Wait for the end; the exit code."""
+        if self.returncode is None:
+            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.returncode
+
+
+def fork_or_start(command: Sequence[str], **settings: Any) -> Fork | subprocess.Popen[bytes]:
+    """The ranks as a fork, and as an interpreter of their own where they have another one or threads forbid it."""
+    if is_forkable(command) and threading.active_count() == 1:
+        return Fork(command, **settings)
+    return subprocess.Popen(command, **settings)
+
+
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])))
