@@ -36,10 +36,10 @@ part() {
 }
 
 # A worker more than there are cores, since tests of faults and of SLURM mostly wait. What fails beside other tests is
-# tried once more, alone: some tests wait for processes that a busy machine holds up.
+# tried once more, alone and without --warm: some tests wait for processes that a busy machine holds up.
 run_tests() {
     local workers=$(($(nproc) + spare))
-    pytest -n "$((workers < 5 ? workers : 5))" --dist loadfile --no-loadscope-reorder --durations=25 "$@" && return
+    pytest --warm -n "$((workers < 5 ? workers : 5))" --dist loadfile --no-loadscope-reorder --durations=25 "$@" && return
     echo "== once more, one at a time, what has failed"
     pytest --last-failed --last-failed-no-failures none "$@"
 }

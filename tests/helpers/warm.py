@@ -76,7 +76,8 @@ def serve(control: socket.socket) -> None:
     for package in PACKAGES:
         importlib.import_module(package)
     gc.freeze()
-    INHERITED.update(map(int, os.listdir("/proc/self/fd")))
+    INHERITED.update(number for number in range(3, 1024) if Path(f"/proc/self/fd/{number}").exists())
+    INHERITED.remove(control.fileno())
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the forks that wait are not waited for
     while True:
         request, descriptors, _, _ = socket.recv_fds(control, MESSAGE, 3)
