@@ -11,7 +11,7 @@ from running import ranks_of
 from launcher.models import EMBEDDED
 
 MIB = 1024**2
-STEPS = {1: 1000, 2: 400}  # of each of ten calls, by ranks: several take turns on two cores
+STEPS = {1: 1000, 2: 150}  # of each of ten calls, by ranks: several take turns on two cores
 
 
 def kv_bytes_per_token() -> int:

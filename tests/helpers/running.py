@@ -6,22 +6,29 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
-from warm import Template, is_forkable
+from warm import ForkedCommand, Template, is_forkable
 
 from launcher.system.processes import MARK, end_run
 from shards.machine.shared_memory import shared_memory_files, shared_memory_of
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 ROOT = Path(__file__).resolve().parents[2]
+WITH_PROGRAMS = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "programs")])
 is_warm = False  # with pytest's option --warm
-templates: list[Template] = []
+templates: list[Template] = []  # the one of this process, once it has been started
+starting = threading.Lock()
+
+Process = subprocess.Popen[str] | ForkedCommand
 
 
 @dataclass(frozen=True)
@@ -45,51 +52,38 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **extra}
 
 
-def run(command: list[str], timeout: float = 120, cwd: Path = ROOT, **extra: str) -> Ended:
-    """Run a command to its end; on a time-out its whole tree is killed and the test fails."""
-    mark = uuid.uuid4().hex
-    environ = environment(**{MARK: mark, **extra})
-    if is_warm and (template := template_for(command, environ)):
-        return _run_fork(template, command, timeout, cwd, environ)
-    process = subprocess.Popen(
+def start(command: Sequence[str], cwd: Path = ROOT, **extra: str) -> Process:
+    """Start a command in a session of its own, its output in pipes or files; with `--warm` as a fork, where it can be.
+
+    It can where an interpreter of its own would read the same environment as the template's has.
+    """
+    environ = environment(**extra)
+    if is_warm and is_forkable(command) and environ["PYTHONPATH"] in (str(ROOT), WITH_PROGRAMS):
+        ignored = (MARK, "PYTEST_CURRENT_TEST", "PYTHONPATH")
+        read_by_imports = {key: value for key, value in environ.items() if key not in ignored}
+        with starting:
+            if not templates:
+                templates.append(Template(read_by_imports | {"PYTHONPATH": str(ROOT)}))
+        if templates[0].environ == read_by_imports | {"PYTHONPATH": str(ROOT)}:
+            return templates[0].start(command, cwd, environ)
+    return subprocess.Popen(
         command, cwd=cwd, env=environ, text=True, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
+
+
+def run(command: list[str], timeout: float = 120, cwd: Path = ROOT, **extra: str) -> Ended:
+    """Run a command to its end; on a time-out its whole tree is killed and the test fails."""
+    mark = uuid.uuid4().hex
+    process = start(command, cwd, **{MARK: mark, **extra})
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         end_run(mark)
         out, err = process.communicate()
         raise AssertionError(f"{command} took over {timeout} s\n{out[-2000:]}\n{err[-2000:]}") from None
+    assert process.returncode is not None
     return Ended(process.returncode, out, err)
-
-
-def template_for(command: list[str], environ: dict[str, str]) -> Template | None:
-    """The interpreter of which the command can be a fork: one that would have read the same environment."""
-    if not is_forkable(command):
-        return None
-    common = {key: value for key, value in environ.items() if key not in (MARK, "PYTEST_CURRENT_TEST", "PYTHONPATH")}
-    if not templates:
-        templates.append(Template(common | {"PYTHONPATH": str(ROOT)}))
-    [template] = templates
-    return template if template.environ == common | {"PYTHONPATH": str(ROOT)} else None
-
-
-def _run_fork(template: Template, command: list[str], timeout: float, cwd: Path, environ: dict[str, str]) -> Ended:
-    with TemporaryFile() as out, TemporaryFile() as err:
-        with template.start(command, cwd, environ, out.fileno(), err.fileno()) as code:
-            code.settimeout(timeout)
-            try:
-                ended = code.recv(10)
-            except TimeoutError:
-                end_run(environ[MARK])
-                ended = b""
-        texts = []
-        for file in (out, err):
-            file.seek(0)
-            texts.append(file.read().decode())
-        assert ended, f"{command} took over {timeout} s\n{texts[0][-2000:]}\n{texts[1][-2000:]}"
-        return Ended(int(ended), *texts)
 
 
 def wait_until_ended(pids: list[int], seconds: float) -> None:
@@ -134,4 +128,4 @@ def ranks_of(program: str, ranks: int, *arguments: str, timeout: float = 120, **
     if ranks == 1:
         return run([sys.executable, path, *arguments], timeout, **extra)
     command = [sys.executable, "-m", "launcher.launch.forks", str(ranks), "forked", json.dumps([path, *arguments])]
-    return run(command, timeout, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests" / "programs")]), **extra)
+    return run(command, timeout, PYTHONPATH=WITH_PROGRAMS, **extra)

@@ -19,8 +19,9 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +37,7 @@ PACKAGES = (
 )
 FORKED = ("launcher", "launcher.launch.forks", "launcher.rank.worker")  # modules of `python -m` that are forked
 ROOM = 1 << 16  # bytes of a template's own environment, in which that of a fork must have room
-MESSAGE = 1 << 17
+REQUEST, NEWS = 1 << 17, 20  # bytes of the longest messages
 INHERITED: set[int] = set()  # descriptors that packages have opened; all others are closed in ranks, as by exec
 
 
@@ -55,13 +56,59 @@ class Template:
                 start_new_session=True,
             )
 
-    def start(self, command: Sequence[str], cwd: Path, environ: Mapping[str, str], out: int, err: int) -> socket.socket:
-        """Start a command as a fork; its exit code comes on the socket."""
-        code, theirs = socket.socketpair()
+    def start(self, command: Sequence[str], cwd: Path, environ: Mapping[str, str]) -> ForkedCommand:
+        """Start a command as a fork."""
+        news, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        out, err = TemporaryFile(), TemporaryFile()  # noqa: SIM115 - closed by `communicate`
         with theirs:
             request = json.dumps([list(command), str(cwd), dict(environ)]).encode()
-            socket.send_fds(self.control, [request], [out, err, theirs.fileno()])
-        return code
+            socket.send_fds(self.control, [request], [out.fileno(), err.fileno(), theirs.fileno()])
+        return ForkedCommand(command, int(news.recv(NEWS)), news, out, err)
+
+
+class ForkedCommand:
+    """A command that was started as a fork, with the methods of `subprocess.Popen` that tests use; output is text."""
+
+    def __init__(self, command: Sequence[str], pid: int, news: socket.socket, out: IO[bytes], err: IO[bytes]) -> None:
+        self.args, self.pid, self.returncode = command, pid, None
+        self._news, self._files = news, (out, err)
+        self._texts: list[str] = []
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code; subprocess.TimeoutExpired after so many seconds."""
+        if self.returncode is None:
+            self._news.settimeout(timeout)
+            try:
+                self.returncode = int(self._news.recv(NEWS))
+            except (TimeoutError, BlockingIOError):
+                raise subprocess.TimeoutExpired(self.args, timeout or 0) from None
+            self._news.close()
+        return self.returncode
+
+    def poll(self) -> int | None:
+        """The exit code once the process has ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """What was written to stdout and to stderr until the end; subprocess.TimeoutExpired after so many seconds."""
+        self.wait(timeout)
+        for file in self._files[len(self._texts) :]:
+            with file:
+                file.seek(0)
+                self._texts.append(file.read().decode())
+        return self._texts[0], self._texts[1]
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the process, if it has not ended."""
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End the process at once."""
+        self.send_signal(signal.SIGKILL)
 
 
 def is_forkable(command: Sequence[str]) -> bool:
@@ -76,11 +123,11 @@ def serve(control: socket.socket) -> None:
     for package in PACKAGES:
         importlib.import_module(package)
     gc.freeze()
-    INHERITED.update(number for number in range(3, 1024) if Path(f"/proc/self/fd/{number}").exists())
+    INHERITED.update(number for number in range(1024) if Path(f"/proc/self/fd/{number}").exists())
     INHERITED.remove(control.fileno())
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the forks that wait are not waited for
     while True:
-        request, descriptors, _, _ = socket.recv_fds(control, MESSAGE, 3)
+        request, descriptors, _, _ = socket.recv_fds(control, REQUEST, 3)
         if not request:
             os._exit(0)
         if os.fork() == 0:
@@ -89,14 +136,15 @@ def serve(control: socket.socket) -> None:
         for descriptor in descriptors:
             os.close(descriptor)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    out, err, code = descriptors
+    out, err, news = descriptors
     if pid := os.fork():
         os.close(out)
         os.close(err)
+        os.write(news, str(pid).encode())
         _, status = os.waitpid(pid, 0)
-        os.write(code, str(os.waitstatus_to_exitcode(status)).encode())
+        os.write(news, str(os.waitstatus_to_exitcode(status)).encode())
         os._exit(0)
-    os.close(code)
+    os.close(news)
     command, cwd, environ = json.loads(request)
     os.setsid()
     os.chdir(cwd)
@@ -180,14 +228,20 @@ class Fork:
 
     def poll(self) -> int | None:
         """The exit code once the process has ended."""
-        if self.returncode is None and (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
-            self.returncode = os.waitstatus_to_exitcode(ended[1])
-        return self.returncode
+        return self._look(os.WNOHANG)
 
-    def wait(self) -> int:
+    def wait(self) -> int | None:
         """Wait for the end; the exit code."""
+        return self._look(0)
+
+    def _look(self, options: int) -> int | None:
         if self.returncode is None:
-            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            try:
+                ended, status = os.waitpid(self.pid, options)
+            except ChildProcessError:  # psutil has waited for it: nobody can know the code, as in subprocess
+                ended, status = self.pid, 0
+            if ended:
+                self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
 
 

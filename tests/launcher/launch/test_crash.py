@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import ROOT, environment, launcher
+from running import Process, launcher, start
 
 from launcher.prompts.prompts import read_prompts
 from launcher.run_dir.progress import read_progress
@@ -44,18 +43,18 @@ def mark_of(run_dir: Path) -> str:
     return RunDir(run_dir).mark
 
 
-def kill_parent(process: subprocess.Popen[bytes], out: Path) -> None:
+def kill_parent(process: Process, out: Path) -> None:
     process.kill()
 
 
-def kill_rank(process: subprocess.Popen[bytes], out: Path) -> None:
+def kill_rank(process: Process, out: Path) -> None:
     run_dir = run_dir_of(out)
     progress = read_progress(run_dir / "rank_0.progress") if run_dir else None
     if run_dir and progress and progress.pid in {living.pid for living in of_run(mark_of(run_dir))}:
         os.kill(progress.pid, signal.SIGKILL)
 
 
-def kill_everything(process: subprocess.Popen[bytes], out: Path) -> None:
+def kill_everything(process: Process, out: Path) -> None:
     process.kill()
     run_dir = run_dir_of(out)
     for living in of_run(mark_of(run_dir)) if run_dir else []:
@@ -63,7 +62,7 @@ def kill_everything(process: subprocess.Popen[bytes], out: Path) -> None:
             living.kill()
 
 
-KILLS: tuple[Callable[[subprocess.Popen[bytes], Path], None], ...] = (kill_parent, kill_rank, kill_everything)
+KILLS: tuple[Callable[[Process, Path], None], ...] = (kill_parent, kill_rank, kill_everything)
 
 
 def check_what_is_left(out: Path) -> None:
@@ -106,12 +105,9 @@ def devices_of(out: Path) -> tuple[str, ...]:
     return (f"devices={out.name.rpartition('_')[2]}",)
 
 
-def one_round(number: int, out: Path, kill: Callable[[subprocess.Popen[bytes], Path], None], moment: float) -> str:
+def one_round(number: int, out: Path, kill: Callable[[Process, Path], None], moment: float) -> str:
     """Start a run, kill a part of it, look at what is left, finish it."""
-    command = [sys.executable, "-m", "launcher", *RUN, *devices_of(out), f"output_dir={out}"]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = start([sys.executable, "-m", "launcher", *RUN, *devices_of(out), f"output_dir={out}"])
     try:
         deadline = time.monotonic() + 60
         while run_dir_of(out) is None and process.poll() is None and time.monotonic() < deadline:
@@ -138,7 +134,7 @@ def test_a_run_killed_anywhere_can_be_finished(tmp_path: Path) -> None:
         devices = 2 if number < TWO_RANKS else 1
         out = tmp_path / f"{number}_{devices}"
         out.mkdir()
-        rounds.append((number, out, draw.choice(KILLS), draw.uniform(0, 6.0 if devices == 2 else 2.0)))
+        rounds.append((number, out, draw.choice(KILLS), draw.uniform(0, 4.0 if devices == 2 else 1.5)))
     with ThreadPoolExecutor(AT_ONCE) as pool:
         became = list(pool.map(lambda one: one_round(*one), rounds))
     assert sum(text.endswith("2 attempts") for text in became) > ROUNDS / 3, became

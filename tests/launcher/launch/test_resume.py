@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from described import described
-from running import ROOT, environment, launcher, torchrun
+from running import ROOT, Process, environment, launcher, start, torchrun
 
 from launcher.backends.base import Prompt
 from launcher.composition.compose import compose_run
@@ -124,10 +124,9 @@ def test_a_late_rank_writes_nothing(tmp_path: Path) -> None:
 
 
 @contextmanager
-def begun(out: Path, *overrides: str, **extra: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+def begun(out: Path, *overrides: str, **extra: str) -> Iterator[tuple[Process, Path]]:
     """A run that has saved its first completions; whatever the test leaves of it is ended."""
-    command = [sys.executable, "-m", "launcher", f"output_dir={out}", *overrides]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(**extra), text=True, stdout=-1, stderr=-1)
+    process = start([sys.executable, "-m", "launcher", f"output_dir={out}", *overrides], **extra)
     try:
         deadline = time.monotonic() + 90
         while not list(out.glob("*/rank_0.completions.jsonl")):

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from running import ROOT, environment, launcher, left_in_shared_memory, run, wait_until_ended
+from running import ROOT, Process, launcher, left_in_shared_memory, run, start, wait_until_ended
 
 from launcher.rank.watchdog import waits
 from launcher.run_dir.progress import read_progress
@@ -38,12 +37,9 @@ TORCHRUN = (
 @contextmanager
 def running(
     out: Path, *overrides: str, ranks: int = 2, command: Sequence[str] = PLAIN, **extra: str
-) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+) -> Iterator[tuple[Process, Path]]:
     """A run that has reached its first repeat on all ranks; whatever the test leaves of it is ended."""
-    command = [*command, f"output_dir={out}", *overrides]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(**extra), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    process = start([*command, f"output_dir={out}", *overrides], **extra)
     run_dir = None
     try:
         deadline = time.monotonic() + 90
