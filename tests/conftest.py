@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import running
 from slurm_cluster import SlurmCluster, missing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
 
 LONG = ("test_slurm.py", "test_contract.py", "test_planned_measured.py", "test_backend_vllm.py", "test_faults.py")
@@ -37,6 +38,18 @@ def pytest_configure(config: pytest.Config) -> None:
     running.is_warm = config.getoption("warm")
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """Take back what a test and the packages that it imports have set in the environment: other tests' processes would
+    inherit it."""
+    before = dict(os.environ)
+    result = yield
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)
+    return result
 
 
 @pytest.fixture(scope="session")

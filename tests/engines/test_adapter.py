@@ -119,7 +119,11 @@ LLAMA, NOTHING = "model=tiny_llama", _set()
         (_without_weights, [LLAMA], "has no adapter_model.safetensors. HINT: a folder that peft has saved"),
         (NOTHING, ["model=tiny_falcon"], "which the model does not have. HINT: the adapter of this model"),
         (NOTHING, [LLAMA, "backend=vllm"], "backend=vllm does not merge adapters. HINT: adapter.merge=false, or"),
-        (NOTHING, [LLAMA, "backend=deepspeed", "adapter.merge=false"], "its weights. HINT: adapter.merge=true"),
+        (
+            NOTHING,
+            [LLAMA, "backend=deepspeed", "adapter.merge=false"],
+            "does not support unmerged adapters. HINT: adapter.merge=true",
+        ),
         (NOTHING, [LLAMA, "model.weights=random"], "model.weights=random are not. HINT: adapter.path=null"),
     ],
 )

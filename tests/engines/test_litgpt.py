@@ -111,7 +111,7 @@ REFUSALS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "converts a falcon and a llama here, and no gpt2": ((), {"model_type": "gpt2"}),
     "no llama with attention_bias=true": ((), {"attention_bias": True}),
     "no rotary embedding of type yarn": ((), {"rope_parameters": {"rope_type": "yarn"}}),
-    "model.weights=random is none": (("model.weights=random",), {}),
+    "model.weights=random has none": (("model.weights=random",), {}),
     "backend.quantize=bnb.nf4: LitGPT quantizes through Fabric on CUDA only": (("backend.quantize=bnb.nf4",), {}),
     "one process on one node": (("num_nodes=2",), {}),
     "the model has 4 layers to put on them": (("devices=5",), {}),

@@ -73,7 +73,7 @@ REFUSALS = {
         "backend.zero=true", "measure.compile=inductor",
     ],
     "captures kernels of CUDA": ["backend.zero=true", "measure.compile=cudagraph"],
-    "backend.max_out_tokens=99 is of init_inference": ["backend.zero=true", "backend.max_out_tokens=99"],
+    "backend.max_out_tokens=99 is an option of init_inference": ["backend.zero=true", "backend.max_out_tokens=99"],
     "DeepSpeed has no fp16 on a CPU. HINT: precision=bf16": ["precision=fp16"],
     "deepspeed makes no nf4 weights": ["backend.zero=true", "quantization=nf4"],
 }  # fmt: skip

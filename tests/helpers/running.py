@@ -59,13 +59,13 @@ def start(command: Sequence[str], cwd: Path = ROOT, **extra: str) -> Process:
     """
     environ = environment(**extra)
     if is_warm and is_forkable(command) and environ["PYTHONPATH"] in (str(ROOT), WITH_PROGRAMS):
-        ignored = (MARK, "PYTEST_CURRENT_TEST", "PYTHONPATH")
-        read_by_imports = {key: value for key, value in environ.items() if key not in ignored}
         with starting:
             if not templates:
-                templates.append(Template(read_by_imports | {"PYTHONPATH": str(ROOT)}))
-        if templates[0].environ == read_by_imports | {"PYTHONPATH": str(ROOT)}:
-            return templates[0].start(command, cwd, environ)
+                templates.append(Template(environment()))
+        [template] = templates
+        differing = dict(environ.items() ^ template.environ.items())
+        if differing.keys() <= {MARK, "PYTEST_CURRENT_TEST", "PYTHONPATH"}:
+            return template.start(command, cwd, environ)
     return subprocess.Popen(
         command, cwd=cwd, env=environ, text=True, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,

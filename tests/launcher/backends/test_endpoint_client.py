@@ -222,19 +222,25 @@ def test_arrivals_are_those_of_the_seed() -> None:
 
 
 def test_bytes_have_the_moment_of_their_arrival_not_of_their_reading() -> None:
+    """After some milliseconds at most: Linux begins to stamp packets a little after the first socket asks for it."""
+    deadline = perf_counter() + 10
     with socket.create_server(("127.0.0.1", 0)) as listening:
         ours = socket.create_connection(listening.getsockname())
         theirs, _ = listening.accept()
     with ours, theirs:
-        clock = ArrivalClock(ours)
-        theirs.sendall(b"token")
-        select.select([ours], [], [], 10)
-        arrived = perf_counter()
-        while perf_counter() < arrived + 0.05:
-            pass
-        moment, data = clock.receive()
+        while True:
+            clock = ArrivalClock(ours)
+            theirs.sendall(b"token")
+            select.select([ours], [], [], 10)
+            arrived = perf_counter()
+            while perf_counter() < arrived + 0.05:
+                pass
+            moment, data = clock.receive()
+            if moment <= arrived:
+                break
+            assert perf_counter() < deadline, "never stamped"
     assert data == b"token"
-    assert clock.earliest == moment <= arrived
+    assert clock.earliest == moment
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 1000])
