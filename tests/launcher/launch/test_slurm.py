@@ -210,7 +210,7 @@ def test_time_limit_is_gone_past(cluster: Cluster) -> None:
     job, run_dir = cluster.submit(*FILE, *SLOW, *longer)
     seen = cluster.status("--follow", str(run_dir), timeout=140)
     assert (seen.code, seen.last_json["points"]) == (0, {"ok": 1}), log(run_dir)
-    assert cluster.slurm.job(job)["Restarts"] in ("1", "2")
+    assert int(cluster.slurm.job(job)["Restarts"]) >= 1
     assert tokens(run_dir) == undisturbed(cluster.folder, *FILE, *SLOW[1:])
 
 
