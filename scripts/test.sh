@@ -35,19 +35,18 @@ part() {
     "$@" || failed+=("$1 $2")
 }
 
-# A worker more than there are cores, since tests of faults and of SLURM mostly wait. What fails beside other tests is
-# tried once more, alone and without --warm: some tests wait for processes that a busy machine holds up.
+# No more workers than cores: ranks on a CPU wait for each other by spinning, and slow each other down where they outnumber
+# the cores. What fails beside other tests is tried once more, alone and without --warm.
 run_tests() {
-    local workers=$(($(nproc) + spare))
-    pytest --warm -n "$((workers < 5 ? workers : 5))" --dist loadfile --no-loadscope-reorder --durations=25 "$@" && return
+    local cores
+    cores=$(nproc)
+    pytest --warm -n "$((cores < 5 ? cores : 5))" --dist loadfile --no-loadscope-reorder --durations=25 "$@" && return
     echo "== once more, one at a time, what has failed"
     pytest --last-failed --last-failed-no-failures none "$@"
 }
 
 select=()
-spare=1
 if [[ ${1:-} == --fast ]]; then
-    spare=0 # nothing waits there, and each worker takes seconds to collect
     select=(-m "not slow and not slurm and not gpu")
 elif [[ $# -gt 0 ]]; then
     add_packages
