@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def slow_collectives(config: RunConfig, on_cuda: bool, verb: str) -> list[str]:
-    """A note if the CPU ranks of one node cannot `verb` through shared memory; None otherwise."""
+    """One note if the CPU ranks of one node cannot `verb` through shared memory; otherwise none."""
     elsewhere = config.backend.python is not None or config.launch.name == "slurm"
     if on_cuda or config.devices == 1 or config.num_nodes > 1 or elsewhere:
         return []

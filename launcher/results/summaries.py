@@ -14,7 +14,7 @@ INTERLEAVED = "continuous batching interleaves prefill and decode, or nothing wa
 
 
 def spread(values: Iterable[float | None]) -> Spread:
-    """Median, extremes and raw values over the repeats; None if any value is None."""
+    """Median, extremes and raw values over the repeats; only the raw values if one of them is None."""
     raw = tuple(values)
     known = [value for value in raw if value is not None]
     if not known or len(known) < len(raw):
@@ -23,7 +23,7 @@ def spread(values: Iterable[float | None]) -> Spread:
 
 
 def quantiles(values: Iterable[float]) -> Quantiles:
-    """p50, p90 and p99 by linear interpolation, with the count; None where there are no values."""
+    """p50, p90 and p99 by linear interpolation, with the count; all None and the reason if there are no values."""
     known = list(values)
     if not known:
         return Quantiles(None, None, None, 0, "no such value was measured")

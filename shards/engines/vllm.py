@@ -50,7 +50,10 @@ class VllmPlanner(EnginePlanner):
         return self.kv_block_tokens
 
     def runs(self, quantization: Quantization) -> bool:
-        """Release 0.32: AutoGPTQConfig.TYPE_MAP, normalize_and_validate_gptq_desc_act."""
+        """True if vLLM has kernels for a stored quantization.
+
+        Source: AutoGPTQConfig.TYPE_MAP and normalize_and_validate_gptq_desc_act of release 0.32.
+        """
         is_plain = not (quantization.ordered or quantization.zero_points)
         return quantization.fused and (is_plain or not quantization.name.startswith("gptq"))
 

@@ -137,7 +137,7 @@ class FakeServer:
         writer.close()
 
     async def respond(self, request: Seen, out: Responder) -> bool:
-        """Answer one request; whether the connection stays."""
+        """Answer one request. True if the connection stays open."""
         behaviour, _, path = request.path.strip("/").partition("/")
         if behaviour in ("v1", "generate_stream", "metrics", "info", "version"):  # none is told
             behaviour, path = "ok", request.path.strip("/")

@@ -112,7 +112,7 @@ class DeepSpeedConfig(BackendConfig):
 
 
 def _without_kernels(family: str, on_cuda: bool) -> str:
-    """The reason why kernel injection does not work for a model; None if it does."""
+    """The reason why kernel injection works for no model here: the family, the device, or the version of transformers."""
     if family not in KERNEL_FAMILIES:
         return f"DeepSpeed has no kernels for {family}; it would silently replace and shard nothing"
     if not on_cuda:

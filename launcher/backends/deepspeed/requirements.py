@@ -20,7 +20,7 @@ SEGMENT_BYTES = 69_206_024
 
 
 def slow_all_reduce(config: RunConfig, on_cuda: bool) -> list[str]:
-    """A note if the ranks of one node cannot reduce through shared memory; None otherwise."""
+    """One note if the ranks of one node cannot reduce through shared memory; otherwise none."""
     if on_cuda or config.devices == 1 or config.num_nodes > 1:
         return []
     reason = None
