@@ -7,16 +7,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from launcher.composition.messages import UNREADABLE, in_file, in_one_line
 from launcher.composition.overrides import check_options, readable
-from launcher.composition.presets import conf_dir, folders
-from launcher.composition.quoting import in_quotes
+from launcher.composition.trees import composed
 from launcher.config.bounds import check
-from launcher.config.engines import brought, engines
 from launcher.config.keys import engine_of, strays, unknown_key
 from launcher.config.machine import settle_machine
 from launcher.config.schema import BackendConfig, RunConfig
@@ -33,24 +29,10 @@ def compose_run(overrides: list[str], config_dirs: tuple[str, ...] = (), for_oth
 
     Keys `for_others` may be among the overrides even if this run does not use them.
     """
-    own_folders = folders(config_dirs)[1:]
-    search = ",".join(in_quotes(f"file://{folder.absolute()}") for folder in own_folders)
     overrides = readable(overrides)
     check_options(overrides, config_dirs)
-    store = ConfigStore.instance()
-    known = store.repo.get("schema", {})
-    if "run.yaml" not in known:
-        store.store(group="schema", name="run", node=RunConfig, package="_global_")
-    for name, schema in engines().items():
-        entry = known.get("backend", {}).get(f"{name}.yaml")
-        if entry is None or OmegaConf.get_type(entry.node) is not schema:
-            store.store(group="schema/backend", name=name, node=schema)
-        if name in brought() and not any((folder / f"backend/{name}.yaml").is_file() for folder in own_folders):
-            store.store(group="backend", name=name, node=schema)  # with its defaults, where it has no file
     try:
-        with initialize_config_dir(str(conf_dir().absolute()), version_base="1.3"):
-            composed = compose("config", overrides=[*overrides, f"hydra.searchpath=[{search}]"])
-        config = typed(composed, config_dirs)
+        config = typed(composed(overrides, config_dirs), config_dirs)
     except UNREADABLE as error:
         raise in_one_line(error, overrides, config_dirs) from None
     given = {item.partition("=")[0].lstrip("+") for item in overrides}.difference(for_others)
@@ -68,15 +50,15 @@ def compose_run(overrides: list[str], config_dirs: tuple[str, ...] = (), for_oth
     return config
 
 
-def typed(composed: DictConfig, config_dirs: Sequence[str]) -> RunConfig:
+def typed(tree: DictConfig, config_dirs: Sequence[str]) -> RunConfig:
     """The composed values as dataclasses; ConfigError for an unknown key."""
-    kind = OmegaConf.get_type(composed, "backend") or BackendConfig
-    tree = cast("dict[str, Any]", OmegaConf.to_container(composed))
-    options = tree.pop("backend", None) or {}
-    unknown = [*strays(tree, RunConfig), *strays(options, kind, "backend.")]
+    kind = OmegaConf.get_type(tree, "backend") or BackendConfig
+    plain = cast("dict[str, Any]", OmegaConf.to_container(tree))
+    options = plain.pop("backend", None) or {}
+    unknown = [*strays(plain, RunConfig), *strays(options, kind, "backend.")]
     if unknown:
         raise in_file(unknown_key(unknown[0], engine_of(kind)), unknown[0], config_dirs)
-    return cast("RunConfig", OmegaConf.to_object(composed))
+    return cast("RunConfig", OmegaConf.to_object(tree))
 
 
 def command_of(overrides: Sequence[str], config_dirs: Sequence[str]) -> tuple[str, ...]:
