@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -105,6 +106,7 @@ NAMED_BY_THE_USER = ("adapter.paths", "backend.extra", "cluster.environment")
 exist."""
 
 
+@lru_cache(10_000)
 def parse(item: str) -> Override:
     """An override parsed by Hydra's grammar; HydraException for an invalid one, also for excessively many digits or
     levels."""
