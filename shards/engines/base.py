@@ -11,7 +11,7 @@ from typing import ClassVar
 from shards.machine.hardware import MIB
 from shards.model.quantization import UNPACKED_BYTES
 from shards.model.shape import ModelShape, Parameter
-from shards.plan.cuts import Cutter, Pieces, cut_up
+from shards.plan.cuts import Cutter, Pieces, cut_up, parameter_kinds
 from shards.plan.layout import Layout, Traffic
 from shards.plan.memory import kv_bytes_per_token
 from shards.plan.request import EnginePlanner, PlanRequest
@@ -60,7 +60,7 @@ def widened_bytes(request: PlanRequest) -> int:
     quantization = request.quantization
     if quantization is None or not quantization.unpacks:
         return 0
-    widened = [p.numel for p in request.shape.parameters if quantization.applies(p)]
+    widened = [p.numel for p, _ in parameter_kinds(request.shape, request.storage) if quantization.applies(p)]
     return request.dtype_bytes * max(widened, default=0)
 
 
@@ -68,9 +68,12 @@ def narrowed_bytes(request: PlanRequest, cut: Cutter, n: int) -> int:
     """The largest matrix that autocast copies to a narrower type, among those that `cut` leaves on one of `n` devices;
     0 if products have the type of the weights."""
     shape = request.shape
-    multiplied = [p for p in shape.parameters if len(p.shape) == 2 and (p.cut != "embedding" or shape.tied)]
+    if request.mixed_bytes is None:
+        return 0
+    kinds = (parameter for parameter, _ in parameter_kinds(shape, request.storage))
+    multiplied = [p for p in kinds if len(p.shape) == 2 and (p.cut != "embedding" or shape.tied)]
     sizes = [prod(piece) for parameter in multiplied for piece in cut(shape, n, 0, parameter)]
-    return (request.mixed_bytes or 0) * max(sizes, default=0)
+    return request.mixed_bytes * max(sizes, default=0)
 
 
 def uneven_heads(request: PlanRequest) -> str | None:
@@ -128,7 +131,7 @@ class ModulePlanner(EnginePlanner, ABC):
         quantization, n = request.quantization, self.ranks_of_matrix(request)
         if quantization is None:
             return None
-        for parameter in request.shape.parameters:
+        for parameter, _ in parameter_kinds(request.shape, request.storage):
             if not quantization.applies(parameter):
                 continue
             for piece in self.pieces(request.shape, n, 0, parameter):

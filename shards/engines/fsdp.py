@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import ceil
 from typing import TYPE_CHECKING, ClassVar
 
@@ -125,8 +127,7 @@ class FsdpPlanner(ModulePlanner):
         """The model without the parts that stay whole on each device."""
         if not self.resident_layers:
             return shape
-        resident = {None, *spread_evenly(self.resident_layers, shape.num_layers)}
-        return replace(shape, parameters=tuple(p for p in shape.parameters if p.layer not in resident))
+        return without_resident(shape, self.resident_layers)
 
     def buffer_bytes(self, request: PlanRequest) -> int:
         """Gathered parameters: two layers (the next one is prefetched, or next to the one before it in shared memory,
@@ -136,15 +137,8 @@ class FsdpPlanner(ModulePlanner):
         beside = narrowed_bytes(request, self.pieces, 1) + widened_bytes(request)
         if n == 1:
             return beside
-        groups = self._sharded(request.shape).groups()
-        sizes = dict.fromkeys(groups, 0)
-        for layer, members in groups.items():
-            for parameter in members:  # every rank has equally many rows
-                rows, *columns = parameter.shape or (1,)
-                shape = (ceil(rows / n) * n, *columns)
-                sizes[layer] += gathered_storage(request, parameter).nbytes(parameter, shape)
-        root = sizes.pop(None, 0)
-        return beside + root + max(root, 2 * max(sizes.values(), default=0))
+        root, layer = gathered_bytes(self._sharded(request.shape), n, request.storage, request.mixed_bytes)
+        return beside + root + max(root, 2 * layer)
 
     def sent_bytes(self, request: PlanRequest, layout: Layout) -> int:
         """Offloaded bytes without the root group, which stays once it is gathered."""
@@ -169,7 +163,8 @@ class FsdpPlanner(ModulePlanner):
         if n == 1:
             return Traffic()
         layers = [p for p in self._sharded(request.shape).parameters if p.layer is not None]
-        nbytes = sum(gathered_storage(request, parameter).nbytes(parameter) for parameter in layers)
+        stored, narrowed = request.storage, request.mixed_bytes
+        nbytes = sum(gathered_storage(stored, narrowed, parameter).nbytes(parameter) for parameter in layers)
         in_place = self.in_place and n == request.devices
         return Traffic(gathered_bytes=nbytes, gathered_over=n, gathered_in_place=in_place)
 
@@ -178,14 +173,33 @@ class FsdpPlanner(ModulePlanner):
         unread = EnginePlanner.unread_bytes(self, request, table)
         if self.shards_over(request) == 1:
             return unread
+        stored, narrowed = request.storage, request.mixed_bytes
         gathered = [p for p in self._sharded(request.shape).parameters if p.layer is not None]
-        return unread + sum(request.storage.nbytes(p) - gathered_storage(request, p).nbytes(p) for p in gathered)
+        return unread + sum(stored.nbytes(p) - gathered_storage(stored, narrowed, p).nbytes(p) for p in gathered)
 
 
-def gathered_storage(request: PlanRequest, parameter: Parameter) -> Storage:
+@lru_cache(maxsize=256)
+def without_resident(shape: ModelShape, layers: int) -> ModelShape:
+    """The model without so many of its layers, and without everything outside the layers."""
+    resident = {None, *spread_evenly(layers, shape.num_layers)}
+    return replace(shape, parameters=tuple(p for p in shape.parameters if p.layer not in resident))
+
+
+@lru_cache(maxsize=256)
+def gathered_bytes(shape: ModelShape, n: int, storage: Storage, narrowed: int | None) -> tuple[int, int]:
+    """Bytes of the root group, and of the largest layer, gathered from `n` ranks with equally many rows each."""
+    sizes: Counter[int | None] = Counter()
+    for parameter in shape.parameters:
+        rows, *columns = parameter.shape or (1,)
+        whole = (ceil(rows / n) * n, *columns)
+        sizes[parameter.layer] += gathered_storage(storage, narrowed, parameter).nbytes(parameter, whole)
+    root = sizes.pop(None, 0)
+    return root, max(sizes.values(), default=0)
+
+
+def gathered_storage(storage: Storage, narrowed: int | None, parameter: Parameter) -> Storage:
     """The storage of a parameter while it is gathered: as it is stored; with mixed precision the matrices of layers in
-    the type of the products."""
-    is_narrowed = request.mixed_bytes is not None and parameter.layer is not None and len(parameter.shape) == 2
-    if is_narrowed:
-        return Storage(request.product_bytes)
-    return request.storage
+    the type of the products, which has `narrowed` bytes."""
+    if narrowed is not None and parameter.layer is not None and len(parameter.shape) == 2:
+        return Storage(narrowed)
+    return storage

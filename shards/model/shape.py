@@ -69,6 +69,10 @@ class ModelShape:
     experts: tuple[int, int] = (1, 1)
     windows: tuple[int | None, ...] = ()
 
+    def __hash__(self) -> int:
+        """Of the sizes alone: a plan looks up the same shape thousands of times, which has hundreds of parameters."""
+        return hash((self.family, self.num_layers, self.hidden_size, len(self.parameters)))
+
     @property
     def num_parameters(self) -> int:
         return sum(parameter.numel for parameter in self.parameters)

@@ -42,7 +42,7 @@ def whole_bytes(shape: ModelShape, storage: Storage) -> int:
     return sum(count * storage.nbytes(p) for p, count in parameter_kinds(shape, storage))
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=256)
 def parameter_kinds(shape: ModelShape, storage: Storage) -> tuple[tuple[Parameter, int], ...]:
     """One parameter of each kind that is cut and stored alike, and the number of parameters of that kind."""
     first: dict[tuple[object, ...], Parameter] = {}
@@ -73,9 +73,7 @@ def spread(shape: ModelShape, n: int, storage: Storage = NUMBERS) -> tuple[tuple
     Each device but the last is filled up to its share of the model plus 1.25 layers; the first one reserves room for
     the largest module. Source: get_balanced_memory and infer_auto_device_map in accelerate/utils/modeling.py.
     """
-    units = []  # what a device map does not divide: single parameters outside the layers, and whole layers
-    for layer_or_name, members in groupby(shape.parameters, lambda p: p.name if p.layer is None else p.layer):
-        units.append((sum(map(storage.nbytes, members)), isinstance(layer_or_name, int)))
+    units = _units(shape, storage)
     layer = max((size for size, is_layer in units if is_layer), default=0)
     room = sum(size for size, _ in units) // n + 5 * layer // 4
     rooms = [room - max(size for size, _ in units), *[room] * (n - 1)]
@@ -86,6 +84,16 @@ def spread(shape: ModelShape, n: int, storage: Storage = NUMBERS) -> tuple[tuple
         filled[device] += size
         layers[device] += is_layer
     return tuple(filled), tuple(layers)
+
+
+@lru_cache(maxsize=256)
+def _units(shape: ModelShape, storage: Storage) -> tuple[tuple[int, bool], ...]:
+    """What a device map does not divide, in order: bytes of single parameters outside the layers, and of whole layers,
+    for which it says True."""
+    units = []
+    for layer_or_name, members in groupby(shape.parameters, lambda p: p.name if p.layer is None else p.layer):
+        units.append((sum(map(storage.nbytes, members)), isinstance(layer_or_name, int)))
+    return tuple(units)
 
 
 def spread_evenly(count: int, total: int) -> frozenset[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -144,8 +145,8 @@ def cache_bytes(request: PlanRequest, batch: int, first: int = 0, end: int | Non
     shape, step = request.shape, request.engine.step_tokens(request)
     windows = (shape.windows or (None,) * shape.num_layers)[first:end]
     tokens = 0
-    for window in windows:
-        tokens += batch * request.kept_tokens(window) + min(batch * request.lost_tokens(window), step)
+    for window, layers in Counter(windows).items():
+        tokens += layers * (batch * request.kept_tokens(window) + min(batch * request.lost_tokens(window), step))
     return kv_bytes_per_token(request) // shape.num_layers * tokens
 
 
