@@ -62,7 +62,8 @@ def attempt(way: str) -> tuple[list[dict[str, Any]], list[str], str]:
             command += ["kill"] if way == "workers" else []
             ended = run([sys.executable, *command], TMPDIR=scratch, OMP_NUM_THREADS=THREADS)
         shared = left_in_shared_memory(before)
-        own = [name for name in os.listdir(scratch) if not name.startswith("torchelastic")]  # torchrun keeps its logs
+        kept = ("torchelastic", "torchinductor")  # the logs of torchrun, and torch's cache of compiled code
+        own = [name for name in os.listdir(scratch) if not name.startswith(kept)]
         left = sorted([*shared, *own])
         found = [json.loads(file.read_text()) for file in sorted(Path(out).iterdir())]
         return found, left, ended.err[-3000:] if ended.code else ""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
-from warm import ForkedCommand, Template, is_forkable
+from warm import ForkedCommand, Template, kind_of
 
 from launcher.system.processes import MARK, end_run
 from shards.machine.shared_memory import shared_memory_files, shared_memory_of
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 WITH_PROGRAMS = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "programs")])
 is_warm = False  # with pytest's option --warm
-templates: list[Template] = []  # the one of this process, once it has been started
+templates: dict[str, Template] = {}  # those of this process that have been started
 starting = threading.Lock()
 
 Process = subprocess.Popen[str] | ForkedCommand
@@ -58,11 +58,12 @@ def start(command: Sequence[str], cwd: Path = ROOT, **extra: str) -> Process:
     It can where an interpreter of its own would read the same environment as the template's has.
     """
     environ = environment(**extra)
-    if is_warm and is_forkable(command) and environ["PYTHONPATH"] in (str(ROOT), WITH_PROGRAMS):
+    kind = kind_of(command)
+    if is_warm and kind is not None and environ["PYTHONPATH"] in (str(ROOT), WITH_PROGRAMS):
         with starting:
-            if not templates:
-                templates.append(Template(environment()))
-        [template] = templates
+            if kind not in templates:
+                templates[kind] = Template(kind, environment())
+        template = templates[kind]
         differing = dict(environ.items() ^ template.environ.items())
         if differing.keys() <= {MARK, "PYTEST_CURRENT_TEST", "PYTHONPATH"}:
             return template.start(command, cwd, environ)

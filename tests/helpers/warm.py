@@ -11,6 +11,7 @@ import ctypes
 import gc
 import importlib
 import json
+import multiprocessing
 import os
 import runpy
 import signal
@@ -27,14 +28,26 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = (
-    "launcher.__main__",
-    "launcher.launch.forks",
-    "launcher.rank.worker",
-    "launcher.backends.fsdp.backend",
-    "launcher.backends.tensor_parallel.backend",
-    "launcher.backends.transformers.backend",
-)
+RUN = ("launcher.__main__", "launcher.launch.forks", "launcher.rank.worker")
+MODULES, VLLM = "modules", "vllm"  # engines that run a torch module; vLLM on a CPU
+PACKAGES = {
+    MODULES: (
+        *RUN,
+        "launcher.backends.fsdp.backend",
+        "launcher.backends.tensor_parallel.backend",
+        "launcher.backends.transformers.backend",
+    ),
+    VLLM: (
+        *RUN,
+        "launcher.backends.vllm.backend",
+        "vllm.entrypoints.llm",
+        "vllm.v1.executor.multiproc_executor",
+        "vllm.v1.worker.cpu_worker",
+        "vllm.model_executor.models.falcon",
+        "vllm.model_executor.models.llama",
+    ),
+}
+"""What the template for each kind of command imports."""
 FORKED = ("launcher", "launcher.launch.forks", "launcher.rank.worker")  # modules of `python -m` that are forked
 ROOM = 1 << 16  # bytes of a template's own environment, in which that of a fork must have room
 REQUEST, NEWS = 1 << 17, 20  # bytes of the longest messages
@@ -42,14 +55,14 @@ INHERITED: set[int] = set()  # descriptors that packages have opened; all others
 
 
 class Template:
-    """The interpreter to fork, started by the first command; `environ` is its environment."""
+    """The interpreter to fork for a kind of command, started by the first; `environ` is its environment."""
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
+    def __init__(self, kind: str, environ: Mapping[str, str]) -> None:
         self.environ = dict(environ)
         self.control, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with control:
             subprocess.Popen(
-                [sys.executable, __file__, str(control.fileno())],
+                [sys.executable, __file__, kind, str(control.fileno())],
                 env={**environ, "WARM_ROOM": "-" * ROOM},
                 pass_fds=[control.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -111,18 +124,38 @@ class ForkedCommand:
         self.send_signal(signal.SIGKILL)
 
 
-def is_forkable(command: Sequence[str]) -> bool:
-    """True for Python programs by path, and for the modules that a run consists of; not for vLLM, which takes twice the
-    time in a fork."""
-    if command[0] != sys.executable or any("vllm" in word for word in command):
-        return False
-    return command[1].endswith(".py") or (command[1] == "-m" and command[2] in FORKED)
+def kind_of(command: Sequence[str]) -> str | None:
+    """The template of a command: there is one for Python programs by path, and for the modules that a run consists of.
+
+    None for vLLM that compiles: the template is imported for eager steps.
+    """
+    is_program = command[1].endswith(".py") or (command[1] == "-m" and command[2] in FORKED)
+    if command[0] != sys.executable or not is_program:
+        return None
+    if not any("vllm" in word for word in command):
+        return MODULES
+    return None if any("enforce_eager" in word for word in command) else VLLM
 
 
-def serve(control: socket.socket) -> None:
+def prepare_vllm() -> None:
+    """Set what vLLM reads when it is imported, and let its workers be forks of the process that has imported it: on a
+    CPU it would start an interpreter for each."""
+    from launcher.backends.vllm.options import environment
+    from launcher.composition.compose import compose_run
+
+    os.environ.update(environment(compose_run(["backend=vllm", "accelerator=cpu"]), on_cpu=True))
+    executor: Any = importlib.import_module("vllm.v1.executor.multiproc_executor")
+    executor.get_mp_context = lambda: multiprocessing.get_context("fork")
+
+
+def serve(kind: str, control: socket.socket) -> None:
     """Fork for each command until the tests have ended. Returns in the fork, as the process of that command."""
-    for package in PACKAGES:
+    gc.disable()
+    if kind == VLLM:
+        prepare_vllm()
+    for package in PACKAGES[kind]:
         importlib.import_module(package)
+    gc.enable()
     gc.freeze()
     INHERITED.update(number for number in range(1024) if Path(f"/proc/self/fd/{number}").exists())
     INHERITED.remove(control.fileno())
@@ -248,10 +281,10 @@ class Fork:
 
 def fork_or_start(command: Sequence[str], **settings: Any) -> Fork | subprocess.Popen[bytes]:
     """The ranks as a fork, and as an interpreter of their own where they have another one or threads forbid it."""
-    if is_forkable(command) and threading.active_count() == 1:
+    if kind_of(command) and threading.active_count() == 1:
         return Fork(command, **settings)
     return subprocess.Popen(command, **settings)
 
 
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])))
+    serve(sys.argv[1], socket.socket(fileno=int(sys.argv[2])))

@@ -112,7 +112,7 @@ class DeepSpeedConfig(BackendConfig):
 
 
 def _without_kernels(family: str, on_cuda: bool) -> str:
-    """The reason why kernels can be injected for no model here: its family, the device, or transformers' version."""
+    """The reason why kernel injection does not work: the family, the device, or the version of transformers."""
     if family not in KERNEL_FAMILIES:
         return f"DeepSpeed has no kernels for {family}; it would silently replace and shard nothing"
     if not on_cuda:
