@@ -24,13 +24,14 @@ from launcher.system.processes import end_run, of_run
 from shards.machine.shared_memory import shared_memory_files
 
 GONE_S = 30.0
-LONG = ("measure.repeats=200", "sampling.max_new_tokens=900", "sampling.ignore_eos=true")
+LONG = ("measure.repeats=200", "sampling.max_new_tokens=900", "sampling.ignore_eos=true", "measure.warmup=0")
 SLOW_DUMMY = ("backend=dummy", "backend.step_s=0.01", *LONG)
 FSDP = ("backend=fsdp", *LONG)
 PLAIN = (sys.executable, "-m", "launcher")
+BEHIND_A_SHELL = 2  # of the ranks that torchrun starts
 TORCHRUN = (
-    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=0", "-m",
-    "launcher",
+    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "--max-restarts=0",
+    "--no-python", "/bin/sh", "-c", f'[ "$RANK" = {BEHIND_A_SHELL} ] || exec "$@"; "$@"; exit', "sh", *PLAIN,
 )  # fmt: skip
 
 
@@ -133,9 +134,11 @@ def test_weights_that_change_in_a_mapped_file_end_the_run(
 @pytest.mark.parametrize("kernel", ["5.3", "4.18"])
 def test_the_launching_process_killed_takes_its_ranks_along(kernel: str, tmp_path: Path) -> None:
     old = "import errno, os\ndef pidfd_open(*_):\n    raise OSError(errno.ENOSYS, 'not implemented')\n"
-    (tmp_path / "sitecustomize.py").write_text(old + "os.pidfd_open = pidfd_open\n" if kernel == "4.18" else "")
-    out = tmp_path / "out"
-    with running(out, *SLOW_DUMMY, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}") as (process, run_dir):
+    extra = {}
+    if kernel == "4.18":
+        (tmp_path / "sitecustomize.py").write_text(old + "os.pidfd_open = pidfd_open\n")
+        extra = {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    with running(tmp_path / "out", *SLOW_DUMMY, **extra) as (process, run_dir):
         os.kill(process.pid, signal.SIGKILL)
         _wait_until_gone(run_dir)
     record = _record(run_dir)
@@ -154,14 +157,13 @@ def test_a_stopped_rank_ends_with_the_launching_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("between", [(), ("--no-python", "/bin/sh", "-c", '"$@"; exit', "sh", *PLAIN)], ids=["", "sh"])
-def test_ranks_of_a_foreign_launcher_end_with_it(between: Sequence[str], tmp_path: Path) -> None:
-    """Also the one that is stopped, and where a shell is between them."""
-    command = (*TORCHRUN[:-2], *between) if between else TORCHRUN
-    with running(tmp_path, *SLOW_DUMMY, command=command) as (process, run_dir):
-        pids = [_pid(run_dir, rank) for rank in (0, 1)]
-        if not between:
-            os.kill(pids[1], signal.SIGSTOP)
+def test_ranks_of_a_foreign_launcher_end_with_it(tmp_path: Path) -> None:
+    """Also the one that is stopped, and the one that a shell has started."""
+    with running(tmp_path, *SLOW_DUMMY, ranks=3, command=TORCHRUN) as (process, run_dir):
+        pids = [_pid(run_dir, rank) for rank in range(3)]
+        parents = [psutil.Process(pid).ppid() for pid in pids]
+        assert parents[:2] == [process.pid] * 2 != parents[BEHIND_A_SHELL:]
+        os.kill(pids[1], signal.SIGSTOP)
         os.kill(process.pid, signal.SIGKILL)
         wait_until_ended(pids, GONE_S)
     record = _record(run_dir)
@@ -258,9 +260,9 @@ def test_signals_after_the_first_do_not_lose_the_record(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_stands_still_is_the_one_that_hangs(tmp_path: Path) -> None:
-    with running(tmp_path, *FSDP, "hang_timeout_s=25") as (process, run_dir):
+    with running(tmp_path, *FSDP, "hang_timeout_s=15") as (process, run_dir):
         os.kill(_pid(run_dir, 1), signal.SIGSTOP)
-        _, err = process.communicate(timeout=25 + GONE_S)
+        _, err = process.communicate(timeout=15 + GONE_S)
         _wait_until_gone(run_dir)
     assert (_record(run_dir)["status"], _record(run_dir)["error"]["rank"]) == ("hang", 1), err
     assert waits((run_dir / "stacks_rank_0.txt").read_text())
