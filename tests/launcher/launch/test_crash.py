@@ -1,4 +1,4 @@
-"""kill -9 of the launching process, of a rank, of everything, at random moments: nothing is lost, nothing is left."""
+"""kill -9 of the launching process, of a rank, of everything, after each write: nothing is lost, nothing is left."""
 
 from __future__ import annotations
 
@@ -24,8 +24,6 @@ from launcher.system.files import read_lines
 from launcher.system.processes import end_run, of_run
 
 SEED = 20240601
-ROUNDS = 50
-TWO_RANKS = 4  # of the rounds; torchrun takes seconds to start, one rank alone does not
 AT_ONCE = 3
 PROMPTS = 30
 RUN = (
@@ -62,7 +60,26 @@ def kill_everything(process: Process, out: Path) -> None:
             living.kill()
 
 
-KILLS: tuple[Callable[[Process, Path], None], ...] = (kill_parent, kill_rank, kill_everything)
+Kill = Callable[[Process, Path], None]
+KILLS: tuple[Kill, ...] = (kill_parent, kill_rank, kill_everything)
+WRITES: dict[str, tuple[float, tuple[Kill, ...]]] = {
+    "run.json": (0.01, KILLS[:1]),
+    "attempt.json": (0.01, KILLS[:1]),
+    "launch.log": (0.1, (kill_parent, kill_everything)),
+    "rank_0.progress": (0.2, KILLS),
+    "rank_0.completions.jsonl": (0.5, KILLS),
+    "rank_0.repeats.jsonl": (0.5, KILLS),
+    "rank_0.json": (0.01, KILLS),
+    "completions.jsonl": (0.01, KILLS[:1]),
+    "record.json": (0.01, KILLS[:1]),
+}
+"""What a run writes, in this order: for how many seconds it then goes on at most, and what is killed there."""
+ROUNDS = [(1, write, kill) for write, (_, kills) in WRITES.items() for kill in kills] + [
+    (2, "launch.log", kill_everything),
+    (2, "rank_0.completions.jsonl", kill_parent),
+    (2, "rank_0.completions.jsonl", kill_rank),
+    (2, "rank_0.repeats.jsonl", kill_everything),
+]
 
 
 def check_what_is_left(out: Path) -> None:
@@ -105,19 +122,19 @@ def devices_of(out: Path) -> tuple[str, ...]:
     return (f"devices={out.name.rpartition('_')[2]}",)
 
 
-def one_round(number: int, out: Path, kill: Callable[[Process, Path], None], moment: float) -> str:
+def one_round(out: Path, write: str, kill: Kill, later_s: float) -> str:
     """Start a run, kill a part of it, look at what is left, finish it."""
     process = start([sys.executable, "-m", "launcher", *RUN, *devices_of(out), f"output_dir={out}"])
     try:
         deadline = time.monotonic() + 60
-        while run_dir_of(out) is None and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(moment)
+        while not list(out.glob(f"*/{write}")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(later_s)
         kill(process, out)
         process.wait(timeout=60)
         check_what_is_left(out)
         record = check_resumed(out)
-        return f"{kill.__name__}, {len(record['attempts'])} attempts"
+        return f"{write}, {kill.__name__}, {len(record['attempts'])} attempts"
     finally:
         process.kill()
         process.wait()
@@ -130,11 +147,10 @@ def one_round(number: int, out: Path, kill: Callable[[Process, Path], None], mom
 def test_a_run_killed_anywhere_can_be_finished(tmp_path: Path) -> None:
     draw = random.Random(SEED)
     rounds = []
-    for number in range(ROUNDS):
-        devices = 2 if number < TWO_RANKS else 1
+    for number, (devices, write, kill) in enumerate(ROUNDS):
         out = tmp_path / f"{number}_{devices}"
         out.mkdir()
-        rounds.append((number, out, draw.choice(KILLS), draw.uniform(0, 4.0 if devices == 2 else 1.5)))
+        rounds.append((out, write, kill, draw.uniform(0, WRITES[write][0])))
     with ThreadPoolExecutor(AT_ONCE) as pool:
         became = list(pool.map(lambda one: one_round(*one), rounds))
-    assert sum(text.endswith("2 attempts") for text in became) > ROUNDS / 3, became
+    assert sum(text.endswith("2 attempts") for text in became) > len(ROUNDS) / 2, became
