@@ -42,12 +42,12 @@ from shards.errors import UserError
 
 if TYPE_CHECKING:
     from argparse import Namespace
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from rich.console import Console
     from rich.table import Table
 
-POLL_S = 2.0
+POLL_S = 2.0  # where no run says another
 UNREADABLE_RUN = "unreadable"
 
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         points = list({point.run_dir or number: point for number, point in enumerate(shown)}.values())
         if arguments.follow:
             runs = _jobs(points)
-            arrays.follow(runs, folders[0], f"{len(runs)} jobs", POLL_S)
+            arrays.follow(runs, folders[0], f"{len(runs)} jobs", _poll_s(runs.values()))
         runs, states = _jobs(points), {}
         if runs:
             sure = [job for job, run in runs.items() if run.has_record()]
@@ -131,6 +131,15 @@ def _jobs(points: Sequence[Point]) -> dict[str, RunDir]:
             if point.run_dir is not None and (job := point.run_dir.read_job()) is not None:
                 jobs_of[job] = point.run_dir
     return jobs_of
+
+
+def _poll_s(runs: Iterable[RunDir]) -> float:
+    """The shortest `launch.poll_s` of the runs."""
+    told = []
+    for run in runs:
+        with contextlib.suppress(UserError):
+            told.append(run.read_run().run_config.launch.poll_s)
+    return min(told, default=POLL_S)
 
 
 def _show_tables(points: Sequence[Point], records: Sequence[Record], out: Console) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from running import launcher, ranks_of, run
+from running import ROOT, WITH_PROGRAMS, launcher, ranks_of, run
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from launcher.config.engines import engines
@@ -23,6 +25,9 @@ from shards.load.quantizers import make_quantizer
 from shards.model.quantization import QUANTIZATIONS, Storage
 from shards.parallel.products import quantize_layers
 from shards.plan.cuts import cut_up
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 MODELS = ("tiny_falcon", "tiny_llama")
 OURS = ("fsdp", "tensor_parallel", "transformers")
@@ -213,17 +218,39 @@ def test_other_layers_than_linear_ones_are_refused() -> None:
         quantize_layers(build_meta(config, torch.float32), make_quantizer("int8_wo", torch.float32))
 
 
+def benchmark_ranks(command: Sequence[str], ranks: int, threads: int, limit_s: float) -> list[dict[str, Any]]:
+    """`run_ranks` of the benchmarks with ranks that are forks, of one thread each: two take turns on busy cores."""
+    started = [sys.executable, "-m", "launcher.launch.forks", str(ranks), "forked", json.dumps(command[1:])]
+    ended = run(started, limit_s, PYTHONPATH=WITH_PROGRAMS)
+    assert ended.code == 0, ended.err[-2000:]
+    return [row for line in ended.out.splitlines() for row in json.loads(line)]
+
+
 @pytest.mark.slow
-def test_weights_take_their_share_and_loading_little_more(tmp_path: Path) -> None:
+def test_weights_take_their_share_and_loading_little_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A model of 0.4 GB: 300 MB above the shard are less than the whole of it, in whatever form, would take."""
     techniques = {"int8": (0.47, 0.53), "int4_wo": (0.2, 0.3)}
-    script = [sys.executable, "scripts/benchmarks/quantized.py", "--size-gb", "0.4", "--tokens", "0"]
-    ended = run([*script, "--techniques", ",".join(techniques), "--folder", str(tmp_path)], timeout=300)
-    assert ended.code == 0, ended.err[-2000:]
-    rows = [row for row in ended.last_json if row["technique"] != "none"]
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "benchmarks")
+    benchmark = importlib.import_module("quantized")
+    monkeypatch.setattr(benchmark, "run_ranks", benchmark_ranks)
+    words = ["--size-gb", "0.4", "--tokens", "0", "--techniques", ",".join(techniques), "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [benchmark.__file__, *words])
+    benchmark.main()
+    rows = [row for row in json.loads(capsys.readouterr().out.splitlines()[-1]) if row["technique"] != "none"]
     assert len(rows) == (1 + 2) * 2 + 2  # int4_wo cannot be sharded by rows
     for row in rows:
         least, most = techniques[row["technique"]]
         assert least <= row["bytes_over_bf16"] <= most, row
         assert row["anonymous_over_held_bytes"] <= row["planned_over_bytes"] + 8e6 < 300e6, row
         assert row["quantize_s"] > 0, row
+
+
+def test_the_ranks_of_a_benchmark_are_processes_of_one_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "benchmarks")
+    names = ["RANK", "WORLD_SIZE", "MASTER_PORT", "OMP_NUM_THREADS"]
+    program = f"import json, os; print(); print(json.dumps([[os.environ[name] for name in {names}]]))"
+    rows: Any = importlib.import_module("ranks").run_ranks([sys.executable, "-c", program], 2, 3, 30)
+    assert [(row[0], row[1], row[3]) for row in rows] == [("0", "2", "3"), ("1", "2", "3")]
+    assert rows[0][2] == rows[1][2]

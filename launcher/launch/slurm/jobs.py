@@ -201,7 +201,8 @@ class Follower:
                 before = self.states.get(job)
                 self._tell(job, before, state)
                 self.states[job] = state
-                if state.is_end and state == before:  # twice: a job that is queued again passes through such states
+                # twice: a job that is queued again passes through such states, unless its run is done
+                if state.is_end and (state == before or self.runs[job].is_done()):
                     open_jobs.remove(job)
                     yield job, close(self.runs[job], state)
             self.looks += 1

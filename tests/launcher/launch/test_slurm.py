@@ -68,13 +68,35 @@ def tokens(run_dir: Path) -> dict[int, list[int]]:
     return {row["index"]: row["token_ids"] for row in rows}
 
 
+Submitted = tuple[Cluster, str, Path]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def limited(
+    request: pytest.FixtureRequest, slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Submitted | None]:
+    """A job that goes past its time limit beside the other tests: SLURM looks at limits each 30 s, and warns in the
+    first half of the minute. None if no test judges it."""
+    if not any(item.name == test_time_limit_is_gone_past.__name__ for item in request.session.items):
+        yield None
+        return
+    cluster = Cluster(slurm, tmp_path_factory.mktemp("limited"))
+    limit = ("cluster.time=0:01:00", "cluster.signal_s=30", "cluster.extra=['--nodelist=n2']")
+    yield cluster, *cluster.submit(*FILE, *SLOW, "measure.repeats=10", *limit)  # 12 prompts, 0.3 s each
+    slurm.run("scancel", "--user=root", "--full", check=False)
+
+
 @pytest.fixture
-def cluster(slurm: SlurmCluster, tmp_path: Path) -> Iterator[Cluster]:
+def cluster(slurm: SlurmCluster, limited: Submitted | None, tmp_path: Path) -> Iterator[Cluster]:
     folder = tmp_path / "o'ne \"t$(touch owned)wo\\\n=%j&"
     folder.mkdir()
     yield Cluster(slurm, folder)
-    slurm.run("scancel", "--user=root", "--full", check=False)
-    wait_until(lambda: not slurm.squeue(), 20, "an empty queue", slurm.squeue)
+
+    def left() -> list[str]:
+        return [job for job in slurm.squeue("%A") if limited is None or job != limited[1]]
+
+    slurm.run("scancel", "--full", *left(), check=False)
+    wait_until(lambda: not left(), 20, "no jobs", slurm.squeue)
     assert not list(tmp_path.rglob("owned")), "a name was run as a command"
 
 
@@ -184,60 +206,57 @@ def job_numbers(cluster: Cluster) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by_hand", [True, False], ids=["scontrol requeue", "pre-emption"])
-def test_requeued_job_completes_the_set(cluster: Cluster, by_hand: bool) -> None:
-    job, run_dir = cluster.submit(
-        *FILE, *SLOW, "measure.repeats=2", "cluster.partition=main", "cluster.extra=['--nodelist=n1']"
-    )
-    cluster.batches(run_dir, 3)
-    if by_hand:
-        cluster.slurm.run("scontrol", "requeue", job)
-    else:
-        script = "#!/bin/sh\nsleep 1\n"
-        cluster.slurm.sbatch(script, "-p", "high", "-w", "n1", "--exclusive", "-o", "/dev/null", cwd=cluster.folder)
-    seen = cluster.status("--follow", str(run_dir))
-    assert (seen.code, seen.last_json["points"]) == (0, {"ok": 1}), log(run_dir)
-    state = cluster.slurm.job(job)
-    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", "1")
-    assert tokens(run_dir) == undisturbed(cluster.folder, *FILE, *SLOW[1:])
-    assert len(read_json(run_dir / "record.json")["attempts"]) == 2
+def test_requeued_jobs_complete_the_set(cluster: Cluster) -> None:
+    """One that is requeued by hand, and one that gives way to another job."""
+    asked = (*FILE, *SLOW, "measure.repeats=2", "cluster.partition=main")
+    by_hand = cluster.submit(*asked, "cluster.extra=['--nodelist=n2']")
+    cluster.batches(by_hand[1], 3)
+    cluster.slurm.run("scontrol", "requeue", by_hand[0])
+    pre_empted = cluster.submit(*asked, "cluster.extra=['--nodelist=n1']")
+    cluster.batches(pre_empted[1], 3)
+    script = "#!/bin/sh\nsleep 1\n"
+    cluster.slurm.sbatch(script, "-p", "high", "-w", "n1", "--exclusive", "-o", "/dev/null", cwd=cluster.folder)
+    seen = cluster.status("--follow", str(by_hand[1]), str(pre_empted[1]))
+    assert (seen.code, seen.last_json["points"]) == (0, {"ok": 2}), log(by_hand[1]) + log(pre_empted[1])
+    for job, run_dir in (by_hand, pre_empted):
+        state = cluster.slurm.job(job)
+        assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", "1")
+        assert tokens(run_dir) == undisturbed(cluster.folder, *FILE, *SLOW[1:])
+        assert len(read_json(run_dir / "record.json")["attempts"]) == 2
 
 
 @pytest.mark.slow
-def test_time_limit_is_gone_past(cluster: Cluster) -> None:
-    """SLURM looks at time limits each 30 s, so that the warning comes after 28 s of the minute."""
-    longer = ("measure.repeats=12", "cluster.time=0:01:00", "cluster.signal_s=30")  # 12 prompts, 0.3 s each
-    job, run_dir = cluster.submit(*FILE, *SLOW, *longer)
-    seen = cluster.status("--follow", str(run_dir), timeout=140)
-    assert (seen.code, seen.last_json["points"]) == (0, {"ok": 1}), log(run_dir)
-    assert int(cluster.slurm.job(job)["Restarts"]) >= 1
-    assert tokens(run_dir) == undisturbed(cluster.folder, *FILE, *SLOW[1:])
-
-
-@pytest.mark.slow
-def test_array_of_six_points_one_of_them_impossible(cluster: Cluster) -> None:
-    done = cluster.launch("-m", "sampling.max_new_tokens=4,5,6,7,8,2000", "cluster.array_limit=2", timeout=140)
-    assert (done.code, done.last_json["points"]) == (1, {"ok": 5, "refused": 1}), done.err
-    run_dirs = [Path(record["run_dir"]) for record in done.last_json["records"][:5]]
+def test_array_of_four_points_one_of_them_impossible(cluster: Cluster) -> None:
+    done = cluster.launch("-m", "sampling.max_new_tokens=4,5,6,2000", "cluster.array_limit=2", timeout=140)
+    assert (done.code, done.last_json["points"]) == (1, {"ok": 3, "refused": 1}), done.err
+    run_dirs = [Path(record["run_dir"]) for record in done.last_json["records"][:3]]
     new = [read_json(path / "record.json")["totals"]["new_tokens"] for path in run_dirs]
-    assert new == [length * len(tokens(run_dirs[0])) for length in (4, 5, 6, 7, 8)]
+    assert new == [length * len(tokens(run_dirs[0])) for length in (4, 5, 6)]
     numbers = [(path / "slurm_job").read_text().strip().partition("_") for path in run_dirs]
-    assert (len({number[0] for number in numbers}), [number[2] for number in numbers]) == (1, list("01234"))
-    [sweep] = (cluster.folder / "runs").glob("*_sweep_of_6")
+    assert (len({number[0] for number in numbers}), [number[2] for number in numbers]) == (1, list("012"))
+    [sweep] = (cluster.folder / "runs").glob("*_sweep_of_4")
     later = cluster.status(str(sweep))
-    assert (later.code, later.last_json["points"]) == (1, {"ok": 5, "refused": 1})
+    assert (later.code, later.last_json["points"]) == (1, {"ok": 3, "refused": 1})
     lines = [line for line in later.out.splitlines() if line.startswith("│")]
     rows = [line for line in lines if "ok" in line or "refused" in line]
-    assert len(rows) == 6
+    assert len(rows) == 4
     before = job_numbers(cluster)
-    again = cluster.launch("-m", "sampling.max_new_tokens=4,5,6,7,8,2000", "resume=true")
-    assert (again.code, again.last_json["points"]) == (1, {"ok": 5, "refused": 1}), again.err
+    again = cluster.launch("-m", "sampling.max_new_tokens=4,5,6,2000", "resume=true")
+    assert (again.code, again.last_json["points"]) == (1, {"ok": 3, "refused": 1}), again.err
     assert job_numbers(cluster) == before, "what is done is not submitted"
 
 
 @pytest.mark.slow
 def test_resumed_sweep_stays_with_the_jobs_that_it_has(cluster: Cluster) -> None:
-    sweep = ("-m", "sampling.max_new_tokens=16,17", *FILE, *SLOW[:1], *SLOW[2:], "cluster.array_limit=1")
+    sweep = (
+        "-m",
+        "sampling.max_new_tokens=16,17",
+        *FILE,
+        *SLOW[:1],
+        *SLOW[2:],
+        "measure.repeats=2",
+        "cluster.array_limit=1",
+    )
     begun = cluster.launch(*sweep, "launch.wait=false")
     assert (begun.code, begun.last_json["points"]) == (0, {"submitted": 2}), begun.err
     run_dirs = [Path(record["run_dir"]) for record in begun.last_json["records"]]
@@ -284,20 +303,25 @@ ENGINES = ("accelerator=cpu", "sampling.max_new_tokens=8", "measure.repeats=1", 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_engines_over_two_nodes_answer_as_one_process_does(cluster: Cluster) -> None:
-    points = ("backend=fsdp,deepspeed,transformers", "devices=1,2", "num_nodes=2")
-    sweep = cluster.launch("-m", *points, *ENGINES, "launch.wait=false")
-    assert (sweep.code, sweep.last_json["points"]) == (0, {"submitted": 6}), sweep.err
+    sweeps = (
+        ("backend=deepspeed", "devices=2"),
+        ("backend=fsdp,transformers", "devices=1"),
+    )
+    run_dirs = []
+    for sweep in sweeps:
+        begun = cluster.launch("-m", *sweep, "num_nodes=2", *ENGINES, "launch.wait=false")
+        assert begun.code == 0, begun.err
+        run_dirs += [record["run_dir"] for record in begun.last_json["records"]]
     plain = launcher("backend=transformers", *ENGINES, cwd=cluster.folder)
     assert plain.code == 0, plain.err
-    run_dirs = [record["run_dir"] for record in sweep.last_json["records"]]
     seen = cluster.status("--follow", *run_dirs, timeout=200)
-    assert (seen.code, seen.last_json["points"]) == (0, {"ok": 6}), "".join(log(Path(path)) for path in run_dirs)
+    assert (seen.code, seen.last_json["points"]) == (0, {"ok": 3}), "".join(log(Path(path)) for path in run_dirs)
     expected = tokens(Path(plain.last_json["run_dir"]))
-    assert [tokens(Path(path)) for path in run_dirs] == [expected] * 6
+    assert [tokens(Path(path)) for path in run_dirs] == [expected] * 3
     records = [read_json(Path(path) / "record.json") for path in run_dirs]
     hosts = [" ".join(rank["host"] for rank in record["ranks"]) for record in records]
-    assert hosts[:4] == ["n1 n2", "n1 n1 n2 n2"] * 2
-    assert set(hosts[4:]) <= {"n1", "n2"}, "plain transformers is one process, on whichever node"
+    assert hosts[:2] == ["n1 n1 n2 n2", "n1 n2"]
+    assert hosts[2] in ("n1", "n2"), "plain transformers is one process, on whichever node"
 
 
 @pytest.mark.slow
@@ -306,11 +330,16 @@ def test_run_of_a_node_that_is_cut_off_goes_on_elsewhere(tmp_path: Path) -> None
     if reason := missing():
         pytest.skip(reason)
     with SlurmCluster("netns", nodes=3, node_timeout_s=5) as slurm:
+        assert slurm.run("srun", "-w", "n2", "hostname", "-i").stdout == "10.77.0.12\n"
         cluster = Cluster(slurm, tmp_path)
         job, run_dir = cluster.submit(*FILE, *SLOW, "num_nodes=2", "measure.repeats=2")
         cluster.batches(run_dir, 3)
         lost = read_json(run_dir / "attempt.json"), slurm.job(job)["BatchHost"]
+        other = slurm.sbatch("#!/bin/sh\nexec sleep 60\n", "-w", "n2", "--no-requeue", cwd=tmp_path)
+        slurm.wait_state(other, "RUNNING")
         slurm.cut("n2")
+        slurm.wait_state(other, "NODE_FAIL", timeout_s=30)
+        assert slurm.node_states()["n2"] == "down*"
         seen = cluster.status("--follow", str(run_dir), timeout=150)
         slurm.mend("n2")
         wait_until(lambda: slurm.node_states()["n2"] == "idle", 40, "return of n2", slurm.node_states)
@@ -319,3 +348,12 @@ def test_run_of_a_node_that_is_cut_off_goes_on_elsewhere(tmp_path: Path) -> None
         record = read_json(run_dir / "record.json")
         assert [rank["host"] for rank in record["ranks"]] == ["n1", "n3"]
         assert tokens(run_dir) == undisturbed(cluster.folder, *FILE, *SLOW[1:])
+
+
+@pytest.mark.slow
+def test_time_limit_is_gone_past(limited: Submitted) -> None:
+    cluster, job, run_dir = limited
+    seen = cluster.status("--follow", str(run_dir), timeout=140)
+    assert (seen.code, seen.last_json["points"]) == (0, {"ok": 1}), log(run_dir)
+    assert int(cluster.slurm.job(job)["Restarts"]) >= 1
+    assert tokens(run_dir) == undisturbed(cluster.folder, *FILE, *SLOW[1:])

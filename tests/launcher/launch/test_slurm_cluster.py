@@ -1,4 +1,4 @@
-"""The SLURM that the other tests use: it starts, runs jobs, loses a node, and leaves nothing behind."""
+"""The SLURM that the other tests use: it starts, runs jobs, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -33,21 +33,6 @@ def test_batch_job_ends_with_the_state_of_its_script(
     assert (job["JobState"], job["ExitCode"], slurm.squeue()) == (state, code, [])
     printed = (tmp_path / f"slurm-{job_id}.out").read_text().splitlines()
     assert sorted(printed) == ["n1", "n2"] if state == "COMPLETED" else printed
-
-
-@pytest.mark.slow
-def test_node_that_is_cut_off_is_lost_and_comes_back(tmp_path: Path) -> None:
-    if reason := missing():
-        pytest.skip(reason)
-    with SlurmCluster("netns", node_timeout_s=5) as cluster:
-        assert cluster.run("srun", "-w", "n2", "hostname", "-i").stdout == "10.77.0.12\n"
-        job_id = cluster.sbatch("#!/bin/sh\nexec sleep 60\n", "-w", "n2", "--no-requeue", cwd=tmp_path)
-        cluster.wait_state(job_id, "RUNNING")
-        cluster.cut("n2")
-        cluster.wait_state(job_id, "NODE_FAIL", timeout_s=30)
-        assert cluster.node_states() == {"n1": "idle", "n2": "down*"}
-        cluster.mend("n2")
-        wait_until(lambda: cluster.node_states()["n2"] == "idle", 30, "return of n2", cluster.node_states)
 
 
 ABANDONED = """
