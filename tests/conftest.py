@@ -34,7 +34,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A suite that was started in the background ignores SIGINT, and so would all that it starts."""
+    """One thread for the tests' own models, which are small: the threads of two workers would wait for each other's.
+
+    A suite that was started in the background ignores SIGINT, and so would all that it starts.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     running.is_warm = config.getoption("warm")
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -59,14 +63,3 @@ def slurm() -> Iterator[SlurmCluster]:
         pytest.skip(reason)
     with SlurmCluster() as cluster:
         yield cluster
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """One thread of torch for models that are too small for two, which would wait for each other."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

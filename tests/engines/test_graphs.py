@@ -18,7 +18,6 @@ from launcher.config.compiling import Compile
 from launcher.config.schema import SamplingConfig
 from shards.parallel.families import keep_kv_heads_only
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SAMPLING = SamplingConfig(max_new_tokens=10, ignore_eos=True)
 
 

@@ -44,9 +44,6 @@ def tokens(generation: Generation) -> list[tuple[int, ...]]:
     return [completion.token_ids for completion in generation.completions]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "kind"), [*((model, kind) for model in MODELS for kind in ("bf16", "static")), ("tiny_llama", "adapter")]

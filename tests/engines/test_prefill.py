@@ -18,7 +18,6 @@ from shards.parallel.collectives import Collectives
 from shards.parallel.families import keep_kv_heads_only
 from shards.parallel.tensor_parallel import tensor_parallel_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE: dict[str, Any] = {
     "vocab_size": 304, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 4096, "tie_word_embeddings": False, **IDS,

@@ -70,9 +70,6 @@ VARIANTS = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def fields(family: str) -> dict[str, Any]:
     """A small model of a family, with windows shorter than the prompts where it has windows."""
     if family in OTHERS:

@@ -31,9 +31,6 @@ CPU = torch.device("cpu")
 DRAWS = 20_000
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.mark.parametrize(
     ("tokens", "most", "least", "count", "guess"),
     [
