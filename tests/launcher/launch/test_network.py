@@ -82,7 +82,7 @@ def test_nodes_that_cannot_reach_each_other_say_so_with_address_and_interface(ma
 @pytest.mark.slow
 def test_ranks_that_only_find_each_other_end_with_address_and_interface(machines: Pair, tmp_path: Path) -> None:
     machines.close_ports(but=PORT)
-    ended, _ = run_on_both(machines, tmp_path, 30)
+    ended, _ = run_on_both(machines, tmp_path, 12)
     for number in (0, 1):
         network = rf"{machines.interfaces[number]} \({re.escape(machines.addresses[number])}\)"
         line = rf"^Rank {number} over {network} could not connect to all others: .+ HINT: let the nodes reach .+$"
