@@ -92,7 +92,8 @@ def started(folder: Path, *overrides: str) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with started(tmp_path_factory.mktemp("vllm"), "server=vllm") as running:
+    """vLLM's server over two devices."""
+    with started(tmp_path_factory.mktemp("vllm"), "server=vllm", "devices=2") as running:
         yield running
 
 
@@ -150,13 +151,6 @@ def test_what_vllms_server_holds_is_told(vllm: Running) -> None:
     assert device.host_anonymous_bytes is not None
     assert device.host_anonymous_bytes > 100 * 2**20
     assert device.reasons["parameter_bytes"]
-
-
-@pytest.mark.slow
-def test_vllms_server_over_two_devices(reference: FinishedRun, tmp_path: Path) -> None:
-    with started(tmp_path, "server=vllm", "devices=2") as running:
-        for way in WAYS:
-            check_answers(running.ask(way), reference)
 
 
 @pytest.mark.parametrize(

@@ -52,14 +52,14 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **extra}
 
 
-def start(command: Sequence[str], cwd: Path = ROOT, **extra: str) -> Process:
+def start(command: Sequence[str], cwd: Path = ROOT, forks: bool = True, **extra: str) -> Process:
     """Start a command in a session of its own, its output in pipes or files; with `--warm` as a fork, where it can be.
 
-    It can where an interpreter of its own would read the same environment as the template's has.
+    It can if `forks`, and if an interpreter of its own would read the same environment as the template's has.
     """
     environ = environment(**extra)
     kind = kind_of(command)
-    if is_warm and kind is not None and environ["PYTHONPATH"] in (str(ROOT), WITH_PROGRAMS):
+    if is_warm and forks and kind is not None and environ["PYTHONPATH"] in (str(ROOT), WITH_PROGRAMS):
         with starting:
             if kind not in templates:
                 templates[kind] = Template(kind, environment())
@@ -73,10 +73,10 @@ def start(command: Sequence[str], cwd: Path = ROOT, **extra: str) -> Process:
     )  # fmt: skip
 
 
-def run(command: list[str], timeout: float = 120, cwd: Path = ROOT, **extra: str) -> Ended:
+def run(command: list[str], timeout: float = 120, cwd: Path = ROOT, forks: bool = True, **extra: str) -> Ended:
     """Run a command to its end; on a time-out its whole tree is killed and the test fails."""
     mark = uuid.uuid4().hex
-    process = start(command, cwd, **{MARK: mark, **extra})
+    process = start(command, cwd, forks, **{MARK: mark, **extra})
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
