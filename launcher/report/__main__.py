@@ -52,17 +52,22 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 
 def read_runs(paths: Sequence[Path]) -> list[tuple[RunDir, Record]]:
-    """All runs below the paths that have a record, in order, with their records; UserError if there is none."""
-    runs = []
+    """All runs below the paths that have a record, with their records: those of a folder by their start. UserError if
+    there is none."""
+    runs: list[tuple[RunDir, Record]] = []
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path} is not a folder.", "the folder of a run, of a sweep, or of several runs: runs")
+        recorded = []
         for one in runs_in(path):
             record = one.read_record()
             if record is None:
                 print(f"note: {one} has no record yet, and is left out", file=sys.stderr)
             else:
-                runs.append((one, record))
+                recorded.append((one, record))
+        if not (path / JSON).is_file():  # a refused run was never started: it is as old as its directory
+            recorded.sort(key=lambda run: run[1].started_at or run[0].path.stat().st_mtime)
+        runs += recorded
     if not runs:
         raise UserError(f"No run with a record is in {', '.join(map(str, paths))}.", "python -m launcher, then again")
     return runs
