@@ -18,12 +18,14 @@ from warm import ForkedCommand, Template, kind_of
 
 from launcher.system.processes import MARK, end_run
 from shards.machine.shared_memory import shared_memory_files, shared_memory_of
+from shards.machine.world import World
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 ROOT = Path(__file__).resolve().parents[2]
 WITH_PROGRAMS = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "programs")])
+OF_A_RANK = (*World().environ(), "TORCHELASTIC_RUN_ID")
 is_warm = False  # with pytest's option --warm
 templates: dict[str, Template] = {}  # those of this process that have been started
 starting = threading.Lock()
@@ -55,7 +57,8 @@ def environment(**extra: str) -> dict[str, str]:
 def start(command: Sequence[str], cwd: Path = ROOT, forks: bool = True, **extra: str) -> Process:
     """Start a command in a session of its own, its output in pipes or files; with `--warm` as a fork, where it can be.
 
-    It can if `forks`, and if an interpreter of its own would read the same environment as the template's has.
+    It can if `forks`, and if an interpreter of its own would read the same environment as the template's has: no import
+    reads the variables of ranks.
     """
     environ = environment(**extra)
     kind = kind_of(command)
@@ -65,7 +68,7 @@ def start(command: Sequence[str], cwd: Path = ROOT, forks: bool = True, **extra:
                 templates[kind] = Template(kind, environment())
         template = templates[kind]
         differing = dict(environ.items() ^ template.environ.items())
-        if differing.keys() <= {MARK, "PYTEST_CURRENT_TEST", "PYTHONPATH"}:
+        if differing.keys() <= {MARK, "PYTEST_CURRENT_TEST", "PYTHONPATH", *OF_A_RANK}:
             return template.start(command, cwd, environ)
     return subprocess.Popen(
         command, cwd=cwd, env=environ, text=True, stdin=subprocess.DEVNULL,
