@@ -25,7 +25,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what was collected, thousands of tests and their modules, out of all later searches for garbage."""
+    """Leave what was collected, thousands of tests and their modules, out of all later searches for garbage; give torch
+    one thread, for models that are too small for two, which would wait for each other."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
 

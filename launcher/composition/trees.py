@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-MOST_KEPT = 32
-"""Trees of chosen files that are kept, a few 100 KB each."""
+MOST_KEPT = 128
+"""Trees of chosen files that are kept; there are some 50 presets of experiments."""
 
 
 def composed(overrides: Sequence[str], config_dirs: Sequence[str]) -> DictConfig:

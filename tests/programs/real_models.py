@@ -1,10 +1,8 @@
 """Run as a process: what transformers, FSDP2, AutoTP and our own cut make of configs, as JSON on stdout.
 
-real_models.py transformers < {"parameters": [config, ...], "fsdp": {name: config, ...},
-                               "tensor_parallel": [[config, size], ...]}
-    names and shapes of each model; bytes of parameters by model, world size and rank; numbers of each rank
-real_models.py deepspeed < [[config, size], ...]
-    numbers in the parameters of each rank
+real_models.py < {"parameters": [config, ...], "fsdp": {name: [config, [size, ...]], ...},
+                  "tensor_parallel": [[config, size], ...], "deepspeed": [[config, size], ...]}
+    names and shapes of each model; bytes of parameters by model, world size and rank; numbers of each rank, twice
 """
 
 from __future__ import annotations
@@ -26,7 +24,6 @@ from shards.parallel.fully_shard import fully_shard_model
 from shards.parallel.tensor_parallel import tensor_parallel_model
 
 NO_COLLECTIVES = Collectives("none: only the shapes are of interest", lambda tensor: None, lambda out, part: None)
-WORLD_SIZES = (2, 4, 8, 64, 512)
 
 
 def parameters(configs: list[dict[str, Any]]) -> list[dict[str, list[int]]]:
@@ -41,10 +38,10 @@ def ranks(world_size: int) -> list[int]:
     return sorted({0, world_size // 2, world_size - 1})
 
 
-def fsdp(configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, int]]]:
+def fsdp(configs: dict[str, tuple[dict[str, Any], list[int]]]) -> dict[str, dict[str, dict[str, int]]]:
     return {
-        name: {str(size): {str(rank): fsdp_bytes(config, size, rank) for rank in ranks(size)} for size in WORLD_SIZES}
-        for name, config in configs.items()
+        name: {str(size): {str(rank): fsdp_bytes(config, size, rank) for rank in ranks(size)} for size in sizes}
+        for name, (config, sizes) in configs.items()
     }
 
 
@@ -89,8 +86,8 @@ def autotp_numel(config: dict[str, Any], size: int, rank: int) -> int:
 
 if __name__ == "__main__":
     asked = json.load(sys.stdin)
-    if sys.argv[1] == "deepspeed":
-        print("\n" + json.dumps(deepspeed(asked)))
-    else:
-        made = {"parameters": parameters(asked["parameters"]), "fsdp": fsdp(asked["fsdp"])}
-        print(json.dumps(made | {"tensor_parallel": tensor_parallel(asked["tensor_parallel"])}))
+    made = {"parameters": parameters(asked["parameters"]), "fsdp": fsdp(asked["fsdp"])}
+    made["tensor_parallel"] = tensor_parallel(asked["tensor_parallel"])
+    if asked["deepspeed"]:
+        made["deepspeed"] = deepspeed(asked["deepspeed"])
+    print("\n" + json.dumps(made))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -48,10 +49,10 @@ CONFIGS: list[dict[str, Any]] = [
 ]
 
 
-def real(what: str, asked: object) -> Any:
+def real(asked: object) -> Any:
     """What `real_models.py` prints; its process group is ended with it."""
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = ["timeout", "-k", "5", "240", sys.executable, str(ROOT / "tests/programs/real_models.py"), what]
+    command = ["timeout", "-k", "5", "240", sys.executable, str(ROOT / "tests/programs/real_models.py")]
     done = subprocess.run(command, input=json.dumps(asked), text=True, capture_output=True, env=environ, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -63,12 +64,14 @@ def preset(name: str, **changes: int) -> dict[str, Any]:
 
 
 FEW_LAYERS = {"num_hidden_layers": 2}  # one whole model for each cut; other sizes by the layers, which are all alike
-
-SHARDED = {
-    "falcon_40b": preset("falcon_40b"),
-    "llama_30b": preset("llama_30b"),
-    "small_falcon": CONFIGS[5],
-    "small_llama": CONFIGS[9],
+SIZES = (2, 4, 8, 64, 512)
+SHARDED: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "falcon_40b": (preset("falcon_40b"), (2,)),
+    "llama_30b": (preset("llama_30b"), (512,)),
+    "falcon_40b of few layers": (preset("falcon_40b", **FEW_LAYERS), SIZES),
+    "llama_30b of few layers": (preset("llama_30b", **FEW_LAYERS), SIZES),
+    "small_falcon": (CONFIGS[5], SIZES),
+    "small_llama": (CONFIGS[9], SIZES),
 }
 
 
@@ -81,11 +84,24 @@ CUT += [
     ({**LLAMA, "model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 24}, 2),
 ]
 
+HEADS = {"num_hidden_layers": 2, "num_attention_heads": 8, "hidden_size": 256, "vocab_size": 1001}
+KEYS = {"num_key_value_heads": 4, "mlp_bias": True, **HEADS}
+QWEN = {"model_type": "qwen3", "head_dim": 64, "tie_word_embeddings": True, "intermediate_size": 704, **KEYS}
+CUT_BY_DEEPSPEED = [
+    ({"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 4, "bias": True, **HEADS}, 2),
+    ({"model_type": "llama", "intermediate_size": 720, **KEYS}, 4),
+    (QWEN, 2),
+    (preset("falcon_40b"), 2),
+    (preset("llama_30b", **FEW_LAYERS), 4),
+]
+CUT_BY_DEEPSPEED += [(preset("falcon_40b", **FEW_LAYERS), size) for size in (4, 8)]
+
 
 @pytest.fixture(scope="module")
 def found() -> Any:
-    """All that is asked of transformers, FSDP2 and our own cut, in one process."""
-    return real("transformers", {"parameters": CONFIGS, "fsdp": SHARDED, "tensor_parallel": CUT})
+    """All that is asked of transformers, FSDP2, our own cut and AutoTP, in one process."""
+    split = CUT_BY_DEEPSPEED if importlib.util.find_spec("deepspeed") else []
+    return real({"parameters": CONFIGS, "fsdp": SHARDED, "tensor_parallel": CUT, "deepspeed": split})
 
 
 def test_parameters_are_those_of_transformers_by_name_shape_and_order(found: Any) -> None:
@@ -99,7 +115,8 @@ def test_parameters_are_those_of_transformers_by_name_shape_and_order(found: Any
 def test_fsdp_bytes_are_those_that_fsdp2_leaves_on_a_rank(found: Any, name: str) -> None:
     planned = {}
     for size, by_rank in found["fsdp"][name].items():
-        layout = make_layout(PlanRequest(shape=known_shape(SHARDED[name]), engine=FsdpPlanner(), devices=int(size)))
+        shape = known_shape(SHARDED[name][0])
+        layout = make_layout(PlanRequest(shape=shape, engine=FsdpPlanner(), devices=int(size)))
         planned[size] = {rank: layout.parameter_bytes[int(rank)] for rank in by_rank}
     assert planned == found["fsdp"][name]
 
@@ -114,14 +131,9 @@ def test_tensor_parallel_numbers_are_those_that_the_cut_leaves_on_a_rank(found: 
     assert planned == found["tensor_parallel"]
 
 
-def test_deepspeed_numbers_are_those_that_autotp_leaves_on_a_rank() -> None:
-    pytest.importorskip("deepspeed")
-    heads = {"num_hidden_layers": 2, "num_attention_heads": 8, "hidden_size": 256, "vocab_size": 1001}
-    falcon = {"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 4, "bias": True, **heads}
-    llama = {"model_type": "llama", "num_key_value_heads": 4, "intermediate_size": 720, "mlp_bias": True, **heads}
-    qwen = {**llama, "model_type": "qwen3", "head_dim": 64, "tie_word_embeddings": True, "intermediate_size": 704}
-    cases = [(falcon, 2), (llama, 4), (qwen, 2)]
-    cases += [(preset("falcon_40b"), 2), (preset("llama_30b", **FEW_LAYERS), 4)]
-    cases += [(preset("falcon_40b", **FEW_LAYERS), size) for size in (4, 8)]
+def test_deepspeed_numbers_are_those_that_autotp_leaves_on_a_rank(found: Any) -> None:
+    if "deepspeed" not in found:
+        pytest.skip("deepspeed is not installed")
+    cases = CUT_BY_DEEPSPEED
     planned = [list(cut_up(known_shape(config), DeepSpeedPlanner().pieces, size)) for config, size in cases]
-    assert planned == real("deepspeed", cases)
+    assert planned == found["deepspeed"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from running import ROOT, environment, run, wait_until_ended
+from running import ROOT, environment, run, start, wait_until_ended
 
 from launcher.__main__ import main
 from launcher.composition.compose import compose_run
@@ -206,10 +206,7 @@ def test_a_run_directory_that_changes_under_a_run_is_one_line(tmp_path: Path) ->
     started = {}
     for kind, run_dir in run_dirs.items():
         command = [sys.executable, "-m", "launcher", "resume=true", f"run_dir={run_dir}"]
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        started[kind] = (run_dir, run_dir.mark, process)
+        started[kind] = (run_dir, run_dir.mark, start(command))
     pids, deadline = {}, time.monotonic() + 150
     while pids.keys() != started.keys():
         for kind, (run_dir, mark, process) in started.items():
