@@ -48,7 +48,11 @@ PACKAGES = {
     ),
 }
 """What the template for each kind of command imports."""
-FORKED = ("launcher", "launcher.launch.forks", "launcher.rank.worker")  # modules of `python -m` that are forked
+FORKED = (
+    "launcher", "launcher.launch.forks", "launcher.rank.worker", "launcher.compare", "launcher.history",
+    "launcher.report", "launcher.status", "launcher.verify",
+)  # fmt: skip
+"""Modules of `python -m` that are forked."""
 ROOM = 1 << 16  # bytes of a template's own environment, in which that of a fork must have room
 REQUEST, NEWS = 1 << 17, 20  # bytes of the longest messages
 INHERITED: set[int] = set()  # descriptors that packages have opened; all others are closed in ranks, as by exec

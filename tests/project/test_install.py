@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sysconfig
 import tomllib
 from pathlib import Path
 
@@ -112,6 +113,11 @@ esac
 """
 """An interpreter of which pip notes what it is asked for, so that an installation goes through to its end."""
 
+FAILING = '"-m pip "*) echo "ERROR: no network" >&2; exit 1 ;;\n"-m "*)'
+HEADERS = sysconfig.get_path("include")
+PYTHON_WITHOUT_NETWORK = PYTHON.replace('"-m pip "*)', FAILING).replace("/nowhere/python3.12", HEADERS)
+"""As above, but pip installs nothing."""
+
 
 def program(folder: Path, name: str, text: str) -> None:
     folder.mkdir(exist_ok=True)
@@ -128,6 +134,7 @@ def path_with_gpu(folder: Path, driver: str = "580.65.06") -> str:
 @pytest.mark.slow
 def test_a_failed_installation_says_why_and_is_not_taken_for_a_finished_one(checkout: Path) -> None:
     with_gpu = {"LAUNCHER_FLAVOR": "", "PATH": path_with_gpu(checkout / "bin")}
+    program(checkout / "bin", "python3.11", PYTHON_WITHOUT_NETWORK)  # the first one is Python's own pip
     again = ["setup: the last installation did not finish: starting again"]
     for flavor, variables, before in (("cpu", {}, []), ("cuda", with_gpu, again)):
         status, out, err = set_up(checkout, **variables)
