@@ -1,11 +1,12 @@
 """Planned against measured: what `plan.json` says of each device, and what a real run of each engine then held.
 
-Two sweeps of real runs at once, each point started by the command line: the tiny models with their own weights, and a
-Mistral of about 1 GB with random ones, whose window is shorter than the prompts.
+Two sweeps of real runs at once, each point started by the command line: a tiny model with random weights, and a Mistral
+of about 1 GB with those of a checkpoint, whose window is shorter than the prompts.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import launcher
+import torch
+from running import ROOT, launcher
 
 from launcher.config.engines import load_engine
+from shards.load.meta import build_meta
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]  # about 120 s on two idle cores
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]
 
 ENGINES = ("fsdp", "deepspeed", "tensor_parallel", "vllm", "transformers")
 MODELS = ("tiny_llama", "mistral_1gb")
@@ -61,10 +64,16 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], d
     """The record of each point by model and engine."""
     folder = tmp_path_factory.mktemp("mistral_1gb")
     (folder / "config.json").write_text(json.dumps(MISTRAL_1GB))
-    large = ("model=tiny_llama", "model.name=mistral_1gb", f"model.path={folder}", "model.weights=random")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "scripts" / "benchmarks")
+        write_safetensors: Any = importlib.import_module("load").write_safetensors
+    parameters = build_meta(folder, torch.bfloat16).named_parameters()
+    noise = (torch.randn(8 << 20) * 0.02).to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
+    write_safetensors(folder / "model.safetensors", [(n, list(p.shape), p.nbytes) for n, p in parameters], noise)
+    large = ("model=tiny_llama", "model.name=mistral_1gb", f"model.path={folder}")
     with ThreadPoolExecutor() as pool:
         started = [
-            pool.submit(sweep, folder / "runs", "model=tiny_llama"),
+            pool.submit(sweep, folder / "runs", "model=tiny_llama", "model.weights=random"),
             pool.submit(sweep, folder / "runs_1gb", *large, "precision=bf16"),
         ]
         for one in started:
