@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import launcher, torchrun
+from running import launcher, ranks_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -290,7 +290,7 @@ def test_engines_cut_what_is_stored_and_hold_the_planned_bytes(tmp_path: Path) -
             else:
                 able.append(engine)
         (folder / "engines.json").write_text(json.dumps(able))
-    ended = torchrun(2, "tests/programs/stored_program.py", str(models), str(out), timeout=300, OMP_NUM_THREADS="1")
+    ended = ranks_of("stored_program.py", 2, str(models), str(out), timeout=300)
     assert ended.code == 0, ended.err[-2000:]
     for rank in range(2):
         results = json.loads((out / f"rank_{rank}.json").read_text())

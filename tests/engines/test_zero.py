@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from math import ceil
 from pathlib import Path
 
 import pytest
-from running import ROOT, launcher, run, torchrun
+from running import launcher, ranks_of
 
 from launcher.models import EMBEDDED
 from launcher.prepare.shapes import built_of
@@ -17,16 +16,13 @@ from shards.machine.hardware import known_device, usual_link
 from shards.plan.plan import Plan, make_plan
 from shards.plan.request import Offload, PlanRequest
 
-PROGRAM = str(ROOT / "tests" / "programs" / "zero_program.py")
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_tokens_are_those_of_the_reference_and_bytes_as_planned(ranks: int, tmp_path: Path) -> None:
     """Also with parts in main memory, which DeepSpeed's CPU accelerator takes for another place than its own."""
     points = ("tiny_falcon:none", "tiny_llama:none", "tiny_llama:cpu")
-    command = [PROGRAM, str(tmp_path), *points]
-    ended = torchrun(ranks, *command) if ranks > 1 else run([sys.executable, *command])
+    ended = ranks_of("zero_program.py", ranks, str(tmp_path), *points)
     assert ended.code == 0, ended.err[-3000:]
     seen = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(ranks)]
     for point in points:

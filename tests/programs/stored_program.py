@@ -1,4 +1,4 @@
-"""A rank of models whose checkpoints are quantized already, started by torchrun: `stored_program.py FOLDERS OUT`.
+"""A rank of models whose checkpoints are quantized already: `stored_program.py FOLDERS OUT`.
 
 For each checkpoint in FOLDERS, whole and as each engine cuts it: the logits of a prompt, and bytes held.
 """

@@ -1,4 +1,4 @@
-"""A rank of ZeRO-Inference, started by torchrun or alone: `zero_program.py OUT MODEL:OFFLOAD...`.
+"""A rank of ZeRO-Inference: `zero_program.py OUT MODEL:OFFLOAD...`.
 
 For each model its greedy tokens, those of the reference, and its bytes as planned and as held.
 """
