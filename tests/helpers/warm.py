@@ -48,11 +48,6 @@ PACKAGES = {
     ),
 }
 """What the template for each kind of command imports."""
-FORKED = (
-    "launcher", "launcher.launch.forks", "launcher.rank.worker", "launcher.compare", "launcher.history",
-    "launcher.report", "launcher.status", "launcher.verify",
-)  # fmt: skip
-"""Modules of `python -m` that are forked."""
 ROOM = 1 << 16  # bytes of a template's own environment, in which that of a fork must have room
 REQUEST, NEWS = 1 << 17, 20  # bytes of the longest messages
 INHERITED: set[int] = set()  # descriptors that packages have opened; all others are closed in ranks, as by exec
@@ -129,11 +124,11 @@ class ForkedCommand:
 
 
 def kind_of(command: Sequence[str]) -> str | None:
-    """The template of a command: there is one for Python programs by path, and for the modules that a run consists of.
+    """The template of a command: there is one for Python programs by path, and for the launcher's modules.
 
     None for vLLM that compiles: the template is imported for eager steps.
     """
-    is_program = command[1].endswith(".py") or (command[1] == "-m" and command[2] in FORKED)
+    is_program = command[1].endswith(".py") or (command[1] == "-m" and command[2].partition(".")[0] == "launcher")
     if command[0] != sys.executable or not is_program:
         return None
     if not any("vllm" in word for word in command):
