@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from running import ROOT, launcher, run
+from running import ROOT, command_line, launcher, run
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -106,6 +106,6 @@ def test_names_that_cannot_be_had_are_one_line(message: str, tmp_path: Path) -> 
         words += ["prompts=file", f"prompts.path={prompt_file(tmp_path / 'prompts.jsonl', last or None)}"]
     else:
         words.append(last)
-    ended = launcher("model=tiny_llama", "devices=1", *words, f"output_dir={tmp_path}", "dry_run=true")
+    ended = command_line("model=tiny_llama", "devices=1", *words, f"output_dir={tmp_path}", "dry_run=true")
     assert (ended.code, ended.err.count("\n")) == (2, 1)
     assert message in ended.err

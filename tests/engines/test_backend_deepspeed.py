@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-from running import ROOT, Ended, environment, launcher, run
+from running import ROOT, Ended, command_line, environment, launcher, run
 
 from launcher.backends.deepspeed.engine import DeepSpeedConfig
 from launcher.backends.deepspeed.requirements import missing_compiler, missing_shared_memory
@@ -176,7 +176,7 @@ def test_one_device_cuts_nothing(model_config: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_a_refusal_is_one_line_and_exit_code_2() -> None:
-    ended = launcher("backend=deepspeed", "backend.kernel_inject=true")
+    ended = command_line("backend=deepspeed", "backend.kernel_inject=true")
     assert ended.code == 2
     assert ended.err.strip() == f"{REFUSALS['kernels for falcon'][3][0]} HINT: {PLAIN}"  # type: ignore[index]
 

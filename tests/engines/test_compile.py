@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from running import launcher, ranks_of
+from running import command_line, ranks_of
 
 
 @pytest.mark.slow
@@ -40,14 +40,14 @@ def test_steps_by_inductor_give_the_same_tokens(backend: str, ranks: int, tmp_pa
     ],
 )
 def test_what_cannot_be_made_is_refused(overrides: list[str], line: str, tmp_path: Path) -> None:
-    ended = launcher(*overrides, "model=tiny_llama", "accelerator=cpu", f"output_dir={tmp_path / 'runs'}")
+    ended = command_line(*overrides, "model=tiny_llama", "accelerator=cpu", f"output_dir={tmp_path / 'runs'}")
     assert ended.code == 2
     assert line in ended.err
     assert not (tmp_path / "runs").exists()
 
 
 def test_inductor_needs_a_compiler(tmp_path: Path) -> None:
-    ended = launcher(
+    ended = command_line(
         "backend=transformers", "model=tiny_llama", "accelerator=cpu", "devices=1", "measure.compile=inductor",
         f"output_dir={tmp_path / 'runs'}", PATH=str(tmp_path), CXX="",
     )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from running import ROOT, launcher
+from running import ROOT, command_line, launcher
 from safetensors.torch import save_file
 
 from launcher.backends.litgpt.engine import INSTALL
@@ -135,7 +135,7 @@ def test_what_it_would_get_wrong_is_refused(message: str) -> None:
 def test_without_litgpt_one_line_says_how_to_get_it(tmp_path: Path) -> None:
     if importlib.util.find_spec("litgpt"):
         pytest.skip("it is installed here")
-    ended = launcher("backend=litgpt", f"output_dir={tmp_path}")
+    ended = command_line("backend=litgpt", f"output_dir={tmp_path}")
     assert (ended.code, ended.err.count("\n")) == (2, 1)
     assert "backend=litgpt needs litgpt, which is not installed here" in ended.err
     assert INSTALL in ended.err

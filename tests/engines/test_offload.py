@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from rank_program import GREEDY, configured
-from running import launcher
+from running import command_line
 
 from launcher.backends.base import Generation, Prompt
 from launcher.config.engines import resolve
@@ -97,14 +97,14 @@ REFUSALS = {
 
 @pytest.mark.parametrize("message", REFUSALS)
 def test_what_cannot_be_offloaded_is_one_line(message: str) -> None:
-    ended = launcher(*REFUSALS[message], "dry_run=true")
+    ended = command_line(*REFUSALS[message], "dry_run=true")
     assert (ended.code, ended.err.count("\n")) == (2, 1)
     assert message in ended.err
 
 
 def test_a_plan_says_what_lies_where_and_how_fast_it_comes() -> None:
     asked = ("backend=transformers", "model=falcon_40b", "offload=cpu", "machine=1xa6000", "precision=bf16")
-    ended = launcher(*asked, "dry_run=true", COLUMNS="200")
+    ended = command_line(*asked, "dry_run=true", COLUMNS="200")
     assert ended.code == 0, ended.err
     assert "offloaded: 76.9 GiB of each device in main memory, read in each step" in ended.out.replace("76.93", "76.9")
     assert "bound by host" in ended.out

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
-from running import launcher, ranks_of
+from running import command_line, ranks_of
 from transformers import AutoModelForCausalLM
 
 from launcher.config.engines import load_engine
@@ -71,7 +71,7 @@ def test_bytes_are_those_of_the_plan(name: str, size: int) -> None:
 
 @pytest.mark.parametrize("backend", ["vllm", "deepspeed", "dummy"])
 def test_an_engine_without_it_names_one_that_has_it(backend: str, tmp_path: Path) -> None:
-    ended = launcher(f"backend={backend}", "precision=bf16_mixed", f"output_dir={tmp_path}", "dry_run=true")
+    ended = command_line(f"backend={backend}", "precision=bf16_mixed", f"output_dir={tmp_path}", "dry_run=true")
     assert (ended.code, ended.err.count("\n")) == (2, 1)
     assert f"{backend} multiplies weights in the type that they have" in ended.err
     assert "HINT: backend=fsdp" in ended.err
@@ -79,6 +79,6 @@ def test_an_engine_without_it_names_one_that_has_it(backend: str, tmp_path: Path
 
 def test_quantized_weights_are_not_those_of_mixed_precision(tmp_path: Path) -> None:
     asked = ("backend=transformers", "precision=bf16_mixed", "quantization=nf4", "dry_run=true")
-    ended = launcher(*asked, f"output_dir={tmp_path}")
+    ended = command_line(*asked, f"output_dir={tmp_path}")
     assert (ended.code, ended.err.count("\n")) == (2, 1)
     assert "Mixed precision is of fp32 weights, and these are in nf4. HINT: precision=bf16" in ended.err

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import launcher
+from running import command_line, launcher
 from transformers import AutoModelForCausalLM
 
 from launcher.backends.base import LIKELIEST, Score
@@ -93,7 +93,7 @@ def test_agreement_is_of_one_text_only() -> None:
     ],
 )
 def test_a_text_that_cannot_be_shown_is_one_line(asked: list[str], message: str, tmp_path: Path) -> None:
-    ended = launcher(*asked, f"output_dir={tmp_path}")
+    ended = command_line(*asked, f"output_dir={tmp_path}")
     assert (ended.code, ended.err.count("\n")) == (2, 1), ended.err
     assert message in ended.err
     assert list(tmp_path.iterdir()) == []

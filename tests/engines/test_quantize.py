@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from running import ROOT, WITH_PROGRAMS, launcher, ranks_of, run
+from running import ROOT, WITH_PROGRAMS, command_line, launcher, ranks_of, run
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from launcher.config.engines import engines
@@ -207,7 +207,7 @@ def test_every_engine_answers_alike_and_holds_the_planned_bytes(model: str, tmp_
     ],
 )
 def test_an_engine_that_does_not_make_it_names_one_that_does(asked: list[str], message: str, tmp_path: Path) -> None:
-    ended = launcher(*asked, f"output_dir={tmp_path}", "dry_run=true")
+    ended = command_line(*asked, f"output_dir={tmp_path}", "dry_run=true")
     assert (ended.code, ended.err.count("\n")) == (2, 1)
     assert message in ended.err
 

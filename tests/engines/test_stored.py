@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import launcher, ranks_of
+from running import command_line, launcher, ranks_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -317,9 +317,9 @@ def test_a_run_holds_the_planned_bytes_and_others_name_who_can(tmp_path: Path) -
     record = json.loads((Path(ended.last_json["run_dir"]) / "record.json").read_text())
     [device], [planned] = record["devices"], record["plan"]["devices"]
     assert device["parameter_bytes"] == planned["parameter_bytes"]
-    ended = launcher(*asked, "backend=deepspeed")
+    ended = command_line(*asked, "backend=deepspeed")
     assert (ended.code, ended.err.count("\n")) == (2, 1)
     assert "The checkpoint is quantized (gptq_int4_g64)" in ended.err
     assert "or backend=fsdp, or backend=tensor_parallel, or backend=vllm, or backend=transformers" in ended.err
-    ended = launcher(*asked, "backend=transformers", "adapter.path=embedded:tiny_llama_adapter")
+    ended = command_line(*asked, "backend=transformers", "adapter.path=embedded:tiny_llama_adapter")
     assert "is not merged into weights that are quantized already (gptq_int4_g64). HINT: adapter.merge=" in ended.err

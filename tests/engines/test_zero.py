@@ -7,7 +7,7 @@ from math import ceil
 from pathlib import Path
 
 import pytest
-from running import launcher, ranks_of
+from running import command_line, ranks_of
 
 from launcher.models import EMBEDDED
 from launcher.prepare.shapes import built_of
@@ -77,13 +77,13 @@ REFUSALS = {
 
 @pytest.mark.parametrize("message", REFUSALS)
 def test_what_it_cannot_do_is_one_line(message: str) -> None:
-    ended = launcher("backend=deepspeed", *REFUSALS[message], "dry_run=true")
+    ended = command_line("backend=deepspeed", *REFUSALS[message], "dry_run=true")
     assert (ended.code, ended.err.count("\n")) == (2, 1)
     assert message in ended.err
 
 
 def test_offload_asks_for_it_and_says_so() -> None:
-    ended = launcher("backend=deepspeed", "offload=cpu", "machine=1xa6000", "dry_run=true", COLUMNS="200")
+    ended = command_line("backend=deepspeed", "offload=cpu", "machine=1xa6000", "dry_run=true", COLUMNS="200")
     assert ended.code == 0, ended.err
     assert "note: offload=cpu: ZeRO-Inference (backend.zero=true), each rank has prompts of its own" in ended.out
     assert "in main memory, read in each step" in ended.out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -12,11 +14,14 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import psutil
 from warm import ForkedCommand, Template, kind_of
 
+from launcher.__main__ import main
 from launcher.system.processes import MARK, end_run
+from launcher.system.terminal import run_command
 from shards.machine.shared_memory import shared_memory_files, shared_memory_of
 from shards.machine.world import World
 
@@ -118,6 +123,15 @@ def left_in_shared_memory(before: set[Path], seconds: float = 10) -> list[str]:
 def launcher(*overrides: str, timeout: float = 120, cwd: Path = ROOT, **extra: str) -> Ended:
     """`python -m launcher ...` in a process of its own."""
     return run([sys.executable, "-m", "launcher", *overrides], timeout, cwd, **extra)
+
+
+def command_line(*overrides: str, **extra: str) -> Ended:
+    """`python -m launcher ...` in this process, for what starts no other: refusals, and dry runs."""
+    out, err = io.StringIO(), io.StringIO()
+    environ = patch.dict(os.environ, environment(**extra), clear=True)
+    with environ, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run_command(lambda: main(list(overrides)))
+    return Ended(code, out.getvalue(), err.getvalue())
 
 
 def torchrun(ranks: int, *arguments: str, timeout: float = 120, **extra: str) -> Ended:

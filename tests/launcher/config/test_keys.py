@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import yaml
-from running import launcher, torchrun
+from running import command_line, torchrun
 
 from launcher.__main__ import main
 from launcher.backends.vllm.extra import accepted_arguments, installed_package
@@ -160,7 +160,7 @@ def test_a_sweep_and_torchrun_refuse_it_too(
 @pytest.mark.slow
 def test_in_processes_of_their_own(tmp_path: Path) -> None:
     out = f"output_dir={tmp_path / 'out'}"
-    ended = launcher("backend=dummy", out, "+sampling.num_beams=4")
+    ended = command_line("backend=dummy", out, "+sampling.num_beams=4")
     assert (ended.code, ended.out) == (2, "")
     assert ended.err.startswith("sampling.num_beams is not a key of the configuration. HINT: python -m launcher --cfg")
     ended = torchrun(2, "-m", "launcher", "backend=dummy", out, "+sampling.temprature=1")
