@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import OverrideType
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from launcher.composition.messages import UNREADABLE
 from launcher.composition.overrides import parse
 from launcher.composition.presets import conf_dir, folders, groups
 from launcher.composition.quoting import in_quotes
@@ -40,13 +41,13 @@ def composed(overrides: Sequence[str], config_dirs: Sequence[str]) -> DictConfig
     if own_folders or not changes:  # files of others may change while this process lives
         return _by_hydra(everything)
     chosen = [item for item, override in zip(overrides, parsed, strict=True) if override.key_or_group in groups()]
-    try:
-        tree = copy.deepcopy(_of_files(tuple(chosen), conf_dir(), tuple(engines().items())))
-        for override in parsed:
-            if override.key_or_group not in groups():
+    tree = copy.deepcopy(_of_files(tuple(chosen), conf_dir(), tuple(engines().items())))
+    for override in parsed:
+        if override.key_or_group not in groups():
+            try:
                 OmegaConf.update(tree, override.key_or_group, override.value(), merge=True)
-    except UNREADABLE:
-        return _by_hydra(everything)  # whose own errors say more
+            except OmegaConfBaseException as error:
+                raise HydraException(f"{override.input_line} does not fit.") from error  # as Hydra itself does
     return tree
 
 
