@@ -41,6 +41,7 @@ def composed(overrides: Sequence[str], config_dirs: Sequence[str]) -> DictConfig
     if own_folders or not changes:  # files of others may change while this process lives
         return _by_hydra(everything)
     chosen = [item for item, override in zip(overrides, parsed, strict=True) if override.key_or_group in groups()]
+    chosen.sort(key=lambda item: item.partition("=")[0])  # of one group the last stays the last
     tree = copy.deepcopy(_of_files(tuple(chosen), conf_dir(), tuple(engines().items())))
     for override in parsed:
         if override.key_or_group not in groups():

@@ -48,6 +48,21 @@ PACKAGES = {
     ),
 }
 """What the template for each kind of command imports."""
+COMPOSED = {
+    MODULES: (
+        "",
+        *(
+            "backend=dummy",
+            "backend=dummy launch=slurm",
+            "backend=dummy prompts=file",
+            "backend=dummy prompts=synthetic",
+        ),
+        *("backend=fsdp", "backend=fsdp model=tiny_llama", "backend=fsdp model=tiny_llama prompts=file"),
+        *("backend=transformers", "backend=transformers model=tiny_llama", "backend=endpoint", "backend=deepspeed"),
+    ),
+    VLLM: ("backend=vllm", "backend=vllm model=tiny_llama"),
+}
+"""The files of configuration that most commands choose, of which it keeps what they give."""
 ROOM = 1 << 16  # bytes of a template's own environment, in which that of a fork must have room
 REQUEST, NEWS = 1 << 17, 20  # bytes of the longest messages
 INHERITED: set[int] = set()  # descriptors that packages have opened; all others are closed in ranks, as by exec
@@ -154,6 +169,9 @@ def serve(kind: str, control: socket.socket) -> None:
         prepare_vllm()
     for package in PACKAGES[kind]:
         importlib.import_module(package)
+    trees: Any = importlib.import_module("launcher.composition.trees")
+    for words in COMPOSED[kind]:
+        trees.composed(words.split(), ())
     gc.enable()
     gc.freeze()
     INHERITED.update(number for number in range(1024) if Path(f"/proc/self/fd/{number}").exists())
