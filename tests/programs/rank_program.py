@@ -1,6 +1,7 @@
-"""What every engine must do, as the program of a rank: `rank_program.py BACKEND MODEL OUT DEVICES`.
+"""What every engine must do, as the program of a rank: `rank_program.py BACKEND MODEL OUT DEVICES [SCENARIO...]`.
 
-Writes what rank 0 (of a data-parallel engine, each rank) saw to OUT/rank_N.json for the tests to compare.
+Writes what rank 0 (of a data-parallel engine, each rank) saw to OUT/rank_N.json for the tests to compare: of all
+scenarios, or of those that are named.
 """
 
 from __future__ import annotations
@@ -104,17 +105,18 @@ def main() -> None:
     config = configured(name, model, devices)
     prompts = encode(PROMPTS.read_text().splitlines(), EMBEDDED / model)
     ended = encode([ENDED], EMBEDDED / model)
+    asked = {scenario: (prompts, sampling) for scenario, sampling in SCENARIOS.items()}
+    asked |= {"one prompt": (prompts[:1], GREEDY), "ended prompt": (ended, GREEDY)}
+    named = sys.argv[5:] or [*asked, "unlike", "guesses"]
     backend, seen = loaded(config, world, prompts)
-    result = {scenario: answer(backend, config, world, prompts, sampling) for scenario, sampling in SCENARIOS.items()}
-    result["one prompt"] = answer(backend, config, world, prompts[:1], GREEDY)
-    result["ended prompt"] = answer(backend, config, world, ended, GREEDY)
+    result = {key: answer(backend, config, world, *asked[key]) for key in asked if key in named}
     backend.barrier()
     memory = [asdict(device) for device in backend.memory()]
     counters: dict[str, float] = {}
-    if model == "tiny_llama":
+    if model == "tiny_llama" and "unlike" in named:
         generation = unlike(backend, config, world, encode(unlike_texts(), EMBEDDED / model))
         result["unlike"], counters = list(generation.completions), generation.counters
-    if config.backend.has_slots:
+    if config.backend.has_slots and "guesses" in named:
         result |= guessed(backend, config, world, prompts)
     backend.close()
     value = {
