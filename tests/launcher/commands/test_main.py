@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 from driver import A6000, nvml
-from running import ROOT, Ended, launcher, run
+from running import ROOT, Ended, command_line, launcher, run
 from slurm_config import free_ports
 
 from launcher.__main__ import main
@@ -433,7 +433,7 @@ def test_what_composed_is_shown_a_document_for_each_point(capsys: pytest.Capture
 def test_an_engine_that_is_not_installed_names_its_extra(tmp_path: Path) -> None:
     venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
     python = tmp_path / "bare" / "bin" / "python"
-    ended = launcher("backend=vllm", f"backend.python={python}", f"output_dir={tmp_path / 'runs'}")
+    ended = command_line("backend=vllm", f"backend.python={python}", f"output_dir={tmp_path / 'runs'}")
     assert ended.code == 2
     assert "backend=vllm needs torch, vllm," in ended.err
     assert 'HINT: pip install -e ".[vllm]"' in ended.err
