@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.core_model_loading import Transpose, WeightConverter
 
+from launcher.prepare import shapes
 from launcher.prepare.shapes import built_of
 from shards.checkpoint.checkpoint import Checkpoint
 from shards.engines.transformers import TransformersPlanner
@@ -214,8 +215,13 @@ def test_the_plan_command_asks_once_and_imports_no_torch(tmp_path: Path) -> None
     assert ended.err.splitlines() == ["model_type gemma2: asking transformers for its shapes, which takes seconds"]
 
 
-@pytest.mark.slow
-def test_a_model_with_code_of_its_own_is_planned_by_its_files(tmp_path: Path) -> None:
+def test_a_model_with_code_of_its_own_is_planned_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers answers here, and not in another process, whose answers have tests of their own."""
+
+    def answer(config: dict[str, Any], python: str) -> Built:
+        raise PlanError(f"{problem(config)}.", "a causal language model.")
+
+    monkeypatch.setattr(shapes, "ask_transformers", answer)
     save_file({"wte.weight": torch.ones(10, 8), "h.0.mlp.weight": torch.ones(8, 32)}, tmp_path / "model.safetensors")
     sizes = {"vocab_size": 10, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
     config = {"model_type": "mine", "auto_map": {"AutoConfig": "own.Config"}, **sizes}
