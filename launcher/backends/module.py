@@ -40,7 +40,7 @@ from shards.model.known_shape import KNOWN_FAMILIES
 from shards.model.quantized_checkpoint import from_config
 from shards.parallel.adapters import attach_adapter, fill_adapter
 from shards.parallel.families import keep_kv_heads_only
-from shards.parallel.norms import fuse_norms
+from shards.parallel.fused import fuse_norms, fuse_rotations
 from shards.parallel.products import pack_weights, quantize_layers
 from shards.parallel.tensor_parallel import VocabularyHead
 from shards.plan.memory import plan_tolerance
@@ -109,10 +109,11 @@ class ModuleBackend(ABC):
         return LoadTimes(self.joined_s, read_s, quantize_s, self.loaded_s - self.joined_s - read_s - quantize_s)
 
     def pack(self, model: torch.nn.Module) -> None:
-        """Repack the weights of a model for the CPU's kernels if that is faster, and fuse its norms."""
+        """Repack the weights of a model for the CPU's kernels if that is faster; fuse its norms and its rotations."""
         if self.device.type == "cpu" and self.packs(model):
             pack_weights(model)
             fuse_norms(model)
+            fuse_rotations(model)
 
     def _decoder(self, plan: Plan | None) -> Decoder | SlotDecoder:
         is_data_parallel, eos, seed = self.config.backend.data_parallel, eos_token_ids(self.model), self.config.seed

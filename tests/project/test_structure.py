@@ -64,7 +64,7 @@ TENSORS = {
     "shards.parallel.collectives",
     "shards.parallel.families",
     "shards.parallel.fully_shard",
-    "shards.parallel.norms",
+    "shards.parallel.fused",
     "shards.parallel.packed",
     "shards.parallel.products",
     "shards.parallel.shared_layers",
