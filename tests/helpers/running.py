@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 WITH_PROGRAMS = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "programs")])
-OF_A_RANK = (*World().environ(), "TORCHELASTIC_RUN_ID")
+READ_LATE = {*World().environ(), "TORCHELASTIC_RUN_ID", "PATH", "SLURM_CONF"}
+"""Variables that no package reads while it is imported: a fork may have others than its template."""
+
 is_warm = False  # with pytest's option --warm
 templates: dict[str, Template] = {}  # those of this process that have been started
 starting = threading.Lock()
@@ -73,7 +75,7 @@ def start(command: Sequence[str], cwd: Path = ROOT, forks: bool = True, **extra:
                 templates[kind] = Template(kind, environment())
         template = templates[kind]
         differing = dict(environ.items() ^ template.environ.items())
-        if differing.keys() <= {MARK, "PYTEST_CURRENT_TEST", "PYTHONPATH", *OF_A_RANK}:
+        if differing.keys() <= READ_LATE | {MARK, "PYTEST_CURRENT_TEST", "PYTHONPATH"}:
             return template.start(command, cwd, environ)
     return subprocess.Popen(
         command, cwd=cwd, env=environ, text=True, stdin=subprocess.DEVNULL,
