@@ -55,6 +55,10 @@ if TYPE_CHECKING:
     from launcher.results.record import Record
 
 
+PRINTING_S = 3.0
+"""The time that the first rank of a node has to print an error: torchrun ends all ranks as soon as one has ended."""
+
+
 @dataclass(frozen=True, slots=True)
 class Arguments:
     """The command line: flags, which may stand anywhere, and the overrides of the configuration in their order."""
@@ -128,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if world.local_rank == 0:  # of each node: one may lack what the others have
             print(error, file=sys.stderr)
+        else:
+            time.sleep(PRINTING_S)
         return 2
 
 
