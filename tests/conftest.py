@@ -16,12 +16,17 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
 
-LONG = ("test_slurm.py", "test_contract.py", "test_planned_measured.py", "test_backend_vllm.py", "test_faults.py")
+FIRST = (
+    "test_slurm.py", "test_contract.py", "test_endpoint.py", "test_watchdog.py", "test_network.py",
+    "test_backend_vllm.py", "test_faults.py", "test_planned_measured.py", "test_resume.py", "test_check_gpu.py",
+    "test_growth.py", "test_quantize.py", "test_fuzz.py", "test_any_model.py",
+)  # fmt: skip
+"""Files that take long, those that wait beside those that compute."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest begin first, so that no worker is left alone with one at the end."""
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
 
 
 def pytest_collection_finish() -> None:
