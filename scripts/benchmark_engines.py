@@ -86,6 +86,7 @@ BARE_VLLM: dict[str, Any] = {"arguments": {}, "environment": {}}
 CONTESTANTS = (
     Contestant("model.generate", "model.generate", "model.generate", ("backend=transformers",), devices=1),
     ours("transformers", "model.generate", "backend=transformers", devices=1),
+    ours("transformers compiled", "model.generate", "backend=transformers", "measure.compile=inductor", devices=1),
     ours("fsdp x1", "transformers", "backend=fsdp", devices=1),
     Contestant("Fabric FSDP2 + generate", "fabric", "model.generate", ("backend=fsdp",), ranks=True),
     ours("fsdp", "Fabric FSDP2 + generate", "backend=fsdp", ranks=True),
