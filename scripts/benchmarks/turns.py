@@ -20,6 +20,7 @@ from shards.machine.shared_memory import SharedMemoryWatch
 
 PROGRAM = Path(__file__).with_name("contestant.py")
 LIMIT_S = 900
+ENDING_S = 20
 
 
 class Group:
@@ -60,10 +61,7 @@ class Group:
                 with contextlib.suppress(BrokenPipeError):
                     connection.send(self.job)
         loaded = self._answers()
-        pids = [child.pid for child in self.children]
-        with contextlib.suppress(psutil.NoSuchProcess):
-            pids += [child.pid for pid in pids for child in psutil.Process(pid).children(recursive=True)]
-        self.shared_memory.look(pids)  # engines that are killed, and some that end, leave files behind
+        self._look()
         self._signal(signal.SIGSTOP)
         if loaded:
             self.load_s = max(one["load_s"] for one in loaded)
@@ -99,6 +97,13 @@ class Group:
             return None
         return answers
 
+    def _look(self) -> None:
+        """Note the files in shared memory: engines that are killed, and some that end, leave them behind."""
+        pids = [child.pid for child in self.children]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            pids += [child.pid for pid in pids for child in psutil.Process(pid).children(recursive=True)]
+        self.shared_memory.look(pids)
+
     def _signal(self, number: int) -> None:
         for child in self.children:
             with contextlib.suppress(ProcessLookupError):
@@ -110,9 +115,10 @@ class Group:
         for connection in self.connections:
             with contextlib.suppress(OSError):
                 connection.send("end")
-        for child in self.children:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(20)
+        last = time.monotonic() + ENDING_S
+        while any(child.poll() is None for child in self.children) and time.monotonic() < last:
+            self._look()
+            time.sleep(0.1)
         self._signal(signal.SIGKILL)
         for child in self.children:
             child.wait()
