@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 WITH_PROGRAMS = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "programs")])
-READ_LATE = {*World().environ(), "TORCHELASTIC_RUN_ID", "PATH", "SLURM_CONF"}
+READ_LATE = {
+    *World().environ(), "TORCHELASTIC_RUN_ID", "PATH", "SLURM_CONF", "PYTEST_CURRENT_TEST", "PYTHONPATH", MARK,
+}  # fmt: skip
 """Variables that no package reads while it is imported: a fork may have others than its template."""
 
 is_warm = False  # with pytest's option --warm
@@ -64,8 +66,7 @@ def environment(**extra: str) -> dict[str, str]:
 def start(command: Sequence[str], cwd: Path = ROOT, forks: bool = True, **extra: str) -> Process:
     """Start a command in a session of its own, its output in pipes or files; with `--warm` as a fork, where it can be.
 
-    It can if `forks`, and if an interpreter of its own would read the same environment as the template's has: no import
-    reads the variables of ranks.
+    It can if `forks`, and if its environment differs from the template's only in variables that no import reads.
     """
     environ = environment(**extra)
     kind = kind_of(command)
@@ -74,8 +75,8 @@ def start(command: Sequence[str], cwd: Path = ROOT, forks: bool = True, **extra:
             if kind not in templates:
                 templates[kind] = Template(kind, environment())
         template = templates[kind]
-        differing = dict(environ.items() ^ template.environ.items())
-        if differing.keys() <= READ_LATE | {MARK, "PYTEST_CURRENT_TEST", "PYTHONPATH"}:
+        differing = {name for name, _ in environ.items() ^ template.environ.items()}
+        if differing <= READ_LATE:
             return template.start(command, cwd, environ)
     return subprocess.Popen(
         command, cwd=cwd, env=environ, text=True, stdin=subprocess.DEVNULL,

