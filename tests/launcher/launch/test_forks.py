@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
 pytest.importorskip("torch")
 
+# The ranks share one output, where print without a buffer writes a line in pieces: each line here is one write.
 RANK = """
 import os, sys, torch.distributed as dist
 from datetime import timedelta
-print("imported by", os.getpid(), flush=True)
+os.write(1, f"imported by {os.getpid()}\\n".encode())
 def main(argument):
     rank = int(os.environ["RANK"])
     if argument == "fails" and rank == 1:
@@ -26,7 +27,7 @@ def main(argument):
     store.wait([f"rank_{other}" for other in range(int(os.environ["WORLD_SIZE"]))])
     if argument == "fails":
         store.wait(["never"])
-    print("parent", os.getppid(), flush=True)
+    os.write(1, f"parent {os.getppid()}\\n".encode())
 if __name__ == "__main__":
     main(sys.argv[1])
 """
