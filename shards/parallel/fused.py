@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from types import FunctionType, MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.functional import rms_norm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ROTATE = apply_rotary_pos_emb.__name__
 
@@ -45,17 +49,21 @@ class Rotation:
         return rotated_query, torch.roll(key, half, -1).mul_(signed).add_(key * cosines)
 
 
-def fuse_norms(model: nn.Module) -> int:
-    """Give the fp32 norms of a model one operation each, in place; returns their number.
+def is_copy(function: Callable[..., Any], *originals: Callable[..., Any]) -> bool:
+    """True if a function has the code of one of the others, decorators aside.
 
-    Most families have a copy of Llama's norm under a name of their own: it is recognised by its code.
+    Most families of transformers have copies of Llama's classes and functions, under names of their own.
     """
-    fused, code = 0, LlamaRMSNorm.forward.__code__
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    codes = [inspect.unwrap(original).__code__ for original in originals]
+    return code is not None and any(code.co_code == c.co_code and code.co_names == c.co_names for c in codes)
+
+
+def fuse_norms(model: nn.Module) -> int:
+    """Give the fp32 norms of a model one operation each, in place; returns their number."""
+    fused = 0
     for module in model.modules():
-        own = getattr(type(module).forward, "__code__", None)
-        if own is None or own.co_code != code.co_code or own.co_names != code.co_names:
-            continue
-        if module.weight.dtype is torch.float32:
+        if is_copy(type(module).forward, LlamaRMSNorm.forward) and module.weight.dtype is torch.float32:
             module.__class__ = FusedNorm
             fused += 1
     return fused
@@ -64,8 +72,8 @@ def fuse_norms(model: nn.Module) -> int:
 def fuse_rotations(model: nn.Module) -> int:
     """Give the attention of a model's layers one Rotation, in place; returns the number of layers.
 
-    The forward of these layers calls a function of its module, in most families a copy of Llama's, which is recognised
-    by its code: the layers get the same forward with a Rotation under the name of that function.
+    The forward of these layers calls a function of its module, in most families a copy of Llama's: the layers get the
+    same forward with a Rotation under the name of that function.
     """
     fused, rotation = 0, Rotation()
     forwards: dict[type, FunctionType] = {}
@@ -74,8 +82,7 @@ def fuse_rotations(model: nn.Module) -> int:
         forward: Any = kind.forward
         if "forward" in vars(module) or ROTATE not in getattr(getattr(forward, "__code__", None), "co_names", ()):
             continue
-        own = forward.__globals__[ROTATE].__code__
-        if own.co_code != apply_rotary_pos_emb.__code__.co_code:
+        if not is_copy(forward.__globals__[ROTATE], apply_rotary_pos_emb):
             continue
         if kind not in forwards:
             names = forward.__globals__ | {ROTATE: rotation}

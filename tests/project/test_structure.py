@@ -53,6 +53,7 @@ TENSORS = {
     "launcher.backends.slots.queue",
     "launcher.backends.slots.device",
     "launcher.backends.slots.static",
+    "launcher.backends.slots.straight",
     "launcher.backends.trace",
     "launcher.launch.forks",
     "launcher.launch.join",

@@ -12,6 +12,7 @@ import torch
 
 from launcher.backends.slots.attention import can_be_packed, use_slots
 from launcher.backends.slots.cache import Reading, SlotCache, Stepping
+from launcher.backends.slots.straight import StraightStep, straight_step
 from shards.parallel.packed import packed
 
 if TYPE_CHECKING:
@@ -48,6 +49,10 @@ class Slots:
         self.takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
         self.is_alibi = bool(getattr(model.config, "alibi", False)) or not self.takes_positions
         kinds = {layer.is_sliding: layer.size for layer in self.cache.layers}
+        self.straight: StraightStep | None = None
+        self.is_straight_checked = False
+        if len(kinds) == 1:  # one mask for all layers
+            self.straight = straight_step(model, length)
         self.needs_mask = self.is_alibi or True in kinds  # transformers' own would not know the order in a window
         # On CUDA the attention of each prompt would be a launch of its own.
         self.packs = device.type == "cpu" and can_be_packed(model) and self.takes_positions and not self.needs_mask
@@ -101,10 +106,10 @@ class Slots:
         if self.static is not None:
             logits = self.static(rows, longest)
         elif len(lengths) == 1 and not self.needs_mask:
-            logits = self.lay_out(rows, longest, is_masked=False).forward(rows, longest)
+            logits = self.lay_out(rows, longest, is_masked=False).next_logits(rows, longest)
         else:
             reach = min(-(-longest // BLOCK) * BLOCK, self.cache.length)
-            logits = self.lay_out(rows, reach).forward(rows, reach)
+            logits = self.lay_out(rows, reach).next_logits(rows, reach)
         self.computed_rows += len(logits)
         self.positions[:rows].add_(1)
         return logits[:rows]
@@ -121,8 +126,25 @@ class Slots:
         self.shown = self._mask(positions, reach) if is_masked else None
         return self
 
+    def next_logits(self, rows: int, reach: int) -> torch.Tensor:
+        """The logits for the inputs that `lay_out` wrote, by the straight step if the model has one.
+
+        The first straight step is compared with the model's own forward, and none is made if a bit differs.
+        """
+        if self.straight is None:
+            return self.forward(rows, reach)
+        if not self.is_straight_checked:
+            self.is_straight_checked = True
+            expected = self.forward(rows, reach).clone()
+            if torch.equal(self._straight_logits(rows), expected):
+                return expected
+            print("decode steps: transformers' own forward, since the straight one has other logits", flush=True)
+            self.straight = None
+            return expected
+        return self._straight_logits(rows)
+
     def forward(self, rows: int, reach: int) -> torch.Tensor:
-        """The logits for the inputs that `lay_out` wrote."""
+        """The logits for the inputs that `lay_out` wrote, by the model's own forward."""
         return self._logits(self.tokens[:rows, None], self.places_now[:rows], self.shown, 1)
 
     def keep(self, forward: Read | Step, chosen: torch.Tensor) -> None:
@@ -154,6 +176,11 @@ class Slots:
         steps."""
         return torch.tensor(values, pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
 
+    def _straight_logits(self, rows: int) -> torch.Tensor:
+        assert self.straight is not None
+        logits = self.straight(self.tokens[:rows, None], self.places_now[:rows], self.shown, self.cache)
+        return self._widened(logits)[:, -1]
+
     def _logits(self, ids: torch.Tensor, positions: torch.Tensor, mask: Any, kept: int) -> torch.Tensor:
         return self._all_logits(ids, positions, mask, kept)[:, -1]
 
@@ -167,7 +194,10 @@ class Slots:
             logits_to_keep=kept,
             **options,
         )
-        logits: torch.Tensor = output.logits[:, -kept:]
+        return self._widened(output.logits[:, -kept:])
+
+    def _widened(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits in fp32: those of other types in a buffer that the next ones overwrite."""
         if logits.dtype is torch.float32:
             return logits
         size = self.wide_logits.shape[1:] if self.wide_logits is not None else None

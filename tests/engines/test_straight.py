@@ -1,0 +1,86 @@
+"""Straight decode steps: equal to the model's own to the bit, and not made where they would differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_slots import answered, decoder, fields, made, prompts_of
+
+from launcher.backends.slots.device import Slots
+from launcher.backends.slots.straight import StraightStep, straight_step
+from launcher.config.schema import SamplingConfig
+from shards.parallel.families import keep_kv_heads_only
+from shards.parallel.fused import fuse_norms, fuse_rotations
+from shards.parallel.products import fuse_projections
+
+PROMPTS = prompts_of((5, 9, 7, 12))
+SAMPLING = SamplingConfig(max_new_tokens=12, ignore_eos=True)
+
+
+def model_of(family: str, **changed: Any) -> Any:
+    model = made(family, fields(family) | changed)
+    keep_kv_heads_only(model)
+    return model
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+@pytest.mark.parametrize("family", ["arcee", "ernie4_5", "helium", "llama", "mistral", "qwen2"])
+def test_logits_are_those_of_the_model(monkeypatch: pytest.MonkeyPatch, family: str, is_fused: bool) -> None:
+    model, unequal, steps = model_of(family), [], 0
+    if is_fused:
+        fuse_projections(model, 1)
+        fuse_norms(model)
+        fuse_rotations(model)
+
+    def compared(self: Slots, rows: int, reach: int) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        logits = next_logits(self, rows, reach).clone()
+        if not torch.equal(logits, self.forward(rows, reach)):
+            unequal.append(steps)
+        return logits
+
+    next_logits = Slots.next_logits
+    monkeypatch.setattr(Slots, "next_logits", compared)
+    engine = decoder(model, 3, 40, 2048)
+    answered(engine, PROMPTS, SAMPLING)
+    assert engine.slots is not None
+    assert isinstance(engine.slots.straight, StraightStep)
+    assert steps > 12
+    assert unequal == []
+
+
+def test_a_step_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    model = model_of("llama")
+    expected = answered(decoder(model, 3, 40, 2048), PROMPTS, SAMPLING)
+    step = StraightStep.__call__
+    monkeypatch.setattr(StraightStep, "__call__", lambda self, *inputs: step(self, *inputs) * 1.001)
+    engine = decoder(model, 3, 40, 2048)
+    assert answered(engine, PROMPTS, SAMPLING).completions[0].token_ids == expected.completions[0].token_ids
+    assert engine.slots is not None
+    assert engine.slots.straight is None
+    assert "the straight one has other logits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", ["falcon", "gemma", "gemma2", "olmo2", "qwen3"])
+def test_other_families_have_none(family: str) -> None:
+    engine = decoder(model_of(family), 3, 40, 2048)
+    assert engine.ready(40).straight is None
+
+
+def test_layers_of_several_kinds_have_none() -> None:
+    window = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+    assert decoder(model_of("qwen2", **window), 3, 40, 2048).ready(40).straight is None
+
+
+def test_modules_with_hooks_or_other_forwards_have_none() -> None:
+    model = model_of("llama")
+    assert decoder(model, 3, 40, 2048).ready(40).straight is not None
+    hook = model.model.layers[1].register_forward_hook(lambda *_: None)
+    assert straight_step(model, 40) is None
+    hook.remove()
+    assert straight_step(model, 40) is not None
+    model.model.layers[1].mlp.forward = model.model.layers[0].mlp.forward
+    assert straight_step(model, 40) is None
