@@ -37,8 +37,8 @@ from launcher.report.comparison_table import show as show_comparison
 from launcher.report.dry_run import show_plan
 from launcher.report.layout import console, print_json
 from launcher.report.rows import CSV, rows_of, write_rows
+from launcher.report.run.tables import json_line, show
 from launcher.report.sweep_table import show_sweep, sweep_line, varied
-from launcher.report.tables import json_line, show
 from launcher.results.comparison import alike
 from launcher.run_dir.finished import read_finished
 from launcher.run_dir.run import describe

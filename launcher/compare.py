@@ -25,7 +25,7 @@ from rich.markup import escape
 from launcher.report.changes_table import show_changes
 from launcher.report.comparison_table import COMPARED_MEMORY, show
 from launcher.report.layout import console, print_json
-from launcher.report.tables import badge_line
+from launcher.report.run.tables import badge_line
 from launcher.results.changes import EXAMPLE, Changes, Rule
 from launcher.results.comparison import Comparison, FinishedRun, compare, labels
 from launcher.run_dir.finished import read_finished

@@ -37,8 +37,8 @@ from launcher.composition.presets import conf_dir, options
 from launcher.config.engines import NO_PLAN, engines, load_engine, names
 from launcher.config.keys import nearest, wrong_value
 from launcher.config.machine import UNITS, described, machine_of
+from launcher.config.parts.storage import Precision
 from launcher.config.schema import ConfigError
-from launcher.config.storage import Precision
 from launcher.models import embedded_folder
 from launcher.prepare.planning import default_planners
 from launcher.prepare.shapes import built_of, config_of

@@ -21,10 +21,10 @@ from rich.markup import escape
 from launcher.launch.run import run_again
 from launcher.report.changes_table import show_changes
 from launcher.report.layout import console, print_json
-from launcher.report.tables import error_line
+from launcher.report.run.tables import error_line
 from launcher.results.changes import Changes
 from launcher.results.comparison import compare
-from launcher.results.metrics import COUNTERS
+from launcher.results.figures.metrics import COUNTERS
 from launcher.run_dir.finished import read_finished
 from launcher.run_dir.run_dir import RunDir
 from launcher.run_dir.verify import verify

@@ -27,9 +27,9 @@ from launcher.config.schema import ConfigError
 from launcher.launch.slurm import arrays, jobs
 from launcher.launch.slurm.arrays import Point
 from launcher.report import layout
-from launcher.report.speculation import COLUMN, cell, has_guesses
+from launcher.report.run.speculation import COLUMN, cell, has_guesses
+from launcher.report.run.tables import error_line
 from launcher.report.sweep_table import show_sweep, sweep_line, varied
-from launcher.report.tables import error_line
 from launcher.report.units import rate
 from launcher.results.record import Record, RunError
 from launcher.results.verdict import STATUSES

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from launcher.results.validity import Validity
+    from launcher.results.figures.validity import Validity
 
 SEEN = {True: "ok", False: "[red]INVALID[/]", None: "not checked"}
 

@@ -92,9 +92,9 @@ class Generation:
     prefill and decode.
 
     The times are None for an engine that does not separate prefill from decode (vLLM), `decode_steps` for one that does
-    not count its steps. `counters` are the engine's own, named as in `launcher.results.metrics.COUNTERS`. `failures`
-    are the prompts that a server did not answer, `server` is what the client measured of the server. `wall_s` is the
-    time from the first prompt to the last answer, for an engine whose call does more than that.
+    not count its steps. `counters` are the engine's own, named as in `launcher.results.figures.metrics.COUNTERS`.
+    `failures` are the prompts that a server did not answer, `server` is what the client measured of the server.
+    `wall_s` is the time from the first prompt to the last answer, for an engine whose call does more than that.
     """
 
     completions: tuple[Completion, ...]

@@ -13,7 +13,7 @@ from launcher.backends.base import LENGTH, STOP, Completion, Generation, as_toke
 from launcher.backends.memory import DECODE, PREFILL, Clock, PhasePeaks
 from launcher.backends.sampling import Sampler
 from launcher.backends.slots.cache import as_multiplied
-from launcher.results.metrics import ROWS, SLOTS
+from launcher.results.figures.metrics import ROWS, SLOTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

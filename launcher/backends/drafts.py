@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from launcher.backends.memory import parameter_bytes
-from launcher.backends.slots.guesses import Draft, Guesser, Lookup
-from launcher.config.speculative import DRAFT, NGRAM
+from launcher.backends.slots.drafting.guesses import Draft, Guesser, Lookup
+from launcher.config.parts.speculative import DRAFT, NGRAM
 from shards.checkpoint.checkpoint import Checkpoint
 from shards.load.load import load_weights
 from shards.load.meta import build_meta
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from launcher.backends.base import DeviceMemory
-    from launcher.config.speculative import SpeculativeConfig
+    from launcher.config.parts.speculative import SpeculativeConfig
 
 
 def make_guesser(

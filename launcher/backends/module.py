@@ -21,19 +21,19 @@ from launcher.backends.memory import PhasePeaks, module_memory
 from launcher.backends.slots.compilation import compile_steps
 from launcher.backends.slots.decoder import SlotDecoder
 from launcher.backends.trace import Tracer
-from launcher.config.compiling import Compile
-from launcher.config.formats import WeightFormat, Weights
+from launcher.config.parts.compiling import Compile
+from launcher.config.parts.formats import WeightFormat, Weights
+from launcher.config.parts.storage import Offload
 from launcher.config.schema import DEFAULT_PREFILL_TOKENS
-from launcher.config.storage import Offload
 from shards.checkpoint.checkpoint import Checkpoint
 from shards.errors import PlanError
 from shards.load.adapter import Adapter, read_adapter
 from shards.load.blocks import local_bytes, local_tensor
 from shards.load.load import LoadStats, load_weights
 from shards.load.meta import build_meta
-from shards.load.quantizers import make_quantizer
+from shards.load.quantized.quantizers import make_quantizer
+from shards.load.quantized.stored import make_stored
 from shards.load.random_weights import fill_random
-from shards.load.stored import make_stored
 from shards.machine.hardware import MIB
 from shards.machine.process_group import any_rank, barrier, connect, connect_cards, device_of, disconnect
 from shards.model.known_shape import KNOWN_FAMILIES

@@ -8,9 +8,7 @@ import math
 import operator
 from typing import TYPE_CHECKING, Any, get_args
 
-from launcher.config.compiling import Compile
 from launcher.config.engines import example_with
-from launcher.config.experiment import FIGURES, ExperimentConfig
 from launcher.config.keys import example_of, key_types
 from launcher.config.machine import machine_of
 from launcher.config.options import (
@@ -28,8 +26,10 @@ from launcher.config.options import (
     TOKENS,
     Bounds,
 )
+from launcher.config.parts.compiling import Compile
+from launcher.config.parts.experiment import FIGURES, ExperimentConfig
+from launcher.config.parts.speculative import KEYS
 from launcher.config.schema import ConfigError, RunConfig, Scheduling
-from launcher.config.speculative import KEYS
 from shards.plan.request import MOST_DEVICES
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from launcher.composition.quoting import for_shell, quoted
 from launcher.config.schema import ConfigError
 
 if TYPE_CHECKING:
-    from launcher.config.launching import ClusterConfig
+    from launcher.config.parts.launching import ClusterConfig
 
 UNSAFE = re.compile(r"[\s\"'\\#]+")
 EXAMPLES = {"partition": "gpu", "mem": "64G", "time": "01:00:00"}

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from launcher.config.compiling import Compile
 from launcher.config.device import CostConfig, DeviceConfig
-from launcher.config.experiment import MISSING, ExperimentConfig
-from launcher.config.formats import AdapterConfig, WeightFormat, Weights
-from launcher.config.launching import ClusterConfig, LaunchConfig
-from launcher.config.serving import LoadConfig, ServerConfig, SloConfig
-from launcher.config.speculative import SpeculativeConfig
-from launcher.config.storage import Offload, Precision
+from launcher.config.parts.compiling import Compile
+from launcher.config.parts.experiment import MISSING, ExperimentConfig
+from launcher.config.parts.formats import AdapterConfig, WeightFormat, Weights
+from launcher.config.parts.launching import ClusterConfig, LaunchConfig
+from launcher.config.parts.serving import LoadConfig, ServerConfig, SloConfig
+from launcher.config.parts.speculative import SpeculativeConfig
+from launcher.config.parts.storage import Offload, Precision
 from shards.errors import PlanError, UserError
 from shards.machine.interpreter import pip_install
 from shards.model.quantization import QUANTIZATIONS, Quantization

@@ -8,11 +8,11 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from launcher.config.engines import example_with
-from launcher.config.formats import Weights
-from launcher.config.launching import ClusterConfig, LaunchConfig
+from launcher.config.parts.formats import Weights
+from launcher.config.parts.launching import ClusterConfig, LaunchConfig
+from launcher.config.parts.serving import ServerConfig
+from launcher.config.parts.storage import Offload
 from launcher.config.schema import ConfigError, SamplingConfig
-from launcher.config.serving import ServerConfig
-from launcher.config.storage import Offload
 
 if TYPE_CHECKING:
     from collections.abc import Collection

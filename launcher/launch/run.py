@@ -19,8 +19,8 @@ from launcher.launch.slurm.arrays import run_job
 from launcher.prepare.prepare import prepare
 from launcher.rank.watchdog import Watchdog, blame, write_stacks
 from launcher.report.layout import console
-from launcher.report.lengths import lengths_line
 from launcher.report.progress_bars import Bars, Turn
+from launcher.report.run.lengths import lengths_line
 from launcher.results.verdict import Outcome
 from launcher.run_dir.attempts import ATTEMPT, begin
 from launcher.run_dir.gathering import finish

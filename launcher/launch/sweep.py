@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from launcher.composition.compose import command_of, compose_run
 from launcher.composition.sweeps import expand_sweep
-from launcher.config.speculative import without_others
+from launcher.config.parts.speculative import without_others
 from launcher.launch.run import run
 from launcher.launch.slurm.arrays import run_points as run_slurm_points
 from launcher.report.layout import console

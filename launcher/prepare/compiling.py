@@ -6,9 +6,9 @@ import os
 import shutil
 from typing import TYPE_CHECKING
 
-from launcher.config.compiling import Compile
+from launcher.config.parts.compiling import Compile
+from launcher.config.parts.storage import Offload
 from launcher.config.schema import ConfigError
-from launcher.config.storage import Offload
 
 if TYPE_CHECKING:
     from launcher.config.schema import RunConfig

@@ -15,7 +15,7 @@ from shards.plan.plan import Plan, make_plan
 from shards.plan.request import PlanRequest
 
 if TYPE_CHECKING:
-    from launcher.config.experiment import FigureConfig
+    from launcher.config.parts.experiment import FigureConfig
     from launcher.config.schema import RunConfig
     from launcher.results.record import Record
 

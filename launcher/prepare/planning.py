@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import psutil
 
 from launcher.config.engines import engines
-from launcher.config.formats import WeightFormat, Weights
 from launcher.config.machine import described, given_of, other_machine
+from launcher.config.parts.formats import WeightFormat, Weights
+from launcher.config.parts.storage import Offload, Precision
 from launcher.config.schema import DEFAULT_PREFILL_TOKENS, Accelerator
-from launcher.config.storage import Offload, Precision
 from launcher.prepare.shapes import built_of
 from launcher.prepare.speculative import draft_shape
 from launcher.prompts.batches import batches, call_count, split

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from launcher.backends.slots.families import why_static
 from launcher.config.cluster import check_cluster
 from launcher.config.engines import NO_PLAN
-from launcher.config.formats import Weights
+from launcher.config.parts.formats import Weights
 from launcher.config.schema import Accelerator, ConfigError, MeasureConfig, Scheduling
 from launcher.config.unread import unread_batch_size
 from launcher.models import EMBEDDED, embedded_folder

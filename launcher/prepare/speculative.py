@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.backends.slots.families import why_no_guesses, why_static
+from launcher.config.parts.speculative import DRAFT
 from launcher.config.schema import ConfigError
-from launcher.config.speculative import DRAFT
 from launcher.models import embedded_folder
 from launcher.prepare.shapes import built_of, config_of
 from shards.checkpoint.hub import resolve

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Protocol
 from launcher.backends.base import CompilingBackend, ScoringBackend, TracingBackend
 from launcher.prompts.batches import batches, call_count, split, warm_up_batch
 from launcher.prompts.prompts import sampling_of
+from launcher.results.figures.metrics import summed
+from launcher.results.figures.quality import quality_of
 from launcher.results.measured import Repeat
-from launcher.results.metrics import summed
-from launcher.results.quality import quality_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from launcher.backends.base import Backend, Compilation, Completion, Generation, Prompt, Trace
     from launcher.config.schema import RunConfig
     from launcher.results.completions import Saved
+    from launcher.results.figures.quality import Quality
     from launcher.results.measured import RequestFailure
-    from launcher.results.quality import Quality
     from launcher.run_dir.progress import ProgressWriter
     from shards.machine.world import World
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from launcher.results.cost import REPEATS, START, WARM_UP, DeviceSample, PhaseCost, RankCost
+from launcher.results.figures.cost import REPEATS, START, WARM_UP, DeviceSample, PhaseCost, RankCost
 from shards.errors import UserError
 from shards.machine.cards import cuda_devices
 from shards.machine.nvml import NvmlError, kept_open, readings

@@ -15,7 +15,7 @@ from launcher.rank.failures import explain
 from launcher.rank.loop import Loop
 from launcher.rank.meter import Meter
 from launcher.results.completions import SavedCompletion
-from launcher.results.cost import LOAD, REPEATS, WARM_UP
+from launcher.results.figures.cost import LOAD, REPEATS, WARM_UP
 from launcher.results.rank_result import RankResult
 from launcher.results.record import RunError
 from launcher.run_dir.run_dir import SupersededError
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
     from launcher.backends.base import Backend, Compilation, Completion, DeviceMemory, LoadTimes
     from launcher.config.schema import RunConfig
-    from launcher.results.cost import RankCost
+    from launcher.results.figures.cost import RankCost
+    from launcher.results.figures.quality import Quality
     from launcher.results.measured import Repeat, RequestFailure
-    from launcher.results.quality import Quality
     from launcher.results.verdict import Outcome
     from launcher.run_dir.run_dir import RunDir
     from launcher.system.environment import Environment

@@ -9,7 +9,7 @@ from rich.markup import escape
 from launcher.report.layout import fitted
 from launcher.report.units import count, figure, rate, seconds, size
 from launcher.results.changes import MEMORY, SPEEDS
-from launcher.results.metrics import COUNTERS
+from launcher.results.figures.metrics import COUNTERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 
 from launcher.report.layout import fitted
-from launcher.report.memory_table import LEAST_WANTED, MEMORY, phase_table
-from launcher.report.speculation import COLUMN, cell, has_guesses
+from launcher.report.run.memory_table import LEAST_WANTED, MEMORY, phase_table
+from launcher.report.run.speculation import COLUMN, cell, has_guesses
 from launcher.report.units import rate, size
 from launcher.results.comparison import Comparison, FinishedRun, compare, labels
 

@@ -8,8 +8,8 @@ from rich.markup import escape
 
 from launcher.config.machine import how_to_know_rates
 from launcher.report.layout import counted, fitted
-from launcher.report.lengths import lengths_line
-from launcher.report.speculation import draft_facts
+from launcher.report.run.lengths import lengths_line
+from launcher.report.run.speculation import draft_facts
 from launcher.report.units import rate, seconds, size
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from launcher.config.values import flat
-from launcher.report.load_rows import LOAD_PARTS
+from launcher.report.run.load_rows import LOAD_PARTS
 from launcher.system.files import write_text
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from launcher.report.layout import fitted
-from launcher.report.speculation import COLUMN, cell, has_guesses
-from launcher.report.tables import error_line, json_line, range_of
+from launcher.report.run.speculation import COLUMN, cell, has_guesses
+from launcher.report.run.tables import error_line, json_line, range_of
 from launcher.report.units import percent, rate, seconds, size
-from launcher.results.quality import agreement, kl_divergence
+from launcher.results.figures.quality import agreement, kl_divergence
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

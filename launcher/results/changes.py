@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from launcher.config.schema import HOW_IT_IS_RUN
 from launcher.config.values import flat
 from launcher.results.comparison import Difference
-from launcher.results.cost import REPEATS
-from launcher.results.metrics import COUNTERS
-from launcher.results.serving import tpot_s
+from launcher.results.figures.cost import REPEATS
+from launcher.results.figures.metrics import COUNTERS
+from launcher.results.figures.serving import tpot_s
 from launcher.system.gpu_users import is_of_a_neighbour
 from shards.errors import UserError
 

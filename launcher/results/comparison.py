@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.config.engines import engines
 from launcher.config.schema import HOW_IT_IS_RUN
 from launcher.config.values import flat
-from launcher.results.quality import agreement, kl_divergence
+from launcher.results.figures.quality import agreement, kl_divergence
 from launcher.results.serving_cost import serving_cost
 from shards.errors import UserError
 

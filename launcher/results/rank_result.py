@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launcher.backends.base import Compilation, DeviceMemory, LoadTimes
-from launcher.results.cost import RankCost
+from launcher.results.figures.cost import RankCost
+from launcher.results.figures.quality import Quality
 from launcher.results.measured import Repeat
-from launcher.results.quality import Quality
 from launcher.results.record import RankRecord, RunError
 from launcher.system.environment import Environment
 from shards.machine.network import Network

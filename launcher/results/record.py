@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from launcher.backends.base import Compilation, DeviceMemory, LoadTimes
-from launcher.results.cost import Cost
+from launcher.results.figures.cost import Cost
+from launcher.results.figures.quality import Quality
 from launcher.results.measured import BandwidthUse, CeilingShare, Metrics, Partial, Repeat, Totals
-from launcher.results.quality import Quality
 from launcher.system.environment import Environment
 from launcher.system.typed import decode
 from shards.machine.network import Network

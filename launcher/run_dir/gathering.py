@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 from launcher.config.machine import how_to_know_rates
 from launcher.prompts.prompts import decode
 from launcher.results.completions import ReportedCompletion, SavedCompletion
-from launcher.results.cost import cost_of
-from launcher.results.metrics import figures, total
+from launcher.results.figures.cost import cost_of
+from launcher.results.figures.metrics import figures, total
+from launcher.results.figures.utilisation import against_ceiling, bandwidth_used
 from launcher.results.record import Attempt, Record, RepeatSummary
-from launcher.results.utilisation import against_ceiling, bandwidth_used
 from launcher.results.verdict import LastStep, verdict
 from launcher.run_dir.lifecycle import unfinished
 from launcher.run_dir.run_dir import RunDir

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from launcher.config.engines import engines
 from launcher.results.comparison import compare
-from launcher.results.metrics import figures
-from launcher.results.validity import Check, Validity, check_reference, of_the_record
+from launcher.results.figures.metrics import figures
+from launcher.results.figures.validity import Check, Validity, check_reference, of_the_record
 from launcher.run_dir.finished import read_finished
 from launcher.run_dir.run_dir import RECORD, RunDir, run_dirs_in
 from launcher.run_dir.seal import broken_seal

@@ -28,11 +28,11 @@ sys.path.insert(0, str(ROOT))
 from ranks import alternating  # noqa: E402
 
 from launcher.backends.base import Prompt  # noqa: E402
-from launcher.backends.endpoint.client import Client  # noqa: E402
-from launcher.backends.endpoint.connection import Exchange, Limits  # noqa: E402
 from launcher.backends.endpoint.dialects import DIALECTS  # noqa: E402
 from launcher.backends.endpoint.load import Load  # noqa: E402
 from launcher.backends.endpoint.questions import Questions  # noqa: E402
+from launcher.backends.endpoint.transport.client import Client  # noqa: E402
+from launcher.backends.endpoint.transport.connection import Exchange, Limits  # noqa: E402
 from launcher.config.schema import SamplingConfig  # noqa: E402
 
 FAKE_SERVER = ROOT / "tests" / "helpers" / "fake_server.py"

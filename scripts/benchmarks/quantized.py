@@ -34,7 +34,7 @@ from shards.checkpoint.checkpoint import Checkpoint
 from shards.load.blocks import local_bytes
 from shards.load.load import LoadStats, load_weights
 from shards.load.meta import build_meta
-from shards.load.quantizers import make_quantizer
+from shards.load.quantized.quantizers import make_quantizer
 from shards.machine.hardware import CPU
 from shards.machine.world import World
 from shards.model.known_shape import known_shape

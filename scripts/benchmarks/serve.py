@@ -29,11 +29,11 @@ sys.path.insert(0, str(ROOT))
 
 from ranks import alternating  # noqa: E402
 
-from launcher.backends.endpoint.client import Client  # noqa: E402
-from launcher.backends.endpoint.connection import Limits  # noqa: E402
 from launcher.backends.endpoint.dialects import DIALECTS  # noqa: E402
 from launcher.backends.endpoint.load import Load  # noqa: E402
 from launcher.backends.endpoint.questions import Questions  # noqa: E402
+from launcher.backends.endpoint.transport.client import Client  # noqa: E402
+from launcher.backends.endpoint.transport.connection import Limits  # noqa: E402
 from launcher.config.schema import SamplingConfig  # noqa: E402
 from launcher.models import EMBEDDED  # noqa: E402
 from launcher.prompts.prompts import synthetic_prompts  # noqa: E402

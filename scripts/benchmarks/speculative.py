@@ -26,14 +26,14 @@ from launcher.backends.base import Generation, Prompt
 from launcher.backends.drafts import make_guesser
 from launcher.composition.compose import compose_run
 from launcher.config.engines import resolve
+from launcher.config.parts.speculative import DRAFT, NGRAM, NONE, SpeculativeConfig
 from launcher.config.schema import SamplingConfig
-from launcher.config.speculative import DRAFT, NGRAM, NONE, SpeculativeConfig
 from launcher.models import EMBEDDED
 from launcher.prepare.planning import plan_of
 from launcher.prompts.prompts import encode
 from launcher.report.layout import console
-from launcher.results.metrics import ROWS
-from launcher.results.speculation import ACCEPTED, GUESSED, GUESSING
+from launcher.results.figures.metrics import ROWS
+from launcher.results.figures.speculation import ACCEPTED, GUESSED, GUESSING
 from shards.checkpoint.checkpoint import Checkpoint
 from shards.machine.world import World
 

@@ -16,9 +16,9 @@ from shards.errors import CheckpointError
 from shards.load.blocks import local_block, local_bytes, stored_tensors, whole
 from shards.load.conversion import MergedEntry, converted, part_targets
 from shards.load.meta import materialize
-from shards.load.quantizers import packed_layers, part_bytes, part_of, whole_shape
+from shards.load.quantized.quantizers import packed_layers, part_bytes, part_of, whole_shape
+from shards.load.quantized.stored import read_stored, with_stored
 from shards.load.slices import PIECE_BYTES, TORCH_DTYPES, Target, map_target, read_targets
-from shards.load.stored import read_stored, with_stored
 from shards.load.torch_files import read_torch_file
 from shards.model.quantization import UNPACKED_BYTES
 

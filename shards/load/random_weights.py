@@ -12,7 +12,7 @@ import torch
 from shards.load.blocks import local_block, local_bytes, stored_tensors, whole
 from shards.load.load import LoadStats
 from shards.load.meta import materialize
-from shards.load.quantizers import packed_layers, part_of, whole_shape
+from shards.load.quantized.quantizers import packed_layers, part_of, whole_shape
 
 if TYPE_CHECKING:
     from torch import nn

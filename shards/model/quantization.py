@@ -233,8 +233,9 @@ QUANTIZATIONS: Mapping[str, Quantization] = {
 fp8: a byte a value, an fp32 scale a matrix (each of queries, keys and values), output, or block of 128 x 128. Source:
 create_fp8_weight_parameter, create_fp8_scale_parameter in vllm/model_executor/layers/quantization/utils/fp8_utils.py.
 int8: LLM.int8, a byte a value and an fp32 scale an output (Int8Params.CB and SCB in bitsandbytes/nn/modules.py).
-int8_wo: the same with a scale of the model's type (shards/load/quantizers.py). int8_dyn: as int8. int4_wo: half a byte
-a value, and for each 64 inputs of an output a scale and the value of the middle (shards/load/integer_quantizers.py).
+int8_wo: the same with a scale of the model's type (shards/load/quantized/quantizers.py). int8_dyn: as int8.
+int4_wo: half a byte a value, and for each 64 inputs of an output a scale and the value of the middle
+(shards/load/quantized/integer_quantizers.py).
 nf4, fp4: half a byte a value, an fp32 maximum for each 64 values, a table of 16 fp32. nf4_dq: the maxima in a byte
 each, an fp32 scale for each 256 of them, their fp32 offset, another table of 256 fp32 (quantize_4bit in
 bitsandbytes/functional.py). A matrix is widened for prompts, not for single tokens (gemm_4bit in backends/cuda/ops.py).

@@ -11,7 +11,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from shards.errors import PlanError
 from shards.load.blocks import block_of, local_block, whole
-from shards.load.quantizers import set_parameters
+from shards.load.quantized.quantizers import set_parameters
 from shards.parallel.products import ProductLinear
 
 if TYPE_CHECKING:

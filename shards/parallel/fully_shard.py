@@ -13,7 +13,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 
 from shards.errors import PlanError
-from shards.load.quantizers import whole_parameters
+from shards.load.quantized.quantizers import whole_parameters
 from shards.parallel.shared_layers import share_layers
 from shards.plan.cuts import spread_evenly
 

@@ -13,13 +13,13 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from shards.errors import PlanError
 from shards.load.blocks import Block, block_of, mark_parts
-from shards.load.quantizers import set_quantizer
+from shards.load.quantized.quantizers import set_quantizer
 from shards.parallel.fully_shard import decoder_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from shards.load.quantizers import Quantizer
+    from shards.load.quantized.quantizers import Quantizer
 
 BATCH_HINT = 4  # of the layouts that oneDNN offers for 1, 4 and 32 rows, this one is the best at 3 rows and more
 LEAST_VALUES = {torch.float32: 1 << 18, torch.bfloat16: 1 << 14}

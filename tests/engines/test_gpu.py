@@ -24,7 +24,7 @@ from launcher.backends.sampling import Sampler
 from launcher.backends.slots.decoder import SlotDecoder
 from launcher.backends.slots.static import Graphs
 from launcher.config.engines import engines
-from launcher.config.formats import OWN_QUANTIZATIONS
+from launcher.config.parts.formats import OWN_QUANTIZATIONS
 from launcher.config.schema import SamplingConfig
 from launcher.models import EMBEDDED
 from launcher.rank.failures import explain
@@ -33,7 +33,7 @@ from shards.checkpoint.open_files import OpenFiles
 from shards.errors import PlanError
 from shards.load.load import load_weights
 from shards.load.meta import build_meta
-from shards.load.quantizers import make_quantizer
+from shards.load.quantized.quantizers import make_quantizer
 from shards.load.random_weights import fill_random
 from shards.load.slices import Target, read_targets
 from shards.machine.cards import cuda_devices

@@ -17,7 +17,7 @@ from launcher.compress.streamed import pruned
 from shards.checkpoint.checkpoint import Checkpoint
 from shards.load.load import load_weights
 from shards.load.meta import build_meta
-from shards.load.stored import make_stored
+from shards.load.quantized.stored import make_stored
 from shards.model.quantization import as_kept
 from shards.model.quantized_checkpoint import from_config
 from shards.parallel.products import quantize_layers

@@ -14,7 +14,7 @@ from launcher.backends.slots import static
 from launcher.backends.slots.compilation import compile_steps, differing
 from launcher.backends.slots.static import Graphs
 from launcher.composition.compose import compose_run
-from launcher.config.compiling import Compile
+from launcher.config.parts.compiling import Compile
 from launcher.config.schema import SamplingConfig
 from shards.parallel.families import keep_kv_heads_only
 

@@ -24,7 +24,7 @@ from launcher.backends.tensor_parallel.backend import TensorParallelBackend
 from launcher.composition.compose import compose_run
 from launcher.config.schema import SamplingConfig
 from launcher.models import EMBEDDED
-from launcher.report.memory_table import device_table, phase_table
+from launcher.report.run.memory_table import device_table, phase_table
 from launcher.results.record import Record, read_record
 from shards.checkpoint.checkpoint import Checkpoint
 from shards.load.load import load_weights

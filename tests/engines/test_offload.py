@@ -12,9 +12,9 @@ from running import command_line
 
 from launcher.backends.base import Generation, Prompt
 from launcher.config.engines import resolve
-from launcher.config.formats import AdapterConfig
+from launcher.config.parts.formats import AdapterConfig
+from launcher.config.parts.storage import Offload, Precision
 from launcher.config.schema import RunConfig, Scheduling
-from launcher.config.storage import Offload, Precision
 from launcher.models import EMBEDDED
 from launcher.prepare.planning import plan_of
 from shards.checkpoint.checkpoint import Checkpoint

@@ -15,7 +15,7 @@ from launcher.backends.base import LIKELIEST, Score
 from launcher.composition.compose import compose_run
 from launcher.models import EMBEDDED
 from launcher.prompts.quality import windows
-from launcher.results.quality import Quality, agreement, kl_divergence, quality_of
+from launcher.results.figures.quality import Quality, agreement, kl_divergence, quality_of
 from launcher.system.typed import decode
 
 ENGINES = "transformers,fsdp,tensor_parallel,deepspeed,vllm"

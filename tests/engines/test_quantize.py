@@ -21,7 +21,7 @@ from shards.checkpoint.checkpoint import Checkpoint
 from shards.errors import PlanError
 from shards.load.load import load_weights
 from shards.load.meta import build_meta
-from shards.load.quantizers import make_quantizer
+from shards.load.quantized.quantizers import make_quantizer
 from shards.model.quantization import QUANTIZATIONS, Storage
 from shards.parallel.products import quantize_layers
 from shards.plan.cuts import cut_up

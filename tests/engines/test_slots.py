@@ -26,13 +26,13 @@ from launcher.backends.memory import PhasePeaks
 from launcher.backends.sampling import Sampler
 from launcher.backends.slots import decoder as slot_decoder
 from launcher.backends.slots.decoder import Chosen, SlotDecoder
+from launcher.backends.slots.drafting.guesses import Draft, Lookup
 from launcher.backends.slots.families import FAMILIES, why_no_guesses, why_static
-from launcher.backends.slots.guesses import Draft, Lookup
 from launcher.backends.slots.queue import Queue
 from launcher.backends.slots.schedule import Read, Schedule, Step
 from launcher.backends.slots.static import Compiled
 from launcher.config.schema import SamplingConfig
-from launcher.results.metrics import ROWS, SLOTS
+from launcher.results.figures.metrics import ROWS, SLOTS
 from shards.machine.world import World
 from shards.parallel.families import keep_kv_heads_only
 

@@ -17,14 +17,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from launcher.backends.base import Generation, Prompt
 from launcher.backends.memory import PhasePeaks
-from launcher.backends.slots.acceptance import greedy, sampled
 from launcher.backends.slots.decoder import SlotDecoder
-from launcher.backends.slots.guesses import Draft, Guesser, Lookup
-from launcher.backends.slots.ngrams import Ngrams
+from launcher.backends.slots.drafting.acceptance import greedy, sampled
+from launcher.backends.slots.drafting.guesses import Draft, Guesser, Lookup
+from launcher.backends.slots.drafting.ngrams import Ngrams
 from launcher.config.engines import load_engine
 from launcher.config.schema import SamplingConfig
-from launcher.results.metrics import ROWS
-from launcher.results.speculation import ACCEPTED, GUESSED
+from launcher.results.figures.metrics import ROWS
+from launcher.results.figures.speculation import ACCEPTED, GUESSED
 from shards.machine.world import World
 
 CPU = torch.device("cpu")

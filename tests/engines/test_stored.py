@@ -18,10 +18,10 @@ from launcher.config.engines import engines
 from launcher.models import EMBEDDED
 from shards.checkpoint.checkpoint import Checkpoint
 from shards.errors import CheckpointError
-from shards.load.integer_quantizers import rows_divided
 from shards.load.load import load_weights
 from shards.load.meta import build_meta
-from shards.load.stored import make_stored
+from shards.load.quantized.integer_quantizers import rows_divided
+from shards.load.quantized.stored import make_stored
 from shards.model.known_shape import known_shape
 from shards.model.quantization import Quantization, Storage, as_kept
 from shards.model.quantized_checkpoint import from_config

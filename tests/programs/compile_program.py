@@ -12,7 +12,7 @@ from rank_program import configured, loaded
 from torch._dynamo.utils import counters
 
 from launcher.backends.base import Prompt
-from launcher.config.compiling import Compile
+from launcher.config.parts.compiling import Compile
 from launcher.config.schema import SamplingConfig
 from shards.machine.world import World
 

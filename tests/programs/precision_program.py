@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from launcher.backends.base import Prompt
 from launcher.config.engines import resolve
-from launcher.config.storage import Precision
+from launcher.config.parts.storage import Precision
 from launcher.models import EMBEDDED
 from launcher.prepare.planning import plan_of
 from shards.checkpoint.checkpoint import Checkpoint

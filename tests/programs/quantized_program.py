@@ -23,7 +23,7 @@ from shards.checkpoint.checkpoint import Checkpoint
 from shards.load.blocks import local_tensor
 from shards.load.load import load_weights
 from shards.load.meta import build_meta
-from shards.load.quantizers import make_quantizer
+from shards.load.quantized.quantizers import make_quantizer
 from shards.machine.process_group import connect, disconnect
 from shards.machine.world import World
 from shards.parallel.collectives import Collectives, collectives

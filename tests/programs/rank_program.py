@@ -18,8 +18,8 @@ from launcher.backends.base import Backend, Completion, Generation, Prompt
 from launcher.backends.drafts import make_guesser
 from launcher.composition.compose import compose_run
 from launcher.config.engines import resolve
+from launcher.config.parts.speculative import SpeculativeConfig
 from launcher.config.schema import RunConfig, SamplingConfig
-from launcher.config.speculative import SpeculativeConfig
 from launcher.models import EMBEDDED
 from launcher.prepare.planning import plan_of
 from launcher.prompts.batches import batches, call_count, split

@@ -18,7 +18,7 @@ from shards.checkpoint.checkpoint import Checkpoint
 from shards.load.blocks import local_tensor
 from shards.load.load import load_weights
 from shards.load.meta import build_meta
-from shards.load.stored import make_stored
+from shards.load.quantized.stored import make_stored
 from shards.machine.process_group import connect, disconnect
 from shards.machine.world import World
 from shards.model.quantization import Quantization

@@ -19,8 +19,8 @@ import psutil
 from launcher.backends.base import Generation, Prompt
 from launcher.backends.vllm.backend import VllmBackend
 from launcher.composition.compose import compose_run
+from launcher.config.parts.serving import LoadConfig
 from launcher.config.schema import ConfigError, RunConfig, SamplingConfig
-from launcher.config.serving import LoadConfig
 from launcher.models import EMBEDDED
 from launcher.prepare.planning import plan_of
 from launcher.prompts.prompts import encode

@@ -15,8 +15,8 @@ from rank_program import configured
 
 from launcher.backends.base import Prompt
 from launcher.config.engines import resolve
+from launcher.config.parts.storage import Offload
 from launcher.config.schema import RunConfig, SamplingConfig
-from launcher.config.storage import Offload
 from launcher.models import EMBEDDED
 from launcher.prepare.planning import plan_of
 from shards.checkpoint.checkpoint import Checkpoint

@@ -9,7 +9,7 @@ import pytest
 from running import ROOT
 
 from launcher.config.engines import load_engine
-from launcher.config.formats import WeightFormat
+from launcher.config.parts.formats import WeightFormat
 
 
 @pytest.mark.slow

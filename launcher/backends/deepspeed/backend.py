@@ -17,8 +17,8 @@ from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
 from launcher.backends.deepspeed import all_reduce as deepspeed_reduce
 from launcher.backends.deepspeed.zero import partition
 from launcher.backends.module import ModuleBackend
+from launcher.config.parts.storage import Offload
 from launcher.config.schema import ConfigError
-from launcher.config.storage import Offload
 from shards.errors import PlanError
 from shards.load.blocks import Block, mark_block
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from launcher.backends.deepspeed.requirements import slow_all_reduce
-from launcher.config.compiling import Compile
 from launcher.config.options import COUNT, number
+from launcher.config.parts.compiling import Compile
+from launcher.config.parts.storage import Offload, Precision
 from launcher.config.schema import BackendConfig, ConfigError
-from launcher.config.storage import Offload, Precision
 from shards.engines.deepspeed import DeepSpeedPlanner
 from shards.engines.zero import ZeroPlanner
 from shards.plan.request import EnginePlanner

@@ -15,7 +15,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from launcher.config.storage import Offload
+from launcher.config.parts.storage import Offload
 from shards.load.blocks import Block, block_of, mark_block
 from shards.parallel.fully_shard import decoder_layers
 

@@ -8,12 +8,12 @@ from itertools import islice, pairwise
 from typing import TYPE_CHECKING
 
 from launcher.backends.endpoint.dialects import FINISHED, MalformedError, ServerError
-from launcher.backends.endpoint.events import events
-from launcher.backends.endpoint.failures import Failure, one_line
+from launcher.backends.endpoint.transport.events import events
+from launcher.backends.endpoint.transport.failures import Failure, one_line
 
 if TYPE_CHECKING:
-    from launcher.backends.endpoint.connection import Exchange
     from launcher.backends.endpoint.dialects import Delta, Dialect, FinishReason
+    from launcher.backends.endpoint.transport.connection import Exchange
 
 
 @dataclass(frozen=True, slots=True)

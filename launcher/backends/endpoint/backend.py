@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from launcher.backends.base import DeviceMemory, Generation
-from launcher.backends.endpoint.client import Client
-from launcher.backends.endpoint.connection import Limits
 from launcher.backends.endpoint.dialects import DIALECTS
 from launcher.backends.endpoint.load import Load
 from launcher.backends.endpoint.questions import Questions, ServerGoneError
@@ -26,6 +24,8 @@ from launcher.backends.endpoint.recognise import Server, check_tokenizer, recogn
 from launcher.backends.endpoint.results import completions_of, failures_of, server_repeat
 from launcher.backends.endpoint.server_metrics import between, samples
 from launcher.backends.endpoint.started import StartedServer, free_port
+from launcher.backends.endpoint.transport.client import Client
+from launcher.backends.endpoint.transport.connection import Limits
 from launcher.config.schema import Accelerator, ConfigError
 from launcher.prompts.arrivals import arrivals_of
 from launcher.run_dir.run_dir import RunDir

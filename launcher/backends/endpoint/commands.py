@@ -14,7 +14,7 @@ from launcher.config.schema import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from launcher.config.serving import ServerConfig
+    from launcher.config.parts.serving import ServerConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from launcher.backends.endpoint.answers import Reading
-from launcher.backends.endpoint.failures import Failure
+from launcher.backends.endpoint.transport.failures import Failure
 
 if TYPE_CHECKING:
     from launcher.backends.base import Prompt
     from launcher.backends.endpoint.answers import Answer
-    from launcher.backends.endpoint.client import Client
     from launcher.backends.endpoint.dialects import Dialect
+    from launcher.backends.endpoint.transport.client import Client
     from launcher.config.schema import SamplingConfig
 
 READ_AT_ONCE = 32  # events that are parsed before the loop looks at its connections again

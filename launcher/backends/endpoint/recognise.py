@@ -13,7 +13,7 @@ from launcher.config.schema import ConfigError, SamplingConfig
 
 if TYPE_CHECKING:
     from launcher.backends.endpoint.answers import Answer
-    from launcher.backends.endpoint.client import Client
+    from launcher.backends.endpoint.transport.client import Client
     from shards.untrusted_files import JsonObject
 
 TRIED = ("vllm", "openai", "transformers")  # the one that asks for most comes first, the most lenient last

@@ -14,7 +14,7 @@ from lightning.fabric.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
 
 from launcher.backends.module import ModuleBackend
-from launcher.config.storage import Offload
+from launcher.config.parts.storage import Offload
 from shards.machine.heap import keep_freed_pages
 from shards.parallel.collectives import collectives
 from shards.parallel.fully_shard import fully_shard_model, reset_bookkeeping, reshard

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from launcher.backends.collectives import slow_collectives
-from launcher.config.formats import READS
 from launcher.config.options import choice
+from launcher.config.parts.formats import READS
+from launcher.config.parts.storage import Offload
 from launcher.config.schema import BackendConfig, ConfigError
-from launcher.config.storage import Offload
 from shards.engines.fsdp import FsdpPlanner
 from shards.machine.main_memory import available_bytes
 from shards.model.quantization import Quantization, as_kept

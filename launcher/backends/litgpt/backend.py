@@ -25,7 +25,7 @@ from launcher.backends.litgpt.convert import CONFIG, MODEL, converted
 from launcher.backends.litgpt.engine import SEQUENTIAL
 from launcher.backends.litgpt.shapes import litgpt_config
 from launcher.backends.memory import DECODE, PREFILL, PhasePeaks, module_memory
-from launcher.config.storage import Precision
+from launcher.config.parts.storage import Precision
 from launcher.system.files import read_json
 
 if TYPE_CHECKING:

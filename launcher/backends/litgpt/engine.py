@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from launcher.backends.litgpt.shapes import ELSEWHERE, check_adapter, litgpt_config
-from launcher.config.formats import Weights
 from launcher.config.options import choice
+from launcher.config.parts.formats import Weights
 from launcher.config.schema import BackendConfig, ConfigError
 from shards.engines.litgpt import LitgptPlanner
 from shards.plan.request import EnginePlanner

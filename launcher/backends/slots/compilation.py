@@ -10,8 +10,8 @@ import torch
 
 from launcher.backends.base import Compilation
 from launcher.backends.slots.static import Compiled, Graphs
-from launcher.config.compiling import Compile
-from launcher.config.storage import Offload
+from launcher.config.parts.compiling import Compile
+from launcher.config.parts.storage import Offload
 from shards.errors import UserError
 from shards.machine.process_group import any_rank
 from shards.parallel.fully_shard import decoder_layers, is_sharded

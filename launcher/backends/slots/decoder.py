@@ -15,12 +15,12 @@ from launcher.backends.base import LENGTH, STOP, Completion, Generation
 from launcher.backends.memory import DECODE, PREFILL, Clock, PhasePeaks
 from launcher.backends.sampling import Sampler
 from launcher.backends.slots.device import Slots
-from launcher.backends.slots.guesses import AheadSlots, Guesses
+from launcher.backends.slots.drafting.guesses import AheadSlots, Guesses
+from launcher.backends.slots.drafting.speculation import Speculation
 from launcher.backends.slots.queue import Queue
 from launcher.backends.slots.schedule import NEAR, Read, Schedule, Step
-from launcher.backends.slots.speculation import Speculation
-from launcher.results.metrics import ROWS, SLOTS
-from launcher.results.speculation import GUESSING
+from launcher.results.figures.metrics import ROWS, SLOTS
+from launcher.results.figures.speculation import GUESSING
 from shards.parallel.fully_shard import is_sharded
 
 if TYPE_CHECKING:
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
 
     from launcher.backends.base import OnStep, Prompt
-    from launcher.backends.slots.guesses import Guesser
+    from launcher.backends.slots.drafting.guesses import Guesser
+    from launcher.backends.slots.drafting.speculation import Checked
     from launcher.backends.slots.schedule import Sequence
-    from launcher.backends.slots.speculation import Checked
     from launcher.config.schema import SamplingConfig
     from shards.machine.world import World
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from launcher.backends.module import ModuleBackend
-from launcher.config.formats import WeightFormat
+from launcher.config.parts.formats import WeightFormat
 from shards.parallel.collectives import collectives
 from shards.parallel.products import fuse_projections, least_packed
 from shards.parallel.tensor_parallel import tensor_parallel_model

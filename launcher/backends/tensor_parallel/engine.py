@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from launcher.backends.collectives import slow_collectives
-from launcher.config.formats import OWN_QUANTIZATIONS, READS
+from launcher.config.parts.formats import OWN_QUANTIZATIONS, READS
 from launcher.config.schema import BackendConfig
 from shards.engines.tensor_parallel import TensorParallelPlanner
 from shards.model.quantization import Quantization, as_kept

@@ -10,7 +10,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, attach_align_
 from accelerate.utils import get_balanced_memory
 
 from launcher.backends.module import ModuleBackend
-from launcher.config.storage import Offload
+from launcher.config.parts.storage import Offload
 from shards.checkpoint.checkpoint import Checkpoint
 from shards.errors import PlanError
 from shards.load.disk import leave_on_disk

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from launcher.config.formats import OWN_QUANTIZATIONS, READS, Weights
 from launcher.config.options import choice
+from launcher.config.parts.formats import OWN_QUANTIZATIONS, READS, Weights
+from launcher.config.parts.storage import Offload
 from launcher.config.schema import BackendConfig, ConfigError
-from launcher.config.storage import Offload
 from shards.engines.transformers import TransformersPlanner
 from shards.model.quantization import Quantization, as_kept
 from shards.plan.request import EnginePlanner

@@ -21,7 +21,7 @@ from launcher.backends.vllm.requests import check_lengths, sampling_params
 from launcher.backends.vllm.startup import check_platform, temporary_files_in
 from launcher.config.schema import Accelerator, ConfigError
 from launcher.prompts.arrivals import Pacing
-from launcher.results.speculation import ACCEPTED, GUESSED
+from launcher.results.figures.speculation import ACCEPTED, GUESSED
 from launcher.system.files import read_json, write_json
 from launcher.system.processes import MARK, scratch_prefix
 from shards.errors import PlanError

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from launcher.backends.vllm.extra import ONLINE, check_extra, installed_package
-from launcher.config.formats import WeightFormat
 from launcher.config.options import COUNT, MOST_BYTES, SHARE, Bounds, number
+from launcher.config.parts.formats import WeightFormat
+from launcher.config.parts.storage import Precision
 from launcher.config.schema import BackendConfig
-from launcher.config.storage import Precision
 from shards.engines.vllm import NOT_READ, VllmPlanner
 from shards.errors import PlanError
 from shards.machine.hardware import GIB, MIB

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.backends.vllm.engine import adapter_slots
 from launcher.backends.vllm.extra import ONLINE
-from launcher.config.formats import Weights
-from launcher.config.speculative import DRAFT
+from launcher.config.parts.formats import Weights
+from launcher.config.parts.speculative import DRAFT
 from shards.checkpoint.adapter_config import factor_shapes
 from shards.engines.vllm import adapted_modules, adapter_rank
 from shards.machine.hardware import GIB

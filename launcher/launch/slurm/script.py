@@ -15,7 +15,7 @@ from shards.machine.interpreter import ROOT
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from launcher.config.launching import ClusterConfig
+    from launcher.config.parts.launching import ClusterConfig
     from launcher.run_dir.run import RunDescription
 
 AGAIN = 75  # exit code of ranks that were interrupted, and of a job that is queued again

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from launcher.report.page.document import DataTable
 from launcher.report.page.figures import Series
-from launcher.results.cost import REPEATS
+from launcher.results.figures.cost import REPEATS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from launcher.results.cost import Cost, DeviceSample
+    from launcher.results.figures.cost import Cost, DeviceSample
 
 STATES = {"power_w": "W", "utilisation": "", "sm_clock_mhz": "MHz", "temperature_c": "°C"}
 

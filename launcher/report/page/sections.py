@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from launcher.report.load_rows import LOAD_PARTS, load_cells
 from launcher.report.page.devices import devices_over_time
 from launcher.report.page.document import DataTable, Section
 from launcher.report.page.figures import (
@@ -25,6 +24,7 @@ from launcher.report.page.figures import (
 from launcher.report.page.memory_parts import cache_of, measured_parts, planned_parts
 from launcher.report.published_table import published_beside
 from launcher.report.rows import label_of, swept_keys, unique
+from launcher.report.run.load_rows import LOAD_PARTS, load_cells
 from launcher.report.units import percent, rate, seconds, size
 from shards.machine.hardware import GIB, MIB
 

@@ -15,13 +15,13 @@ import pytest
 from fake_server import FakeServer
 
 from launcher.backends.base import Prompt
-from launcher.backends.endpoint.arrivals import ArrivalClock
-from launcher.backends.endpoint.client import Client
-from launcher.backends.endpoint.connection import Limits
 from launcher.backends.endpoint.dialects import DIALECTS
-from launcher.backends.endpoint.events import events
 from launcher.backends.endpoint.load import Load
 from launcher.backends.endpoint.questions import Questions, ServerGoneError
+from launcher.backends.endpoint.transport.arrivals import ArrivalClock
+from launcher.backends.endpoint.transport.client import Client
+from launcher.backends.endpoint.transport.connection import Limits
+from launcher.backends.endpoint.transport.events import events
 from launcher.config.schema import SamplingConfig
 from launcher.prompts.arrivals import poisson_arrivals
 

@@ -29,8 +29,8 @@ from launcher.results.comparison import (
     labels,
 )
 from launcher.results.completions import ReportedCompletion
+from launcher.results.figures.metrics import figures
 from launcher.results.measured import Repeat
-from launcher.results.metrics import figures
 from launcher.results.record import Record
 from launcher.run_dir.finished import read_finished
 from shards.errors import UserError

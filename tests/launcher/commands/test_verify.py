@@ -15,10 +15,10 @@ from running import run
 
 from launcher import reproduce, verify
 from launcher.backends.base import DeviceMemory
-from launcher.results.cost import DeviceSample
+from launcher.results.figures.cost import DeviceSample
+from launcher.results.figures.validity import Validity, check_reference, of_the_record
 from launcher.results.measured import CeilingShare, Partial, Spread
 from launcher.results.record import Record
-from launcher.results.validity import Validity, check_reference, of_the_record
 from launcher.run_dir.run_dir import RunDir
 from launcher.run_dir.verify import references_in, verdict_of
 from launcher.run_dir.verify import verify as verify_run

@@ -15,8 +15,8 @@ from launcher.composition.sweeps import expand_sweep
 from launcher.config.bounds import BOUNDS
 from launcher.config.engines import BUILT_IN, load_engine
 from launcher.config.options import BOUND
+from launcher.config.parts.storage import Precision
 from launcher.config.schema import ConfigError, ModelConfig, PromptsConfig, RunConfig
-from launcher.config.storage import Precision
 from launcher.config.values import from_dict, to_dict
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from launcher.composition.compose import compose_run
-from launcher.config.launching import ClusterConfig, LaunchConfig
+from launcher.config.parts.launching import ClusterConfig, LaunchConfig
 from launcher.config.schema import ConfigError
 from launcher.launch.sweep import points_of
 

@@ -11,7 +11,7 @@ from described import described
 from running import ROOT
 
 from launcher.config.cluster import check_cluster, seconds
-from launcher.config.launching import ClusterConfig
+from launcher.config.parts.launching import ClusterConfig
 from launcher.config.schema import ConfigError
 from launcher.launch.slurm.end import is_stopped
 from launcher.launch.slurm.jobs import State, environment

@@ -15,7 +15,7 @@ from launcher.config.schema import ConfigError
 from launcher.models import EMBEDDED
 from launcher.prompts.chat import chats
 from launcher.prompts.prompts import load_prompts, synthetic_prompts
-from launcher.report.lengths import histogram, lengths_line
+from launcher.report.run.lengths import histogram, lengths_line
 
 TEMPLATE = """{{- bos_token }}
 {%- for message in messages %}

@@ -17,7 +17,7 @@ from launcher.models import EMBEDDED
 from launcher.rank import meter as meter_module
 from launcher.rank.meter import Meter, cpu_times, packages
 from launcher.report.page.devices import devices_over_time
-from launcher.results.cost import DeviceSample, PhaseCost, RankCost, cost_of
+from launcher.results.figures.cost import DeviceSample, PhaseCost, RankCost, cost_of
 from shards.machine import nvml
 from shards.machine.hardware import Device
 from shards.machine.nvml import Reading

@@ -12,9 +12,9 @@ from rich.console import Console
 from running import ROOT
 
 from launcher.report.rows import rows_of
+from launcher.report.run.tables import json_line, show_record
 from launcher.report.sweep_table import show_sweep
-from launcher.report.tables import json_line, show_record
-from launcher.results import metrics
+from launcher.results.figures import metrics
 from launcher.results.measured import Speculation, Spread
 from launcher.results.record import Record, RunError, read_record
 from launcher.status import history

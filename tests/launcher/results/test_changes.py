@@ -10,8 +10,8 @@ import pytest
 from launcher.backends.base import DeviceMemory
 from launcher.results.changes import FigureChange, Rule, Values, change_of, changes, other_circumstances
 from launcher.results.comparison import Difference
+from launcher.results.figures.metrics import ROWS, figures
 from launcher.results.measured import Repeat
-from launcher.results.metrics import ROWS, figures
 from launcher.results.record import RankRecord, Record
 from launcher.system.environment import Environment, GitState, Gpus
 from shards.errors import UserError

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 from plans import plan as any_plan
 
-from launcher.results import metrics
+from launcher.results.figures import metrics
+from launcher.results.figures.metrics import figures
+from launcher.results.figures.utilisation import against_ceiling, bandwidth_used
 from launcher.results.measured import BandwidthUse, Metrics, Repeat
-from launcher.results.metrics import figures
-from launcher.results.utilisation import against_ceiling, bandwidth_used
 from shards.machine.hardware import DEVICES, LINKS
 from shards.plan.plan import Plan
 from shards.plan.roofline import Machine, Roofline, Work

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from launcher.config.serving import SloConfig
-from launcher.report.request_rows import serving_rows
+from launcher.config.parts.serving import SloConfig
+from launcher.report.run.request_rows import serving_rows
+from launcher.results.figures.metrics import figures
 from launcher.results.measured import Metrics, Repeat, RequestFailure, ServerRepeat
-from launcher.results.metrics import figures
 
 SERVER = ServerRepeat(
     software="vllm 0.32.0",

@@ -11,11 +11,11 @@ import pytest
 from tokenizers import Tokenizer
 
 from launcher.backends.base import Prompt
-from launcher.backends.endpoint.client import Client
-from launcher.backends.endpoint.connection import Limits
 from launcher.backends.endpoint.dialects import DIALECTS
 from launcher.backends.endpoint.questions import Questions
 from launcher.backends.endpoint.recognise import check_tokenizer, recognise
+from launcher.backends.endpoint.transport.client import Client
+from launcher.backends.endpoint.transport.connection import Limits
 from launcher.config.schema import ConfigError, SamplingConfig
 from launcher.models import EMBEDDED
 from launcher.serve.app import Part, Service

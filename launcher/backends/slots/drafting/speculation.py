@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from launcher.backends.sampling import Sampler
-from launcher.backends.slots.acceptance import greedy, sampled
-from launcher.results.speculation import ACCEPTED, GUESSED
+from launcher.backends.slots.drafting.acceptance import greedy, sampled
+from launcher.results.figures.speculation import ACCEPTED, GUESSED
 
 if TYPE_CHECKING:
-    from launcher.backends.slots.guesses import AheadSlots, Generators, Guesser, Guesses
+    from launcher.backends.slots.drafting.guesses import AheadSlots, Generators, Guesser, Guesses
     from launcher.backends.slots.schedule import Step
     from launcher.config.schema import SamplingConfig
 

@@ -13,11 +13,11 @@ import torch
 from shards.checkpoint.tensor_files import TensorEntry
 from shards.errors import CheckpointError
 from shards.load.blocks import local_block, local_tensor
-from shards.load.integer_quantizers import GroupsInt4, packed_int4
-from shards.load.quantizers import make_quantizer, part_shape, whole_shape
-from shards.load.slabs import SCALES, Slab, Span, check_shapes, slabs_of
+from shards.load.quantized.integer_quantizers import GroupsInt4, packed_int4
+from shards.load.quantized.quantizers import make_quantizer, part_shape, whole_shape
+from shards.load.quantized.slabs import SCALES, Slab, Span, check_shapes, slabs_of
+from shards.load.quantized.widened_quantizers import BytesFp8, GroupIntegers
 from shards.load.slices import TORCH_DTYPES, Target, read_targets
-from shards.load.widened_quantizers import BytesFp8, GroupIntegers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from shards.checkpoint.checkpoint import Checkpoint
     from shards.checkpoint.open_files import OpenFiles
-    from shards.load.quantizers import Quantizer
+    from shards.load.quantized.quantizers import Quantizer
     from shards.model.quantization import Quantization
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)

@@ -9,7 +9,7 @@ import torch
 
 from launcher.backends.slots.cache import Stepping
 from launcher.backends.slots.device import BLOCK, Slots
-from launcher.backends.slots.ngrams import Ngrams
+from launcher.backends.slots.drafting.ngrams import Ngrams
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import httptools
 
-from launcher.backends.endpoint.arrivals import ArrivalClock
-from launcher.backends.endpoint.failures import Failure
+from launcher.backends.endpoint.transport.arrivals import ArrivalClock
+from launcher.backends.endpoint.transport.failures import Failure
 
 if TYPE_CHECKING:
     import socket

@@ -11,17 +11,17 @@ from rich.markup import escape
 
 from launcher.config.engines import engines
 from launcher.config.schema import Scheduling
-from launcher.report.cost_rows import cost_rows
 from launcher.report.layout import console, counted, fitted, print_json, rounded, shown
-from launcher.report.load_rows import load_rows
-from launcher.report.memory_table import device_table, phase_table
 from launcher.report.published_table import published_table
-from launcher.report.request_rows import rate_rows, serving_rows, time_rows
-from launcher.report.speculation import speculation_rows
+from launcher.report.run.cost_rows import cost_rows
+from launcher.report.run.load_rows import load_rows
+from launcher.report.run.memory_table import device_table, phase_table
+from launcher.report.run.request_rows import rate_rows, serving_rows, time_rows
+from launcher.report.run.speculation import speculation_rows
 from launcher.report.units import count, percent, rate, seconds
-from launcher.results.metrics import COUNTERS, ROWS, SLOTS
-from launcher.results.speculation import COUNTED
-from launcher.results.validity import STEADY
+from launcher.results.figures.metrics import COUNTERS, ROWS, SLOTS
+from launcher.results.figures.speculation import COUNTED
+from launcher.results.figures.validity import STEADY
 from launcher.run_dir.rank_files import RANK_LOGS
 from launcher.run_dir.run_dir import COMPLETIONS, RunDir
 from launcher.run_dir.verify import verify

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from shards.model.quantization import Quantization
 
 IMPLEMENTATIONS = {
-    "int8_wo": "shards.load.quantizers:RowsInt8",
-    "int8_dyn": "shards.load.integer_quantizers:DynamicInt8",
-    "int4_wo": "shards.load.integer_quantizers:GroupsInt4",
-    "int8": "shards.load.bitsandbytes_quantizers:LlmInt8",
-    "nf4": "shards.load.bitsandbytes_quantizers:FourBit",
-    "nf4_dq": "shards.load.bitsandbytes_quantizers:FourBit",
-    "fp4": "shards.load.bitsandbytes_quantizers:FourBit",
-    "fp4_dq": "shards.load.bitsandbytes_quantizers:FourBit",
+    "int8_wo": "shards.load.quantized.quantizers:RowsInt8",
+    "int8_dyn": "shards.load.quantized.integer_quantizers:DynamicInt8",
+    "int4_wo": "shards.load.quantized.integer_quantizers:GroupsInt4",
+    "int8": "shards.load.quantized.bitsandbytes_quantizers:LlmInt8",
+    "nf4": "shards.load.quantized.bitsandbytes_quantizers:FourBit",
+    "nf4_dq": "shards.load.quantized.bitsandbytes_quantizers:FourBit",
+    "fp4": "shards.load.quantized.bitsandbytes_quantizers:FourBit",
+    "fp4_dq": "shards.load.quantized.bitsandbytes_quantizers:FourBit",
 }
 
 

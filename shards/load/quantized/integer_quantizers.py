@@ -9,7 +9,7 @@ import torch
 
 from shards.errors import PlanError
 from shards.load.blocks import local_tensor
-from shards.load.quantizers import Quantizer, row_pieces
+from shards.load.quantized.quantizers import Quantizer, row_pieces
 from shards.model.quantization import INT4_GROUP, INT4_OUTPUTS
 
 if TYPE_CHECKING:

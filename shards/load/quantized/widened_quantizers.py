@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import linear
 
-from shards.load.quantizers import Quantizer, row_pieces
+from shards.load.quantized.quantizers import Quantizer, row_pieces
 
 if TYPE_CHECKING:
     from torch import nn

@@ -7,13 +7,13 @@ import statistics
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from launcher.results.figures.summaries import quantiles, spread
 from launcher.results.measured import Serving
-from launcher.results.summaries import quantiles, spread
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from launcher.config.serving import SloConfig
+    from launcher.config.parts.serving import SloConfig
     from launcher.results.measured import Repeat, ServerRepeat
     from shards.untrusted_files import JsonObject
 

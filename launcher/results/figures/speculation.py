@@ -6,8 +6,8 @@ from __future__ import annotations
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from launcher.results.figures.summaries import spread
 from launcher.results.measured import Speculation
-from launcher.results.summaries import spread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -10,7 +10,7 @@ from bitsandbytes.autograd._functions import MatmulLtState, matmul, matmul_4bit
 from bitsandbytes.functional import QuantState, int8_vectorwise_quant, quantize_4bit, quantize_blockwise
 
 from shards.load.blocks import local_tensor
-from shards.load.quantizers import PIECE_VALUES, Quantizer, row_pieces
+from shards.load.quantized.quantizers import PIECE_VALUES, Quantizer, row_pieces
 
 if TYPE_CHECKING:
     from torch import nn

@@ -9,8 +9,8 @@ from time import perf_counter
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-from launcher.backends.endpoint.connection import Connection, Exchange, Limits
-from launcher.backends.endpoint.failures import Failure, one_line
+from launcher.backends.endpoint.transport.connection import Connection, Exchange, Limits
+from launcher.backends.endpoint.transport.failures import Failure, one_line
 
 RENEW_S = 3.0  # uvicorn closes connections after 5 s without a request: one that idled longer than this is not reused
 CONNECT_S = 30.0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from launcher.report.units import seconds
 
 if TYPE_CHECKING:
-    from launcher.results.cost import Cost
+    from launcher.results.figures.cost import Cost
 
 
 def cost_rows(cost: Cost) -> list[list[str]]:

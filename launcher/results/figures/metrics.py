@@ -10,15 +10,15 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from launcher.results.figures.serving import request_metrics
+from launcher.results.figures.speculation import COUNTED, GUESSED, rows_of, speculates, speculation_of
+from launcher.results.figures.summaries import quantiles, spread
 from launcher.results.measured import Decoding, Metrics, Partial, Spread, Totals
-from launcher.results.serving import request_metrics
-from launcher.results.speculation import COUNTED, GUESSED, rows_of, speculates, speculation_of
-from launcher.results.summaries import quantiles, spread
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from launcher.config.serving import SloConfig
+    from launcher.config.parts.serving import SloConfig
     from launcher.results.measured import Repeat
 
 SLOTS, ROWS = "slots_in_decode_steps", "rows_in_decode_steps"
@@ -152,7 +152,7 @@ def summed(counters: Iterable[Mapping[str, float]]) -> dict[str, float]:
     for values in counters:
         for name, value in values.items():
             if name not in COUNTERS:
-                raise ValueError(f"{name} is not a counter of launcher.results.metrics.COUNTERS")
+                raise ValueError(f"{name} is not a counter of launcher.results.figures.metrics.COUNTERS")
             sums[name] = sums.get(name, 0) + value
     return sums
 

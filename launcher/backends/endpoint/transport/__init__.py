@@ -1,0 +1,1 @@
+"""HTTP/1.1 to one server: connections, requests, arrival times, and the kinds of failures."""

@@ -1,0 +1,1 @@
+"""Parts of the schema of a run. Standard library only: a worker needs no Hydra."""

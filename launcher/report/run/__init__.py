@@ -1,0 +1,1 @@
+"""The report of one run: answers, speed, load, requests, memory and cost."""
