@@ -26,7 +26,7 @@ def model_of(family: str, **changed: Any) -> Any:
 
 
 @pytest.mark.parametrize("is_fused", [False, True])
-@pytest.mark.parametrize("family", ["arcee", "ernie4_5", "helium", "llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("family", ["arcee", "ernie4_5", "falcon", "helium", "llama", "mistral", "qwen2"])
 def test_logits_are_those_of_the_model(monkeypatch: pytest.MonkeyPatch, family: str, is_fused: bool) -> None:
     model, unequal, steps = model_of(family), [], 0
     if is_fused:
@@ -64,7 +64,23 @@ def test_a_step_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch, capsys
     assert "the straight one has other logits" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("family", ["falcon", "gemma", "gemma2", "olmo2", "qwen3"])
+OLD_FALCON = {"new_decoder_architecture": False, "multi_query": True}
+
+
+@pytest.mark.parametrize("changed", [OLD_FALCON, {"bias": True}, {"num_ln_in_parallel_attn": 1}])
+def test_falcons_of_all_kinds_have_one(changed: dict[str, Any]) -> None:
+    engine = decoder(model_of("falcon", **changed), 3, 40, 2048)
+    answered(engine, PROMPTS, SAMPLING)
+    assert engine.slots is not None
+    assert engine.slots.straight is not None, "checked against the model's own step"
+
+
+@pytest.mark.parametrize("changed", [{"alibi": True}, {"parallel_attn": False, **OLD_FALCON}])
+def test_falcons_whose_layers_are_others_have_none(changed: dict[str, Any]) -> None:
+    assert decoder(model_of("falcon", **changed), 3, 40, 2048).ready(40).straight is None
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "olmo2", "qwen3"])
 def test_other_families_have_none(family: str) -> None:
     engine = decoder(model_of(family), 3, 40, 2048)
     assert engine.ready(40).straight is None

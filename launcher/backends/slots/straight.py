@@ -1,4 +1,4 @@
-"""Decode steps of a Llama and its relatives as one loop over the layers.
+"""Decode steps of Llamas, Falcons and their relatives as one loop over the layers.
 
 transformers' own forward makes about 300 calls of Python for each layer, which in a step of few rows take as long as
 the arithmetic of a small model.
@@ -6,66 +6,104 @@ the arithmetic of a small model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
+from transformers.models.falcon import modeling_falcon as falcon
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
 from launcher.backends.slots.attention import NAME, attention
+from shards.parallel.families import GroupedFalconAttention, attend
 from shards.parallel.fused import ROTATE, FusedNorm, is_copy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from launcher.backends.slots.cache import SlotCache
 
     Call = Callable[[torch.Tensor], torch.Tensor]
-
-MODELS = (llama.LlamaModel, mistral.MistralModel, qwen2.Qwen2Model)
-ATTENTIONS = (llama.LlamaAttention, mistral.MistralAttention, qwen2.Qwen2Attention)
+    Angles = tuple[torch.Tensor, torch.Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """What a decoder layer computes, in the order in which it does."""
+LLAMAS = (llama.LlamaModel.forward, mistral.MistralModel.forward, qwen2.Qwen2Model.forward)
+ATTENTIONS = (llama.LlamaAttention.forward, mistral.MistralAttention.forward, qwen2.Qwen2Attention.forward)
 
-    norm: Call
-    query: Call
-    key: Call
-    value: Call
-    rotate: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    attention: nn.Module
-    output: Call
-    post_norm: Call
-    mlp: Call
 
-    @classmethod
-    def of(cls, layer: Any) -> Layer:
+class LlamaLayer:
+    """A layer of a Llama: attention, then a gated MLP or another module in its place.
+
+    Called with the hidden states [rows, 1, size] before the layer; returns those after it. So is a FalconLayer.
+    """
+
+    def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
+        self.norm, self.post_norm = direct(layer.input_layernorm), direct(layer.post_attention_layernorm)
+        self.query, self.key, self.value = direct(attention.q_proj), direct(attention.k_proj), direct(attention.v_proj)
+        self.output = direct(attention.o_proj)
+        self.attention, self.rotate = attention, attention.forward.__globals__[ROTATE]
+        self.number, self.head_dim, self.scaling = attention.layer_idx, attention.head_dim, attention.scaling
+        self.mlp: Call = mlp.forward
         if is_copy(type(mlp).forward, llama.LlamaMLP.forward):
-            mlp = gated(direct(mlp.gate_proj), direct(mlp.act_fn), direct(mlp.up_proj), direct(mlp.down_proj))
-        return cls(
-            direct(layer.input_layernorm),
-            direct(attention.q_proj),
-            direct(attention.k_proj),
-            direct(attention.v_proj),
-            attention.forward.__globals__[ROTATE],
-            attention,
-            direct(attention.o_proj),
-            direct(layer.post_attention_layernorm),
-            mlp,
-        )
+            self.gate, self.up, self.down = direct(mlp.gate_proj), direct(mlp.up_proj), direct(mlp.down_proj)
+            self.activation = direct(mlp.act_fn)
+            self.mlp = self._gated
+
+    def __call__(
+        self, hidden: torch.Tensor, angles: Angles, mask: torch.Tensor | None, cache: SlotCache
+    ) -> torch.Tensor:
+        rows = len(hidden)
+        heads = (rows, -1, 1, self.head_dim)
+        normed = self.norm(hidden)
+        query, key, value = self.query(normed).view(heads), self.key(normed).view(heads), self.value(normed).view(heads)
+        query, key = self.rotate(query, key, *angles)
+        key, value = cache.update(key, value, self.number)
+        attended, _ = attention(self.attention, query, key, value, mask, self.scaling)
+        hidden = hidden + self.output(attended.reshape(rows, 1, -1))
+        return hidden + self.mlp(self.post_norm(hidden))
+
+    def _gated(self, normed: torch.Tensor) -> torch.Tensor:
+        return self.down(self.activation(self.gate(normed)) * self.up(normed))
+
+
+class FalconLayer:
+    """A layer of a Falcon whose attention and MLP have the same input, with a norm of its own for each or one for
+    both."""
+
+    def __init__(self, layer: Any) -> None:
+        attention, mlp = layer.self_attention, layer.mlp
+        self.norm = direct(getattr(layer, "ln_attn", None) or layer.input_layernorm)
+        self.mlp_norm: Call | None = None
+        if hasattr(layer, "ln_mlp"):
+            self.mlp_norm = direct(layer.ln_mlp)
+        self.fused, self.dense = direct(attention.query_key_value), direct(attention.dense)
+        self.rotate = attention.forward.__globals__[ROTATE]
+        self.number, self.head_dim = attention.layer_idx, attention.head_dim
+        self.group = attention.num_heads // attention.num_kv_heads
+        self.up, self.activation, self.down = direct(mlp.dense_h_to_4h), direct(mlp.act), direct(mlp.dense_4h_to_h)
+
+    def __call__(
+        self, hidden: torch.Tensor, angles: Angles, mask: torch.Tensor | None, cache: SlotCache
+    ) -> torch.Tensor:
+        rows = len(hidden)
+        normed = mlp_normed = self.norm(hidden)
+        if self.mlp_norm is not None:
+            mlp_normed = self.mlp_norm(hidden)
+        fused = self.fused(normed).view(rows, -1, self.group + 2, self.head_dim)
+        query = fused[:, :, :-2].reshape(rows, -1, 1, self.head_dim)
+        query, key = self.rotate(query, fused[:, :, -2, None], *angles)
+        key, value = cache.update(key, fused[:, :, -1, None], self.number)
+        attended = self.dense(attend(query, key, value, mask, self.group).reshape(rows, 1, -1))
+        return hidden + (self.down(self.activation(self.up(mlp_normed))) + attended)
 
 
 def direct(module: nn.Module) -> Call:
     """A plain linear layer or a fused norm as one call of torch; other modules by their forwards."""
-    if type(module) is nn.Linear:
+    if type(module) is nn.Linear or (type(module) is falcon.FalconLinear and module.bias is None):
         return partial(linear, weight=module.weight, bias=module.bias)
     if type(module) is FusedNorm:
         size, weight, epsilon = module.weight.shape, module.weight, module.variance_epsilon
@@ -73,38 +111,25 @@ def direct(module: nn.Module) -> Call:
     return module.forward
 
 
-def gated(gate: Call, activation: Call, up: Call, down: Call) -> Call:
-    return lambda hidden: down(activation(gate(hidden)) * up(hidden))
-
-
 class StraightStep:
     """The forward of a model for one new token in each row, at positions below `length`. It keeps the model's modules
     and parameters, and the angles of all positions."""
 
-    def __init__(self, model: Any, length: int) -> None:
-        self.embed = model.model.embed_tokens
-        weight = self.embed.weight
-        self.cos, self.sin = model.model.rotary_emb(weight, torch.arange(length, device=weight.device)[None])
-        self.layers = [Layer.of(layer) for layer in model.model.layers]
-        self.norm, self.head = direct(model.model.norm), model.lm_head
+    def __init__(self, model: Any, layers: Sequence[LlamaLayer | FalconLayer], norm: nn.Module, length: int) -> None:
+        self.embed, self.head = model.get_input_embeddings(), model.get_output_embeddings()
+        self.layers, self.norm = layers, direct(norm)
+        positions = torch.arange(length, device=self.embed.weight.device)
+        self.cos, self.sin = model.base_model.rotary_emb(self.embed.weight, positions[None])
 
     def __call__(
         self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, cache: SlotCache
     ) -> torch.Tensor:
         """The logits [rows, 1, vocabulary] of `ids` [rows, 1] at `positions` [rows, 1]."""
-        rows = len(ids)
+        places = positions[:, 0]
+        angles = self.cos[0].index_select(0, places)[:, None], self.sin[0].index_select(0, places)[:, None]
         hidden = self.embed(ids)
-        cos, sin = (angles[0].index_select(0, positions[:, 0])[:, None] for angles in (self.cos, self.sin))
-        for number, layer in enumerate(self.layers):
-            heads = (rows, -1, 1, layer.attention.head_dim)
-            normed = layer.norm(hidden)
-            query, key = layer.query(normed).view(heads), layer.key(normed).view(heads)
-            value = layer.value(normed).view(heads)
-            query, key = layer.rotate(query, key, cos, sin)
-            key, value = cache.update(key, value, number)
-            attended, _ = attention(layer.attention, query, key, value, mask, layer.attention.scaling)
-            hidden = hidden + layer.output(attended.reshape(rows, 1, -1))
-            hidden = hidden + layer.mlp(layer.post_norm(hidden))
+        for layer in self.layers:
+            hidden = layer(hidden, angles, mask, cache)
         logits: torch.Tensor = self.head(self.norm(hidden))
         return logits
 
@@ -115,18 +140,26 @@ def straight_step(model: Any, length: int) -> StraightStep | None:
 
     Relatives are recognised by the code of their classes, which in transformers are copies of each other.
     """
-    if model.config._attn_implementation != NAME or not is_copy(type(model).forward, llama.LlamaForCausalLM.forward):
+    base = model.base_model
+    kind: type[LlamaLayer | FalconLayer]
+    if type(model) is falcon.FalconForCausalLM:
+        kind, layers, norm = FalconLayer, base.h, base.ln_f
+        attentions = {layer.self_attention for layer in layers if layer.config.parallel_attn}
+        is_known = all(type(attention) is GroupedFalconAttention for attention in attentions)
+    elif is_copy(type(model).forward, llama.LlamaForCausalLM.forward) and is_copy(type(base).forward, *LLAMAS):
+        kind, layers, norm = LlamaLayer, base.layers, base.norm
+        attentions = {layer.self_attn for layer in layers}
+        is_known = model.config._attn_implementation == NAME and all(
+            is_copy(layer.self_attn.forward, *ATTENTIONS)
+            and is_copy(type(layer).forward, llama.LlamaDecoderLayer.forward)
+            for layer in layers
+        )
+    else:
         return None
-    if not is_copy(type(model.model).forward, *(kind.forward for kind in MODELS)):
-        return None
-    attentions = set()
-    for layer in model.model.layers:
-        attentions.add(layer.self_attn)
-        is_known = is_copy(layer.self_attn.forward, *(kind.forward for kind in ATTENTIONS))
-        if not is_known or not is_copy(type(layer).forward, llama.LlamaDecoderLayer.forward):
-            return None
     for module in model.modules():
         is_replaced = "forward" in vars(module) and module not in attentions
         if is_replaced or module._forward_hooks or module._forward_pre_hooks:
             return None
-    return StraightStep(model, length)
+    if not is_known or len(attentions) < len(layers):
+        return None
+    return StraightStep(model, [kind(layer) for layer in layers], norm, length)
