@@ -116,7 +116,7 @@ def _check_named_adapters(config: RunConfig) -> None:
     names, backend = ", ".join(config.adapter.paths), config.backend
     if not backend.names_adapters:
         fact = f"adapter.paths has {names}, and backend={backend.name} supports one adapter for all prompts."
-        raise ConfigError(fact, "backend=vllm, or adapter.path= the folder of one")
+        raise ConfigError(fact, f"{example_with('names_adapters')}, or adapter.path= the folder of one")
     if config.adapter.path is not None or not config.adapter.merge:
         fact = f"adapter.paths has {names}, beside which adapter.path and adapter.merge are not read."
         raise ConfigError(fact, "adapter.path=null adapter.merge=true")
