@@ -1,4 +1,4 @@
-"""`python -m launcher.experiments`: published benchmarks that can be made again, beside what their hardware allows."""
+"""`python -m launcher.experiments`: published benchmarks that can be reproduced, beside what their hardware allows."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ if TYPE_CHECKING:
     from launcher.config.schema import RunConfig
 
 INTRODUCTION = """\
-# Published benchmarks, made again
+# Reproducing published benchmarks
 
-Made by `python -m launcher.experiments --markdown`. Each preset of `conf/experiment/` is a whole configuration:
+Written by `python -m launcher.experiments --markdown`. Each preset in `conf/experiment/` is a complete configuration:
 
-    python -m launcher experiment=falcon_40b_fsdp_2xa6000                       # on the hardware that it names
-    python -m launcher experiment=falcon_40b_fsdp_2xa6000 model=tiny_falcon     # rehearsed anywhere
-    python -m launcher experiment=falcon_40b_fsdp_2xa6000 model.weights=random  # without the download
+    python -m launcher experiment=falcon_40b_fsdp_2xa6000                       # on the published hardware
+    python -m launcher experiment=falcon_40b_fsdp_2xa6000 model=tiny_falcon     # a rehearsal on any machine
+    python -m launcher experiment=falcon_40b_fsdp_2xa6000 model.weights=random  # without downloading weights
 
-Those of an article are rehearsed together by one command each: [rehearsals.md](rehearsals.md).
+One command rehearses all presets of an article: [rehearsals.md](rehearsals.md).
 
-The limit is of the published hardware: for speed what memory bandwidth, arithmetic and links allow, for time the least,
-for memory what the plan says (without context and libraries). Two machines compare by their shares of the limit. Where
-a source does not name its card there is no share, and a figure is only held against the fastest card of its time.
+The limit is that of the published hardware: the highest speed that memory bandwidth, arithmetic and links allow, the
+shortest time, or the planned memory (without CUDA context and libraries). Machines are compared by their shares of the
+limit. If a source does not name its card, there is no share, and a figure is only compared with the fastest card of its
+time.
 """
 
 
@@ -85,7 +86,7 @@ def markdown(configs: Sequence[RunConfig]) -> str:
         if experiment.unknown:
             lines.append(f"Not known: {', '.join(experiment.unknown)}.")
         if experiment.needs:
-            lines.append(f"Not there yet: {', '.join(experiment.needs)}.")
+            lines.append(f"Not supported yet: {', '.join(experiment.needs)}.")
         parts.append("\n" + "\n".join(f"- {line}" for line in [*lines, *experiment.notes]) + "\n")
     return "\n".join(parts)
 

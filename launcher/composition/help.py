@@ -16,7 +16,7 @@ EXAMPLES = (
     ("your own prompts and model", "model.path=/models/my-llama prompts=file prompts.path=questions.txt"),
     ("a job on two nodes of a SLURM cluster", "launch=slurm num_nodes=2 cluster=example"),
     (
-        "a published benchmark, made again; `python -m launcher.experiments` lists them",
+        "reproduce a published benchmark; `python -m launcher.experiments` lists them",
         "experiment=falcon_40b_fsdp_2xa6000",
     ),
     ("a sweep, each point in a fresh process, one table at the end", "-m backend=fsdp,transformers devices=1,2"),

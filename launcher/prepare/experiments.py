@@ -112,9 +112,9 @@ def _against(
     if figure.name == "new_tokens_per_s":
         most = sequences / step_s
         if figure.value > most:
-            objection = f"{hardware} makes {most:.3g} tokens/s at most, bound by {plan.limit.bound}"
+            objection = f"{hardware} reaches at most {most:.3g} tokens/s, bound by {plan.limit.bound}"
             if plan.limit.bound == "link":
-                objection += f": its cards must be joined by more than {usual_link(machine_of(hardware)[1]).name}"
+                objection += f": its cards must have a faster link than {usual_link(machine_of(hardware)[1]).name}"
             return replace(published, limit=most, objection=objection)
         if is_named:
             return replace(published, limit=most, share=figure.value / most)
