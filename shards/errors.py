@@ -1,4 +1,4 @@
-"""The errors that a user can mend: one line with the fact, its numbers and a hint."""
+"""Errors that a user can fix: one line with the fact, its numbers and a hint."""
 
 MAX_FACT_CHARACTERS = 1000
 
@@ -6,7 +6,8 @@ MAX_FACT_CHARACTERS = 1000
 class UserError(Exception):
     """Something the user can fix; printed as one line, exit code 2.
 
-    The fact may repeat what is in a file: it is cut short, and nothing in it moves a terminal's cursor.
+    The fact may quote a file: it is shortened, and unprintable characters, which could move a terminal's cursor, are
+    replaced.
     """
 
     def __init__(self, fact: str, hint: str = "") -> None:

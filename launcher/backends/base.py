@@ -64,7 +64,7 @@ class Completion:
 
     @property
     def answer(self) -> tuple[int, ...] | str:
-        """The part that runs are compared by: the tokens, or the text if there are no token ids."""
+        """The value by which runs are compared: the tokens, or the text if there are no token ids."""
         if self.text is not None:
             return self.text
         return self.token_ids
@@ -209,8 +209,8 @@ class TimedBackend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Compilation:
-    """The outcome of `measure.compile`: how decode steps run (none, inductor, cudagraph), the seconds that it took to
-    prepare them, which no figure and not `load_s` contains, and a note for the user."""
+    """The outcome of `measure.compile`: how decode steps run (none, inductor, cudagraph), the seconds that their
+    preparation took (no figure includes them, nor does `load_s`), and a note for the user."""
 
     way: str
     seconds: float

@@ -67,7 +67,7 @@ class Decoder:
             logits = self._forward(inputs, batch, step, cache)
             chosen, gap = sampler.choose(logits, generators)
             unfinished = unfinished & ~torch.isin(chosen, eos)
-            tokens.append(chosen.clone())  # the sampler uses its tensors again
+            tokens.append(chosen.clone())  # the sampler reuses its tensors
             gaps.append(gap.clone())
             more = sampling.ignore_eos or self.any_unfinished(bool(unfinished.any()))
             clock.mark()
@@ -148,7 +148,7 @@ def _generation(
             )
         )
     rows = len(steps) * len(prompts)
-    if not prompts:  # a rank without prompts takes part in the steps of others
+    if not prompts:  # the steps of this rank were made for the prompts of others
         steps = []
     return Generation(
         tuple(completions),

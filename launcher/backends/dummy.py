@@ -35,10 +35,10 @@ class DummyConfig(BackendConfig):
     needs_weights: ClassVar[bool] = False
 
     name: str = "dummy"
-    step_s: float = number(0.0, SECONDS)  # time that a decode step takes
-    fail_at: str = choice("", "load", "generate", "hang")  # hang: the last rank never returns from generate
-    fail_after: int = number(0, NOT_NEGATIVE)  # calls of generate that go well before
-    memory_batch: int | None = number(None, NOT_NEGATIVE)  # the largest batch for which its memory is enough
+    step_s: float = number(0.0, SECONDS)  # seconds per decode step
+    fail_at: str = choice("", "load", "generate", "hang")  # where the last rank fails; hang: generate never returns
+    fail_after: int = number(0, NOT_NEGATIVE)  # successful calls of generate before the failure
+    memory_batch: int | None = number(None, NOT_NEGATIVE)  # prompts of the largest batch that fits
 
     def refuse(self, config: RunConfig, model_config: TransformersConfig, on_cuda: bool, longest: int) -> None:
         if self.fail_after and not self.fail_at:
@@ -65,7 +65,7 @@ class DummyBackend:
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Generation:
         capacity = self.options.memory_batch
-        if capacity is not None and len(prompts) > capacity:  # of one MiB for each prompt
+        if capacity is not None and len(prompts) > capacity:  # the error claims 1 MiB per prompt
             raise OutOfMemoryError(
                 f"dummy out of memory. Tried to allocate {len(prompts)}.00 MiB. GPU 0 has a total capacity of "
                 f"{capacity}.00 MiB of which {capacity}.00 MiB is free."

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 BEAT_S = 2.0
-READING = 1 << 20  # bytes between two beats
-COMPUTING = 0.2  # cores that are busy between two beats
-COMPUTING_S = 1800.0  # of computing alone: compiling and capturing graphs ends, and who waits for a card spins for ever
+READING = 1 << 20  # bytes read between two beats that count as work
+COMPUTING = 0.2  # busy cores between two beats that count as work
+COMPUTING_S = 1800.0  # seconds of computing without reading that count as work: waiting for a GPU may spin for ever
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +77,7 @@ def work_of_tree() -> dict[int, Work]:
     for process in (parent, *parent.children(recursive=True)):
         with contextlib.suppress(psutil.Error, OSError):
             times = process.cpu_times()
-            # Bytes read by calls, and by pages of mapped files that came from a disk: where the former are hidden the
-            # latter alone.
+            # Bytes read by system calls, if they are visible, plus pages of mapped files that came from a disk.
             major_faults = int(Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[9])
             read_bytes = float(major_faults * mmap.PAGESIZE)
             with contextlib.suppress(psutil.AccessDenied):

@@ -68,7 +68,7 @@ def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def parameter_bytes(model: torch.nn.Module, device: torch.device) -> int:
-    """Bytes of the parameters that this rank holds on `device`: of a sharded one the local shard, tied ones once."""
+    """Bytes of the parameters that this rank holds on `device`: local shards of sharded ones, tied ones once."""
     shards = (local_tensor(parameter) for parameter in model.parameters())
     return sum(shard.nbytes for shard in shards if shard.device == device)
 

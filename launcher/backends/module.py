@@ -57,23 +57,24 @@ if TYPE_CHECKING:
     Progress = Callable[[int, int], None]
 
 
-ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}  # its new and its old name; read when CUDA is first used
+ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}  # new and old name; read when CUDA is first used
 
 
 class ModuleBackend(ABC):
     """An engine that is a torch module with transformers' forward. Subclasses implement `place`."""
 
-    mapped_files: frozenset[Path] = frozenset()  # that the weights of this process are
+    mapped_files: frozenset[Path] = frozenset()  # files that weights of this process are mapped from
     gather: Callable[[torch.Tensor, torch.Tensor], object] = staticmethod(dist.all_gather_into_tensor)
-    stats = LoadStats(0, 0, 0.0)  # of weights that stay where they are
+    stats = LoadStats(0, 0, 0.0)  # of weights that are left on disk
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.dtype = getattr(torch, config.precision.weights.value)
         self.product_dtype = getattr(torch, config.precision.products.value)
-        # cuDNN's attention makes a plan for each new length of the cache, which takes longer than a step.
+        # cuDNN's attention builds a plan for each new length of the cache, which takes longer than a step.
         torch.backends.cuda.enable_cudnn_sdp(False)
-        # The cache of static batches is made anew in each step, larger: what CUDA's allocator keeps would fit none.
+        # With static batches each step allocates a new, larger cache: the blocks that CUDA's allocator keeps are too
+        # small for it.
         if not config.is_continuous and not ALLOCATOR & os.environ.keys():
             os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
@@ -221,7 +222,7 @@ class ModuleBackend(ABC):
         if self.mapped_files:
             self.checkpoint.check_mapped(self.mapped_files)
         if not self.config.backend.data_parallel and dist.is_initialized():
-            # Each rank chooses for itself, from logits that are equal to the bit.
+            # Each rank chooses tokens by itself, from logits that must be equal to the bit.
             digest = zlib.crc32(repr([item.token_ids for item in generation.completions]).encode())
             extremes = torch.tensor([digest, -digest])
             dist.all_reduce(extremes, dist.ReduceOp.MAX)

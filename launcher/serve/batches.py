@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from launcher.config.schema import SamplingConfig
     from launcher.serve.requests import Wanted
 
-INDICES = 2**32  # with the seed above it, an index is torch's 64 bits
+INDICES = 2**32  # an index is the lower 32 bits of torch's 64-bit seed, and the configured seed the upper
 
 
 @dataclass(frozen=True, slots=True)

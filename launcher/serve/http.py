@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from starlette.applications import Starlette
 
-ADDRESS = "LAUNCHER_SERVE"  # host:port, as the command that starts the ranks tells them
+ADDRESS = "LAUNCHER_SERVE"  # environment variable of the ranks with host:port
 START_S = 30.0
 
 

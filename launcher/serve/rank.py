@@ -37,14 +37,14 @@ if TYPE_CHECKING:
     from launcher.config.schema import RunConfig
     from launcher.serve.batches import Tokens
 
-SIGN_OF_LIFE_S = 60.0  # ranks that wait for a batch are told so often that there is none yet
+SIGN_OF_LIFE_S = 60.0  # after this time without a request rank 0 sends an empty batch to the waiting ranks
 LAST_WORDS_S = 1.0
-MOST_AT_ONCE = 1024  # prompts of one call to an engine with a scheduler
-SOCKET = "tokens.sock"  # in the run directory: where the other ranks bring theirs
+MOST_AT_ONCE = 1024  # prompts per call of an engine with continuous batching
+SOCKET = "tokens.sock"  # in the run directory: the other ranks send their tokens to it
 
 
 def main(folder: str) -> None:
-    """Serve until this process ends: by its parent, by the end of its parent, or by a failure of the engine."""
+    """Serve until the parent ends this process, the parent itself ends, or the engine fails."""
     run_dir, world = RunDir(Path(folder)), World.from_env(os.environ)
     enter_world(world)
     guard.start(int(os.environ[PARENT]), guard.Watched(lambda reason: False, lambda outcome, is_alone: None))
@@ -65,7 +65,7 @@ def _serve(run_dir: RunDir, world: World) -> None:
     answerer = Answerer(backend, config, world)
     address = str(run_dir.path / SOCKET)
     if world.rank > 0:
-        backend.barrier()  # the first rank listens
+        backend.barrier()  # wait until rank 0 listens
         with Client(address) as to_first:
             hand_on: Callable[[Sequence[Tokens]], None] = _drop
             if world.rank in run.answering_ranks:
@@ -94,7 +94,7 @@ def _serve(run_dir: RunDir, world: World) -> None:
         except BaseException as error:
             lines = str(error).strip().splitlines() or [""]
             batches.fail(f"the engine failed: {type(error).__name__}: {lines[0]}")
-            time.sleep(LAST_WORDS_S)  # so that waiting clients are told
+            time.sleep(LAST_WORDS_S)  # time for waiting clients to receive the error
             raise
 
 

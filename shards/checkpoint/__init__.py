@@ -1,1 +1,1 @@
-"""Files of weights on disk: where they are, what is in them, and whether that is whole."""
+"""Weight files on disk: where they are, what they contain, and whether they are complete."""

@@ -1,4 +1,4 @@
-"""The folder of a LoRA adapter as peft saves it: what of it can be used here, and its shapes. No torch."""
+"""The folder of a LoRA adapter saved by peft: its config, checked for what is supported, and its shapes. No torch."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ NOT_MERGED = {
     "alpha_pattern": "alpha_pattern", "trainable_token_indices": "trainable_token_indices", "lora_bias": "lora_bias",
     "target_parameters": "target_parameters",
 }  # fmt: skip
-"""Settings of peft that change more than two factors for each matrix, and what they are called."""
+"""Settings of peft that do more than add two factors to each matrix, and their names in error messages."""
 
 
 FACTOR = re.compile(r"^base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight$")
 
 
 def factor_shapes(folder: Path) -> dict[tuple[str, str], tuple[int, ...]]:
-    """The shapes of the factors A [r, inputs] and B [outputs, r] of each module, by its name and theirs."""
+    """The shapes of the factors A [r, inputs] and B [outputs, r], by (name of the module, "A" or "B")."""
     entries = {FACTOR.match(entry.name): entry.shape for entry in read_safetensors(folder / WEIGHTS)}
     return {(match[1], match[2]): shape for match, shape in entries.items() if match is not None}
 
 
 def read_config(folder: Path) -> JsonObject:
-    """The adapter_config.json of a folder; CheckpointError for no adapter, or one that is not merged here."""
+    """The adapter_config.json of a folder; CheckpointError if there is no adapter, or one that is not supported."""
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(f"{folder} has no {' and no '.join(missing)}.", "a folder that peft has saved")

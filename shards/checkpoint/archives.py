@@ -1,4 +1,4 @@
-"""The frame of a pytorch_model.bin, a zip archive, as far as it can be checked without torch."""
+"""Checks of a pytorch_model.bin, a zip archive, that are possible without torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AS_SAFETENSORS = "save it as safetensors: model.save_pretrained(FOLDER)"
 
 
 class _BoundedFile(io.FileIO):
-    """A file of which nobody reads very much at once, whatever it says of the length of its directory."""
+    """A file that limits the bytes of each read, whatever length its zip directory claims to have."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or size < 0:
@@ -27,7 +27,10 @@ class _BoundedFile(io.FileIO):
 
 
 def check_archive(path: Path) -> list[TensorEntry]:
-    """No tensors, which only torch can tell; CheckpointError for a file that is truncated, packed or no archive."""
+    """Check a .bin file; CheckpointError if it is truncated, compressed, encrypted or not an archive.
+
+    Returns no tensors: only torch can list them.
+    """
     try:
         with open_regular(path) as stream, zipfile.ZipFile(_BoundedFile(stream.fileno(), closefd=False)) as archive:
             records = archive.infolist()

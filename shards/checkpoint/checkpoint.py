@@ -26,7 +26,7 @@ LEGACY_SINGLE, LEGACY_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json
 
 @dataclass(frozen=True, slots=True)
 class FileStamp:
-    """The identity of a file's content: it tells a file from a later one under the same name."""
+    """The identity of a file's content: it distinguishes a file from a later one under the same name."""
 
     size: int
     mtime_ns: int
@@ -41,8 +41,8 @@ class FileStamp:
 class Checkpoint:
     """The tensors of a folder by name. `stamps` are the files as they were when their headers were read.
 
-    `legacy` is True for pytorch_model*.bin, where tied tensors may share their bytes, and of which there are none in
-    `tensors` without a reader of them.
+    `legacy` is True for pytorch_model*.bin: there, tied tensors may share their bytes, and `tensors` is empty unless a
+    reader for such files was given.
     """
 
     folder: Path
@@ -52,9 +52,10 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path | str, read_torch_file: Reader = check_archive) -> Checkpoint:
-        """Read and check all headers of a transformers checkpoint; whatever is wrong is one CheckpointError.
+        """Read and check all headers of a transformers checkpoint; any fault raises CheckpointError.
 
-        Of pytorch_model*.bin only the frame, unless `read_torch_file` is the reader in shards.load, which takes torch.
+        Of pytorch_model*.bin only the archive is checked, unless `read_torch_file` is the reader in shards.load, which
+        needs torch.
         """
         folder = Path(folder)
         try:
@@ -70,7 +71,8 @@ class Checkpoint:
         return sum({(entry.file, entry.offset): entry.nbytes for entry in self.tensors.values()}.values())
 
     def check_mapped(self, paths: Iterable[Path]) -> None:
-        """No file that is in use as memory was written to; one that was replaced or removed is still there for us."""
+        """CheckpointError if a mapped file was written to. After a file is replaced or removed, the mapping still has
+        the old one."""
         for path in paths:
             try:
                 now = FileStamp.of(path.stat())
@@ -86,11 +88,11 @@ class Checkpoint:
         prefix: str = "",
         ignore: Callable[[str], bool] = lambda name: False,
     ) -> dict[str, tuple[TensorEntry, ...]]:
-        """The entry of each tensor of a model, which are its names and shapes in `expected`.
+        """The entries of each tensor of a model, whose names and shapes are in `expected`.
 
         A tensor may be stored under one of its `tied` names as well or instead, hence a tuple, and with or without the
-        `prefix` of the base model ("transformer", "model"). Missing, surplus and misshapen tensors are one error;
-        surplus ones that `ignore` knows are none.
+        `prefix` of the base model ("transformer", "model"). One CheckpointError reports all missing, surplus and
+        misshapen tensors, except surplus ones for which `ignore` returns True.
         """
         matched: dict[str, tuple[TensorEntry, ...]] = {}
         for name in expected:
@@ -128,7 +130,7 @@ def changed(path: Path) -> CheckpointError:
 
 
 def is_derived(name: str) -> bool:
-    """True if old checkpoints hold the tensor and today's models compute it."""
+    """True for a tensor that old checkpoints store and current models compute."""
     return re.search(DERIVED, name) is not None
 
 
@@ -140,7 +142,7 @@ def _open(folder: Path, read_torch_file: Reader) -> Checkpoint:
         (LEGACY_SINGLE, read_torch_file, False), (LEGACY_INDEX, read_torch_file, True),
     )  # fmt: skip
     for name, read, indexed in layouts:
-        if os.path.lexists(folder / name):  # a link to nowhere is named when it is read
+        if os.path.lexists(folder / name):  # a broken link is reported when it is read
             if not indexed:
                 return _read(folder, [folder / name], None, read)
             mapping = _weight_map(folder / name)
@@ -155,12 +157,12 @@ def _open(folder: Path, read_torch_file: Reader) -> Checkpoint:
 
 
 def has_weights(folder: Path) -> bool:
-    """True if a folder has files of weights, or some that look so."""
+    """True if a folder has files with names of weight files."""
     return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", INDEX, "pytorch_model*.bin*"))
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """Tensor name to file name, from an index; the files exist."""
+    """The file name of each tensor, from an index; CheckpointError if a file does not exist."""
     mapping = json_object(read_bytes(path), str(path)).get("weight_map")
     if not isinstance(mapping, dict) or not mapping or not all(isinstance(file, str) for file in mapping.values()):
         raise CheckpointError(f"{path} has no weight_map from tensors to files.", AGAIN)

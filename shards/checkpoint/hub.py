@@ -17,11 +17,11 @@ SUBFOLDERS = "*/*"  # other formats and originals
 
 
 def resolve(path: str, revision: str | None = None, weights: bool = True) -> Path:
-    """The folder `path` itself, or the local snapshot of the hub id `path`, downloaded if need be.
+    """The folder `path` itself, or the local snapshot of the hub id `path`, downloaded if it is missing.
 
     Downloads show their progress on a terminal, resume, and go to the cache of huggingface_hub, whose settings
-    (HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE) hold. The .bin files come only where there are no safetensors;
-    without `weights` neither does. Raises CheckpointError where there is no such model or it cannot be had.
+    (HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE) apply. The .bin files are downloaded only if there are no
+    safetensors; without `weights` neither are. CheckpointError if there is no such model or its download fails.
     """
     folder = Path(path).expanduser()
     if path and folder.is_dir():

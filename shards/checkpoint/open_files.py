@@ -1,4 +1,4 @@
-"""The files of a checkpoint while they are read, each held to what it was when the checkpoint was opened. No torch."""
+"""The files of a checkpoint while they are read; each must stay as it was when the checkpoint was opened. No torch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from shards.checkpoint.checkpoint import Checkpoint
     from shards.checkpoint.tensor_files import TensorEntry
 
-EXPECTED_BYTES = 128 << 10  # the least that Linux, as it comes, reads ahead at a time; the rest of a wish is dropped
+EXPECTED_BYTES = 128 << 10  # Linux's default limit of readahead: it drops the rest of a larger request
 CACHE_PROBES = 8
 STILL_THERE = "check that the file is still there and that its disk is sound"
 
 
 class OpenFiles:
-    """The open files of a checkpoint, held to the stamps that they had when it was opened."""
+    """The open files of a checkpoint, checked against the stamps that they had when it was opened."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._stamps = checkpoint.stamps
@@ -56,7 +56,8 @@ class OpenFiles:
             ) from None
 
     def expect(self, entry: TensorEntry, offset: int, nbytes: int) -> None:
-        """Have bytes of the file of `entry` brought into the page cache, if it is still the same file."""
+        """Ask the kernel to read bytes of the file of `entry` into the page cache; CheckpointError if the file has
+        changed."""
         descriptor = self._descriptor(entry.file)
         self._check(entry.file, descriptor)
         if _is_cached(descriptor, offset, nbytes):
@@ -66,9 +67,9 @@ class OpenFiles:
             os.posix_fadvise(descriptor, first, length, os.POSIX_FADV_WILLNEED)
 
     def mapping(self, path: Path) -> mmap.mmap | None:
-        """A whole file as memory of which a write makes a private copy; None where its file system cannot do that.
+        """A whole file, mapped copy-on-write; None if its file system does not support that.
 
-        While the files are open, the kernel adds nothing to what `expect` asked for.
+        While the files are open, the kernel reads ahead only what `expect` asked for.
         """
         descriptor = self._descriptor(path)
         with self._lock:
@@ -81,7 +82,7 @@ class OpenFiles:
             return self._mapped[path]
 
     def check(self) -> None:
-        """No file has changed since it was opened."""
+        """CheckpointError if a file has changed since the checkpoint was opened."""
         for path, descriptor in self._open.items():
             self._check(path, descriptor)
 
@@ -102,10 +103,10 @@ class OpenFiles:
 
 
 def _is_cached(descriptor: int, offset: int, nbytes: int) -> bool:
-    """True if a range of a file is in the page cache, judged by a sample of its pages: asking for all takes longer."""
+    """True if a range of a file is in the page cache, judged by a sample of its pages: testing all takes longer."""
     try:
         for at in range(offset, offset + nbytes, nbytes // CACHE_PROBES + 1):
             os.preadv(descriptor, [bytearray(1)], at, os.RWF_NOWAIT)
-    except OSError:  # it would have to be read, or the file system cannot tell
+    except OSError:  # not cached, or the file system does not support the question
         return False
     return True

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from shards.untrusted_files import JsonObject
 
 AGAIN = "the copy is damaged or incomplete: fetch this file again"
-MAX_DIMENSIONS = 64  # of a tensor of torch
+MAX_DIMENSIONS = 64  # torch's limit
 
 DTYPE_BYTES: dict[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -30,7 +30,7 @@ DTYPE_BYTES: dict[str, int] = {
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """A tensor is the `nbytes` bytes from byte `offset` of `file`: row-major, `dtype` in the words of safetensors."""
+    """A stored tensor: `nbytes` bytes from byte `offset` of `file`, row-major, with `dtype` as safetensors names it."""
 
     name: str
     file: Path
@@ -41,7 +41,7 @@ class TensorEntry:
 
     @property
     def stored(self) -> tuple[TensorEntry, ...]:
-        """The entries of files that it is made of."""
+        """The entries in files that the tensor consists of."""
         return (self,)
 
 
@@ -54,14 +54,14 @@ def json_object(text: bytes, name: str) -> JsonObject:
 
 
 def no_readahead(descriptor: int) -> None:
-    """The kernel reads what it is asked for: it would fetch megabytes after a header, or of a neighbour's rows."""
+    """Turn off readahead for a file: the kernel would read megabytes after a header, or another rank's rows."""
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
 
 def read_safetensors(path: Path) -> list[TensorEntry]:
     """The tensors of a .safetensors file, by its header alone; the data must fill the file exactly, without overlap.
 
-    Not by the safetensors library: it does not say where a tensor's bytes are, and takes numpy or torch to open a file.
+    The safetensors library is not used: it does not tell where a tensor's bytes are, and needs numpy or torch.
     """
     with open_regular(path) as stream:
         size = os.fstat(stream.fileno()).st_size
@@ -110,7 +110,7 @@ def _safetensors_entry(path: Path, name: str, fields: Any, data: int) -> TensorE
 
 
 def check_size(entry: TensorEntry) -> None:
-    """The bytes of an entry are those of its shape and dtype."""
+    """CheckpointError if an entry has more or fewer bytes than its shape and dtype need."""
     if entry.dtype not in DTYPE_BYTES:
         raise CheckpointError(
             f"{entry.file} holds {entry.name} as {entry.dtype}, which is not supported.",
@@ -126,7 +126,7 @@ def check_size(entry: TensorEntry) -> None:
 
 
 def _check_layout(path: Path, entries: Sequence[TensorEntry], data: int, size: int) -> None:
-    """`entries`, in order of offset, fill the file from byte `data` to `size`."""
+    """CheckpointError unless `entries`, in order of offset, fill the file exactly from byte `data` to `size`."""
     end, previous = data, "the header"
     for entry in entries:
         if entry.offset < end:

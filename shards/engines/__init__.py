@@ -1,1 +1,1 @@
-"""One file for each engine: how it cuts a model, what it reserves and refuses, as `shards.plan` asks it. No torch."""
+"""One planner for each engine: how it cuts a model, what it reserves and refuses. Used by `shards.plan`; no torch."""

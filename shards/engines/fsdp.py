@@ -65,7 +65,7 @@ class FsdpPlanner(ModulePlanner):
             return fits(replace(request, engine=replace(planner, resident_layers=count)))
 
         layers = request.shape.num_layers
-        if has_room(layers):  # all of them need no buffers, and so less than all but one
+        if has_room(layers):  # without sharded layers no buffers are needed: less than for all but one
             return replace(planner, resident_layers=layers)
         return replace(planner, resident_layers=largest(has_room, layers - 1))
 
@@ -130,9 +130,9 @@ class FsdpPlanner(ModulePlanner):
         return without_resident(shape, self.resident_layers)
 
     def buffer_bytes(self, request: PlanRequest) -> int:
-        """Gathered parameters: two layers (the next one is prefetched, or next to the one before it in shared memory,
-        or one is held twice during its copy-out), plus the root group permanently if it is sharded, or its copy while
-        it is gathered."""
+        """Gathered parameters: two layers (the next one is prefetched, or lies beside the previous one in shared
+        memory, or one is held twice during its copy-out), plus the root group permanently if it is sharded, or its copy
+        while it is gathered."""
         n = self.shards_over(request)
         beside = narrowed_bytes(request, self.pieces, 1) + widened_bytes(request)
         if n == 1:
@@ -180,7 +180,7 @@ class FsdpPlanner(ModulePlanner):
 
 @lru_cache(maxsize=256)
 def without_resident(shape: ModelShape, layers: int) -> ModelShape:
-    """The model without so many of its layers, and without everything outside the layers."""
+    """The model without `layers` of its layers, and without everything outside the layers."""
     resident = {None, *spread_evenly(layers, shape.num_layers)}
     return replace(shape, parameters=tuple(p for p in shape.parameters if p.layer not in resident))
 

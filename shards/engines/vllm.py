@@ -20,9 +20,9 @@ _VOCABULARY_PADDING = 64  # vllm/model_executor/layers/vocab_parallel_embedding.
 _GRAPHS_BYTES = 768 * MIB
 
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # MaxLoRARanks in vllm/config/lora.py
-ADAPTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # of those known here; its Falcon takes no adapters
+ADAPTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # vLLM's Falcon supports no adapters
 PACKED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Matrices of these families that are one module in vLLM."""
+"""Groups of matrices that vLLM joins into one module, in these families."""
 
 NOT_READ = "no longer has bitsandbytes, nor GPTQ that is asymmetric or has desc_act over groups"
 

@@ -25,7 +25,7 @@ class ZeroPlanner(ModulePlanner):
     offloads: ClassVar[tuple[Offload, ...]] = ("cpu",)
 
     def is_whole(self, request: PlanRequest) -> bool:
-        """True if the model is the plain one, on its only device."""
+        """True if the plain model runs on a single device, without ZeRO."""
         return request.num_devices == 1 and not request.offload
 
     def pieces(self, shape: ModelShape, n: int, rank: int, parameter: Parameter) -> Pieces:

@@ -55,7 +55,7 @@ class Adapter:
 def read_adapter(folder: Path) -> Adapter:
     """The adapter that peft has saved in a folder; CheckpointError for any kind but LoRA of linear layers."""
     config = read_config(folder)
-    read_safetensors(folder / WEIGHTS)  # whose checks are in words
+    read_safetensors(folder / WEIGHTS)  # only for its checks and their clear errors
     tensors = load_file(folder / WEIGHTS)
     factors: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """The part of the uncut model that a plain tensor holds: of parameter `name`, with `shape`, the block at
-    `start`."""
+    """The block of the uncut model that a plain tensor holds: it begins at `start` in the parameter `name`, which has
+    the shape `shape`."""
 
     name: str
     shape: tuple[int, ...]
@@ -89,7 +89,7 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     these, and a packed matrix by its `weight`."""
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[2].startswith("weight_"):
-            continue  # scales, which no checkpoint of ours holds
+            continue  # scales of a packed matrix: set when it is packed or read
         first = 0
         for block, rows in getattr(parameter, "parts", ()):
             part = parameter.detach().narrow(0, first, rows)

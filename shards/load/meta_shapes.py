@@ -3,8 +3,8 @@
     {"sizes": {...}, "tensors": {name: shape, ...}, "notes": [...]}   or   {"problem": "...", "known": BOOL}
 
 `known` says whether this transformers has the family. The model is built on the meta device: no weights are read or
-made. Sizes are under the names that `shape_from_tensors` knows, whatever the family calls them; tied tensors are named
-once. This program imports torch, so that the one that asks does not have to.
+made. Sizes have the names that `shape_from_tensors` expects, whatever the family calls them; tied tensors are named
+once. It is a separate program so that its caller need not import torch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 def main() -> int:
     """Read a config from stdin and print the answer."""
     fields: JsonObject = json.load(sys.stdin)
-    fields.pop("quantization_config", None)  # shapes are those of the plain model
+    fields.pop("quantization_config", None)  # the plain model's shapes are wanted
     obstacle = problem(fields)
     known = fields.get("model_type") in CONFIG_MAPPING
     if obstacle:
@@ -76,7 +76,7 @@ def describe(model: Any) -> JsonObject:
     sizes["tie_word_embeddings"] = head is None or table.weight is head.weight
     layers, notes = _cache_layers(model), []
     if layers is None:
-        model.set_attn_implementation("eager")  # does not look into masks; caches the same, but for latent attention
+        model.set_attn_implementation("eager")  # does not inspect masks; same cache, except for latent attention
         layers = _cache_layers(model)
     if layers is None:
         notes.append("its KV cache is planned by the sizes of its config, and was not seen")
@@ -113,7 +113,7 @@ class CachedLayer:
 def _cache_layers(model: Any) -> list[CachedLayer] | None:
     """The cache of one token, on meta; None for a family whose forward needs values, or which has its own kind of
     cache."""
-    model.config.pad_token_id = None  # or some families look for padding, among values that are not there
+    model.config.pad_token_id = None  # else some families look for padding in the token ids, which have no values
     cache = DynamicCache(config=model.config)
     token = torch.zeros((1, 1), dtype=torch.long, device="meta")
     with contextlib.suppress(*FAILURES), torch.no_grad():

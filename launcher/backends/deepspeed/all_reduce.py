@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from shards.machine.world import World
 
-ABANDONED_S = 60  # a build takes about 20
+ABANDONED_S = 60  # age of a lock file that counts as abandoned; a build takes about 20 s
 
 
 def compile_operation() -> str | None:
@@ -40,7 +40,7 @@ def compile_operation() -> str | None:
     Ranks take turns."""
     folder = extensions_folder()
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-    # torch looks for ninja on the PATH, where an interpreter that was called by its path has not put its own folder.
+    # torch looks for ninja on the PATH, which may lack the folder of this interpreter if that was called by its path.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,8 @@ def compile_operation() -> str | None:
 
 @contextlib.contextmanager
 def _one_by_one(folder: Path) -> Iterator[None]:
-    """Hold a lock that ends with this process, and clear away torch's own, which outlives a process that was killed."""
+    """Hold a lock that the kernel releases when this process ends, and remove torch's own lock file, which outlives a
+    killed process."""
     with (folder / f"{OPERATION}.flock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         lock = folder / OPERATION / "lock"

@@ -58,7 +58,7 @@ class DeepSpeedBackend(ModuleBackend):
             if self.device.type == "cpu":
                 deepspeed_reduce.choose(world, self.obstacle)
             model = partition(model, world, self.device, self.config.offload, lambda: self.fill(model, progress))
-            self.mapped_files = frozenset()  # its values are copies
+            self.mapped_files = frozenset()  # its values are copies, not mapped files
             return model
         if world.world_size == 1:
             self.fill(model, progress)
@@ -69,14 +69,14 @@ class DeepSpeedBackend(ModuleBackend):
             if (reason := deepspeed_reduce.choose(world, self.obstacle)) is not None:
                 way = f"gloo, since {reason}"
             print(f"all-reduce: {way}", flush=True)
-        first: dict[int, str] = {}  # names by parameters: tied ones have several
+        first: dict[int, str] = {}  # the first name of each parameter, by id: a tied one has several
         parameters = model.named_parameters(remove_duplicate=False)
         first_names = {name: first.setdefault(id(parameter), name) for name, parameter in parameters}
         model = self._injected(model, world.world_size)
         if way == "shared memory":
             deepspeed_reduce.forget_segment(world)
         mark_blocks(model, first_names, world.rank)
-        for module in model.modules():  # the buffers that no checkpoint holds were left without values
+        for module in model.modules():  # `fill` computes buffers on meta; these came back uninitialised
             for name in module._non_persistent_buffers_set:
                 if (buffer := module._buffers.get(name)) is not None:
                     module._buffers[name] = torch.empty_like(buffer, device="meta")
@@ -88,7 +88,7 @@ class DeepSpeedBackend(ModuleBackend):
 
     def _injected(self, model: torch.nn.Module, size: int) -> torch.nn.Module:
         """The model that `init_inference` returns; one on meta comes back cut, on its device, without values."""
-        # The engine's own generate() asks for this limit, a forward pass does not: it has none.
+        # Only the engine's own generate() enforces this limit; forward passes, as used here, have none.
         limit = self.options.max_out_tokens or getattr(model.config, "max_position_embeddings", None)
         settings: dict[str, Any] = {"tensor_parallel": {"tp_size": size}, "dtype": self.dtype}
         if limit:
@@ -100,7 +100,8 @@ class DeepSpeedBackend(ModuleBackend):
 def mark_blocks(model: torch.nn.Module, first_names: Mapping[str, str], rank: int) -> None:
     """Mark on each parameter of a model that AutoTP has cut which block of the uncut model it is."""
     for module in model.modules():
-        # The notes for DeepSpeed's universal checkpoints were on the parameters of the meta device, which are gone.
+        # DeepSpeed's notes for universal checkpoints were on the meta parameters, which have been replaced: make them
+        # again.
         if note := getattr(module, "_mark_uc_metadata", None):
             note()
     for given_name, parameter in model.named_parameters():

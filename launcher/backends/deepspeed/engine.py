@@ -32,7 +32,7 @@ UNCUTTABLE = {
     "olmo2": "it cuts the heads and not the norm over all of them",
     "phi3": "it cuts its fused projections in several blocks",
 }
-"""Families that AutoTP does not cut, or cuts otherwise than by one block a rank, which is what our loader fills."""
+"""Families that AutoTP does not cut, or does not cut into one block per rank, which our loader requires."""
 
 PLAIN = "backend.kernel_inject=false, which is tensor parallel with transformers' own layers"
 
@@ -54,9 +54,9 @@ class DeepSpeedConfig(BackendConfig):
     merges_adapters: ClassVar[bool] = True
 
     name: str = "deepspeed"
-    zero: bool = False  # ZeRO-Inference in place of AutoTP; offload= asks for it
-    kernel_inject: bool = False  # refused where DeepSpeed's kernels do not apply
-    max_out_tokens: int | None = number(None, COUNT)  # None: as many as the model has positions
+    zero: bool = False  # ZeRO-Inference instead of AutoTP; offload= turns it on
+    kernel_inject: bool = False  # DeepSpeed's own kernels; refused, with the reason why they do not work
+    max_out_tokens: int | None = number(None, COUNT)  # tokens of a prompt and its answer; None: the model's positions
 
     @property
     def data_parallel(self) -> bool:  # type: ignore[override]

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 def partition(
     model: torch.nn.Module, world: World, device: torch.device, offload: Offload, fill: Callable[[], None]
 ) -> torch.nn.Module:
-    """The module of DeepSpeed's engine, holding this rank's part of all values; `fill` loads the values that the model
-    has at that point."""
+    """The module of DeepSpeed's engine, holding this rank's part of all values; `fill` loads values into the parameters
+    that the model has when it is called."""
     on_cuda = device.type == "cuda"
     if not dist.is_initialized():
         kind = "gloo"

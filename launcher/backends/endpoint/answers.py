@@ -22,8 +22,8 @@ class Answer:
 
     `pieces_s` are the arrival times of the parts of the answer, in seconds after the request was sent. `new_tokens` is
     the number of token ids, else the number that the server reports, else the number of parts. `prompt_tokens` and
-    `prompt_ids` are those that the server reports to have read. With a `failure` the other fields describe what arrived
-    before it. With several `attempts`, times are relative to the first.
+    `prompt_ids` are the tokens of the prompt as the server reports them. With a `failure` the other fields describe
+    what arrived before it. With several `attempts`, times are relative to the first.
     """
 
     text: str = ""
@@ -71,7 +71,7 @@ class Reading:
         except ServerError as error:
             self.failure = Failure("error", one_line(str(error)))
             return False
-        except (MalformedError, ValueError, RecursionError) as error:  # JSON's own error is a ValueError
+        except (MalformedError, ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
             self.failure = self.failure or Failure("malformed", one_line(str(error)))
             return False
         return most == 0
@@ -80,7 +80,7 @@ class Reading:
         """The answer parsed so far."""
         deltas = [delta for _, delta in self.deltas]
         pieces = tuple(moment for moment, delta in self.deltas if delta.is_piece)
-        # Of what several events say, the last counts.
+        # If several events have a field, the last one counts; for prompt_ids the first.
         reason = counted = prompt_tokens = prompt_ids = ids = None
         for delta in deltas:
             if delta.finish_reason is not None:
@@ -112,7 +112,7 @@ class Reading:
         return replace(answer, failure=self._fault(answer, reason, counted))
 
     def _fault(self, answer: Answer, reason: str | None, counted: int | None) -> Failure | None:
-        """The fault of a stream that ended regularly, None without one."""
+        """What is wrong with a stream that ended without an error; None if nothing is."""
         new, most = answer.new_tokens, self.max_new_tokens
         if reason is None:
             return Failure("incomplete", "the stream ended without a reason")

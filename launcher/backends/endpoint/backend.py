@@ -46,11 +46,11 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-LOOK_S = 0.2  # between two looks at the answers that have come
-READY_S = 0.5  # between two questions to a server that starts
+LOOK_S = 0.2  # seconds between two polls for new answers
+READY_S = 0.5  # seconds between two attempts to reach a starting server
 OF_AN_ENGINE = ("parameter_bytes", "kv_cache_bytes", "kv_cache_reserved_bytes", "tensor_bytes", "peak_allocated_bytes")
 UNKNOWN = "a server does not tell"
-SWITCH_S = 0.0005  # the client's thread waits so long for the other one at most, in place of 5 ms
+SWITCH_S = 0.0005  # seconds that the client's thread waits for the interpreter lock; Python's default is 5 ms
 
 
 class EndpointBackend:
@@ -126,7 +126,7 @@ class EndpointBackend:
             if not self.has_checked_tokenizer and questions.dialect.takes_ids and ordered and textless is None:
                 self._run(check_tokenizer(questions, ordered[0]))
             self.has_checked_tokenizer = True
-            salt = uuid.uuid4().hex  # a repeat must not find the prompts of the last one in the server's cache
+            salt = uuid.uuid4().hex  # a repeat must not find the prompts of an earlier one in the server's cache
             new: queue.SimpleQueue[tuple[Prompt, Answer]] = queue.SimpleQueue()
 
             async def send(prompt: Prompt) -> None:
@@ -142,7 +142,7 @@ class EndpointBackend:
                 raise RuntimeError(f"all {len(failures)} requests failed, the first by {first.kind}: {first.message}")
             return Generation(
                 completions_of(answered, dialect.gives_ids),
-                decode_steps=0,  # nobody sees those of a server
+                decode_steps=0,  # a server does not report its steps
                 failures=failures,
                 server=server_repeat(answered, self.server, dialect.gives_ids, load.cost, own_metrics),
                 wall_s=load.cost.wall_s,

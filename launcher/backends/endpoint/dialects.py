@@ -16,7 +16,7 @@ FinishReason = Literal["stop", "length"]
 FINISHED: dict[str, FinishReason] = {
     "stop": "stop", "length": "length", "eos_token": "stop", "stop_sequence": "stop",
 }  # fmt: skip
-"""Finish reasons by the names that servers use; any other means that the server gave the answer up."""
+"""Finish reasons by the names that servers use; any other name means that the server aborted the answer."""
 
 
 class MalformedError(ValueError):
@@ -37,7 +37,7 @@ class Delta:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     prompt_ids: tuple[int, ...] | None = None
-    is_piece: bool = False  # of the answer; others only say how it ended, or count
+    is_piece: bool = False  # has a part of the answer, not only a finish reason or token counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ class TokenCompletions(Completions):
             body["prompt"] = list(prompt.token_ids)
         return body | {
             "top_k": sampling.top_k or self.no_top_k,
-            "min_p": 0.0,  # a server may have values of its own from the model's generation_config.json
+            "min_p": 0.0,  # set, since a server may take defaults from the model's generation_config.json
             "repetition_penalty": 1.0,
             "ignore_eos": sampling.ignore_eos,
             "return_token_ids": True,
@@ -140,7 +140,7 @@ class TransformersCompletions(Completions):
             wanted |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
         if sampling.ignore_eos:
             wanted["eos_token_id"] = -1
-        if sampling.temperature > 0 or sampling.ignore_eos:  # it takes the place of the model's own, with its EOS
+        if sampling.temperature > 0 or sampling.ignore_eos:  # it replaces the model's own, including its EOS
             asked["generation_config"] = json.dumps(wanted)
         return asked
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from launcher.config.schema import RunConfig
     from shards.model.config_fields import TransformersConfig
 
-OTHER_FILES = 256  # that a client has open beside its connections
+OTHER_FILES = 256  # open files of a client other than its connections, at most
 
 
 @dataclass
@@ -37,14 +37,14 @@ class EndpointConfig(BackendConfig):
     starts_servers: ClassVar[bool] = True
 
     name: str = "endpoint"
-    url: str | None = None  # http://host:port, with a path where the server has its protocol under one
+    url: str | None = None  # http://host:port, and a path if the server has its API under one
     dialect: str = choice("auto", *DIALECTS)
-    served_model: str | None = None  # the model's name there; None: the one that the server lists
+    served_model: str | None = None  # the model's name on the server; None: the one that it lists
     key_variable: str | None = None  # environment variable that holds the server's key
-    ca_file: str | None = None  # certificates to verify the server by; None: those of this machine
-    request_timeout_s: float = number(600.0, POSITIVE_SECONDS)
+    ca_file: str | None = None  # certificates that verify the server; None: those of this machine
+    request_timeout_s: float = number(600.0, POSITIVE_SECONDS)  # the longest time for a whole answer
     stall_timeout_s: float = number(120.0, POSITIVE_SECONDS)  # the longest time without a byte
-    retries: int = number(0, Bounds(0, 100))  # of a request that failed; the time of all attempts counts
+    retries: int = number(0, Bounds(0, 100))  # further attempts of a failed request; its latency includes them
     extra: dict[str, Any] = field(default_factory=dict)  # further fields of each request
 
     @property
@@ -110,7 +110,7 @@ class EndpointConfig(BackendConfig):
         return [f"server: {self.command(config, 'PORT', 'MARK', on_cuda)}"]
 
     def dialect_of(self, config: RunConfig) -> str:
-        """The configured dialect, or that of the server which is started."""
+        """The configured dialect; with auto, the dialect of the server that the run starts."""
         if self.dialect == "auto":
             return config.server.dialect
         return self.dialect

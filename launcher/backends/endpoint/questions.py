@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from launcher.backends.endpoint.transport.client import Client
     from launcher.config.schema import SamplingConfig
 
-READ_AT_ONCE = 32  # events that are parsed before the loop looks at its connections again
-TOKEN_BYTES = 16 * 1024  # no server sends more for a token
-PROMPT_TOKEN_BYTES = 32  # some send the prompt back
+READ_AT_ONCE = 32  # events parsed before the event loop serves its connections again
+TOKEN_BYTES = 16 * 1024  # bytes of a response per new token, at most
+PROMPT_TOKEN_BYTES = 32  # the same per prompt token: some servers return the prompt
 OTHER_BYTES = 2**20
-RETRY_S = 0.5  # before the second attempt; each further one waits twice as long
+RETRY_S = 0.5  # seconds before the second attempt; doubled before each further one
 
 
 class ServerGoneError(RuntimeError):
@@ -57,7 +57,7 @@ class Questions:
             answer = reading.answer()
             if answer.failure is None:
                 break
-            message = self.client.public(answer.failure.message)  # the server may have put the key into it
+            message = self.client.public(answer.failure.message)  # the server may have echoed the key
             failure = Failure(answer.failure.kind, message)
             answer = replace(answer, failure=failure)
             if failure.kind in ("unreachable", "closed") and not await self.client.is_listening():

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from launcher.backends.endpoint.transport.client import Client
     from shards.untrusted_files import JsonObject
 
-TRIED = ("vllm", "openai", "transformers")  # the one that asks for most comes first, the most lenient last
+TRIED = ("vllm", "openai", "transformers")  # the dialect with the most request fields first
 TRIAL, ONE_TOKEN = Prompt(0, "The", (1,)), SamplingConfig(max_new_tokens=1)
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     Answered = Sequence[tuple[Prompt, Answer]]
 
 
-TOGETHER_S = 1e-4  # parts of an answer that are no further apart came together
+TOGETHER_S = 1e-4  # parts of an answer with a smaller gap, in seconds, arrived together
 
 
 def completions_of(answered: Answered, gives_ids: bool) -> tuple[Completion, ...]:

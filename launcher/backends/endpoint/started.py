@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from launcher.backends.endpoint.commands import ServerCommand
 
 SERVER = "LAUNCHER_SERVER"  # environment variable that every process of a server inherits
-GRACE_S = 20.0  # a server ends its workers itself; after this they are killed
+GRACE_S = 20.0  # seconds for a server to end its own workers; then they are killed
 LAST_LINES = 5
 
 
@@ -84,7 +84,7 @@ class StartedServer:
         """Anonymous resident memory of all its processes."""
         total = 0
         for pid in self.pids():
-            with contextlib.suppress(OSError):  # it has just ended
+            with contextlib.suppress(OSError):  # the process has ended meanwhile
                 match = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
                 if match is not None:
                     total += int(match.group(1)) * 1024

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from shards.plan.plan import Plan
 
 
-RESET_STEPS = 500  # between two resets of what FSDP2 notes of each forward: some 3 kB
+RESET_STEPS = 500  # steps between two resets of FSDP2's bookkeeping, which grows by some 3 kB per forward
 
 
 class FsdpBackend(ModuleBackend):
@@ -61,7 +61,7 @@ class FsdpBackend(ModuleBackend):
                 shape = (world.num_nodes, world.local_world_size)
                 over = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
             fully_shard_model(module, over, resident, ways, narrowed, self.config.offload is Offload.cpu)
-            self.fill(module, progress)  # in here, so that Fabric finds nothing on meta that it would initialise
+            self.fill(module, progress)  # done here, so that Fabric finds nothing on meta to initialise
             return module
 
         strategy = ModelParallelStrategy(shard, data_parallel_size=world.world_size, tensor_parallel_size=1)

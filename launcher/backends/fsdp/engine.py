@@ -41,7 +41,7 @@ class FsdpConfig(BackendConfig):
 
     name: str = "fsdp"
     resident_layers: str = "0"  # layers that stay whole on each device: a number, or auto for as many as fit
-    shard_over: str = choice("world", "node", "auto")  # node: each node has the whole model
+    shard_over: str = choice("world", "node", "auto")  # ranks that share the parameters; node: each node has all
 
     @classmethod
     def kept(cls, stored: Quantization) -> Quantization | None:

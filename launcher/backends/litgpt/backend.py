@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from shards.plan.plan import Plan
 
 PRECISIONS = {Precision.fp32: "32-true", Precision.fp16: "16-true", Precision.bf16: "bf16-true"}
-LEAST_LENGTH = 16  # of the cache until the first prompts come
+LEAST_LENGTH = 16  # tokens in the cache until the first prompts arrive
 
 
 class LitgptBackend:
@@ -105,7 +105,7 @@ class LitgptBackend:
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Generation:
         length = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_new_tokens
-        if length > self.model.max_seq_length:  # a cache and masks for so many tokens, where there were fewer
+        if length > self.model.max_seq_length:  # enlarge the caches and masks
             self.model.max_seq_length = length
             for block in self.model.transformer.h:
                 device = block.attn.proj.weight.device

@@ -25,8 +25,8 @@ MODEL, CONFIG = "lit_model.pth", "model_config.yaml"
 
 
 def converted(folder: Path, values: Mapping[str, Any], adapter: Path | None = None) -> Path:
-    """The folder with the converted checkpoint, with an adapter merged into it if one is given; it is made now if it is
-    missing, atomically.
+    """The folder with the converted checkpoint, with an adapter merged into it if one is given; created atomically if
+    it is missing.
 
     Its name is a digest of the checkpoint's files (with their modification times), the config and LitGPT's version.
     """

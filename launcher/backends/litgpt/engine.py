@@ -22,14 +22,15 @@ INSTALL = (
     "python -m venv litgpt-env && litgpt-env/bin/pip install torch==2.13.0 litgpt==0.5.13 bitsandbytes msgspec "
     "nvidia-ml-py"
 )
-"""An environment of its own: LitGPT takes huggingface_hub below 1.4 only, which is too old for transformers."""
+"""A separate environment: LitGPT requires huggingface_hub below 1.4, which is too old for transformers."""
 
 SEQUENTIAL, TENSOR_PARALLEL = "sequential", "tensor_parallel"
 
 
 @dataclass
 class LitgptConfig(BackendConfig):
-    """The tool that many published articles use: its own modules and loop, over a checkpoint that it has converted."""
+    """LitGPT, which many published articles use: its own modules and generation loop, on a checkpoint that it
+    converts."""
 
     implementation: ClassVar[str] = "launcher.backends.litgpt.backend:LitgptBackend"
     packages: ClassVar[tuple[str, ...]] = ("torch", "litgpt:GPT", "lightning:Fabric")
@@ -37,8 +38,8 @@ class LitgptConfig(BackendConfig):
     merges_adapters: ClassVar[bool] = True
 
     name: str = "litgpt"
-    generate: str = choice(SEQUENTIAL, TENSOR_PARALLEL)  # its scripts: layers one after the other, or each cut
-    quantize: str = choice("none", "bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq")  # on CUDA
+    generate: str = choice(SEQUENTIAL, TENSOR_PARALLEL)  # layers on one GPU after the other, or each cut
+    quantize: str = choice("none", "bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq")  # CUDA only
 
     @property
     def one_process_per_device(self) -> bool:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""A LoRA adapter that peft has saved, as LitGPT's own, which LitGPT merges into a checkpoint that it has converted."""
+"""Convert a LoRA adapter saved by peft to LitGPT's layout, and merge it into a converted checkpoint by LitGPT."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 def merge(model_file: Path, config_file: Path, adapter: Adapter, out: Path) -> None:
     """Write the weights of a converted checkpoint with an adapter in them, in fp32, as litgpt.scripts.merge_lora does.
 
-    LitGPT has factors for every layer or for none, and one rank: those that the adapter lacks are zeros, and so is what
-    its ranks lack. Its scale is in the outward factors, as some ranks have others.
+    LitGPT has factors for every layer or for none, all of one rank: factors that the adapter lacks are zeros, and
+    factors of a smaller rank are padded with zeros. Each outward factor is multiplied by its scale, since factors of
+    other ranks can have other scales.
     """
     rank = max(inward.shape[0] for inward, _, _ in adapter.factors.values())
     kinds = dict.fromkeys(("query", "key", "value", "projection", "mlp"), True) | {"head": HEAD in adapter.factors}
@@ -49,8 +50,8 @@ def merge(model_file: Path, config_file: Path, adapter: Adapter, out: Path) -> N
 def _put(
     factors: dict[str, torch.Tensor], name: str, inward: torch.Tensor, outward: torch.Tensor, config: Config
 ) -> None:
-    """Put the factors of a matrix into those of LitGPT's, which has queries, keys and values in one: their inward
-    factors one after the other, and all queries before all keys in the outward one."""
+    """Copy the factors of a matrix into those of LitGPT's matrix. LitGPT joins queries, keys and values: it has their
+    inward factors one after the other, and one outward factor with all queries before all keys."""
     module, leaf = litgpt_matrix(name)
     into, out_of = factors[f"{module}.lora_A"], factors[f"{module}.lora_B"]
     rank, most = len(inward), out_of.shape[1]

@@ -23,7 +23,7 @@ PLACES = {
     "self_attention.query_key_value": QKV, "self_attention.dense": "attn.proj",
     "mlp.dense_h_to_4h": "mlp.fc", "mlp.dense_4h_to_h": "mlp.proj",
 }  # fmt: skip
-"""The matrices of a layer of a Llama and of a Falcon, and those of LitGPT that they are, or are a part of."""
+"""LitGPT's matrix for each matrix of a layer of a Llama or a Falcon; several may be parts of the same one."""
 
 LAYER = re.compile(r"(?:model\.layers|transformer\.h)\.(\d+)\.(.+)")
 
@@ -40,7 +40,7 @@ def litgpt_matrix(name: str) -> tuple[str, str]:
 
 
 def check_adapter(folder: Path, fields: Mapping[str, Any]) -> None:
-    """ConfigError for an adapter of other matrices than LitGPT adapts, or of another model."""
+    """ConfigError if an adapter is for matrices that LitGPT does not adapt, or for another model."""
     matrices = {parameter.name: parameter.shape for parameter in known_shape(fields).parameters}
     for (name, factor), shape in factor_shapes(folder).items():
         whole = matrices.get(f"{name}.weight")
@@ -62,7 +62,7 @@ def check_adapter(folder: Path, fields: Mapping[str, Any]) -> None:
 def litgpt_config(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of litgpt.Config; ConfigError for a config that LitGPT would misread or cannot express.
 
-    LitGPT's converter decides by the name of a Falcon: those named 7b have one norm in a layer, those named 40b two.
+    LitGPT's converter goes by the name of a Falcon: one named 7b has one norm in each layer, one named 40b two.
     """
     family, config = str(fields.get("model_type")), ConfigFields(fields)
     if family not in ("falcon", "llama"):

@@ -140,7 +140,7 @@ class SlotLayer(CacheLayerMixin):
         return min(start, self.window - 1)
 
     def get_seq_length(self) -> int:
-        """The number of earlier tokens that the model is told."""
+        """The number of earlier tokens, as reported to the model."""
         match self.doing:
             case Reading(start=start):
                 return start
@@ -162,7 +162,7 @@ class SlotLayer(CacheLayerMixin):
         """Tokens for which a slot has room."""
         return self.size
 
-    get_max_cache_shape = get_max_length  # as older releases of transformers call it
+    get_max_cache_shape = get_max_length  # the name in older releases of transformers
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -183,7 +183,7 @@ class SlotCache(Cache):
         ]
         super().__init__(layers=[SlotLayer(slots, length, window, spare) for window in windows])
         self.doing: Reading | Stepping | None = None
-        self._kinds: dict[Kind, bool] = {}  # those of layers that have run, and whether they have windows
+        self._kinds: dict[Kind, bool] = {}  # of layers that have run; True with a sliding window
         self._index: dict[Kind, torch.Tensor] = {}
         self._bases: dict[Kind, torch.Tensor] = {}
         self._buffers: dict[tuple[Kind, int], Pair] = {}
@@ -230,7 +230,7 @@ class SlotCache(Cache):
                 bases.new_empty(self.slots, 1, width),
             )
         index, wrapped = (buffer[:rows] for buffer in self._buffers[kind, width])
-        if self._kinds[kind]:  # a window's places are used in turn
+        if self._kinds[kind]:  # a layer with a sliding window is a ring buffer
             positions = torch.remainder(positions, size, out=wrapped)
         return torch.add(self._bases[kind][:rows], positions, out=index).view(-1)
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from launcher.backends.slots.device import Forward, Slots
     from launcher.config.schema import RunConfig
 
-NEAR = 16.0  # roundings of a logit of one; those of models are some times as large
-MOST_VERSIONS = 4096  # of the code of a layer: inductor makes one for each layer and reach
+NEAR = 16.0  # tokens within so many roundings of a logit of 1 are equally likely; logits of models are larger than 1
+MOST_VERSIONS = 4096  # compiled versions of the code of a layer: inductor makes one for each layer and reach
 
 
 def settled(config: RunConfig, device: torch.device) -> Compile:
@@ -62,7 +62,7 @@ def compile_steps(decoder: SlotDecoder, config: RunConfig, generate: Callable[[]
     try:
         decoder.slots.static = make_static(way, decoder.slots)
         other, wrong = differing(before, generate(), getattr(torch, config.precision.products.value))
-    except RuntimeError as error:  # whatever compilers and captures raise is one
+    except RuntimeError as error:  # all errors of compilers and captures are RuntimeErrors
         decoder.slots.static = None
         obstacle = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     if is_asked and obstacle is not None:
@@ -86,11 +86,11 @@ def make_static(way: Compile, slots: Slots) -> Forward:
         return Graphs(slots)
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MOST_VERSIONS
     if slots.device.type == "cpu":
-        torch._inductor.config.compile_threads = 1  # no further processes
+        torch._inductor.config.compile_threads = 1  # compile in this process
     if not is_sharded(slots.model):
         return Compiled(slots, torch.compile(slots.forward, dynamic=False))
     switch = Switch(slots)
-    for layer in decoder_layers(slots.model):  # a sharded one is gathered by hooks around its forward, which stay
+    for layer in decoder_layers(slots.model):  # hooks around the forward gather a sharded layer: they are not compiled
         switch.add(layer)
     return Compiled(slots, switch.forward)
 
@@ -134,5 +134,5 @@ def differing(before: Generation, after: Generation, products: torch.dtype) -> t
         other += 1
         pairs = zip(item.token_ids, tokens, strict=False)
         index = next((index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
-        wrong += index is None or not item.top2_gaps[index] <= width  # which of no number is true
+        wrong += index is None or not item.top2_gaps[index] <= width  # a NaN gap counts as wrong
     return other, wrong

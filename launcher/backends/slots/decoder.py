@@ -84,7 +84,7 @@ class SlotDecoder:
     splits_prompts: bool
     guesser: Guesser | None = None
     gather: Callable[[torch.Tensor, torch.Tensor], object] = dist.all_gather_into_tensor
-    ahead: int = 0  # tokens that are guessed for a row in a step
+    ahead: int = 0  # draft tokens per row and step, at most
     on_tokens: Callable[[int, SequenceOf[int]], None] | None = None
     slots: Slots | None = None
     must_clear: bool = False
@@ -146,7 +146,7 @@ class _Call:
             near = None
         schedules = [Schedule(decoder.num_slots, most, decoder.prefill_tokens, near) for _ in range(ranks)]
         self.schedule = schedules[rank]
-        is_told = sampling.ignore_eos and decoder.guesser is None  # when answers end
+        is_told = sampling.ignore_eos and decoder.guesser is None  # the ends of answers are known in advance
         is_apart = ranks > 1 and not is_sharded(decoder.model)
         votes = ranks > 1 and not is_told
         self.queue = Queue(prompts, schedules, rank, votes, is_apart, decoder.gather)
@@ -159,7 +159,7 @@ class _Call:
             self.eos = frozenset()
         self.order = {prompt.index: place for place, prompt in enumerate(prompts)}
         self.generators: dict[int, torch.Generator | None] = {}
-        self.kinds: list[Kind | None] = []  # of each forward
+        self.kinds: list[Kind | None] = []  # of each forward; None if idle
         self.rows_before = self.slots.computed_rows
         self.ended: list[Sequence] = []
         self.new_tokens, self.reported = 0, 0
@@ -259,7 +259,7 @@ class _Call:
             spent[kind] += after - before
         steps = slot_steps = self.kinds.count(Step)
         if not self.queue.is_apart:
-            slot_steps += self.kinds.count(None)  # steps of other ranks, with all slots empty here
+            slot_steps += self.kinds.count(None)  # a step of other ranks counts, with all slots empty here
         rows = self.slots.computed_rows - self.rows_before
         counters: dict[str, float] = {SLOTS: slot_steps * self.decoder.num_slots, ROWS: rows}
         if self.speculation is not None:

@@ -1,4 +1,4 @@
-"""The forwards of a model over its slots, and what they leave on the device: nothing here waits for it."""
+"""The forwards of a model over its slots, and the state that they keep on the device; nothing here waits for it."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ class Slots:
         kinds = {layer.is_sliding: layer.size for layer in self.cache.layers}
         self.straight: StraightStep | None = None
         self.is_straight_checked = False
-        if len(kinds) == 1:  # one mask for all layers
+        if len(kinds) == 1:  # all layers share one mask
             self.straight = straight_step(model, length)
-        self.needs_mask = self.is_alibi or True in kinds  # transformers' own would not know the order in a window
-        # On CUDA the attention of each prompt would be a launch of its own.
+        self.needs_mask = self.is_alibi or True in kinds  # transformers' mask ignores the order in a ring buffer
+        # Not on CUDA: the attention of each packed prompt would be a separate launch.
         self.packs = device.type == "cpu" and can_be_packed(model) and self.takes_positions and not self.needs_mask
         self.mask_sizes = {"sliding_attention" if kind else "full_attention": size for kind, size in kinds.items()}
-        width = -(-length // BLOCK) * BLOCK  # kernels want rows of a mask to begin at multiples of 16 bytes
+        width = -(-length // BLOCK) * BLOCK  # kernels need rows of a mask to begin at multiples of 16 bytes
         self.is_seen = torch.zeros(slots, width, dtype=torch.bool, device=device)
         self.mask = torch.zeros(slots, width, dtype=torch.long if self.is_alibi else model.dtype, device=device)
         self.shown: Any = None
         self.wide_logits: torch.Tensor | None = None
-        self.computed_rows = 0  # in all decode steps
+        self.computed_rows = 0  # rows of all decode steps so far
 
     def read(self, forward: Read) -> torch.Tensor:
         """Read prompts, or a chunk of one; returns the logits of the last token of each."""
@@ -165,7 +165,7 @@ class Slots:
             self.cache.clear(one.row)
 
     def move(self, forward: Read | Step) -> None:
-        """Make the moves of a forward."""
+        """Copy slots as the moves of a forward say."""
         for source, target in forward.moves:
             self.cache.move(source, target)
             for tensor in (self.tokens, self.positions):

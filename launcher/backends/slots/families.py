@@ -14,7 +14,7 @@ FAMILIES = frozenset({
     "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe",
     "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2", "xglm",
 })  # fmt: skip
-"""The model_types whose tokens in slots a test has compared with those of one prompt at a time."""
+"""The model_types for which a test has compared tokens generated in slots with those of one prompt at a time."""
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 SHARED_FREQUENCIES = {"dynamic", "longrope"}

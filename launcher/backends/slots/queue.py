@@ -22,8 +22,8 @@ class Queue:
 
     A single rank, or ranks that answer together, have one schedule. Data-parallel ranks must make the same assignments:
     if the ends of answers are known in advance each rank follows the schedules of all, otherwise (`votes`) they
-    exchange the number of free slots by `gather`. Ranks whose forwards are not collective (`is_apart`) stop doing so
-    once all prompts are assigned.
+    exchange the number of free slots by `gather`. Ranks whose forwards are not collective (`is_apart`) stop exchanging
+    it once all prompts are assigned.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Queue:
         gather: Callable[[torch.Tensor, torch.Tensor], object] = dist.all_gather_into_tensor,
     ) -> None:
         self.prompts = deque(prompts)
-        self.tokens = [0] * len(schedules)  # of the prompts that each rank was given
+        self.tokens = [0] * len(schedules)  # prompt tokens assigned to each rank so far
         self.schedules, self.own, self.votes, self.is_apart = schedules, schedules[rank], votes, is_apart
         self.gather = gather
 

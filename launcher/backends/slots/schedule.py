@@ -46,7 +46,7 @@ class Read:
     start: int
     width: int
     moves: tuple[tuple[int, int], ...] = ()
-    is_packed: bool = False  # the prompts are of any lengths and lie in one row, one behind the other
+    is_packed: bool = False  # prompts of any lengths are concatenated in one row
 
     @property
     def num_tokens(self) -> int:
@@ -121,7 +121,7 @@ class Schedule:
 
     def _next_alike(self, length: int, near: int) -> list[Sequence]:
         """Prompts that are about as long as the first, padded to the longest of them."""
-        limit = min(length + near, self.prefill_tokens)  # longer ones are read in several forwards
+        limit = min(length + near, self.prefill_tokens)  # longer prompts are read in several forwards
         longest = max(n for n in (len(sequence.prompt.token_ids) for sequence in self.waiting) if n <= limit)
         alike = [sequence for sequence in self.waiting if longest - near <= len(sequence.prompt.token_ids) <= longest]
         return alike[: max(min(self.budget, self.prefill_tokens) // longest, 1)]

@@ -44,7 +44,7 @@ class Graphs:
         self.reaches = [*range(REACHES, slots.cache.length, REACHES), slots.cache.length]
         self.pool, self.side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         self.graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        for reach in reversed(self.reaches):  # the largest first, in whose memory the others find room
+        for reach in reversed(self.reaches):  # the largest first: the others reuse its memory
             for rows in reversed(self.rows):
                 self.graphs[rows, reach] = self._captured(rows, reach)
 
@@ -58,7 +58,7 @@ class Graphs:
                 slots.forward(rows, reach)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Other threads of this process (NCCL's watchdog) may ask CUDA for what a capture of all threads forbids.
+        # Other threads of this process (NCCL's watchdog) may make CUDA calls that a global capture would forbid.
         with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode="thread_local"):
             logits = slots.forward(rows, reach)
         return graph, logits

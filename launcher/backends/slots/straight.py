@@ -37,7 +37,7 @@ ATTENTIONS = (llama.LlamaAttention.forward, mistral.MistralAttention.forward, qw
 class LlamaLayer:
     """A layer of a Llama: attention, then a gated MLP or another module in its place.
 
-    Called with the hidden states [rows, 1, size] before the layer; returns those after it. So is a FalconLayer.
+    Called with the hidden states [rows, 1, size] before the layer; returns those after it. A FalconLayer does the same.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -135,8 +135,8 @@ class StraightStep:
 
 
 def straight_step(model: Any, length: int) -> StraightStep | None:
-    """The straight step of a model; None for other families, and where hooks or other forwards belong to its modules
-    (FSDP2, offload).
+    """The straight step of a model; None for other families, and if its modules have hooks or replaced forwards (FSDP2,
+    offload).
 
     Relatives are recognised by the code of their classes, which in transformers are copies of each other.
     """

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class TensorParallelBackend(ModuleBackend):
-    """This project's cut of transformers' Falcon, Llama, Mistral, Qwen2 and Qwen3. A world of one rank is the plain
+    """transformers' Falcon, Llama, Mistral, Qwen2 and Qwen3, cut by this project. A world of one rank is the plain
     model."""
 
     def place(self, plan: Plan | None, world: World, progress: Progress) -> torch.nn.Module:

@@ -33,7 +33,7 @@ class TransformersBackend(ModuleBackend):
         model = self.meta_model()
         self.quantize(model)
         if self.config.offload is not Offload.none:
-            # The parameters of each module come to the device for its forward, by accelerate's hooks.
+            # accelerate's hooks copy the parameters of each module to the device for its forward.
             weights: Mapping[str, torch.Tensor]
             if self.config.offload is Offload.disk:
                 stored = leave_on_disk(model, Checkpoint.open(self.config.model.path), self.device, self.adapter())
@@ -52,7 +52,7 @@ class TransformersBackend(ModuleBackend):
         if len(self.devices) == 1:
             self.fill(model, progress)
             return model
-        # Each decoder layer whole on one GPU, in order; the layers of a batch run one GPU after the other.
+        # Each decoder layer is whole on one GPU, in order; the GPUs compute one after the other.
         options: TransformersConfig = self.config.backend  # type: ignore[assignment]
         whole = [type(decoder_layers(model)[0]).__name__]
         cards = range(self.config.devices)
@@ -69,11 +69,11 @@ class TransformersBackend(ModuleBackend):
             allocate_parameters(model.get_submodule(name), torch.device("cuda", card))
         model.tie_weights()
         self.fill(model, progress)
-        return dispatch_model(model, placed, force_hooks=True)  # they bring the inputs, even where one card has it all
+        return dispatch_model(model, placed, force_hooks=True)  # hooks move the inputs, also to a single GPU
 
     def memory(self) -> list[DeviceMemory]:
         if self.config.offload is not Offload.none:
-            self.model.tie_weights()  # accelerate's hooks leave two parameters without memory where there was one
+            self.model.tie_weights()  # accelerate's hooks leave two meta parameters in place of a tied one
         return super().memory()
 
     @property

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class TransformersConfig(BackendConfig):
-    """The reference for tokens; on several GPUs accelerate spreads the layers."""
+    """The engine that others are compared with; on several GPUs accelerate spreads the layers."""
 
     implementation: ClassVar[str] = "launcher.backends.transformers.backend:TransformersBackend"
     planner_class: ClassVar[type[EnginePlanner] | None] = TransformersPlanner
@@ -46,7 +46,7 @@ class TransformersConfig(BackendConfig):
     stored_weights: ClassVar[str] = READS
 
     name: str = "transformers"
-    device_map: str = choice("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's, for several GPUs
+    device_map: str = choice("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's, over several GPUs
 
     @classmethod
     def kept(cls, stored: Quantization) -> Quantization | None:

@@ -51,14 +51,14 @@ class VllmBackend:
         self.on_cpu = config.accelerator is Accelerator.cpu
         for name, value in environment(config, self.on_cpu).items():
             os.environ.setdefault(name, value)
-        self.vllm = importlib.import_module("vllm")  # reads the environment, so it cannot come first
-        assert self.vllm.LLM  # the package loads its parts when they are first asked for
+        self.vllm = importlib.import_module("vllm")  # imported here because it reads the environment
+        assert self.vllm.LLM  # the package imports its parts lazily: import them now
         self.external = False
         self.llm: Any = None
         self.watch: Watch | None = None
         self.scratch: tempfile.TemporaryDirectory[str] | None = None  # for sockets and stores that vLLM does not remove
         self.shared_memory: set[Path] = set()
-        self.indices: dict[str, int] = {}  # of the prompts of a call, by their requests
+        self.indices: dict[str, int] = {}  # prompt index of each request of a call
         self.adapters = adapter_requests(config)
 
     def load(self, plan: Plan | None, world: World, progress: Callable[[int, int], None]) -> None:
@@ -70,9 +70,9 @@ class VllmBackend:
                 f"start {devices} ranks, or one process on one node",
             )
         if self.external:
-            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # what external_launcher demands
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # external_launcher requires it
         elif self.on_cpu:
-            # Workers inherit the number of threads: no more of them together than there are cores.
+            # Workers inherit the number of threads: all workers together must not use more threads than cores.
             share = max(len(os.sched_getaffinity(0)) // self.config.devices, 1)
             os.environ["OMP_NUM_THREADS"] = str(min(share, int(os.environ.get("OMP_NUM_THREADS", share))))
         check_platform(self.on_cpu)
@@ -84,7 +84,7 @@ class VllmBackend:
             pool, offloaded_bytes = None, 0
             if plan is not None:
                 pool, offloaded_bytes = plan.kv_cache_memory_bytes, plan.devices[0].offloaded_bytes
-            if not pool:  # of nodes whose memory the plan does not know
+            if not pool:  # not planned: the memory of the node was not known
                 fields = read_json(folder / "config.json") or {}
                 pool = self.options.pool_bytes(self.config, fields, self.on_cpu)
             words = arguments(self.config, folder, self.external, self.on_cpu, pool, offloaded_bytes)
@@ -98,7 +98,7 @@ class VllmBackend:
         progress(1, 1)
 
     def _model_folder(self) -> Path:
-        """The model's folder; for shapes that only the configuration holds one made for them."""
+        """The model's folder; a temporary one with a config.json if only the configuration has the shapes."""
         model = self.config.model
         if Path(model.path).is_dir() or model.config is None:
             return Path(model.path)
@@ -110,7 +110,7 @@ class VllmBackend:
         check_lengths(prompts, sampling.max_new_tokens, self.llm.model_config.max_model_len)
         assert self.watch is not None
         engine = self.llm.llm_engine
-        engine.reset_prefix_cache()  # a repeat must not find the prompts of the last one already computed
+        engine.reset_prefix_cache()  # a repeat must not find prompts that an earlier one computed
         if self.external and self.config.load.is_open:
             raise ConfigError(
                 "Ranks that another launcher started do not support arrival times.",
@@ -168,7 +168,7 @@ class VllmBackend:
         params = self.vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=LIKELIEST, detokenize=False)
         prompts, alone = [{"prompt_token_ids": list(token_ids)}], self.adapters.get(None)
         [answer] = self.llm.generate(prompts, params, lora_request=alone, use_tqdm=False)
-        likely = answer.prompt_logprobs[1:]  # of each place the likeliest tokens, and the one that is there
+        likely = answer.prompt_logprobs[1:]  # at each position the likeliest tokens and the actual one
         chosen = [place[token].logprob for place, token in zip(likely, token_ids[1:], strict=True)]
         best = tuple(max(place, key=lambda token: place[token].logprob) for place in likely)
         likeliest = tuple(
@@ -183,17 +183,16 @@ class VllmBackend:
     def _step(self, engine: Any) -> list[Any]:
         try:
             outputs: list[Any] = engine.step()
-        except RuntimeError as error:  # of a lost worker it says "cancelled"
+        except RuntimeError as error:  # if a worker is lost, its message is only "cancelled"
             executor = getattr(getattr(engine.engine_core, "engine_core", None), "model_executor", None)
             codes = {handle.rank: handle.proc.exitcode for handle in getattr(executor, "workers", ())}
             if lost := [f"rank {rank} with exit code {code}" for rank, code in codes.items() if code is not None]:
-                raise RuntimeError(f"vLLM's workers ended: {', '.join(lost)}") from error  # the first had its reason
+                raise RuntimeError(f"vLLM's workers ended: {', '.join(lost)}") from error
             raise
         return outputs
 
     def barrier(self) -> None:
-        """With an external launcher wait in vLLM's process group; a single process with workers has nobody to wait
-        for."""
+        """Wait in vLLM's process group under an external launcher; a single process with workers has no other ranks."""
         if self.external:
             importlib.import_module("vllm.distributed.parallel_state").get_world_group().barrier()
 
@@ -211,7 +210,7 @@ class VllmBackend:
 
     def close(self) -> None:
         """Shut the engine down, and unlink the shared memory of its kernels. They unlink it themselves only on an
-        orderly exit, which a worker that is killed or slow, or a rank that leaves by `os._exit`, does not make."""
+        orderly exit: not in a worker that is killed or slow, nor in a rank that leaves by `os._exit`."""
         if self.llm is not None:
             self.llm.llm_engine.engine_core.shutdown()
             importlib.import_module("vllm.distributed").cleanup_dist_env_and_memory()
@@ -222,7 +221,8 @@ class VllmBackend:
 
 
 def _beginning(pacing: Pacing, place: int, start: float, now: float) -> float:
-    """The moment from which the times of a prompt count: that of its coming, or of the call if all come at once."""
+    """The start of a prompt's latency: its arrival time if it has one, its submission if concurrency is limited, else
+    the start of the call."""
     if pacing.arrivals is not None:
         return start + pacing.arrivals[place]
     if pacing.concurrency is not None:

@@ -31,7 +31,7 @@ KV_DTYPE_BYTES = {"auto": None, "float16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3
 OTHER_PARALLELISM = (
     "pipeline_parallel_size", "data_parallel_size", "prefill_context_parallel_size", "decode_context_parallel_size",
 )  # fmt: skip
-"""Arguments that would spread vLLM over devices in another way than a run does."""
+"""Arguments for kinds of parallelism that a run does not support."""
 
 
 @dataclass
@@ -52,7 +52,7 @@ class VllmConfig(BackendConfig):
     names_adapters: ClassVar[bool] = True
     most_at_once_key: ClassVar[str | None] = "backend.max_num_seqs"
     takes_load: ClassVar[bool] = True
-    own_random_weights: ClassVar[bool] = True  # load_format=dummy, which depend on how the model is cut
+    own_random_weights: ClassVar[bool] = True  # load_format=dummy: values depend on how the model is cut
     quantizations: ClassVar[tuple[str, ...]] = tuple(ONLINE.values())
     stored_weights: ClassVar[str] = NOT_READ
 
@@ -70,7 +70,7 @@ class VllmConfig(BackendConfig):
         return self.given("max_num_seqs") or config.load.concurrency
 
     def check_here(self) -> None:
-        """A check of `extra`, which the rank makes where vLLM's package cannot be read from here (in a container)."""
+        """Check `extra`; if vLLM's package cannot be read from here (in a container), the rank checks it instead."""
         if self.extra and (package := installed_package(self.python)) is not None:
             self.check_extra(package)
 
@@ -113,7 +113,7 @@ class VllmConfig(BackendConfig):
                     f"backend.extra.{name}={self.extra[name]}: a run of vllm is tensor parallel only.",
                     f"backend.extra.{name}=1",
                 )
-        is_free_memory_known = config.launch.name != "slurm"  # that of the nodes only they can see
+        is_free_memory_known = config.launch.name != "slurm"  # only the nodes themselves know theirs
         block_tokens = BLOCK_TOKENS["cpu"]
         if on_cuda:
             block_tokens = BLOCK_TOKENS["cuda"]

@@ -28,14 +28,14 @@ def environment(config: RunConfig, on_cpu: bool) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
-        "SPT_NOENV": "1",  # workers rename themselves; their environment, by which a run is found, must stay readable
+        "SPT_NOENV": "1",  # workers that rename themselves keep their environment, by which a run is found
     }
     if on_cpu or config.devices * config.num_nodes == 1:
         variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # starts seconds sooner
     if on_cpu:
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # "auto" wants a NUMA node for each worker
     if on_cpu and config.backend.enforce_eager is not False:  # type: ignore[attr-defined]
-        variables["TORCH_COMPILE_DISABLE"] = "1"  # eager mode compiles a function of the vocabulary all the same
+        variables["TORCH_COMPILE_DISABLE"] = "1"  # even eager mode compiles a function of the vocabulary
     return variables
 
 
@@ -53,7 +53,7 @@ def arguments(
         "seed": config.seed,
         "trust_remote_code": config.model.trust_remote_code,
         "load_format": options.load_format,
-        "max_model_len": options.max_model_len or -1,  # -1: what fits the cache
+        "max_model_len": options.max_model_len or -1,  # -1: as many as fit the KV cache
         "gpu_memory_utilization": options.gpu_memory_utilization,
         "enforce_eager": on_cpu,
         "skip_tokenizer_init": True,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def check_platform(on_cpu: bool) -> None:
-    """ConfigError where the installed vLLM is built for another kind of device."""
+    """ConfigError if the installed vLLM is built for another kind of device."""
     kind = importlib.import_module("vllm.platforms").current_platform.device_type
     if kind not in ("cpu", "cuda"):
         fact = f"This vLLM finds a device of type {kind or 'unknown'!r}."
@@ -33,7 +33,8 @@ def check_platform(on_cpu: bool) -> None:
 
 @contextlib.contextmanager
 def temporary_files_in(folder: str, children_too: bool) -> Iterator[None]:
-    """vLLM's rendezvous file and sockets go to `folder`; workers on CUDA compile into the usual one, and keep it."""
+    """A context in which vLLM puts its rendezvous file and sockets into `folder`. Without `children_too`, workers use
+    the usual folder for temporary files: on CUDA they compile into it, and the results are kept."""
     os.environ["VLLM_RPC_BASE_PATH"] = folder
     usual, tempfile.tempdir = tempfile.tempdir, folder
     outer = os.environ.get("TMPDIR")

@@ -26,7 +26,7 @@ class LlmInt8(Quantizer):
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         super().__init__(name, dtype)
-        # It tells of each product of other inputs than fp16 that it casts them.
+        # bitsandbytes warns at each product that it casts inputs other than fp16.
         logging.getLogger(matmul.__module__).setLevel(logging.ERROR)
 
     def parameters(self, outputs: int, inputs: int) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 LEAST_ROWS = 32
-"""cuBLAS multiplies int8 matrices of at least 17 rows, and of a count that it can align."""
+"""Rows of an int8 product on CUDA: cuBLAS needs at least 17, and an aligned number."""
 
 
 def rows_in_bytes(rows: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -38,7 +38,7 @@ class Quantizer(ABC):
     """
 
     whole: frozenset[str] = frozenset()
-    form: Quantization | None = None  # in which it keeps what a checkpoint has
+    form: Quantization | None = None  # the checkpoint's format, if its tensors are kept quantized
     zeros_from: int = 0
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:

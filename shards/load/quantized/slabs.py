@@ -85,7 +85,7 @@ def check_shapes(name: str, form: Quantization, parts: Mapping[str, TensorEntry]
         if leaf not in slabs:
             continue
         expected = slabs[leaf].shape
-        is_free = bool(form.flat) or leaf in SCALES  # of which only the order of the values is known
+        is_free = bool(form.flat) or leaf in SCALES  # only the order of its values is known
         if prod(entry.shape) != prod(expected) or (entry.shape != expected and not is_free):
             raise CheckpointError(
                 f"{entry.file} has no {form.name} for {name}: {entry.name} is {_sizes(entry.shape)}, not "

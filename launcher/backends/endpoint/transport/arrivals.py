@@ -6,7 +6,7 @@ import socket
 import struct
 import time
 
-SO_TIMESTAMPNS = 35  # of <asm-generic/socket.h>: Python has no name for it
+SO_TIMESTAMPNS = 35  # from <asm-generic/socket.h>; Python does not define it
 TIMESPEC = struct.Struct("@qq")
 READ_BYTES = 256 * 1024
 

@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 from launcher.backends.endpoint.transport.connection import Connection, Exchange, Limits
 from launcher.backends.endpoint.transport.failures import Failure, one_line
 
-RENEW_S = 3.0  # uvicorn closes connections after 5 s without a request: one that idled longer than this is not reused
+RENEW_S = 3.0  # a connection idle for longer is not reused: uvicorn closes connections after 5 s without a request
 CONNECT_S = 30.0
-OTHER_BYTES = 16 * 2**20  # of what is no answer to a prompt
+OTHER_BYTES = 16 * 2**20  # bytes of a response that is not an answer to a prompt, at most
 
 
 class Client:
@@ -34,7 +34,7 @@ class Client:
             self._port, self._tls = parts.port or 443, ssl.create_default_context(cafile=ca_file)
         self._folder = parts.path.rstrip("/")
         self._idle: list[Connection] = []
-        self._addresses: list[Any] = []  # as getaddrinfo gives them
+        self._addresses: list[Any] = []  # results of getaddrinfo
         lines = [
             f"Host: {parts.netloc}",
             "Content-Type: application/json",
@@ -109,7 +109,7 @@ class Client:
                     await connection.begin()
             except BaseException as error:
                 connected.close()
-                if not isinstance(error, OSError):  # TimeoutError and ssl.SSLError are
+                if not isinstance(error, OSError):  # TimeoutError and ssl.SSLError are OSErrors
                     raise
                 errors.append(error)
             else:

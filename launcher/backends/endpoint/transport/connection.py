@@ -16,7 +16,7 @@ from launcher.backends.endpoint.transport.failures import Failure
 if TYPE_CHECKING:
     import socket
 
-HEAD_BYTES = 64 * 1024  # of a response, before its body
+HEAD_BYTES = 64 * 1024  # bytes of the headers of a response, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ class Connection:
         except OSError as error:
             self._end(Failure("closed", str(error)))
             return
-        if self._response is None:  # nobody asked: the server closes the connection, or is out of step
+        if self._response is None:  # no request is open: the server closes the connection, or is out of step
             self.close()
         elif data:
             response = self._response

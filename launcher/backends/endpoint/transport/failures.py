@@ -7,22 +7,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """The reason for a request without an answer.
+    """The reason why a request has no answer.
 
     `kind` is one of:
         unreachable   no connection could be made
         closed        the connection ended before the answer did
-        not_http      what came is no HTTP
-        stalled       no byte came for the time that a server may be silent
-        timeout       the answer took longer than a request may
-        too_large     more bytes came than the answer can have
-        http_STATUS   any status but 200, as http_429
-        error         the server sent an error in place of the rest, under status 200
-        malformed     the stream holds something else than events of the dialect
-        incomplete    the stream ended without saying why the answer does
-        aborted       the server says that it gave the answer up
-        tokens_lost   fewer or more tokens came than the server says it made
-        too_many_tokens  more tokens came than were requested
+        not_http      the response is not HTTP
+        stalled       no byte arrived for `stall_s`
+        timeout       the answer took longer than `timeout_s`
+        too_large     the response has more bytes than an answer can have
+        http_STATUS   any status but 200, such as http_429
+        error         the stream, with status 200, contains an error in place of the rest
+        malformed     the stream contains something other than events of the dialect
+        incomplete    the stream ended without a finish reason, its last event, or any token
+        aborted       the server reports that it aborted the answer
+        tokens_lost   fewer or more tokens arrived than the server reports
+        too_many_tokens  more tokens arrived than were requested
     `message` is one line.
     """
 

@@ -57,7 +57,7 @@ class AheadSlots(Slots):
     def __init__(self, model: Any, slots: int, length: int, device: torch.device, ahead: int) -> None:
         super().__init__(model, slots, length, device, spare=ahead)
         self.ahead = ahead
-        self.last_position = length - ahead - 1  # of a token that counts
+        self.last_position = length - ahead - 1  # of a token that is kept
         windows = {layer.is_sliding: layer.window for layer in self.cache.layers}
         self.windows = {"sliding_attention" if kind else "full_attention": window for kind, window in windows.items()}
 
@@ -70,7 +70,7 @@ class AheadSlots(Slots):
         reach = min(-(-(longest + self.ahead + 1) // BLOCK) * BLOCK, self.cache.length)
         positions = first[:, None] + self.places[:count]
         self.cache.do(Stepping(rows, positions, reach))
-        shown = positions.clamp(max=self.last_position)  # beyond it lie paddings, of which nothing is kept
+        shown = positions.clamp(max=self.last_position)  # later positions are padding, whose results are dropped
         return self._all_logits(ids, shown, self._mask(positions, reach), count)
 
     def _mask(self, positions: torch.Tensor, reach: int) -> Any:
@@ -83,7 +83,7 @@ class AheadSlots(Slots):
             if window is None:
                 is_visible = places <= now
             else:
-                token_at = newest - (newest - places) % size  # the newest token that has been at a place
+                token_at = newest - (newest - places) % size  # the newest token written to a place
                 is_visible = (token_at >= 0) & (token_at <= now) & (token_at > now - window)
             masks[kind] = torch.where(is_visible, self.seen, self.hidden)[:, None]
         return masks if len(masks) > 1 else next(iter(masks.values()))
@@ -96,7 +96,7 @@ class Lookup:
 
     def __init__(self, most: int, least: int, device: torch.device) -> None:
         self.most, self.least, self.device = most, least, device
-        self.known: dict[int, Ngrams] = {}  # of the prompts that decode, by their indices
+        self.known: dict[int, Ngrams] = {}  # of the decoding prompts, by prompt index
 
     def ready(self, slots: int, length: int, ahead: int) -> None:
         self.known.clear()

@@ -37,5 +37,5 @@ class Ngrams:
             start = self.followed_at.get(tuple(self.tokens[here - length :]))
             if start is not None:
                 known = self.tokens[start : start + count]
-                return (known * -(-count // len(known)))[:count]  # what repeats goes on doing so
+                return (known * -(-count // len(known)))[:count]  # assume that a repetition continues
         return []
