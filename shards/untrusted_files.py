@@ -1,4 +1,4 @@
-"""Read what somebody else wrote: regular files of bounded size, and JSON of finite numbers and bounded depth."""
+"""Read files written by others: regular files of bounded size, and JSON of finite numbers and bounded depth."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from shards.errors import UserError
 
 JsonObject = dict[str, Any]
-"""A JSON object, or what becomes one: its values are checked where they are read."""
+"""A JSON object, or a dictionary that becomes one; its values are checked when they are read."""
 
-MAX_BYTES = 32 << 20  # the index of a trillion parameters in 384 experts has 23 MiB
+MAX_BYTES = 32 << 20  # the index of a model with a trillion parameters in 384 experts has 23 MiB
 MAX_DEPTH = 50
 MAX_DIGITS = 18
-"""Of a whole number: those of 64 bits."""
+"""Digits of a whole number, at most: all such numbers fit into 64 bits."""
 
 _UNUSUAL = re.compile(rf"\d{{{MAX_DIGITS + 1}}}|[eE]\+?\d{{3}}|NaN|Infinity")
 """The form of a number that may be out of bounds; texts without it, as most are, need no check of each number."""
@@ -32,7 +32,7 @@ _UNUSUAL = re.compile(rf"\d{{{MAX_DIGITS + 1}}}|[eE]\+?\d{{3}}|NaN|Infinity")
 def open_regular(path: Path) -> BinaryIO:
     """A regular file, opened to read; OSError for a folder, and for a pipe or device, which may never answer or end."""
     _check_regular(path, os.stat(path))
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # it may be another one by now
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # it may have been replaced
     try:
         _check_regular(path, os.fstat(descriptor))
     except OSError:
@@ -63,7 +63,7 @@ def bounded(stream: BinaryIO, name: str, most: int = MAX_BYTES) -> bytes:
 
 
 def read_json(path: Path, error: type[UserError], hint: str, most: int = MAX_BYTES) -> Any:
-    """The JSON value in a file; FileNotFoundError where there is none, `error` for whatever else is wrong with it."""
+    """The JSON value in a file; FileNotFoundError if there is no file, `error` for any other fault."""
     try:
         content = read_bytes(path, most)
     except FileNotFoundError:
@@ -74,7 +74,7 @@ def read_json(path: Path, error: type[UserError], hint: str, most: int = MAX_BYT
 
 
 def parse_json(text: bytes | str, name: str, error: type[UserError], hint: str, unique: bool = False) -> Any:
-    """A JSON value without NaN, infinities, numbers of very many digits or deep nesting; `error` for all others.
+    """A JSON value; `error` if it is malformed or has NaN, infinities, very long numbers or deep nesting.
 
     With `unique` no key may occur twice in an object.
     """
@@ -97,9 +97,9 @@ def parse_json(text: bytes | str, name: str, error: type[UserError], hint: str, 
 
 
 def read_json_lines(path: Path, error: type[UserError], hint: str, most: int = MAX_BYTES) -> Iterator[Any]:
-    """The JSON values of a file, up to its last whole line; FileNotFoundError where there is none.
+    """The JSON values of a file, up to its last complete line; FileNotFoundError if there is no file.
 
-    `error` for a line of more than `most` bytes, or whatever else is wrong.
+    `error` for a line of more than `most` bytes, or any other fault.
     """
     try:
         with open_regular(path) as stream:

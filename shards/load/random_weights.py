@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from shards.load.slices import Progress
 
-STD = 0.02  # what most causal LMs are initialised with: logits spread over a few units at any hidden size
+STD = 0.02  # as most causal LMs are initialised: logits spread over a few units at any hidden size
 BLOCK_ELEMENTS = 1 << 20
 
 
@@ -59,7 +59,7 @@ def fill_random(
 
 
 def _timed_pack(layer: nn.Module, values: torch.Tensor) -> float:
-    """Pack the values of a layer; the seconds that it took on their device."""
+    """Pack the values of a layer; returns the seconds that it took, on a GPU until the GPU has finished."""
     if values.device.type == "cuda":
         torch.cuda.synchronize(values.device)
     began = time.perf_counter()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 THREADS = 4
 PIECE_BYTES = 8 << 20
 RING = 2 * THREADS  # buffers, so at most 64 MiB of host memory whatever the model
-EXACT_RUN_BYTES = 256 << 10  # a cut through rows that are longer than this is read row by row, else in blocks of rows
+EXACT_RUN_BYTES = 256 << 10  # parts of rows with at least so many bytes are read alone, smaller ones with whole rows
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
@@ -169,7 +169,7 @@ def _read_piece(files: OpenFiles, ring: Ring, piece: _Piece) -> int:
     with torch.inference_mode():
         if piece.mapped:
             files.expect(piece.entry, piece.offset, piece.nbytes)
-            piece.out.reshape(-1).view(torch.uint8)[:: mmap.PAGESIZE].max()  # a byte of each page
+            piece.out.reshape(-1).view(torch.uint8)[:: mmap.PAGESIZE].max()  # reads a byte of each page
         elif piece.in_place:
             files.fill(piece.entry, piece.offset, _bytes_of(piece.out))
         elif (

@@ -20,7 +20,7 @@ MALFORMED = (
     pickle.UnpicklingError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, EOFError,
     OverflowError, MemoryError,
 )  # fmt: skip
-"""Exceptions of torch for an index that it did not write."""
+"""Exceptions that torch raises for an index that it did not write."""
 
 
 def read_torch_file(path: Path) -> list[TensorEntry]:
@@ -34,7 +34,7 @@ def read_torch_file(path: Path) -> list[TensorEntry]:
         with FakeTensorMode():  # tensors without memory, each of which knows where its bytes are
             state = torch.load(path, map_location="cpu", weights_only=True)
     except MALFORMED as error:
-        # The fault in torch's message, without its advice to load such a file all the same.
+        # Keep the fault in torch's message, but not its advice to load the file anyway.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         faults = (line for line in lines if line.startswith(("Unsupported", "WeightsUnpickler error")))
         fault = next(faults, "").removeprefix("WeightsUnpickler error: ")

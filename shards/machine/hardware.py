@@ -15,7 +15,7 @@ MIB = 1024**2
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A device for a plan: bytes, bytes/s, FLOP/s (a multiply-add counts as two). None is not known.
+    """A device for a plan: bytes, bytes/s, FLOP/s (a multiply-add counts as two). None: not known.
 
     `host_bandwidth` is the bandwidth of its link to main memory.
     """
@@ -49,12 +49,12 @@ class Link:
 CPU = Device("CPU", kind="cpu")
 """A CPU: its capacity is that of the machine, shared by the ranks and the files that they have mapped."""
 
-# Memory: what the driver leaves to programs, as torch names it where memory runs out ("has a total capacity of 47.54
-# GiB"); drivers differ by 0.1 GiB, here is the least that was reported. In whole MiB is what the driver reports with
-# its own part, some 0.5 GiB more, for cards of which nothing better is known. Bandwidth and dense (not sparse) matmul
-# rates of 16 bits with 32-bit sums, from the makers' data sheets and architecture white papers (Turing, Ampere GA100
-# and GA102, Ada AD102, Hopper, Blackwell GB202, HGX B200, CDNA 3). h200: 4.3 TB/s and 790 TFLOP/s are a copy and a
-# bf16 matmul measured on one card, where its data sheet says 4.8 and 989.
+# Memory in GiB is what the driver leaves to programs, as in torch's out-of-memory errors ("has a total capacity of
+# 47.54 GiB"); drivers differ by 0.1 GiB, and these are the lowest values reported. Memory in MiB is what the driver
+# reports including its own part, some 0.5 GiB more, for cards without a better figure. Bandwidth and dense (not sparse)
+# matmul rates in 16 bits with 32-bit sums are from the makers' data sheets and architecture white papers (Turing,
+# Ampere GA100 and GA102, Ada AD102, Hopper, Blackwell GB202, HGX B200, CDNA 3). h200: 4.3 TB/s and 790 TFLOP/s were
+# measured on one card with a copy and a bf16 matmul; its data sheet says 4.8 and 989.
 DEVICES: dict[str, Device] = {
     "t4": Device("T4", "cuda", int(14.75 * GIB), 320e9, 65e12, 8.1e12),
     "l4": Device("L4", "cuda", int(22.03 * GIB), 300e9, 121e12, 30.3e12),
@@ -76,10 +76,10 @@ DEVICES: dict[str, Device] = {
     "cpu": CPU,
 }
 
-# What a device moves in one direction in practice. pcie4: of 31.5 GB/s; nvlink_bridge: two RTX A6000, of 56; nvlink3:
-# what NVIDIA gives for NCCL on A100 (nccl-tests#149), of 300; the others in about that proportion, infinity_fabric of
-# the 448 that a MI300X sends to its seven neighbours. The times of a small all-reduce are assumptions.
-# `python -m launcher.probe` measures both.
+# Bytes/s that a device moves in one direction in practice. The nominal rates are 31.5 GB/s for pcie4, 56 for
+# nvlink_bridge (two RTX A6000), and 300 for nvlink3, whose value is NVIDIA's for NCCL on A100 (nccl-tests#149). The
+# others are in about that proportion to their nominal rates, infinity_fabric to the 448 that a MI300X sends to its
+# seven neighbours. The times of a small all-reduce are assumptions. `python -m launcher.probe` measures both.
 LINKS: dict[str, Link] = {
     "pcie3": Link("PCIe 3.0 x16", 12.5e9, 30e-6),
     "pcie4": Link("PCIe 4.0 x16", 25e9, 30e-6),

@@ -1,4 +1,4 @@
-"""Python processes with another interpreter that must find these packages."""
+"""Settings for processes of other Python interpreters that must import this project."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-ROOT = Path(__file__).resolve().parents[2]  # the folder that both packages are in
+ROOT = Path(__file__).resolve().parents[2]  # the folder that contains both packages
 
 
 def pip_install(extra: str) -> str:

@@ -39,7 +39,7 @@ def network_of(world: World, environ: Mapping[str, str], kind: str) -> Network:
     0."""
     addresses = _addresses()
     if named := environ.get(VARIABLES[kind]):
-        if kind != "cuda":  # gloo's is a whole name
+        if kind != "cuda":  # gloo's variable has a whole name
             named = f"={named}"
         interface = named_by(named, list(addresses))
         address = next(iter(addresses.get(interface or "", ())), None)
@@ -56,7 +56,7 @@ def network_of(world: World, environ: Mapping[str, str], kind: str) -> Network:
 def choose_interface(world: World, environ: MutableMapping[str, str]) -> None:
     """Make gloo and NCCL use the interface towards rank 0, unless the user has configured one.
 
-    gloo would use that of the host's own name, which is often the loopback, and NCCL the first that is up.
+    By default gloo uses the interface of the host's own name, often the loopback, and NCCL the first one that is up.
     """
     interface, _ = _towards(world, _addresses())
     if interface is not None:

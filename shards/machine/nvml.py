@@ -1,7 +1,7 @@
-"""NVIDIA cards as the driver describes them, through NVML; nothing else asks it. No CUDA context is made.
+"""NVIDIA GPUs as the driver reports them through NVML, without a CUDA context; all calls of NVML are here.
 
-`python -m shards.machine.nvml` prints all of it as one JSON object, for a process of its own: NVML can hang or crash
-where a driver is broken. What a driver does not tell is None.
+`python -m shards.machine.nvml` prints everything as one JSON object. It is meant to run in a separate process, since
+NVML can hang or crash if the driver is broken. Values that the driver does not report are None.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def _session() -> Iterator[None]:
 
 
 def _ask(call: Callable[..., Any], *arguments: Any) -> Any:
-    """The answer of NVML, None if it does not know."""
+    """The result of a call of NVML; None if it fails."""
     try:
         answer = call(*arguments)
     except pynvml.NVMLError:
@@ -242,7 +242,7 @@ def _gpu(index: int, handle: Any) -> JsonObject:
         "pcie_generation_max": _ask(pynvml.nvmlDeviceGetMaxPcieLinkGeneration, handle),
         "pcie_width": _ask(pynvml.nvmlDeviceGetCurrPcieLinkWidth, handle),
         "pcie_width_max": _ask(pynvml.nvmlDeviceGetMaxPcieLinkWidth, handle),
-        "nvlinks": nvlinks,  # that are up; null for a card that has none
+        "nvlinks": nvlinks,  # links that are up; null if the GPU has none
         "mig": _mig(handle),
         "ecc": _switch(_ask(pynvml.nvmlDeviceGetEccMode, handle)),
         "ecc_errors": _ask(pynvml.nvmlDeviceGetTotalEccErrors, handle, UNCORRECTED, SINCE_BOOT),
@@ -265,7 +265,7 @@ def _link(a: int, b: int, first: Any, second: Any) -> JsonObject:
 
 
 def main() -> int:
-    """Exit code 1, with the reason on stderr, where there is no driver."""
+    """Print the description; returns 1, with the reason on stderr, if there is no driver."""
     try:
         description = describe()
     except NvmlError as error:

@@ -1,5 +1,5 @@
-"""Notification of a process by the kernel at its parent's end (Linux), even if it is stopped or has not started to
-listen."""
+"""A signal from the kernel to a process when its parent ends (Linux), even if the process is stopped or does not listen
+yet."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def before_exec(number: int) -> Callable[[], None]:
     """A `preexec_fn` for children of this process: the kernel sends them the signal when this process ends, for
     whatever reason.
 
-    A child whose parent ends even earlier ends too.
+    If this process ends before the child has asked for the signal, the child exits.
     """
     parent = os.getpid()
 

@@ -14,7 +14,7 @@ from shards.machine.cards import SEE_ALL_CARDS
 from shards.machine.network import network_of
 
 GROUP_S = 1800.0
-GLOO_TRIES = 5  # to connect to all others, each as long as the time that it is given
+GLOO_TRIES = 5  # gloo's attempts to connect to all others; each takes up to the timeout
 UNREACHABLE = (
     "let the nodes reach each other on all ports, or GLOO_SOCKET_IFNAME= and NCCL_SOCKET_IFNAME= another interface"
 )
@@ -49,7 +49,7 @@ def connect(world: World, device: torch.device, join_s: float = GROUP_S, timeout
     """Join the group of all ranks, if there is more than one and this process has not joined yet.
 
     WorldError, with the address and the interface, if the ranks have not connected within `join_s`; `timeout_s` is the
-    time limit of later collectives. The variables of `world.environ()` are in the environment.
+    time limit of later collectives. The variables of `world.environ()` must be in the environment.
     """
     if world.world_size == 1 or dist.is_initialized():
         return

@@ -49,7 +49,7 @@ def cache_folder(environ: Mapping[str, str]) -> Path:
 
 
 def cache_file(environ: Mapping[str, str], device: Device, num_devices: int) -> Path:
-    """The file with the rates of this number of this device on this host."""
+    """The file with the rates of `num_devices` devices of this kind on this host."""
     name = "".join(letter if letter.isalnum() else "_" for letter in device.name.lower())
     return cache_folder(environ) / f"probe_{os.uname().nodename}_{name}_{num_devices}.json"
 

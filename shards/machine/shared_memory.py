@@ -1,4 +1,4 @@
-"""Shared memory of this machine: room, what collectives need of it, the files that a run leaves. No torch."""
+"""Shared memory of this machine: free space, the needs of collectives, and files that a run leaves. No torch."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ OPERATORS = "vllm"
 """The package whose build for CPUs has operators that add up and gather through shared memory."""
 
 SEGMENT_BYTES = 4 << 20
-"""Of each thread of a rank, by these operators. Source: csrc/cpu/shm.cpp."""
+"""Allocated by these operators for each thread of a rank. Source: csrc/cpu/shm.cpp."""
 
 
 def missing_room(ranks: int, segment_bytes: int) -> str | None:
-    """The room that /dev/shm lacks for a segment of each rank of this node, None if it has enough."""
+    """The space that /dev/shm lacks for a segment of each rank of this node; None if it has enough."""
     try:
         room = os.statvfs(SHARED_MEMORY)
-        with tempfile.TemporaryFile(dir=SHARED_MEMORY):  # one that may not be written to has room as well
+        with tempfile.TemporaryFile(dir=SHARED_MEMORY):  # free space may not be writable
             pass
     except OSError as error:
         return f"{SHARED_MEMORY}: {error.strerror}"
@@ -35,9 +35,9 @@ def missing_room(ranks: int, segment_bytes: int) -> str | None:
 
 
 def missing_operators(ranks: int, threads: int = 1) -> str | None:
-    """The reason for which `ranks` ranks here cannot add up and gather through shared memory, None if they can.
+    """The reason why `ranks` ranks here cannot add up and gather through shared memory; None if they can.
 
-    It is done by operators of vLLM's build for CPUs, which do not wait for a rank: they look again and again.
+    The operators are those of vLLM's build for CPUs. They wait for other ranks by polling, so each rank needs a core.
     """
     cores = len(os.sched_getaffinity(0))
     if ranks > cores:
@@ -57,7 +57,7 @@ def shared_memory_files() -> set[Path]:
 def shared_memory_of(pids: list[int]) -> set[Path]:
     """The files in shared memory that these processes have mapped or open.
 
-    Told by inode: who creates a semaphore has it mapped under its first, deleted name.
+    Files are compared by inode: the creator of a semaphore has it mapped under its first name, which is deleted.
     """
     files: dict[int, Path] = {}
     for path in shared_memory_files():
@@ -78,9 +78,10 @@ def shared_memory_of(pids: list[int]) -> set[Path]:
 
 
 class SharedMemoryWatch:
-    """Notes the files in shared memory that a run creates, so that they can be removed when its processes are gone.
+    """Records the files in shared memory that a run creates, so that they can be removed after its processes have
+    ended.
 
-    A file counts as the run's own where one of its processes has it mapped or open, and it was not there before.
+    A file belongs to the run if one of its processes has it mapped or open, and it did not exist before.
     """
 
     def __init__(self) -> None:
@@ -88,7 +89,7 @@ class SharedMemoryWatch:
         self._own: set[Path] = set()
 
     def look(self, pids: list[int]) -> None:
-        """Note what these processes hold now."""
+        """Record the files that these processes have mapped or open now."""
         self._own |= shared_memory_of(pids) - self._before
 
     def remove(self) -> list[Path]:

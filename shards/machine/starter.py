@@ -18,9 +18,9 @@ MARKS = (
 
 
 def starter_of(environ: Mapping[str, str]) -> int | None:
-    """The process that started this rank and others here: torchrun's agent, say; None where nobody is known to have.
+    """The process that started the ranks of this node, such as torchrun's agent; None if no launcher is known.
 
-    Not a shell between them: it would outlive who started it.
+    Shells between it and this rank are skipped: they would outlive the launcher.
     """
     marks = {name: environ[name] for name in MARKS if name in environ}
     if not marks:

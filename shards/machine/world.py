@@ -1,4 +1,4 @@
-"""The rank of this process and the number of ranks: read from the environment that a launcher left."""
+"""The rank of this process and the number of ranks, read from the environment that a launcher has set."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 MAX_DIGITS = 9
 MOST_NODES = 100_000
 DEFAULT_PORT = 29500  # torch.distributed's own default
-MARKS = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_RANK": "deepspeed"}  # what only this launcher sets
-MPI = {  # prefix of RANK and SIZE: local rank, local size; srun --mpi=pmi2 sets PMI_RANK, but not MPI_LOCALRANKID
+MARKS = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_RANK": "deepspeed"}  # only this launcher sets it
+MPI = {  # prefix of RANK and SIZE -> local rank, local size; srun --mpi=pmi2 sets PMI_RANK, but not MPI_LOCALRANKID
     "OMPI_COMM_WORLD": ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     "MV2_COMM_WORLD": ("MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
     "PMI": ("MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
@@ -25,7 +25,7 @@ MPI = {  # prefix of RANK and SIZE: local rank, local size; srun --mpi=pmi2 sets
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The place of this process among the ranks, in the words of torch.distributed."""
+    """The place of this process among the ranks, with the names of torch.distributed."""
 
     rank: int = 0
     local_rank: int = 0
@@ -42,8 +42,7 @@ class World:
         """The world that torchrun, accelerate, deepspeed, mpirun or srun describe, or a world of one.
 
         Of nested launchers the innermost counts: torchrun inside srun, mpirun inside an allocation. A single task
-        (`srun --pty bash`) is a place to work in, not a rank. Raises WorldError where the variables contradict
-        each other.
+        (`srun --pty bash`) is an interactive session, not a rank. WorldError if the variables contradict each other.
         """
         outer = _from_mpi(environ) or _from_srun(environ)
         world = _from_torch(environ, outer) or outer
@@ -66,13 +65,13 @@ class World:
 
 
 def _from_torch(environ: Mapping[str, str], outer: World | None) -> World | None:
-    """torchrun and what is built on it (accelerate launch), DeepSpeed's launcher, or variables set by hand.
+    """A rank of torchrun or a launcher built on it (accelerate launch), of DeepSpeed's launcher, or set by hand.
 
-    None where `outer` started this process and the variables, if there are any, agree with it.
+    None if `outer` started this process and the variables, if there are any, agree with it.
     """
     launcher = next((name for mark, name in MARKS.items() if mark in environ), "environment")
     if launcher == "environment" and outer is not None:
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # which only the user can have set
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # set by the user
             if name in environ and environ[name] != outer.environ()[name]:
                 raise WorldError(
                     f"{name}={environ[name]} is set, and {outer.launcher} says {name}={outer.environ()[name]}.",
@@ -142,7 +141,7 @@ def _from_mpi(environ: Mapping[str, str]) -> World | None:
             f"mpirun started {size} ranks, and {local_size} of them on this node: not the same number on every node.",
             f"mpirun -np {size} with as many slots on each node (Open MPI: --map-by ppr:N:node; MPICH: -ppn N)",
         )
-    seed = environ.get("PMIX_NAMESPACE")  # Open MPI's name of the job; Hydra tells its ranks nothing of the kind
+    seed = environ.get("PMIX_NAMESPACE")  # Open MPI's name of the job; Hydra has no such variable
     port = DEFAULT_PORT
     if seed is not None:
         port = port_of(seed)
@@ -198,12 +197,12 @@ def _int(environ: Mapping[str, str], name: str, default: int | None = None) -> i
 
 
 def port_of(name: str) -> int:
-    """A port for the job of this name: the same for all its ranks, most likely another for every other job."""
+    """A port for the job of this name: the same for all its ranks, most likely different for other jobs."""
     return 15000 + zlib.crc32(name.encode()) % 10000
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """SLURM's short form: "2(x3),1" is [2, 2, 2, 1]; WorldError for more nodes than there are anywhere."""
+    """SLURM's short form: "2(x3),1" is [2, 2, 2, 1]; WorldError for more than MOST_NODES nodes."""
     counts: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
         if max(len(count), len(times)) > MAX_DIGITS or len(counts) + int(times or 1) > MOST_NODES:

@@ -1,4 +1,4 @@
-"""The shape of a causal LM of any family: as transformers builds it, asked in another process; or from its tensors."""
+"""The shape of a causal LM of any family: from transformers, run in another process, or from its tensors."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ HEADS = ("lm_head.weight", "embed_out.weight")
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """The shape of a model as transformers builds it, and what a plan of it leaves out."""
+    """The shape of a model as transformers builds it, and notes on what its plan leaves out."""
 
     shape: ModelShape
     notes: tuple[str, ...] = ()
 
     def all_notes(self) -> tuple[str, ...]:
-        """Remarks on what is not exact in a plan, a line each."""
+        """Notes on what is not exact in a plan, one line each."""
         notes, (experts, used) = list(self.notes), self.shape.experts
         if used < experts:
             notes.append(f"a decode step is taken to read {used} of {experts} experts, as one prompt does")
@@ -42,9 +42,9 @@ class Built:
 
 
 def ask_transformers(config: TransformersConfig, python: str, timeout_s: float = TIMEOUT_S) -> Built:
-    """Have the transformers of an interpreter build the model of a config, without memory: exact, and takes seconds.
+    """The model of a config, built by the transformers of an interpreter on the meta device: exact, but takes seconds.
 
-    PlanError, in one line, where it cannot.
+    PlanError, in one line, if that fails.
     """
     shapes = f"the shapes of model_type {config.get('model_type')!r}"
     quiet = {"CUDA_VISIBLE_DEVICES": "", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
@@ -79,7 +79,8 @@ def ask_transformers(config: TransformersConfig, python: str, timeout_s: float =
 
 
 def shape_from_tensors(config: TransformersConfig, tensors: Mapping[str, Iterable[int]]) -> ModelShape:
-    """A decoder-only model by sizes under their usual names and by its tensors, say of its checkpoint's headers."""
+    """The shape of a decoder-only model, from sizes under their usual names and the shapes of its tensors (for example
+    from the headers of its checkpoint)."""
     fields, shapes = ConfigFields(config), {name: tuple(shape) for name, shape in tensors.items()}
     hidden = fields.size("hidden_size", fields.count("n_embd"))
     heads = fields.size("num_attention_heads", fields.count("n_head"))

@@ -1,4 +1,4 @@
-"""The fields of a transformers config, each checked where it is read: kinds, and bounds of whole numbers."""
+"""The fields of a transformers config, checked when they are read: types, and bounds of whole numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TransformersConfig = Mapping[str, Any]
 """The fields of a transformers config, as in config.json."""
 
 MOST_LAYERS = 1000
-"""A plan of this many takes two seconds; no causal LM has a quarter of it."""
+"""A plan with this many layers takes two seconds; no causal LM has a quarter as many."""
 
 MOST_EXPERTS = 10_000
 MOST = 2**31 - 1
@@ -24,9 +24,9 @@ _BOUNDS = (
 
 
 class ConfigFields:
-    """A transformers config, or an object in it, where a missing field and null are the same.
+    """A transformers config, or an object in it; a null field counts as absent.
 
-    PlanError, in one line, names a field that is of another kind than it should be, or out of bounds.
+    PlanError, in one line, names a field that has the wrong type or is out of bounds.
     """
 
     def __init__(self, fields: TransformersConfig, name: str = "config") -> None:
@@ -44,7 +44,7 @@ class ConfigFields:
         return self.size(name)
 
     def number(self, name: str, least: int, default: int | None = None) -> int:
-        """A whole number from `least` on."""
+        """A whole number of at least `least`."""
         value = self.fields.get(name)
         if value is None:
             value = default
@@ -60,14 +60,14 @@ class ConfigFields:
         return bool(value)
 
     def texts(self, name: str) -> list[str]:
-        """A list of texts, empty where it is missing."""
+        """A list of texts, empty if it is missing."""
         value = self.fields.get(name) or []
         if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
             raise self.wrong(name, f"{value!r}, not a list of texts")
         return list(value)
 
     def group(self, name: str) -> ConfigFields:
-        """An object in the config, without fields where it is missing."""
+        """An object in the config, empty if it is missing."""
         value = self.fields.get(name) or {}
         if not isinstance(value, Mapping):
             raise self.wrong(name, f"{value!r}, not an object")
@@ -81,9 +81,9 @@ class ConfigFields:
 
 
 def check_config(config: TransformersConfig) -> None:
-    """PlanError for a config that would take a plan, or transformers, very long: too many layers or experts, anywhere.
+    """PlanError for a config that a plan, or transformers, would take very long for: too many layers or experts in it.
 
-    Also for a `model_type` that is no text, by which its family is looked up.
+    Also if `model_type`, by which the family is looked up, is not a text.
     """
     if not isinstance(config.get("model_type", ""), str):
         raise ConfigFields(config).wrong("model_type", f"{config['model_type']!r}, not a text")

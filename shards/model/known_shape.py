@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def known_shape(config: TransformersConfig) -> ModelShape:
     """The shape of a model of a known family, exactly as transformers 5 builds it.
 
-    Of other families: `shards.model.any_shape`.
+    For other families see `shards.model.any_shape`.
     """
     family = str(config.get("model_type"))
     if family not in _FAMILIES:
@@ -102,7 +102,7 @@ def _llama(config: ConfigFields) -> ModelShape:
     """Llama and similar families; they differ in biases, in norms of queries and keys, and in defaults."""
     family = str(config.fields["model_type"])
     hidden, heads = config.size("hidden_size", 4096), config.size("num_attention_heads", 32)
-    default_kv_heads = heads  # of a null
+    default_kv_heads = heads  # of a null field
     if "num_key_value_heads" not in config.fields:
         default_kv_heads = _DEFAULT_KV_HEADS.get(family, heads)
     kv_heads = config.size("num_key_value_heads", default_kv_heads)
@@ -155,11 +155,11 @@ def _windows(config: ConfigFields, family: str, layers: int) -> tuple[int | None
     one."""
     if family == "llama" or (family != "mistral" and not config.flag("use_sliding_window", False)):
         return ()
-    if not config.fields.get("sliding_window", 4096):  # null and 0 are none
+    if not config.fields.get("sliding_window", 4096):  # null and 0 mean no window
         return ()
     window, first = config.size("sliding_window", 4096), 0
     if family != "mistral":
-        default = None  # a null is refused
+        default = None  # a null field is an error
         if "max_window_layers" not in config.fields:
             default = 28
         first = config.number("max_window_layers", 0, default)

@@ -13,18 +13,19 @@ from shards.errors import PlanError
 from shards.model.shape import Parameter
 
 _PARTS_OF_FUSED = 3
-"""vLLM keeps a scale for queries, keys and values each where a checkpoint has them in one matrix."""
+"""vLLM keeps separate scales for queries, keys and values, also if a checkpoint has them in one matrix."""
 
 _JOINED = (".k_proj.weight", ".v_proj.weight", ".up_proj.weight")
-"""Matrices that vLLM appends to another: what there is once a layer, they do not have."""
+"""Matrices that vLLM appends to another one: bytes that exist once per layer are not counted for them again."""
 
 
 INT4_GROUP, INT4_GROUPS, INT4_OUTPUTS = 64, (32, 64, 128, 256), 16
-"""Inputs that share a scale in `int4_wo`, and all that torch's kernel knows; the outputs that it takes at once."""
+"""Inputs that share a scale in `int4_wo`; all such numbers that torch's kernel supports; outputs that it computes at
+once."""
 
 
 UNPACKED_BYTES = 128 << 20
-"""Matrices that are to be quantized are read until there are so many bytes of them, and then packed."""
+"""Matrices to be quantized are read until there are this many bytes of them, and then packed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,19 +33,21 @@ class Quantization:
     """The storage of the matrix [outputs, inputs] of a linear layer; embeddings, norms and biases keep the model's
     type.
 
-    `block` are the outputs and inputs that share a scale, 0 for all of them; `flat` instead so many values in a row,
-    across outputs. There are so many `scales` (with the value of the middle, two), of `scale_bytes` each, None for the
-    width of the model's type; `nested` scales of one byte share an fp32 scale. Rows are padded to `word` bytes.
-    `zero_points` are packed like values; `zeros_to_load`: the engine drops them once it has loaded. `part_bytes` are
-    there for each matrix (three where queries, keys and values are fused), `layer_bytes` once for each layer of the
-    engine.
-    `fused`: its layers join queries, keys and values, or gate and up, in one matrix (vLLM's kernels; those of
-    bitsandbytes do not). `unpacks`: they widen a matrix to multiply with it; `eight_bit_products`: they
-    multiply in 8 bits, at up to twice the rate; `with_fp32`: activations may be fp32. `head`: the language model's head
-    is quantized as well. Modules that one of the patterns `skipped` is found in are not; nor, if there are any, those
-    that no pattern of `only` is in.
-    `ordered`: inputs of one scale lie anywhere in a row, and a number for each input says which scale is its own.
-    `kept`: our layers have it from a checkpoint, and so cannot choose what shares a scale.
+    `block`: the outputs and inputs that share a scale, 0 for all of them. `flat`: instead, the number of consecutive
+    values that share one, across outputs. `scales`: the numbers stored for each of these (two: a scale and the value of
+    the middle), of `scale_bytes` each, None for the width of the model's type. `nested`: the number of one-byte scales
+    that share an fp32 scale. Rows are padded to `word` bytes. `zero_points`: there are zero points, packed like values.
+    `zeros_to_load`: the engine drops them after loading. `part_bytes`: further bytes for each matrix (three matrices if
+    queries, keys and values are fused). `layer_bytes`: further bytes for each layer of the engine.
+
+    `fused`: layers join queries, keys and values, or gate and up, in one matrix (vLLM's kernels; not those of
+    bitsandbytes). `unpacks`: a matrix is dequantized for multiplication. `eight_bit_products`: products are computed in
+    8 bits, at up to twice the rate. `with_fp32`: activations may be fp32. `head`: the language model's head is
+    quantized as well. `skipped`: patterns; a module whose name contains one is not quantized. `only`: patterns; if
+    there are any, only modules whose names contain one are quantized.
+
+    `ordered`: inputs that share a scale are not adjacent, and a number for each input names its scale. `kept`: our
+    layers keep the format of a checkpoint, and so cannot choose what shares a scale.
     """
 
     name: str
@@ -80,7 +83,7 @@ class Quantization:
         return _is_chosen(self.skipped, self.only, module)
 
     def applies(self, parameter: Parameter) -> bool:
-        """True if a parameter is stored quantized: matrices of decoder layers, but for those that are left out."""
+        """True if a parameter is stored quantized: matrices of decoder layers, except those that are left out."""
         module, _, leaf = parameter.name.rpartition(".")
         inside = parameter.layer is not None or (self.head and parameter.cut == "head")
         return inside and leaf == "weight" and len(parameter.shape) == 2 and _is_chosen(self.skipped, self.only, module)
@@ -120,7 +123,7 @@ class Quantization:
 
     @property
     def has_rows(self) -> bool:
-        """True if rows of what our layers store, with their scales, are rows of the matrix."""
+        """True if our layers store each row of the matrix, with its scales, as a row."""
         return not (self.fused or self.nested or (self.scales == 2 and not self.unpacks))
 
     def split_group(self, parameter: Parameter, held: tuple[int, ...]) -> str | None:
@@ -161,8 +164,8 @@ class Quantization:
 
 
 def as_kept(stored: Quantization, by_rows: bool = False) -> Quantization | None:
-    """The form in which our layers keep matrices that a checkpoint brings in this one, `by_rows` one of which rows can
-    be sharded; None for a form that they cannot."""
+    """The format in which our layers keep matrices that a checkpoint has in format `stored`, with `by_rows` one that
+    can be sharded by rows; None if they do not support it."""
     if stored.head or (by_rows and stored.nested):
         return None
     if not stored.fused:
@@ -230,23 +233,25 @@ QUANTIZATIONS: Mapping[str, Quantization] = {
 }
 """Schemes by name.
 
-fp8: a byte a value, an fp32 scale a matrix (each of queries, keys and values), output, or block of 128 x 128. Source:
-create_fp8_weight_parameter, create_fp8_scale_parameter in vllm/model_executor/layers/quantization/utils/fp8_utils.py.
-int8: LLM.int8, a byte a value and an fp32 scale an output (Int8Params.CB and SCB in bitsandbytes/nn/modules.py).
+fp8: a byte per value, an fp32 scale per matrix (one each for queries, keys and values), output, or block of 128 x 128.
+Source: create_fp8_weight_parameter, create_fp8_scale_parameter in
+vllm/model_executor/layers/quantization/utils/fp8_utils.py.
+int8: LLM.int8, a byte per value and an fp32 scale per output (Int8Params.CB and SCB in bitsandbytes/nn/modules.py).
 int8_wo: the same with a scale of the model's type (shards/load/quantized/quantizers.py). int8_dyn: as int8.
-int4_wo: half a byte a value, and for each 64 inputs of an output a scale and the value of the middle
+int4_wo: half a byte per value, and for each 64 inputs of an output a scale and the value of the middle
 (shards/load/quantized/integer_quantizers.py).
-nf4, fp4: half a byte a value, an fp32 maximum for each 64 values, a table of 16 fp32. nf4_dq: the maxima in a byte
+nf4, fp4: half a byte per value, an fp32 maximum for each 64 values, a table of 16 fp32. nf4_dq: the maxima in a byte
 each, an fp32 scale for each 256 of them, their fp32 offset, another table of 256 fp32 (quantize_4bit in
-bitsandbytes/functional.py). A matrix is widened for prompts, not for single tokens (gemm_4bit in backends/cuda/ops.py).
-int4_g128: GPTQ and AWQ, eight values and eight zero points an int32, a scale of the model's type for each 128 inputs of
-an output. Source: create_weights in vllm/model_executor/layers/quantization/auto_gptq.py, auto_awq.py. A
-symmetric GPTQ has its zero points only while it is loaded (process_weights_after_loading of its kernels).
+bitsandbytes/functional.py). A matrix is dequantized for prompts, not for single tokens (gemm_4bit in
+backends/cuda/ops.py).
+int4_g128: GPTQ and AWQ, eight values or eight zero points per int32, a scale of the model's type for each 128 inputs of
+an output. Source: create_weights in vllm/model_executor/layers/quantization/auto_gptq.py, auto_awq.py. A symmetric GPTQ
+has its zero points only while it is loaded (process_weights_after_loading of its kernels).
 """
 
 
 def known_quantization(name: str) -> Quantization | None:
-    """A scheme by its name, None for `none`; PlanError names the others."""
+    """A scheme by its name, None for `none`; PlanError, with the known names, for any other."""
     if name == "none":
         return None
     if name not in QUANTIZATIONS:

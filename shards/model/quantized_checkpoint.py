@@ -18,7 +18,8 @@ _UNQUANTIZED = "use the unquantized checkpoint."
 _REPEATS = re.compile(r"[*+{]")
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
 MOST_REPEATS = 5
-"""In a regular expression for the names of modules: one more is a hundred times the time, where it does not match."""
+"""Repeats in a regular expression for module names, at most: each further one multiplies the time of a failing match by
+a hundred."""
 
 _BESIDE = re.compile(
     r"\.(qzeros|scales|g_idx|weight_scale(_inv)?|weight_zero_point|weight_shape|input_scale|input_zero_point|[kv]_scale"
@@ -27,7 +28,7 @@ _BESIDE = re.compile(
 
 
 def from_config(config: TransformersConfig) -> Quantization | None:
-    """The quantization that a model's config names, None where it names none.
+    """The quantization that a model's config names; None if it names none.
 
     PlanError, in one line, for a method whose bytes are not known here, or which no engine reads any more.
     """
@@ -39,7 +40,7 @@ def from_config(config: TransformersConfig) -> Quantization | None:
         return None
     method = str(given.fields.get("quant_method", "")).lower()
     if not method and (given.flag("load_in_4bit", False) or given.flag("load_in_8bit", False)):
-        method = "bitsandbytes"  # the first releases with 8 bits did not name themselves
+        method = "bitsandbytes"  # the first releases with 8 bits did not store the method
     if method not in _READERS:
         raise PlanError(
             f"The bytes of a checkpoint quantized by {method or 'an unnamed method'} are not known.",
@@ -80,7 +81,7 @@ def _gptq(given: ConfigFields) -> Quantization:
 
 
 def _awq(given: ConfigFields) -> Quantization:
-    """Names that are not converted are parts of names. Source: AutoAWQConfig in quantization/auto_awq.py."""
+    """AWQ; `modules_to_not_convert` has parts of module names. Source: AutoAWQConfig in quantization/auto_awq.py."""
     bits_name = next((name for name in ("bits", "w_bit") if name in given.fields), "w_bit")
     group_name = next((name for name in ("group_size", "q_group_size") if name in given.fields), "q_group_size")
     bits, group = given.size(bits_name), _group_size(given, group_name)
@@ -96,7 +97,8 @@ def _awq(given: ConfigFields) -> Quantization:
 
 
 def _fp8(given: ConfigFields) -> Quantization:
-    """A scale a matrix, or a block; static activations have one more. Source: Fp8LinearMethod in vLLM's fp8.py."""
+    """fp8: a scale per matrix or block, and one more for static activations. Source: Fp8LinearMethod in vLLM's
+    fp8.py."""
     name, part_bytes = "fp8", 0
     block = _block(given, "weight_block_size")
     if block is not None:
@@ -114,7 +116,8 @@ def _fp8(given: ConfigFields) -> Quantization:
 
 
 def _bitsandbytes(given: ConfigFields) -> Quantization:
-    """Names are the beginning or the end of a module's. Source: should_convert_module in transformers/quantizers."""
+    """bitsandbytes; a skipped name is the beginning or the end of a module's name. Source: should_convert_module in
+    transformers/quantizers."""
     scheme = "int8"
     if given.flag("load_in_4bit", False) or given.flag("_load_in_4bit", False):
         scheme = "nf4"
@@ -130,7 +133,8 @@ def _bitsandbytes(given: ConfigFields) -> Quantization:
 
 
 def _compressed(given: ConfigFields) -> Quantization:
-    """One group for all linear layers: integers packed in words (W4A16, W8A16), or bytes of int8 or fp8.
+    """compressed-tensors with one group for all linear layers: integers packed in words (W4A16, W8A16), or bytes of
+    int8 or fp8.
 
     Source: the schemes in vllm/model_executor/layers/quantization/compressed_tensors/schemes.
     """
@@ -178,7 +182,7 @@ def _compressed(given: ConfigFields) -> Quantization:
 
 
 def _ignored(name: str) -> str:
-    """A regular expression of the modules that a name in `ignore` stands for, which may be one behind `re:`."""
+    """The regular expression for an entry of `ignore`, which is a name, or an expression after `re:`."""
     if name.startswith("re:"):
         return f"^(?:{_pattern(name.removeprefix('re:'))})"
     return f"^{re.escape(name)}$"
@@ -194,7 +198,7 @@ _READERS: dict[str, Callable[[ConfigFields], Quantization]] = {
 
 
 def unpacked(tensors: Mapping[str, tuple[int, ...]], quantization: Quantization) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the parameters that a quantized checkpoint's tensors stand for: [outputs, inputs] each."""
+    """Names and shapes [outputs, inputs] of the unquantized parameters, from the tensors of a quantized checkpoint."""
     per_word = 8 * quantization.word // quantization.bits
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in tensors.items():
@@ -226,7 +230,7 @@ def _grouped_name(method: str, bits: int, group: int) -> str:
 
 
 def _group_size(given: ConfigFields, name: str) -> int:
-    """Values that share a scale; 0, which is written -1, for all of a row."""
+    """The number of values that share a scale; 0, which a config has as -1, for a whole row."""
     return max(given.number(name, -1), 0)
 
 
@@ -241,7 +245,7 @@ def _block(given: ConfigFields, name: str) -> tuple[int, int] | None:
 
 
 def _pattern(text: str) -> str:
-    """A regular expression of a config, if it is one that is found, or not, in no time."""
+    """A regular expression from a config; PlanError if it is invalid, or may take too long to match."""
     try:
         re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
@@ -254,7 +258,7 @@ def _pattern(text: str) -> str:
 
 
 def _flat(given: ConfigFields, name: str) -> list[str]:
-    """Texts of a list, or of lists in it."""
+    """The texts of a list, or of a list of lists."""
     value = given.fields.get(name) or []
     lists = [value]
     if isinstance(value, list) and all(isinstance(item, list) for item in value):

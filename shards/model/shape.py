@@ -70,7 +70,8 @@ class ModelShape:
     windows: tuple[int | None, ...] = ()
 
     def __hash__(self) -> int:
-        """Of the sizes alone: a plan looks up the same shape thousands of times, which has hundreds of parameters."""
+        """A hash of the sizes alone: a plan looks up the same shape thousands of times, and it has hundreds of
+        parameters."""
         return hash((self.family, self.num_layers, self.hidden_size, len(self.parameters)))
 
     @property

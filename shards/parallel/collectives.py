@@ -106,7 +106,7 @@ def _through_shared_memory(world: World) -> Collectives:
     def gather(out: torch.Tensor, part: torch.Tensor) -> None:
         if part.is_floating_point():
             operators.shm_all_gather(handle, part, out)
-        elif part.nbytes % 4 == 0:  # the operator copies, and has no integers
+        elif part.nbytes % 4 == 0:  # the operator only copies, but refuses integers
             operators.shm_all_gather(handle, part.view(torch.float32), out.view(torch.float32))
         else:
             dist.all_gather_into_tensor(out, part)
@@ -127,7 +127,7 @@ def _common_room(world: World, nbytes: int) -> torch.Tensor | None:
         try:
             with path.open("xb") as file:
                 os.posix_fallocate(file.fileno(), 0, nbytes)
-        except OSError:  # full
+        except OSError:  # no space left
             obstacle = True
             path.unlink(missing_ok=True)
     if any_rank(obstacle):

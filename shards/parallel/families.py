@@ -63,21 +63,21 @@ def attend(
     """Attention of `query` [batch, heads, length, head_dim], with `group` query heads for each head of `key` and
     `value`.
 
-    `mask` [batch, 1, length, keys] holds for all heads; without a mask attention is causal. Returns [batch, length,
+    `mask` [batch, 1, length, keys] applies to all heads; without a mask attention is causal. Returns [batch, length,
     heads, head_dim].
     """
     batch, heads, length, head_dim = query.shape
     if (lengths := packed_lengths()) is not None:
         return attend_packed(query, key, value, lengths)
-    if length == 1:  # the queries of a group see the same keys, as those of a sequence do
+    if length == 1:  # a group's queries attend to the same keys: pass them as tokens of one head
         rows = query.reshape(batch, heads // group, group, head_dim)
         return scaled_dot_product_attention(rows, key, value, attn_mask=mask).reshape(batch, 1, heads, head_dim)
     is_step = length < key.shape[2] and length * group <= FEW
-    if is_step and group > 1 and mask is not None:  # one with guesses: the same for each token
+    if is_step and group > 1 and mask is not None:  # a step with draft tokens: likewise, for each token
         rows = query.reshape(batch, heads // group, group * length, head_dim)
         attended = scaled_dot_product_attention(rows, key, value, attn_mask=mask.repeat(1, 1, group, 1))
         return attended.reshape(batch, heads, length, head_dim).transpose(1, 2)
-    if query.is_cuda:  # its kernels that write no scores down have no groups, or are for few cards and 16 bits only
+    if query.is_cuda:  # kernels that do not store the scores lack groups, or support few GPUs and 16-bit types only
         key, value, group = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), 1
     attended = scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=group > 1

@@ -55,9 +55,9 @@ def fully_shard_model(
     each rank, together with everything outside the layers (embeddings, last norm, head; tied weights once). Without
     resident layers, everything outside the layers is the group of the root: needed first and last in every step, it is
     gathered once and stays until `reshard`. With `collectives` the layers are gathered through them, in shared memory
-    where the ranks have it, and their matrices in `gather_dtype`. A mesh with nothing to shard over leaves the model as
-    it is. It works on meta, so that loading never holds more than the shard. With `offload` the shards are in pinned
-    main memory, where they must be loaded, and are copied to the device before a gather.
+    if the ranks have it, and their matrices in `gather_dtype`. A mesh with a single rank to shard over leaves the model
+    as it is. It works on meta, so that loading never holds more than the shard. With `offload` the shards are in pinned
+    main memory, into which they must be loaded, and are copied to the device before a gather.
     """
     layers = decoder_layers(model)
     resident = spread_evenly(resident_layers, len(layers))
@@ -149,7 +149,7 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             if any(group._all_gather_result for group in _groups(module)):
-                module.unshard()  # of one that is still being gathered
+                module.unshard()  # completes a gather in progress
             module.reshard()
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from shards.load.quantized.quantizers import Quantizer
 
-BATCH_HINT = 4  # of the layouts that oneDNN offers for 1, 4 and 32 rows, this one is the best at 3 rows and more
+BATCH_HINT = 4  # oneDNN offers layouts for 1, 4 and 32 rows: this one is the fastest for 3 rows and more
 LEAST_VALUES = {torch.float32: 1 << 18, torch.bfloat16: 1 << 14}
 """Matrices with at least this many values are faster packed: a call of oneDNN takes 12 us more than one of MKL."""
 
@@ -40,7 +40,7 @@ class ProductLinear(nn.Linear):
     """A linear layer whose weight may be packed, for CPU kernels or by a quantizer."""
 
     quantizer: Quantizer | None = None
-    lora_scale: float | None = None  # of the factors of an adapter, where there are some
+    lora_scale: float | None = None  # scale of an adapter's factors; None without an adapter
 
     def largest_over_ranks(self, largest: torch.Tensor) -> torch.Tensor:
         """The largest magnitudes of whole rows, from those of this rank's parts of the rows."""

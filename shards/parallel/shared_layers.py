@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
     from shards.parallel.collectives import Collectives
 
-ALIGNMENT = 64  # bytes of a line of a CPU's cache
+ALIGNMENT = 64  # bytes of a CPU cache line
 
 
 class SharedLayers:
     """Layers that FSDP2 has sharded, each gathered before its forward without FSDP2: every rank writes its rows of each
     parameter into shared memory and waits for the others, and all read the whole there.
 
-    Two halves of a room are used in turns: once all ranks have written a layer, none reads the layer before it, whose
-    half the next layer takes. From a forward until `give_back` the parameters of the layers are views of the room,
-    valid while their layer runs. Matrices are gathered in `gather_dtype`, if given. Every forward of the model must run
-    all layers in order.
+    The two halves of `room` are used in turn: once all ranks have written a layer, none still reads the previous layer,
+    whose half the next layer takes. From a forward until `give_back` the parameters of the layers are views of the
+    room, valid while their layer runs. Matrices are gathered in `gather_dtype`, if given. Every forward of the model
+    must run all layers in order.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class SharedLayers:
 
     def _gather(self, number: int, *_: object) -> None:
         if not self.copies:
-            with torch.inference_mode(mode=False), torch.no_grad():  # these are used again outside of it
+            with torch.inference_mode(mode=False), torch.no_grad():  # also used outside inference mode
                 self._use_room()
-        if number == 0:  # a rank may still read the last layer of the pass before
+        if number == 0:  # a rank may still read the last layer of the previous pass
             self.meet()
         places, shards = self.copies[number]
         torch._foreach_copy_(places, shards)

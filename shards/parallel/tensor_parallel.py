@@ -1,6 +1,6 @@
 """Tensor parallelism: attention is cut by heads, the MLP by columns and rows, the vocabulary by rows.
 
-Parameters are plain tensors, marked with the block of the model that they are. With DTensors, as in torch's own
+Parameters are plain tensors, each marked with the block of the model that it holds. With DTensors, as in torch's own
 parallelize_module, a decode step took three times as long: each operation is dispatched in Python.
 """
 
@@ -174,10 +174,10 @@ def tensor_parallel_model(model: nn.Module, rank: int, size: int, collectives: C
     embedding.first = head.first = rank * ceil(embedding.num_embeddings / size)
     for layer in decoder_layers(model):
         attention = getattr(layer, "self_attention", None)
-        for name in HEAD_COUNTS:  # which an attention that does not see its cut has to be told
+        for name in HEAD_COUNTS:  # attention uses these, not the shapes of its cut projections
             if hasattr(attention, name):
                 setattr(attention, name, getattr(attention, name) // size)
-        summands: list[torch.Tensor] = []  # of the layer, which are added up at once
+        summands: list[torch.Tensor] = []  # products of the layer for one all-reduce
         for module in layer.modules():
             if isinstance(module, PartLinear):
                 module.held = summands

@@ -18,7 +18,7 @@ def roofline(request: PlanRequest, layout: Layout) -> Roofline | None:
         return None
     device, quantization = request.device, request.quantization
     if quantization is not None and quantization.eight_bit_products and device.flops_16 is not None:
-        device = replace(device, flops_16=2 * device.flops_16)  # A100, RTX A6000 and H100: int8 or fp8 at twice bf16
+        device = replace(device, flops_16=2 * device.flops_16)  # A100, RTX A6000, H100: twice the rate of bf16
     num_devices = request.num_devices
     if scheme == "pipeline":
         num_devices = 1
@@ -61,7 +61,7 @@ def ceilings(request: PlanRequest, layout: Layout) -> tuple[Limit | None, Limit 
 
 
 def _with_guesses(request: PlanRequest, limit: Limit | None) -> Limit | None:
-    """The limit of a decode step whose draft tokens are all accepted, or of a step without if drafting takes too long.
+    """The limit of a decode step whose draft tokens are all accepted, or of a plain step if drafting takes too long.
 
     The draft model is read once for each draft token, before the step that checks them all.
     """

@@ -88,8 +88,8 @@ def spread(shape: ModelShape, n: int, storage: Storage = NUMBERS) -> tuple[tuple
 
 @lru_cache(maxsize=256)
 def _units(shape: ModelShape, storage: Storage) -> tuple[tuple[int, bool], ...]:
-    """What a device map does not divide, in order: bytes of single parameters outside the layers, and of whole layers,
-    for which it says True."""
+    """The indivisible units of a device map, in order: (bytes, True for a layer) of single parameters outside the
+    layers and of whole layers."""
     units = []
     for layer_or_name, members in groupby(shape.parameters, lambda p: p.name if p.layer is None else p.layer):
         units.append((sum(map(storage.nbytes, members)), isinstance(layer_or_name, int)))

@@ -19,7 +19,7 @@ def illegal(request: PlanRequest) -> str | None:
     problem = no_offload(request) or engine.refusal(request)
     if problem or request.draft is None or engine.pool(request) is None:
         return problem
-    # An engine with a pool cuts a draft as it does the model.
+    # An engine with a pool cuts a draft model like the model itself.
     draft_problem = engine.refusal(replace(request, shape=request.draft, draft=None, quantization=None))
     if draft_problem:
         return f"The draft model: {draft_problem}"

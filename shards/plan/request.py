@@ -120,9 +120,9 @@ class EnginePlanner(ABC):
     __slots__ = ()
 
     name: ClassVar[str]
-    plain_only: ClassVar[str] = ""  # why it runs no quantization, or not one that `runs` denies
+    plain_only: ClassVar[str] = ""  # why it does not run a quantization that `runs` rejects
     mixes_precision: ClassVar[bool] = False  # True: weights in fp32, multiplied under autocast in a narrower type
-    offloads: ClassVar[tuple[Offload, ...]] = ()  # where it can leave weights that a device is sent for each pass
+    offloads: ClassVar[tuple[Offload, ...]] = ()  # where weights can be that a device gets for each pass
     one_process: ClassVar[bool] = False  # True: one process holds all devices, so there is no communicator
     is_monotone: ClassVar[bool] = False  # True: from two on, more devices never need more memory each
 
