@@ -1,1 +1,1 @@
-"""Sharding of a model over devices: shapes, bytes, checkpoints, ranks. Knows nothing of runs."""
+"""Sharding of a model over devices: shapes, bytes, checkpoints, ranks. Does not depend on the launcher."""

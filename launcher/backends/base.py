@@ -93,7 +93,7 @@ class Generation:
 
     The times are None for an engine that does not separate prefill from decode (vLLM), `decode_steps` for one that does
     not count its steps. `counters` are the engine's own, named as in `launcher.results.figures.metrics.COUNTERS`.
-    `failures` are the prompts that a server did not answer, `server` is what the client measured of the server.
+    `failures` are the prompts that a server did not answer, `server` has the client's measurements.
     `wall_s` is the time from the first prompt to the last answer, for an engine whose call does more than that.
     """
 
@@ -184,7 +184,7 @@ class Backend(Protocol):
         """The current memory of each device that this process reports."""
 
     def close(self) -> None:
-        """Release what the process holds outside itself: workers, shared memory, process groups."""
+        """Release everything outside this process: workers, shared memory, process groups."""
 
 
 @dataclass(frozen=True, slots=True)

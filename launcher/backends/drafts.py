@@ -42,7 +42,7 @@ def make_guesser(
 
 
 def with_draft(memory: DeviceMemory, guesser: Guesser | None) -> DeviceMemory:
-    """The memory of a device, with that of the draft model on it added."""
+    """The memory of a device, including its draft model."""
     if not isinstance(guesser, Draft):
         return memory
     memory = replace(memory, draft_parameter_bytes=parameter_bytes(guesser.model, guesser.device))

@@ -89,7 +89,7 @@ class PhasePeaks:
         self.phases: dict[torch.device, dict[str, PhaseMemory]] = {device: {} for device in self.devices}
         self.fragmented_bytes = dict.fromkeys(self.devices, 0)
         self.step_growth_bytes: dict[torch.device, int | None] = dict.fromkeys(self.devices)
-        self._reserved_bytes: dict[torch.device, int] = {}  # after the last step
+        self._reserved_bytes: dict[torch.device, int] = {}  # reserved after the last step
         for device in self.devices:
             torch.cuda.reset_peak_memory_stats(device)
 

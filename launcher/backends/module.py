@@ -65,7 +65,7 @@ class ModuleBackend(ABC):
 
     mapped_files: frozenset[Path] = frozenset()  # files that weights of this process are mapped from
     gather: Callable[[torch.Tensor, torch.Tensor], object] = staticmethod(dist.all_gather_into_tensor)
-    stats = LoadStats(0, 0, 0.0)  # of weights that are left on disk
+    stats = LoadStats(0, 0, 0.0)  # as it stays if weights are left on disk
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config

@@ -13,7 +13,7 @@ from shards.errors import CheckpointError
 DESCRIPTION = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
 SAFETENSORS = "model*.safetensors"
 LEGACY = "pytorch_model*.bin"
-SUBFOLDERS = "*/*"  # other formats and originals
+SUBFOLDERS = "*/*"  # not downloaded: other formats and original files
 
 
 def resolve(path: str, revision: str | None = None, weights: bool = True) -> Path:

@@ -89,7 +89,7 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     these, and a packed matrix by its `weight`."""
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[2].startswith("weight_"):
-            continue  # scales of a packed matrix: set when it is packed or read
+            continue  # scales and adapter factors are filled separately
         first = 0
         for block, rows in getattr(parameter, "parts", ()):
             part = parameter.detach().narrow(0, first, rows)

@@ -57,8 +57,8 @@ def note_conversions(model: nn.Module) -> None:
 def converted(model: nn.Module, checkpoint: Checkpoint, expected: Iterable[str]) -> Checkpoint:
     """The same checkpoint with the `expected` names of the modules, and merged tensors as MergedEntry.
 
-    Names that match none of them stay as they are, for `Checkpoint.verify` to report. CheckpointError for a tensor that
-    is made from stored ones in another way than stacking and joining.
+    Names that match none of them stay as they are, for `Checkpoint.verify` to report. CheckpointError if transformers
+    makes a tensor from stored ones by anything but stacking and joining.
     """
     transforms: Sequence[Any] = getattr(model, "conversions", ())
     if not transforms:

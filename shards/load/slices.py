@@ -169,7 +169,7 @@ def _read_piece(files: OpenFiles, ring: Ring, piece: _Piece) -> int:
     with torch.inference_mode():
         if piece.mapped:
             files.expect(piece.entry, piece.offset, piece.nbytes)
-            piece.out.reshape(-1).view(torch.uint8)[:: mmap.PAGESIZE].max()  # reads a byte of each page
+            piece.out.reshape(-1).view(torch.uint8)[:: mmap.PAGESIZE].max()  # reading a byte of each page maps it
         elif piece.in_place:
             files.fill(piece.entry, piece.offset, _bytes_of(piece.out))
         elif (

@@ -39,7 +39,7 @@ def network_of(world: World, environ: Mapping[str, str], kind: str) -> Network:
     0."""
     addresses = _addresses()
     if named := environ.get(VARIABLES[kind]):
-        if kind != "cuda":  # gloo's variable has a whole name
+        if kind != "cuda":  # gloo's variable has an exact name, which NCCL's marks with =
             named = f"={named}"
         interface = named_by(named, list(addresses))
         address = next(iter(addresses.get(interface or "", ())), None)

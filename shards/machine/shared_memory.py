@@ -22,7 +22,7 @@ def missing_room(ranks: int, segment_bytes: int) -> str | None:
     """The space that /dev/shm lacks for a segment of each rank of this node; None if it has enough."""
     try:
         room = os.statvfs(SHARED_MEMORY)
-        with tempfile.TemporaryFile(dir=SHARED_MEMORY):  # free space may not be writable
+        with tempfile.TemporaryFile(dir=SHARED_MEMORY):  # it may have free space but be read-only
             pass
     except OSError as error:
         return f"{SHARED_MEMORY}: {error.strerror}"

@@ -71,7 +71,7 @@ def _from_torch(environ: Mapping[str, str], outer: World | None) -> World | None
     """
     launcher = next((name for mark, name in MARKS.items() if mark in environ), "environment")
     if launcher == "environment" and outer is not None:
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # set by the user
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # only the user can have set these
             if name in environ and environ[name] != outer.environ()[name]:
                 raise WorldError(
                     f"{name}={environ[name]} is set, and {outer.launcher} says {name}={outer.environ()[name]}.",

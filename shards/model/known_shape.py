@@ -102,7 +102,7 @@ def _llama(config: ConfigFields) -> ModelShape:
     """Llama and similar families; they differ in biases, in norms of queries and keys, and in defaults."""
     family = str(config.fields["model_type"])
     hidden, heads = config.size("hidden_size", 4096), config.size("num_attention_heads", 32)
-    default_kv_heads = heads  # of a null field
+    default_kv_heads = heads  # for a null field
     if "num_key_value_heads" not in config.fields:
         default_kv_heads = _DEFAULT_KV_HEADS.get(family, heads)
     kv_heads = config.size("num_key_value_heads", default_kv_heads)

@@ -34,7 +34,7 @@ class Rotation:
     """
 
     def __init__(self) -> None:
-        self.angles: tuple[torch.Tensor, torch.Tensor] | None = None  # of this forward, as the model computed them
+        self.angles: tuple[torch.Tensor, torch.Tensor] | None = None  # of the current forward, as the model made them
         self.factors: tuple[torch.Tensor, torch.Tensor] = (torch.empty(0), torch.empty(0))
 
     def __call__(

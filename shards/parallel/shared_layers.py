@@ -91,8 +91,8 @@ def share_layers(
 def laid_out(
     layer: nn.Module, gather_dtype: torch.dtype | None
 ) -> Iterator[tuple[tuple[nn.Module, str, nn.Parameter], torch.dtype, int, int]]:
-    """Each sharded parameter of a layer with its module and name, the dtype it is gathered in, and the bytes that it
-    takes in the room, from the first to before the end."""
+    """Each sharded parameter of a layer with its module and name, the dtype it is gathered in, and the start and end of
+    its bytes in the room."""
     end = 0
     for module in layer.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):

@@ -31,8 +31,8 @@ class Plan:
     the limit of a decode step halfway through answers of full length, `prefill_limit` that of the prompts of one batch;
     None if no rates are known. `roofline` and the `windows` of the layers determine the limit of any other step.
     `load_host_bytes` are over all ranks of a node, None if not known; `step_bytes` are the weights that a device reads
-    for a decode step, and `bandwidth` its rate in bytes/s; `kv_cache_memory_bytes` is the pool that the engine is told
-    to reserve. Module engines keep their cache in `slots` of `slot_tokens` tokens each. `settings` are the engine's
+    for a decode step, and `bandwidth` its rate in bytes/s; `kv_cache_memory_bytes` is the pool that the engine must
+    reserve. Module engines keep their cache in `slots` of `slot_tokens` tokens each. `settings` are the engine's
     options that the plan has decided or been given, by name; `advice` suggests an option that would be faster and fits.
     """
 

@@ -122,7 +122,7 @@ class EnginePlanner(ABC):
     name: ClassVar[str]
     plain_only: ClassVar[str] = ""  # why it does not run a quantization that `runs` rejects
     mixes_precision: ClassVar[bool] = False  # True: weights in fp32, multiplied under autocast in a narrower type
-    offloads: ClassVar[tuple[Offload, ...]] = ()  # where weights can be that a device gets for each pass
+    offloads: ClassVar[tuple[Offload, ...]] = ()  # storage for weights that are sent to a device in each pass
     one_process: ClassVar[bool] = False  # True: one process holds all devices, so there is no communicator
     is_monotone: ClassVar[bool] = False  # True: from two on, more devices never need more memory each
 

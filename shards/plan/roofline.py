@@ -65,8 +65,8 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """Everything that determines a limit, except the batch and its lengths: a finished run is compared with the limit
-    of its own."""
+    """Everything that determines a limit, except the batch and its lengths: so a finished run can be compared with the
+    limit for its own batches."""
 
     work: Work
     machine: Machine

@@ -183,7 +183,7 @@ class SlotCache(Cache):
         ]
         super().__init__(layers=[SlotLayer(slots, length, window, spare) for window in windows])
         self.doing: Reading | Stepping | None = None
-        self._kinds: dict[Kind, bool] = {}  # of layers that have run; True with a sliding window
+        self._kinds: dict[Kind, bool] = {}  # kinds of layers that have run; True: sliding window
         self._index: dict[Kind, torch.Tensor] = {}
         self._bases: dict[Kind, torch.Tensor] = {}
         self._buffers: dict[tuple[Kind, int], Pair] = {}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from launcher.backends.slots.device import Forward, Slots
     from launcher.config.schema import RunConfig
 
-NEAR = 16.0  # tokens within so many roundings of a logit of 1 are equally likely; logits of models are larger than 1
+NEAR = 16.0  # a gap of so many roundings of a logit of 1 is a tie; logits of models are a few times larger than 1
 MOST_VERSIONS = 4096  # compiled versions of the code of a layer: inductor makes one for each layer and reach
 
 

@@ -159,7 +159,7 @@ class _Call:
             self.eos = frozenset()
         self.order = {prompt.index: place for place, prompt in enumerate(prompts)}
         self.generators: dict[int, torch.Generator | None] = {}
-        self.kinds: list[Kind | None] = []  # of each forward; None if idle
+        self.kinds: list[Kind | None] = []  # the kind of each forward; None for an idle one
         self.rows_before = self.slots.computed_rows
         self.ended: list[Sequence] = []
         self.new_tokens, self.reported = 0, 0

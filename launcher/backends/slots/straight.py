@@ -71,8 +71,7 @@ class LlamaLayer:
 
 
 class FalconLayer:
-    """A layer of a Falcon whose attention and MLP have the same input, with a norm of its own for each or one for
-    both."""
+    """A layer of a Falcon whose attention and MLP have the same input, with a norm for each or one for both."""
 
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attention, layer.mlp

@@ -1,4 +1,4 @@
-"""The options of vLLM, the size of the KV cache that it is told to reserve, and the effect of its own arguments."""
+"""The options of vLLM, the size of the KV cache that it must reserve, and the effect of its own arguments."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class VllmConfig(BackendConfig):
         )
 
     def pool_bytes(self, config: RunConfig, model_config: TransformersConfig, on_cpu: bool) -> int | None:
-        """The KV cache that each worker is told to reserve; None if vLLM takes what `gpu_memory_utilization` leaves.
+        """Bytes of KV cache that each worker must reserve; None if vLLM takes what `gpu_memory_utilization` leaves.
 
         On a CPU it fits 64 sequences of the model's context, but all workers together take at most a quarter of the
         memory that is free now (the plan keeps the value). At least 64 MiB; 1 GiB if the shape of the model is not

@@ -28,12 +28,12 @@ def environment(config: RunConfig, on_cpu: bool) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
-        "SPT_NOENV": "1",  # workers that rename themselves keep their environment, by which a run is found
+        "SPT_NOENV": "1",  # renamed workers keep their environment readable: a run's processes are found by it
     }
     if on_cpu or config.devices * config.num_nodes == 1:
         variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # starts seconds sooner
     if on_cpu:
-        variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # "auto" wants a NUMA node for each worker
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # "auto" needs a NUMA node for each worker
     if on_cpu and config.backend.enforce_eager is not False:  # type: ignore[attr-defined]
         variables["TORCH_COMPILE_DISABLE"] = "1"  # even eager mode compiles a function of the vocabulary
     return variables

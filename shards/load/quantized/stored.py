@@ -164,7 +164,9 @@ def _gptq(tensors: Tensors, quantizer: Quantizer) -> tuple[torch.Tensor, torch.T
         first = order[:1].cpu().long()
         if not torch.equal(order.cpu().long(), first + torch.arange(len(order)) // group):
             raise ValueError("its inputs are reordered (desc_act)")
-    one_each = ((1 << 32) - 1) // ((1 << bits) - 1)  # added to words, as in gptqmodel: a 0 borrowed when stored
+    # Zero points are stored minus `zeros_from`. It is added to whole words, as in gptqmodel: a zero point of 0 borrowed
+    # from the next one when it was stored.
+    one_each = ((1 << 32) - 1) // ((1 << bits) - 1)
     zeros = nibbles(tensors["qzeros"] + quantizer.zeros_from * one_each, bits).t()
     return tensors["qweight"].t().contiguous(), scales, zeros
 

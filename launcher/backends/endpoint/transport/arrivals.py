@@ -25,7 +25,7 @@ class ArrivalClock:
         self.set()
 
     def set(self) -> None:
-        """Synchronize the two clocks; whatever arrives from now on is later than this."""
+        """Synchronize the two clocks; arrival times from now on are not earlier than this call."""
         self.earliest = time.perf_counter()
         self.offset = time.time() - self.earliest
 

@@ -57,7 +57,7 @@ class AheadSlots(Slots):
     def __init__(self, model: Any, slots: int, length: int, device: torch.device, ahead: int) -> None:
         super().__init__(model, slots, length, device, spare=ahead)
         self.ahead = ahead
-        self.last_position = length - ahead - 1  # of a token that is kept
+        self.last_position = length - ahead - 1  # the last position whose token can be kept
         windows = {layer.is_sliding: layer.window for layer in self.cache.layers}
         self.windows = {"sliding_attention" if kind else "full_attention": window for kind, window in windows.items()}
 
@@ -96,7 +96,7 @@ class Lookup:
 
     def __init__(self, most: int, least: int, device: torch.device) -> None:
         self.most, self.least, self.device = most, least, device
-        self.known: dict[int, Ngrams] = {}  # of the decoding prompts, by prompt index
+        self.known: dict[int, Ngrams] = {}  # n-grams of the decoding prompts, by prompt index
 
     def ready(self, slots: int, length: int, ahead: int) -> None:
         self.known.clear()
