@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 BEAT_S = 2.0
 READING = 1 << 20  # bytes read between two beats that count as work
 COMPUTING = 0.2  # busy cores between two beats that count as work
-COMPUTING_S = 1800.0  # seconds of computing without reading that count as work: waiting for a GPU may spin for ever
+COMPUTING_S = 1800.0  # seconds of computing that count as work: compiling ends, waiting for a GPU may spin for ever
 
 
 @dataclass(frozen=True, slots=True)
