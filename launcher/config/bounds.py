@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 BOUNDS: dict[str, Bounds] = {
     "devices": Bounds(1, MOST_DEVICES),
     "num_nodes": Bounds(1, MOST_DEVICES),
-    "seed": Bounds(0, 2**32 - 1),  # with a prompt's index below it, it is torch's 64 bits; numpy takes no more either
+    "seed": Bounds(0, 2**32 - 1),  # torch's 64-bit seed is (seed << 32) + prompt index; numpy's limit is also 32 bits
     "hang_timeout_s": SECONDS,
     "timeout_s": SECONDS,
     "prompts.count": Bounds(1, MOST_PROMPTS),
@@ -70,12 +70,12 @@ BOUNDS: dict[str, Bounds] = {
     "launch.poll_s": POSITIVE_SECONDS,
     "launch.node_rank": NOT_NEGATIVE,
     "cluster.cpus_per_task": COUNT,
-    "cluster.signal_s": Bounds(0, 65535),  # as sbatch takes it
+    "cluster.signal_s": Bounds(0, 65535),  # sbatch's limit
     "cluster.max_requeues": NOT_NEGATIVE,
     "cluster.array_limit": COUNT,
 }
-"""The bounds of each number by its key; those of an engine's options are declared with the options. None is not
-checked."""
+"""The bounds of each number, by its key; those of an engine's options are declared with the options. A value of None is
+not checked."""
 
 
 def check(config: RunConfig) -> None:
@@ -83,7 +83,7 @@ def check(config: RunConfig) -> None:
     backend, measure, load = config.backend, config.measure, config.load
     keys = key_types(RunConfig) | key_types(type(config.backend), "backend.")
     for key, hint in keys.items():
-        if get_args(hint)[-1:] != (str,) or key == "prompts.texts":  # each prompt is looked at when it is read
+        if get_args(hint)[-1:] != (str,) or key == "prompts.texts":  # prompts are checked when they are read
             continue
         items = operator.attrgetter(key)(config) or []
         if isinstance(items, dict):
@@ -149,7 +149,8 @@ def _check_experiment(experiment: ExperimentConfig) -> None:
 
 
 def _check_speculative(config: RunConfig) -> None:
-    """Check the kind of speculative decoding, and that the engine supports it."""
+    """ConfigError for an unknown kind of speculative decoding, for keys of another kind, or without support by the
+    engine."""
     speculative, name = config.speculative, config.backend.name
     if speculative.name not in KEYS:
         fact = f"speculative.name={speculative.name} is not one of {', '.join(KEYS)}."
@@ -191,7 +192,7 @@ def _check_speculative(config: RunConfig) -> None:
 
 
 def _check_backend(backend: BackendConfig) -> dict[str, Bounds]:
-    """The bounds of the engine's own numbers; ConfigError for a text that is not one of its option's choices."""
+    """The bounds of the engine's own numbers; ConfigError for an option whose value is not one of its choices."""
     bounds = {}
     for item in dataclasses.fields(backend):
         key, choices = f"backend.{item.name}", item.metadata.get(CHOICES)
@@ -204,7 +205,8 @@ def _check_backend(backend: BackendConfig) -> dict[str, Bounds]:
 
 
 def _check_prompts(prompts: PromptsConfig) -> None:
-    """A prompt set has one source (texts, a file or random ids): options of another source would be ignored."""
+    """ConfigError for options of several sources: prompts come from texts, a file or random ids, and options of another
+    source would be ignored."""
     path, length, count = prompts.path, prompts.input_tokens, prompts.count
     if path is not None and (prompts.texts is not None or length is not None):
         fact = f"prompts={prompts.name} has its own prompts, and does not use prompts.path={path}."

@@ -1,4 +1,4 @@
-"""Checks of the settings of a SLURM cluster."""
+"""Check the settings of a SLURM job."""
 
 from __future__ import annotations
 

@@ -11,9 +11,9 @@ class DeviceConfig:
 
     memory: str | None = None  # 48GiB
     bandwidth: str | None = None  # 768GB/s
-    flops: str | None = None  # 154.8TFLOP/s, of matrices in the precision of the run
+    flops: str | None = None  # 154.8TFLOP/s, the matmul rate in the precision of the run
 
 
 @dataclass
 class CostConfig:
-    device_hour: float | None = None  # the price of a device for an hour, in any money
+    device_hour: float | None = None  # price of one device for one hour, in any currency

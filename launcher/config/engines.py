@@ -35,7 +35,7 @@ NO_PLAN = "no plan: this engine's memory is not known here"
 
 @cache
 def brought() -> dict[str, EntryPoint]:
-    """The engines of installed packages by name; ConfigError for a name that several packages use."""
+    """The engines that installed packages register, by name; ConfigError for a name that is already taken."""
     entries: dict[str, EntryPoint] = {}
     for entry in entry_points(group=GROUP):
         if entry.name in BUILT_IN or entry.name in entries:
@@ -85,7 +85,7 @@ def load_engine(name: str) -> type[BackendConfig]:
 
 
 def engines() -> dict[str, type[BackendConfig]]:
-    """All engines by name, without invalid ones of packages."""
+    """All engines by name, without those of packages that cannot be loaded."""
     usable = {}
     for name in names():
         try:
@@ -110,7 +110,7 @@ def _package(entry: EntryPoint) -> str:
 
 
 def conf_folders() -> list[Path]:
-    """The `conf` folders of packages with engines, found without importing them."""
+    """The `conf` folders of packages that register engines, found without importing the packages."""
     folders = []
     for package in dict.fromkeys(entry.module.partition(".")[0] for entry in brought().values()):
         spec = importlib.util.find_spec(package)
@@ -125,7 +125,7 @@ def conf_folders() -> list[Path]:
 def resolve(reference: str) -> Any:
     """The object that "module:name" refers to; imports the module.
 
-    Garbage collection is off during the import, where it finds nothing and takes a sixth of an engine's import time.
+    Garbage collection is off during the import: it would free nothing and take a sixth of an engine's import time.
     """
     module, _, name = reference.partition(":")
     was_enabled = gc.isenabled()

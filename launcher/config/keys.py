@@ -41,7 +41,7 @@ OTHER_WORDS = {
 """Names that other tools use for a key."""
 
 SAME_VALUES = {"gpu": "cuda", "float": "fp32", "half": "fp16"}
-"""Names that other tools use for a value of an Enum; its own value (torch's name of a precision) is accepted too."""
+"""Names that other tools use for a member of an Enum, for hints; a member's value (torch's dtype name) works too."""
 
 
 def key_types(kind: type, prefix: str = "") -> JsonObject:
@@ -75,14 +75,14 @@ def engine_of(kind: type[BackendConfig]) -> str | None:
 
 
 def without_none(hint: Any) -> Any:
-    """A type without its `None`."""
+    """`X` for a type `X | None`; other types unchanged."""
     if isinstance(hint, types.UnionType):
         return next(option for option in get_args(hint) if option is not types.NoneType)
     return hint
 
 
 def is_open(hint: Any) -> bool:
-    """True if the user chooses the keys below a key of this type."""
+    """True for a dict or a list, whose entries the user chooses."""
     return get_origin(hint) in (dict, list)
 
 
@@ -100,7 +100,7 @@ def has_key(key: str, known: Mapping[str, Any]) -> bool:
 
 @cache
 def type_hints(kind: type) -> Mapping[str, Any]:
-    """The types of a dataclass's fields by name, resolved once: a configuration is read many times in a run."""
+    """The types of a dataclass's fields by name; cached, because a configuration is read many times in a run."""
     return get_type_hints(kind)
 
 
@@ -150,7 +150,7 @@ def nearest(key: str, known: Iterable[str]) -> str | None:
 
 
 def wrong_value(key: str, value: Any, hint: Any) -> ConfigError:
-    """The error for a value of another type than its key has."""
+    """The error for a value whose type does not fit its key."""
     given = str(value)
     if value is None:
         given = "null"

@@ -25,7 +25,7 @@ UNITS = {
 
 
 def machine_of(text: str, key: str = "machine") -> tuple[int, str]:
-    """Number and short name of the devices of `2xa6000`; ConfigError for anything else."""
+    """The number and the short name of the devices in a text such as `2xa6000`; ConfigError for any other form."""
     number, times, name = text.partition("x")
     if not times or not number.isascii() or not number.isdigit() or int(number) < 1:
         raise ConfigError(f"{key}={text} has no number of devices.", f"{key}=2x{text}")
@@ -37,7 +37,7 @@ def machine_of(text: str, key: str = "machine") -> tuple[int, str]:
 
 
 def quantity(key: str, text: str) -> float:
-    """The value of `device.memory` and similar keys in bytes, bytes/s or FLOP/s; ConfigError without a unit."""
+    """The value of one of the keys in UNITS, in bytes, bytes/s or FLOP/s; ConfigError without a known unit."""
     units, example = UNITS[key]
     parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z/]+)", text.strip().lower())
     if parts is None or parts[2] not in units or float(parts[1]) == 0:
@@ -46,7 +46,7 @@ def quantity(key: str, text: str) -> float:
 
 
 def described(device: Device, given: Mapping[str, str], dtype_bytes: int) -> Device:
-    """A device with the values of `given` (by the keys of UNITS) in place of the known ones."""
+    """The device with its figures replaced by those in `given` (by the keys of UNITS)."""
     amounts = {key: quantity(key, text) for key, text in given.items()}
     if (memory := amounts.get("device.memory")) is not None:
         device = replace(device, capacity_bytes=int(memory))
@@ -65,7 +65,7 @@ def given_of(config: RunConfig) -> dict[str, str]:
 
 
 def settle_machine(config: RunConfig, given: Collection[str]) -> None:
-    """Set the number of devices from `machine`; ConfigError for a contradictory description."""
+    """Set `config.devices` from `machine`; ConfigError for invalid device figures or a contradictory `devices`."""
     described(CPU, given_of(config), config.precision.products.num_bytes)
     if config.link is not None:
         known_link(config.link)

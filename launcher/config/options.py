@@ -1,4 +1,4 @@
-"""Options of an engine with their allowed values: `step_s: float = number(0.0, NOT_NEGATIVE)`."""
+"""Dataclass fields for an engine's options with their allowed values: `step_s: float = number(0.0, NOT_NEGATIVE)`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Bounds of a finite number: from `least`, exclusive if `is_open`, to `most`."""
+    """Bounds of a finite number: from `least` (exclusive if `is_open`) to `most` (inclusive; None: unlimited)."""
 
     least: int
     most: int | None = None
@@ -29,8 +29,8 @@ class Bounds:
         return self.least
 
     def beside(self, value: float) -> str:
-        """The bounds in words, for a value outside them; a bound that exists only for safety is named only if
-        exceeded."""
+        """The bounds in words, for a value outside them; an upper bound that is only a sanity limit is named only if it
+        is exceeded."""
         is_passed = self.most is not None and (self.most < MOST_TIMES or value > self.most)
         if self.is_open and is_passed:
             return f"above {self.least} and at most {self.most}"
@@ -45,7 +45,7 @@ MOST = 2**31 - 1
 MOST_BYTES = 2**50
 MOST_SECONDS = 10**9
 MOST_TOKENS = 10**7
-"""Of the prompts of a set together: random ids are drawn in three seconds, and take 400 MB."""
+"""The most tokens in all prompts of a set: drawing so many random ids takes three seconds and 400 MB."""
 
 MOST_PROMPTS = 10**5
 MOST_TIMES = 10**5
@@ -54,14 +54,14 @@ COUNT, NOT_NEGATIVE, SHARE = Bounds(1, MOST), Bounds(0, MOST), Bounds(0, 1, is_o
 ANY, SECONDS, TOKENS = Bounds(-MOST_BYTES, MOST_BYTES), Bounds(0, MOST_SECONDS), Bounds(1, MOST_TOKENS)
 POSITIVE_SECONDS = Bounds(0, MOST_SECONDS, is_open=True)
 
-BOUND, CHOICES = "bounds", "choices"  # in the metadata of a field
+BOUND, CHOICES = "bounds", "choices"  # keys in the metadata of a dataclass field
 
 
 def number(default: float | None, bounds: Bounds) -> Any:
-    """A dataclass field that is a number within `bounds`; None, if the field allows it, is not checked."""
+    """A dataclass field for a number within `bounds`; None is not checked."""
     return field(default=default, metadata={BOUND: bounds})
 
 
 def choice(default: str, *others: str) -> Any:
-    """A dataclass field that is one of these texts."""
+    """A dataclass field for a text that is `default` or one of `others`."""
     return field(default=default, metadata={CHOICES: (default, *others)})

@@ -22,7 +22,7 @@ from shards.plan.request import EnginePlanner
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-DEFAULT_PREFILL_TOKENS = 2048  # that a module engine with slots reads in a forward
+DEFAULT_PREFILL_TOKENS = 2048  # prompt tokens per forward pass of a module engine with slots, at most
 
 
 class ConfigError(UserError):
@@ -38,8 +38,8 @@ class Accelerator(Enum):
 
 
 class Scheduling(Enum):
-    """The time at which a prompt begins: as soon as a slot is free, or with a batch that waits for its longest
-    answer."""
+    """When a prompt starts: as soon as a slot is free (continuous), or with the next batch, after the longest answer of
+    the current one (static)."""
 
     continuous = "continuous"
     static = "static"
@@ -47,36 +47,38 @@ class Scheduling(Enum):
 
 @dataclass
 class BackendConfig:
-    """An engine as the launcher sees it without importing it, with a subclass for each engine. Fields are its options,
-    class variables its properties, and the methods are called in this order while a run is prepared."""
+    """Configuration and properties of an engine, available without importing the engine; each engine has a subclass.
+
+    Fields are its options, class variables its properties. The methods are called in this order while a run is
+    prepared."""
 
     implementation: ClassVar[str] = ""  # "module:Class" of its `launcher.backends.base.Backend`; only ranks import it
-    planner_class: ClassVar[type[EnginePlanner] | None] = None  # None: its memory is not known, and it has no plan
-    packages: ClassVar[tuple[str, ...]] = ()  # modules that must import; module:name where parts come with first use
-    distributions: ClassVar[tuple[str, ...]] = ()  # installed packages of other names than their modules
-    pip_extra: ClassVar[str | None] = None  # of this project, which installs the packages
-    pip_finds_cpu_build: ClassVar[bool] = True  # False: for a machine without GPUs scripts/setup.sh has to find it
-    one_process_per_device: ClassVar[bool] = True  # False: one process, and the engine spreads over the devices itself
-    joins_ranks: ClassVar[bool] = True  # False: it cannot be one of several ranks that torchrun or srun has started
+    planner_class: ClassVar[type[EnginePlanner] | None] = None  # None: no plan, its memory use is not modelled
+    packages: ClassVar[tuple[str, ...]] = ()  # modules to import; module:name if attributes load lazily
+    distributions: ClassVar[tuple[str, ...]] = ()  # PyPI names that differ from the module's
+    pip_extra: ClassVar[str | None] = None  # extra of this project that installs the packages
+    pip_finds_cpu_build: ClassVar[bool] = True  # False: without GPUs only scripts/setup.sh can install it
+    one_process_per_device: ClassVar[bool] = True  # False: one process, which uses all devices itself
+    joins_ranks: ClassVar[bool] = True  # False: cannot run as one of several ranks started by torchrun or srun
     data_parallel: ClassVar[bool] = False  # True: every rank answers its own part of the prompts
-    continuous_batching: ClassVar[bool] = False  # True: the engine is given the whole prompt set in one call
-    most_at_once_key: ClassVar[str | None] = None  # with continuous batching: the key that bounds a batch
-    has_slots: ClassVar[bool] = False  # True: it is given all or a batch, as measure.scheduling says
-    takes_load: ClassVar[bool] = False  # True: prompts may come to it one by one, as `load` says
-    starts_servers: ClassVar[bool] = False  # True: it asks the server that `server` starts
-    needs_device: ClassVar[bool] = True  # False: nothing of it runs on the devices of this machine
-    needs_weights: ClassVar[bool] = True  # False: of a model only config and tokenizer are looked at
-    loads_by_name: ClassVar[bool] = False  # True: `shards.load` gives it every tensor by the name in the model
-    speculates: ClassVar[bool] = False  # True: it can check several guessed tokens in a step
-    merges_adapters: ClassVar[bool] = False  # True: adapter.path, which is added to the weights while they are read
-    takes_adapters: ClassVar[bool] = False  # True: adapter.merge=false, whose factors are beside the weights
-    names_adapters: ClassVar[bool] = False  # True: adapter.paths, of which a prompt names its own
-    can_score: ClassVar[bool] = False  # True: measure.quality lets it score a text
-    can_trace: ClassVar[bool] = False  # True: measure.profile traces the steps of a rank
-    is_reference: ClassVar[bool] = False  # True: others are held against its tokens
-    own_random_weights: ClassVar[bool] = False  # True: model.weights=random makes others than in other engines
-    quantizations: ClassVar[tuple[str, ...]] = ()  # the values of `quantization` that it can make of plain weights
-    stored_weights: ClassVar[str] = "loads plain weights only"  # said of a checkpoint that `reads` denies
+    continuous_batching: ClassVar[bool] = False  # True: one call gets the whole prompt set, the engine forms batches
+    most_at_once_key: ClassVar[str | None] = None  # with continuous batching: the key that limits the batch size
+    has_slots: ClassVar[bool] = False  # True: supports both values of measure.scheduling
+    takes_load: ClassVar[bool] = False  # True: prompts can arrive over time, as `load` configures
+    starts_servers: ClassVar[bool] = False  # True: it is a client of the server that `server` starts
+    needs_device: ClassVar[bool] = True  # False: it uses no device of this machine
+    needs_weights: ClassVar[bool] = True  # False: only the config and tokenizer of a model are read
+    loads_by_name: ClassVar[bool] = False  # True: loads checkpoints by `shards.load`, with the model's tensor names
+    speculates: ClassVar[bool] = False  # True: supports speculative decoding
+    merges_adapters: ClassVar[bool] = False  # True: supports adapter.path, merged into the weights during loading
+    takes_adapters: ClassVar[bool] = False  # True: supports adapter.merge=false, which keeps the LoRA factors separate
+    names_adapters: ClassVar[bool] = False  # True: supports adapter.paths, with an adapter chosen by each prompt
+    can_score: ClassVar[bool] = False  # True: supports measure.quality
+    can_trace: ClassVar[bool] = False  # True: supports measure.profile
+    is_reference: ClassVar[bool] = False  # True: the tokens of other engines are compared with its tokens
+    own_random_weights: ClassVar[bool] = False  # True: its random weights differ from those of other engines
+    quantizations: ClassVar[tuple[str, ...]] = ()  # supported values of `quantization`, applied to plain weights
+    stored_weights: ClassVar[str] = "loads plain weights only"  # part of the error if `reads` refuses a checkpoint
 
     name: str = MISSING
     python: str | None = None  # interpreter of another environment to run this engine in
@@ -88,7 +90,7 @@ class BackendConfig:
 
     @property
     def uses_weights(self) -> bool:
-        """True if the engine, with these options, needs the weights of the model here."""
+        """True if the engine, with these options, needs the weights of the model on this machine."""
         return self.needs_weights
 
     @classmethod
@@ -121,7 +123,7 @@ class BackendConfig:
         return config.measure.batch_size
 
     def check_here(self) -> None:
-        """Raise ConfigError for an option that the engine's packages on this machine do not support; called on every
+        """Raise ConfigError for an option that this machine's packages of the engine do not support; called on every
         node."""
 
     def settle(self, config: RunConfig, on_cuda: bool) -> tuple[RunConfig, list[str]]:
@@ -129,8 +131,8 @@ class BackendConfig:
         return config, []
 
     def refuse(self, config: RunConfig, model_config: Mapping[str, Any], on_cuda: bool, longest: int) -> None:
-        """Raise ConfigError for a run that the engine would compute wrongly; `longest` is the most tokens of a prompt
-        and its answer."""
+        """Raise ConfigError for a run that the engine would compute wrongly; `longest` is the largest number of tokens
+        of a prompt and its answer together."""
 
     def notes(self, config: RunConfig, on_cuda: bool) -> list[str]:
         """Lines that the user should read before the run."""
@@ -164,14 +166,14 @@ class ModelConfig:
 class PromptsConfig:
     name: str = MISSING
     texts: list[str] | None = None
-    path: str | None = None  # .txt or - (stdin): a prompt a line; .jsonl, .json, .csv, .tsv: rows with fields
-    field: str | None = None  # of a file of rows: the field that is the prompt; None: "prompt", "text" and the like
+    path: str | None = None  # .txt or - (stdin): one prompt per line; .jsonl, .json, .csv, .tsv: rows with fields
+    field: str | None = None  # name of the field with the prompt, in a file of rows; None: "prompt", "text", ...
     count: int | None = None  # synthetic: number of prompts
     input_tokens: int | None = None  # synthetic: exact length of each prompt
     output_tokens: int | None = None  # synthetic: exact number of new tokens, EOS ignored
-    shared_tokens: int | None = None  # synthetic: so many tokens at the start of all prompts are the same
-    chat: bool = False  # each text is a user's turn, put into the model's chat template
-    system: str | None = None  # with chat: the system text before it
+    shared_tokens: int | None = None  # synthetic: length of the common prefix of all prompts, in tokens
+    chat: bool = False  # format each text as a user's turn with the model's chat template
+    system: str | None = None  # with chat: the system prompt
 
 
 @dataclass
@@ -185,15 +187,15 @@ class SamplingConfig:
 
 @dataclass
 class MeasureConfig:
-    scheduling: Scheduling = Scheduling.continuous  # of module engines; others batch in their own way
-    batch_size: int = 4  # prompts at a time; for a data-parallel engine on each rank
-    prefill_tokens: int | None = None  # the most prompt tokens of a forward of a module engine with slots; None: 2048
-    compile: Compile = Compile.auto  # of the decode steps of a module engine with slots
-    warmup: int = 1  # batches that are run and not counted
-    repeats: int = 3  # times that the whole prompt set is answered
-    find_batch_size: bool = False  # first try which batch is the largest that fits
-    quality: str | None = None  # builtin, or a file: text to be scored after the repeats
-    profile: int | None = None  # so many decode steps are traced by torch's profiler, after all repeats
+    scheduling: Scheduling = Scheduling.continuous  # module engines only; other engines have their own scheduler
+    batch_size: int = 4  # prompts answered at a time; on each rank for a data-parallel engine
+    prefill_tokens: int | None = None  # module engines with slots: prompt tokens per forward, at most; None: 2048
+    compile: Compile = Compile.auto  # module engines with slots: how decode steps run
+    warmup: int = 1  # batches to run before the measurement
+    repeats: int = 3  # number of times to answer the whole prompt set
+    find_batch_size: bool = False  # first find the largest batch that fits, by trial
+    quality: str | None = None  # text to score after the repeats: builtin, or a file
+    profile: int | None = None  # number of decode steps to trace with torch's profiler after all repeats
 
 
 @dataclass
@@ -208,8 +210,8 @@ class RunConfig:
     devices: int = 2
     num_nodes: int = 1
     accelerator: Accelerator = Accelerator.auto
-    machine: str | None = None  # 2xa6000: dry_run=true plans for so many of this device instead of this machine's
-    link: str | None = None  # what joins the devices, for the plan; None: what was measured, or is usual
+    machine: str | None = None  # 2xa6000: dry_run=true plans for two of this device, not for this machine
+    link: str | None = None  # link between the devices, for the plan; None: the measured or the usual one
     device: DeviceConfig = field(default_factory=DeviceConfig)
     seed: int = 0
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -236,21 +238,21 @@ class RunConfig:
 
     @property
     def num_shares(self) -> int:
-        """The number of parts of the prompt set: one for each device, or a single one that all devices answer
-        together."""
+        """The number of parts that the prompt set is split into: one for each device if the engine is data-parallel,
+        else 1."""
         if self.backend.data_parallel:
             return self.num_devices
         return 1
 
     @property
     def join_s(self) -> float:
-        """Seconds within which all ranks must have connected: a missing rank is reported before the run counts as
-        hung."""
+        """Timeout in seconds for all ranks to connect; shorter than `hang_timeout_s`, so that a missing rank is
+        reported before the run counts as hung."""
         return 0.9 * self.hang_timeout_s or 1800.0
 
     @property
     def world_size(self) -> int:
-        """The number of ranks (processes): one for each device, or a single one that uses all devices of its node."""
+        """The number of ranks (processes): one for each device, or one that uses all devices of its node."""
         if self.num_nodes > 1 or self.backend.one_process_per_device:
             return self.num_devices
         return 1
@@ -263,7 +265,7 @@ class RunConfig:
 
     @property
     def splits_prompts(self) -> bool:
-        """True if each rank has a fixed part of the prompts from the start."""
+        """True if each rank is assigned its own part of the prompts in advance."""
         return self.backend.data_parallel and not self.is_continuous
 
 

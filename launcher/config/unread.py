@@ -1,4 +1,4 @@
-"""Options that a run would ignore: each is refused, since whoever sets one expects an effect."""
+"""Refuse options that a run would ignore: a user who sets one expects an effect."""
 
 from __future__ import annotations
 
@@ -112,7 +112,8 @@ def _check_adapter(config: RunConfig) -> None:
 
 
 def _check_named_adapters(config: RunConfig) -> None:
-    """Named adapters are not merged, and each prompt names its own."""
+    """ConfigError for `adapter.paths` in a run that cannot use it: named adapters stay unmerged, and each prompt names
+    its own."""
     names, backend = ", ".join(config.adapter.paths), config.backend
     if not backend.names_adapters:
         fact = f"adapter.paths has {names}, and backend={backend.name} supports one adapter for all prompts."
@@ -135,7 +136,8 @@ def _check_named_adapters(config: RunConfig) -> None:
 
 
 def _check_model(config: RunConfig, given: Collection[str]) -> None:
-    """A local folder has a single revision, and its own config.json."""
+    """ConfigError for `model.revision` or `model.config.*` with a model that does not use them: a local folder has no
+    revisions, and weights come with their own config.json."""
     model = config.model
     is_here = model.path.startswith("embedded:") or os.path.isdir(model.path)
     if model.revision is not None and is_here:
@@ -159,7 +161,7 @@ def _check_model(config: RunConfig, given: Collection[str]) -> None:
 
 
 def unread_batch_size(config: RunConfig) -> str:
-    """A sentence about the batch size of an engine that does not use it."""
+    """The sentence that says that the engine does not use `measure.batch_size`."""
     size, name = config.measure.batch_size, config.backend.name
     return f"measure.batch_size={size} is not used: backend={name} makes its batches itself."
 

@@ -6,8 +6,8 @@ from enum import Enum
 
 
 class Compile(Enum):
-    """The way in which decode steps of a module engine run: eagerly, compiled or captured; `auto` is the fastest known
-    one that keeps the tokens."""
+    """How decode steps of a module engine run: eagerly, compiled, or captured as CUDA graphs; `auto` is the fastest
+    known way that does not change the tokens."""
 
     auto = "auto"
     none = "none"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-MISSING: Any = "???"  # how OmegaConf spells a mandatory value
+MISSING: Any = "???"  # OmegaConf's marker of a mandatory value
 
 
 FIGURES = ("new_tokens_per_s", "generation_s", "load_s", "user_s", "system_s", "peak_memory_gb")
@@ -27,10 +27,10 @@ class ExperimentConfig:
 
     name: str | None = None
     about: str | None = None
-    hardware: str | None = None  # as `python -m launcher.plan machines=` names it; None: the source does not say
+    hardware: str | None = None  # a value of `python -m launcher.plan machines=`; None: the source does not name it
     source: str | None = None
     location: str | None = None
-    unknown: list[str] = field(default_factory=list)  # what the source leaves out
-    needs: list[str] = field(default_factory=list)  # options that this launcher does not have yet
+    unknown: list[str] = field(default_factory=list)  # details that the source does not give
+    needs: list[str] = field(default_factory=list)  # required options that this launcher does not have yet
     notes: list[str] = field(default_factory=list)
     figures: list[FigureConfig] = field(default_factory=list)

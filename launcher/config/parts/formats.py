@@ -31,7 +31,7 @@ READS = "reads GPTQ, AWQ, packed integers, W8A8, fp8 and bitsandbytes, but no qu
 
 
 class Weights(Enum):
-    """`auto` reads the checkpoint; `random` makes values of the same shapes on their device."""
+    """Where weights come from: `auto` reads the checkpoint, `random` generates values of its shapes on the device."""
 
     auto = "auto"
     random = "random"
@@ -39,9 +39,9 @@ class Weights(Enum):
 
 @dataclass
 class AdapterConfig:
-    path: str | None = None  # a folder that peft has saved, or embedded:NAME: a LoRA adapter
-    merge: bool = True  # into the weights while they are read; else its factors are beside them
-    paths: dict[str, str] = field(default_factory=dict)  # several by name, beside the weights: a prompt names its own
+    path: str | None = None  # a LoRA adapter: a folder saved by peft, or embedded:NAME
+    merge: bool = True  # merge it into the weights during loading; False: keep its factors separate
+    paths: dict[str, str] = field(default_factory=dict)  # unmerged adapters by name; each prompt chooses one
 
     @property
     def beside(self) -> tuple[str, ...]:

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 
 @dataclass
 class LoadConfig:
-    """The arrival of prompts, for an engine with its own scheduler; all at once by default.
+    """When prompts arrive, for an engine with its own scheduler; all at once by default.
 
     Closed loop: `concurrency` prompts are being answered at any time. Open loop: prompts arrive at `request_rate`, or
     at the times of the prompt set, regardless of earlier ones.
     """
 
     concurrency: int | None = None
-    request_rate: float | None = None  # prompts a second, Poisson by the seed
-    arrivals: bool = False  # of a file of prompts that has "arrival_s" beside "prompt"
+    request_rate: float | None = None  # prompts per second; a Poisson process drawn from the seed
+    arrivals: bool = False  # use the "arrival_s" fields of the prompt file
 
     @property
     def is_set(self) -> bool:
@@ -30,9 +30,9 @@ class LoadConfig:
 class SloConfig:
     """The latency limits of a good request, in seconds; None is no limit."""
 
-    ttft: float | None = None  # to the first token
-    tpot: float | None = None  # for each token after it
-    e2el: float | None = None  # to the last token
+    ttft: float | None = None  # time to first token
+    tpot: float | None = None  # time per output token after the first
+    e2el: float | None = None  # end-to-end latency: time to the last token
 
     @property
     def is_set(self) -> bool:
@@ -41,10 +41,11 @@ class SloConfig:
 
 @dataclass
 class ServerConfig:
-    """A server that is started for the run and ended with it.
+    """A server that is started for the run and stopped at its end.
 
-    `command` is a shell-like command line with names of `launcher.backends.endpoint` in braces; `arguments` are
-    appended unchanged. Settings that begin with `cpu_` are added without CUDA. `after` runs after the server has ended.
+    `command` is a shell-like command line with placeholders in braces, whose names `launcher.backends.endpoint`
+    defines; `arguments` are appended unchanged. Settings that begin with `cpu_` are added if the run does not use CUDA.
+    `after` is a command that runs after the server has ended.
     """
 
     name: str = "none"
@@ -53,7 +54,7 @@ class ServerConfig:
     cpu_arguments: str = ""
     environment: dict[str, str] = field(default_factory=dict)
     cpu_environment: dict[str, str] = field(default_factory=dict)
-    python: str | None = None  # interpreter that the server is started with
+    python: str | None = None  # interpreter that runs the server
     dialect: str = "auto"
     after: str = ""
     ready_timeout_s: float = 900.0

@@ -15,12 +15,12 @@ KEYS = {NONE: (), NGRAM: ("tokens", "ngram_max", "ngram_min"), DRAFT: ("tokens",
 
 @dataclass
 class SpeculativeConfig:
-    """Draft tokens, which a step of the model checks all at once."""
+    """Speculative decoding: where draft tokens come from, and how many one step of the model verifies at once."""
 
     name: str = NONE
-    tokens: int | None = None  # the most that are guessed for a row in a step
-    ngram_max: int | None = None  # ngram: so many newest tokens are looked up, at first
-    ngram_min: int | None = None  # ngram: and no fewer than these
+    tokens: int | None = None  # draft tokens per row and step, at most
+    ngram_max: int | None = None  # ngram: longest n-gram of newest tokens to look up; tried first
+    ngram_min: int | None = None  # ngram: shortest n-gram to look up
     model: str | None = None  # draft: a folder, a hub id, or embedded:NAME
 
     @property
@@ -29,7 +29,7 @@ class SpeculativeConfig:
 
     @property
     def most(self) -> int:
-        """The most draft tokens of a row in a step."""
+        """The largest number of draft tokens per row and step; 0 if not set."""
         return self.tokens or 0
 
 

@@ -6,8 +6,8 @@ from enum import Enum
 
 
 class Precision(Enum):
-    """Data type of weights and activations, by torch's name. The mixed ones, as Fabric names them, have fp32 weights
-    and 16-bit products under autocast."""
+    """Data type of weights and activations, by torch's name. The mixed precisions, by Fabric's names, have fp32 weights
+    and compute products in 16 bits under autocast."""
 
     fp32 = "float32"
     fp16 = "float16"
@@ -46,7 +46,7 @@ class Precision(Enum):
 
 
 class Offload(Enum):
-    """The place of weights between the passes of a model: on the devices, in main memory, or in their files."""
+    """Where weights are stored between forward passes: on the devices, in main memory, or in their files."""
 
     none = None
     cpu = "cpu"
