@@ -1,1 +1,1 @@
-"""Start the processes of runs and sweeps, watch them, and end them."""
+"""Start, watch and end the processes of runs and sweeps."""

@@ -1,7 +1,7 @@
-"""`measure.find_batch_size=true`: the largest batch that fits, by trial, compared with the plan.
+"""`measure.find_batch_size=true`: find the largest batch that fits, by trial, and compare it with the plan.
 
-Each trial is a separate run in fresh processes: one batch of the longest prompts, each with all of its new tokens. Then
-the run itself is made with the largest batch that fits.
+Each trial is a separate run in new processes: one batch of the longest prompts, with EOS ignored. The run itself then
+uses the largest batch that fits.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ if TYPE_CHECKING:
 
     Start = Callable[[RunDir], Record]
 
-STEPS = 16  # the first step away from the batch that the plan allows is a sixteenth of it
+STEPS = 16  # the first step of the search is 1/16 of the starting batch
 MOST = 2**20
 
 
 def run_with_largest_batch(run: Run, start: Start) -> Record:
-    """The record of the run with the largest batch that fits; of the trial that failed for another reason, or if none
-    fits."""
+    """Find the largest batch, and run with it; returns the record of the run.
+
+    If a trial fails for another reason than memory, or no batch fits, returns the record of that trial.
+    """
     config = run.config
     if config.resume and (earlier := _earlier_search(config)) is not None:
         return start(earlier)
@@ -67,14 +69,14 @@ def run_with_largest_batch(run: Run, start: Start) -> Record:
     try:
         run = prepare(config, run.command)
     except PlanError:
-        run = replace(run, config=config)  # with the old plan: the plan does not believe that it fits
+        run = replace(run, config=config)  # by the planner this batch does not fit, so keep the old plan
     return start(create_run_dir(run, search))
 
 
 def largest(fits: Callable[[int], bool], start: int, most: int) -> int:
-    """The largest batch in 1..`most` that fits, 0 for none; a larger batch never fits if a smaller one does not.
+    """The largest batch in 1..`most` that fits, 0 for none; `fits` must be monotonic.
 
-    The search begins near `start`, in steps that double until an upper and a lower bound are found, and then bisects.
+    The search goes from `start` in steps that double until a lower and an upper bound are known, then bisects.
     """
     step, low, high = max(start // STEPS, 1), 0, most + 1  # `low` fits, `high` does not
     batch = start
@@ -95,7 +97,7 @@ def largest(fits: Callable[[int], bool], start: int, most: int) -> int:
 
 
 class TryFailedError(Exception):
-    """A trial that failed for another reason than memory: nothing is known about larger batches."""
+    """A trial failed for another reason than memory, so it does not tell whether the batch fits."""
 
     def __init__(self, record: Record) -> None:
         super().__init__(record.status)
@@ -126,16 +128,16 @@ class Tries:
 
 
 def enlarged(prompts: tuple[Prompt, ...], batch: int, ranks: int) -> tuple[Prompt, ...]:
-    """`batch` prompts for each of `ranks`, longest first, repeated if there are not enough."""
+    """`batch` prompts for each of `ranks` ranks, longest first, repeated if there are too few."""
     ordered = sorted(prompts, key=lambda prompt: -len(prompt.token_ids))
     chosen = []
-    for index in range(batch * ranks):  # rank r answers r, r + ranks, ...
+    for index in range(batch * ranks):  # rank r answers prompts r, r + ranks, ...
         chosen.append(replace(ordered[index // ranks % len(ordered)], index=index))
     return tuple(chosen)
 
 
 def _earlier_search(config: RunConfig) -> RunDir | None:
-    """The run of an earlier search for the same configuration, which has already determined its batch."""
+    """The newest run whose batch was found by a search for the same configuration; None if there is none."""
     point = what_is_run(to_dict(config))
     for run_dir in reversed(run_dirs_in(Path(config.output_dir))):
         with contextlib.suppress(UserError):

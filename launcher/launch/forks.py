@@ -1,7 +1,7 @@
-"""The ranks of this machine as forks of one process, which imports their packages once for all of them.
+"""Start the ranks of this machine as forks of one process, which imports their packages once for all of them.
 
-Started as `python -m launcher.launch.forks RANKS MODULE ARGUMENT`; each rank calls MODULE's `main(ARGUMENT)`, as
-`python -m MODULE ARGUMENT` would in its own process.
+`python -m launcher.launch.forks RANKS MODULE ARGUMENT`: each rank calls MODULE's `main(ARGUMENT)`, like
+`python -m MODULE ARGUMENT` in its own process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def has_cuda_context() -> bool:
-    """True if CUDA's driver has been initialized in this process: forks of it cannot use CUDA any more."""
+    """True if the CUDA driver is initialized in this process: its forks can then not use CUDA."""
     for descriptor in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):
             if os.readlink(descriptor) == "/dev/nvidia-uvm":
@@ -38,7 +38,7 @@ def has_cuda_context() -> bool:
 
 def run_as_rank(rank: int, module: str, argument: str, environ: Mapping[str, str], server: socket.socket) -> NoReturn:
     """Run a rank in this fork, or in a new interpreter if the imports have initialized CUDA."""
-    server.close()  # it is the store's, whose end must be seen by ranks that outlive it
+    server.close()  # an open copy here would hide the store's end from the ranks
     os.environ.update(environ, RANK=str(rank), LOCAL_RANK=str(rank))
     if has_cuda_context():
         os.execv(sys.executable, [sys.executable, "-m", module, argument])
@@ -49,15 +49,16 @@ def run_as_rank(rank: int, module: str, argument: str, environ: Mapping[str, str
 def main() -> int:
     """Import MODULE, and the engine if ARGUMENT is the directory of a run; fork the ranks and wait for them.
 
-    The first failing rank ends the others. This process keeps the store through which they connect, so that nobody else
-    can take its port between its choice and its use. Returns 0, or 1 with the failed rank on stderr.
+    The first failing rank ends the others. This process runs the store through which the ranks connect and keeps its
+    socket open from the start, so that no other process can take the port. Returns 0, or 1 with the failed rank on
+    stderr.
     """
     count, module, argument = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # that asks for cards without initializing CUDA
-    with contextlib.suppress(Exception):  # a rank imports it once more and reports the error
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # check for GPUs without initializing CUDA
+    with contextlib.suppress(Exception):  # each rank repeats the import and reports the error
         importlib.import_module(module)
         resolve(RunDir(Path(argument)).read_run().run_config.backend.implementation)
-    gc.freeze()  # what is imported stays in pages that all ranks share
+    gc.freeze()  # garbage collection would write to the imported objects, and so copy their shared pages
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

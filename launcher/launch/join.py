@@ -1,5 +1,4 @@
-"""A run whose ranks were started by another launcher: torchrun, srun, mpirun, deepspeed, accelerate. This process is
-one rank."""
+"""Run as one rank of several that another launcher has started: torchrun, srun, mpirun, deepspeed or accelerate."""
 
 from __future__ import annotations
 
@@ -29,22 +28,22 @@ if TYPE_CHECKING:
     from launcher.results.record import Record
     from shards.machine.world import World
 
-OTHERS_S = 60.0  # how long rank 0 waits for the last words of the others
+OTHERS_S = 60.0  # seconds that rank 0 waits for the results of the other ranks, at most
 
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """The run as rank 0 has begun it; no attempt if the run is already done."""
+    """What rank 0 sends to all ranks: the run directory, and the number of the attempt (None: the run is done)."""
 
     run_dir: RunDir
     attempt: int | None
 
 
 def join(config: RunConfig, command: tuple[str, ...], world: World, report: Callable[[Record], None]) -> int:
-    """Run this rank; rank 0 prepares the run, creates the run directory and reports. Returns the exit code of this
-    process.
+    """Run this rank, and return the exit code of this process; rank 0 also prepares the run, creates the run directory
+    and reports.
 
-    An error of rank 0 is raised on all ranks; each node checks its own devices and packages.
+    An error of rank 0 is raised on all ranks. Each node checks its own devices and packages.
     """
     starter = starter_of(os.environ)
     kind = "cpu"
@@ -62,7 +61,7 @@ def join(config: RunConfig, command: tuple[str, ...], world: World, report: Call
                 if not run_dir.is_done():
                     result = _Begun(run_dir, begin(run_dir))
         except (UserError, OSError) as error:
-            result = error  # the others wait for it: if it left here, theirs would be a broken connection
+            result = error  # sent to the other ranks: raised here, they would only see a broken connection
     begun = from_rank_0(result)
     if isinstance(begun, Exception):
         disconnect()

@@ -1,7 +1,7 @@
-"""Several machines without a scheduler: the same command on each of them, joined by torch's elastic launcher.
+"""Runs on several machines without a scheduler: each node runs the same command, and torchrun connects their ranks.
 
 The rendezvous is static: `launch.node_rank` numbers the nodes, so that the first node has rank 0 and prints the report.
-A dynamic one would assign ranks in the order of arrival, and no node joins later here.
+A dynamic rendezvous would assign ranks in order of arrival; its support for nodes that join later is not needed.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ def check_one_node(config: RunConfig) -> None:
 
 
 def check_nodes(config: RunConfig) -> None:
-    """ConfigError if `launch.rendezvous` and `launch.node_rank` do not determine the number of this node.
+    """ConfigError for an invalid `launch.rendezvous` or `launch.node_rank`, and for `backend.python`.
 
-    Also for another interpreter: these ranks compose and report, which needs more than the packages of a rank.
+    The ranks started here run the whole launcher, so the engine's interpreter, which may have only the packages of a
+    rank, is not enough.
     """
     launch, nodes = config.launch, config.num_nodes
     if ADDRESS.fullmatch(launch.rendezvous or "") is None:
@@ -61,8 +62,7 @@ def check_nodes(config: RunConfig) -> None:
 
 
 def node_command(config: RunConfig, command: Sequence[str]) -> tuple[str, ...]:
-    """The command that starts the ranks of this node, each of which runs `command`; rank 0 creates the run
-    directory."""
+    """The torchrun command that starts the ranks of this node; each rank runs `command`."""
     address = ADDRESS.fullmatch(config.launch.rendezvous or "")
     assert address is not None, "check_nodes comes first"
     return (
@@ -74,9 +74,9 @@ def node_command(config: RunConfig, command: Sequence[str]) -> tuple[str, ...]:
 
 
 def become_node(config: RunConfig, command: Sequence[str], on_cuda: bool) -> NoReturn:
-    """Replace this process by the one that starts the ranks of this node, with its signals and exit code.
+    """Wait for the other nodes, then replace this process by torchrun, which starts the ranks of this node.
 
-    WorldError if the nodes have not connected in time.
+    Signals and the exit code are then torchrun's. WorldError if the nodes do not connect in time.
     """
     meet(config)
     words = node_command(config, command)
@@ -86,8 +86,10 @@ def become_node(config: RunConfig, command: Sequence[str], on_cuda: bool) -> NoR
 
 
 def meet(config: RunConfig) -> None:
-    """Return once all nodes have connected to the rendezvous. torchrun would report neither which node is missing nor
-    where it was expected."""
+    """Wait until all nodes have connected to the rendezvous; WorldError names the missing ones.
+
+    torchrun itself would report neither the missing node nor the address.
+    """
     address = ADDRESS.fullmatch(config.launch.rendezvous or "")
     assert address is not None, "check_nodes comes first"
     host, port = address["host"].strip("[]"), int(address["port"])
@@ -151,5 +153,5 @@ def _come(host: str, port: int, config: RunConfig, deadline: float) -> None:
 
 
 def here(host: str, port: int) -> Network:
-    """The interface and address of this node towards another address."""
+    """The network interface and address of this node on the route to `host`."""
     return network_of(World(master_addr=host, master_port=port), {}, "cpu")

@@ -1,5 +1,4 @@
-"""The ranks of this node as child processes: their command, their environment, and a cleanup that leaves nothing
-behind."""
+"""Start the ranks of this node as child processes, and clean up all of their processes and shared memory."""
 
 from __future__ import annotations
 
@@ -31,9 +30,9 @@ class Terminated(KeyboardInterrupt):
 
 
 def worker_command(module: str, argument: str, processes: int, python: str | None) -> tuple[str, ...]:
-    """The command that starts `processes` ranks of a module on this machine, several as forks of one process.
+    """The command that starts `processes` ranks of a module on this machine; several ranks are forks of one process.
 
-    Each rank is given `argument`, for a run its directory.
+    Each rank is called with `argument`, the run directory for a run.
     """
     interpreter = python or sys.executable
     if processes == 1:
@@ -47,7 +46,7 @@ def rank_command(run_dir: RunDir, run: RunDescription) -> tuple[str, ...]:
 
 
 def rank_environment(environ: Mapping[str, str], processes: int, on_cuda: bool) -> dict[str, str]:
-    """The environment of the ranks of this node: this project on the path, and the cores divided among them."""
+    """The environment of the ranks of this node: PYTHONPATH with this project, and CPU threads divided among them."""
     threads = max(len(os.sched_getaffinity(0)) // processes, 1)
     common = {"PYTHONPATH": python_path(environ), "TOKENIZERS_PARALLELISM": "false"}
     hidden = {} if on_cuda else {"CUDA_VISIBLE_DEVICES": ""}
@@ -63,7 +62,7 @@ class StartedRanks:
     memory: SharedMemoryWatch
 
     def look_at_memory(self) -> None:
-        """Record the shared memory that the processes of the run have open, to remove it at the end."""
+        """Record the shared memory segments that the processes of the run have open, to remove them at the end."""
         self.memory.look([item.pid for item in processes.of_run(self.mark)])
 
 
@@ -78,8 +77,8 @@ class Signals:
 def started_ranks(
     run_dir: RunDir, run: RunDescription, command: Sequence[str], variables: Mapping[str, str], signals: Signals
 ) -> Iterator[StartedRanks]:
-    """Start the ranks of a run with `command`; however the block ends, none of their processes and none of their shared
-    memory is left.
+    """Start the ranks of a run with `command`; at the end of the block, also after an exception, end all their
+    processes and remove their shared memory and scratch folders.
 
     `variables` are added to their environment.
     """
@@ -96,7 +95,7 @@ def started_ranks(
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                # One that is stopped goes on, and its guard sees to its end.
+                # If this process dies: SIGCONT wakes a stopped rank, so that its guard can end it.
                 preexec_fn=before_exec(signal.SIGCONT),  # noqa: PLW1509 - two system calls
             )
             yield StartedRanks(process, run.mark, memory)
@@ -118,10 +117,11 @@ def living(ranks: Sequence[Progress | None], mark: str) -> dict[int, int]:
 
 @contextlib.contextmanager
 def handled_signals(run_dir: RunDir, run: RunDescription) -> Iterator[Signals]:
-    """Forward SIGUSR1 to the ranks, and raise at the first SIGINT or SIGTERM, unless the end has begun."""
+    """Forward SIGUSR1 to the ranks; raise KeyboardInterrupt or Terminated at the first SIGINT or SIGTERM, unless the
+    run is already ending."""
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():
-        yield signals  # only the main thread may set handlers: a caller in Python sees to its own signals
+        yield signals  # only the main thread may set signal handlers
         return
 
     def pass_on(number: int, _: object) -> None:
@@ -135,7 +135,7 @@ def handled_signals(run_dir: RunDir, run: RunDescription) -> Iterator[Signals]:
             raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     handlers = {signal.SIGUSR1: pass_on, signal.SIGTERM: end}
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is for what a script has put in the background
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # ignored in a script's background jobs
         handlers[signal.SIGINT] = end
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:

@@ -1,7 +1,7 @@
-"""One run from its configuration to its record: prepared, started on this machine or by SLURM, and watched to its end.
+"""One run from its configuration to its record: prepare it, start it on this machine or by SLURM, and watch it.
 
-`run_dir.lifecycle` creates its directory, `run_dir.gathering` its record; `launch.ranks` or `launch.slurm` its
-processes.
+`run_dir.lifecycle` creates the run directory, `launch.ranks` or `launch.slurm` starts the processes, and
+`run_dir.gathering` makes the record.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ LOOK_EVERY = 10  # polls between looks at shared memory
 
 
 def run(config: RunConfig, command: tuple[str, ...] = (), turn: Turn | None = None) -> Record:
-    """Prepare, start and watch one run; returns its record, which may exist already with `resume=true`.
+    """Prepare, start and watch one run; returns its record, with `resume=true` the existing one of a finished run.
 
-    `command` composes the same configuration, for the script that repeats the run; `turn` is the point of a sweep.
-    UserError if the run cannot start.
+    `command` composes the same configuration; it is written to the script that repeats the run. `turn` is the position
+    in a sweep. UserError if the run cannot start.
     """
     prepared = prepare(config, command)
     check_one_node(prepared.config)
@@ -60,15 +60,15 @@ def run(config: RunConfig, command: tuple[str, ...] = (), turn: Turn | None = No
 
 
 def run_again(run_dir: RunDir, output_dir: str, command: tuple[str, ...] = ()) -> Record:
-    """Repeat a run from its directory alone, with the same batch, in a new directory of `output_dir`.
+    """Repeat a run from the files in its directory, with the same batch size, in a new directory in `output_dir`.
 
-    UserError for a directory without a run, and if the run cannot start.
+    UserError if the directory contains no run, or if the run cannot start.
     """
     before = run_dir.read_run()
     config = before.run_config
     config.output_dir, config.run_dir, config.resume, config.measure.find_batch_size = output_dir, None, False, False
     beside = Path(before.folder) / config.model.path
-    if beside.is_dir():  # as it was found from where the command was given
+    if beside.is_dir():  # a relative path refers to the original working directory
         config.model.path = str(beside)
     prepared = prepare(config, command, run_dir.read_prompts())
     check_one_node(prepared.config)
@@ -77,8 +77,10 @@ def run_again(run_dir: RunDir, output_dir: str, command: tuple[str, ...] = ()) -
 
 
 def start(run_dir: RunDir, turn: Turn | None = None) -> Record:
-    """Start or continue the run in a directory, and watch it to its end; returns its record. A finished run is not
-    repeated."""
+    """Start or continue the run in a directory, and watch it to its end; returns its record.
+
+    A finished run is not repeated.
+    """
     if run_dir.is_done() and (record := run_dir.read_record()):
         return record
     description = run_dir.read_run()
@@ -97,12 +99,12 @@ def run_local(run_dir: RunDir, show: Show) -> Record:
     """Make the next attempt at the run in `run_dir`: start its ranks, watch them to their end, and clean up.
 
     Returns the record. SIGUSR1 to this process is forwarded to the ranks: they save their work, and the run can be
-    resumed. SIGINT and SIGTERM end it at once; further ones are ignored until the record is written. UserError if
-    another process is running it.
+    resumed. The first SIGINT or SIGTERM ends the run at once; further ones are ignored until the record is written.
+    UserError if another process runs the same directory.
     """
     with run_dir.lock():
         run = replace(run_dir.read_run(), mark=run_dir.mark)
-        processes.end_run(run.mark)  # what is left of an attempt whose launching process was killed
+        processes.end_run(run.mark)  # left over if the launching process of an earlier attempt was killed
         attempt = begin(run_dir)
         config = run.run_config
         if run.on_cuda and (notes := neighbours(os.environ, config.devices)):
@@ -125,7 +127,8 @@ def run_local(run_dir: RunDir, show: Show) -> Record:
 
 
 def _watch(started: StartedRanks, run_dir: RunDir, run: RunDescription, show: Show) -> Outcome | None:
-    """Poll until the started process ends, or must be ended; returns the outcome if it did not end successfully."""
+    """Poll until the started process ends, or the watchdog decides that it must end; returns the outcome, None for a
+    success."""
     watchdog = Watchdog(run.run_config)
     polls = 0
     while started.process.poll() is None:

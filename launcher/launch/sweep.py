@@ -1,4 +1,4 @@
-"""The points of a sweep; each runs in fresh processes, so that a failure of one does not affect the next."""
+"""Run the points of a sweep; each runs in new processes, so that a failure of one does not affect the next."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 
 ONE_FOR_ALL_ENGINES = ("measure.batch_size",)
-"""Keys that a sweep over engines may set for all of them: engines that do not use one print a note."""
+"""Keys that a sweep over engines may set although some engines do not use them: those engines only print a note."""
 
 NOT_BEGUN = "the sweep was cancelled before this point"
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One point of a sweep: its overrides, its configuration, and the command that composes the same."""
+    """One point of a sweep: its overrides, its configuration, and the command that composes that configuration."""
 
     overrides: tuple[str, ...]
     config: RunConfig
@@ -41,7 +41,7 @@ class Point:
 
 
 def points_of(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> list[Point]:
-    """The points of `a=1,2 b=x,y`, composed; the last key varies fastest."""
+    """The composed points of a sweep such as `a=1,2 b=x,y`; the last key varies fastest."""
     expanded = expand_sweep(list(overrides), config_dirs)
     if len({item for point in expanded for item in point if item.startswith("speculative=")}) > 1:
         expanded = [without_others(point) for point in expanded]
@@ -56,16 +56,16 @@ def points_of(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> list
 
 
 def run_points(points: Sequence[Point]) -> list[Record]:
-    """Run every point, those on a cluster as jobs after those on this machine; returns their records in the order of
-    points.
+    """Run every point; returns their records in the order of `points`.
 
-    A line on stderr reports each result. Ctrl-C ends the whole sweep.
+    Points on this machine run first, those on a cluster follow as jobs. A line on stderr reports each result. Ctrl-C
+    ends the whole sweep.
     """
     local = [number for number, point in enumerate(points) if point.config.launch.name != "slurm"]
     queued = [number for number in range(len(points)) if number not in local]
     records: dict[int, Record] = {}
     swept, began = varied([point.overrides for point in points]), time.monotonic()
-    with contextlib.suppress(KeyboardInterrupt):  # between two points, or before the ranks of one have begun
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C between two points, or before ranks were started
         for turn, number in enumerate(local, 1):
             point = points[number]
             try:

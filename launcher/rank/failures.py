@@ -1,4 +1,4 @@
-"""An exception of an engine as status and error: refused (the user can fix it), out of memory, or failed."""
+"""Classify an exception of an engine: refused (the user can fix it), out of memory, or failed."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 SIZE = r"([\d.]+) (bytes|[KMGT]iB)"
 OUT_OF_MEMORY = re.compile(
-    r"(?i:cuda)[^\n]{0,20}out of memory"  # torch, NCCL and Triton, each in its own way
+    r"(?i:cuda)[^\n]{0,20}out of memory"  # variants of torch, NCCL and Triton
     r"|Failed to CUDA [cm]alloc"  # NCCL
-    r"|CUBLAS_STATUS_(?:ALLOC_FAILED|NOT_INITIALIZED)"  # the second where a handle finds no room for its workspace
+    r"|CUBLAS_STATUS_(?:ALLOC_FAILED|NOT_INITIALIZED)"  # NOT_INITIALIZED: no memory for a handle's workspace
     r"|CUDNN_STATUS_(?:ALLOC_FAILED|INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED)"
     r"|can't allocate memory: you tried to allocate"  # torch's allocator on the CPU
-    r"|No available memory for the cache blocks|is less than desired GPU memory utilization"  # vLLM before it starts
+    r"|No available memory for the cache blocks|is less than desired GPU memory utilization"  # vLLM at its start
     r"|Cannot auto-fit max_model_len|To serve at least one request|Failed to load model - not enough GPU memory"
 )
-ELSEWHERE = "root cause"  # vLLM of an error in another of its processes, which has had its words in the log
+ELSEWHERE = "root cause"  # in vLLM's message for an error in another of its processes, which is only in the log
 
 
 def explain(
     error: BaseException, log: Path | None = None, rank: int | None = None, stage: str = ""
 ) -> tuple[str, RunError]:
-    """The status of a rank that `error` ended in a stage, and the error for the record.
+    """The status of a rank that `error` ended in `stage`, and the error for the record.
 
-    If the exception only points at its cause, the cause is searched at the end of `log`, which all processes of the
-    rank share.
+    If the exception only refers to an error in another process, a shortage of memory is searched at the end of `log`,
+    which all processes of the rank share.
     """
     status, text, hint = "failed", str(error), ""
     if isinstance(error, UserError):
@@ -55,8 +55,8 @@ def explain(
 
 
 def out_of_memory(error: RunError, text: str) -> RunError:
-    """The error with the device, the bytes requested and the bytes free from an allocator's message (torch rounds to
-    two digits)."""
+    """`error` with the device, the requested and the free bytes from an allocator's message (torch rounds them to two
+    digits)."""
     device = None
     if gpu := re.search(r"GPU (\d+) has a total capacity", text):
         device = f"cuda:{gpu.group(1)}"
@@ -78,7 +78,7 @@ def _size(pattern: str, text: str) -> int | None:
 
 
 def _shortage(error: BaseException, log: Path | None) -> str | None:
-    """The message that reports the shortage of memory; None if there is none."""
+    """The out-of-memory message in the chain of exceptions, or in the log; None if there is none."""
     cause: BaseException | None = error
     is_elsewhere = False
     while cause is not None:

@@ -1,5 +1,5 @@
-"""A thread in each rank that acts when the main thread cannot: on signals, hangs, and the end of the launching
-process."""
+"""A thread in each rank that handles signals, hangs and the end of the launching process, even while the main thread is
+blocked."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from shards.machine.orphans import signal_when_orphaned
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-ON_TERM = "LAUNCHER_ON_TERM"  # "interrupt": SIGTERM is a notice to stop, as from a scheduler that takes the node back
+ON_TERM = "LAUNCHER_ON_TERM"  # "interrupt": SIGTERM is an early notice, such as a pre-emption by a scheduler
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-EXIT_CODES = {"cancelled": 143, "interrupted": 75}  # as a shell reports SIGTERM; EX_TEMPFAIL: go on later
-INTERRUPT_S = 20.0  # from SIGUSR1 to the end of the rank, at the latest
-TERM_S = 3.0  # the same from SIGTERM: who sends it kills soon after
-PARENT_S = 1.0  # between two looks at the launching process where the kernel does not announce its end
+EXIT_CODES = {"cancelled": 143, "interrupted": 75}  # 128 + SIGTERM, as in a shell; EX_TEMPFAIL: can be resumed
+INTERRUPT_S = 20.0  # seconds from SIGUSR1 to the end of the rank, at most
+TERM_S = 3.0  # seconds from SIGTERM to the end of the rank, at most: a SIGKILL usually follows soon
+PARENT_S = 1.0  # seconds between two checks of the launching process if there is no pidfd
 GONE = Outcome("failed", "the launching process is gone")
 
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """Callbacks of a rank's guard; none of them runs in the main thread.
+    """Callbacks of a rank's guard; all run in the guard's thread.
 
-    `interrupt(reason)` asks the main thread to end after saving its current work, and is True if that can be soon.
-    `end(outcome, parent_is_gone)` writes the rank's result. `look()` returns the outcome with which the rank must end
-    now, if any.
+    `interrupt(reason)` asks the main thread to end after saving its current work, and returns True if that is worth
+    waiting for. `end(outcome, parent_is_gone)` writes the rank's result. `look()`, called every `look_s` seconds,
+    returns an outcome if the rank must end now.
     """
 
     interrupt: Callable[[str], bool]
@@ -46,15 +46,14 @@ class Watched:
 
 
 def start(watched_pid: int | None, watched: Watched, term_interrupts: bool = False) -> None:
-    """Start the guard.
+    """Start the guard thread.
 
-    From now on SIGTERM, SIGINT and the end of `watched_pid` end the process tree at once; SIGUSR1 (and with
-    `term_interrupts` SIGTERM) ends it as soon as the main thread has saved its batch, but after a few seconds at the
-    latest.
+    SIGTERM, SIGINT and the end of process `watched_pid` then end the process tree at once; SIGUSR1 (and with
+    `term_interrupts` SIGTERM) ends it as soon as the main thread has saved its batch, after INTERRUPT_S at the latest.
 
-    A Python signal handler would have to wait for the main thread, which may be blocked in a collective for ever. If
-    the guard itself fails, the rank ends as failed, since it could not react to anything any more. A process that the
-    rank forks has no guard: signals end it in the usual way.
+    A Python signal handler would have to wait for the main thread, which may be blocked in a collective forever. If the
+    guard itself fails, the rank ends as failed, since it could not react to anything any more. A forked child of the
+    rank has no guard: signals have their default effect there.
     """
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
@@ -62,17 +61,17 @@ def start(watched_pid: int | None, watched: Watched, term_interrupts: bool = Fal
         signal.signal(number, _pass)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=_forget_guard)
-    signal_when_orphaned(signal.SIGCONT)  # a rank that was stopped goes on, and its guard looks
+    signal_when_orphaned(signal.SIGCONT)  # wake a stopped rank, so that its guard notices the parent's end
     guard = _Guard(read_end, watched, term_interrupts)
     threading.Thread(target=guard.run, args=(watched_pid,), daemon=True, name="guard").start()
 
 
 def _pass(number: int, frame: object) -> None:
-    """A handler that does nothing: its presence makes the interpreter write the signals to the guard's pipe."""
+    """A handler that does nothing: its presence makes the interpreter write signal numbers to the guard's pipe."""
 
 
 def _forget_guard() -> None:
-    """Detach a forked child from the guard: its signals must not go into the inherited pipe and end the rank."""
+    """Detach a forked child from the guard: its signals must not reach the inherited pipe, which would end the rank."""
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
         if signal.getsignal(number) is _pass:
@@ -85,7 +84,7 @@ class _Guard:
         self.deadline: float | None = None
         self.reason = ""
         self.parent: int | None = None  # the process id of the watched process
-        self.parent_fd: int | None = None  # a file descriptor that can be read once it has ended
+        self.parent_fd: int | None = None  # pidfd, readable once that process has ended
 
     def run(self, watched_pid: int | None) -> None:
         try:
@@ -93,7 +92,7 @@ class _Guard:
                 self.parent = watched_pid
                 with contextlib.suppress(
                     OSError, AttributeError
-                ):  # gone already; Linux before 5.3; forbidden; not built in
+                ):  # already ended, Linux before 5.3, not permitted, or a Python without pidfd_open
                     self.parent_fd = os.pidfd_open(watched_pid)
             sources, looks = [self.signals], []
             if self.parent_fd is not None:
@@ -105,7 +104,7 @@ class _Guard:
             while True:
                 if self._parent_is_gone():
                     self._end(GONE)
-                patience = min(looks, default=None)  # without any, for signals alone
+                patience = min(looks, default=None)  # None: wait for signals only
                 if self.deadline is not None:
                     patience = min([*looks, max(self.deadline - time.monotonic(), 0.0)])
                 ready, _, _ = select.select(sources, [], [], patience)
@@ -129,7 +128,7 @@ class _Guard:
             os.kill(self.parent, 0)
         except ProcessLookupError:
             return True
-        except PermissionError:  # a process of another user, which /proc may hide
+        except PermissionError:  # it exists, but belongs to another user
             return False
         with contextlib.suppress(psutil.Error):
             return bool(psutil.Process(self.parent).status() == psutil.STATUS_ZOMBIE)
@@ -151,7 +150,7 @@ class _Guard:
             self.deadline = min(self.deadline, time.monotonic() + TERM_S)
 
     def _end(self, outcome: Outcome) -> NoReturn:
-        # Whoever started us may be gone though it is another's signal that ends us: then nobody else writes the record.
+        # Even if a signal ends this rank, the parent may be gone too; then no other process would write the record.
         try:
             if self._parent_is_gone():
                 self.watched.end(GONE, True)

@@ -1,7 +1,7 @@
 """The measurement loop: warm up, then answer the whole prompt set `repeats` times, in one call or batch by batch.
 
-A run that resumes after an earlier attempt answers in its first repeat the prompts that are not yet saved, in the
-batches of an undisturbed run, and then makes the repeats that no attempt has finished.
+A resumed run first answers the prompts whose completions are not saved yet, in the same batches as an uninterrupted
+run, and then makes the repeats that no attempt has finished.
 """
 
 from __future__ import annotations
@@ -32,11 +32,10 @@ if TYPE_CHECKING:
 def schedule(
     prompts: Sequence[Prompt], world: World, config: RunConfig, saved: Saved
 ) -> list[tuple[int, list[list[Prompt]]]]:
-    """The repeats still to be made, by number, and this rank's batches in each; every rank has the same number of
-    batches.
+    """The numbers of the repeats still to be made, with this rank's batches; every rank has the same number of batches.
 
-    The first repeat leaves out saved prompts, and batches in which no rank has any left. If all prompts are saved but
-    no repeat is complete, and only the first one is left, it is made in full, so that there is a measurement.
+    The first repeat leaves out saved prompts, and batches in which no rank has unsaved prompts. If all prompts are
+    saved but no repeat is complete, and `measure.repeats` is 1, it is made in full, so that there is a measurement.
     """
     size, calls = call_count(len(prompts), world, config)
     whole = list(batches(split(prompts, world, config), size, calls))
@@ -57,20 +56,20 @@ def schedule(
 
 
 class Keeper(Protocol):
-    """The receiver of the loop's results. Any of its methods may raise, which ends the loop."""
+    """Receives the loop's results. An exception from any method ends the loop."""
 
     def save(self, completions: Sequence[Completion], failures: Sequence[RequestFailure] = ()) -> None:
-        """Save completions, none of which was saved before, and the prompts that failed."""
+        """Save new completions, and the prompts that failed."""
 
     def save_repeat(self, repeat: Repeat) -> None:
         """Save the measurements of a repeat."""
 
     def between_batches(self) -> None:
-        """Called when everything so far is saved: a rank that is to end does so here."""
+        """Called when all work so far is saved: the place to end an interrupted rank."""
 
 
 class Loop:
-    """Runs one backend over this rank's prompts; `keeper` receives completions and measurements as they are made."""
+    """Runs one backend on this rank's prompts; `keeper` receives completions and measurements as they are made."""
 
     def __init__(
         self, backend: Backend, config: RunConfig, world: World, progress: ProgressWriter, keeper: Keeper
@@ -79,14 +78,14 @@ class Loop:
         self.sampling = sampling_of(config)
 
     def trace(self, prompts: Sequence[Prompt], steps: int, is_traced: bool) -> Trace | None:
-        """Answer one more batch on all ranks, and trace `steps` of its decode steps on the ranks with `is_traced`."""
+        """Answer one more batch on all ranks; ranks with `is_traced` trace `steps` of its decode steps."""
         sampling = replace(self.sampling, max_new_tokens=steps + 1, ignore_eos=True)
         trace: Trace | None = None
         num_steps = 0
 
         def on_step(new_tokens: int, finished: Sequence[Completion] = ()) -> None:
             nonlocal trace, num_steps
-            if is_traced and num_steps == 0 and isinstance(self.backend, TracingBackend):  # behind the prompts
+            if is_traced and num_steps == 0 and isinstance(self.backend, TracingBackend):  # prefill is over
                 trace = self.backend.trace()
             if trace is not None and num_steps == steps:
                 trace.stop()
@@ -97,7 +96,7 @@ class Loop:
         return trace
 
     def score(self, windows: Sequence[Sequence[int]]) -> Quality | None:
-        """Score the windows of a text; None if there are none."""
+        """Score the windows of a text; None without windows, or if the engine cannot score."""
         if not windows or not isinstance(self.backend, ScoringBackend):
             return None
         self.progress.enter("quality", len(windows))
@@ -114,8 +113,7 @@ class Loop:
             self.keeper.save_repeat(self._repeat(number, calls, first))
 
     def warm_up(self, prompts: Sequence[Prompt]) -> Compilation | None:
-        """Prepare the engine's decode steps if it can compile them, then answer a batch `warmup` times, before the
-        measurement."""
+        """Compile the engine's decode steps if it supports that, then answer a batch `warmup` times."""
         batch, compilation = warm_up_batch(prompts, self.world, self.config), None
         if isinstance(self.backend, CompilingBackend):
             steps = 0
@@ -134,9 +132,11 @@ class Loop:
     def _call(
         self, stage: str, batch: list[Prompt], keep: Callable[[Sequence[Completion]], None]
     ) -> tuple[Generation, int]:
-        """Call the engine with a batch. Returns its Generation and the number of steps that made a token; `keep`
-        receives the answers that are complete after each step. A call for the whole set can be ended between two
-        steps."""
+        """Call the engine with a batch; returns its Generation and the number of steps that made a token.
+
+        `keep` receives the newly completed answers after each step. With continuous batching the call can be
+        interrupted between two steps.
+        """
         is_continuous, total = self.config.is_continuous, self.sampling.max_new_tokens
         if is_continuous:
             total = len(batch)
@@ -159,7 +159,7 @@ class Loop:
         return self.backend.generate(batch, self.sampling, on_step), fruitful
 
     def _repeat(self, number: int, calls: list[list[Prompt]], first: dict[int, tuple[int, ...] | str]) -> Repeat:
-        """Make one repeat. `first` has the answer of each prompt in its first repeat, and is extended."""
+        """Make one repeat. `first` maps each prompt's index to its first answer; new prompts are added to it."""
         generations, decode_steps = [], 0
         same = True
 
@@ -206,7 +206,7 @@ class Loop:
 
 
 def sum_of_all(seconds: Iterable[float | None]) -> float | None:
-    """The sum; None if a value is None."""
+    """The sum, or None if a value is None."""
     total = 0.0
     for value in seconds:
         if value is None:

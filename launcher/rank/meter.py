@@ -1,4 +1,4 @@
-"""The cost of a rank while it works: CPU time, energy, and the state of the node's devices."""
+"""Measure the cost of a rank while it works: CPU time, energy, and the state of the node's devices."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SAMPLE_S = 0.2
 MOST_SAMPLES = 1000
-"""The most samples of each rank that reads devices: beyond it every second one is dropped, and the rate is halved."""
+"""The most samples kept by a rank: beyond that, every second sample is dropped and the sampling interval doubled."""
 
 POWERCAP = Path("/sys/class/powercap")
 NVML, RAPL = "NVML", "RAPL"
@@ -35,7 +35,7 @@ OTHER_RANK = "another rank of the node reads its devices"
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """The counters at one moment; energy by device or CPU package, in joules."""
+    """The counters at one moment: seconds since the start, CPU seconds, and joules by device or CPU package."""
 
     second: float
     user_s: float
@@ -44,10 +44,10 @@ class Moment:
 
 
 class Meter:
-    """The costs of this process and its children in each phase; on the first rank of a node also those of the node's
-    devices.
+    """Measures the costs of this process and its children in each phase; on the first rank of a node also the energy
+    and state of the node's devices.
 
-    A thread reads them from the driver a few times a second.
+    A thread samples the devices every SAMPLE_S seconds.
     """
 
     def __init__(self, config: RunConfig, world: World) -> None:
@@ -55,7 +55,7 @@ class Meter:
         self.uuids: list[str] = []
         self.packages: list[Path] = []
         if self.is_meter and config.accelerator.value == "cuda":
-            with contextlib.suppress(UserError):  # which the engine will say
+            with contextlib.suppress(UserError):  # the engine reports it
                 devices = cuda_devices(os.environ)[: config.devices]
                 self.uuids = [device.uuid for device in devices if device.uuid is not None]
         elif self.is_meter:
@@ -73,14 +73,13 @@ class Meter:
     def enter(self, phase: str) -> None:
         """End the current phase and begin another.
 
-        Devices are sampled after the model is loaded: until then engines may fork, which is unsafe during a call of
-        NVML.
+        Sampling starts after the model is loaded: until then engines may fork, which is unsafe during an NVML call.
         """
         user_s, system_s = cpu_times()
         now, last = Moment(time.time() - self._began, user_s, system_s, self._energy()), self._last
         energy_j, before, after = None, last.energy_j, now.energy_j
         if before and before.keys() == after.keys() and all(after[name] >= before[name] for name in before):
-            energy_j = sum(after[name] - before[name] for name in before)  # of no counter that began again
+            energy_j = sum(after[name] - before[name] for name in before)  # no counter was reset or wrapped
         self.phases.append(
             PhaseCost(
                 self.phase,
@@ -96,7 +95,7 @@ class Meter:
             threading.Thread(target=self._sample, daemon=True, name="meter").start()
 
     def end(self) -> RankCost:
-        """End the last phase; returns the costs of all."""
+        """End the last phase; returns the costs of all phases."""
         self._ended.set()
         self.enter("")
         reason = f"no NVIDIA device, and no energy counter in {POWERCAP}"
@@ -155,13 +154,13 @@ class Meter:
 
 
 def packages(folder: Path = POWERCAP) -> list[Path]:
-    """The CPU packages whose energy counters can be read; often only root may."""
+    """The folders of CPU packages with a readable RAPL energy counter; often only root may read them."""
     counters = sorted(folder.glob("intel-rapl:[0-9]")) + sorted(folder.glob("intel-rapl:[0-9][0-9]"))
     return [package for package in counters if os.access(package / "energy_uj", os.R_OK)]
 
 
 def cpu_times() -> tuple[float, float]:
-    """User and system time in seconds of this process and of all its children, ended ones included."""
+    """User and system CPU time in seconds of this process and all its children, including those that have ended."""
     this = psutil.Process()
     user_s = system_s = 0.0
     for process in (this, *this.children(recursive=True)):

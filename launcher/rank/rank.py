@@ -1,4 +1,4 @@
-"""One rank of a run: it loads, generates, saves every result at once, and records how it ended, for whatever reason."""
+"""One rank of a run: load the model, generate, save each result immediately, and always record how the rank ended."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ if TYPE_CHECKING:
     from shards.machine.network import Network
     from shards.machine.world import World
 
-WORTH_WAITING = ("repeat", "memory", "close", "end")  # stages in which something is about to be saved
+WORTH_WAITING = ("repeat", "memory", "close", "end")  # prefixes of stages that save results soon
 LAST_WORD_S = 5.0
 
 
 class InterruptionError(Exception):
-    """The rank was asked to end, and all its work is saved."""
+    """The rank was asked to end, and its work so far is saved."""
 
 
 class Rank:
-    """This process as one rank of attempt `attempt` of the run in `run_dir`. It writes a result whatever ends it.
+    """This process as one rank of an attempt at the run in `run_dir`. It writes a result, whatever ends it.
 
-    The guard's thread calls `interrupt` and `end`; everything else runs in the main thread.
+    The guard's thread calls `interrupt` and `end`; all other methods run in the main thread.
     """
 
     def __init__(self, run_dir: RunDir, world: World, attempt: int) -> None:
@@ -68,8 +68,8 @@ class Rank:
         self.compilation: Compilation | None = None
         self.devices: tuple[DeviceMemory, ...] = ()
         self.environment: Environment | None = None
-        self.waits = False  # for other ranks, where this one hangs
-        self.network: Network | None = None  # to other nodes
+        self.waits = False  # True: this rank hangs because it waits for another one
+        self.network: Network | None = None  # interface to other nodes
         self.meter = Meter(self.config, world)
         self.cost: RankCost | None = None
         self.quality: Quality | None = None
@@ -79,7 +79,7 @@ class Rank:
         self._is_ending = False
 
     def run(self) -> str:
-        """Do the work and write the rank's result; returns the status. An error is recorded, never raised."""
+        """Do the work and write the rank's result; returns the status. Errors are recorded, never raised."""
         status = self._work()
         self._give_way()
         return status
@@ -94,7 +94,7 @@ class Rank:
             rank, stage = self.world.rank, self.progress.progress.stage
             status, explained = explain(error, self.files.log, rank, stage)
             if self.interruption is not None and status != "refused":
-                return self._interrupted(self.interruption)  # thrown off by another rank that has gone first
+                return self._interrupted(self.interruption)  # the error is a consequence: other ranks already left
             return self._write(status, explained)
         self.progress.enter("end")
         return self._write("ok")
@@ -135,7 +135,7 @@ class Rank:
         backend.close()
 
     def save(self, completions: Sequence[Completion], failures: Sequence[RequestFailure] = ()) -> None:
-        """Append to this rank's completions."""
+        """Append completions and failures to this rank's completions file."""
         saved = [
             SavedCompletion(c.index, c.token_ids, c.finish_reason, c.top2_gaps, c.text, c.num_tokens)
             for c in completions
@@ -147,7 +147,7 @@ class Rank:
         self._give_way()
 
     def save_repeat(self, repeat: Repeat) -> None:
-        """Append to this rank's measurements."""
+        """Append a repeat to this rank's measurements."""
         self.repeats.append(repeat)
         with self._writing:
             if self._may_save():
@@ -155,31 +155,33 @@ class Rank:
         self._give_way()
 
     def _may_save(self) -> bool:
-        """True if work that is saved now will be in the record: not after the rank's result was written."""
+        """True if this rank saves answers and is not ending: work saved after its result would miss the record.
+
+        SupersededError if a newer attempt has begun.
+        """
         if self._is_ending or not self.answers:
             return False
         self.run_dir.check_attempt(self.attempt)
         return True
 
     def between_batches(self) -> None:
-        """End here if the rank was asked to."""
+        """Raise InterruptionError if the rank was asked to end."""
         if self.interruption is not None:
             raise InterruptionError(self.interruption)
 
     def interrupt(self, reason: str) -> bool:
-        """Ask the main thread to end after its batch. True if it is about to save something worth waiting for."""
+        """Ask the main thread to end after its batch; True if it will save results that are worth waiting for."""
         self.interruption = reason
         return self.progress.progress.stage.startswith(WORTH_WAITING)
 
     def end(self, outcome: Outcome) -> str:
-        """Write the rank's result before the process ends, unless it is written already; returns the recorded
-        status."""
+        """Write the rank's result unless it is already written; the process then ends. Returns the recorded status."""
         self._is_ending = True
         stage = self.progress.progress.stage
         return self._write(outcome.status, RunError(self.world.rank, stage, "Ended", outcome.message, ""))
 
     def _give_way(self) -> None:
-        """Block while the guard is about to end the process."""
+        """Block for good if the guard is ending the process."""
         while self._is_ending:
             time.sleep(LAST_WORD_S)
 
@@ -188,7 +190,7 @@ class Rank:
         return self._write("interrupted", RunError(self.world.rank, stage, "Ended", reason, hint))
 
     def _write(self, status: str, error: RunError | None = None) -> str:
-        """Write the rank's result once, and only if no newer attempt has begun; returns the recorded status."""
+        """Write the rank's result, once and only if no newer attempt has begun; returns the recorded status."""
         if not self._writing.acquire(timeout=LAST_WORD_S):
             return status
         try:

@@ -1,4 +1,4 @@
-"""The watchdog of a run, which judges by the steps of its ranks, and the stacks of ranks that hang."""
+"""Decide from the progress of the ranks whether a run hangs, and write the stacks of ranks that hang."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ if TYPE_CHECKING:
     from launcher.run_dir.run_dir import RunDir
 
 COLLECTIVE = re.compile(r"distributed_c10d|shards/parallel/collectives")
-"""In the stack of a rank that waits for other ranks, in the process group or in shared memory."""
+"""Matches the stack of a rank that waits for other ranks, in the process group or in shared memory."""
 MAIN = re.compile(r'\brun \([^)]*launcher/rank/rank\.py|launcher/rank/rank\.py", line \d+ in run$')
-"""In the stack of a rank's main thread, as py-spy or faulthandler writes it."""
+"""Matches the frame that every rank's main thread has, in the format of py-spy or of faulthandler."""
 ON_DEVICE = re.compile(
     r"torch/(?:cuda|nn|autograd|_ops|_tensor|functional)\b|transformers/|launcher/backends/(?:decode|slots)"
 )
-"""Code that only launches work on a GPU and fetches its results: a rank that stays inside it waits for the GPU."""
+"""Matches frames that only launch GPU work and fetch its results: a rank that hangs in one waits for the GPU."""
 
-DUMP_S = 20.0  # the most time that the stacks of all ranks may take
+DUMP_S = 20.0  # seconds for the stacks of all ranks together, at most
 FALLBACK_S = 2.0
 
 
 class Watchdog:
     """Decides from the progress of the ranks when the run must end. A limit of 0 s is off.
 
-    Ranks wait for each other, so the run hangs only if no rank has made a step for `hang_timeout_s`; the rank to blame
-    is the one whose last step is the oldest, or which has not begun. The clock of `timeout_s` starts when the watchdog
-    is created.
+    Since ranks wait for each other, the run hangs only if no rank has made a step for `hang_timeout_s`. The rank to
+    blame is the one with the oldest last step, or one that has not begun. `timeout_s` counts from the creation of the
+    watchdog.
     """
 
     def __init__(self, config: RunConfig, now: Callable[[], float] = time.monotonic) -> None:
@@ -51,7 +51,7 @@ class Watchdog:
 
     @property
     def look_s(self) -> float:
-        """Seconds between two checks; short enough for limits to be kept to one percent."""
+        """Seconds between two checks: 1 % of the shortest limit, but at least 0.5."""
         return max(min(filter(None, (self.hang_timeout_s, self.timeout_s)), default=100.0) / 100, 0.5)
 
     def look(self, ranks: Sequence[Progress | None]) -> Outcome | None:
@@ -70,7 +70,7 @@ class Watchdog:
 
 
 def _blaming(ranks: Sequence[Progress | None], outcome: Outcome, suspects: Sequence[int]) -> Outcome:
-    """`outcome` with the rank whose last step is the oldest among `suspects`, and its stage."""
+    """`outcome` with the rank among `suspects` whose last step is the oldest, and its stage."""
     last_steps: dict[int, float] = {}
     stages: dict[int, str] = {}
     for number in suspects:
@@ -86,9 +86,9 @@ def _blaming(ranks: Sequence[Progress | None], outcome: Outcome, suspects: Seque
 def blame(
     outcome: Outcome, ranks: Sequence[Progress | None], stacks: Mapping[int, str], on_cuda: bool = False
 ) -> Outcome:
-    """`outcome` with the rank to blame by its stack: ranks inside a collective wait for one that is not.
+    """`outcome` with the rank to blame corrected by the stacks: ranks inside a collective wait for one that is not.
 
-    Steps of ranks in lockstep are too close in time to tell which rank stopped first.
+    The last steps of ranks in lockstep are too close in time to tell which rank stopped first.
     """
     free = [number for number, text in stacks.items() if not waits(text, on_cuda)]
     if outcome.status != "hang" or outcome.rank not in stacks or outcome.rank in free or not free:
@@ -99,14 +99,13 @@ def blame(
 def waits(stack: str, on_cuda: bool = False) -> bool:
     """True if a rank with this stack waits for other ranks.
 
-    A collective of NCCL is only queued on the GPU; the rank blocks where it next needs a result from the GPU.
+    An NCCL collective is only queued on the GPU; the rank blocks where it next needs a result from the GPU.
     """
     return COLLECTIVE.search(stack) is not None or (on_cuda and ON_DEVICE.search(_innermost_frame(stack)) is not None)
 
 
 def _innermost_frame(stack: str) -> str:
-    """The innermost frame of a rank's main thread, in the output of py-spy or faulthandler; empty if neither shows
-    it."""
+    """The innermost frame of a rank's main thread in the output of py-spy or faulthandler; empty if it is not found."""
     frames: list[str] = []
     for line in [*stack.splitlines(), ""]:
         if line.startswith(" "):
@@ -119,9 +118,9 @@ def _innermost_frame(stack: str) -> str:
 
 
 def write_stacks(run_dir: RunDir, pids: Mapping[int, int]) -> dict[int, str]:
-    """Write the stacks of each rank of `pids` into the run directory, and return them.
+    """Write the stacks of each rank in `pids` (rank -> process id) into the run directory, and return them.
 
-    py-spy shows all threads and child processes; if it is not allowed to (a container without ptrace), the rank writes
+    py-spy shows all threads and child processes; if that is not permitted (a container without ptrace), the rank writes
     the stacks of its own threads.
     """
     spy = shutil.which("py-spy", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
@@ -150,7 +149,7 @@ def write_stacks(run_dir: RunDir, pids: Mapping[int, int]) -> dict[int, str]:
 
 
 def _own_stacks(pid: int, log: Path) -> str:
-    """The stacks that the rank itself appends to its log on SIGUSR2; its handler needs no GIL."""
+    """The stacks that the rank itself appends to its log on SIGUSR2; faulthandler's handler does not need the GIL."""
     size = 0
     if log.exists():
         size = log.stat().st_size

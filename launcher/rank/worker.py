@@ -26,14 +26,14 @@ from shards.machine.world import World
 if TYPE_CHECKING:
     from launcher.results.verdict import Outcome
 
-PARENT = "LAUNCHER_PARENT"  # process id of the launching process, where there is one on this node
-WATCH = "LAUNCHER_WATCH"  # set where the parent does not look at the ranks' progress: they do
+PARENT = "LAUNCHER_PARENT"  # process id of the launching process, if there is one on this node
+WATCH = "LAUNCHER_WATCH"  # set if the ranks run the watchdog, because the parent does not
 EXIT_CODES = {"ok": 0, "refused": 2, "interrupted": guard.EXIT_CODES["interrupted"]}
 OTHERS_S = 0.3
 
 
 def enter_world(world: World) -> None:
-    """Set this process's environment, once: the variables of its world, CUDA's numbering of GPUs (as in NVML), and the
+    """Set this process's environment: the variables of its world, CUDA's numbering of GPUs (as in NVML), and the
     network interface to other nodes."""
     os.environ.update(world.environ())
     count_as_nvml(os.environ)
@@ -44,9 +44,9 @@ def enter_world(world: World) -> None:
 def run_rank(run_dir: RunDir, world: World, parent: int | None, starter: int | None = None) -> str:
     """Run one rank to its end, supervised by a guard; returns its status.
 
-    `parent` is the process that supervises the run on this node and writes its record. Without a parent, or after its
-    end, the rank that is told to end writes the record itself. It also ends if `starter`, which does neither, has
-    ended. SIGUSR2 prints all stacks on stderr.
+    `parent` is the process that supervises the run on this node and writes its record. If there is none, or it has
+    ended, a rank that is made to end writes the record itself. `starter` is a process that only started the rank, such
+    as torchrun's agent; the rank ends with it. SIGUSR2 prints all stacks on stderr.
     """
     attempt = int(os.environ.get(ATTEMPT) or run_dir.read_attempt())
     try:
@@ -63,7 +63,7 @@ def run_rank(run_dir: RunDir, world: World, parent: int | None, starter: int | N
                 faulthandler.dump_traceback(file, all_threads=True)
             rank.waits = waits(stacks.read_text(), rank.config.accelerator is Accelerator.cuda)
         if rank.end(outcome) != "superseded" and (parent is None or parent_is_gone):
-            time.sleep(OTHERS_S + (watched.look_s if watched.look else 0))  # the others end for the same reason now
+            time.sleep(OTHERS_S + (watched.look_s if watched.look else 0))  # let the others write their results
             finish(run_dir, outcome)
 
     watched = guard.Watched(rank.interrupt, end)
@@ -77,8 +77,7 @@ def run_rank(run_dir: RunDir, world: World, parent: int | None, starter: int | N
 
 
 def main(folder: str) -> None:
-    """The entry point of a started rank. Exit code 0 ok, 2 refused, 75 interrupted (can be resumed), 1 anything
-    else."""
+    """The entry point of a started rank. Exit code: 0 ok, 2 refused, 75 interrupted (can be resumed), 1 otherwise."""
     parent = int(os.environ[PARENT]) if PARENT in os.environ else None
     run_dir, world = RunDir(Path(folder)), World.from_env(os.environ)
     enter_world(world)

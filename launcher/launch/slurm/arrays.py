@@ -1,6 +1,6 @@
-"""Runs as SLURM jobs: a single one, or the points of a sweep as job arrays, one array for points with equal resources.
+"""Submit runs as SLURM jobs: a single job, or the points of a sweep as job arrays, one for each set of resources.
 
-Each point has its own run directory with everything its ranks wrote, and its own script to submit it again.
+Each point has its own run directory with the output of its ranks, and its own script to submit it again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from launcher.config.schema import RunConfig
 
 POINTS = "points.json"
-DETACHED = 130  # exit code of a command that Ctrl-C has ended, and whose jobs go on
+DETACHED = 130  # exit code of a command that was ended by Ctrl-C while its jobs continue
 
 
 class Detached(KeyboardInterrupt):
@@ -41,7 +41,7 @@ class Detached(KeyboardInterrupt):
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A point of a sweep: its overrides, and its run directory, or the record that says why it has none."""
+    """A point of a sweep: its overrides and its run directory; a record if it is finished or refused."""
 
     overrides: tuple[str, ...]
     run_dir: RunDir | None = None
@@ -50,7 +50,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class _PointOnDisk:
-    """A point as stored in the folder of its sweep: the run directory by its name, a record of any version."""
+    """A point as stored in the folder of its sweep: the name of the run directory, and a record of any version."""
 
     overrides: tuple[str, ...]
     run_dir: str | None = None
@@ -58,7 +58,7 @@ class _PointOnDisk:
 
 
 def submit_run(run_dir: RunDir) -> str:
-    """Submit one run; returns the number of its job. UserError if it is in a job already."""
+    """Submit one run; returns its job number. UserError if it already is in a job."""
     if active := jobs.active([run_dir]):
         [(job, state)] = active.values()
         raise UserError(f"{run_dir} is in job {job}, which is {state}.", f"wait for its end, or scancel {job}")
@@ -74,10 +74,11 @@ def _write_script(run_dir: RunDir) -> None:
 
 
 def submit_points(folder: Path, points: Sequence[Point]) -> tuple[dict[str, RunDir], list[Point]]:
-    """Submit the points to run, those with equal resources as one array; returns their jobs, and all points.
+    """Submit the unfinished points, those with equal resources as one array; returns job -> run directory, and all
+    points.
 
-    A point that is in a job already stays in it. The scripts are in `folder`, next to the run directories. Points that
-    SLURM refuses get a record.
+    A point that already is in a job is not submitted again. The scripts are in `folder`, next to the run directories.
+    Points that SLURM refuses get a record.
     """
     to_run = [point.run_dir for point in points if point.run_dir is not None and point.record is None]
     active = jobs.active(to_run)
@@ -100,7 +101,7 @@ def submit_points(folder: Path, points: Sequence[Point]) -> tuple[dict[str, RunD
         except UserError as error:
             for run_dir in run_dirs:
                 refusals[run_dir] = refused(run_dir.read_run().run_config, error, time.time(), run_dir)
-        script = f"submit-{number}.sbatch"  # of the next group
+        script = f"submit-{number}.sbatch"  # for the next group
     points = [replace(point, record=refusals.get(point.run_dir, point.record)) for point in points]
     write_points(folder, points)
     return submitted, points
@@ -141,7 +142,7 @@ def follow(
 ) -> dict[RunDir, Record]:
     """Follow jobs to their end, with a line on stderr for each change; returns run directory -> record.
 
-    Ctrl-C stops following, not the jobs: Detached, after a line that says how to follow or cancel them.
+    Ctrl-C stops following but not the jobs: it prints how to follow or cancel them, and raises Detached.
     """
     out = console(stderr=True)
     records = {}
@@ -158,14 +159,14 @@ def follow(
 
 
 def how_to_go_on(runs: Mapping[str, RunDir], folder: Path) -> str:
-    """The commands that follow the remaining jobs of a folder, and that cancel them."""
+    """A line with the commands that follow and cancel the jobs of a folder."""
     arrays = " ".join(dict.fromkeys(job.partition("_")[0] for job in runs))
     see = f"python -m launcher.status --follow {shlex.quote(str(folder))}"
     return f"job {arrays} goes on. See it: {see}   End it: scancel {arrays}"
 
 
 def run_job(run_dir: RunDir) -> Record:
-    """Submit the run and follow it; returns its record. With `launch.wait=false` the record so far."""
+    """Submit the run and follow it; returns its record, with `launch.wait=false` an unfinished one."""
     run = run_dir.read_run()
     launch = run.run_config.launch
     job = submit_run(run_dir)
@@ -178,7 +179,7 @@ def run_job(run_dir: RunDir) -> Record:
 def run_points(asked: Sequence[tuple[RunConfig, tuple[str, ...]]]) -> list[Record]:
     """Run configurations, each with its command, as jobs; returns their records in order.
 
-    With `launch.wait=false` the records so far.
+    With `launch.wait=false` the records are unfinished.
     """
     points = []
     for config, command in asked:

@@ -1,10 +1,9 @@
-"""The end of a batch script: queue the job again, or write the record.
+"""The last step of a batch script: decide whether to requeue the job, or write the record.
 
 `python -m launcher.launch.slurm.end RUN_DIR CODE [HOW]`
 
-CODE is the exit code of srun; HOW is `1` if the script itself was told to end (scancel, time limit, requeue), `final`
-if the job cannot be queued again, otherwise empty. Exit code 75: queue the job again; else 0 ok, 2 refused, 1
-otherwise.
+CODE is the exit code of srun; HOW is `1` if the script received SIGTERM (scancel, time limit, requeue), `final` if the
+job cannot be requeued, otherwise empty. Exit code: 75 requeue the job, 0 ok, 2 refused, 1 otherwise.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from launcher.run_dir.run_dir import RunDir
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-STOPPED = (AGAIN, 143, 138)  # ranks that saved what they had; ranks killed by SIGTERM or SIGUSR1 before they began
+STOPPED = (AGAIN, 143, 138)  # ranks that saved their work; ranks killed by SIGTERM or SIGUSR1 before they began
 EXIT_CODES = {"ok": 0, "refused": 2}
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Decide how the batch script ends; returns its exit code."""
+    """Decide how the batch script ends, and write the record unless it is requeued; returns the exit code."""
     run_dir, code, how = RunDir(Path(arguments[0])), int(arguments[1]), (*arguments[2:], "")[0]
     count = run_dir.read_run().world_size
     ranks: list[str | None] = []
@@ -36,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
         if rank is not None:
             ranks.append(rank.status)
         elif progress is not None:
-            ranks.append("silent")  # it had begun, and left no word
+            ranks.append("silent")  # it had begun, but wrote no result
         else:
             ranks.append(None)
     was_ended = how == "1"
@@ -56,14 +55,14 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def is_stopped(ranks: Sequence[str | None], code: int) -> bool:
-    """True if the ranks were stopped from outside: none of them is to blame, and not all had finished."""
+    """True if the ranks were stopped from outside: none of them failed by itself, and not all had finished."""
     if not set(ranks) <= {"ok", "interrupted", "cancelled", None} or all(rank == "ok" for rank in ranks):
         return False
     return "interrupted" in ranks or code in STOPPED
 
 
 def _may_go_on(run_dir: RunDir, environ: Mapping[str, str]) -> bool:
-    """True if the job may be queued again: it is allowed, and one of its last two attempts made progress."""
+    """True if the job may be requeued: the settings allow it, and one of its last two attempts saved work."""
     cluster = run_dir.read_run().run_config.cluster
     if not cluster.requeue or int(environ.get("SLURM_RESTART_COUNT", 0)) >= cluster.max_requeues:
         return False

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from launcher.run_dir.progress import Progress
     from launcher.run_dir.run_dir import RunDir
 
-KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_DEBUG")  # what tells where the SLURM is; the rest, of a job
-ENDS = {  # states in which a job is over, and what that means for a run that left no record
+KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_DEBUG")  # select the cluster; others belong to a job
+ENDS = {  # SLURM state of a job that is over -> status and message of a run without a record
     "COMPLETED": ("failed", "the job ended, and left no record"),
     "FAILED": ("failed", "the job failed before it could write a record"),
     "CANCELLED": ("cancelled", "the job was cancelled"),
@@ -38,14 +38,14 @@ ENDS = {  # states in which a job is over, and what that means for a run that le
     "FORGOTTEN": ("failed", "SLURM has forgotten the job, and it left no record"),
 }
 ANSWER_S = 30
-RECORD_S = 5.0  # how long a record may take to be seen on another machine of the cluster
-SETTLE_S = 2.0  # between two looks at a job that seems to be over
-POSITION_EVERY = 5  # looks at the own jobs between two at the whole queue
+RECORD_S = 5.0  # seconds until a record is visible on other machines of the cluster, at most
+SETTLE_S = 2.0  # seconds between two queries of a job that seems to be over
+POSITION_EVERY = 5  # queries of the own jobs for each query of the whole queue
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A job in SLURM's terms; `reason` is why it waits."""
+    """The state of a job as SLURM reports it; `reason` is why a pending job waits."""
 
     name: str
     reason: str = ""
@@ -53,7 +53,7 @@ class State:
 
     @property
     def is_end(self) -> bool:
-        """True if the job is over; False for one that waits for its next attempt."""
+        """True if the job is over; False for a requeued job."""
         return self.name in ENDS
 
     def __str__(self) -> str:
@@ -84,7 +84,7 @@ def submit(folder: Path, script: str = SLURM_SCRIPT) -> str:
 
 
 def environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment for SLURM's programs, without variables of a job that this process may be part of."""
+    """The environment for SLURM's programs, without the variables of a job that this process itself may run in."""
     return {key: value for key, value in environ.items() if not key.startswith("SLURM_") or key in KEPT}
 
 
@@ -104,10 +104,10 @@ def look(jobs: Sequence[str]) -> dict[str, State] | None:
 
 
 def settled(jobs: Sequence[str], sure: Collection[str] = ()) -> dict[str, State] | None:
-    """The states of `look`; a job counts as over only after two equal answers, because a requeued job passes through
-    such states.
+    """The state of each job, or None, like `look`; an end state only counts after two equal answers, because a requeued
+    job passes through end states.
 
-    Those in `sure` are believed at once.
+    For jobs in `sure` one answer is enough.
     """
     states = look(jobs)
     if states is None:
@@ -124,8 +124,10 @@ def settled(jobs: Sequence[str], sure: Collection[str] = ()) -> dict[str, State]
 
 
 def active(run_dirs: Sequence[RunDir]) -> dict[RunDir, tuple[str, State]]:
-    """The runs that are in an unfinished job, with its number and state; UserError if SLURM does not answer, since a
-    second job for such a run would end its ranks."""
+    """The runs that are in an unfinished job, with the job's number and state.
+
+    UserError if SLURM does not answer: the run may still be in a job, and a second one would end its ranks.
+    """
     runs = {job: run_dir for run_dir in run_dirs if (job := run_dir.read_job()) is not None}
     if not runs:
         return {}
@@ -154,7 +156,7 @@ def _squeue(*options: str) -> str | None:
 
 
 def position(job: str) -> str:
-    """The number of jobs that wait before this one, as far as SLURM shows other users' jobs; "" if it does not."""
+    """The job's position in its partition's queue, as text; "" if it is not known. SLURM may hide other users' jobs."""
     waiting = (_squeue("-t", "PD", "--array", "--priority", "--sort=-p,i", "-o", "%i|%P") or "").splitlines()
     rows = [tuple(line.split("|", 1)) for line in waiting]
     partition = next((row[1] for row in rows if row[0] == job), None)
@@ -165,7 +167,7 @@ def position(job: str) -> str:
 
 
 def close(run_dir: RunDir, state: State) -> Record:
-    """The record of a job that is over: its own, or one gathered from what its ranks left."""
+    """The record of the run of a job that is over: the one it wrote, or one gathered from the files of its ranks."""
     status, message = ENDS[state.name]
     deadline = time.monotonic()
     if state.name in ("COMPLETED", "FAILED"):
@@ -178,7 +180,8 @@ def close(run_dir: RunDir, state: State) -> Record:
 
 
 class Follower:
-    """Polls jobs until all are over. `say(job, text)` reports news, `show(ranks)` the progress of the first job."""
+    """Polls jobs until all are over. `say(job, text)` reports news, `show(ranks)` the progress of the first running
+    job."""
 
     def __init__(
         self,
@@ -189,7 +192,7 @@ class Follower:
         self.runs, self.say, self.show = dict(runs), say, show
         self.states: dict[str, State] = {}
         self.said: dict[str, str] = {}
-        self.read = dict.fromkeys(runs, 0)  # bytes of each log that were shown
+        self.read = dict.fromkeys(runs, 0)  # bytes of each job's log that were reported
         self.looks = 0
 
     def follow(self, poll_s: float) -> Iterator[tuple[str, Record]]:
@@ -201,7 +204,7 @@ class Follower:
                 before = self.states.get(job)
                 self._tell(job, before, state)
                 self.states[job] = state
-                # twice: a job that is queued again passes through such states, unless its run is done
+                # A requeued job passes through end states, so one only counts if seen twice or if the run is done.
                 if state.is_end and (state == before or self.runs[job].is_done()):
                     open_jobs.remove(job)
                     yield job, close(self.runs[job], state)
@@ -214,7 +217,7 @@ class Follower:
                 time.sleep(poll_s)
 
     def _tell(self, job: str, before: State | None, state: State) -> None:
-        """Report new complete lines of the job's log, and changes of its state and position in the queue."""
+        """Report new complete lines of the job's log, and changes of its state or its position in the queue."""
         with contextlib.suppress(FileNotFoundError), self.runs[job].slurm_log.open("rb") as file:
             file.seek(self.read[job])
             new = file.read()

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from launcher.config.parts.launching import ClusterConfig
     from launcher.run_dir.run import RunDescription
 
-AGAIN = 75  # exit code of ranks that were interrupted, and of a job that is queued again
-OTHERS = (  # what a surrounding launcher or the submitter's shell may have left in the environment
+AGAIN = 75  # exit code of interrupted ranks, and of a job that is requeued
+OTHERS = (  # variables that another launcher or the submitting shell may have set
     "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE MASTER_ADDR MASTER_PORT CROSS_RANK "
     "CROSS_SIZE TORCHELASTIC_RUN_ID LAUNCHER_PARENT LAUNCHER_RUN"
 )
-CORES_OF_A_CARD = 4  # one launches its kernels; the readers of a checkpoint, NCCL and vLLM's processes share the others
-FREE_PORT = (  # below those that Linux gives to outgoing connections, which could take it before rank 0 does
+CORES_OF_A_CARD = 4  # 1 launches its kernels, the others are for checkpoint readers, NCCL and vLLM's processes
+FREE_PORT = (  # below Linux's ephemeral ports (32768), which an outgoing connection could take before rank 0 does
     "import random, socket; "
     "print(next(p for p in random.sample(range(20000, 32768), 99) if socket.socket().connect_ex(('', p))))"
 )
@@ -39,9 +39,9 @@ class Job:
     tasks_per_node: int
     devices: int  # on each node
     on_cuda: bool
-    python: str  # starts the ranks
-    own_python: str  # opens and closes the attempt
-    root: str | None  # the folder of this project where it is not installed
+    python: str  # interpreter of the ranks
+    own_python: str  # interpreter that begins and ends the attempt
+    root: str | None  # the folder of this project if it is a checkout
 
     @property
     def cpus_per_task(self) -> int:
@@ -54,7 +54,7 @@ class Job:
 
 
 def job_of(run: RunDescription) -> Job:
-    """The job for a run: a task for each rank, spread evenly over the nodes."""
+    """The job for a run: one task per rank, spread evenly over the nodes."""
     config = run.run_config
     cluster = config.cluster
     python, root = cluster.python or sys.executable, None
@@ -75,16 +75,16 @@ def job_of(run: RunDescription) -> Job:
 
 
 def name_of(run: RunDescription) -> str:
-    """A unique name for the job, in letters that SLURM and every shell accept."""
+    """A unique name for the job, of characters that SLURM and every shell accept."""
     text = f"{run.config['backend']['name']}_{run.config['model']['name']}_x{run.num_devices}"
     return re.sub(r"[^A-Za-z0-9_.-]", "_", text) + f"-{run.mark[:6]}"
 
 
 def sbatch_text(job: Job, name: str, points: Sequence[str] = ()) -> str:
-    """The batch script of a run, to be submitted from its directory; or of an array, from the directory that contains
-    the `points`.
+    """The batch script of a run, or of an array of the run directories in `points`.
 
-    The exit code of the job is 0 if every rank is ok, 2 if it was refused, 75 if it is queued again, 1 otherwise.
+    Submit it from the run directory, an array from a folder next to the run directories. The exit code of the job is 0
+    if every rank is ok, 2 if the run was refused, 75 if the job is requeued, 1 otherwise.
     """
     cluster = job.cluster
     words: dict[str, object] = {
@@ -120,8 +120,8 @@ def sbatch_text(job: Job, name: str, points: Sequence[str] = ()) -> str:
 
 
 def _command_lines(job: Job, points: Sequence[str]) -> Iterator[str]:
-    """The commands of the script: find the run directory, with its log and those of the ranks; set the environment; run
-    the ranks; evaluate the end of the attempt."""
+    """The commands of the script: find the run directory and redirect output to its log, set the environment, run the
+    ranks, and requeue the job or write the record."""
     cluster = job.cluster
     yield "# Submit it from the directory that it is in: sbatch " + SLURM_SCRIPT
     if points:
@@ -151,7 +151,7 @@ def _command_lines(job: Job, points: Sequence[str]) -> Iterator[str]:
     yield ""
     python = shlex.join([*cluster.container, job.own_python])
     ranks = shlex.join([*cluster.container, job.python, "-m", "launcher.rank.worker"])
-    if not cluster.container:  # a container may hide the number of the parent, which ends with the job's step
+    if not cluster.container:  # inside a container the parent's process id may not be visible
         ranks = f"sh -c 'export LAUNCHER_PARENT=$PPID; exec \"$@\"' sh {ranks}"
     options = ("--kill-on-bad-exit=1", f"--cpus-per-task={job.cpus_per_task}", *cluster.srun)
     yield f'LAUNCHER_ATTEMPT=$({python} -m launcher.run_dir.attempts "$run_dir") || exit 1'
@@ -170,5 +170,5 @@ def _command_lines(job: Job, points: Sequence[str]) -> Iterator[str]:
 
 
 def not_found(program: str) -> UserError:
-    """The error for missing SLURM programs."""
+    """The error for a missing SLURM program."""
     return UserError(f"{program} is not found: this machine cannot submit to a SLURM.", "launch=local, or a login node")
