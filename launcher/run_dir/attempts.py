@@ -1,7 +1,7 @@
-"""The attempts at a run: the results of each are kept, the next one continues, and only the newest may write.
+"""Begin attempts at a run: each continues the earlier ones, whose results are kept, and only the newest may write.
 
-`python -m launcher.run_dir.attempts RUN_DIR` begins the next attempt and prints its number: for a batch script, before
-it starts the ranks.
+A batch script calls `python -m launcher.run_dir.attempts RUN_DIR` before it starts the ranks: it begins the next
+attempt and prints its number.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from pathlib import Path
 from launcher.results.completions import Saved, SavedCompletion
 from launcher.run_dir.run_dir import RunDir
 
-ATTEMPT = "LAUNCHER_ATTEMPT"  # the number of the attempt that a rank belongs to, where its starter has told it
+ATTEMPT = "LAUNCHER_ATTEMPT"  # environment variable: the number of a rank's attempt, if its starter sets it
 
 
 def begin(run_dir: RunDir) -> int:
     """Begin the next attempt at the run in `run_dir`; returns its number, from 1.
 
-    If it is killed at any moment it can be called again: files are moved, never removed, and saved results are gathered
+    It can be called again if it was killed: files of results are moved, never removed, and saved results are gathered
     from all earlier attempts.
     """
     number = run_dir.read_attempt() + 1
-    run_dir.write_attempt(number)  # from here on late ranks of older attempts are mute
+    run_dir.write_attempt(number)  # from here on, ranks of older attempts must not write
     run_dir.set_aside(number - 1)
     ranks = run_dir.read_run().answering_ranks
     completions: dict[int, SavedCompletion] = {}
     repeats: set[int] = set()
     for _, attempt in run_dir.earlier_attempts():
         for completion in attempt.read_rank_completions(ranks):
-            completions.setdefault(completion.index, completion)  # of a prompt that was answered twice the first answer
+            completions.setdefault(completion.index, completion)  # the first answer to a prompt counts
         repeats |= attempt.read_repeats(ranks).keys()
     run_dir.write_saved(Saved(tuple(completions[index] for index in sorted(completions)), tuple(sorted(repeats))))
     return number

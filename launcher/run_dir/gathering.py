@@ -1,6 +1,6 @@
-"""The record and the completions of a run, gathered from what its ranks wrote.
+"""Gather the record and the completions of a run from the files of its ranks.
 
-Nothing is lost: for each prompt the first saved completion counts, of whatever attempt.
+For each prompt the first saved completion counts, whatever attempt it is from.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def finish(run_dir: RunDir, outcome: Outcome | None = None) -> Record:
 
 
 def _with_load(record: Record, ranks: Sequence[RankResult]) -> Record:
-    """The record with the load time of the slowest rank, if the run succeeded."""
+    """The record, with the load time of the slowest rank if the run succeeded."""
     if record.status != "ok":
         return record
     slowest = max(ranks, key=lambda rank: rank.load_s or 0.0)
@@ -102,7 +102,7 @@ def _with_load(record: Record, ranks: Sequence[RankResult]) -> Record:
 
 
 def _attempt(number: int, folder: RunDir, world_size: int, repeats: Mapping[int, Sequence[Repeat]]) -> Attempt:
-    """One attempt, and the repeats that it finished."""
+    """One attempt for the record, with the repeats that it finished."""
     record = folder.read_record()
     summaries = []
     for index, ranks in repeats.items():
@@ -124,7 +124,7 @@ def _attempt(number: int, folder: RunDir, world_size: int, repeats: Mapping[int,
 
 
 def _write_completions(run_dir: RunDir, run: RunDescription, prompts: Sequence[Prompt]) -> None:
-    """Write all completions that this attempt and earlier ones have saved, with their texts."""
+    """Write all completions that this and earlier attempts have saved, with their texts."""
     saved: dict[int, SavedCompletion] = {}
     for item in (*run_dir.read_saved().completions, *run_dir.read_rank_completions(run.answering_ranks)):
         saved.setdefault(item.index, item)

@@ -1,6 +1,6 @@
-"""The directory of a run, with everything that a rank reads: a new one, or that of an earlier attempt.
+"""Create or find the directory of a run, with everything that a rank reads.
 
-Also the records of runs without results: refused, never begun, or unfinished.
+Also makes the records of runs without results: refused, never begun, or unfinished.
 """
 
 from __future__ import annotations
@@ -34,21 +34,20 @@ if TYPE_CHECKING:
 def directory_of(run: Run) -> RunDir:
     """The run directory: a new one, unless `resume=true` and the same run was begun before.
 
-    Runs are the same if the model, the prompts and the relevant part of the configuration are equal; among several the
-    finished one is chosen, else the latest.
+    Runs are the same if the model, the number of devices, the prompts and the relevant part of the configuration are
+    equal. Of several such directories a finished one is preferred, then the latest.
     """
     begun = _begun(run)
     if not begun:
         return create_run_dir(run)
     chosen, description = max(begun, key=lambda item: (item[0].is_done(), item[1].started_at))
-    if not chosen.is_done():  # the limits of time may be others than before
+    if not chosen.is_done():  # settings that do not define the run, such as timeouts, may have changed
         chosen.write_run(describe(run, description.started_at, description.mark, description.batch_search))
     return chosen
 
 
 def create_run_dir(run: Run, batch_search: BatchSearch | None = None) -> RunDir:
-    """Create a new run directory with everything that a rank reads, and the result of the batch search if there was
-    one."""
+    """Create a new run directory with everything that a rank reads, and with the result of a batch search."""
     run_dir = RunDir(new_folder(run.config))
     description = describe(run, time.time(), uuid.uuid4().hex, batch_search)
     try:
@@ -57,7 +56,7 @@ def create_run_dir(run: Run, batch_search: BatchSearch | None = None) -> RunDir:
         run_dir.write_prompts(run.prompts)
         run_dir.write_run(description)
     except OSError:
-        shutil.rmtree(run_dir.path, ignore_errors=True)  # half of one is of no use, and a full disk has its room again
+        shutil.rmtree(run_dir.path, ignore_errors=True)  # an incomplete directory is useless; free its disk space
         raise
     return run_dir
 
@@ -70,15 +69,12 @@ def new_folder(config: RunConfig, suffix: str = "") -> Path:
 
 
 def what_is_run(config: JsonObject) -> JsonObject:
-    """The part of a resolved configuration that decides whether two runs are the same point."""
+    """The part of a resolved configuration that is compared to decide whether two runs are the same point."""
     return {name: value for name, value in config.items() if name not in HOW_IT_IS_RUN}
 
 
 def _begun(run: Run) -> list[tuple[RunDir, RunDescription]]:
-    """The complete directories of the same run; none without `resume=true`.
-
-    Unreadable ones are skipped.
-    """
+    """The directories of earlier starts of the same run; none without `resume=true`. Unreadable ones are skipped."""
     if not run.config.resume:
         return []
     same = []
@@ -106,18 +102,18 @@ def refused(config: RunConfig, error: UserError, moment: float, run_dir: RunDir 
 
 
 def refusal(config: RunConfig, error: UserError) -> Record:
-    """The record of a refused point, in its own directory: with `resume=true` in the one of its earlier refusal."""
+    """The record of a refused point, written to a new directory; with `resume=true` to that of its first refusal."""
     try:
         run_dir = _refused(config) or RunDir(new_folder(config))
         run_dir.write_config(yaml.safe_dump(to_dict(config), sort_keys=False))
         record = refused(config, error, time.time(), run_dir)
         return run_dir.write_record(record)
     except (UserError, OSError):
-        return refused(config, error, time.time())  # nothing can be written there, which may be why it is refused
+        return refused(config, error, time.time())  # output_dir is not writable
 
 
 def _refused(config: RunConfig) -> RunDir | None:
-    """The first directory in which the same point was refused, if it contains only that record; for `resume=true`."""
+    """The first directory that contains only the record of a refusal of the same point; None without `resume=true`."""
     if not config.resume:
         return None
     point = what_is_run(to_dict(config))
@@ -138,7 +134,7 @@ def never_begun(config: RunConfig, message: str, moment: float) -> Record:
 
 
 def unfinished(run_dir: RunDir, status: str) -> Record:
-    """The record of a run that has not ended, as far as it is known."""
+    """The record of a run that has not ended, from its description."""
     run = run_dir.read_run()
     return replace(
         blank(run.run_config, status),
@@ -155,7 +151,7 @@ def unfinished(run_dir: RunDir, status: str) -> Record:
 
 def blank(config: RunConfig, status: str) -> Record:
     """A record that contains only the configuration of a run."""
-    batch_size = None  # the engine's own
+    batch_size = None  # the engine forms its own batches
     if not config.backend.continuous_batching:
         batch_size = config.measure.batch_size
     return Record(

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock a run directory until the process ends; UserError if another process holds the lock. File systems without
-    locks are not locked."""
+    """A context that locks a run directory; UserError if another process holds the lock. The lock also ends with the
+    process. On file systems without locks it has no effect."""
     descriptor = os.open(folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
     try:
         try:

@@ -16,12 +16,12 @@ from shards.untrusted_files import parse_json, read_bytes
 if TYPE_CHECKING:
     from pathlib import Path
 
-SIZE = 256  # one fixed-size line, rewritten in place: a write is one system call, a read never sees a shrinking file
+SIZE = 256  # one line of fixed size, rewritten in place by one system call, so that the file never shrinks
 
 
 @dataclass(slots=True)
 class Progress:
-    """The current work of one rank: `stage`, and `done` of `total` in it. `ticks` grows with every sign of life."""
+    """The current work of one rank: `done` of `total` steps or prompts in `stage`. `ticks` counts the updates."""
 
     pid: int = 0
     stage: str = "start"
@@ -33,7 +33,7 @@ class Progress:
 
     @property
     def measured(self) -> float:
-        """The share of the repeats that is done, 0 to 1: by the numbers in `repeat 2/3 batch 1/4` and the steps."""
+        """The share of the repeats that is done, 0 to 1, from `done` and the numbers in `repeat 2/3 batch 1/4`."""
         if not self.stage.startswith("repeat"):
             return 0.0
         share = 0.0
@@ -56,12 +56,12 @@ class ProgressWriter:
         self._write()
 
     def enter(self, stage: str, total: int = 0) -> None:
-        """A new stage begins: load, warmup, prefill, decode, ..."""
+        """Begin a new stage, for example `load`, `warmup 1/1` or `repeat 1/3 batch 1/4`."""
         self.progress.stage, self.progress.done, self.progress.total = stage, 0, total
         self._write()
 
     def advance(self, done: int, total: int | None = None, tokens: int = 0) -> None:
-        """`done` of `total` is behind us, and so many more tokens were made."""
+        """Report that `done` of `total` are done; `tokens` are added to the number of tokens made."""
         self.progress.done = done
         if total is not None:
             self.progress.total = total
@@ -75,12 +75,12 @@ class ProgressWriter:
 
 
 def read_progress(path: Path) -> Progress | None:
-    """The last state, or None where the rank has not begun, or what it wrote cannot be read now."""
+    """The last progress of a rank; None if the rank has not begun, or its file cannot be read."""
     try:
         values = parse_json(read_bytes(path, SIZE), str(path), UserError, "")
         if values.keys() == NAMES:
             return decode(values, Progress)
         return None
     except (OSError, ValueError, AttributeError, UserError):
-        # not there; a stale handle of NFS; half of it; of another version
+        # missing, a stale NFS handle, incomplete, or from another version
         return None

@@ -1,12 +1,12 @@
-"""The files of one rank in a run directory: the only place that knows their names, and how each is written and read.
+"""The files of one rank in a run directory; only this module knows their names and formats.
 
 rank_N.json                its result, written once at its end
-rank_N.log                 its output; rank_0.server.log of the server that it has started
-rank_N.progress            its present stage and step
+rank_N.log                 its output; rank_0.server.log is that of the server that it started
+rank_N.progress            its current stage and step
 rank_N.completions.jsonl   the completions that it has saved so far
 rank_N.repeats.jsonl       the measurements of the repeats that it has finished
 rank_N.trace.json          the steps that measure.profile traced
-stacks_rank_N.txt          its stacks where it hung
+stacks_rank_N.txt          its stacks if it hung
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SAVED_WORK = ("rank_*.completions.jsonl", "rank_*.repeats.jsonl")
 
 @dataclass(frozen=True, slots=True)
 class RankFiles:
-    """The files of rank `rank` in `folder`. Methods that read give None, or nothing, for a missing file."""
+    """The files of rank `rank` in `folder`. For a missing file, readers return None or no items."""
 
     folder: Path
     rank: int
@@ -71,12 +71,12 @@ class RankFiles:
         write_typed(self.result, result)
 
     def append_completions(self, completions: Sequence[SavedCompletion]) -> None:
-        """Save completions: a line is whole or cut off at the end of the file."""
+        """Append completions; if the process is killed, only the last line of the file can be incomplete."""
         with self._file("completions.jsonl").open("a", encoding="utf-8") as file:
             file.write(lines_of(completions))
 
     def read_completions(self) -> Iterator[SavedCompletion]:
-        """The saved completions, up to the last whole line."""
+        """The saved completions, up to the last complete line."""
         return read_typed_lines(self._file("completions.jsonl"), SavedCompletion)
 
     def append_repeat(self, repeat: Repeat) -> None:
@@ -84,7 +84,7 @@ class RankFiles:
             file.write(lines_of([repeat]))
 
     def read_repeats(self) -> Iterator[Repeat]:
-        """The measurements of finished repeats, up to the last whole line."""
+        """The measurements of finished repeats, up to the last complete line."""
         return read_typed_lines(self._file("repeats.jsonl"), Repeat)
 
     def progress_writer(self) -> ProgressWriter:

@@ -1,4 +1,4 @@
-"""A run that can start, and the run as its directory describes it."""
+"""A prepared run, and the description of a run in its directory."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from shards.plan.plan import Plan
 
 
-NO_MARK = "0" * 32  # of a run that has no processes yet
+NO_MARK = "0" * 32  # the mark of a run without processes
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """A run that can start: `world_size` counts its ranks (processes), `num_devices` the devices of all nodes.
 
-    There is no plan where the memory of the engine is not known. `paces` are the decode ceilings of all engines with
-    `at_once` prompts at a time, for a dry run, and for a server on a machine that is named.
+    `plan` is None if the engine's memory use is not modelled. `paces` are the decode ceilings of all engines in
+    tokens/s, with `at_once` prompts at a time; only for a dry run, or if `machine` is set.
     """
 
     config: RunConfig
@@ -51,16 +51,16 @@ class Run:
 
     @property
     def at_once(self) -> int:
-        """The prompts that are answered at a time: all of them, or as many as the engine takes."""
+        """The number of prompts answered at a time: all, or as many as the engine takes."""
         return min(self.config.backend.most_at_once(self.config) or len(self.prompts), len(self.prompts))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunDescription:
-    """The contents of `run.json`: all that is to be known of a run beside its plan and its prompts.
+    """The contents of `run.json`: everything about a run except its plan and its prompts.
 
-    `mark` is, with the place of the run's directory, in the environment of every process of the run; `folder` is where
-    its command was given.
+    `mark`, together with the device and inode of the run directory, is in the environment of every process of the run.
+    `folder` is the working directory of its command.
     """
 
     config: dict[str, Any]
@@ -79,7 +79,7 @@ class RunDescription:
 
     @classmethod
     def from_plain(cls, values: Any) -> RunDescription:
-        """The inverse of `typed.to_plain`; ValueError and its like for what no run is described by."""
+        """The inverse of `typed.to_plain`; ValueError, UserError or one of MALFORMED for an invalid description."""
         run = typed.decode(values, cls)
         if not re.fullmatch("[0-9a-f]{32}", run.mark):
             raise ValueError(f"mark={run.mark!r} is not one of 32 hexadecimal digits")
@@ -90,17 +90,17 @@ class RunDescription:
 
     @property
     def run_config(self) -> RunConfig:
-        """The configuration, a new one each time."""
+        """The configuration, as a new object for each call."""
         return from_dict(self.config)
 
     @property
     def label(self) -> str:
-        """Engine and model, for a title."""
+        """Engine and model, as a title."""
         return f"{self.config['backend']['name']} {self.config['model']['name']}"
 
     @property
     def script(self) -> str | None:
-        """A shell script that makes the same run once more; None for a run that no command has made."""
+        """A shell script that repeats the run; None for a run that was not started by a command."""
         if not self.command:
             return None
         asked = [word for word in self.command[1:] if not word.startswith("resume=")]
@@ -115,7 +115,7 @@ class RunDescription:
 
     @property
     def answering_ranks(self) -> range:
-        """The ranks that answer prompts of their own; of ranks that answer together, the first stands for all."""
+        """The ranks that save answers: all if the engine is data-parallel, otherwise only the first."""
         backend = load_engine(self.config["backend"]["name"])(**self.config["backend"])
         return range(self.world_size if backend.data_parallel else 1)
 
@@ -123,7 +123,7 @@ class RunDescription:
 def describe(
     run: Run, started_at: float = 0.0, mark: str = NO_MARK, batch_search: BatchSearch | None = None
 ) -> RunDescription:
-    """The description of a run that begins at a time, or of one that does not (a dry run)."""
+    """The description of a run; without `started_at` and `mark` for a dry run, which is not started."""
     return RunDescription(
         config=to_dict(run.config),
         command=run.command,

@@ -1,15 +1,15 @@
-"""The directory of a run: the only place that knows the names of its files, and how each is written and read.
+"""The directory of a run; only this module and rank_files.py know the names and formats of its files.
 
 run.json               the description of the run         plan.json      its plan
 config.yaml            its configuration, for people      prompts.jsonl  its prompts as token ids
 record.json            the record                         completions.jsonl
-command.sh             makes the same run again           launch.log     output of what starts the ranks
+command.sh             repeats the run                    launch.log     output of the process that starts the ranks
 attempt.json           the number of the newest attempt, and the command that started its ranks
-notes.json             what was to be noted of the devices before the ranks of the newest attempt began
-saved.json             what the attempts before the newest have finished
-attempt_N/             the files of attempt N, once a later one has begun: a directory of the same form
-rank_N.*, stacks_rank_N.txt                               of rank N: see rank_files.py
-submit.sbatch, slurm.log, slurm_job                       of a job of SLURM
+notes.json             notes on the devices, made before the ranks of the newest attempt began
+saved.json             completions and repeats of the attempts before the newest
+attempt_N/             the files of attempt N after a later one has begun: a directory of the same form
+rank_N.*, stacks_rank_N.txt                               files of rank N: see rank_files.py
+submit.sbatch, slurm.log, slurm_job                       files of a SLURM job
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ OF_AN_ATTEMPT = (*RANK_FILES, RECORD, "notes.json", "launch.log")
 
 
 class SupersededError(Exception):
-    """A newer attempt has begun: this process is late and must not write."""
+    """A newer attempt has begun, so this process must not write any more."""
 
 
 @dataclass(frozen=True, slots=True)
 class CurrentAttempt:
-    """The newest attempt, and the command that started its ranks where the launcher did."""
+    """The newest attempt, and the command that started its ranks (empty if another launcher started them)."""
 
     attempt: int
     command: tuple[str, ...] = ()
@@ -71,9 +71,10 @@ class CurrentAttempt:
 
 @dataclass(frozen=True, slots=True)
 class RunDir:
-    """One run directory, or the folder in it of an earlier attempt. Methods that read give None for a missing file.
+    """One run directory, or the folder of an earlier attempt inside it. Readers return None or an empty value for a
+    missing file.
 
-    UserError in one line for a file that cannot be read, or whose values have other types than a run writes.
+    UserError for a file that cannot be read, or whose values have wrong types.
     """
 
     path: Path
@@ -81,14 +82,14 @@ class RunDir:
     def __str__(self) -> str:
         return str(self.path)
 
-    # The run: written when the directory is made, by run_dir/lifecycle.py.
+    # The run: written by run_dir/lifecycle.py when it creates the directory.
 
     def has_run(self) -> bool:
         """True if a run was begun here."""
         return (self.path / RUN).is_file()
 
     def read_run(self) -> RunDescription:
-        """The checked description of the run; UserError where none was begun here."""
+        """The checked description of the run; UserError if there is none."""
         run = read_value(self.path / RUN, RunDescription.from_plain)
         if run is None:
             raise UserError(f"{self.path} has no {RUN}: no run was begun there.", "python -m launcher.status runs")
@@ -98,14 +99,14 @@ class RunDir:
         write_typed(self.path / RUN, run)
 
     def write_config(self, text: str) -> None:
-        """The configuration for people, as YAML; `read_run` has it for programs."""
+        """Write the configuration as YAML, for people; programs use `read_run`."""
         write_text(self.path / "config.yaml", text)
 
     def read_plan(self) -> Plan | None:
         return read_value(self.path / "plan.json", Plan.from_dict)
 
     def write_plan(self, plan: Plan | None) -> None:
-        """Without a plan (the memory of the engine is not known) there is no such file."""
+        """Write the plan; no file for None (the engine's memory use is not modelled)."""
         if plan is not None:
             write_json(self.path / "plan.json", plan.to_dict())
 
@@ -122,7 +123,7 @@ class RunDir:
         write_prompts(self.path / "prompts.jsonl", prompts)
 
     def write_script(self, text: str) -> None:
-        """The script that makes the same run once more, in a directory of its own."""
+        """Write the script that repeats the run in a new directory."""
         write_text(self.path / "command.sh", text)
 
     # The end of a run: written by run_dir/gathering.py.
@@ -136,13 +137,13 @@ class RunDir:
         return read_value(self.path / RECORD, read_record)
 
     def write_record(self, record: Record) -> Record:
-        """Write it with the hashes of the other files as they are now; gives it so."""
+        """Write the record with the current hashes of the other files; returns it with these hashes."""
         record = sealed(record, self.path)
         write_typed(self.path / RECORD, record)
         return record
 
     def is_done(self) -> bool:
-        """True if the run has ended well; False also if its record cannot be read."""
+        """True if the run succeeded; False also if its record cannot be read."""
         with contextlib.suppress(UserError):
             record = self.read_record()
             return record is not None and record.status == "ok"
@@ -154,7 +155,7 @@ class RunDir:
     def write_completions(self, completions: Sequence[ReportedCompletion]) -> None:
         write_text(self.path / COMPLETIONS, lines_of(completions, ensure_ascii=False))
 
-    # Attempts: which is the newest, and what those before it have left.
+    # Attempts: the number of the newest, and the files of earlier ones.
 
     def read_attempt(self) -> int:
         """The number of the newest attempt, 0 before the first."""
@@ -165,7 +166,7 @@ class RunDir:
         write_typed(self.path / "attempt.json", CurrentAttempt(attempt, tuple(command)))
 
     def check_attempt(self, attempt: int) -> None:
-        """SupersededError where a newer attempt than this one has begun."""
+        """Raise SupersededError if a newer attempt than this one has begun."""
         if (newest := self.read_attempt()) > attempt:
             raise SupersededError(f"attempt {newest} has begun, and this process belongs to attempt {attempt}")
 
@@ -176,7 +177,7 @@ class RunDir:
         return sorted(numbered, key=lambda item: item[0])
 
     def set_aside(self, attempt: int) -> None:
-        """Move the files of an attempt that is over into its folder, and remove half-written ones."""
+        """Move the files of a finished attempt into its folder, and remove temporary files."""
         paths = [path for pattern in OF_AN_ATTEMPT for path in self.path.glob(pattern)]
         folder = self.path / f"attempt_{attempt}"
         if paths:
@@ -200,12 +201,13 @@ class RunDir:
 
     @property
     def mark(self) -> str:
-        """The value in the environment of every process of the run; a copy of this directory has another one."""
+        """The value that marks the processes of the run in their environment; a copy of this directory has another."""
         status = self.path.stat()
         return f"{self.read_run().mark}-{status.st_dev:x}-{status.st_ino:x}"
 
     def lock(self) -> AbstractContextManager[None]:
-        """Only one process at a time launches the run; UserError where another does. Ends with the process."""
+        """A context in which no other process can launch the run; UserError if another process holds the lock. The lock
+        also ends with the process."""
         return locked(self.path)
 
     @property
@@ -226,32 +228,32 @@ class RunDir:
         return all(self.rank(rank).result.exists() for rank in range(count))
 
     def read_rank_completions(self, ranks: Iterable[int]) -> Iterator[SavedCompletion]:
-        """The completions that ranks have saved, up to each one's last whole line."""
+        """The completions that the ranks have saved, up to the last complete line of each file."""
         for rank in ranks:
             yield from self.rank(rank).read_completions()
 
     def read_repeats(self, ranks: Iterable[int]) -> dict[int, list[Repeat]]:
-        """The repeats that all of `ranks` have finished, by number: each rank's measurements."""
+        """The measurements of each rank in the repeats that all of `ranks` have finished, by number."""
         by_rank = [{repeat.number: repeat for repeat in self.rank(rank).read_repeats()} for rank in ranks]
         numbers = sorted(set.intersection(*map(set, by_rank)))
         return {number: [repeats[number] for repeats in by_rank] for number in numbers}
 
     def has_saved_work(self) -> bool:
-        """True if some rank has saved a completion or a repeat."""
+        """True if a rank has saved a completion or a repeat."""
         return any(path.stat().st_size for pattern in SAVED_WORK for path in self.path.glob(pattern))
 
     def read_progress(self, count: int) -> tuple[Progress | None, ...]:
-        """The progress of each rank, None of one that has not begun."""
+        """The progress of each rank, None for a rank that has not begun."""
         return tuple(self.rank(rank).read_progress() for rank in range(count))
 
-    # The job of SLURM that the newest attempt runs in.
+    # The SLURM job of the newest attempt.
 
     @property
     def slurm_log(self) -> Path:
         return self.path / SLURM_LOG
 
     def read_job(self) -> str | None:
-        """The number of the job that runs, or ran, this directory; None for a run that no SLURM has seen."""
+        """The number of the last job of this run; None for a run that was never submitted to SLURM."""
         return read_word(self.path / SLURM_JOB, r"\d+(_\d+)?")
 
     def write_job(self, job: str) -> None:
@@ -262,6 +264,6 @@ class RunDir:
 
 
 def run_dirs_in(folder: Path) -> list[RunDir]:
-    """The run directories in a folder, those of refused points too, by name."""
+    """The run directories in a folder, including those of refused points, by name."""
     paths = {absolute(path.parent) for name in (RUN, RECORD) for path in folder.glob(f"*/{name}")}
     return [RunDir(path) for path in sorted(paths)]

@@ -1,4 +1,4 @@
-"""Hashes over a record and the files beside it: what was changed after the run is seen."""
+"""Hashes of a record and the files beside it, to detect changes after the run."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ FILES = (
     "rank_*.completions.jsonl", "rank_*.repeats.jsonl", "attempt_*/rank_*.json",
     "attempt_*/rank_*.completions.jsonl", "attempt_*/rank_*.repeats.jsonl",
 )  # fmt: skip
-"""The files of the request, and all files behind the figures and texts of a record; no logs."""
+"""The files that describe the run, and those from which the record's figures and texts are computed; no logs."""
 
 
 def sealed(record: Record, folder: Path) -> Record:
-    """A record with the hashes of its files in a folder, and its own."""
+    """A record with the hashes of its files in a folder, and of itself."""
     seal = Seal("", hashes(folder))
     bare = replace(record, seal=seal)
     return replace(bare, seal=replace(seal, record=digest(to_plain(bare))))
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file of a run that the record depends on, by its path in the folder; the reason for a file that
-    cannot be read or is larger than any run's."""
+    """SHA-256 of each file that the record depends on, by its path in the folder; instead a reason for a file that
+    cannot be read or is larger than MAX_RUN_BYTES."""
     paths = sorted({path for pattern in FILES for path in folder.glob(pattern) if path.is_file()})
     hashed = {}
     for path in paths:
@@ -51,14 +51,16 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def digest(values: JsonObject) -> str:
-    """SHA-256 of the plain values of a record, whatever the layout of its file; its own is taken as empty."""
+    """SHA-256 of the plain values of a record, independent of the layout of its file; `seal.record` counts as empty."""
     bare = values | {"seal": values["seal"] | {"record": ""}}
     return hashlib.sha256(json.dumps(bare, sort_keys=True).encode()).hexdigest()
 
 
 def broken_seal(values: JsonObject, folder: Path) -> list[str]:
-    """A sentence for each file that has changed since it was written, and for the record, given as the plain values of
-    its file."""
+    """A sentence for each file that has changed since the record was written, and one for the record itself if it has.
+
+    `values` are the plain values of the record's file.
+    """
     seal = values.get("seal")
     if not isinstance(seal, dict) or not isinstance(seal.get("files"), dict):
         return ["the record has no hashes, as those of older versions"]

@@ -1,4 +1,4 @@
-"""JSON files of typed values: values with wrong types are refused in one line."""
+"""Read and write JSON files of typed values; UserError for values of wrong types."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
-MAX_RUN_BYTES = 256 << 20  # a record has the time of every token
+MAX_RUN_BYTES = 256 << 20  # largest size of a file; a record contains the time of every token
 AGAIN = "run it again"
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
-"""Exceptions that malformed values can raise when they are checked."""
+"""Exceptions that checking malformed values can raise."""
 
 
 def read_value(path: Path, check: Callable[[Any], Value]) -> Value | None:
-    """The checked value in a JSON file, None for a missing file; UserError if it cannot be read."""
+    """The value in a JSON file, converted by `check`; None for a missing file, UserError for an unreadable one."""
     try:
         values = read_json(path, UserError, AGAIN, MAX_RUN_BYTES)
     except FileNotFoundError:
@@ -38,12 +38,12 @@ def read_value(path: Path, check: Callable[[Any], Value]) -> Value | None:
 
 
 def read_typed(path: Path, kind: type[Value]) -> Value | None:
-    """`read_value` of a dataclass or a builtin type such as `list[str]`."""
+    """`read_value` for a dataclass or a builtin type such as `list[str]`."""
     return read_value(path, lambda values: decode(values, kind))
 
 
 def read_word(path: Path, form: str) -> str | None:
-    """The single word in a file, None for a missing file; UserError if it does not match the form."""
+    """The single word in a file, None for a missing file; UserError if it does not match the pattern `form`."""
     try:
         word = read_bytes(path, 100).decode(errors="replace").strip()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The checks of a run from its directory: its files, its figures, its record, and the reference runs next to it."""
+"""Verify a run from its directory: its files, its figures, its record, and its tokens against reference runs."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 WHAT_IS_ASKED = ("model", "precision", "sampling")
 EXACT = "fp32"
-"""In narrower precisions engines may differ from the reference where two logits are close."""
+"""The precision for comparisons with a reference: in narrower ones, tokens may differ if two logits are close."""
 
 
 def verify(run_dir: RunDir, references: Iterable[RunDir] = ()) -> Validity:
     """All checks of a finished run; UserError if its files cannot be read.
 
-    Of `references` only those with the same model, prompts and sampling count.
+    Only `references` with the same model, prompts and sampling count.
     """
     record = run_dir.read_record()
     if record is None:
@@ -54,7 +54,7 @@ def verify(run_dir: RunDir, references: Iterable[RunDir] = ()) -> Validity:
 
 
 def verdict_of(run_dir: RunDir, references: Iterable[RunDir] = ()) -> str:
-    """The badge of a run, `unreadable` if its files cannot be read, and nothing for an unsuccessful run."""
+    """The badge of a run, `unreadable` if its files cannot be read, empty for an unsuccessful run."""
     try:
         record = run_dir.read_record()
         if record is not None and record.status == "ok":
@@ -65,17 +65,17 @@ def verdict_of(run_dir: RunDir, references: Iterable[RunDir] = ()) -> str:
 
 
 def references_in(folder: Path) -> list[RunDir]:
-    """The runs of a reference engine in a folder."""
+    """The successful runs of a reference engine in a folder."""
     runs = []
     for run_dir in run_dirs_in(folder):
-        with contextlib.suppress(UserError):  # one that cannot be read is no reference
+        with contextlib.suppress(UserError):  # skip unreadable runs
             if run_dir.has_run() and is_reference(run_dir.read_run().config["backend"]["name"]) and run_dir.is_done():
                 runs.append(run_dir)
     return runs
 
 
 def is_reference(engine: str) -> bool:
-    """True if other engines are compared with the tokens of this one."""
+    """True if the tokens of other engines are compared with those of this one."""
     kind = engines().get(engine)
     return kind is not None and kind.is_reference
 
@@ -109,7 +109,7 @@ def _against_references(run_dir: RunDir, record: Record, references: Iterable[Ru
     for reference in references:
         if reference.path.resolve() == run_dir.path.resolve():
             continue
-        with contextlib.suppress(UserError):  # one that cannot be read, or had other prompts, is no reference
+        with contextlib.suppress(UserError):  # skip runs that are unreadable or have other prompts
             other = read_finished(reference.path)
             if any(other.record.config.get(key) != record.config.get(key) for key in WHAT_IS_ASKED):
                 continue
