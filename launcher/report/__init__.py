@@ -1,1 +1,1 @@
-"""Tables, pages and progress for people."""
+"""Human-readable output: tables, HTML pages and progress."""

@@ -52,8 +52,10 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 
 def read_runs(paths: Sequence[Path]) -> list[tuple[RunDir, Record]]:
-    """All runs below the paths that have a record, with their records: those of a folder by their start. UserError if
-    there is none."""
+    """All runs below the paths that have a record, with their records; in a folder of runs sorted by start time.
+
+    UserError if there is none.
+    """
     runs: list[tuple[RunDir, Record]] = []
     for path in paths:
         if not path.is_dir():
@@ -65,7 +67,7 @@ def read_runs(paths: Sequence[Path]) -> list[tuple[RunDir, Record]]:
                 print(f"note: {one} has no record yet, and is left out", file=sys.stderr)
             else:
                 recorded.append((one, record))
-        if not (path / JSON).is_file():  # a refused run was never started: it is as old as its directory
+        if not (path / JSON).is_file():  # a refused run has no start time: use its directory's
             recorded.sort(key=lambda run: run[1].started_at or run[0].path.stat().st_mtime)
         runs += recorded
     if not runs:

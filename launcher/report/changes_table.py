@@ -41,7 +41,7 @@ NAMES = {
 
 
 def show_changes(parts: Sequence[Changes], names: Sequence[str], out: Console) -> None:
-    """Print each run compared with the base, figure by figure; the first of `names` is the base's."""
+    """Print each run compared with the base, figure by figure; the first of `names` is that of the base."""
     for name, part in zip(names[1:], parts, strict=True):
         pair = (f"{names[0]} (base)", name)
         out.print(changes_table(part.figures, pair, out))

@@ -25,8 +25,7 @@ COMPARED_MEMORY = (
 
 
 def show(runs: Sequence[FinishedRun], out: Console) -> list[Comparison]:
-    """Print the first run compared with each other one, and the memory of all their devices; returns the
-    comparisons."""
+    """Print each run compared with the first one, and the memory of all devices; returns the comparisons."""
     comparisons = [compare(runs[0], other) for other in runs[1:]]
     base, *others = names = labels(runs)
     out.print(table(comparisons, runs, names, out))
@@ -59,7 +58,7 @@ def table(comparisons: Sequence[Comparison], runs: Sequence[FinishedRun], names:
     degenerate = _degenerate(comparisons[0].base_degenerate, len(base.prompts))
     rows = [[f"{escape(names[0])} (base)", "", "", "", degenerate, rate(base.record.new_tokens_per_s), "", ""]]
     for comparison, run, name in zip(comparisons, runs[1:], names[1:], strict=True):
-        first, gap = "none", "-"  # the first token or letter that differs, and how far apart its two best logits were
+        first, gap = "none", "-"  # position of the first difference, and the gap of the two best logits there
         for divergence in comparison.divergences[:1]:
             unit, gap = "token", "not known"
             if divergence.is_of_texts:

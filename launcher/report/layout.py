@@ -24,7 +24,7 @@ LEAST_TEXT = 14
 
 
 def console(stderr: bool = False) -> Console:
-    """A console that does not fold its tables at 80 columns when the output is not a terminal."""
+    """A console that is wider than rich's default of 80 columns if the output is not a terminal."""
     usual = Console(stderr=stderr, highlight=False)
     if usual.is_terminal:
         return usual
@@ -32,7 +32,7 @@ def console(stderr: bool = False) -> Console:
 
 
 def print_json(values: Any, always: bool) -> None:
-    """Print an object as the last line of stdout for a program; on a terminal only if requested."""
+    """Print an object as one JSON line for programs; on a terminal only if `always`."""
     if sys.stdout is not None and (always or not sys.stdout.isatty()):
         print(json.dumps(values), flush=True)
 
@@ -48,7 +48,7 @@ class _Measured:
 
     @property
     def least(self) -> int:
-        """The width of the column with its heading and words folded."""
+        """The width of the column with its heading, and its words, folded."""
         needed = max(self.cells, *map(len, self.name.split()), 1)
         if self.is_text:
             return min(needed, LEAST_TEXT)

@@ -42,14 +42,14 @@ class Row:
     machine: str
     engine: str
     link: str
-    quantization: str = ""  # empty where it was not asked for
+    quantization: str = ""  # empty if none was requested
     plan: Plan | None = None
     full: Plan | None = None
     problem: str = ""
 
     @property
     def pace(self) -> float:
-        """Tokens/s for one sequence at the batch asked for; 0 where not known."""
+        """Tokens/s for one sequence at the requested batch size; 0 if not known."""
         if self.plan and self.plan.limit:
             return 1 / self.plan.limit.seconds
         return 0.0
@@ -122,7 +122,7 @@ def show(name: str, model: str, caption: str, rows: Sequence[Row]) -> None:
 
 
 def markdown(name: str, model: str, caption: str, rows: Sequence[Row]) -> str:
-    """The same as Markdown text."""
+    """The table and the reasons as Markdown text."""
     marked, columns = fastest(rows), headings(rows)
     texts = columns.index("weights")
     rules = ["---"] * texts + ["---:"] * (len(columns) - texts - 1) + ["---"]
@@ -141,7 +141,7 @@ def markdown(name: str, model: str, caption: str, rows: Sequence[Row]) -> str:
 
 
 def as_json(name: str, num_parameters: int, rows: Sequence[Row]) -> str:
-    """The complete plans as one JSON object; null for what a choice does not have."""
+    """The complete plans as one JSON object; null for missing plans."""
     choices = [
         {
             "machine": row.machine,

@@ -1,6 +1,6 @@
-"""The progress of a run: a bar on a terminal, a line every half minute elsewhere.
+"""Show the progress of a run: a bar on a terminal, otherwise a line every half minute.
 
-Both are drawn by the watching process from what the ranks write. A sweep has one bar over all points.
+The watching process draws it from the progress files of the ranks. A sweep has one bar over all points.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 LINE_S = 30.0
 RATE_S = 2.0
-"""The live tokens/s are those of about so long."""
+"""The live tokens/s are averaged over about this time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Turn:
 
 @dataclass(slots=True)
 class _Rate:
-    """Tokens/s of the last seconds."""
+    """Tokens/s over the last RATE_S seconds."""
 
     since: float
     tokens: int = 0
@@ -55,7 +55,7 @@ class Bars:
     def __init__(
         self, title: str, console: Console, turn: Turn | None = None, answering: Sequence[int] | None = None
     ) -> None:
-        """`answering` are the ranks whose tokens count: one of ranks that answer together; None for all ranks."""
+        """`answering` are the ranks whose tokens are counted, one of several that answer together; None for all."""
         columns = (
             TextColumn("[bold]{task.fields[title]}[/]"),
             TextColumn("{task.description}"),
@@ -86,7 +86,7 @@ class Bars:
         self._bar.stop()
 
     def show(self, ranks: Sequence[RankProgress | None]) -> None:
-        """Draw the present state."""
+        """Draw the current state."""
         begun = next((rank for rank in ranks if rank is not None), None)
         if begun is None:
             return
@@ -111,7 +111,7 @@ class Bars:
             self._console.print(" · ".join(filter(None, parts)), markup=False, soft_wrap=True)
 
     def seconds_left(self, share: float, now: float) -> float | None:
-        """An estimate from the pace of this point and of finished ones; None before there is one."""
+        """The estimated remaining time, from the pace of this point and of finished ones; None if not known yet."""
         if not share or self._measuring is None or now == self._measuring:
             return None
         here = (now - self._measuring) * (1 - share) / share
@@ -124,7 +124,7 @@ class Bars:
 
 
 def _left(seconds: float | None) -> str:
-    """The remaining time as text; empty before there is an estimate."""
+    """The remaining time as text; empty for None."""
     if seconds is None:
         return ""
     if seconds < 60:

@@ -47,7 +47,7 @@ def published_beside(record: Record) -> PublishedBeside | None:
     is_rehearsal = config.model.config is None
     preset = config
     if is_rehearsal:
-        with contextlib.suppress(ConfigError):  # of a preset in a folder that is not known any more
+        with contextlib.suppress(ConfigError):  # the preset may be in a folder that this command does not know
             preset = compose_run([f"experiment={config.experiment.name}"])
     rows: list[tuple[str, ...]] = []
     speeds: dict[str, float] = {}
@@ -75,7 +75,7 @@ def published_beside(record: Record) -> PublishedBeside | None:
 
 
 def published_table(record: Record) -> Table | None:
-    """`published_beside` for the terminal."""
+    """`published_beside` as a table for the terminal."""
     beside = published_beside(record)
     if beside is None:
         return None
@@ -86,7 +86,7 @@ def published_table(record: Record) -> Table | None:
 
 
 def figure_text(published: PublishedFigure) -> tuple[str, str, str]:
-    """The figure, its limit and its share of it, as text."""
+    """The figure, its limit, and the share of the limit that it reaches, as text."""
     share = figure(published.share, ".0%")
     if published.objection:
         share = "above the limit"

@@ -1,4 +1,4 @@
-"""Runs as flat rows, one for each run with a column for each swept key: for CSV, JSON, Markdown and the page."""
+"""Runs as flat rows with a column for each swept key: for CSV, JSON, Markdown and the page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 NOT_SWEPT = {"run_dir", "output_dir", "resume", "model.config"}
-"""Keys of a configuration that differ between runs without being what a sweep is over."""
+"""Keys of a configuration that may differ between runs, but never count as swept."""
 
 CSV, JSON = "sweep.csv", "sweep.json"
 
@@ -35,12 +35,12 @@ def rows_of(records: Sequence[Record]) -> list[Row]:
 
 
 def swept_keys(records: Sequence[Record]) -> tuple[str, ...]:
-    """The keys, dotted, whose values differ between the configurations of the runs."""
+    """The dotted keys whose values differ between the configurations of the runs."""
     flat = [flat_values(record.config) for record in records]
     keys = dict.fromkeys(key for values in flat for key in values)
     differing = [key for key in keys if len({json.dumps(values.get(key)) for values in flat}) > 1]
     names = {key.removesuffix(".name") for key in differing if key.endswith(".name")}
-    # What only follows from another choice of a group (backend=vllm has other options) is not swept by itself.
+    # If the option of a group differs (backend=vllm), its other keys differ as a consequence and are not swept.
     return tuple(key for key in differing if key.rpartition(".")[0] not in names or key.endswith(".name"))
 
 
@@ -51,14 +51,14 @@ def flat_values(config: JsonObject) -> JsonObject:
 
 
 def label_of(record: Record, swept: Sequence[str]) -> str:
-    """A short name of a run among others: the values of the swept keys, else engine, model and devices."""
+    """A short name of a run: the values of the swept keys, or engine, model and devices without any."""
     values = flat_values(record.config)
     parts = [f"{key.removesuffix('.name').rpartition('.')[2]}={values.get(key)}" for key in swept]
     return " ".join(parts) or f"{record.backend} {record.model} x{record.num_devices}"
 
 
 def unique(labels: Sequence[str]) -> list[str]:
-    """The labels, numbered where several runs have the same."""
+    """The labels, with a number added to those that occur several times."""
     seen: dict[str, int] = defaultdict(int)
     numbered = []
     for label in labels:
@@ -71,7 +71,7 @@ def unique(labels: Sequence[str]) -> list[str]:
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
-    """The columns, which are the same in all rows."""
+    """The columns of the rows, which are the same in all of them."""
     return list(next(iter(rows), {}))
 
 
@@ -85,7 +85,7 @@ def csv_text(rows: Sequence[Row]) -> str:
 
 
 def markdown_text(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table of the columns that have any value."""
+    """The rows as a Markdown table, without empty columns."""
     columns = [key for key in columns_of(rows) if any(row[key] is not None for row in rows)]
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for row in rows:
@@ -94,7 +94,7 @@ def markdown_text(rows: Sequence[Row]) -> str:
 
 
 def write_rows(folder: Path, rows: Sequence[Row]) -> None:
-    """`sweep.csv` and `sweep.json` in a folder."""
+    """Write the rows to `sweep.csv` and `sweep.json` in a folder."""
     write_text(folder / CSV, csv_text(rows))
     write_text(folder / JSON, json.dumps(rows, indent=1) + "\n")
 

@@ -1,4 +1,4 @@
-"""The points of a sweep: a line as each ends, a table at the end, and the JSON line for a program."""
+"""Output of a sweep: a line when a point ends, a table at the end, and a JSON line for programs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FIGURES = ("new tokens/s", "min … max", "ttft p50", "itl p50", "load", "parame
 
 
 def varied(points: Sequence[Sequence[str]]) -> list[dict[str, str]]:
-    """The swept values: for each point the overrides that not all points have, by key."""
+    """The swept values of each point, by key: the overrides that are not the same in all points."""
     common: set[str] = set()
     if len(points) > 1:
         common = set.intersection(*map(set, points))
@@ -38,7 +38,7 @@ def varied(points: Sequence[Sequence[str]]) -> list[dict[str, str]]:
 
 
 def named(point: Mapping[str, str]) -> str:
-    """A point by its swept values."""
+    """The name of a point: its swept values."""
     return " ".join(f"{key}={value}" for key, value in point.items())
 
 
@@ -91,8 +91,8 @@ def show_sweep(records: Sequence[Record], points: Sequence[Mapping[str, str]], o
 def sweep_line(
     records: Sequence[Record], points: Sequence[Mapping[str, str]] = (), more: Sequence[str] = ()
 ) -> JsonObject:
-    """The last line of a sweep as an object: the number of points by status, and for each point its JSON line with the
-    swept values, and the fields `more` of its record."""
+    """The JSON line of a sweep: the number of points by status, and for each point its own JSON line with the swept
+    values and the fields `more` of its record."""
     lines = [json_line(record, more) for record in records]
     for line, record, point in zip(lines, records, points, strict=False):
         line["swept"] = {key: _value(record.config, key, value) for key, value in point.items()}
@@ -100,7 +100,7 @@ def sweep_line(
 
 
 def _value(config: Mapping[str, Any], key: str, given: str) -> Any:
-    """The value of a key in a composed configuration; for a group the chosen option."""
+    """The value of a key in a composed configuration; for a group its chosen option."""
     value: Any = config
     for name in key.split("."):
         if not isinstance(value, dict) or name not in value:

@@ -15,7 +15,7 @@ def size(value: int | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """Seconds, in ms below one."""
+    """Seconds, or milliseconds for values below one second; a dash for None."""
     if value is None:
         return "-"
     if value >= 1:
@@ -33,12 +33,12 @@ def rate(value: float | None) -> str:
 
 
 def count(value: float | None) -> str:
-    """A count."""
+    """A count, as text."""
     return figure(value, ",.10g")
 
 
 def percent(value: float | None) -> str:
-    """A share."""
+    """A share in percent."""
     return figure(value, ".1%")
 
 

@@ -20,7 +20,7 @@ STATES = {"power_w": "W", "utilisation": "", "sm_clock_mhz": "MHz", "temperature
 
 @dataclass(frozen=True, slots=True)
 class DevicesOverTime:
-    """Power over time of each device, and a row for each."""
+    """The power of each device over time, and a table row for each device."""
 
     series: list[Series]
     table: DataTable

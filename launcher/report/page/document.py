@@ -34,7 +34,7 @@ class DataTable:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of a page: what it shows, an SVG element if there is a figure, and the same values as a table."""
+    """A part of a page: title and text, an SVG element if there is a figure, and the same values as a table."""
 
     title: str
     text: str
@@ -49,7 +49,7 @@ def page(title: str, summary: str, sections: Sequence[Section], footer: str) -> 
         "<!doctype html>",
         '<html lang="en">',
         '<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<link rel="icon" href="data:,">',  # or a browser asks the server for one
+        '<link rel="icon" href="data:,">',  # an empty icon, so that browsers do not request one
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>",
         f"<body><h1>{html.escape(title)}</h1><p>{html.escape(summary)}</p>",
         *map(section_html, sections),
@@ -70,7 +70,7 @@ def section_html(section: Section) -> str:
 
 
 def table_html(table: DataTable) -> str:
-    """A table that scrolls by itself where the page is narrow."""
+    """A table that scrolls horizontally if the page is narrow."""
     head = "".join(f'<th scope="col">{html.escape(heading)}</th>' for heading in table.headings)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

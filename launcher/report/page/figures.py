@@ -1,6 +1,7 @@
-"""Figures of runs as SVG text by matplotlib, or as files; they are given plain numbers, not records.
+"""Figures of runs by matplotlib, as SVG text or as files; the functions take plain numbers, not records.
 
-Text stays text, and black becomes the text colour of the page, so that a figure works on light and dark backgrounds.
+In SVG, text is not converted to paths, and black becomes the text colour of the page, so that a figure works on light
+and dark backgrounds.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 7.0, 3.6  # inches
 COLOURS = ("#3b82c4", "#d9822b", "#2e9e6b", "#c2569b", "#8a6fd1", "#a8892c", "#3aa6b9", "#c75450")
-"""Readable on white and on black; by order, so that one series has one colour in all figures of a page."""
+"""Readable on white and on black; taken in order, so that a series has the same colour in all figures of a page."""
 
 LETTER, HANDLE, MOST_COLUMNS = 0.07, 0.55, 4
-"""Inches that a letter of a legend and the line before it take, and columns at most."""
+"""Width in inches of a letter and of a line sample in a legend, and the largest number of its columns."""
 
 STYLE = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "launcher",  # the same figure gives the same bytes
+    "svg.hashsalt": "launcher",  # fixed, so that the output is deterministic
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.spines.top": False,
@@ -74,7 +75,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Time from `start` to `end`, in seconds, that a row spent with `kind`."""
+    """An interval from `start` to `end`, in seconds, in which a row (a rank) was busy with `kind`."""
 
     row: str
     start: float
@@ -83,7 +84,7 @@ class Span:
 
 
 def line_figure(series: Sequence[Series], x_label: str, y_label: str, log_x: bool = False) -> Figure:
-    """Lines with their spread; ceilings dashed in the colour of their line."""
+    """Lines with their spread; ceilings are dashed, in the colour of their line."""
     figure, axes = _figure()
     for colour, one in zip(_colours(len(series)), series, strict=True):
         axes.plot(one.x, one.y, marker="o", color=colour, label=one.name)
@@ -161,7 +162,7 @@ def timeline_figure(spans: Sequence[Span], x_label: str) -> Figure:
     kinds = list(dict.fromkeys(span.kind for span in spans))
     figure, axes = _figure(rows=len(rows))
     for kind, colour in zip(kinds, _colours(len(kinds)), strict=True):
-        label = kind  # once for all rows
+        label = kind  # one legend entry for all rows
         for row, name in enumerate(rows):
             bars = [(s.start, s.end - s.start) for s in spans if s.row == name and s.kind == kind]
             axes.broken_barh(bars, (row - 0.35, 0.7), facecolors=colour, label=label)
@@ -172,7 +173,7 @@ def timeline_figure(spans: Sequence[Span], x_label: str) -> Figure:
 
 
 def merged_spans(spans: Sequence[Span], most: int = 2000) -> list[Span]:
-    """At most about `most` spans: neighbours of one row and kind are joined, over ever wider gaps."""
+    """Reduce to about `most` spans: neighbours of the same row and kind are merged, over increasingly wide gaps."""
     joined = list(spans)
     total = max((span.end for span in spans), default=0.0) - min((span.start for span in spans), default=0.0)
     gap = total / most / 4
@@ -190,7 +191,8 @@ def merged_spans(spans: Sequence[Span], most: int = 2000) -> list[Span]:
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """The points, marked if no other point is at least as good in both directions and better in one."""
+    """The points, marked as Pareto-optimal if no other one is at least as good in both coordinates and better in
+    one."""
 
     def is_beaten(point: Point) -> bool:
         return any(
@@ -226,7 +228,7 @@ def _escaped(text: str) -> str:
 
 
 def _figure(rows: int = 0) -> tuple[Figure, Axes]:
-    """A figure with one pair of axes; `rows` bars make it as high as they need."""
+    """A figure with one pair of axes, high enough for `rows` horizontal bars."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, max(HEIGHT, 1.2 + 0.32 * rows)))
         return figure, figure.add_subplot()

@@ -1,4 +1,4 @@
-"""The sections of a page from records: for each figure its series, its text and its table."""
+"""Make the sections of a page from records: each figure with its text and its table."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from launcher.results.record import Record
 
 NamedFigure = tuple[str, "Figure"]
-"""A figure and the name of its file."""
+"""The name of a figure's file, and the figure."""
 
 AXES = {"num_devices": "devices", "batch_size": "batch size"}
 
@@ -112,11 +112,11 @@ class Report:
         return Section(title, text, self._drawn("speed", figure, title, text), DataTable(headings, tuple(rows)))
 
     def _longest_line(self, axis: str) -> int:
-        """The largest number of points of a line over an axis."""
+        """The largest number of points of a line over `axis`."""
         return max(len(set(line.x)) for line in self._lines(axis))
 
     def _lines(self, axis: str) -> list[Series]:
-        """Runs that differ in `axis` only form one line."""
+        """The lines over `axis`: runs that differ only in it form one line."""
         groups: dict[str, list[Record]] = defaultdict(list)
         others = [key for key in self.swept if key not in ("devices", "num_nodes", "measure.batch_size")]
         other_axis = next(name for name in AXES if name != axis)

@@ -41,7 +41,7 @@ PLANNED = "in brackets: as planned"
 LEAST_WANTED = (
     "host anonymous", "tensors", "growth of a step", "fragmented", "KV reserved", "peak reserved", "NVML used",
 )  # fmt: skip
-"""Columns that are left out on a narrow terminal, in this order."""
+"""Columns that are left out if the terminal is too narrow, in this order."""
 
 
 def device_table(record: Record, out: Console) -> Table:
@@ -65,9 +65,9 @@ def device_table(record: Record, out: Console) -> Table:
 
 
 def phase_table(records: Sequence[Record], out: Console, names: Sequence[str] = ()) -> Table | None:
-    """The peaks of CUDA's allocator in each phase on each device of some runs; None if they were not measured.
+    """A table of the peaks of CUDA's allocator in each phase on each device; None if they were not measured.
 
-    `names` are the names of several runs.
+    `names` are the names of the runs, if there are several.
     """
     rows = []
     for name, record in zip(names or ("",) * len(records), records, strict=True):

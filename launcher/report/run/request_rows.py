@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     Row = list[str] | None
 
 
-MANY_TOGETHER = 0.1  # with so many of them the gaps between parts say little
+MANY_TOGETHER = 0.1  # from this share of parts that arrived together on, inter-token times mean little
 
 
 def rate_rows(metrics: Metrics, repeats: str) -> list[Row]:

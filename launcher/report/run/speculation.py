@@ -28,7 +28,7 @@ def speculation_rows(speculation: Speculation | None) -> list[list[str]]:
 
 
 def draft_facts(plan: Plan) -> dict[str, str]:
-    """The draft model of a plan, if there is one."""
+    """Labelled facts about the draft model of a plan; empty without one."""
     first = plan.devices[0]
     if not first.draft_parameter_bytes:
         return {}

@@ -1,4 +1,4 @@
-"""A record for people: answers, speed, memory of each device; and one JSON line for a program."""
+"""Output of one record: tables of answers, speed and memory of each device, and one JSON line for programs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ LINE_FIELDS = (
 
 
 def json_line(record: Record, more: Sequence[str] = ()) -> JsonObject:
-    """The last line of stdout as an object: the headline figures, and the fields `more` of the record."""
+    """The JSON line of a run: the headline figures, and the fields `more` of the record."""
     line = {name: rounded(getattr(record, name)) for name in (*LINE_FIELDS, *more)}
     if record.error is not None:
         error = to_plain(record.error)
@@ -79,9 +79,9 @@ def error_line(record: Record) -> str:
 
 
 def show(record: Record, began: float = 0.0, only_json: bool = False) -> None:
-    """Print one run: its tables, its error on one line of stderr, and its JSON line as the last line of stdout.
+    """Print one run: its tables, its error as one line on stderr, and its JSON line as the last line of stdout.
 
-    A note marks a run that had ended before `began` and was not repeated.
+    A note says so if the run had ended before `began`, so that it was not repeated.
     """
     if not only_json:
         show_record(record, console(), began)
@@ -130,7 +130,7 @@ def badge_line(run_dir: RunDir) -> str:
 
 
 def _batching(record: Record) -> str:
-    """The number of prompts that are answered at a time, as text."""
+    """The number of prompts answered at a time, as text."""
     engine = engines().get(record.backend)
     if record.batch_size is None or (engine is not None and engine.continuous_batching):
         return "continuous batching"
@@ -209,7 +209,7 @@ def _speed(record: Record, out: Console) -> Table:
         rows += rate_rows(metrics, repeats)
     for name, spread in metrics.counters.items():
         if name in (SLOTS, ROWS, *COUNTED):
-            continue  # told as shares
+            continue  # reported as shares below
         rows.append([COUNTERS.get(name, name), count(spread.median), count(spread.min), count(spread.max), repeats])
     for label, share in (("slots in use", metrics.slots_in_use), ("computed rows in use", metrics.rows_in_use)):
         if share is not None:
