@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def arrivals_of(config: RunConfig, prompts: Sequence[Prompt]) -> tuple[float, ...] | None:
-    """The arrival times of prompts in seconds from the start, in order; None without arrival times.
+    """The arrival times of the prompts in seconds from the start, in order; None if `load` sets none.
 
-    ConfigError for a prompt that has none.
+    ConfigError for a prompt without an arrival time in the file.
     """
     if config.load.request_rate is not None:
         return poisson_arrivals(len(prompts), config.load.request_rate, config.seed)
@@ -36,7 +36,7 @@ def arrivals_of(config: RunConfig, prompts: Sequence[Prompt]) -> tuple[float, ..
 
 
 def poisson_arrivals(count: int, rate: float, seed: int) -> tuple[float, ...]:
-    """`count` arrival times with `rate` per second on average, the same for a seed on every machine."""
+    """`count` arrival times of a Poisson process with `rate` per second; the same on every machine for a given seed."""
     draw = random.Random(seed)
     moment, moments = 0.0, []
     for _ in range(count):
@@ -47,9 +47,9 @@ def poisson_arrivals(count: int, rate: float, seed: int) -> tuple[float, ...]:
 
 @dataclass(slots=True)
 class Pacing:
-    """The prompts of a call that are due, for an engine that runs in this process.
+    """Decides when the prompts of a call begin, for an engine that runs in this process.
 
-    `begun` of `count` have begun; times are in seconds from the start of the call.
+    `begun` of `count` prompts have begun; times are in seconds from the start of the call.
     """
 
     count: int
@@ -63,7 +63,7 @@ class Pacing:
         return cls(len(prompts), config.load.concurrency, arrivals_of(config, prompts))
 
     def due(self, moment: float, open_now: int) -> range:
-        """The positions of the prompts that begin now, while `open_now` are being answered; they count as begun."""
+        """The positions of the prompts that begin now, with `open_now` others in progress; counts them as begun."""
         end = self.count
         if self.concurrency is not None:
             end = min(end, self.begun + max(self.concurrency - open_now, 0))

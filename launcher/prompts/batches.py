@@ -17,7 +17,7 @@ def split(prompts: Sequence[Prompt], world: World, config: RunConfig) -> list[Pr
     """The prompts of this rank: every world_size-th if ranks answer their own prompts, otherwise all.
 
     The longest come first: prompts of similar lengths share a batch, which minimizes padding; ranks have similar
-    batches at the same time; and a shortage of memory shows at once.
+    batches at the same time; and a shortage of memory shows in the first batch.
     """
     ordered = sorted(prompts, key=lambda prompt: -len(prompt.token_ids))
     if config.splits_prompts:
@@ -31,7 +31,7 @@ def batches(prompts: Sequence[Prompt], size: int, calls: int) -> Iterator[list[P
 
 
 def warm_up_batch(prompts: Sequence[Prompt], world: World, config: RunConfig) -> list[Prompt]:
-    """The prompts of a warm-up: one batch, as many as there are slots, or all of them for vLLM."""
+    """The prompts of a warm-up: one batch, one prompt per slot, or all of them for vLLM."""
     share = split(prompts, world, config)
     if config.backend.continuous_batching:
         return share

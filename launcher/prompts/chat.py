@@ -1,4 +1,4 @@
-"""Texts as turns of a chat, formatted by the model's chat template."""
+"""Format texts as turns of a chat with the model's chat template."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
 DAY = "2026-01-01"
-"""Today, for templates that ask: a prompt is the same on every day."""
+"""The date given to templates that print the current one; fixed, so that prompts do not change from day to day."""
 
 
 def chats(texts: Sequence[str], system: str | None, folder: Path) -> list[str]:
-    """Each text as a user's turn, after a system text if there is one, up to the beginning of the answer.
+    """Each text as a user's turn, after the system prompt if there is one, with the prefix of the answer.
 
-    ConfigError if the tokenizer in `folder` has no chat template, or its template refuses.
+    ConfigError if the tokenizer in `folder` has no chat template, or if the template raises an error.
     """
     config: JsonObject = {}
     source: Any
@@ -40,20 +40,20 @@ def chats(texts: Sequence[str], system: str | None, folder: Path) -> list[str]:
         source = read_bytes(folder / TEMPLATE).decode()
     except (OSError, UnicodeDecodeError):
         source = config.get("chat_template")
-    if isinstance(source, list):  # several, by their names
+    if isinstance(source, list):  # several named templates
         named = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
         source = named.get("default")
     if not isinstance(source, str):
         raise ConfigError(f"prompts.chat=true, and {folder} has no chat template.", "prompts.chat=false")
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = _to_json  # this and the others as transformers has them, so that texts are the same
+    environment.filters["tojson"] = _to_json  # like transformers, for the same texts
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: DAY
     known = {"tools": None, "documents": None, "add_generation_prompt": True}
     for name, value in config.items():
         if name.endswith("_token"):
             known[name] = value
-            if isinstance(value, dict):  # an object with the token's text in it
+            if isinstance(value, dict):  # an AddedToken with its text in "content"
                 known[name] = value.get("content")
     before, hint = [], "prompts.chat=false"
     if system is not None:

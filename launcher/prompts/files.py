@@ -1,4 +1,4 @@
-"""Prompt files: .txt and stdin have one prompt per line; .jsonl, .json, .csv and .tsv have rows with fields."""
+"""Read prompt files: .txt and stdin have one prompt per line; .jsonl, .json, .csv and .tsv have rows with fields."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from launcher.config.schema import PromptsConfig
 
-ENCODING = "utf-8-sig"  # Windows' editors begin a file with a mark of their encoding
+ENCODING = "utf-8-sig"  # skips the byte order mark that Windows editors write
 MAX_FIELD_CHARACTERS = 4 << 20
 FIELDS = ("prompt", "text", "question", "instruction", "conversations", "messages")
 """The fields that are tried in this order if `prompts.field` is not set."""
@@ -32,7 +32,7 @@ FIELDS = ("prompt", "text", "question", "instruction", "conversations", "message
 TABLES = {".csv": ",;\t", ".tsv": "\t"}
 ROW_FILES = (".jsonl", ".ndjson", ".json", *TABLES)
 ASKING = ("user", "human")
-"""The roles whose first turn is the prompt of a conversation, as OpenAI and ShareGPT name them."""
+"""The user's roles in the formats of OpenAI and ShareGPT: their first turn in a conversation is the prompt."""
 
 NAMED = 'prompts.path= a .jsonl with {"prompt": "...", "adapter": "NAME"} a line, or adapter.paths={}'
 WITH_ARRIVALS = 'load.arrivals=false, or prompts.path= a .jsonl with {"prompt": "...", "arrival_s": 0.5} a line'
@@ -40,14 +40,14 @@ WITH_ARRIVALS = 'load.arrivals=false, or prompts.path= a .jsonl with {"prompt": 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A JSON value or the fields of a table's row, and its location."""
+    """A row of a file: a JSON value or the fields of a table's row, and its location for errors."""
 
     location: str
     value: Any
 
 
 def read_file(source: PromptsConfig) -> list[str]:
-    """The prompts of a file; ConfigError for one that cannot be read, or that lacks a text."""
+    """The prompts of a file; ConfigError if it cannot be read, or if a row has no prompt."""
     assert source.path is not None, "a prompt set without a file has texts"
     path = Path(source.path)
     if path.suffix.lower() not in ROW_FILES:
@@ -62,7 +62,7 @@ def read_file(source: PromptsConfig) -> list[str]:
         value = row.value
         if isinstance(row.value, dict):
             value = row.value.get(field)
-        elif source.field is not None:  # a row without fields is a prompt itself where none is chosen
+        elif source.field is not None:  # with a chosen field, rows without fields are invalid
             value = None
         text = _question(value)
         if not text:
@@ -73,7 +73,7 @@ def read_file(source: PromptsConfig) -> list[str]:
 
 
 def read_arrivals(source: PromptsConfig) -> list[float]:
-    """The arrival times of the prompts in a file of rows, in seconds; ConfigError for a set without them."""
+    """The arrival times of the prompts in a file of rows, in seconds; ConfigError if one is missing or decreasing."""
     path = Path(source.path or "")
     if path.suffix.lower() not in ROW_FILES:
         fact = f"load.arrivals=true, and prompts={source.name} has no arrival times."
@@ -85,7 +85,7 @@ def read_arrivals(source: PromptsConfig) -> list[float]:
         if isinstance(row.value, dict):
             given = row.value.get("arrival_s")
         if isinstance(given, int | float | str) and not isinstance(given, bool):
-            with contextlib.suppress(ValueError):  # the cells of a table are texts
+            with contextlib.suppress(ValueError):  # cells of tables are texts
                 moment = float(given)
         if not earliest <= moment <= MOST_SECONDS:
             fact = f'{row.location} has no "arrival_s" of {earliest:g} or more.'
@@ -96,8 +96,10 @@ def read_arrivals(source: PromptsConfig) -> list[float]:
 
 
 def read_adapters(source: PromptsConfig, names: Collection[str]) -> list[str | None]:
-    """The adapter of each prompt in a file of rows, one of `names`; None for the plain model. ConfigError for another
-    name, and for a set that names none."""
+    """The adapter of each prompt in a file of rows, one of `names`, or None for the plain model.
+
+    ConfigError for an unknown name, or if no prompt names an adapter.
+    """
     path = Path(source.path or "")
     rows = _rows(path) if path.suffix.lower() in ROW_FILES else []
     chosen: list[str | None] = []
@@ -134,7 +136,7 @@ def _rows(path: Path) -> list[Row]:
 
 
 def _rows_of_table(content: str, path: Path, separators: str) -> list[Row]:
-    """The rows after the first, which names the columns; the separator is the most frequent one in the first row."""
+    """The rows of a table, whose first row names the columns; the separator is the most frequent one in that row."""
     first = content.partition("\n")[0]
     reader = csv.reader(io.StringIO(content, newline=""), delimiter=max(separators, key=first.count), strict=True)
     csv.field_size_limit(MAX_FIELD_CHARACTERS)
@@ -158,7 +160,7 @@ def _rows_of_table(content: str, path: Path, separators: str) -> list[Row]:
 
 
 def _usual_field(rows: Sequence[Row], path: Path) -> str:
-    """The first of FIELDS in the first row with fields; ConfigError if it has none of them."""
+    """The first of FIELDS that the first row with fields has; ConfigError if it has none of them."""
     names = next((list(row.value) for row in rows if isinstance(row.value, dict)), list(FIELDS))
     for name in FIELDS:
         if name in names:
@@ -168,8 +170,8 @@ def _usual_field(rows: Sequence[Row], path: Path) -> str:
 
 
 def _question(value: Any) -> str | None:
-    """A text itself, or the first question of a conversation: a list of texts, or of turns as in OpenAI and ShareGPT.
-    None for anything else."""
+    """The prompt in a value: the text itself, or the first question of a conversation, which is a list of texts, or of
+    turns in the format of OpenAI or ShareGPT. None for anything else."""
     turns = value
     if not isinstance(value, list):
         turns = [value]
@@ -185,7 +187,7 @@ def _question(value: Any) -> str | None:
 
 
 def _field_like(field: str, rows: Sequence[Row]) -> str | None:
-    """`prompts.field=` with the name of the field most similar to `field` that has a text in the first row."""
+    """A hint `prompts.field=NAME` for the field of the first row that has a text and is most similar to `field`."""
     first = next((row.value for row in rows if isinstance(row.value, dict)), {})
     names = [name for name, value in first.items() if name and name != field and _question(value)]
     for name in difflib.get_close_matches(field, names, 1, cutoff=0):

@@ -1,4 +1,4 @@
-"""A prompt set as token ids, encoded once for each run, so that every engine is given the same ids."""
+"""Prompt sets as token ids, encoded once for each run, so that every engine gets the same ids."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from launcher.config.schema import PromptsConfig, RunConfig, SamplingConfig
 
-MAX_PROMPT_BYTES = 2 << 20  # half a million tokens; a tokenizer takes 200 bytes of memory for each of text
+MAX_PROMPT_BYTES = 2 << 20  # half a million tokens; a tokenizer takes 200 bytes of memory per byte of text
 
 
 def load_prompts(config: RunConfig, folder: Path | None, vocab_size: int) -> list[Prompt]:
@@ -62,12 +62,12 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def is_text_without_tokenizer(config: RunConfig, folder: Path | None) -> bool:
-    """True if the prompts are texts, and the folder of the model has no tokenizer for them."""
+    """True if the prompts are texts, but the model's folder has no tokenizer."""
     return config.prompts.input_tokens is None and (folder is None or not has_tokenizer(folder))
 
 
 def guessed_prompts(config: RunConfig, vocab_size: int) -> list[Prompt]:
-    """Prompts of about the right lengths, for a plan without the model's tokenizer: one token for each 4 bytes."""
+    """Prompts of approximately the right lengths, for a plan without the model's tokenizer: one token per 4 bytes."""
     wanted = config.prompts
     if wanted.input_tokens is not None:
         return load_prompts(config, None, vocab_size)
@@ -99,13 +99,13 @@ def read_texts(source: PromptsConfig) -> list[str]:
         if len(text) > MAX_PROMPT_BYTES:
             fact = f"Prompt {index} has {len(text):,} letters, more than {MAX_PROMPT_BYTES:,}."
             raise ConfigError(fact, "a shorter prompt, or prompts of a line each")
-        if any("\ud800" <= letter <= "\udfff" for letter in text):  # of JSON's escapes, or bytes that are not UTF-8
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # from JSON escapes, or from bytes that are not UTF-8
             raise ConfigError(f"Prompt {index} has an unpaired surrogate, which is not a character.", "leave it out")
     return texts
 
 
 def encode(texts: Sequence[str], folder: Path, adds_special_tokens: bool = True) -> list[Prompt]:
-    """Token ids by the model's tokenizer.json, with its special tokens, unless they are in a chat already."""
+    """Encode texts with the model's tokenizer.json, with special tokens unless a chat template already added them."""
     tokenizer = _tokenizer(folder)
     prompts = [
         Prompt(index, text, tuple(tokenizer.encode(text, add_special_tokens=adds_special_tokens).ids))
@@ -117,7 +117,7 @@ def encode(texts: Sequence[str], folder: Path, adds_special_tokens: bool = True)
 
 
 def decode(completions: Sequence[Sequence[int]], folder: Path | None) -> list[str]:
-    """Texts of token ids, without special tokens; empty texts if the model has no tokenizer."""
+    """Decode token ids to texts, without special tokens; empty texts if the model has no tokenizer."""
     if folder is None or not (folder / "tokenizer.json").is_file():
         return ["" for _ in completions]
     tokenizer = _tokenizer(folder)
@@ -136,7 +136,7 @@ def _tokenizer(folder: Path) -> Tokenizer:
 def synthetic_prompts(count: int, length: int, vocab_size: int, seed: int, shared: int = 0) -> list[Prompt]:
     """`count` prompts of exactly `length` random token ids, of which the first `shared` are common to all.
 
-    They are the same for a seed on every machine.
+    They are the same on every machine for a given seed.
     """
     draw = random.Random(seed)
     prefix = tuple(draw.randrange(vocab_size) for _ in range(shared))
@@ -145,14 +145,15 @@ def synthetic_prompts(count: int, length: int, vocab_size: int, seed: int, share
 
 
 def sampling_of(config: RunConfig) -> SamplingConfig:
-    """The sampling of the run; a synthetic set fixes the number of new tokens."""
+    """The sampling of the run; with `prompts.output_tokens` the number of new tokens is fixed, and EOS ignored."""
     if config.prompts.output_tokens is None:
         return config.sampling
     return replace(config.sampling, max_new_tokens=config.prompts.output_tokens, ignore_eos=True)
 
 
 def check_context(config: RunConfig, prompts: Sequence[Prompt], context: int | None) -> int:
-    """The most tokens of a prompt and its answer; ConfigError if the model's context is shorter."""
+    """The largest number of tokens of a prompt and its answer together; ConfigError if the model's context is
+    shorter."""
     key, new_tokens = "prompts.output_tokens", config.prompts.output_tokens
     if new_tokens is None:
         key, new_tokens = "sampling.max_new_tokens", config.sampling.max_new_tokens
@@ -174,7 +175,7 @@ def check_context(config: RunConfig, prompts: Sequence[Prompt], context: int | N
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
-    """One JSON object a line, with all fields of a prompt."""
+    """Write prompts as JSON lines, with all of their fields."""
     path.write_text("".join(json.dumps(asdict(prompt)) + "\n" for prompt in prompts), encoding="utf-8")
 
 

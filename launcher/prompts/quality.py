@@ -19,9 +19,9 @@ MOST_TEXT_BYTES = 1 << 20
 
 
 def windows(config: RunConfig, folder: Path | None, context: int | None) -> tuple[tuple[int, ...], ...]:
-    """The first 4,096 tokens of the text in windows of 256, or of the model's context if that is shorter.
+    """The first 4,096 tokens of the text in windows of 256 tokens, or of the model's context if that is shorter.
 
-    None without `measure.quality`; ConfigError for a text of fewer than two tokens, or a model without a tokenizer.
+    Empty without `measure.quality`; ConfigError for a text of fewer than two tokens, or a model without a tokenizer.
     """
     text = config.measure.quality
     if text is None:

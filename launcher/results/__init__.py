@@ -1,1 +1,1 @@
-"""From the files of the ranks to a record and its figures."""
+"""Types of results, and the figures of a record computed from them."""

@@ -1,4 +1,4 @@
-"""The figures of two records compared: faster or slower, by how much, and whether the difference exceeds the noise of
+"""Compare the figures of two records: faster or slower, by how much, and whether the difference exceeds the noise of
 the repeats."""
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from shards.untrusted_files import JsonObject
 
 SMALLEST = 0.02
-"""Smaller relative differences do not count: two starts of the same program differ by as much."""
+"""Relative differences below this do not count: two starts of the same program can differ by as much."""
 
 MARGINS = {2: 8.0, 3: 2.0, 4: 1.0}
 MARGIN = 0.25
@@ -60,8 +60,8 @@ class Values:
 
 @dataclass(frozen=True, slots=True)
 class FigureChange:
-    """One figure of two runs, for memory figures that of one rank's device. `ratio` is new over base, None if the base
-    is 0.
+    """One figure of two runs. `rank` is set for the memory figures of one rank's device. `ratio` is new over base, None
+    if the base is 0.
 
     `is_different` is True if the difference exceeds the noise of the repeats; None for a figure with a single value,
     whose noise is not known.
@@ -227,7 +227,7 @@ def circumstances(record: Record) -> JsonObject:
         }
     if (cost := record.cost) is not None:
         clocks = [sample.sm_clock_mhz for sample in cost.samples if sample.phase == REPEATS and sample.sm_clock_mhz]
-        if clocks:  # to 50 MHz: they are never the same
+        if clocks:  # rounded to 50 MHz, since clocks always differ slightly
             values["clock of the repeats"] = f"{round(statistics.median(clocks) / 50) * 50} MHz"
             values["clocks slowed by"] = ", ".join(cost.slowed_by) or None
     values["neighbours"] = "; ".join(note for note in record.notes if is_of_a_neighbour(note)) or None
@@ -235,7 +235,7 @@ def circumstances(record: Record) -> JsonObject:
 
 
 def other_circumstances(base: Record, new: Record) -> list[Difference]:
-    """The differences between two runs, in the order of `circumstances`."""
+    """The circumstances that differ between two runs, in the order of `circumstances`."""
     ours: Mapping[str, Any] = circumstances(base)
     theirs: Mapping[str, Any] = circumstances(new)
     keys = dict.fromkeys((*ours, *theirs))

@@ -1,4 +1,4 @@
-"""Two finished runs compared: whether the answers are the same, and the ratio of their speeds. No torch."""
+"""Compare two finished runs: whether the answers are the same, and the ratio of their speeds. Does not import torch."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from shards.untrusted_files import JsonObject
 
 REPEATED_TOKENS = 8
-"""A text that ends in this many tokens that repeat the one or two before them is degenerate."""
+"""A text is degenerate if this many tokens at its end are one token, or alternate between two."""
 
 MOST_DISTINCTIONS = 3
-"""The most settings in the label of a run."""
+"""The largest number of settings in the label of a run."""
 
 WHERE_IT_RAN = ("backend", "devices", "num_nodes", "accelerator", "server", "slo", *HOW_IT_IS_RUN)
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedRun:
-    """A run that ended successfully, read from its directory; prompts and completions by the index of the prompt."""
+    """A successful run, read from its directory; prompts and completions are by the index of the prompt."""
 
     run_dir: Path
     record: Record
@@ -237,8 +237,8 @@ def labels(runs: Sequence[FinishedRun]) -> list[str]:
 
 
 def _distinctions(runs: Sequence[FinishedRun]) -> list[str]:
-    """For runs with the same label, the settings that differ between them; of a group with another option only that
-    one."""
+    """For runs with the same label, the settings that differ between them; for a group with another option only the
+    option."""
     settings = [flat({k: v for k, v in run.record.config.items() if k not in HOW_IT_IS_RUN}) for run in runs]
     keys = [key for key in settings[0] if any(other.get(key) != settings[0][key] for other in settings)]
     options = {key.removesuffix(".name") for key in keys if key.endswith(".name")}

@@ -1,6 +1,6 @@
-"""The JSON schema of a record, made from its dataclasses: `python -m launcher.results.json_schema > FILE`.
+"""Generate the JSON schema of a record from its dataclasses: `python -m launcher.results.json_schema > FILE`.
 
-`docs/record.schema.json` is what it prints.
+`docs/record.schema.json` contains its output.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def schema() -> JsonObject:
-    """The JSON schema (draft 2020-12) of a record as it is written now."""
+    """The JSON schema (draft 2020-12) of a record of the current version."""
     [reference], definitions = msgspec.json.schema_components([Record], ref_template="#/$defs/{name}")
     definitions["Record"]["properties"]["schema_version"] = {"const": SCHEMA_VERSION}
     definitions["Record"]["required"].append("schema_version")

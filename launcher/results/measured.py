@@ -60,7 +60,7 @@ class Repeat:
     lengths: tuple[tuple[int, int], ...]
     ttft_s: tuple[float, ...]
     itl_s: tuple[float, ...]
-    same_tokens: bool  # as the first repeat gave
+    same_tokens: bool  # True: the same answers as in the first repeat
     counters: dict[str, float] = field(default_factory=dict)
     e2el_s: tuple[float, ...] = ()
     failures: tuple[RequestFailure, ...] = ()

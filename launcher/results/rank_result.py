@@ -1,4 +1,4 @@
-"""The result of one rank, which it writes at its end for the record."""
+"""The result that one rank writes at its end, for the record."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from shards.machine.network import Network
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankResult:
-    """The end of one rank of an attempt, with its measurements and its devices.
+    """How one rank of an attempt ended, with its measurements and its devices.
 
-    `answers`: it saved completions of its own. `waits`: it hangs, and waits for another rank.
+    `answers` is True if it saved completions of its own, `waits` if it hangs because it waits for another rank.
     """
 
     rank: int

@@ -1,7 +1,7 @@
 """The record of a run as dataclasses, with its schema version and a reader of older versions.
 
 A run may take several attempts: if it is interrupted or killed, it can be resumed in the same directory. `attempts` has
-the hosts, the end and the repeats of each attempt. The headline figures are medians over complete repeats only, each
+the hosts, the status and the repeats of each attempt. The headline figures are medians over complete repeats only, each
 timed within one attempt; without one, `partial` has the number of prompts that were measured. `load_s`, `load_times`
 (of the slowest rank), `ranks`, `devices` and `environment` describe the last attempt; `notes` belong to the run and the
 last attempt.
@@ -128,7 +128,7 @@ class Record:
     world_size: int
     num_devices: int
     num_nodes: int
-    batch_size: int | None  # None: the engine makes its batches itself
+    batch_size: int | None  # None: the engine forms its own batches
     config: dict[str, Any]
     schema_version: int = SCHEMA_VERSION
     error: RunError | None = None

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 def serving_cost(base: Record, other: Record, speed: float) -> tuple[float | None, str | None]:
     """The share of the engine's tokens/s that is lost to HTTP, the server's scheduler and the client.
 
-    One of the runs called a server and the other did not; `speed` is that of `other` over that of `base`. None and the
-    reason if the runs differ in more than the server, None and None if neither or both called a server.
+    It is defined if one of the runs called a server and the other did not; `speed` is the speed of `other` over that of
+    `base`. Returns None and the reason if the runs differ in more than the server, None and None if neither or both
+    called a server.
     """
     engine, endpoint = base, other
     if _serving(base) is not None:
@@ -25,7 +26,7 @@ def serving_cost(base: Record, other: Record, speed: float) -> tuple[float | Non
     if served != engine.backend:
         software = serving.software or f"an engine that it does not name (dialect={serving.dialect})"
         return None, f"the cost of serving is not known: the server has {software}"
-    is_started = endpoint.config.get("server", {}).get("name", "none") != "none"  # else its devices are not known
+    is_started = endpoint.config.get("server", {}).get("name", "none") != "none"  # else its devices are unknown
     has_other_devices = is_started and endpoint.num_devices != engine.num_devices
     if has_other_devices or engine.config.get("load") != endpoint.config.get("load"):
         return None, "the cost of serving is not known: the load or the number of devices is another"

@@ -44,16 +44,16 @@ def verdict(
     outcome: Outcome | None,
     log_end: Callable[[int], str],
 ) -> tuple[str, RunError | None]:
-    """The status of the run and the error that explains it: of the rank that failed first, in its own words if
-    possible.
+    """The status of the run and the error that explains it: that of the rank that failed first, preferably as reported
+    by the rank itself.
 
-    `silent` are the ranks that had begun and wrote no result; `log_end` returns the end of a rank's log.
+    `silent` are the ranks that had begun but wrote no result; `log_end` returns the end of a rank's log.
     """
     if all(rank is not None and rank.status == "ok" for rank in ranks):
         return "ok", None
     failures = [rank for rank in ranks if rank is not None and rank.status not in ("ok", "cancelled")]
     first = min(failures, key=lambda rank: rank.ended_at, default=None)
-    if first is not None and first.status == "hang":  # all notice it at the same time: one that waits for no other
+    if first is not None and first.status == "hang":  # all report it together: prefer one that does not wait for others
         hanging = (rank for rank in failures if rank.status == "hang")
         first = min(hanging, key=lambda rank: (rank.waits, rank.last_step_at))
     if first and first.status == "interrupted" and not (silent and outcome and outcome.status == "failed"):
@@ -61,7 +61,7 @@ def verdict(
             return "timeout", first.error
         return "cancelled", first.error
     if outcome is not None and outcome.rank is not None:
-        # The watcher ended the ranks for it: that some of them are silent is the consequence.
+        # The watcher ended the ranks because of this outcome, so silent ranks are a consequence.
         if first and first.status == "hang" and first.waits and silent:
             number = _earliest(silent)
             message = f"{outcome.message}; it does not answer"
@@ -70,7 +70,7 @@ def verdict(
             return first.status, first.error
         return outcome.status, RunError(outcome.rank, outcome.stage, "Ended", outcome.message)
     if silent:
-        # A rank that vanished is the cause; what the others then saw (a broken connection) is the consequence.
+        # The rank that vanished is the cause; errors of other ranks (broken connections) are consequences.
         number = _earliest(silent)
         if outcome is not None and outcome.status != "failed":
             return outcome.status, RunError(number, silent[number].stage, "Ended", outcome.message)

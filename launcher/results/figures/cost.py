@@ -82,7 +82,10 @@ class Cost:
 def cost_of(
     ranks: Sequence[RankCost], new_tokens: int, tokens_per_s: float | None, num_devices: int, device_hour: float | None
 ) -> Cost | None:
-    """The cost of a run from those of its ranks; `new_tokens` are those of all their repeats."""
+    """The cost of a run from those of its ranks; `new_tokens` is the number of new tokens in all repeats.
+
+    `tokens_per_s` is the speed of the run, `device_hour` the price of a device for one hour.
+    """
     if not ranks:
         return None
     meters = [rank for rank in ranks if rank.is_meter]

@@ -1,4 +1,4 @@
-"""From repeats of the prompt set to the figures of a record: medians over the repeats, quantiles over the tokens.
+"""Compute the figures of a record from the repeats: medians over the repeats, quantiles over the tokens.
 
 To add a counter of an engine, return it in `Generation.counters` and give it an entry in `COUNTERS`; sums, record and
 report follow.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SLOTS, ROWS = "slots_in_decode_steps", "rows_in_decode_steps"
 COUNTERS: dict[str, str] = {SLOTS: "slots, of all decode steps", ROWS: "rows computed in decode steps", **COUNTED}
-"""The label in the report of each number that an engine may count; calls and ranks are added up."""
+"""The labels in the report of all counters that engines may return; values of calls and ranks are summed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class RepeatTotal:
-    """One repeat over all ranks: tokens are added up, the slowest rank sets the time."""
+    """One repeat over all ranks: the sums of their tokens, and the times of the slowest rank."""
 
     completions: int
     prompt_tokens: int
@@ -63,7 +63,7 @@ class RepeatTotal:
 
     @property
     def decode_tokens_per_s(self) -> float | None:
-        """The first token of each prompt counts as prefill."""
+        """New tokens per second of decoding, without the first token of each prompt, which counts as prefill."""
         if self.decode_s:
             return (self.new_tokens - self.completions) / self.decode_s
         return None
@@ -78,9 +78,9 @@ def figures(
 ) -> Figures | None:
     """The figures of a run from the measurements of each rank in each repeat; None if nothing was measured.
 
-    Only repeats of all `prompts` count. If there is none, because the only repeat was split between attempts, its last
-    part counts, and `partial` has its number of prompts. `windows` are the sliding windows of the model's layers. A
-    prompt whose request failed belongs to its repeat.
+    Only repeats of all `prompts` count; a prompt whose request failed also belongs to its repeat. If there is no
+    complete repeat, because the only one was split between attempts, its last part counts, and `partial` has the number
+    of its prompts. `windows` are the sliding windows of the model's layers, in tokens.
     """
     answered = [ranks for ranks in repeats if any(rank.completions for rank in ranks)]
     whole = [ranks for ranks in answered if sum(rank.completions + len(rank.failures) for rank in ranks) == prompts]
@@ -158,8 +158,8 @@ def summed(counters: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def in_use(totals: Sequence[RepeatTotal], name: str) -> Spread | None:
-    """The share of the slots or rows counted in decode steps that made a token of an answer; in speculative decoding
-    the share of slots that were occupied."""
+    """The share of the slots or rows of decode steps that produced a token of an answer; with speculative decoding, the
+    share of slots that were occupied, and None for rows."""
     if not all(repeat.counters.get(name) for repeat in totals):
         return None
     if not any(GUESSED in repeat.counters for repeat in totals):
@@ -171,7 +171,7 @@ def in_use(totals: Sequence[RepeatTotal], name: str) -> Spread | None:
 
 def decoding(repeats: Sequence[Sequence[Repeat]], windows: Sequence[int | None]) -> Decoding | None:
     """The decode steps of some repeats; None if there were none. `windows` are the sliding windows of the model's
-    layers."""
+    layers, in tokens."""
     ranks = [rank for repeat in repeats for rank in repeat]
     steps = sum(max(rank.decode_steps for rank in repeat) for repeat in repeats)
     tokens = sum(new - 1 for rank in ranks for _, new in rank.lengths)
@@ -180,7 +180,7 @@ def decoding(repeats: Sequence[Sequence[Repeat]], windows: Sequence[int | None])
         times = []
         for rank in repeat:
             decode_s = rank.decode_s
-            if decode_s is None:  # of an engine that mixes prefill and decode
+            if decode_s is None:  # the engine mixes prefill and decode steps
                 decode_s = rank.wall_s - min(rank.ttft_s, default=rank.wall_s)
             times.append(decode_s)
         seconds += max(times)
@@ -190,7 +190,7 @@ def decoding(repeats: Sequence[Sequence[Repeat]], windows: Sequence[int | None])
     if is_guessing:
         contexts = [context for rank in ranks for context in rows_of(rank)]
         rows, cached = len(contexts), 0.0
-        for window in windows or (None,):  # a layer keeps at most the tokens of its window
+        for window in windows or (None,):  # a layer caches at most the tokens of its window
             kept = contexts if window is None else [min(context, window - 1) for context in contexts]
             cached += sum(kept) / max(len(windows), 1)
     else:
@@ -209,7 +209,7 @@ def decoding(repeats: Sequence[Sequence[Repeat]], windows: Sequence[int | None])
 def _cached_tokens(prompt: int, new: int, windows: Sequence[int | None]) -> float:
     """The tokens in the cache of a layer, summed over the decode steps of one sequence, averaged over the layers.
 
-    In step t there are prompt + t tokens, or as many as the window keeps.
+    In step t there are prompt + t tokens, but no more than the layer's window keeps.
     """
     total, steps = 0, new - 1
     for window, layers in Counter(windows or (None,)).items():

@@ -1,4 +1,4 @@
-"""The quality of a model on a text by teacher forcing: how well it predicts each token, regardless of speed."""
+"""The quality of a model on a text: how well it predicts each token, by teacher forcing."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 KL_TOKENS = 512
-"""Positions of a text whose most likely tokens a record keeps: about 150 kB."""
+"""The number of positions for which a record keeps the most likely tokens: about 150 kB."""
 
 DECIMALS = 5  # of log-likelihoods in a record
 LEAST_MASS = 1e-5
-"""The least probability assumed for all other tokens together; smaller values are below the precision of the record."""
+"""Lower bound for the probability of all other tokens together; smaller values are lost in a record's rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +61,13 @@ def agreement(base: Quality | None, other: Quality | None) -> float | None:
 
 
 def kl_divergence(base: Quality | None, other: Quality | None) -> float | None:
-    """The mean over positions of D(P
+    """The mean over positions of the KL divergence D(P || Q) in nats, with P the base's and Q the other's distribution
+    of the next token.
 
-    Q) in nats, P the base's distribution of the next token and Q the other's.
-
-    At each position the most likely tokens of both are known. With one cell for each token that both know, and one for
-    all others, D = sum over cells of P log(P / Q) is a lower bound of the divergence over single tokens, by the log sum
-    inequality (Cover and Thomas, Elements of Information Theory, theorem 2.7.1), and close to it if the single-token
-    cells have nearly all of P. None for other texts or windows, and for records without the necessary values.
+    Only the most likely tokens of both are known at each position. With one cell for each token that both have, and one
+    for all others, D = sum over cells of P log(P / Q) is a lower bound of the divergence over single tokens, by the log
+    sum inequality (Cover and Thomas, Elements of Information Theory, theorem 2.7.1), and close to it if the cells of
+    single tokens have nearly all of P. None for other texts or windows, and for records without the necessary values.
     """
     if base is None or other is None or (base.text, base.tokens) != (other.text, other.tokens):
         return None

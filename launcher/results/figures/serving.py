@@ -51,8 +51,8 @@ def tpot_s(repeats: Iterable[Repeat]) -> Iterator[float]:
 
 
 def good_requests(repeat: Repeat, slo: SloConfig) -> int:
-    """The number of requests of one rank that met every limit that is set. The tpot of a single token counts as 0, as
-    in vLLM."""
+    """The number of requests of one rank that met every limit that is set. As in vLLM, the tpot of an answer of one
+    token counts as 0."""
     good = 0
     for (_, new), ttft, e2el in zip(repeat.lengths, repeat.ttft_s, repeat.e2el_s, strict=False):
         tpot = 0.0
@@ -64,7 +64,7 @@ def good_requests(repeat: Repeat, slo: SloConfig) -> int:
 
 
 def serving(repeats: Sequence[Repeat]) -> Serving | None:
-    """The figures of the server that answered; None if no server did."""
+    """The figures of the server that answered the requests; None for an engine without a server."""
     servers = [repeat.server for repeat in repeats if repeat.server is not None]
     if not servers:
         return None
@@ -111,7 +111,7 @@ def _worst(lags: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def _client_bound(servers: Sequence[ServerRepeat], e2el_s: Sequence[float]) -> str | None:
-    """The reason to believe that the client was the bottleneck, None without one."""
+    """The reason to believe that the client was the bottleneck; None if there is none."""
     share, lag = max(server.cpu_share for server in servers), max(server.loop_lag_s[0] for server in servers)
     if share > MOST_CPU_SHARE:
         return f"the client took {share:.0%} of a core"

@@ -29,8 +29,10 @@ def speculates(ranks: Sequence[Repeat]) -> bool:
 
 
 def rows_of(rank: Repeat) -> Iterator[int]:
-    """Context lengths of the rows of all decode steps of a rank, in tokens including the prompt; tokens of one step
-    have the same time."""
+    """The context length, in tokens including the prompt, of each row in each decode step of a rank.
+
+    Tokens of one step have the same time, so an inter-token time of 0 does not begin a new step.
+    """
     gaps = iter(rank.itl_s)
     for prompt, new in rank.lengths:
         for number, gap in enumerate(islice(gaps, new - 1), 1):

@@ -1,4 +1,4 @@
-"""Decode steps of a run against what its hardware allows: the memory bandwidth used, and the share of the ceiling."""
+"""Compare the decode steps of a run with its hardware's limits: bandwidth utilisation, and the share of the ceiling."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def bandwidth_used(plan: Plan | None, metrics: Metrics | None, hint: str = "pyth
 
         MBU = (bytes of weights + bytes of KV cache that a decode step reads) / time of the step / bandwidth
 
-    as Databricks define it in "LLM Inference Performance Engineering: Best Practices" (2023), in the mean over all
-    decode steps. Counted is what a step cannot do without: the weights that this device multiplies with (under FSDP
-    those of the whole model, however often they are copied), and the cache of the sequences that still decode. Where a
-    scheduler reads prompts in the same steps (continuous batching) these last longer, and the true value is higher.
-    Over 1 a figure or the bandwidth is wrong. `hint` says how the bandwidth could be known.
+    as Databricks define it in "LLM Inference Performance Engineering: Best Practices" (2023), averaged over all decode
+    steps. Only necessary reads count: the weights that this device multiplies with (under FSDP those of the whole
+    model, however often they are copied), and the cache of the sequences that are still decoding. If the scheduler
+    also prefills prompts in decode steps (continuous batching), these take longer, and the true value is higher. A
+    value over 1 means that a figure or the bandwidth is wrong. `hint` says how to find out the bandwidth.
     """
     if metrics is None or metrics.decode is None:
         return BandwidthUse(reason=NO_STEP)
@@ -52,9 +52,9 @@ def bandwidth_used(plan: Plan | None, metrics: Metrics | None, hint: str = "pyth
 
 
 def against_ceiling(plan: Plan | None, metrics: Metrics | None, hint: str = "python -m launcher.probe") -> CeilingShare:
-    """Measured decode speed as a share of what the hardware allows for the steps that were made.
+    """The measured decode speed as a share of what the hardware allows for these steps.
 
-    `hint` says how its rates could be measured.
+    `hint` says how to find out the hardware's rates.
     """
     if metrics is None or metrics.decode is None:
         return CeilingShare(reason=NO_STEP)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from launcher.results.record import Record
 
 STEADY = 1.2
-"""Repeats whose fastest is faster than the slowest by more than this factor are not a steady measurement."""
+"""The largest factor between the fastest and the slowest repeat of a steady measurement."""
 
 LEAST_REPEATS = 3
 CACHE_TOLERANCE = 0.01
@@ -91,7 +91,7 @@ def check_warm_up(record: Record) -> Check:
 
 
 def check_repeats(record: Record) -> Check:
-    """Enough repeats, and close to each other."""
+    """Check that there are enough repeats, and that their speeds are close to each other."""
     spread = record.speed
     if spread is None or not spread.min or not spread.max:
         return Check("repeats", False, "no repeat was measured")
@@ -114,7 +114,7 @@ def check_tokens(record: Record) -> Check:
 
 
 def check_memory(record: Record, parameter_tolerance: float) -> Check:
-    """Parameters as planned, and a cache no larger than planned."""
+    """Check that parameters take the planned memory, and that the cache is no larger than planned."""
     planned = record.planned_devices
     num_devices = 0
     for device in record.devices:
@@ -139,7 +139,7 @@ def check_memory(record: Record, parameter_tolerance: float) -> Check:
 
 
 def check_ceilings(record: Record) -> Check:
-    """No share above 100 %."""
+    """Check that no figure exceeds 100 % of its ceiling."""
     shares = {"decode ceiling": record.ceiling, "memory bandwidth": record.mbu}
     known = {name: part.share for name, part in shares.items() if part is not None and part.share is not None}
     for name, share in known.items():
@@ -160,7 +160,7 @@ def check_neighbours(record: Record) -> Check:
 
 
 def check_clocks(record: Record) -> Check:
-    """Clocks not lowered because of heat or the power supply."""
+    """Check that clocks were not lowered because of heat or the power supply."""
     if record.cost is None or not record.cost.samples:
         reason = record.cost and record.cost.samples_reason
         return Check("clocks", None, reason or "they were not sampled")
@@ -170,7 +170,7 @@ def check_clocks(record: Record) -> Check:
 
 
 def check_reference(comparisons: Sequence[Comparison], names: Iterable[str]) -> Check:
-    """The same tokens as each run of the reference engine."""
+    """Check that the tokens are the same as in each run of the reference engine."""
     for comparison, name in zip(comparisons, names, strict=True):
         if comparison.divergences:
             different = comparison.prompts - comparison.matching
