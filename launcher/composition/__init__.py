@@ -1,1 +1,1 @@
-"""Composition of a configuration from command-line overrides and files."""
+"""Compose a configuration from command-line overrides and files."""

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 def compose_run(overrides: list[str], config_dirs: tuple[str, ...] = (), for_others: tuple[str, ...] = ()) -> RunConfig:
-    """The typed, checked configuration of one run; ConfigError with one line for any mistake.
+    """The typed and checked configuration of one run; ConfigError for any mistake.
 
-    Keys `for_others` may be among the overrides even if this run does not use them.
+    Keys in `for_others` may be among the overrides even if this run does not use them.
     """
     overrides = readable(overrides)
     check_options(overrides, config_dirs)
@@ -39,7 +39,7 @@ def compose_run(overrides: list[str], config_dirs: tuple[str, ...] = (), for_oth
     for part, key in ((config, "output_dir"), (config, "run_dir"), (config.prompts, "path"), (config.model, "path")):
         if path := getattr(part, key):
             setattr(part, key, os.path.expanduser(path))
-    path = config.model.path  # a model of another path than its preset's is named after that
+    path = config.model.path  # if the path overrides that of the preset, the model is named after the path
     if "model.path" in given and "model.name" not in given:
         config.model.name = path.removeprefix("embedded:")
         if ":" not in path:

@@ -34,7 +34,7 @@ def text(config_dirs: Sequence[str] = ()) -> str:
     choices = "\n".join(f"  {group:<{width}}  {' | '.join(options(group, config_dirs))}" for group in groups())
     examples = "\n".join(f"  # {purpose}\n  python -m launcher {command}".rstrip() for purpose, command in EXAMPLES)
     lines = (conf_dir() / "config.yaml").read_text(encoding="utf-8").splitlines()
-    start = lines.index("  - experiment: null") + 1  # behind the list of groups
+    start = lines.index("  - experiment: null") + 1  # the first line after the list of groups
     defaults = "\n".join(f"  {line}".rstrip() for line in lines[start:] if line)
     return f"""\
 Split a causal language model over devices, run a prompt set through it, report tokens/s and the memory of each device.

@@ -1,4 +1,4 @@
-"""Errors of Hydra and OmegaConf in one line, from the fields of the errors and the types of the schema, not from their
+"""Convert errors of Hydra and OmegaConf to one-line errors, using their fields and the types of the schema, not their
 texts."""
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ EXAMPLES = {
 UNREADABLE = (
     HydraException, OmegaConfBaseException, MarkedYAMLError, AttributeError, ValueError, AssertionError, RecursionError,
 )  # fmt: skip
-"""Exceptions of composing for a user's mistake: AttributeError for {..} over a null dict, ValueError for a group that
-is null, AssertionError for an entry of a null dict."""
+"""Exceptions that a user's mistake can raise while composing: AttributeError if {..} overrides a null dict, ValueError
+if a group is null, AssertionError for an entry of a null dict."""
 
 
 def in_one_line(error: Exception, overrides: Sequence[str], config_dirs: Sequence[str]) -> ConfigError:
     """The ConfigError for a mistake in an override, or in a file."""
     if isinstance(error, RecursionError):
         return ConfigError("A file of the configuration has too many levels.", "fewer nested [ and {")
-    causes = (error.__cause__, error.__context__)  # Hydra raises its own error from, or beside, that of OmegaConf
+    causes = (error.__cause__, error.__context__)  # Hydra wraps OmegaConf's error in its own
     cause = next((other for other in causes if isinstance(other, OmegaConfBaseException)), error)
     key, engine = getattr(cause, "full_key", None), chosen_engine(overrides)
     is_interpolation = isinstance(cause, InterpolationResolutionError | UnsupportedInterpolationType)
@@ -78,7 +78,7 @@ def in_one_line(error: Exception, overrides: Sequence[str], config_dirs: Sequenc
 
 
 def in_file(error: ConfigError, key: str, config_dirs: Sequence[str]) -> ConfigError:
-    """The error, with the name of the user's file that sets the key, if there is one."""
+    """The error, with the name of the user's file that sets the key added, if there is one."""
     line = re.compile(rf"^\s*[\"']?{re.escape(key.rpartition('.')[2])}[\"']?\s*:", re.MULTILINE)
     for path in (path for folder in config_dirs for path in sorted(Path(folder).rglob("*.yaml"))):
         if line.search(path.read_text(encoding="utf-8", errors="replace")):

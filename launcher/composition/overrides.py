@@ -1,4 +1,4 @@
-"""Command-line overrides in Hydra's grammar: checked keys, unchanged paths, and quotes around other texts."""
+"""Convert command-line overrides to Hydra's grammar, check their keys, and quote paths that it cannot parse."""
 
 from __future__ import annotations
 
@@ -36,8 +36,10 @@ COMMANDS = ("compare", "doctor", "experiments", "plan", "probe", "report", "serv
 
 
 def chosen_engine(overrides: Sequence[str]) -> str | None:
-    """The engine of a run; None if the option is a file of the user's, or a sweep over several. ConfigError for an
-    invalid engine of a package."""
+    """The engine of a run; None if the option names one of the user's own files, or several engines (a sweep).
+
+    ConfigError for an invalid engine of a package.
+    """
     chosen = [item.partition("=")[2] for item in overrides if item.lstrip("+").startswith("backend=")]
     name = [default_options()["backend"], *chosen][-1]
     if name not in names():
@@ -49,8 +51,8 @@ def chosen_engine(overrides: Sequence[str]) -> str | None:
 def readable(overrides: Sequence[str]) -> list[str]:
     """The overrides in Hydra's grammar; ConfigError for an unknown key or an invalid value.
 
-    A `+` is only kept before an entry that the user may name; a path that Hydra cannot parse (`model.path=/a=b`) is
-    quoted.
+    A leading `+` is only kept for an entry whose name the user chooses; a path that Hydra cannot parse
+    (`model.path=/a=b`) is quoted.
     """
     engine = chosen_engine(overrides)
     known = known_keys(engine)
@@ -89,7 +91,7 @@ def _readable(item: str, engine: str | None, known: Mapping[str, Any]) -> str:
             line for line in str(error).splitlines() if not line.startswith(("Error parsing override", "See http"))
         ]
         reason = [*lines, type(error).__name__][0].partition(" expecting ")[0].strip()
-        text = quoted(value)  # the same in quotes, where a text can be meant
+        text = quoted(value)
         if is_open(kind) and value.startswith("["):
             text = f"[{','.join(quoted(part.strip()) for part in value.strip('[]').split(','))}]"
         hint = f"{for_shell(f'{key}={text}')}, in these quotes"
@@ -102,13 +104,13 @@ def _readable(item: str, engine: str | None, known: Mapping[str, Any]) -> str:
 
 
 NAMED_BY_THE_USER = ("adapter.paths", "backend.extra", "cluster.environment")
-"""Keys that are empty by default, so that entries below them are always new. An entry of model.config without a + must
-exist."""
+"""Keys that are empty by default, so that their entries are always new and need a `+` in Hydra's grammar. An entry of
+model.config without a `+` must exist in the preset."""
 
 
 @lru_cache(10_000)
 def parse(item: str) -> Override:
-    """An override parsed by Hydra's grammar; HydraException for an invalid one, also for excessively many digits or
+    """An override parsed by Hydra's grammar; HydraException for an invalid one, or one with too many digits or
     levels."""
     try:
         return OverridesParser.create().parse_override(item)

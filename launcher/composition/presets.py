@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def conf_dir() -> Path:
-    """The folder of configuration files: inside an installed package, beside it in a checkout."""
+    """The folder of the built-in configuration files: inside the installed package, next to it in a checkout."""
     package = Path(__file__).parents[1]
     if (package / "conf").is_dir():
         return package / "conf"
@@ -24,8 +24,8 @@ def conf_dir() -> Path:
 
 
 def folders(config_dirs: Sequence[str]) -> list[Path]:
-    """The built-in folder, those of the user, and those of packages with engines; ConfigError for a user's folder that
-    does not exist."""
+    """The folders of configuration files: built-in, the user's, and those of packages with engines; ConfigError for a
+    user's folder that does not exist."""
     for name in config_dirs:
         if not name or not Path(name).is_dir():
             raise ConfigError(f"--config-dir={name} is not a folder.", "--config-dir=FOLDER, which has model/mine.yaml")
@@ -39,7 +39,7 @@ def groups() -> list[str]:
 
 
 def options(group: str, config_dirs: Sequence[str] = ()) -> list[str]:
-    """The values of `group=`, including those in the user's folders and of packages with engines."""
+    """The options of a group, including those in the user's folders and in packages with engines."""
     names = {path.stem for folder in folders(config_dirs) for path in (folder / group).glob("*.yaml")}
     if group == "backend":
         names.update(brought())

@@ -7,7 +7,7 @@ import shlex
 
 
 def quoted(text: str) -> str:
-    """`text` as an override value that stands for exactly itself: quotes, braces and `${...}` in it have no meaning."""
+    """`text` as an override value that means exactly this text: quotes, braces and `${...}` in it are escaped."""
     return in_quotes(re.sub(r"(\\*)\$\{", lambda match: match.group(1) * 2 + r"\${", text))  # OmegaConf's own escape
 
 

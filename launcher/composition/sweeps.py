@@ -1,4 +1,4 @@
-"""The points of a sweep, counted before they are created."""
+"""Expand a sweep to its points, which are counted before they are created."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ MOST_POINTS = 10_000
 
 
 def expand_sweep(overrides: list[str], config_dirs: Sequence[str] = ()) -> list[list[str]]:
-    """The points of `-m a=1,2 b=x,y`: one list of overrides each; the last key varies fastest.
+    """The points of `-m a=1,2 b=x,y`, each as a list of overrides; the last key varies fastest.
 
-    ConfigError for an axis without points or end, and for more than MOST_POINTS points.
+    ConfigError for an empty or infinite axis, and for more than MOST_POINTS points.
     """
     overrides = readable(overrides)
     parsed = OverridesParser.create().parse_overrides(overrides)

@@ -1,5 +1,7 @@
-"""The tree of values that overrides and files give. What the built-in files give is composed once in a process: most
-points of a sweep differ by values alone, and Hydra takes a sixth of a second."""
+"""Compose the tree of values from overrides and files.
+
+Trees of built-in files are cached: most points of a sweep differ only in values, and Hydra takes a sixth of a second.
+"""
 
 from __future__ import annotations
 
@@ -27,21 +29,21 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 MOST_KEPT = 128
-"""Trees of chosen files that are kept; there are some 50 presets of experiments."""
+"""The number of cached trees; there are about 50 presets of experiments."""
 
 
 def composed(overrides: Sequence[str], config_dirs: Sequence[str]) -> DictConfig:
-    """The values of overrides in Hydra's grammar; one of UNREADABLE for a mistake in them, or in a file."""
+    """The tree for overrides in Hydra's grammar; raises one of UNREADABLE for a mistake in them, or in a file."""
     own_folders = folders(config_dirs)[1:]
     _register(own_folders)
     search = ",".join(in_quotes(f"file://{folder.absolute()}") for folder in own_folders)
     everything = [*overrides, f"hydra.searchpath=[{search}]"]
     parsed = [parse(item) for item in overrides]
     changes = all(override.type is OverrideType.CHANGE and not override.package for override in parsed)
-    if own_folders or not changes:  # files of others may change while this process lives
+    if own_folders or not changes:  # not cached: files of the user or a package may change during this process
         return _by_hydra(everything)
     chosen = [item for item, override in zip(overrides, parsed, strict=True) if override.key_or_group in groups()]
-    chosen.sort(key=lambda item: item.partition("=")[0])  # of one group the last stays the last
+    chosen.sort(key=lambda item: item.partition("=")[0])  # a stable sort, so that the last option of a group still wins
     tree = copy.deepcopy(_of_files(tuple(chosen), conf_dir(), tuple(engines().items())))
     for override in parsed:
         if override.key_or_group not in groups():
@@ -54,7 +56,7 @@ def composed(overrides: Sequence[str], config_dirs: Sequence[str]) -> DictConfig
 
 @lru_cache(MOST_KEPT)
 def _of_files(chosen: tuple[str, ...], *_: object) -> DictConfig:
-    """The values of files, composed anew where any of the arguments is another."""
+    """The cached tree of the chosen files; the other arguments are only part of the cache key."""
     return _by_hydra(chosen)
 
 
@@ -64,7 +66,7 @@ def _by_hydra(overrides: Sequence[str]) -> DictConfig:
 
 
 def _register(own_folders: Sequence[Path]) -> None:
-    """Tell Hydra the types of all values."""
+    """Register the schemas of the run and of all engines with Hydra."""
     store = ConfigStore.instance()
     known = store.repo.get("schema", {})
     if "run.yaml" not in known:
@@ -74,4 +76,4 @@ def _register(own_folders: Sequence[Path]) -> None:
         if entry is None or OmegaConf.get_type(entry.node) is not schema:
             store.store(group="schema/backend", name=name, node=schema)
         if name in brought() and not any((folder / f"backend/{name}.yaml").is_file() for folder in own_folders):
-            store.store(group="backend", name=name, node=schema)  # with its defaults, where it has no file
+            store.store(group="backend", name=name, node=schema)  # an engine without a file has its defaults

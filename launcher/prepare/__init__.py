@@ -1,1 +1,1 @@
-"""Checks and plans before a process starts."""
+"""Check and plan a run before any of its processes starts."""

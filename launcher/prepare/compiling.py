@@ -41,5 +41,5 @@ def check_compile(config: RunConfig, on_cuda: bool) -> None:
 
 
 def has_compiler() -> bool:
-    """True if torch's inductor finds a C++ compiler: that of CXX, or a common one."""
+    """True if torch's inductor finds a C++ compiler: the one in CXX, or a common one."""
     return any(shutil.which(name) for name in (os.environ.get("CXX"), *COMPILERS) if name)

@@ -1,4 +1,4 @@
-"""Published measurements compared with the limits of their hardware."""
+"""Compare published measurements with the limits of their hardware."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from launcher.results.record import Record
 
 FASTEST_OF_THE_TIME = "h100"
-"""The GPU with the highest bandwidth when the articles were written: a bound for articles that do not name theirs."""
+"""The GPU with the highest bandwidth when the articles were written: gives a limit if an article names no hardware."""
 
 BYTES_OF_A_LETTER_TOKEN = 4
 
@@ -29,8 +29,8 @@ BYTES_OF_A_LETTER_TOKEN = 4
 class PublishedFigure:
     """A published figure, the best value that its hardware allows, and the share of it that was reached.
 
-    `limit` is in the unit of the figure: the most tokens/s, the least seconds, the planned memory; None if not known.
-    `objection` is a calculation that shows why the figure cannot be true.
+    `limit` is in the unit of the figure: the highest tokens/s, the shortest time, or the planned memory; None if not
+    known. `objection` is a calculation that shows why the figure cannot be true.
     """
 
     name: str
@@ -54,7 +54,7 @@ def check_experiment(config: RunConfig) -> None:
 def published_plan(config: RunConfig, hardware: str) -> Plan | None:
     """The plan of an experiment on `hardware`.
 
-    None for an engine without a plan, if it does not fit, and for a model or prompts that are not available.
+    None if the engine has no planner, the model does not fit, or the model's config or the prompts are not available.
     """
     if config.model.config is None or not config.prompts.texts:
         return None
@@ -65,7 +65,7 @@ def published_plan(config: RunConfig, hardware: str) -> Plan | None:
     texts = config.prompts.texts
     try:
         shape = built_of(config.model.config).shape
-    except PlanError:  # transformers does not say
+    except PlanError:  # transformers cannot determine the shapes
         return None
     request = PlanRequest(
         shape=shape,
@@ -89,7 +89,7 @@ def published_plan(config: RunConfig, hardware: str) -> Plan | None:
 def published_figures(config: RunConfig, asks: bool = True) -> list[PublishedFigure]:
     """The figures of an experiment with the limits of its hardware, or of the fastest hardware of its time.
 
-    Without `asks` there are no limits for models whose shapes only transformers knows, since asking it takes time.
+    With `asks=False`, limits are left out for models whose shapes only transformers knows, since asking it takes time.
     """
     experiment = config.experiment
     hardware = experiment.hardware or f"{config.devices}x{FASTEST_OF_THE_TIME}"

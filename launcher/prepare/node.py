@@ -15,14 +15,14 @@ from shards.machine.cards import SEE_ALL_CARDS, cuda_devices
 if TYPE_CHECKING:
     from launcher.config.schema import RunConfig
 
-WORKER_PACKAGES = ("msgspec", "psutil", "tokenizers", "pynvml")  # what a rank needs beside its engine
+WORKER_PACKAGES = ("msgspec", "psutil", "tokenizers", "pynvml")  # packages that a rank needs besides its engine's
 
 
 def check_node(config: RunConfig) -> bool:
-    """True for a run on CUDA; ConfigError for packages and devices that this machine lacks.
+    """True for a run on CUDA; ConfigError for packages or devices that this machine lacks.
 
-    A plan for another machine needs neither. The machine that submits to SLURM says nothing about the nodes: there a
-    run is on CUDA if the job requests GPUs.
+    A plan for another machine needs neither. For SLURM the devices of the submitting machine do not matter: the run is
+    on CUDA if the job requests GPUs.
     """
     if config.dry_run and (other := other_machine(config)) is not None:
         return other[0].kind == "cuda" and config.backend.uses_devices
@@ -46,7 +46,7 @@ def check_node(config: RunConfig) -> bool:
 
 
 def _check_packages(config: RunConfig) -> None:
-    """Check that the engine's packages are installed, in this environment or in that of `backend.python`; not inside a
+    """Check that the engine's packages are installed, in this environment or in that of `backend.python`; skipped for a
     container."""
     backend, python, key = config.backend, config.backend.python, "backend.python"
     if config.launch.name == "slurm" and (config.cluster.container or config.dry_run):
@@ -55,7 +55,7 @@ def _check_packages(config: RunConfig) -> None:
         python, key = config.cluster.python, "cluster.python"
     needed = list(backend.modules())
     if config.world_size > 1 and "torch" not in needed:
-        needed.append("torch")  # of which the ranks are forked
+        needed.append("torch")  # launcher.launch.forks imports it
     environment = f"for {python}"
     if python is None:
         environment = "here"

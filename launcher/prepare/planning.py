@@ -54,7 +54,7 @@ def plan_of(
     on_cuda: bool,
     at_once: int | None = None,
 ) -> Plan | None:
-    """The plan of a run on this machine; PlanError if the model cannot be cut like this, or a part does not fit.
+    """The plan of a run; PlanError if the model cannot be split over these devices, or does not fit.
 
     Memory is planned for the longest prompt, ceilings for the actual prompts, or for `at_once` of them on all devices
     together. None if the engine has no planner.
@@ -100,10 +100,10 @@ def plan_of(
 
 
 def short_memory(config: RunConfig, plan: Plan, tensors: Mapping[str, TensorEntry] | None) -> str | None:
-    """A line if the ranks of this node need more main memory than is free.
+    """A line for the user if the ranks of this node need more main memory than is free, otherwise None.
 
-    Weights that `shards.load` reads stay in their mapped files if they need no cast; activations are estimates, and not
-    counted. On CUDA it counts weights offloaded to main memory.
+    Weights that `shards.load` reads are not counted if they need no cast, since they stay in their mapped files;
+    activations are only estimates, and not counted either. On CUDA only weights offloaded to main memory count.
     """
     if config.launch.name == "slurm" or config.machine is not None:
         return None
@@ -127,16 +127,16 @@ def short_memory(config: RunConfig, plan: Plan, tensors: Mapping[str, TensorEntr
 
 
 def default_planners() -> tuple[EnginePlanner, ...]:
-    """Each engine that can be planned, with its default options."""
+    """The planners of all engines that have one, with default options."""
     return tuple(kind.planner_class() for kind in engines().values() if kind.planner_class)
 
 
 def paces(
     config: RunConfig, plan_for: Callable[[RunConfig, int | None], Plan | None], at_once: int
 ) -> dict[str, float]:
-    """The decode ceiling of each engine that could perform a run instead of its own, in tokens/s, fastest first.
+    """The decode ceiling of a run with its own and with each other engine, in tokens/s, fastest first.
 
-    All with the same number of prompts at a time.
+    All are for `at_once` prompts at a time.
     """
     ceilings = {}
     for name, kind in engines().items():
@@ -182,8 +182,8 @@ def quantization_of(config: RunConfig, model_config: TransformersConfig, on_cuda
 
 
 def _devices(config: RunConfig, on_cuda: bool) -> tuple[Device, Link | None]:
-    """The device and link of the ranks; on a cluster the configured GPU, without figures if none is configured. The
-    link between nodes is only known from `link`."""
+    """The device and link of the ranks; on a cluster the configured GPU, or one without figures if none is configured.
+    Between nodes the link is only known from `link`."""
     device: Device
     link: Link | None
     if (other := other_machine(config)) is not None:
@@ -204,10 +204,11 @@ def _devices(config: RunConfig, on_cuda: bool) -> tuple[Device, Link | None]:
 
 
 def _batches(config: RunConfig, prompts: Sequence[Prompt], request: PlanRequest) -> JsonObject:
-    """The prompts that one rank answers at a time, at most and on average over its calls, and their mean length.
+    """Fields of a PlanRequest: the largest and the mean number of prompts that one rank answers at a time, and their
+    mean length in tokens.
 
-    With continuous batching these are all prompts in the engine or its slots, otherwise those of a call, padded to its
-    longest.
+    With continuous batching these are the prompts in the engine or its slots, otherwise those of a call, padded to its
+    longest prompt.
     """
     mean_tokens = sum(len(prompt.token_ids) for prompt in prompts) / len(prompts)
     if config.backend.continuous_batching:
@@ -218,7 +219,7 @@ def _batches(config: RunConfig, prompts: Sequence[Prompt], request: PlanRequest)
     if config.is_continuous:
         share = ceil(len(prompts) / config.num_shares)
         slots = min(config.measure.batch_size, share)
-        calls = config.num_shares * ceil(share / slots)  # of answers of full length, which end together
+        calls = config.num_shares * ceil(share / slots)  # if all answers have full length
         return {"batch_size": slots, "mean_batch_size": len(prompts) / calls, "mean_prompt_tokens": mean_tokens}
     world = World(world_size=config.num_devices)
     size, calls = call_count(len(prompts), world, config)

@@ -1,5 +1,4 @@
-"""Convert a RunConfig to a run that can start. Mistakes that the user can fix are found here, before any process
-starts."""
+"""Convert a RunConfig to a run that can start, and report mistakes that the user can fix before any process starts."""
 
 from __future__ import annotations
 
@@ -46,8 +45,10 @@ HEAD = "lm_head.weight"
 
 
 def prepare(config: RunConfig, command: tuple[str, ...], given: Sequence[Prompt] = ()) -> Run:
-    """Resolve, check and plan a run, with the prompts of its configuration or those given as token ids. Writes nothing.
-    Raises UserError."""
+    """Resolve, check and plan a run, with the prompts of its configuration, or with those in `given` (as token ids).
+
+    Writes no files. UserError for mistakes.
+    """
     check_experiment(config)
     if config.launch.name not in ("local", "slurm"):
         raise ConfigError(f"launch.name={config.launch.name} is not known.", "launch=local, or launch=slurm")
@@ -99,7 +100,7 @@ def prepare(config: RunConfig, command: tuple[str, ...], given: Sequence[Prompt]
     )
     if config.dry_run or config.machine:
         run = replace(run, paces=paces(config, plan_for, run.at_once))
-    if run.paces and not config.dry_run:  # a server on a machine that is named, of which no plan is printed
+    if run.paces and not config.dry_run:  # the plan is only printed in a dry run
         speeds = ", ".join(f"{name} {pace:,.1f}" for name, pace in run.paces.items())
         line = f"ceilings of machine={config.machine}, {run.at_once} prompts at a time: {speeds} tokens/s"
         run = replace(run, notes=(*run.notes, line))
@@ -107,7 +108,7 @@ def prepare(config: RunConfig, command: tuple[str, ...], given: Sequence[Prompt]
 
 
 def _settle_model(config: RunConfig, model_config: TransformersConfig, notes: list[str]) -> RunConfig:
-    """The run with the folders of its adapters, after checking them; in static batches, with a note, if the model does
+    """The configuration with the folders of the checked adapters; with static batches, and a note, if the model does
     not support slots."""
     if config.backend.has_slots and config.is_continuous and not config.speculative.is_on:
         reason = why_static(model_config, config.model.trust_remote_code)
@@ -132,8 +133,10 @@ def _adapter_folder(path: str) -> str:
 def _tensors(
     config: RunConfig, folder: Path | None, model_config: TransformersConfig, notes: list[str]
 ) -> Mapping[str, TensorEntry] | None:
-    """The tensors of the checkpoint, checked against the model as far as possible before transformers has built it;
-    None without a checkpoint, or for pytorch_model*.bin, which only a rank can read, with torch."""
+    """The tensors of the checkpoint, checked against the model's shape if its family is built in.
+
+    None without a checkpoint, or for pytorch_model*.bin, which only a rank can read, with torch.
+    """
     if folder is None or config.model.weights is not Weights.auto or not config.backend.uses_weights:
         return None
     if config.dry_run and not has_weights(folder):
@@ -164,7 +167,7 @@ def _notes(
     """Notes that the user should read before the run."""
     notes = []
     if config.backend.continuous_batching and config.measure.batch_size != MeasureConfig().batch_size:
-        # of a file, as of an experiment that is made again with another engine: of the command line it is refused
+        # It is set in a file, for example by an experiment for another engine; on the command line it is refused.
         notes.append(unread_batch_size(config))
     order = os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     is_other_order = order != "PCI_BUS_ID" and on_cuda and config.launch.name != "slurm"
@@ -179,8 +182,8 @@ def _notes(
 
 
 def model_folder(config: RunConfig) -> Path | None:
-    """The folder of the model on this machine; None if its shapes are enough (random weights, dry run, random tokens
-    for a server)."""
+    """The folder of the model on this machine; None if only its config is needed (random weights, dry run, random
+    tokens for a server)."""
     path = config.model.path
     if folder := embedded_folder(path, "model.path"):
         return folder

@@ -1,4 +1,4 @@
-"""The shape of a run's model: built in for known families, otherwise from transformers in another process."""
+"""Find the shape of a run's model: built in for known families, otherwise from transformers in another process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def config_of(folder: Path) -> JsonObject:
-    """The transformers config of the model in a folder; CheckpointError if there is none that can be read."""
+    """The transformers config of the model in a folder; CheckpointError if it is missing or cannot be read."""
     path = folder / "config.json"
     try:
         config = read_json(path, CheckpointError, "download the model again")
@@ -46,11 +46,11 @@ def config_of(folder: Path) -> JsonObject:
 def built_of(
     model_config: TransformersConfig, tensors: Mapping[str, TensorEntry] | None = None, python: str | None = None
 ) -> Built:
-    """The shape of a model from its config alone; from its files' headers if transformers cannot build it (a model with
-    its own code).
+    """The shape of a model from its config; from the headers of its files if transformers cannot build the model (one
+    with its own code).
 
-    Unknown families take seconds, once, and print a line on stderr; the transformers of `python` is asked, or that of
-    this interpreter. PlanError if neither way leads to a shape.
+    For unknown families transformers is asked, in `python` or this interpreter; that takes seconds, once, and prints a
+    line on stderr. PlanError if neither way gives a shape.
     """
     if model_config.get("model_type") in KNOWN_FAMILIES:
         return Built(known_shape(model_config))
@@ -64,10 +64,10 @@ def built_of(
 
 
 def shape_of_files(model_config: TransformersConfig, tensors: Mapping[str, TensorEntry]) -> ModelShape:
-    """The shape of a model from its checkpoint's headers, with quantized matrices as when unpacked."""
+    """The shape of a model from its checkpoint's headers, with the unpacked shapes of quantized matrices."""
     shapes = {name: entry.shape for name, entry in tensors.items()}
     quantization = from_config(model_config)
-    sizes = {name: size for name, size in model_config.items() if name != "windows"}  # which are no field of a model's
+    sizes = {name: size for name, size in model_config.items() if name != "windows"}  # not part of a model's config
     if quantization:
         shapes = unpacked(shapes, quantization)
     return shape_from_tensors(sizes, shapes)
@@ -75,7 +75,7 @@ def shape_of_files(model_config: TransformersConfig, tensors: Mapping[str, Tenso
 
 @lru_cache(maxsize=16)
 def _asked(config: str, python: str) -> Built | PlanError:
-    """The cached answer of transformers for a config, which may be an error."""
+    """The shapes that transformers gives for a config, or its error; cached."""
     fields = json.loads(config)
     line = f"model_type {fields.get('model_type')}: asking transformers for its shapes, which takes seconds"
     print(line, file=sys.stderr, flush=True)

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 def settle_guesses(config: RunConfig, model_config: TransformersConfig, longest: int) -> RunConfig:
-    """The run with the folder of its draft model; ConfigError for a model and a draft that do not work together.
+    """The configuration with the folder of the draft model; ConfigError if the model does not work with the draft.
 
-    `longest` is the most tokens of a prompt and its answer.
+    `longest` is the largest number of tokens of a prompt and its answer together.
     """
     speculative, backend = config.speculative, config.backend
     if not speculative.is_on:
@@ -53,7 +53,7 @@ def settle_guesses(config: RunConfig, model_config: TransformersConfig, longest:
 
 
 def draft_shape(config: RunConfig) -> ModelShape | None:
-    """The shape of the draft model of a run that has one."""
+    """The shape of the draft model of a run; None without one."""
     if config.speculative.name != DRAFT:
         return None
     return built_of(config_of(_folder(config)), None, config.backend.python).shape

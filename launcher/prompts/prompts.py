@@ -99,13 +99,13 @@ def read_texts(source: PromptsConfig) -> list[str]:
         if len(text) > MAX_PROMPT_BYTES:
             fact = f"Prompt {index} has {len(text):,} letters, more than {MAX_PROMPT_BYTES:,}."
             raise ConfigError(fact, "a shorter prompt, or prompts of a line each")
-        if any("\ud800" <= letter <= "\udfff" for letter in text):  # from JSON escapes, or from bytes that are not UTF-8
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # from JSON escapes, or bytes that are not UTF-8
             raise ConfigError(f"Prompt {index} has an unpaired surrogate, which is not a character.", "leave it out")
     return texts
 
 
 def encode(texts: Sequence[str], folder: Path, adds_special_tokens: bool = True) -> list[Prompt]:
-    """Encode texts with the model's tokenizer.json, with special tokens unless a chat template already added them."""
+    """Encode texts with the model's tokenizer.json; `adds_special_tokens` is False for texts from a chat template."""
     tokenizer = _tokenizer(folder)
     prompts = [
         Prompt(index, text, tuple(tokenizer.encode(text, add_special_tokens=adds_special_tokens).ids))

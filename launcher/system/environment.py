@@ -82,10 +82,10 @@ def versions() -> dict[str, str]:
 
 
 def git_state(folder: Path) -> GitState | None:
-    """The state of the checkout that contains `folder`; None outside of one."""
+    """The state of the checkout that contains `folder`; None outside a checkout."""
 
     def git(*arguments: str) -> str:
-        # Without locks: a rank that is killed meanwhile must not leave one in the checkout.
+        # Without optional locks: a rank that is killed during the call must not leave a lock file in the checkout.
         command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
@@ -105,7 +105,7 @@ def cpu_name() -> str | None:
 
 
 def gpus() -> Gpus | None:
-    """Names of the GPUs, driver and CUDA version by NVML; None without an NVIDIA driver."""
+    """Names of the GPUs, driver and CUDA version from NVML; None without an NVIDIA driver."""
     known = nvml.versions()
     if known is None:
         return None

@@ -1,4 +1,4 @@
-"""Atomic writing of files, through a temporary name and a rename."""
+"""Write files atomically, by a temporary file and a rename, and read them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 @contextlib.contextmanager
 def writing_in(folder: Path) -> Iterator[None]:
-    """A context that raises UserError if the file system of `folder` is full, or has disappeared."""
+    """A context that raises UserError if the file system of `folder` gets full, or disappears."""
     try:
         yield
     except OSError as error:
@@ -41,12 +41,12 @@ MOST_SIBLINGS = 1000
 
 
 def absolute(path: Path | str) -> Path:
-    """The path without links; a loop of links is returned unchanged, and reported when it is opened."""
+    """The absolute path with links resolved; a loop of links is left unresolved, and reported when it is opened."""
     return Path(os.path.realpath(path))
 
 
 def sibling(path: Path) -> Path | None:
-    """The regular file in the folder of `path` with the most similar name; None if there is none."""
+    """The regular file in the folder of `path` whose name is most similar to it; None if there is none."""
     try:
         with os.scandir(path.parent) as entries:
             names = [entry.name for entry in itertools.islice(entries, MOST_SIBLINGS) if entry.is_file()]
@@ -77,9 +77,9 @@ def make_folder(parent: Path, name: str) -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` atomically: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")  # a file system has many hosts
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")  # unique among hosts
     try:
-        with temporary.open("w", encoding="utf-8", errors="surrogateescape") as file:  # a path may be any bytes
+        with temporary.open("w", encoding="utf-8", errors="surrogateescape") as file:  # paths in it may be any bytes
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -91,7 +91,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of indented JSON; NaN is not JSON and raises ValueError."""
+    """Replace `path` by indented JSON atomically; ValueError for NaN, which JSON does not have."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 

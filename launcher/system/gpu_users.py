@@ -1,4 +1,4 @@
-"""Other processes that hold memory on the devices of a run, by UUID: they distort measurements."""
+"""Find other processes that hold memory on the devices of a run, by UUID, since they distort measurements."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def neighbours(environ: Mapping[str, str], devices: int) -> list[str]:
-    """A sentence for each process of others that holds memory on the first `devices` GPUs that `environ` shows."""
+    """A sentence for each other process that holds memory on the first `devices` GPUs visible in `environ`."""
     uuids = [device.uuid for device in cuda_devices(environ)[:devices] if device.uuid is not None]
     lines = []
     for uuid in uuids:
@@ -30,7 +30,7 @@ HELD = "when the run began"
 
 
 def is_of_a_neighbour(note: str) -> bool:
-    """True if a note of a run is a sentence about a process of others."""
+    """True if a note of a run is a sentence of `neighbours`."""
     return note.endswith(HELD)
 
 

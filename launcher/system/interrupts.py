@@ -1,4 +1,4 @@
-"""Ctrl-C while a command is still importing: one line, as later by launcher.system.terminal."""
+"""Handle Ctrl-C while a command is still importing: print one line, as launcher.system.terminal does later."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def end_quietly_when_interrupted() -> None:
-    """From now on an uncaught interrupt prints one line and gives exit code 130."""
+    """From now on, an uncaught KeyboardInterrupt prints one line and gives exit code 130."""
     sys.excepthook = _without_traceback
 
 

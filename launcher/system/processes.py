@@ -1,4 +1,4 @@
-"""The processes of a run: found by a mark in their environment, and ended."""
+"""Find the processes of a run by a mark in their environment, and end them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ GRACE_S = 3.0
 
 
 def of_run(mark: str, variable: str = MARK) -> list[psutil.Process]:
-    """The living processes of a run of this user, without this one; ValueError for an invalid mark.
+    """The running processes of a run, of this user and without this process; ValueError for an invalid mark.
 
-    Another `variable` can mark something else in the same way.
+    Another environment `variable` finds processes that are marked by that one.
     """
     if not isinstance(mark, str) or not MARK_FORM.fullmatch(mark):
         raise ValueError(f"{mark!r} is no mark of a run")
@@ -36,7 +36,7 @@ def of_run(mark: str, variable: str = MARK) -> list[psutil.Process]:
 
 
 def end_run(mark: str, variable: str = MARK, grace_s: float = GRACE_S) -> int:
-    """End every process of a run: SIGTERM, and SIGKILL after a grace period, until none is left. Returns their
+    """End every process of a run: SIGTERM, then SIGKILL after a grace period, until none is left; returns their
     number."""
     ended = set()
     deadline = time.monotonic() + grace_s

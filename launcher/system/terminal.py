@@ -1,4 +1,4 @@
-"""The output and the end of every command, be it on a terminal, into a file or a pipe, and on Ctrl-C."""
+"""Output and exit of every command: on a terminal, into a file or a pipe, and on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -31,23 +31,22 @@ class Parser(ArgumentParser):
 
 
 def run_command(main: Callable[[], int]) -> int:
-    """Run `main` and return its exit code, with at most one line on failure; PYTHONINSPECT, which is for scripts, is
-    ignored."""
+    """Run `main` and return its exit code, with at most one line on stderr if it fails; PYTHONINSPECT is ignored."""
     code = _run(main)
     if os.environ.get("PYTHONINSPECT"):
-        os._exit(code)  # or the interpreter shows a traceback of its own exit, and waits for input
+        os._exit(code)  # a normal exit would print a traceback of SystemExit, and wait for input
     return code
 
 
 def _run(main: Callable[[], int]) -> int:
     """The exit code of `main`; neither Ctrl-C nor a closed output gives a traceback.
 
-    Characters that an output cannot encode are replaced. 2 and a line on stderr if it cannot be written to.
+    Characters that an output cannot encode are replaced. If an output cannot be written to: 2, with a line on stderr.
     """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
-        except OSError:  # it is closed, and another file would get its number, which is the lowest that is free
+        except OSError:  # closed: keep the next opened file from getting this number
             os.open(os.devnull, os.O_RDWR)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -57,10 +56,10 @@ def _run(main: Callable[[], int]) -> int:
         print(end="", flush=True)
     except KeyboardInterrupt:
         return _ended("interrupted", INTERRUPTED)
-    except BrokenPipeError:  # what read our output has gone, as `head` does; nothing is left that could be said
+    except BrokenPipeError:  # the reader of the output, for example `head`, has ended
         return _ended("", PIPE_BROKEN)
     except SystemExit as error:
-        if not isinstance(error.__context__, BrokenPipeError):  # which is how rich takes one
+        if not isinstance(error.__context__, BrokenPipeError):  # rich exits so on a broken pipe
             raise
         return _ended("", PIPE_BROKEN)
     except OSError as error:
@@ -72,12 +71,12 @@ def _run(main: Callable[[], int]) -> int:
 
 
 def _ended(line: str, code: int) -> int:
-    """`code`, with a last line on stderr; buffered output that nobody reads is dropped."""
+    """Print a last line on stderr, drop buffered output if it has no reader, and return `code`."""
     if line:
         line += "\n"
     for stream, last in ((sys.stdout, ""), (sys.stderr, line)):
         try:
-            if stream is not None:  # as it is where it was closed
+            if stream is not None:  # None if it was closed at start
                 print(last, end="", file=stream, flush=True)
         except OSError:
             with contextlib.suppress(OSError):
@@ -101,7 +100,7 @@ def redirected_output(path: Path) -> Iterator[None]:
 
 def _point_output(out: int, err: int) -> None:
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # as it is where it was closed
+        if stream is not None:  # None if it was closed at start
             stream.flush()
     os.dup2(out, 1)
     os.dup2(err, 2)

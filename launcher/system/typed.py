@@ -1,4 +1,4 @@
-"""Dataclasses as plain values and back, with their types checked."""
+"""Convert dataclasses to plain values and back, with type checks."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ Value = TypeVar("Value")
 
 
 def to_plain(value: Any) -> Any:
-    """Lists, dicts and scalars, as JSON has them."""
+    """The value as lists, dicts and scalars, for JSON."""
     return msgspec.to_builtins(value)
 
 
 def decode(values: Any, kind: type[Value]) -> Value:
-    """A `kind` from plain values; ValueError with the location of a mistake. Unknown keys are ignored."""
+    """A value of type `kind` from plain values; ValueError with the location of a mistake. Unknown keys are ignored."""
     return msgspec.convert(values, kind)
