@@ -14,7 +14,7 @@ __all__ = ["UserError", "__version__", "compose", "load_record", "make_plan", "r
 
 
 def __getattr__(name: str) -> Any:
-    """The functions of `launcher.api`, which is imported when the first of them is asked for."""
+    """The functions of `launcher.api`, which is imported at the first access."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module("launcher.api"), name)

@@ -1,10 +1,10 @@
-"""`python -m launcher [overrides]`: parse, run, print. No torch is imported here."""
+"""`python -m launcher [overrides]`: parse, run, print. Does not import torch."""
 
 from __future__ import annotations
 
 from launcher.system.interrupts import end_quietly_when_interrupted
 
-if __name__ == "__main__":  # before what takes long to import
+if __name__ == "__main__":  # first, because the imports below take seconds
     end_quietly_when_interrupted()
 
 import importlib
@@ -56,12 +56,12 @@ if TYPE_CHECKING:
 
 
 PRINTING_S = 3.0
-"""The time that the first rank of a node has to print an error: torchrun ends all ranks as soon as one has ended."""
+"""Seconds that other ranks leave the first rank of a node to print an error: torchrun ends all ranks when one ends."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """The command line: flags, which may stand anywhere, and the overrides of the configuration in their order."""
+    """The command line: flags (in any position), and the overrides of the configuration in their order."""
 
     overrides: tuple[str, ...]
     config_dirs: tuple[str, ...]
@@ -73,7 +73,10 @@ class Arguments:
 
     @classmethod
     def parse(cls, argv: Sequence[str] | None) -> Arguments:
-        """ConfigError for an unknown flag. `--local_rank=N`, which the launcher of deepspeed adds, is ignored."""
+        """Parse the command line; ConfigError for an unknown flag.
+
+        `--local_rank=N`, which deepspeed's launcher adds, is ignored.
+        """
         parser = Parser(prog="python -m launcher", add_help=False)
         parser.add_argument("overrides", nargs="*")
         parser.add_argument("--config-dir", action="append", dest="config_dirs", default=[])
@@ -90,7 +93,7 @@ class Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0 every run is ok, 1 some run failed, 2 the user can fix it (one line on stderr says how)."""
+    """Returns 0 if every run is ok, 1 if one failed, 2 with a line on stderr for a mistake that the user can fix."""
     world = World()
     try:
         arguments = Arguments.parse(argv)
@@ -105,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _sweep(arguments, world)
         began = time.time()
         overrides = list(arguments.overrides)
-        if world.launcher != "alone":  # as many ranks as somebody has started, unless the command line says otherwise
+        if world.launcher != "alone":  # by default one device for each rank that the other launcher started
             overrides = [f"devices={world.local_world_size}", f"num_nodes={world.num_nodes}", *overrides]
         config = compose(*overrides, config_dirs=arguments.config_dirs)
         command = command_of(arguments.overrides, arguments.config_dirs)
@@ -113,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if arguments.cfg:
             return _show_config([config])
-        if config.run_dir is not None:  # to finish the run there as it was configured
+        if config.run_dir is not None:  # resume this run with its own configuration
             others = [item for item in overrides if item.partition("=")[0] not in ("resume", "run_dir")]
             if others or not config.resume or world.launcher != "alone":
                 fact = "run_dir= resumes a run with its own configuration; only resume=true can be given with it."
@@ -130,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Detached:
         return DETACHED
     except UserError as error:
-        if world.local_rank == 0:  # of each node: one may lack what the others have
+        if world.local_rank == 0:  # one rank of each node, since nodes may differ
             print(error, file=sys.stderr)
         else:
             time.sleep(PRINTING_S)
@@ -138,14 +141,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _show_config(configs: Sequence[RunConfig]) -> int:
-    """Print what was composed, a YAML document for each point of a sweep."""
+    """Print the composed configurations, one YAML document for each point of a sweep."""
     several = len(configs) > 1
     print(yaml.safe_dump_all(map(to_dict, configs), sort_keys=False, explicit_start=several), end="")
     return 0
 
 
 def _sweep(arguments: Arguments, world: World) -> int:
-    """Run the points of a sweep, or show what they would be."""
+    """Run the points of a sweep, or show their configurations or plans; returns the exit code."""
     if world.launcher != "alone":
         raise WorldError(
             f"-m starts the ranks of each point itself, and {world.launcher} has started {world.world_size}.",
@@ -164,9 +167,8 @@ def _sweep(arguments: Arguments, world: World) -> int:
     if not arguments.json:
         show_sweep(records, swept, console())
         paths = [Path(record.run_dir) for record in records if record.status == "ok" and record.run_dir]
-        for group in alike([read_finished(path) for path in paths]):  # same prompts and model, against the first
+        for group in alike([read_finished(path) for path in paths]):
             show_comparison(group, console())
-    # Points and rows of the sweep, in a folder of its own.
     try:
         folder = make_folder(Path(points[0].config.output_dir), f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_sweep")
         ended = []
@@ -186,7 +188,7 @@ def _sweep(arguments: Arguments, world: World) -> int:
 
 
 def _report(record: Record, began: float, only_json: bool) -> int:
-    """Print a run that began after `began`, or one that was finished before."""
+    """Print a run, with a note if it had finished before `began`; returns the exit code."""
     if record.status == "submitted":
         job = None
         if record.run_dir is not None:
@@ -198,7 +200,7 @@ def _report(record: Record, began: float, only_json: bool) -> int:
 
 
 def exit_code(records: Sequence[Record]) -> int:
-    """0 all ok or left to a cluster; 2 where the only run was refused; 1 otherwise."""
+    """0 if all runs are ok or submitted to a cluster, 2 if the only run was refused, 1 otherwise."""
     statuses = [record.status for record in records]
     if all(status in ("ok", "submitted") for status in statuses):
         return 0
@@ -208,7 +210,7 @@ def exit_code(records: Sequence[Record]) -> int:
 
 
 def _join(config: RunConfig, world: World, command: tuple[str, ...], only_json: bool) -> int:
-    """Somebody else started the ranks: be one of them."""
+    """Run as one of the ranks that another launcher has started; does not return."""
     if config.launch.name == "slurm":
         raise WorldError(f"launch=slurm submits a job, and {world.launcher} has started the ranks.", "launch=local")
     if world.local_world_size * world.num_nodes != world.world_size:
@@ -232,17 +234,17 @@ def _join(config: RunConfig, world: World, command: tuple[str, ...], only_json: 
     if config.measure.find_batch_size:
         fact = f"measure.find_batch_size=true starts ranks itself, and {world.launcher} has."
         raise ConfigError(fact, "measure.find_batch_size=false")
-    # It imports torch, which a rank may and the launching process may not.
+    # Imported here, since it imports torch: a rank needs that, but the launching process must not import it.
     external = importlib.import_module("launcher.launch.join")
     began = time.time()
     code: int = external.join(config, command, world, lambda record: show(record, began, only_json))
-    if sys.stdout is not None:  # as it is where it was closed
+    if sys.stdout is not None:  # None if it was closed at start
         sys.stdout.flush()
-    os._exit(code)  # engines leave threads behind that can hang the interpreter's own exit
+    os._exit(code)  # engines leave threads behind that can block a normal interpreter exit
 
 
 def _dry_run(config: RunConfig, command: tuple[str, ...]) -> int:
-    """Print the plan and the command; nothing is started and nothing is written."""
+    """Print the plan and the command; starts nothing and writes nothing."""
     prepared = prepare(config, command)
     out = console()
     show_plan(prepared, out)

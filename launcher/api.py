@@ -1,7 +1,7 @@
-"""The launcher in Python: `from launcher import compose, make_plan, run, sweep, load_record`; the commands use it too.
+"""The Python API: `from launcher import compose, make_plan, run, sweep, load_record`; the commands use it, too.
 
-What a user can mend is raised as `UserError`: its text is one line with the fact and a hint. How a run ends is never an
-exception, but the status of its record.
+Mistakes that the user can fix raise `UserError`, with one line that has the fact and a hint. A failed run raises no
+exception: the status of its record says how it ended.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ __all__ = ["UserError", "compose", "load_record", "make_plan", "run", "sweep"]
 
 
 def compose(*overrides: str, config_dirs: Sequence[str] = ()) -> RunConfig:
-    """The checked configuration of one run from overrides as on the command line: `backend=fsdp`, `devices=2`."""
+    """The checked configuration of one run, from command-line overrides such as `backend=fsdp` and `devices=2`."""
     return compose_run(list(overrides), tuple(config_dirs))
 
 
 def make_plan(config: RunConfig) -> Plan:
-    """The memory of each device and the ceiling of speed, before anything is started; needs neither weights nor GPUs.
+    """Plan a run: the memory of each device and the speed limit. Starts nothing, and needs neither weights nor GPUs.
 
-    PlanError, a UserError, where the model cannot be cut so or does not fit, or the memory of the engine is not known.
+    PlanError, a UserError, if the model cannot be split like this, does not fit, or the engine has no planner.
     """
     plan = prepare(replace(config, dry_run=True), ()).plan
     if plan is None:
@@ -46,12 +46,12 @@ def make_plan(config: RunConfig) -> Plan:
 
 
 def sweep(*overrides: str, config_dirs: Sequence[str] = ()) -> list[Record]:
-    """Run every point of overrides with several values, `backend=fsdp,vllm`, the last key fastest; their records."""
+    """Run every point of a sweep such as `backend=fsdp,vllm`, the last key varying fastest; returns their records."""
     return run_points(points_of(overrides, config_dirs))
 
 
 def load_record(path: str | PathLike[str]) -> Record:
-    """The record in a run directory, of this or an older version of its form."""
+    """The record in a run directory, of this or an older schema version; UserError if there is none."""
     record = RunDir(Path(path)).read_record()
     if record is None:
         raise UserError(f"{path} has no {RECORD}.", "the folder of a run that has ended")

@@ -1,16 +1,16 @@
-"""`python -m launcher.compare BASE NEW ...`: the first run is the base of every pair. `runs/*` are as many.
+"""`python -m launcher.compare BASE NEW ...`: compare runs with the first one; `runs/*` works, too.
 
-Prints what share of the completions is the same, where they first part and how near the two best tokens were there,
-which texts only repeat themselves, and figure by figure (speed, times, load, memory of each device) how much it has
-changed, whether that is more than the repeats of the runs differ, and what else differs of the runs. `--fail-if
-'new_tokens_per_s<0.95'` ends with 1 where a figure of the new run is less than that part of the base's.
+Prints the share of equal completions, the first divergence of the others and the logit gap of the two best tokens
+there, and the degenerate texts. For each figure (speed, times, load, memory of each device) it prints the change and
+whether that exceeds the noise of the repeats, then all other differences between the runs. With `--fail-if
+'new_tokens_per_s<0.95'` the exit code is 1 if the new figure is less than 0.95 times that of the base.
 """
 
 from __future__ import annotations
 
 from launcher.system.interrupts import end_quietly_when_interrupted
 
-if __name__ == "__main__":  # before what takes long to import
+if __name__ == "__main__":  # first, because the imports below take seconds
     end_quietly_when_interrupted()
 
 import math
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 def missed_thresholds(comparison: Comparison, min_match: float | None, min_speed_ratio: float | None) -> list[str]:
-    """The thresholds that this pair does not reach, a sentence for each."""
+    """A sentence for each threshold that this pair does not reach."""
     pair = f"{Path(comparison.other).name} against {Path(comparison.base).name}"
     missed = []
     if min_match is not None and comparison.match < min_match:
@@ -57,7 +57,7 @@ def missed_thresholds(comparison: Comparison, min_match: float | None, min_speed
 def to_dict(
     runs: Sequence[FinishedRun], comparisons: Sequence[Comparison], parts: Sequence[Changes], misses: Sequence[str]
 ) -> JsonObject:
-    """Everything that was compared, as plain JSON values."""
+    """All results of the comparison, as plain JSON values."""
     fields = ("rank", "device", *COMPARED_MEMORY)
     memory = {}
     for run in runs:
@@ -76,7 +76,7 @@ def to_dict(
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
-    """The command line; ConfigError for what is wrong with it."""
+    """Parse the command line; ConfigError for mistakes."""
     parser = Parser(prog="python -m launcher.compare", description="Compare runs with the first one.")
     parser.add_argument("base", type=Path, metavar="RUN", help="the run directory that the others are compared with")
     parser.add_argument("others", type=Path, metavar="RUN", nargs="+")
@@ -94,9 +94,10 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 
 def readable(base: Path, others: Sequence[Path], is_strict: bool) -> list[FinishedRun]:
-    """The runs that can be compared, the base first; a line on stderr for each that cannot.
+    """The runs that can be compared, the base first; a line on stderr for each other run.
 
-    UserError where that leaves nothing to compare; with a threshold, or of two runs, for the first that cannot.
+    UserError if fewer than two are left. With `is_strict`, or for only two runs, UserError for the first run that
+    cannot be compared.
     """
     runs: list[FinishedRun] = []
     for path in (base, *others):
@@ -129,7 +130,7 @@ def ratio(text: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0, 1 where a threshold is missed, 2 where there is nothing to compare (one line on stderr says why)."""
+    """Returns 0, 1 if a threshold is missed, or 2 with one line on stderr if the runs cannot be compared."""
     try:
         arguments = parse(argv)
         rules = [Rule.parse(text) for text in arguments.fail_if]

@@ -46,7 +46,7 @@ time.
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
-    """The command line; ConfigError for what is wrong with it."""
+    """Parse the command line; ConfigError for mistakes."""
     parser = Parser(prog="python -m launcher.experiments", description=(__doc__ or "").partition(": ")[2])
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--markdown", action="store_true", help="print docs/reproduce.md")
@@ -55,7 +55,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 
 def runs_here(config: RunConfig, cards: Sequence[str]) -> str:
-    """A word or two on whether this machine can run the experiment as published."""
+    """A short text that says whether this machine can run the experiment as published."""
     experiment = config.experiment
     if experiment.needs:
         return f"needs {', '.join(experiment.needs)}"
@@ -70,7 +70,7 @@ def runs_here(config: RunConfig, cards: Sequence[str]) -> str:
 
 
 def markdown(configs: Sequence[RunConfig]) -> str:
-    """docs/reproduce.md."""
+    """The text of docs/reproduce.md."""
     parts = [INTRODUCTION]
     for config in configs:
         experiment = config.experiment
@@ -98,13 +98,13 @@ def show(configs: Sequence[RunConfig], cards: Sequence[str]) -> None:
         name, here = config.experiment.name, escape(runs_here(config, cards))
         for figure in published_figures(config, asks=False):
             table.add_row(name, LABELS[figure.name], *figure_text(figure), here)
-            name = here = ""  # once for all of its figures
+            name = here = ""  # only in the first row of an experiment
     console().print(table)
     console().print("python -m launcher experiment=NAME; rehearse one anywhere with model=tiny_falcon", soft_wrap=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0, or 2 with one line on stderr for what the user can mend."""
+    """Returns 0, or 2 with one line on stderr for a mistake that the user can fix."""
     try:
         arguments = parse(argv)
         configs = [compose_run([f"experiment={name}"]) for name in options("experiment")]

@@ -1,15 +1,15 @@
 """`python -m launcher.history FOLDER...`: runs of one configuration over time, each against those before it.
 
-A row a run, oldest first: new tokens/s with the spread of the repeats, the change against the run before it and against
-the median of all before it, and what else is not the same as in the run before it (versions, commit, driver, host).
-Runs whose configurations differ are series of their own. With --json or --csv for programs.
+Each run is a row, oldest first: new tokens/s with the spread of the repeats, the change from the previous run and from
+the median of all previous ones, and all other differences from the previous run (versions, commit, driver, host). Runs
+with different configurations are separate series. --json and --csv are for programs.
 """
 
 from __future__ import annotations
 
 from launcher.system.interrupts import end_quietly_when_interrupted
 
-if __name__ == "__main__":  # before what takes long to import
+if __name__ == "__main__":  # first, because the imports below take seconds
     end_quietly_when_interrupted()
 
 import json
@@ -47,7 +47,7 @@ MOST_NAMED = 3
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """One run of a series, against the run before it and the median of all before it; the first has neither."""
+    """One run of a series, compared with the previous run and the median of all previous ones (None for the first)."""
 
     series: str
     run: str
@@ -63,7 +63,7 @@ class Moment:
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
-    """The command line; ConfigError for what is wrong with it."""
+    """Parse the command line; ConfigError for mistakes."""
     parser = Parser(
         prog="python -m launcher.history", description=(__doc__ or "").partition("\n\n")[0].partition(": ")[2]
     )
@@ -75,7 +75,10 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 
 def read_measured(folders: Sequence[Path]) -> list[Record]:
-    """The records of all runs in the folders that ended well; UserError where there is none. A line for each other."""
+    """The records of all successful runs in the folders, by start time; UserError if there is none.
+
+    Prints a line on stderr for each record that cannot be read.
+    """
     records = []
     for folder in folders:
         run_dirs = run_dirs_in(folder)
@@ -97,7 +100,7 @@ def read_measured(folders: Sequence[Path]) -> list[Record]:
 
 
 def series_of(records: Sequence[Record]) -> list[list[Record]]:
-    """The records by what was run, in the order of their first runs."""
+    """The records grouped by configuration and number of devices, in the order of their first runs."""
     series: dict[str, list[Record]] = {}
     for record in records:
         key = json.dumps([record.num_devices, flat(what_is_run(record.config))], sort_keys=True)
@@ -106,7 +109,7 @@ def series_of(records: Sequence[Record]) -> list[list[Record]]:
 
 
 def moments(name: str, records: Sequence[Record]) -> list[Moment]:
-    """A series as rows."""
+    """The rows of a series."""
     rows: list[Moment] = []
     previous: Record | None = None
     for record in records:
@@ -160,7 +163,7 @@ def show(rows: Sequence[Moment], out: Console) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0, or 2 with one line on stderr for what the user can mend."""
+    """Returns 0, or 2 with one line on stderr for a mistake that the user can fix."""
     try:
         arguments = parse(argv)
         series = series_of(read_measured(arguments.folders))

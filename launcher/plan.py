@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from launcher.system.interrupts import end_quietly_when_interrupted
 
-if __name__ == "__main__":  # before what takes long to import
+if __name__ == "__main__":  # first, because the imports below take seconds
     end_quietly_when_interrupted()
 
 import difflib
@@ -73,7 +73,7 @@ SOURCES = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the table; 2 and one line for what is wrong with the arguments."""
+    """Print the table; returns 0, or 2 with one line on stderr for a mistake in the arguments."""
     parser = Parser(prog="python -m launcher.plan", description=__doc__)
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as above, in any order")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def parse(items: Sequence[str]) -> dict[str, str]:
-    """`key=value` arguments by key; ConfigError for a key that is unknown, or no model."""
+    """`key=value` arguments by key; ConfigError for an unknown key, or without a model."""
     values = {}
     for item in items:
         key, equals, value = item.partition("=")
@@ -140,14 +140,14 @@ def model_config(model: str) -> JsonObject:
 
 
 def quantizations(values: dict[str, str], config: JsonObject) -> list[Quantization | None]:
-    """The quantizations asked for, or that of the model's own config."""
+    """The requested quantizations, or that of the model's own config."""
     if names := values.get("quantization"):
         return [known_quantization(name) for name in dict.fromkeys(names.split(","))]
     return [from_config(config)]
 
 
 def plans(shape: ModelShape, values: dict[str, str], kinds: Sequence[Quantization | None]) -> list[Row]:
-    """One row for every machine, engine and quantization."""
+    """One row for each combination of machine, engine and quantization."""
     known = {name: load_engine(name) for name in chosen(values)}
     precision = _precision(values)
     rows = []
@@ -183,7 +183,7 @@ def plans(shape: ModelShape, values: dict[str, str], kinds: Sequence[Quantizatio
 
 
 def chosen(values: dict[str, str]) -> list[str]:
-    """The engines that were requested; ConfigError for a name that is none."""
+    """The requested engines, by default all that have weights and a planner; ConfigError for an unknown name."""
     with_weights = [name for name, kind in engines().items() if kind.needs_weights and kind.planner_class]
     asked = with_weights
     if "backend" in values:
@@ -195,7 +195,7 @@ def chosen(values: dict[str, str]) -> list[str]:
 
 
 def _row(machine: str, quantization: str, request: PlanRequest, is_named: bool) -> Row:
-    """The plan of one choice; hints are in the words of this command."""
+    """The plan of one choice; hints of errors are translated to the arguments of this command."""
     link, full = "", None
     if request.link and request.num_devices > 1:
         link = request.link.name
@@ -216,9 +216,9 @@ def _row(machine: str, quantization: str, request: PlanRequest, is_named: bool) 
 
 
 def machines(values: dict[str, str]) -> list[tuple[str, Device, Link | None, int]]:
-    """Name, device, link and number of devices a node of each machine that was asked for; else of this one.
+    """Name, device, link and number of devices per node of each requested machine, by default of this one.
 
-    What joins the devices of a node does not join nodes: of several the link is the one that was asked for, or none.
+    The link inside a node does not connect nodes: for several nodes only a requested link counts.
     """
     nodes = _asked(values, "num_nodes")
     chosen: list[tuple[str, Device, Link | None, int]]
@@ -253,7 +253,7 @@ def machines(values: dict[str, str]) -> list[tuple[str, Device, Link | None, int
 
 
 def _precision(values: dict[str, str]) -> Precision:
-    """The precision that was asked for."""
+    """The requested precision."""
     precision = values.get("precision", "bf16")
     if precision not in Precision.__members__:
         raise wrong_value("precision", precision, Precision)
@@ -271,7 +271,7 @@ def _count(key: str, text: str) -> int:
 
 
 def caption(values: dict[str, str], rows: Sequence[Row]) -> str:
-    """A line on the columns, the links that were taken, and the source of quantized weights."""
+    """A text about the columns, the assumed links, and the source of quantized weights."""
     tokens = f"{_asked(values, 'prompt_tokens')} + {_asked(values, 'max_new_tokens')} tokens"
     batch, precision = _asked(values, "batch_size"), values.get("precision", "bf16")
     text = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from launcher.system.interrupts import end_quietly_when_interrupted
 
-if __name__ == "__main__":  # before what takes long to import
+if __name__ == "__main__":  # first, because the imports below take seconds
     end_quietly_when_interrupted()
 
 import json
@@ -41,7 +41,7 @@ ARGUMENTS = {"devices": "2", "accelerator": "cpu"}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure, print and keep the figures; 2 and one line for what is wrong."""
+    """Measure, print and store the figures; returns 0, or 2 with one line on stderr for an error."""
     parser = Parser(prog="python -m launcher.probe", description=__doc__)
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="devices=N, accelerator=cpu|cuda")
     try:
@@ -62,7 +62,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def parse(argv: Sequence[str]) -> tuple[int, str]:
-    """Devices and accelerator of the arguments; all CUDA devices of this machine, or one CPU rank."""
+    """The number of devices and the accelerator in the arguments; by default all CUDA devices of this machine, or one
+    CPU rank. ConfigError for mistakes."""
     values = dict(item.partition("=")[::2] for item in argv)
     if unknown := set(values) - set(ARGUMENTS):
         word = min(unknown)
@@ -97,7 +98,7 @@ def parse(argv: Sequence[str]) -> tuple[int, str]:
 
 
 def measure(devices: int, accelerator: str) -> Measured:
-    """Start a rank a device and read what rank 0 found; none is left behind. WorldError if one fails."""
+    """Measure with one rank per device, then end all ranks; returns rank 0's figures. WorldError if a rank fails."""
     command, mark = worker_command("shards.parallel.probe", accelerator, devices, None), uuid.uuid4().hex
     environ = rank_environment(os.environ, devices, accelerator == "cuda") | {processes.MARK: mark}
     try:
@@ -120,7 +121,7 @@ def measure(devices: int, accelerator: str) -> Measured:
 
 
 def reason(stderr: str) -> str:
-    """The reason for the failure of ranks from their stderr: the first error, or the first death."""
+    """The reason for the failure of ranks, from their stderr: the first rank that was killed, or the first error."""
     error = re.search(r"^(?:\[rank\d+\]: *)?([\w.]*(?:Error|Exception): .+)", stderr, re.MULTILINE)
     ended = re.search(r"^rank \d+ ended with exit code (-?\d+)", stderr, re.MULTILINE)
     if ended and (error is None or ended[1] != "1"):
@@ -131,7 +132,7 @@ def reason(stderr: str) -> str:
 
 
 def lines(measured: Measured) -> list[str]:
-    """The figures for people."""
+    """The figures as lines of text."""
     device, link = measured.device, measured.link
     rates = (device.bandwidth or 0, device.flops_16 or 0, device.flops_32 or 0)
     rows = [

@@ -1,15 +1,15 @@
-"""`python -m launcher.reproduce RUN_DIR`: make a run again from its directory alone, and compare the two.
+"""`python -m launcher.reproduce RUN_DIR`: repeat a run from its directory, and compare the two.
 
-Configuration and prompts are those that the run has kept; the model is looked for where it was. The new run gets a
-directory of its own in --output-dir. It is REPRODUCED where all answers have the same tokens and no speed or time
-differs by more than the repeats do. Exit code: 0 reproduced, 1 not, 2 something to mend first.
+Configuration and prompts are read from the run directory; the model must be where it was. The new run gets its own
+directory in --output-dir. The result is REPRODUCED if all answers have the same tokens and no speed or time differs by
+more than the noise of the repeats. Exit code: 0 reproduced, 1 not reproduced, 2 a mistake that the user can fix.
 """
 
 from __future__ import annotations
 
 from launcher.system.interrupts import end_quietly_when_interrupted
 
-if __name__ == "__main__":  # before what takes long to import
+if __name__ == "__main__":  # first, because the imports below take seconds
     end_quietly_when_interrupted()
 
 import sys
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
-    """The command line; ConfigError for what is wrong with it."""
+    """Parse the command line; ConfigError for mistakes."""
     parser = Parser(prog="python -m launcher.reproduce", description="Make a run again, and compare.")
     parser.add_argument("run", type=Path, metavar="RUN_DIR")
     parser.add_argument("--output-dir", default="runs", metavar="DIR", help="where the new run gets its directory")
@@ -49,11 +49,11 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 
 def objections(before: FinishedRun, again: FinishedRun, changes: Changes) -> list[str]:
-    """The differences between the second run and the first."""
+    """A line for each difference that makes the second run not a reproduction of the first."""
     comparison = compare(before, again)
     differences = []
     for change in changes.figures:
-        if change.is_different and change.name not in COUNTERS:  # which depend on when prompts come
+        if change.is_different and change.name not in COUNTERS:  # counters depend on timing
             differences.append(f"{change.name} is {change.verdict}")
     if (others := comparison.prompts - comparison.matching) > 0:
         differences.insert(0, f"{others} of {comparison.prompts} answers have other tokens")
@@ -61,7 +61,7 @@ def objections(before: FinishedRun, again: FinishedRun, changes: Changes) -> lis
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 reproduced, 1 not, 2 with one line on stderr for what the user can mend."""
+    """Returns 0 if reproduced, 1 if not, 2 with one line on stderr for a mistake that the user can fix."""
     try:
         arguments = parse(argv)
         before = read_finished(arguments.run)

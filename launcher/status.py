@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from launcher.system.interrupts import end_quietly_when_interrupted
 
-if __name__ == "__main__":  # before what takes long to import
+if __name__ == "__main__":  # first, because the imports below take seconds
     end_quietly_when_interrupted()
 
 import contextlib
@@ -47,12 +47,12 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-POLL_S = 2.0  # where no run says another
+POLL_S = 2.0  # used if there are no runs with a `launch.poll_s`
 UNREADABLE_RUN = "unreadable"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code."""
+    """Show the runs; returns the exit code."""
     try:
         arguments = parse(argv)
         folders: list[Path] = arguments.folders
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for point in points:
             try:
                 records.append(_record(point, by_run))
-            except UserError as error:  # of one run, which must not keep the others from being shown
+            except UserError as error:  # one unreadable run must not hide the others
                 assert point.run_dir is not None, "a record that was read is one"
                 records.append(_unreadable(point.run_dir.path, error.fact))
         if not arguments.json:
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
-    """The command line; ConfigError for what is wrong with it."""
+    """Parse the command line; ConfigError for mistakes."""
     parser = Parser(
         prog="python -m launcher.status",
         description=__doc__,
@@ -110,7 +110,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 def points_in(path: Path) -> list[Point]:
     """The points of the sweep submitted from a folder, the run in it, or the runs in its folders, by name.
 
-    ConfigError where there is none of them.
+    ConfigError if there are none.
     """
     folder = absolute(path)
     if points := arrays.read_points(folder):
@@ -127,7 +127,7 @@ def points_in(path: Path) -> list[Point]:
 def _jobs(points: Sequence[Point]) -> dict[str, RunDir]:
     jobs_of = {}
     for point in points:
-        with contextlib.suppress(UserError):  # `_record` says it
+        with contextlib.suppress(UserError):  # reported by `_record`
             if point.run_dir is not None and (job := point.run_dir.read_job()) is not None:
                 jobs_of[job] = point.run_dir
     return jobs_of
@@ -143,7 +143,7 @@ def _poll_s(runs: Iterable[RunDir]) -> float:
 
 
 def _show_tables(points: Sequence[Point], records: Sequence[Record], out: Console) -> None:
-    """Runs that were not submitted together are a history."""
+    """Print the table of a sweep, or the history of runs that do not belong to one."""
     names = [" ".join(point.overrides) for point in points]
     is_of_a_sweep = any(point.run_dir and point.run_dir.path.name not in point.overrides for point in points)
     if len(points) > 1 and not is_of_a_sweep:
@@ -169,14 +169,14 @@ def _show_tables(points: Sequence[Point], records: Sequence[Record], out: Consol
 
 
 def history(names: Sequence[str], records: Sequence[Record], badges: Sequence[str], out: Console) -> Table:
-    """A row a run: when it was, of what, what became of it, and whether its figures can be relied on."""
+    """A table of runs: the start, the configuration, the status, and whether the figures are valid."""
     columns = ["run", "started", "model", "backend", "devices", "batch size", "status", "verified", "new tokens/s"]
     if guesses := has_guesses(records):
         columns.append(COLUMN)
     rows = []
     for name, record, badge in zip(names, records, badges, strict=True):
         started = "-"
-        with contextlib.suppress(OverflowError, OSError):  # of no year that there is
+        with contextlib.suppress(OverflowError, OSError):  # a timestamp out of range
             if record.started_at:
                 started = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.started_at))
         devices, batch = str(record.num_devices or "-"), str(record.batch_size or "-")
@@ -189,7 +189,7 @@ def history(names: Sequence[str], records: Sequence[Record], badges: Sequence[st
 
 
 def _unreadable(folder: Path, why: str) -> Record:
-    """A record for a folder that says nothing."""
+    """A placeholder record for a run that cannot be read."""
     return Record(
         status=UNREADABLE_RUN,
         backend="-",
@@ -206,11 +206,11 @@ def _unreadable(folder: Path, why: str) -> Record:
 
 
 def _record(point: Point, states: Mapping[RunDir, jobs.State]) -> Record:
-    """The record of a run that is over, and what is known of it while it is not."""
+    """The record of a run; an unfinished one with its current state if the run is not over."""
     if point.run_dir is None:
         assert point.record is not None
         return point.record
-    point.run_dir.read_job()  # one that is no number is an error of this run
+    point.run_dir.read_job()  # raises UserError if the file does not contain a job number
     state = states.get(point.run_dir)
     if state is not None:
         if state.is_end:

@@ -1,17 +1,17 @@
-"""`python -m launcher.verify RUN_DIR...`: VALID or INVALID with the reasons, for each run. `runs/*` are as many.
+"""`python -m launcher.verify RUN_DIR...`: VALID or INVALID with the reasons, for each run; `runs/*` works, too.
 
-Looks whether the files are as they were written (by hashes, which are no signature), the figures follow from the
-repeats, there was a warm-up, the repeats were enough and near each other and gave the same tokens, memory was as
-planned, nothing is above 100 % of a ceiling, no other process was on the devices, and the tokens are those of the
-reference, where a run of it (`backend=transformers`) with the same prompts lies beside the run or is named by
---reference. Exit code: 0 all are valid, 1 some are not, 2 one cannot be read.
+Checks that the files are unchanged (by hashes, which are no signature), the figures follow from the repeats, there was
+a warm-up, there were enough repeats with similar speeds and the same tokens, memory was as planned, nothing exceeds
+100 % of a ceiling, and no other process used the devices. The tokens are compared with runs of the reference
+(`backend=transformers`) that have the same prompts, next to the run or given by --reference. Exit code: 0 all are
+valid, 1 some are not, 2 one cannot be read.
 """
 
 from __future__ import annotations
 
 from launcher.system.interrupts import end_quietly_when_interrupted
 
-if __name__ == "__main__":  # before what takes long to import
+if __name__ == "__main__":  # first, because the imports below take seconds
     end_quietly_when_interrupted()
 
 import sys
@@ -39,7 +39,7 @@ SEEN = {True: "ok", False: "[red]INVALID[/]", None: "not checked"}
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
-    """The command line; ConfigError for what is wrong with it."""
+    """Parse the command line; ConfigError for mistakes."""
     parser = Parser(prog="python -m launcher.verify", description="Whether the figures of runs can be relied on.")
     parser.add_argument("runs", type=Path, metavar="RUN_DIR", nargs="+")
     parser.add_argument("--reference", type=Path, metavar="RUN_DIR", help="a run whose tokens are the right ones")
@@ -58,7 +58,7 @@ def show(path: Path, validity: Validity, out: Console) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 all are valid, 1 some are not, 2 with one line on stderr for what cannot be read."""
+    """Returns 0 if all runs are valid, 1 if some are not, 2 with one line on stderr for a run that cannot be read."""
     try:
         arguments = parse(argv)
         around: dict[Path, list[RunDir]] = {}

@@ -1,1 +1,1 @@
-"""Smaller checkpoints from existing ones: pruned or quantized, before any run."""
+"""Make smaller checkpoints from existing ones, by pruning or quantization."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from launcher.system.interrupts import end_quietly_when_interrupted
 
-if __name__ == "__main__":  # before what takes long to import
+if __name__ == "__main__":  # first, because the imports below take seconds
     end_quietly_when_interrupted()
 
 import os
@@ -50,7 +50,7 @@ COPIED = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "ch
 
 
 def main(argv: Sequence[str]) -> int:
-    """Make the checkpoint; 2 and one line for what is wrong with the arguments or the model."""
+    """Make the checkpoint; returns 0, or 2 with one line on stderr for a mistake in the arguments or the model."""
     parser = Parser(prog="python -m launcher.compress", description=__doc__)
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as above, in any order")
     try:
@@ -70,7 +70,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def compress(request: Request, folder: Path) -> None:
-    """Say what will be done with the checkpoint in a folder, and do it; what is made has its name when it is whole."""
+    """Print the plan for the checkpoint in a folder and compress it; the output gets its final name when it is
+    complete."""
     config = config_of(folder)
     if config.get("quantization_config"):
         raise ConfigError("The checkpoint is quantized already.", "model= with the unquantized one")

@@ -1,4 +1,4 @@
-"""llm-compressor's one-shot methods, run by the interpreter of its own environment: it imports nothing of the launcher.
+"""Run llm-compressor's one-shot methods in the interpreter of its own environment; imports nothing of the launcher.
 
 calibrated.py MODEL OUT METHOD RATIO PATTERN SCHEME PROMPTS
 """

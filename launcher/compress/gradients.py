@@ -1,4 +1,4 @@
-"""The importance of weights by the gradients of a loss, for pruning coupled structures."""
+"""Estimate the importance of weights from the gradients of a loss, for pruning coupled structures."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ MOST_TOKENS = 512
 
 
 def importance(checkpoint: Checkpoint, names: Collection[str], prompts: Path) -> dict[str, torch.Tensor]:
-    """|weight x gradient| in fp32 of parameters by name: the first-order estimate of how the loss changes without.
+    """|weight x gradient| of parameters by name, in fp32: the first-order estimate of how the loss changes if a weight
+    is removed.
 
-    The loss is that of the next token, summed over the prompts of a file, one a line; one backward pass for each.
+    The loss is that of next-token prediction, summed over the prompts in a file (one per line), with one backward pass
+    for each.
     Source: Ma, Fang, Wang, LLM-Pruner (2023), equation 5.
     """
     lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""The checked request for a compression, and the memory that it needs. No torch."""
+"""The checked request for a compression, and the memory that it needs. Does not import torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ EXAMPLE = "python -m launcher.compress model=tiny_llama method=magnitude ratio=0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """`ratio` of the values (or columns and heads) are removed; `scheme` is that of quantized weights."""
+    """The arguments of a compression: `ratio` is the share of values (or columns and heads) to remove, `scheme` the
+    format of quantized weights."""
 
     model: str
     method: str
@@ -123,7 +124,8 @@ def _ratio(text: str, pattern: str) -> float:
 
 
 def matrices(shape: ModelShape, tensors: dict[str, TensorEntry]) -> dict[str, Parameter]:
-    """The matrices of the decoder layers, by their names in the checkpoint; ConfigError for other names."""
+    """The matrices of the decoder layers, by their names in the checkpoint; ConfigError if the checkpoint names them
+    differently."""
     named = {p.name: p for p in shape.parameters if p.layer is not None and len(p.shape) == 2}
     missing = [name for name in named if name not in tensors]
     if missing:
@@ -145,13 +147,13 @@ def check_shapes(request: Request, chosen: dict[str, Parameter]) -> None:
 
 
 def group_of(*inputs: int) -> int | None:
-    """The largest group of a scale, up to 128, that divides all inputs; None for none."""
+    """The largest group size, up to 128 weights per scale, that divides all numbers of inputs; None without one."""
     groups = [group for group in INT4_GROUPS if group <= 128 and all(count % group == 0 for count in inputs)]
     return max(groups, default=None)
 
 
 def planned(request: Request, chosen: dict[str, Parameter], tensors: dict[str, TensorEntry]) -> list[str]:
-    """Lines about what will be read, held and written, and what to expect from it."""
+    """Lines for the user: what will be read, held in memory and written, and what to expect from the result."""
     total = sum(entry.nbytes for entry in tensors.values())
     inside = sum(tensors[name].nbytes for name in chosen)
     values = sum(prod(parameter.shape) for parameter in chosen.values())

@@ -1,4 +1,4 @@
-"""Compression of a checkpoint in this process, one decoder layer at a time, written as it is made."""
+"""Compress a checkpoint in this process, one decoder layer at a time, and write each layer as soon as it is done."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 Tensors = dict[str, torch.Tensor]
 SHARD_BYTES = 2 << 30
 COLUMNS_TOGETHER = 64
-"""Inner columns stay a multiple of these where they were: whole groups of quantized weights, and of kernels."""
+"""If the number of inner columns is a multiple of this, it stays one, for whole groups of quantized weights and
+efficient kernels."""
 
 
 class Writer:
@@ -115,7 +116,8 @@ def group(chosen: dict[str, Parameter]) -> int:
 
 
 def pruned(weight: torch.Tensor, ratio: float, pattern: str) -> torch.Tensor:
-    """A matrix whose smallest values are replaced by zeros: over the whole matrix, or two of each four in a row."""
+    """The matrix with its smallest values replaced by zeros: a share of the whole matrix, or two of every four values
+    in a row."""
     size = weight.float().abs()
     if pattern == "2:4":
         fours = size.view(len(size), -1, 4)
@@ -129,7 +131,7 @@ def pruned(weight: torch.Tensor, ratio: float, pattern: str) -> torch.Tensor:
 
 
 def rounded(name: str, weight: torch.Tensor, scheme: str, group: int) -> Tensors:
-    """The tensors that compressed-tensors stores for a matrix, with values rounded to the nearest."""
+    """The tensors of a matrix in the format of compressed-tensors, with values rounded to nearest."""
     prefix, values = name.removesuffix("weight"), weight.float()
     if scheme == "w8a8":
         scale = (values.abs().amax(1, keepdim=True) / 127.5).clamp_(min=torch.finfo(torch.float32).tiny)
@@ -170,8 +172,8 @@ def quantization_config(scheme: str, group: int) -> dict[str, Any]:
 
 
 def narrowed(tensors: Tensors, scores: Tensors, config: dict[str, Any], ratio: float) -> tuple[Tensors, dict[str, int]]:
-    """The tensors of a decoder layer without the inner columns and heads with the lowest scores (summed over coupled
-    weights), and the resulting config."""
+    """The tensors of a decoder layer without the inner columns and heads that have the lowest scores (summed over
+    coupled weights), and the changed values of the config."""
     leaves = {".".join(name.split(".")[-3:]): name for name in tensors}
     smaller = dict(tensors)
     if "mlp.dense_h_to_4h.weight" in leaves:
@@ -187,7 +189,7 @@ def narrowed(tensors: Tensors, scores: Tensors, config: dict[str, Any], ratio: f
     heads_each = config["num_attention_heads"] // kv_heads
     width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     queries = ("self_attn.q_proj",)
-    hidden = config["hidden_size"] // heads_each  # a multiple of the heads, or transformers refuses the config
+    hidden = config["hidden_size"] // heads_each  # transformers requires a multiple of the heads
     kept = _strongest(scores, leaves, queries, "self_attn.o_proj", heads_each * width, ratio, hidden)
     _cut(smaller, leaves, queries, "self_attn.o_proj", kept, heads_each * width)
     _cut(smaller, leaves, ("self_attn.k_proj", "self_attn.v_proj"), None, kept, width)
@@ -206,8 +208,11 @@ def _strongest(
     ratio: float,
     multiple_of: int | None = None,
 ) -> torch.Tensor:
-    """The remaining units in order; a unit has `unit` rows of the inward matrices and columns of the outward one. If
-    `multiple_of` must be a multiple of their number, the next such number is kept."""
+    """The indices of the units to keep, in order; a unit is `unit` rows of the inward matrices and `unit` columns of
+    the outward one.
+
+    Their number is rounded up to a divisor of `multiple_of`, if that is given.
+    """
     strength = scores[leaves[f"{outward}.weight"]].sum(0).view(-1, unit).sum(1)
     for name in inward:
         strength = strength + scores[leaves[f"{name}.weight"]].sum(1).view(-1, unit).sum(1)

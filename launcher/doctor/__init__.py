@@ -1,1 +1,1 @@
-"""Try each engine on this machine in its own process: `python -m launcher.doctor`."""
+"""`python -m launcher.doctor`: check which engines work on this machine, each in its own process."""

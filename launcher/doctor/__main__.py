@@ -1,14 +1,14 @@
-"""`python -m launcher.doctor`: which engines work here, on what they would run, and what to do about the rest.
+"""`python -m launcher.doctor`: check which engines work on this machine, on which devices, and how to fix the rest.
 
-Whatever may break is tried in a process of its own, so that a broken engine or driver is a line of the table.
-Needs nothing but the standard library; rich, where it can be imported, draws the table.
+Checks that may crash run in their own processes, so that a broken engine or driver is only a line of the table. Only
+the standard library is required; rich draws the table if it can be imported.
 """
 
 from __future__ import annotations
 
 from launcher.system.interrupts import end_quietly_when_interrupted
 
-if __name__ == "__main__":  # before what takes long to import
+if __name__ == "__main__":  # first, because the imports below take seconds
     end_quietly_when_interrupted()
 
 import json
@@ -32,7 +32,7 @@ try:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
-except Exception:  # a broken one is as good as none
+except Exception:  # missing or broken
     Console = None  # type: ignore[assignment, misc]
 
 if TYPE_CHECKING:
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
 
     from shards.untrusted_files import JsonObject
 
-AT_ONCE = 2  # imports of engines are heavy
+AT_ONCE = 2  # engines imported at the same time: imports take much CPU time and memory
 
 
 def check_engine(one: Engine, on_gpus: bool) -> Check:
-    """The line of one engine; a CPU build on a machine with GPUs is a warning."""
+    """The check of one engine; a CPU build on a machine with GPUs is a warning."""
     versions = ", ".join(f"{module} {version or '?'}" for module, version in one.versions.items())
     if one.error is not None:
         state: State = "broken"
@@ -62,8 +62,8 @@ def check_engine(one: Engine, on_gpus: bool) -> Check:
 
 
 def _mend_engine(one: Engine, on_gpus: bool) -> str:
-    """The command that fixes an engine: the lock is known to work together; the CPU build of vLLM is not available in
-    another way."""
+    """The command that fixes an engine; preferably scripts/setup.sh, whose locked versions work together, and which is
+    the only way to install vLLM's CPU build."""
     try:
         kind = registry.load_engine(one.name)
     except ConfigError as error:
@@ -88,7 +88,7 @@ def check_devices(found: JsonObject | None, reason: str, machine: host.Host) -> 
 
 
 def check_memory(machine: host.Host) -> Check:
-    """Memory of the machine, and of the container if it is less."""
+    """The memory of the machine, and the limit of the container if it is lower."""
     memory = f"{size(machine.memory_bytes)}, {size(machine.memory_available_bytes)} available"
     limit = machine.memory_limit_bytes
     if limit is not None and (machine.memory_bytes is None or limit < machine.memory_bytes):
@@ -143,7 +143,7 @@ def _tool(name: str, purpose: str, mend: str) -> Check:
 
 
 def examine(timeout_s: float) -> JsonObject:
-    """All checks, as plain JSON values; takes as long as the engines take to import."""
+    """Run all checks; returns plain JSON values. Takes as long as importing the engines."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         asked = pool.submit(nvml)
         engines = list(pool.map(lambda name: engine(name, timeout_s), registry.names()))
@@ -166,7 +166,7 @@ def examine(timeout_s: float) -> JsonObject:
 
 
 def show(found: JsonObject) -> None:
-    """Print the table, without rich as plain lines."""
+    """Print the table, or plain lines without rich."""
     if Console is None:
         for check in found["checks"]:
             line = f"{check['state']:<8} {check['name']:<14} {check['found']}"
@@ -200,7 +200,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Always 0: problems are lines of the table. 2 for a wrong argument."""
+    """Returns 0, even with problems, which are lines of the table; 2 for an invalid argument."""
     try:
         arguments = parse(argv)
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""The GPUs of a machine, their links, and what engines need to use them. Standard library only."""
+"""Check the GPUs of a machine, their links, and what engines need to use them. Standard library only."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from shards.untrusted_files import JsonObject
 
 LEAST_DRIVERS = {12: 525, 13: 580}
-"""The oldest driver that runs programs built for a major version of CUDA; scripts/setup.sh asks for the same."""
+"""The oldest driver for programs built for a major version of CUDA; scripts/setup.sh has the same numbers."""
 
 LOCK = ROOT / "scripts" / "lock" / "cuda.txt"
 COMPILES = "vLLM on CUDA (Triton) and DeepSpeed compile with it"
 LEAST_CAPABILITIES = {12: (5, 0), 13: (7, 5)}
-"""The oldest cards for which PyTorch's builds for a major version of CUDA have kernels."""
+"""The lowest compute capability for which PyTorch's builds for a major version of CUDA have kernels."""
 
 IN_BIOS = "switch ACS and the IOMMU off in the BIOS"
 PEER_MENDS = {
@@ -33,7 +33,7 @@ PEER_MENDS = {
     "no: disabled in the registry": "take NVreg_RegistryDwords out of /etc/modprobe.d, and reboot",
 }
 HIDDEN = 2 << 30
-"""From so many bytes in use on, that no process is seen to hold, the card is somebody's."""
+"""If no process is visible, but at least this many bytes are in use, another user's process holds the GPU."""
 
 
 def check_cards(found: JsonObject | None, reason: str) -> list[Check]:
@@ -150,7 +150,8 @@ def check_cuda(found: JsonObject | None, built_for: Sequence[str]) -> list[Check
 
 
 def _check_driver(driver: str | None, cuda_driver: int | None, cuda: int | None) -> Check:
-    """Older drivers work with NVIDIA's package for forward compatibility, and then report a newer CUDA."""
+    """Check the driver's version. Older drivers also work with NVIDIA's package for forward compatibility, and then
+    report a newer CUDA version."""
     least = LEAST_DRIVERS.get(cuda or 0)
     major = re.match(r"\d+", driver or "")
     if least is None or major is None:
@@ -174,8 +175,8 @@ def locked_cuda() -> int | None:
 
 
 def _check_nvcc(cuda: int | None) -> Check:
-    """No engine requires it; if it is there, vLLM compiles FlashInfer's kernels with it, so it must match CUDA's
-    version."""
+    """Check nvcc. No engine requires it; but if it is installed, vLLM compiles FlashInfer's kernels with it, so its
+    CUDA version must match."""
     path = host.find_tool("nvcc")
     if path is None:
         return Check("system", "nvcc", "note", "not found; vLLM does without FlashInfer's kernels")
@@ -187,7 +188,8 @@ def _check_nvcc(cuda: int | None) -> Check:
 
 
 def check_compiler() -> list[Check]:
-    """A C compiler and Python's headers: vLLM on CUDA compiles kernel launchers, DeepSpeed its CPU operation."""
+    """Check for a C compiler and Python's headers: vLLM on CUDA compiles kernel launchers, DeepSpeed its CPU
+    operation."""
     named = os.environ.get("CC")
     if named:
         compiler = host.find_tool(named)

@@ -22,7 +22,7 @@ class Check:
 
 
 def size(value: int | None) -> str:
-    """GiB as text, MiB if that would be 0."""
+    """Bytes as text in GiB, or in MiB if that would be 0."""
     if value is None:
         return "?"
     if value >= GIB // 2:

@@ -1,4 +1,4 @@
-"""A description of this machine: CPU, memory, tools, limits. Standard library only."""
+"""Describe this machine: CPU, memory, tools, limits. Standard library only."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pathlib import Path
 from shards.machine.shared_memory import SHARED_MEMORY
 
 SHARED_MEMORY_WANTED = 1024**3
-"""Ranks of one machine exchange tensors through shared memory; a container has 64 MiB unless it is told otherwise."""
+"""Ranks of one machine exchange tensors through shared memory, of which containers have 64 MiB by default."""
 
 SPEED_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """CPU and memory in bytes; None is not known. `memory_limit_bytes` is the container's, if it has one."""
+    """CPU, memory in bytes and devices; None means not known. `memory_limit_bytes` is the limit of the container."""
 
     cpu: str | None
     cores: int
@@ -39,7 +39,7 @@ class Host:
 
 
 def describe() -> Host:
-    """This machine, as far as this process may use it."""
+    """The description of this machine, with the cores that this process may use."""
     cpu: dict[str, str] = {}
     with contextlib.suppress(OSError):
         first = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0]
@@ -76,19 +76,19 @@ def describe() -> Host:
 
 
 def find_tool(name: str) -> str | None:
-    """The path of a program: on PATH, or next to the interpreter, where an environment that is not activated has it."""
+    """The path of a program on PATH, or next to the interpreter (in an environment that is not activated)."""
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
 def process_name(pid: int) -> str:
-    """The name of a process; it may be hidden, or have ended."""
+    """The name of a process, or a text that says that it is hidden or has ended."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
     return "not visible from here"
 
 
 def nvcc_version(path: str) -> str | None:
-    """The CUDA version of a compiler, as 13.0."""
+    """The CUDA version of an nvcc, such as 13.0."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         out = subprocess.run([path, "-V"], capture_output=True, text=True, timeout=20, check=True).stdout
         if match := re.search(r"release (\d+\.\d+)", out):

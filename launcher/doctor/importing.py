@@ -1,6 +1,6 @@
-"""`python -m launcher.doctor.importing MODULE[:PART] ...`: import each, and say on stdout how it went, as JSON lines.
+"""`python -m launcher.doctor.importing MODULE[:PART] ...`: import each, and print the results on stdout as JSON lines.
 
-For a process of its own: an import may raise, crash in native code or hang. What the modules print goes to stderr.
+Runs in its own process, since an import may raise, crash in native code or hang. Output of the modules goes to stderr.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def attempt(name: str, part: str = "") -> JsonObject:
-    """The version of module `name` after importing it, `missing`, or a one-line error.
+    """Import module `name`; returns its version, `missing`, or a one-line error.
 
-    `part` is an attribute of a module that imports its parts on first use.
+    `part` is an attribute to access, for a module that imports its parts on first use.
     """
     try:
         if importlib.util.find_spec(name) is None:
@@ -29,14 +29,14 @@ def attempt(name: str, part: str = "") -> JsonObject:
         module = importlib.import_module(name)
         if part:
             getattr(module, part)
-    except BaseException as error:  # SystemExit too: whatever a module does when it is imported is its answer
+    except BaseException as error:  # also SystemExit, which a module may raise at import
         words = [type(error).__name__, *str(error).strip().splitlines()[:1]]
         return {"module": name, "error": ": ".join(words)}
     version = getattr(module, "__version__", None)
     if version is None:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             version = importlib.metadata.version(name)
-    cuda = getattr(vars(module).get("version"), "cuda", None)  # of torch, but for a CPU build
+    cuda = getattr(vars(module).get("version"), "cuda", None)  # set by torch, except in CPU builds
     return {"module": name, "version": version and str(version), "cuda": cuda}
 
 

@@ -1,4 +1,4 @@
-"""Operations that may raise, crash or hang, tried in separate processes. Standard library only."""
+"""Run operations that may raise, crash or hang in separate processes. Standard library only."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A finished trial: its lines on stdout, the last output on stderr, and its exit code (None: it was timed out)."""
+    """A finished trial: its lines on stdout, its last output on stderr, and its exit code (None: it timed out)."""
 
     out: list[str]
     last_words: str
@@ -109,7 +109,7 @@ def _objects(lines: Sequence[str]) -> list[JsonObject]:
 
 
 def _end(ended: Ended, timeout_s: float) -> str:
-    """A description of how a process without a message ended."""
+    """A description of how a process ended that printed no result."""
     if ended.code is None:
         return f"took more than {timeout_s:g} s"
     if ended.code < 0:
@@ -118,7 +118,7 @@ def _end(ended: Ended, timeout_s: float) -> str:
 
 
 def nvml() -> tuple[JsonObject | None, str]:
-    """The answer of NVML, or None with the reason. Before pynvml is installed nvidia-smi reports a part of it."""
+    """The GPUs as reported by NVML, or None with the reason. Without pynvml, nvidia-smi gives part of the values."""
     ended = attempt("shards.machine.nvml", (), NVML_S)
     reports = _objects(ended.out)
     if ended.code == 0 and reports:
@@ -131,7 +131,7 @@ def nvml() -> tuple[JsonObject | None, str]:
 
 
 def nvidia_smi() -> JsonObject | None:
-    """The GPUs as nvidia-smi lists them, in the form of shards.machine.nvml; None if it does not run."""
+    """The GPUs as reported by nvidia-smi, in the form of shards.machine.nvml; None if it does not run."""
     program = find_tool("nvidia-smi")
     if program is None:
         return None

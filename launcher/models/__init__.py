@@ -1,4 +1,4 @@
-"""Models small enough to ship: real architectures, trained to answer the default prompts."""
+"""Embedded models, small enough to ship: real architectures, trained to answer the default prompts."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ EMBEDDED = Path(__file__).parent
 
 
 def embedded_folder(path: str, key: str) -> Path | None:
-    """The folder of an embedded model, None for another kind of path; ConfigError for an unknown model.
+    """The folder for a path `embedded:NAME`, None for another kind of path; ConfigError for an unknown NAME.
 
-    `key` is the key of the path.
+    `key` is the configuration key that the path belongs to.
     """
     name = path.removeprefix("embedded:")
     if name == path:
