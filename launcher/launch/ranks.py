@@ -135,7 +135,7 @@ def handled_signals(run_dir: RunDir, run: RunDescription) -> Iterator[Signals]:
             raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     handlers = {signal.SIGUSR1: pass_on, signal.SIGTERM: end}
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # ignored in a script's background jobs
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a script's background jobs ignore it
         handlers[signal.SIGINT] = end
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:

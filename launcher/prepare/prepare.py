@@ -100,7 +100,7 @@ def prepare(config: RunConfig, command: tuple[str, ...], given: Sequence[Prompt]
     )
     if config.dry_run or config.machine:
         run = replace(run, paces=paces(config, plan_for, run.at_once))
-    if run.paces and not config.dry_run:  # the plan is only printed in a dry run
+    if run.paces and not config.dry_run:  # a note, since the plan is only printed in a dry run
         speeds = ", ".join(f"{name} {pace:,.1f}" for name, pace in run.paces.items())
         line = f"ceilings of machine={config.machine}, {run.at_once} prompts at a time: {speeds} tokens/s"
         run = replace(run, notes=(*run.notes, line))

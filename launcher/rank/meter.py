@@ -55,7 +55,7 @@ class Meter:
         self.uuids: list[str] = []
         self.packages: list[Path] = []
         if self.is_meter and config.accelerator.value == "cuda":
-            with contextlib.suppress(UserError):  # the engine reports it
+            with contextlib.suppress(UserError):  # the engine reports this error
                 devices = cuda_devices(os.environ)[: config.devices]
                 self.uuids = [device.uuid for device in devices if device.uuid is not None]
         elif self.is_meter:
