@@ -46,9 +46,7 @@ HEAD = "lm_head.weight"
 
 def prepare(config: RunConfig, command: tuple[str, ...], given: Sequence[Prompt] = ()) -> Run:
     """Resolve, check and plan a run, with the prompts of its configuration, or with those in `given` (as token ids).
-
-    Writes no files. UserError for mistakes.
-    """
+    Writes no files; UserError for mistakes."""
     check_experiment(config)
     if config.launch.name not in ("local", "slurm"):
         raise ConfigError(f"launch.name={config.launch.name} is not known.", "launch=local, or launch=slurm")
