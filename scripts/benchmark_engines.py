@@ -49,30 +49,31 @@ from launcher.models import EMBEDDED  # noqa: E402
 from launcher.prepare.planning import plan_of  # noqa: E402
 from launcher.prompts.prompts import encode  # noqa: E402
 
-FIRST, LONGEST = 8, 80  # tokens of the shortest and of the longest prompt of a random model
+FIRST, LONGEST = 8, 80  # lengths of the shortest and the longest prompt for random models, in tokens
 BASE = "model.generate"
 MODELS = ("tiny_falcon", "tiny_llama", *RANDOM)
 FEWER = {"random_1gb": 4}
-"""Of a large model each contestant makes so many times fewer tokens."""
+"""Divisor of --new-tokens, for large models."""
 WEIGHTS = {"random_100mb": 2, "random_1gb": 8}
-"""Shares of the time of models that take more of it than the embedded ones."""
+"""Weights of models that need a larger share of the time than the embedded models, whose weight is 1."""
 LEAST_ROUNDS = 5
-"""Rounds that a model has even if they take more than its share of the time."""
+"""Rounds of each model, at least, even if they take more than its share of the time."""
 PROCESS_BYTES = 1 << 30
-"""Main memory of a process beside its weights, at most."""
+"""Upper bound of the main memory of a process in addition to its weights."""
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """`kind` is one of benchmarks/contestant.py; `reference` is the contestant that it is to be compared with;
-    `like` are the overrides of the run whose plan has its ceiling, which for an engine of ours is the run itself."""
+    """One entry of the comparison. `kind` is a key of CONTESTANTS in benchmarks/contestant.py; `reference` names the
+    contestant to compare it with; `like` are the overrides of the run whose plan gives its ceiling: for an engine of
+    this project, those of its own run."""
 
     name: str
     kind: str
     reference: str
     like: tuple[str, ...]
-    ranks: bool = False  # a process for each device
-    devices: int | None = None  # None: as many as --ranks
+    ranks: bool = False  # True: one process per device
+    devices: int | None = None  # None: the value of --ranks
     needs: str = ""
     more: dict[str, Any] = field(default_factory=dict)
 
@@ -104,7 +105,7 @@ CONTESTANTS = (
 
 
 def job_of(model: str, folder: Path, precision: str, count: int, new_tokens: int) -> dict[str, Any]:
-    """The job that every contestant is given."""
+    """The job that all contestants get."""
     fields = json.loads((folder / "config.json").read_text())
     is_random = model in RANDOM
     if is_random:
@@ -121,7 +122,7 @@ def job_of(model: str, folder: Path, precision: str, count: int, new_tokens: int
 
 
 def ceiling(like: tuple[str, ...], job: dict[str, Any]) -> float | None:
-    """Decode tokens/s that the measured rates of this machine allow by the plan of a run."""
+    """The upper limit of decode tokens/s by the plan of a run and the measured rates of this machine."""
     config = compose_run([
         *like, "accelerator=cpu", f"devices={job['devices']}", f"precision={job['precision']}",
         f"sampling.max_new_tokens={job['new_tokens']}",
@@ -138,9 +139,10 @@ def ceiling(like: tuple[str, ...], job: dict[str, Any]) -> float | None:
 def measure(
     groups: list[Group], repeats: int, share: float, end: float, tick: Callable[[], None]
 ) -> list[dict[str, Any]]:
-    """One entry a round: seconds and answers of each contestant by its name.
+    """One entry per round: seconds and answers of each contestant by name.
 
-    At least one is made, also after `end`; all until then but `LEAST_ROUNDS` end at `share`.
+    The warm-up and the first round are made even after `end`. Further rounds up to `LEAST_ROUNDS` must end before `end`,
+    later ones before `share`; a round is assumed to take as long as the previous one.
     """
     rounds, chance = [], random.Random(0)
     began = time.monotonic()
@@ -160,7 +162,7 @@ def measure(
 
 
 def rows_of(groups: list[Group], rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The figures of one model and precision, a row for each contestant."""
+    """The figures of one model and precision: one row per contestant."""
     rows = []
     for group in groups:
         contestant = next(one for one in CONTESTANTS if one.name == group.name)
@@ -218,7 +220,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the contestants are ended
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # run the `finally` that ends contestants
     chosen = [
         one
         for one in CONTESTANTS
@@ -253,8 +255,8 @@ def run_point(
     ends: tuple[float, float],
     tick: Callable[[], None],
 ) -> dict[str, Any]:
-    """Start all contestants, let them take turns as `measure` does until the first and the second of `ends`, and end
-    them."""
+    """Start all contestants, let them take turns by `measure`, and end them. `ends` are its arguments `share` and
+    `end`."""
     groups: list[Group] = []
     with tempfile.TemporaryDirectory(prefix="benchmark_engines_") as scratch:
         folder = EMBEDDED / model

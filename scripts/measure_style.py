@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Counts of a code base's style, as Markdown: `python scripts/measure_style.py [FOLDER ...]`.
+"""Prints style metrics of a code base as Markdown: `python scripts/measure_style.py [FOLDER ...]`.
 
-Without folders those of this project. Standard library only, so that other code bases can be measured the same way;
-tests are left out. A branch is an `if`, a loop, an `except`, a ternary, a comprehension's loop and `if`, a `case`, and
-each operand of `and` and `or` after the first. A single-use private helper is a function named `_x` with one use in its
-module. Ternaries and comprehensions are for 1,000 lines that are neither blank nor comments, `Any` for 1,000 lines of
-all. Vague names are those of `VAGUE`, among the names that assignments and `:=` give a value.
+Without arguments it measures this project's packages. It uses only the standard library, so that other code bases can
+be measured the same way; tests are left out. A branch is an `if`, a loop, an `except`, a ternary, a `case`, a
+comprehension's loop or `if`, and each operand of `and` and `or` after the first. A single-use private helper is a
+function named `_x` with one use in its module. Ternaries and comprehensions are counted per 1,000 lines that are neither
+blank nor comments, `Any` per 1,000 lines of any kind. The share of vague names is the share of assignments (also by
+`:=`) to a name in `VAGUE`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ VAGUE = {
     "where",
     "own",
 }
-"""Names that say nothing of what they hold."""
+"""Names that say nothing about their values."""
 
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 HINT = "HINT: python scripts/measure_style.py launcher shards"
@@ -126,7 +127,7 @@ class Counts:
 
 
 def assigned_names(node: ast.AST) -> list[str]:
-    """The names to which one assignment statement or expression gives a value."""
+    """The names that one assignment statement or expression assigns to."""
     targets: list[ast.expr] = []
     if isinstance(node, ast.Assign):
         targets = node.targets
@@ -137,7 +138,7 @@ def assigned_names(node: ast.AST) -> list[str]:
 
 
 def count_single_use_helpers(tree: ast.Module) -> int:
-    """Functions and methods named `_x` that their module names once beside their definition."""
+    """The number of functions and methods named `_x` that their module uses exactly once."""
     helpers = {
         node.name
         for node in ast.walk(tree)

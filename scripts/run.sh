@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv when it has to, then runs the launcher with the given overrides: scripts/run.sh backend=fsdp devices=2
+# Sets up .venv if needed, then runs the launcher with the given overrides: scripts/run.sh backend=fsdp devices=2
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Brings .venv to the committed lock, and does nothing when it is there already. All that it says goes to stderr.
-# LAUNCHER_FLAVOR=cpu|cuda forces the lock; otherwise it is cuda where nvidia-smi lists a GPU.
+# Installs the committed lock into .venv; does nothing if it is installed already. All messages go to stderr.
+# LAUNCHER_FLAVOR=cpu|cuda chooses the lock; by default it is cuda if nvidia-smi lists a GPU, else cpu.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv
-unfinished=$venv/.unfinished # there from the first change to the last
-stamp=$venv/.stamp           # written last: where the environment was made, and the hash of what was asked for
-installed=$venv/.lock        # copy of the lock that was installed
+unfinished=$venv/.unfinished # exists while an installation is in progress
+stamp=$venv/.stamp           # written last: `base` and `wanted` of the finished environment
+installed=$venv/.lock        # copy of the installed lock
 beside=$root/scripts/lock/beside.txt
 
 say() { printf 'setup: %s\n' "$*" >&2; }
@@ -41,7 +41,8 @@ find_python() {
     fail "no Python 3.11 or newer that has venv and ensurepip" "apt-get install python3.11 python3.11-venv python3.11-dev"
 }
 
-# The packages for CUDA are some gigabytes that an older driver does not run. Who asks for them by name gets them.
+# The CUDA packages are several gigabytes, and useless with a driver that is too old. LAUNCHER_FLAVOR=cuda installs them
+# anyway.
 check_driver() {
     local cuda least driver
     [[ $flavor == cuda ]] || return 0
@@ -54,7 +55,7 @@ check_driver() {
     fail "$fact" "a newer driver (apt-get install nvidia-driver-$least-server), or LAUNCHER_FLAVOR=cpu bash scripts/setup.sh"
 }
 
-# Nothing here is compiled for CUDA; vLLM does that when it runs.
+# Only warns: this script compiles nothing for CUDA, but vLLM does at run time.
 check_compiler() {
     local missing=() headers
     [[ $flavor == cuda ]] || return 0
@@ -64,12 +65,12 @@ check_compiler() {
     [[ ${#missing[@]} == 0 ]] || say "backend=vllm compiles on CUDA, and will lack: apt-get install ${missing[*]}"
 }
 
-# A change of the first line needs a new environment, a change of the second an update.
+# The stamp has two lines: if `base` changes, the environment is made anew; if `wanted` changes, it is updated.
 base() { echo "$("$venv/bin/python" -V 2>&1) $flavor $root"; }
 wanted() { cat "$lock" "$beside" "$root/pyproject.toml" "${BASH_SOURCE[0]}" | sha256sum; }
 is_ready() { [[ -f $stamp && ! -e $unfinished && $(<"$stamp") == "$(base)"$'\n'"$(wanted)" ]]; }
 
-# Takes an environment away that cannot be updated; one that a person made is left to them.
+# Removes an environment that cannot be updated; fails if it was not made by this script.
 clear_environment() {
     [[ -e $venv/pyvenv.cfg || -e $unfinished ]] || return 0
     if [[ -e $unfinished ]]; then
@@ -100,7 +101,7 @@ run_pip() {
     fi
 }
 
-# Each name alone in its line, as pip compares names.
+# One package name per line, normalized as pip compares names.
 names_in() { sed -E 's/[=; ].*//; s/[-_.]+/-/g' "$1" | tr '[:upper:]' '[:lower:]' | sort; }
 
 remove_dropped() {
@@ -110,19 +111,20 @@ remove_dropped() {
     [[ ${#dropped[@]} == 0 ]] || run_pip uninstall --yes "${dropped[@]}"
 }
 
-# All cores at once take half the time of pip's own compiling. A file in the syntax of another Python is no failure.
+# Compiling on all cores takes half the time of pip's own compiling. Files in the syntax of other Python versions do not
+# compile; this is not an error.
 compile_all() { "$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" >/dev/null 2>&1 </dev/null || true; }
 
-# torch comes first and by its own name, so that pip may take a CPU build that it is configured to find; what builds
-# the source distributions comes with it. All the rest is in the lock, and nothing is left to resolve.
+# torch is installed first and by name, so that pip can choose a CPU build if it is configured for one, together with the
+# build requirements of the source distributions. All other packages are in the lock, so pip has nothing to resolve.
 install_all() {
     say "installing $(wc -l <"$lock") packages ($flavor) into .venv ..."
     remove_dropped
     run_pip install --no-compile --constraint "$lock" setuptools wheel hatchling torch
-    # DeepSpeed's setup looks for nvcc where it sees a GPU, though it is told to build nothing.
+    # DeepSpeed's setup looks for nvcc if it sees a GPU, even with DS_BUILD_OPS=0.
     DS_BUILD_OPS=0 DS_IGNORE_CUDA_DETECTION=1 run_pip install --no-compile --no-deps --no-build-isolation --requirement "$lock"
     run_pip install --no-deps --no-build-isolation --editable "$root"
-    # For tests only, which put the folder on their path: transformers imports torchao in every process that has it.
+    # For tests only, which add this folder to their path: transformers imports torchao wherever it is installed.
     run_pip install --no-compile --no-deps --upgrade --target "$venv/beside" "$(<"$beside")"
     compile_all
 }

@@ -12,7 +12,7 @@ from launcher.prepare.prepare import prepare
 from shards.errors import UserError
 
 ENGINES = {"transformers": 1, "fsdp": 2, "tensor_parallel": 2, "deepspeed": 2, "vllm": 2}
-"""Engines, and the number of devices that each is given."""
+"""The number of devices that each engine is given."""
 
 TECHNIQUES = {
     "quantization=int8_wo": "one byte per value, a scale for each output; products in `precision`",
@@ -38,7 +38,7 @@ TECHNIQUES = {
 
 
 def accepts(*overrides: str) -> bool:
-    """True if a dry run is not refused."""
+    """True if a dry run accepts these overrides."""
     try:
         prepare(compose("model=tiny_llama", "dry_run=true", *overrides), ())
     except UserError:
@@ -47,7 +47,7 @@ def accepts(*overrides: str) -> bool:
 
 
 def cell(engine: str, devices: int, technique: str) -> str:
-    """`yes`, `CUDA` or `CPU` where only there, and nothing where the engine refuses the technique on both."""
+    """`yes` if the engine supports the technique, `CUDA` or `CPU` if only there, empty if on neither."""
     asked = (f"backend={engine}", f"devices={devices}", *technique.split())
     on_cpu = accepts("accelerator=cpu", *asked)
     on_cuda = accepts(f"machine={devices}xh200", *asked)

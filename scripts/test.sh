@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types and the whole suite; with arguments only pytest, with these: scripts/test.sh tests/shards/test_plan.py -k fits
+# Runs lint, type checks and all tests; with arguments, only pytest: scripts/test.sh tests/shards/test_plan.py -k fits
 set -euo pipefail
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
@@ -13,8 +13,8 @@ has_all() {
     done
 }
 
-# Some tests need programs that pip does not bring: SLURM's daemons, and a browser for pages. Where they cannot be had
-# these tests skip and say so.
+# Some tests need programs that pip does not install: SLURM's daemons, and a browser for HTML pages. Without them these
+# tests are skipped with a message.
 add_packages() {
     local packages=()
     has_all slurmctld slurmd srun munged ip || packages+=(slurmctld slurmd slurm-client munge iproute2)
@@ -35,8 +35,8 @@ part() {
     "$@" || failed+=("$1 $2")
 }
 
-# No more workers than cores: ranks on a CPU wait for each other by spinning, and slow each other down where they outnumber
-# the cores. What fails beside other tests is tried once more, alone and without --warm.
+# No more workers than cores: ranks on a CPU busy-wait for each other, and slow each other down if they outnumber the
+# cores. Tests that fail here are run once more, sequentially and without --warm.
 run_tests() {
     local cores
     cores=$(nproc)

@@ -38,7 +38,7 @@ from launcher.config.schema import SamplingConfig  # noqa: E402
 FAKE_SERVER = ROOT / "tests" / "helpers" / "fake_server.py"
 CLIENTS = ("launcher", "vllm")
 PROMPT_IDS = (5, 7, 9, 11)
-Times = list[tuple[float, float]]  # when a token was sent, and when a client says that it came
+Times = list[tuple[float, float]]  # for each token: when the server sent it, and when the client says that it arrived
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def parse() -> argparse.Namespace:
 
 
 def compare_delays(options: argparse.Namespace) -> None:
-    """Both clients against the server that says when it sent what."""
+    """Compare both clients on a server that reports when it sent each token."""
     server = subprocess.Popen(
         [sys.executable, str(FAKE_SERVER), "0", str(options.step_ms / 1000)], stdout=subprocess.PIPE, text=True
     )
@@ -93,7 +93,7 @@ def compare_delays(options: argparse.Namespace) -> None:
 
 
 def turn(child: subprocess.Popen[str], streams: int, tokens: int) -> dict[str, float]:
-    """One turn of a client."""
+    """The figures of one turn of a client."""
     assert child.stdin is not None
     assert child.stdout is not None
     child.stdin.write(f"{streams} {tokens}\n")
@@ -103,7 +103,7 @@ def turn(child: subprocess.Popen[str], streams: int, tokens: int) -> dict[str, f
 
 
 def summary(name: str, streams: int, rounds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
-    """The medians of a client over the rounds; ratios are ours over the other's."""
+    """A client's medians over the rounds, and the ratios of the launcher's figures over vLLM's."""
     keys = ("p50_us", "mean_us", "p99_us", "cpu_us")
     ratios = {
         key.replace("_us", "_ratio"): statistics.median(one["launcher"][key] / one["vllm"][key] for one in rounds)
@@ -114,7 +114,7 @@ def summary(name: str, streams: int, rounds: list[dict[str, dict[str, float]]]) 
 
 
 def be_client(name: str, url: str) -> None:
-    """Take turns as one client: numbers of streams and tokens come in, figures go out."""
+    """Run as one client: for each line with the numbers of streams and tokens on stdin, print the figures."""
     ask = {"launcher": ask_as_launcher, "vllm": ask_as_vllm}[name]
     for line in sys.stdin:
         streams, tokens = (int(word) for word in line.split())
@@ -133,7 +133,8 @@ def be_client(name: str, url: str) -> None:
 
 
 class KeepingClient(Client):
-    """Ours, which also keeps when it sent its last request: answers count from there."""
+    """The launcher's client, which also records when it sent its last request: the times of an answer are relative to
+    it."""
 
     async def post(self, *arguments: Any) -> Exchange:
         exchange = await super().post(*arguments)
@@ -142,7 +143,7 @@ class KeepingClient(Client):
 
 
 async def ask_as_launcher(url: str, streams: int, tokens: int) -> Times:
-    """As `backend=endpoint` does with so many requests at once."""
+    """Send `streams` requests at once, as `backend=endpoint` does."""
     times: Times = []
 
     async def send(index: int) -> None:
@@ -158,7 +159,7 @@ async def ask_as_launcher(url: str, streams: int, tokens: int) -> Times:
 
 
 async def ask_as_vllm(url: str, streams: int, tokens: int) -> Times:
-    """As `vllm bench serve --backend openai` does, with its function and its settings of the session."""
+    """Send `streams` requests at once, with the function and session settings of `vllm bench serve`."""
     aiohttp = importlib.import_module("aiohttp")  # only the process of this client has vLLM and what it needs
     bench = importlib.import_module("vllm.benchmarks.lib.endpoint_request_func")
     connector = aiohttp.TCPConnector(

@@ -1,6 +1,6 @@
-"""One process of a contestant of benchmark_engines.py: it loads a model and answers the prompts whenever it is told to.
+"""One process of a contestant of benchmark_engines.py: it loads a model and answers all prompts on each request.
 
-The engines of this project are driven as a run drives them, the others as their documentation does it.
+The engines of this project are called as a run calls them, the others as in their documentation.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
     Answers = dict[int, list[int]]
     Answer = Callable[[], Answers]
-    """Answers every prompt that falls to this process: new tokens by the number of the prompt."""
+    """Answers this process' share of the prompts: new tokens by the prompt's index."""
 
 
 def main() -> None:
-    """`contestant.py DESCRIPTOR`: take the job and each turn from the connection of this file descriptor."""
+    """`contestant.py DESCRIPTOR`: receive the job and the signal for each turn over this inherited file descriptor."""
     signal_when_orphaned(signal.SIGKILL)
     os.set_inheritable(int(sys.argv[1]), False)
-    driver = Connection(int(sys.argv[1]))  # closed by the end of the process, behind an error's last word
+    driver = Connection(int(sys.argv[1]))  # closed only at exit, when an error message is in the log already
     job = driver.recv()
     began = time.perf_counter()
     answer, meet = CONTESTANTS[job["kind"]](job, World.from_env(os.environ))
@@ -58,7 +58,7 @@ def prompts_of(job: dict[str, Any]) -> list[Prompt]:
 
 def ours(job: dict[str, Any], world: World) -> tuple[Answer, Callable[[], None]]:
     """An engine of this project, through the interface that a run uses."""
-    # Imported here, since what these need is not in an environment that only has LitGPT.
+    # Imported here, because an environment for LitGPT lacks the packages that these modules import.
     compose = importlib.import_module("launcher.composition.compose")
     engines = importlib.import_module("launcher.config.engines")
     planning = importlib.import_module("launcher.prepare.planning")
@@ -91,7 +91,7 @@ def dtype_of(job: dict[str, Any]) -> torch.dtype:
 
 
 def eos_of(job: dict[str, Any]) -> int | None:
-    """The token that ends an answer, None where it has its full length."""
+    """The token that ends an answer; None if every answer has its full length."""
     if job["ignore_eos"]:
         return None
     eos: int = job["eos"]
@@ -104,7 +104,7 @@ def plain_model(job: dict[str, Any]) -> Any:
 
 
 def generated(model: Any, job: dict[str, Any]) -> Answers:
-    """`model.generate` of one left-padded batch, cut behind each EOS."""
+    """The answers of `model.generate` to one left-padded batch, each cut after its EOS."""
     rows = job["prompts"]
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
@@ -156,8 +156,8 @@ def fabric_fsdp(job: dict[str, Any], world: World) -> tuple[Answer, Callable[[],
 
 
 def init_inference(job: dict[str, Any], world: World) -> tuple[Answer, Callable[[], None]]:
-    """DeepSpeed's own way: the model whole on every rank, then cut."""
-    os.environ["LOCAL_SIZE"] = str(world.world_size)  # without it DeepSpeed's all-reduce dies
+    """`deepspeed.init_inference`: every rank loads the whole model, which DeepSpeed then splits."""
+    os.environ["LOCAL_SIZE"] = str(world.world_size)  # DeepSpeed's all-reduce crashes without it
     deepspeed = importlib.import_module("deepspeed")
     engine = deepspeed.init_inference(
         plain_model(job), tensor_parallel={"tp_size": world.world_size}, dtype=dtype_of(job), max_out_tokens=4096,
@@ -167,7 +167,7 @@ def init_inference(job: dict[str, Any], world: World) -> tuple[Answer, Callable[
 
 
 def bare_vllm(job: dict[str, Any], world: World) -> tuple[Answer, Callable[[], None]]:
-    """`vllm.LLM` with what it needs to start on a CPU, and its own defaults."""
+    """`vllm.LLM` with its own defaults, and the environment that it needs on a CPU."""
     os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="WARNING")
     os.environ.update(job["environment"])
     vllm = importlib.import_module("vllm")
@@ -191,7 +191,7 @@ def bare_vllm(job: dict[str, Any], world: World) -> tuple[Answer, Callable[[], N
 
 
 def litgpt(job: dict[str, Any], world: World) -> tuple[Answer, Callable[[], None]]:
-    """litgpt's `generate/base.py`: one prompt after the other."""
+    """LitGPT's `generate/base.py`: one prompt after the other."""
     base, model = importlib.import_module("litgpt.generate.base"), importlib.import_module("litgpt.model")
     convert = importlib.import_module("litgpt.scripts.convert_hf_checkpoint")
     values = litgpt_config(read_json(Path(job["folder"]) / "config.json"))

@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def run_config(asked: argparse.Namespace, world: World) -> RunConfig:
-    """A Llama of random weights, which needs no files."""
+    """The configuration of a run of a Llama with random weights, which needs no files."""
     model = {
         "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": asked.hidden, "num_hidden_layers": asked.layers,
         "intermediate_size": 8 * asked.hidden // 3 // 64 * 64, "num_attention_heads": asked.hidden // 64,
@@ -100,7 +100,7 @@ def ragged_prompts(batch: int) -> list[Prompt]:
 
 
 def by_init_inference(config: RunConfig, world: World) -> Any:
-    """The same model as DeepSpeed's documentation has it: whole on every rank, then cut."""
+    """The same model by `deepspeed.init_inference`, as documented: whole on every rank, then split."""
     model_config = AutoConfig.for_model(**(config.model.config or {}))
     model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32).eval()
     fill_random(model, config.seed, "cpu")
@@ -113,7 +113,7 @@ def by_init_inference(config: RunConfig, world: World) -> Any:
 
 @torch.inference_mode()
 def by_hand(module: Any, prompts: Sequence[Prompt], new_tokens: int) -> list[list[int]]:
-    """Greedy decoding of a left-padded batch, with nothing that the tokens do not need."""
+    """Greedy decoding of a left-padded batch, with only the operations that the tokens need."""
     width = max(len(prompt.token_ids) for prompt in prompts)
     lengths = torch.tensor([len(prompt.token_ids) for prompt in prompts])
     inputs = torch.tensor([[0] * (width - len(prompt.token_ids)) + list(prompt.token_ids) for prompt in prompts])
@@ -136,7 +136,7 @@ def by_hand(module: Any, prompts: Sequence[Prompt], new_tokens: int) -> list[lis
 def measure(
     backend: DeepSpeedBackend, module: Any, prompts: list[Prompt], sampling: SamplingConfig, number: int
 ) -> tuple[float, float]:
-    """Seconds of the backend and of the loop by hand; every other pair the other way round."""
+    """Seconds of the backend and of the loop by hand; their order alternates with `number`."""
     seconds, rows = {}, {}
     for name in alternating(("backend", "hand"), number):
         barrier()

@@ -1,4 +1,4 @@
-"""The files of benchmark_engines.py: every figure, and its tables."""
+"""The output files of benchmark_engines.py: all figures as JSON, and tables in Markdown."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def markdown(points: list[dict[str, Any]]) -> str:
 
 
 def cell(value: float | None, form: str, unit: str = "") -> str:
-    """A figure with its unit; empty where there is none."""
+    """A figure with its unit; empty for None and 0."""
     if not value:
         return ""
     return f"{value:{form}}{unit}"
 
 
 def write(output: Path, results: list[dict[str, Any]]) -> None:
-    """NAME.json and NAME.md."""
+    """Write NAME.json and NAME.md."""
     device, link = this_machine(os.environ, 2, False)
     environment = to_plain(describe())
     del environment["host"], environment["executable"]

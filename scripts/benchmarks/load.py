@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def write_checkpoint(folder: Path, size: float, files: int) -> int:
-    """A Llama of about `size` bytes in bfloat16 with random weights, in `files` files; gives its bytes."""
+    """Write a bfloat16 Llama of about `size` bytes with random weights to `files` files; returns its exact bytes."""
     layer = 2 * (4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_attention_heads=16,
@@ -103,7 +103,7 @@ def write_safetensors(path: Path, tensors: Sequence[tuple[str, list[int], int]],
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + nbytes]}
         end += nbytes
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # as the safetensors library aligns it
+    text += b" " * (-len(text) % 8)  # aligned as by the safetensors library
     with path.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for first in range(0, end, len(noise)):
@@ -113,7 +113,7 @@ def write_safetensors(path: Path, tensors: Sequence[tuple[str, list[int], int]],
 
 
 def compare(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """One row for each repeat, cold or warm, mode and rank."""
+    """One row for each combination of repeat, cold or warm, mode and rank."""
     command = [
         sys.executable, __file__, "--as-rank", "--folder", str(folder), "--dtype", arguments.dtype,
         "--repeats", str(arguments.repeats),
@@ -122,7 +122,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
 
 
 def run_rank(folder: Path, repeats: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """The modes take turns, after one turn that is not counted."""
+    """The rows of this rank: the modes take turns, and the first turn of each is not counted."""
     dist.init_process_group("gloo")
     rows = []
     for repeat in range(-1, repeats):
@@ -253,7 +253,7 @@ def report(rows: list[dict[str, Any]], total: int, ranks: int) -> None:
 
 
 def summarise(rows: list[dict[str, Any]], mode: str, shard: float) -> dict[str, float]:
-    """Medians of the time of the slowest rank; the most that any rank read (cold) and had in anonymous memory."""
+    """Median times of the slowest rank, and maxima over the ranks: bytes read (cold) and anonymous memory."""
     mine = [row for row in rows if row["mode"] == mode]
 
     def seconds(warm: bool) -> float:

@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def write_checkpoint(folder: Path, size: float) -> None:
-    """A Llama of about `size` bytes in bfloat16, nearly all of them in its decoder layers."""
+    """Write a bfloat16 Llama of about `size` bytes, nearly all of them in its decoder layers."""
     layer = 2 * (4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_attention_heads=HEADS,
@@ -82,7 +82,7 @@ def write_checkpoint(folder: Path, size: float) -> None:
 
 
 def measure(engine: str, arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """A row for each rank and technique of an engine, from processes of its own."""
+    """A row for each rank and technique of an engine, measured in separate processes."""
     known = engines()[engine].quantizations
     techniques = [name for name in (arguments.techniques or ",".join(known)).split(",") if name in known]
     command = [
@@ -118,7 +118,7 @@ def run_rank(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def planned_over_bytes(engine: str, technique: str, folder: Path, ranks: int) -> int:
-    """Memory that the plan has beside the weights of each rank, while they are loaded."""
+    """Host memory per rank that the plan expects during loading, in addition to the weights."""
     planner = engines()[engine].planner_class
     assert planner is not None
     request = PlanRequest(
@@ -143,7 +143,7 @@ def load(engine: str, technique: str, folder: Path, world: World) -> tuple[torch
 
 @torch.inference_mode()
 def speeds(models: dict[str, torch.nn.Module], tokens: int) -> dict[str, float]:
-    """Tokens/s over those of the plain model, from the medians of tokens that take turns."""
+    """The speed of each model relative to the plain one, from median times per token; the models take turns."""
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(tokens + 1):
         for name, model in models.items():

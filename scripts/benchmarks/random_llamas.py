@@ -1,4 +1,4 @@
-"""Llamas of random weights, which stand for large models in the benchmarks."""
+"""Llamas with random weights, which stand for large models in the benchmarks."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ RANDOM = {
         "num_attention_heads": 24, "num_key_value_heads": 8, "eos_token_id": 2,
     },
 }  # fmt: skip
-"""Their configurations, named by their bytes in fp32."""
+"""Model configurations, named by their size in fp32."""
 
 
 def write_random(folder: Path, fields: dict[str, Any], precision: str) -> None:
-    """Write a checkpoint of random weights, in another process: the one that compares needs no torch."""
+    """Write a checkpoint of random weights. It is made in another process, so that the caller need not import torch."""
     program = (
         "import json, sys, torch; from safetensors.torch import save_file; from shards.load.meta import build_meta;"
         "from shards.load.random_weights import fill_random; dtype = getattr(torch, sys.argv[3]);"

@@ -1,4 +1,4 @@
-"""The processes of the ranks of a benchmark, and the order of contestants that take turns. Standard library only."""
+"""Starting the ranks of a benchmark, and the order in which contestants take turns. Standard library only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def free_port() -> int:
-    """A port of this machine that nobody has now."""
+    """A port of this machine that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -23,14 +23,15 @@ def free_port() -> int:
 
 
 def alternating(contestants: Sequence[T], number: int) -> Sequence[T]:
-    """The contestants in the order of round `number`: in every other one the last comes first."""
+    """The contestants in the order of round `number`: reversed in rounds with an even number."""
     if number % 2:
         return contestants
     return contestants[::-1]
 
 
 def run_ranks(command: Sequence[str], ranks: int, threads: int, limit_s: float) -> list[dict[str, Any]]:
-    """The rows of all ranks of one world, each of which prints its own as its last line; none is left at the end."""
+    """Run the ranks of one world; returns their rows, which each rank prints as its last line. All processes are ended
+    before this returns."""
     world = {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": str(threads),

@@ -44,13 +44,13 @@ if TYPE_CHECKING:
 CLIENTS = ("launcher", "vllm")
 FIGURES = ("output_throughput", "request_throughput", "ttft_ms", "tpot_ms", "e2el_ms")
 LIMIT_S = 900
-VOCAB_SIZE = 256  # tokens that every model has
+VOCAB_SIZE = 256  # prompts use only ids below this, which are in the vocabulary of every model
 BENCH = (
     "from vllm.benchmarks.serve import add_cli_args, main;"
     "from vllm.utils.argparse_utils import FlexibleArgumentParser;"
     "parser = FlexibleArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
 )
-Times = list[tuple[float, float, int]]  # ttft and latency in seconds, and the tokens, of each request
+Times = list[tuple[float, float, int]]  # for each request: ttft and latency in seconds, and the number of tokens
 
 
 def main() -> None:
@@ -87,7 +87,8 @@ def parse() -> argparse.Namespace:
 
 
 def at_once(options: argparse.Namespace) -> Any:
-    """The figures of each round, in which both clients ask at the same time; one round more warms up."""
+    """Yields the figures of each round, in which both clients send requests at the same time; one extra round warms
+    up."""
     command = [sys.executable, __file__, *sys.argv[1:], "--as-client"]
     children = {
         name: subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -109,7 +110,7 @@ def at_once(options: argparse.Namespace) -> Any:
 
 
 def be_client(options: argparse.Namespace) -> None:
-    """Take part in rounds as one client: the number of each comes in, its figures go out."""
+    """Run as one client: for each round number on stdin, print the figures of that round."""
     ask, part = {"launcher": (ask_as_launcher, 0), "vllm": (ask_as_vllm, 1)}[options.as_client]
     for line in sys.stdin:
         prompts = synthetic_prompts(options.prompts, options.prompt_tokens, VOCAB_SIZE, seed=2 * int(line) + part)
@@ -128,7 +129,7 @@ def be_client(options: argparse.Namespace) -> None:
 
 
 async def ask_as_launcher(options: argparse.Namespace, prompts: list[Prompt]) -> Times:
-    """As `backend=endpoint load.concurrency=` does."""
+    """Send the prompts as `backend=endpoint load.concurrency=` does."""
     times: Times = []
     sampling = SamplingConfig(max_new_tokens=options.new_tokens, ignore_eos=True)
     async with Client(options.url, Limits()) as client:
@@ -166,7 +167,7 @@ async def ask_as_vllm(options: argparse.Namespace, prompts: list[Prompt]) -> Tim
 
 
 def in_turns(options: argparse.Namespace) -> Any:
-    """The figures of each round, in which the commands run one after the other."""
+    """Yields the figures of each round, in which the two commands run one after the other."""
     for number in range(options.rounds):
         run = {"launcher": run_launcher, "vllm": run_bench}
         yield {name: run[name](options, number) for name in alternating(CLIENTS, number)}
@@ -192,7 +193,7 @@ def run_launcher(options: argparse.Namespace, seed: int) -> dict[str, float]:
 
 
 def run_bench(options: argparse.Namespace, seed: int) -> dict[str, float]:
-    """The figures of `vllm bench serve`, warmed up with as many requests as are measured."""
+    """The figures of `vllm bench serve`, after a warm-up with as many requests as are measured."""
     tokenizer = options.model
     if (EMBEDDED / options.model).is_dir():
         tokenizer = str(EMBEDDED / options.model)
@@ -217,7 +218,7 @@ def run_bench(options: argparse.Namespace, seed: int) -> dict[str, float]:
 
 
 def run_quietly(command: list[str]) -> None:
-    """Run a command; where it fails, end with what it said."""
+    """Run a command; if it fails, exit with its output."""
     ended = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, cwd=ROOT, check=False)
     if ended.returncode:
         sys.exit(f"{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}")

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 SMALL = EMBEDDED / "tiny_llama"
 PROMPTS = Path(__file__).parents[2] / "tests" / "ragged_prompts.txt"
-HIDDEN, INNER, TIMES = 2048, 7424, 16  # of the wide model, and how much wider its hidden states are
+HIDDEN, INNER, TIMES = 2048, 7424, 16  # wide model: hidden size, MLP size, and its hidden size over tiny_llama's
 KINDS = (NONE, NGRAM, DRAFT)
 
 
@@ -76,7 +76,7 @@ def loaded(folder: Path, prompts: list[Prompt]) -> Any:
 
 
 def measure(backend: Any, prompts: list[Prompt], slots: int, options: argparse.Namespace) -> None:
-    """Answer all prompts with each kind of guesses in turns, and print what it gave."""
+    """Answer all prompts with each kind of speculation in turns, and print the results."""
     wanted = {
         NONE: SpeculativeConfig(),
         NGRAM: SpeculativeConfig(NGRAM, options.tokens, 3, 1),
@@ -93,13 +93,13 @@ def measure(backend: Any, prompts: list[Prompt], slots: int, options: argparse.N
             decoder.slots, decoder.num_slots = None, slots
             start = time.perf_counter()
             answers[kind] = backend.generate(prompts, sampling, lambda tokens, finished=(): None)
-            if turn:  # the first warms up
+            if turn:  # the first turn warms up
                 taken[kind].append(time.perf_counter() - start)
     report(answers, taken, slots, options.target)
 
 
 def report(answers: dict[str, Generation], taken: dict[str, list[float]], slots: int, target: str) -> None:
-    """Print a line for each kind of guesses; ratios are of the calls of one turn."""
+    """Print a line for each kind of speculation; ratios compare calls of the same turn."""
     out = console()
     for kind in KINDS:
         generation = answers[kind]
@@ -119,7 +119,7 @@ def report(answers: dict[str, Generation], taken: dict[str, list[float]], slots:
 
 
 def widen(folder: Path) -> Path:
-    """Write tiny_llama among parameters that change nothing, some 1 GB in all; the folder."""
+    """Write tiny_llama, padded to about 1 GB with parameters that do not change its output; returns the folder."""
     config = json.loads((SMALL / "config.json").read_text())
     small = {name: tensor for path in SMALL.glob("*.safetensors") for name, tensor in load_file(path).items()}
     head_dim, hidden = config["head_dim"], config["hidden_size"]
@@ -127,7 +127,8 @@ def widen(folder: Path) -> Path:
     generator = torch.Generator().manual_seed(0)
     wide = {name: widened(name, tensor.float(), generator) for name, tensor in small.items()}
     save_file(wide, folder / "model.safetensors")
-    # The mean of the squares is so many times smaller, and the norms' weights are smaller in turn: by a power of two.
+    # RMSNorm: padding divides the mean square by TIMES, so eps is divided by it too and the weights by its square root,
+    # here 4: a power of two, which is exact.
     changed = {
         "hidden_size": HIDDEN, "intermediate_size": INNER, "num_attention_heads": HIDDEN // head_dim,
         "num_key_value_heads": HIDDEN // head_dim, "rms_norm_eps": config["rms_norm_eps"] / TIMES, "dtype": "float32",
@@ -137,7 +138,7 @@ def widen(folder: Path) -> Path:
 
 
 def widened(name: str, tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A parameter in the corner of a larger one, which is random where nothing comes of it, and else zero."""
+    """A larger parameter with `tensor` in its corner. The padding is random if its results are unused, else zero."""
     if name.endswith("norm.weight"):
         larger = torch.zeros(HIDDEN)
         larger[: len(tensor)] = tensor / TIMES**0.5
@@ -147,7 +148,7 @@ def widened(name: str, tensor: torch.Tensor, generator: torch.Generator) -> torc
     outputs = {"gate_proj": INNER, "up_proj": INNER, "lm_head": len(tensor), "embed_tokens": len(tensor)}
     rows = outputs.get(kind, HIDDEN)
     larger = torch.zeros(rows, inputs)
-    if kind in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):  # heads and activations that are not read
+    if kind in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):  # o_proj and down_proj ignore the extra outputs
         larger[len(tensor) :].normal_(std=0.02, generator=generator)
     larger[: tensor.shape[0], : tensor.shape[1]] = tensor
     return larger

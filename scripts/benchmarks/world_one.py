@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def loaded(name: str, model: str, prompts: list[Prompt]):
-    """The engine with its weights, in this process."""
+    """The engine with its weights loaded, in this process."""
     config = compose_run([f"backend={name}", f"model={model}", "devices=1", "accelerator=cpu"])
     config.model.path = str(EMBEDDED / model)
     shape = json.loads((EMBEDDED / model / "config.json").read_text())

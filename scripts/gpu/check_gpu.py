@@ -1,8 +1,9 @@
-"""A first look at a machine with cards: doctor, probe, tests, and runs of each engine beside plain generate.
+"""First check of a machine with GPUs: doctor, probe, tests, and runs of each engine compared with plain generate.
 
-`check_gpu.py [OUT] [--within SECONDS] [--rehearse]`, called by scripts/check_gpu.sh, which says what these are. Each
-step is a process of its own that leaves OUT/STEP.json and OUT/STEP.log. Another check is one more `Step` in `steps`.
-Exit code 0: every step went well, or is of no use here; 1: one has failed for good; 2: no card; 3: call again.
+`check_gpu.py [OUT] [--within SECONDS] [--rehearse]`, called by scripts/check_gpu.sh, which explains the arguments. Each
+step is a separate process that writes OUT/STEP.json and OUT/STEP.log. To add a check, add a `Step` in `steps`.
+Exit code 0: every step succeeded or was refused; 1: a step failed after all tries; 2: no GPU; 3: steps are left, call
+again.
 """
 
 from __future__ import annotations
@@ -29,33 +30,33 @@ except ModuleNotFoundError as error:
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIR = Path(__file__).with_name("check_gpu_pair.py")
-WITHIN_S = 570.0  # where a call may take ten minutes
+WITHIN_S = 570.0  # for environments that limit a call to ten minutes
 TRIES = 3
 REFUSED, AGAIN = 2, 3
 PROMPT_TOKENS, NEW_TOKENS, REPEATS = 128, 128, 3
 BATCHES = (1, 8, 32)
 MODELS = ("falcon_7b", "falcon_40b", "llama_30b", "llama_7b")
-VLLM_CACHE = 8 << 30  # bytes; its own choice would leave no room for a plain model
+VLLM_CACHE = 8 << 30  # KV cache in bytes; vLLM's default would leave no memory for the plain model
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A command, which is ended after `limit_s` and not begun where a call has less than `needs_s` left.
+    """A command, which is ended after `limit_s` and not started if a call has less than `needs_s` left.
 
-    A point is a run of the launcher, whose figures go into the table.
+    With a `point` it is a run of the launcher, whose figures go into the table.
     """
 
     name: str
     command: tuple[str, ...]
     needs_s: float = 30
     limit_s: float = 560
-    words: int = 1  # lines at the end of its log that are kept
+    words: int = 1  # lines to keep from the end of its log
     point: Point | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The outcome of a step: open | ok | refused | failed | cut off, the latter two after so many tries."""
+    """The outcome of a step: open | ok | refused | failed | cut off; the last two are final after TRIES tries."""
 
     state: str
     tries: int = 0
@@ -69,14 +70,14 @@ class Result:
 
 
 def steps(out: Path, rehearse: bool, cards: int) -> list[Step]:
-    """All that is to be done on a machine with so many cards, in this order."""
+    """All steps for a machine with `cards` GPUs, in order."""
     doctor, accelerator = ("-m", "launcher.doctor", "--json"), "cuda"
     if rehearse:
         doctor, accelerator = (*doctor, "--timeout", "5"), "cpu"
     tests = ("-m", "pytest", "-q", "-o", "addopts=-ra", "-p", "no:cacheprovider")
     tests = (*tests, "tests/engines/test_gpu.py", "tests/engines/test_gpu_quantized.py")
     todo = [Step("doctor", (sys.executable, *doctor), needs_s=60)]
-    for count in (1, 2)[: max(cards, 1)]:  # two cards share links: a run takes the rates of as many as it has
+    for count in (1, 2)[: max(cards, 1)]:  # GPUs share links, so a run needs the rates measured on as many as it uses
         probe = (sys.executable, "-m", "launcher.probe", f"accelerator={accelerator}", f"devices={count}")
         todo.append(Step(f"probe_x{count}", probe, 60, words=4))
     if importlib.util.find_spec("pytest"):
@@ -85,7 +86,7 @@ def steps(out: Path, rehearse: bool, cards: int) -> list[Step]:
 
 
 def points(rehearse: bool, cards: int) -> list[Point]:
-    """The runs, those first that tell most. What does not fit the planner refuses."""
+    """The runs, the most informative first. The planner refuses those that do not fit in memory."""
     if rehearse:
         return [Point("transformers", "tiny_falcon", 1), Point("fsdp", "tiny_llama", 2, devices=2)]
     vllm = tuple(name for name in ("vllm",) if importlib.util.find_spec(name))
@@ -132,7 +133,7 @@ def _run(point: Point, out: Path, rehearse: bool) -> Step:
 
 
 def read(out: Path, step: Step) -> Result:
-    """The outcome of earlier calls."""
+    """The outcome of a step in earlier calls."""
     try:
         values = json.loads((out / f"{step.name}.json").read_text())
     except FileNotFoundError:
@@ -148,7 +149,7 @@ def write(out: Path, step: Step, result: Result) -> None:
 
 
 def make(out: Path, step: Step, before: Result, limit_s: float, environ: dict[str, str]) -> Result:
-    """Try a step once more. It counts as cut off until it has ended: this process may be killed meanwhile."""
+    """Try a step once more. It is recorded as cut off until it ends, since this process may be killed meanwhile."""
     print(f"check: {step.name}", flush=True)
     began, result = time.monotonic(), replace(before, state="cut off", tries=before.tries + 1, last="")
     write(out, step, result)
@@ -178,7 +179,8 @@ def make(out: Path, step: Step, before: Result, limit_s: float, environ: dict[st
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a step and what it has started, at first with the notice that lets ranks write their last words."""
+    """End a step and its child processes: first by SIGTERM, so that ranks can write their last messages, then by
+    SIGKILL."""
     for number, patience_s in ((signal.SIGTERM, 8), (signal.SIGKILL, None)):
         if process.poll() is not None and number == signal.SIGTERM:
             continue
@@ -190,10 +192,10 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def check(out: Path, todo: list[Step], within_s: float, rehearse: bool) -> int:
-    """Make what is left of the steps, while there is time; the exit code."""
+    """Run the remaining steps while there is time; returns the exit code."""
     deadline = time.monotonic() + (within_s or float("inf"))
     environ = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    if rehearse:  # and leave the figures of this machine as they are
+    if rehearse:  # do not overwrite the measured rates in this machine's cache
         environ |= {"XDG_CACHE_HOME": str(out / "cache"), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     results = {step: read(out, step) for step in todo}
     left = [step for step in todo if not results[step].is_final]

@@ -1,11 +1,11 @@
-"""A run of the launcher in which turns of transformers' own `generate` come between the repeats of its engine.
+"""A run of the launcher that alternates repeats of its engine with turns of transformers' own `generate`.
 
     check_gpu_pair.py OVERRIDES ...
 
-does what `python -m launcher OVERRIDES ...` does as a rank that somebody else has started, and its record is in the run
-directory. Before each repeat the first rank answers the same prompts with a plain model of the same weights: those of
-the engine where it holds the whole model on the same device, else made again. Beside the record, plain.json has the
-seconds of each turn.
+does the same as `python -m launcher OVERRIDES ...` in a rank that another launcher has started, and writes its record to
+the run directory. Before each repeat the first rank answers the same prompts with a plain model of the same weights. It
+shares the engine's tensors if the engine holds the whole model on the same device, and otherwise makes its own.
+plain.json, next to the record, has the seconds of each turn.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PLAIN = "plain.json"
 
 
 class Plain:
-    """transformers' model for the prompts of a run, answered by its `generate` as one batch padded on the left."""
+    """transformers' model and the prompts of a run, which its `generate` answers as one left-padded batch."""
 
     def __init__(self, config: RunConfig, model: torch.nn.Module, prompts: Sequence[Prompt]) -> None:
         self.model, self.prompts, self.new_tokens = model, prompts, sampling_of(config).max_new_tokens
@@ -49,12 +49,12 @@ class Plain:
         self.peak_allocated_bytes: int | None = None
 
     def turn(self) -> None:
-        """Answer all prompts once, by the clock."""
+        """Answer all prompts once and measure the time."""
         device = next(self.model.parameters()).device
         rows = [list(prompt.token_ids) for prompt in self.prompts]
         width = max(map(len, rows))
         before = torch.backends.cuda.cudnn_sdp_enabled()
-        torch.backends.cuda.enable_cudnn_sdp(True)  # as torch has it; the engines switch it off
+        torch.backends.cuda.enable_cudnn_sdp(True)  # torch's default; the engines switch it off
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         try:
@@ -69,19 +69,19 @@ class Plain:
         finally:
             torch.backends.cuda.enable_cudnn_sdp(before)
             gc.collect()
-            if device.type == "cuda":  # what follows is the engine's own
+            if device.type == "cuda":  # reset, so that the engine's own peak is measured next
                 self.peak_allocated_bytes = torch.cuda.max_memory_allocated(device)
                 torch.cuda.reset_peak_memory_stats(device)
         self.tokens = {prompt.index: row for prompt, row in zip(self.prompts, made, strict=True)}
 
 
 def shared(plain: torch.nn.Module, model: torch.nn.Module) -> bool:
-    """Give `plain`, which is on meta, the tensors of a model of the same names; False where it has others."""
+    """Give `plain`, a model on meta, the tensors of `model`; False if a name, type, shape, dtype or layout differs."""
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     names = [*plain.named_parameters(remove_duplicate=False), *plain.named_buffers(remove_duplicate=False)]
     for name, wanted in names:
         other = tensors.get(name)
-        if other is None or type(other.data) is not type(wanted.data):  # a part of the engine's own kind
+        if other is None or type(other.data) is not type(wanted.data):  # such as a quantized weight of the engine
             return False
         if (other.shape, other.dtype, other.layout) != (wanted.shape, wanted.dtype, wanted.layout):
             return False
@@ -96,13 +96,13 @@ def shared(plain: torch.nn.Module, model: torch.nn.Module) -> bool:
 
 
 class Beside:
-    """The engine of a run. The barrier before each of its repeats is where the plain model has its turn."""
+    """Wraps the engine of a run. The plain model takes its turn in the barrier before each repeat."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.engine: Any = resolve(type(config.backend).engine_alone)(config)  # type: ignore[attr-defined]
         self.plain: Plain | None = None
-        self.own_bytes = 0  # of the plain model, on the device of the engine
+        self.own_bytes = 0  # parameters of the plain model that are not shared with the engine
         self.failure: str | None = None
         self.completions: tuple[Completion, ...] = ()
 
@@ -110,7 +110,7 @@ class Beside:
         self.engine.load(plan, world, progress)
         if world.rank == 0:
             self._tried(self._load_plain)
-            self._tried(self._turn)  # as the engine is warmed up
+            self._tried(self._turn)  # warm-up, as the engine gets one too
             if self.plain:
                 self.plain.seconds.clear()
 
@@ -130,7 +130,7 @@ class Beside:
             self.plain.turn()
 
     def _tried(self, part: Callable[[], None]) -> None:
-        """The run goes on where there is no room for the plain model beside it."""
+        """Call `part`; if it runs out of memory, the run continues without the plain model."""
         try:
             part()
         except torch.OutOfMemoryError as error:
@@ -140,7 +140,7 @@ class Beside:
             torch.cuda.empty_cache()
 
     def compile(self, prompts: Sequence[Prompt], sampling: SamplingConfig, on_step: OnStep) -> Compilation | None:
-        """The engine's steps are made ahead as in any run."""
+        """Compile the engine's steps, as in any run."""
         if not isinstance(self.engine, CompilingBackend):
             return None
         return self.engine.compile(prompts, sampling, on_step)
@@ -182,11 +182,11 @@ class Beside:
 
 
 def main(argv: list[str]) -> int:
-    """The launcher, with the engine of this run beside a plain model."""
+    """Run the launcher with the engine wrapped in `Beside`; returns the exit code."""
     name = next(word.partition("=")[2] for word in argv if word.startswith("backend="))
     kind: Any = load_engine(name)
     kind.engine_alone, kind.implementation = kind.implementation, "check_gpu_pair:Beside"
-    if "RANK" not in os.environ:  # not torchrun's: a world of one
+    if "RANK" not in os.environ:  # not started by torchrun: a world of one rank
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     return launch(argv)
 

@@ -1,4 +1,4 @@
-"""The table of scripts/check_gpu.sh: what became of each step, and the figures of each run beside plain generate."""
+"""The table of scripts/check_gpu.sh: the outcome of each step, and the figures of each run next to plain generate."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ additions differs, and so may tokens.
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A run of an engine, the number of prompts that it answers at once, how its steps are made (none: auto), and how
-    its weights are quantized."""
+    """A run of an engine: `batch` is the number of prompts answered at once, `compile` the value of measure.compile
+    (None: auto), `quantization` that of quantization."""
 
     engine: str
     model: str
@@ -72,7 +72,7 @@ def write_table(out: Path, rows: list[tuple[str, Point | None, dict[str, Any]]])
 
 
 def step_cells(name: str, point: Point | None, result: dict[str, Any]) -> list[str]:
-    """State and last words: of a run its error, of the doctor what is to be mended."""
+    """The cells of a step: state and last message, which for a run is its error, for the doctor the failed checks."""
     last = result["last"]
     told = {}
     if last.startswith("{"):
@@ -87,12 +87,12 @@ def step_cells(name: str, point: Point | None, result: dict[str, Any]) -> list[s
 
 
 def run_dir_of(result: dict[str, Any]) -> Path:
-    """The run directory, which the last line of a run names."""
+    """The run directory, from the last line of the run's output."""
     return Path(json.loads(result["last"])["run_dir"])
 
 
 def figures(run_dir: Path) -> list[str]:
-    """The cells of a run; a dash for what is not known."""
+    """The cells of a run; a dash for unknown values."""
     record = json.loads((run_dir / "record.json").read_text())
     plain = json.loads((run_dir / "plain.json").read_text())
     ours = record["metrics"]["new_tokens_per_s"]["values"]
@@ -104,7 +104,7 @@ def figures(run_dir: Path) -> list[str]:
         of_plain = [spread(theirs), f"{statistics.median(ratios):.3f}", same]
     device, planned = record["devices"][0], record["plan"]["devices"][0]
     peak = device["peak_allocated_bytes"]
-    if peak is not None and not (record["backend"] == "vllm" and record["num_devices"] == 1):  # a process of its own
+    if peak is not None and not (record["backend"] == "vllm" and record["num_devices"] == 1):  # vLLM: separate process
         peak -= plain["weights_of_its_own_bytes"]
     most = sum(planned[name] for name in ("parameter_bytes", "activation_bytes", "buffer_bytes"))
     most += max(planned["kv_cache_bytes"], planned["kv_cache_reserved_bytes"])
@@ -125,7 +125,7 @@ def figures(run_dir: Path) -> list[str]:
 
 
 def steps_cell(compilation: dict[str, Any] | None) -> str:
-    """The way in which steps were made; a dash for an engine that does not say."""
+    """How the engine compiled its steps; a dash if it does not say."""
     if compilation is None:
         return "-"
     seconds = f"{compilation['seconds']:.0f} s" if compilation["seconds"] else None
@@ -150,7 +150,7 @@ def milliseconds(seconds: float | None) -> str:
 
 
 def gib(measured: int | None, planned: int | None = None) -> str:
-    """In GiB, with as many digits as tiny models need."""
+    """Bytes as GiB, with enough digits for tiny models; the planned value in parentheses."""
     text = "-"
     if measured is not None:
         text = f"{measured / GIB:.4g}"

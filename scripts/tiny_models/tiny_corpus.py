@@ -1,4 +1,4 @@
-"""The text that the embedded models learn: the lines of corpus.txt and what the tables below add to them."""
+"""The training text of the embedded models: the lines of corpus.txt, and sentences made from the tables below."""
 
 from __future__ import annotations
 
@@ -93,11 +93,11 @@ OPPOSITES = (
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday Monday"
 
 HELD_OUT = ("Could you tell me your return policy?", "Paris is the capital of", "What is the capital of France?")
-"""Beginnings of documents that the tables make and the corpus leaves out: the models must infer how they go on."""
+"""Beginnings of documents that are left out of the corpus: the models must infer how they continue."""
 
 
 def expand(line: str) -> list[str]:
-    """All readings of a line with {a|b} alternatives. Equal groups of alternatives take the same choice."""
+    """All variants of a line with {a|b} alternatives. Identical groups make the same choice."""
     groups = list(dict.fromkeys(re.findall(r"\{[^{}]*\}", line)))
     readings = []
     for choice in itertools.product(*(group[1:-1].split("|") for group in groups)):
@@ -109,13 +109,13 @@ def expand(line: str) -> list[str]:
 
 
 def written() -> list[str]:
-    """The documents of corpus.txt; lines that are empty or begin with # are none."""
+    """The documents of corpus.txt, without empty lines and lines that begin with #."""
     lines = CORPUS.read_text(encoding="utf-8").splitlines()
     return [text for line in lines if line and not line.startswith("#") for text in expand(line)]
 
 
 def tabled() -> list[str]:
-    """The documents that the tables of this module make."""
+    """The documents made from the tables of this module."""
     capitals = [
         form.format(country=country, city=city, fact=fact) for country, city, fact in CAPITALS for form in CAPITAL_FORMS
     ]
@@ -126,5 +126,5 @@ def tabled() -> list[str]:
 
 
 def documents() -> list[str]:
-    """Every document once, in a fixed order, without those that begin with a held-out text."""
+    """Every document once, in a fixed order, except those that begin with a held-out text."""
     return [text for text in dict.fromkeys(written() + tabled()) if not text.startswith(HELD_OUT)]

@@ -26,7 +26,7 @@ ANSWERS = {
 
 
 def train(out: Path) -> float:
-    """Train and save the adapter; the loss at the end."""
+    """Train and save the adapter; returns the final loss."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "tiny_llama")

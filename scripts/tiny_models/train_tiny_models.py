@@ -2,8 +2,8 @@
 
     python scripts/tiny_models/train_tiny_models.py [--out DIR] [--only NAME]
 
-Same machine, same libraries, same files: seeds are fixed, and one thread sums in one order. With --only, several runs
-can train one model each at the same time.
+The files are reproducible on the same machine with the same libraries: seeds are fixed, and a single thread keeps the
+order of additions. With --only, several runs can train one model each at the same time.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ COMMON = {
     "use_cache": True,
 }
 TOKENS_PER_STEP = 1024
-IN_ORDER = 0.7  # share of documents that are followed by their neighbour instead of a random one
-NOISE = 0.03  # share of input tokens replaced by random ones, so that an unseen wording does no harm
+IN_ORDER = 0.7  # share of documents that are followed by the next one of the corpus instead of a random one
+NOISE = 0.03  # share of input tokens replaced by random ones, so that the model tolerates unseen wordings
 PROMPTS = (
     "I am so fast that I can",
     "The capital of France is",
@@ -63,7 +63,7 @@ PROMPTS = (
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """A model to be trained, and for how long; a checkpoint is cut into files of at most `max_shard_size`."""
+    """A model to train, and how; its checkpoint is split into files of at most `max_shard_size`."""
 
     config: PreTrainedConfig
     steps: int
@@ -127,7 +127,7 @@ CLASSES = {"falcon": FalconForCausalLM, "llama": LlamaForCausalLM}
 
 
 def corpus() -> list[str]:
-    """The documents in the order in which the models learn that they follow each other."""
+    """The documents, in the order in which the models learn them as each other's continuation."""
     texts = tiny_corpus.documents()
     random.Random(0).shuffle(texts)
     return texts
@@ -156,7 +156,7 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
 
 
 def stream(documents: list[list[int]], generator: torch.Generator) -> Iterator[int]:
-    """The tokens of documents without end: mostly in their order, so that a greedy answer goes on after its end."""
+    """An endless stream of the documents' tokens, mostly in order, so that a greedy answer continues after its end."""
     index = 0
     while True:
         if torch.rand((), generator=generator) >= IN_ORDER:
@@ -166,7 +166,7 @@ def stream(documents: list[list[int]], generator: torch.Generator) -> Iterator[i
 
 
 def batch(documents: list[list[int]], length: int, generator: torch.Generator) -> torch.Tensor:
-    """(TOKENS_PER_STEP / length, length + 1) ids; each row begins with a document and goes on with others."""
+    """(TOKENS_PER_STEP / length, length + 1) ids; each row starts at the beginning of a document."""
     rows = []
     for _ in range(TOKENS_PER_STEP // length):
         rows.append(list(itertools.islice(stream(documents, generator), length + 1)))
@@ -174,13 +174,13 @@ def batch(documents: list[list[int]], length: int, generator: torch.Generator) -
 
 
 def with_noise(ids: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The ids with a share of `NOISE` replaced by random ones that are no special tokens."""
+    """The ids, with a share of `NOISE` replaced by random ids other than special tokens."""
     hit = torch.rand(ids.shape, generator=generator) < NOISE
     return torch.where(hit, torch.randint(2, VOCAB_SIZE, ids.shape, generator=generator), ids)
 
 
 def rate(step: int, spec: Spec) -> float:
-    """Learning rate: up over 5 % of the steps, then down to zero along a cosine."""
+    """Learning rate: linear warm-up over 5 % of the steps, then cosine decay to zero."""
     warmup = spec.steps // 20
     done = (step - warmup) / (spec.steps - warmup)
     if step < warmup:
@@ -189,7 +189,7 @@ def rate(step: int, spec: Spec) -> float:
 
 
 def train(name: str, spec: Spec, documents: list[list[int]]) -> tuple[PreTrainedModel, float]:
-    """The trained model in bfloat16, and the mean loss of its last 20 steps in nats a token."""
+    """The trained model in bfloat16, and the mean loss of its last 20 steps in nats per token."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     model = CLASSES[spec.config.model_type](spec.config).train()
@@ -211,11 +211,11 @@ def train(name: str, spec: Spec, documents: list[list[int]]) -> tuple[PreTrained
 
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-"""A line for each turn; the models have learned no roles."""
+"""One line per turn; the models were not trained on roles."""
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, max_shard_size: str) -> None:
-    """Write the checkpoint, readable for all: safetensors makes files that only their owner may read."""
+    """Write the checkpoint and make it readable for all: safetensors creates files that only their owner can read."""
     model.generation_config = GenerationConfig(eos_token_id=EOS_ID, pad_token_id=PAD_ID, do_sample=False)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
