@@ -141,8 +141,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One entry per round: seconds and answers of each contestant by name.
 
-    The warm-up and the first round are made even after `end`. Further rounds up to `LEAST_ROUNDS` must end before `end`,
-    later ones before `share`; a round is assumed to take as long as the previous one.
+    The warm-up and the first round are made even after `end`. The next rounds up to `LEAST_ROUNDS` must end before
+    `end`, later ones before `share`; a round is assumed to take as long as the previous one.
     """
     rounds, chance = [], random.Random(0)
     began = time.monotonic()

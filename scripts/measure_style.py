@@ -4,9 +4,9 @@
 Without arguments it measures this project's packages. It uses only the standard library, so that other code bases can
 be measured the same way; tests are left out. A branch is an `if`, a loop, an `except`, a ternary, a `case`, a
 comprehension's loop or `if`, and each operand of `and` and `or` after the first. A single-use private helper is a
-function named `_x` with one use in its module. Ternaries and comprehensions are counted per 1,000 lines that are neither
-blank nor comments, `Any` per 1,000 lines of any kind. The share of vague names is the share of assignments (also by
-`:=`) to a name in `VAGUE`.
+function named `_x` with one use in its module. Ternaries and comprehensions are counted per 1,000 lines that are
+neither blank nor comments, `Any` per 1,000 lines of any kind. The share of vague names is the share of assignments
+(also by `:=`) to a name in `VAGUE`.
 """
 
 from __future__ import annotations

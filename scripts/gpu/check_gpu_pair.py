@@ -2,9 +2,9 @@
 
     check_gpu_pair.py OVERRIDES ...
 
-does the same as `python -m launcher OVERRIDES ...` in a rank that another launcher has started, and writes its record to
-the run directory. Before each repeat the first rank answers the same prompts with a plain model of the same weights. It
-shares the engine's tensors if the engine holds the whole model on the same device, and otherwise makes its own.
+does the same as `python -m launcher OVERRIDES ...` in a rank that another launcher has started, and writes its record
+to the run directory. Before each repeat the first rank answers the same prompts with a plain model of the same weights.
+It shares the engine's tensors if the engine holds the whole model on the same device, and otherwise makes its own.
 plain.json, next to the record, has the seconds of each turn.
 """
 
