@@ -115,8 +115,8 @@ remove_dropped() {
 # compile; this is not an error.
 compile_all() { "$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" >/dev/null 2>&1 </dev/null || true; }
 
-# torch is installed first and by name, so that pip can choose a CPU build if it is configured for one. setuptools, wheel
-# and hatchling build the source distributions. All other packages are in the lock, so pip has nothing to resolve.
+# torch is installed first and by name, so that pip can choose a CPU build if it is configured for one. setuptools,
+# wheel and hatchling build the source distributions. All other packages are in the lock: pip has nothing to resolve.
 install_all() {
     say "installing $(wc -l <"$lock") packages ($flavor) into .venv ..."
     remove_dropped

@@ -21,17 +21,17 @@ FIRST = (
     "test_backend_vllm.py", "test_faults.py", "test_planned_measured.py", "test_resume.py", "test_check_gpu.py",
     "test_growth.py", "test_quantize.py", "test_fuzz.py", "test_any_model.py",
 )  # fmt: skip
-"""Files that take long, those that wait beside those that compute."""
+"""Files that take long. Those that mostly wait alternate with those that compute, since they run side by side."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest begin first, so that no worker is left alone with one at the end."""
+    """Start the longest files first, so that no worker still runs one when the others have finished."""
     items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
 
 
 def pytest_collection_finish() -> None:
-    """Leave what was collected, thousands of tests and their modules, out of all later searches for garbage; give torch
-    one thread, for models that are too small for two, which would wait for each other."""
+    """Exclude the collected tests and modules, thousands of objects, from later garbage collections. Give torch one
+    thread: the models are too small for two."""
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
     gc.collect()
@@ -43,13 +43,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One thread for the tests' own models, which are small: the threads of two workers would wait for each other's.
+    """Set one thread for the tests' models, which are small: the threads of several workers would wait for each other.
 
-    A suite that was started in the background ignores SIGINT, and so would all that it starts.
+    Restores the handler of SIGINT: a suite that was started in the background ignores it, and so would its children.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     running.is_warm = config.getoption("warm")
-    sys.dont_write_bytecode = False  # the tests start hundreds of interpreters, which would all compile our modules
+    sys.dont_write_bytecode = False  # otherwise each of the hundreds of interpreters would compile our modules again
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -57,8 +57,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol() -> Generator[None, object, object]:
-    """Take back what a test and the packages that it imports have set in the environment: other tests' processes would
-    inherit it."""
+    """Undo changes of the environment by a test and the packages that it imports, which the processes of later tests
+    would inherit."""
     before = dict(os.environ)
     result = yield
     if os.environ != before:
@@ -69,7 +69,7 @@ def pytest_runtest_protocol() -> Generator[None, object, object]:
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[SlurmCluster]:
-    """A running SLURM of two nodes that share this machine's network; skips with the reason where none can start."""
+    """A running SLURM of two nodes that share this machine's network; skips with the reason if none can start."""
     if reason := missing():
         pytest.skip(reason)
     with SlurmCluster() as cluster:

@@ -1,4 +1,4 @@
-"""A real headless browser for tests: Chromium by its own driver's HTTP protocol, and a server that counts requests."""
+"""A real headless browser for tests: Chromium through ChromeDriver's HTTP protocol, and a server that logs requests."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ FLAGS = (
 
 
 def missing() -> str | None:
-    """Why no browser can be started, None if one can."""
+    """The reason why no browser can be started; None if one can."""
     names = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
     return f"{' and '.join(names)} not installed" if names else None
 
 
 @contextlib.contextmanager
 def serving(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """The address of a server of the files in `folder`, and the list of the paths that were requested."""
+    """Serves the files in `folder`: yields the server's address and the list of the requested paths."""
     asked: list[str] = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -60,7 +60,7 @@ class Browser:
         return _request(f"{self.base}/{path}", values)
 
     def open(self, url: str, width: int, height: int = 900) -> None:
-        """Load a page in a viewport of this width, as a phone or a screen has it."""
+        """Load a page in a viewport of this size."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.call("goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride", params=metrics)
         self.call("url", url=url)
@@ -70,13 +70,13 @@ class Browser:
         return self.call("execute/sync", script=script, args=[])
 
     def errors(self) -> list[str]:
-        """Messages of the console so far."""
+        """The messages of the browser console so far."""
         return [entry["message"] for entry in self.call("se/log", type="browser")]
 
 
 @contextlib.contextmanager
 def browser() -> Iterator[Browser]:
-    """A browser that is ended with all its processes."""
+    """A browser, which is ended with all its processes on exit."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

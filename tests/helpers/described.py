@@ -1,4 +1,4 @@
-"""Descriptions of runs that nobody has begun, for tests of what is made of them."""
+"""Descriptions of runs that were never started, for tests of code that takes a description."""
 
 from __future__ import annotations
 

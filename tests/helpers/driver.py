@@ -1,4 +1,4 @@
-"""A driver of NVIDIA cards that is none: what NVML says of them, for machines that have no card or other ones."""
+"""A fake NVML, which reports chosen GPUs on machines that have none or others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class NVMLError(Exception):
 
 
 def nvml(cards: list[dict[str, Any]]) -> SimpleNamespace:
-    """A driver that shows `cards`; what a card lacks it refuses to tell."""
+    """A fake of the NVML module that shows `cards`; a query of a value that a card lacks raises NVMLError."""
 
     def tell(key: str) -> Any:
         def told(card: dict[str, Any]) -> Any:
@@ -45,4 +45,4 @@ A6000 = {
     "memory_v1": SimpleNamespace(total=49 * GIB, free=48 * GIB),
     "memory_v2": SimpleNamespace(total=49 * GIB, reserved=GIB, free=48 * GIB),
 }
-"""As new drivers describe one: of its memory a GiB is their own, which the first version of the call does not tell."""
+"""An A6000 as new drivers describe it: they reserve 1 GiB of its memory, which only version 2 of the call reports."""

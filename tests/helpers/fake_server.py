@@ -1,9 +1,9 @@
-"""A server that speaks the protocols of endpoints, and lies as it is told: the first part of the path says how.
+"""A server with the protocols of endpoints that can misbehave: the first part of the path selects how.
 
-    http://127.0.0.1:PORT/drop_token/v1/completions         without that part it does not lie
+    http://127.0.0.1:PORT/drop_token/v1/completions         without that part it behaves correctly
 
-Its answer counts upwards from the last token of the prompt, as the dummy engine's. `python fake_server.py PORT STEP_S`
-serves until it is ended; `FakeServer()` does so in a thread.
+Its answers count upwards from the last token of the prompt, like those of the dummy engine. `python fake_server.py PORT
+STEP_S` serves until it is ended; `FakeServer()` serves in a thread.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SLOW_METRICS_S = 0.6
 
 @dataclass
 class Seen:
-    """One request as it came."""
+    """One received request."""
 
     path: str
     headers: dict[str, str]
@@ -33,7 +33,7 @@ class Seen:
 
 
 class Responder:
-    """Writes one response, in pieces, to a connection."""
+    """Writes one response to a connection, in pieces."""
 
     def __init__(self, writer: asyncio.StreamWriter) -> None:
         self.writer = writer
@@ -69,7 +69,7 @@ def usage(prompt: int, new: int) -> dict[str, Any]:
 
 @dataclass
 class FakeServer:
-    """`step_s` is the time between the tokens of an answer; `seen` has what was asked."""
+    """The server. `step_s` is the time between the tokens of an answer; `seen` has the requests so far."""
 
     port: int = 0
     step_s: float = 0.0
@@ -139,7 +139,7 @@ class FakeServer:
     async def respond(self, request: Seen, out: Responder) -> bool:
         """Answer one request. True if the connection stays open."""
         behaviour, _, path = request.path.strip("/").partition("/")
-        if behaviour in ("v1", "generate_stream", "metrics", "info", "version"):  # none is told
+        if behaviour in ("v1", "generate_stream", "metrics", "info", "version"):  # the path selects no behaviour
             behaviour, path = "ok", request.path.strip("/")
         if path == "v1/models":
             out.whole("200 OK", {"object": "list", "data": [{"id": "fake", "owned_by": "vllm"}]})
@@ -154,7 +154,7 @@ class FakeServer:
     async def stream(
         self, ids: list[int], prompt: int, out: Responder, group: int = 1, most: int | None = None
     ) -> None:
-        """An answer in order; `most` is how many of the tokens are really sent."""
+        """A correct answer; with `most`, only so many of its tokens are sent."""
         out.head()
         sent = ids[:most]
         for place in range(0, len(sent), group):
@@ -173,7 +173,7 @@ class FakeServer:
         await self.ok(request, out)
 
     async def timed(self, request: Seen, out: Responder) -> None:
-        """All streams send at the same moments, and the text of each event is the moment at which it was sent."""
+        """All streams send at the same times, and the text of each event is the time at which it was sent."""
         out.head()
         for step, token in enumerate(answer(request)):
             now = perf_counter()
@@ -186,7 +186,7 @@ class FakeServer:
         out.end()
 
     async def together(self, request: Seen, out: Responder) -> None:
-        """No request is answered before `wait_for` of them were open."""
+        """Answers no request before `wait_for` of them were open at once."""
         while self.most_open < self.wait_for:
             await asyncio.sleep(0.01)
         await self.ok(request, out)
@@ -289,7 +289,7 @@ class FakeServer:
         out.whole("500 Internal Server Error", {"detail": "a" * 10_000})
 
     async def breaks_later(self, request: Seen, out: Responder) -> None:
-        """As a server that can do no more than to answer whether it is there."""
+        """Like a server that answers health checks (requests for one token) but fails on all others."""
         await (self.ok if request.body["max_tokens"] == 1 else self.breaks)(request, out)
 
     async def redirects(self, request: Seen, out: Responder) -> None:
@@ -317,7 +317,7 @@ class FakeServer:
 
 
 async def read_request(reader: asyncio.StreamReader) -> Seen | None:
-    """The next request of a connection, None at its end."""
+    """The next request of a connection; None at its end."""
     head = await reader.readuntil(b"\r\n\r\n")
     first, *lines = head.decode().split("\r\n")[:-2]
     headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}

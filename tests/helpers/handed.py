@@ -1,4 +1,4 @@
-"""What torch's attention is handed by a model."""
+"""Records the arguments with which a model calls torch's attention."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Handed(TorchFunctionMode):
-    """The shapes and options of every attention that torch is asked for."""
+    """Records the shapes and options of every call of torch's attention."""
 
     def __init__(self) -> None:
         super().__init__()

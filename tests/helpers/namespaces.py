@@ -1,4 +1,4 @@
-"""Two machines on one: network namespaces of their own, joined by a cable that can be pulled."""
+"""Two simulated machines on one: two network namespaces, connected by a virtual cable that can be pulled."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Pair:
-    """The names of two namespaces, and what joins them: node 0 is 10.77.0.1, node 1 is 10.77.0.2."""
+    """The names, interfaces and addresses of two namespaces: node 0 is 10.77.0.1, node 1 is 10.77.0.2."""
 
     namespaces: tuple[str, str]
     interfaces: tuple[str, str]
     addresses: tuple[str, str] = ("10.77.0.1", "10.77.0.2")
 
     def command(self, node: int) -> list[str]:
-        """What comes before a command that is to run on a node."""
+        """The prefix of a command that runs it on a node."""
         return ["ip", "netns", "exec", self.namespaces[node]]
 
     def pull(self) -> None:
-        """Pull the cable."""
+        """Take the link down."""
         _ip("-n", self.namespaces[1], "link", "set", self.interfaces[1], "down")
 
     def close_ports(self, but: int) -> None:
-        """Let node 1 send to no port of node 0 but one, as a firewall may."""
+        """Block all TCP ports of node 0 for node 1 except `but`, as a firewall does."""
         to = ("rule", "add", "to", self.addresses[0], "ipproto", "tcp")
         _ip("-n", self.namespaces[1], *to, "priority", "10", "dport", str(but), "lookup", "main")
         _ip("-n", self.namespaces[1], *to, "priority", "11", "prohibit")
@@ -39,7 +39,7 @@ def _ip(*arguments: str) -> None:
 
 
 def missing() -> str | None:
-    """Why there can be no namespaces here; None where there can."""
+    """The reason why namespaces cannot be made here; None if they can."""
     if shutil.which("ip") is None:
         return "no network namespaces: ip is not found (Debian: apt-get install iproute2)"
     if os.geteuid() != 0:
@@ -54,7 +54,7 @@ def missing() -> str | None:
 
 @contextlib.contextmanager
 def two_machines() -> Iterator[Pair]:
-    """Both are gone at the end, with the cable."""
+    """Makes the two namespaces and the cable; removes them on exit."""
     mark = uuid.uuid4().hex[:8]
     pair = Pair((f"a-{mark}", f"b-{mark}"), (f"va{mark}", f"vb{mark}"))
     try:

@@ -1,4 +1,4 @@
-"""The planners of all engines by name, with their options as they are if nobody changes them."""
+"""The planners of all engines by name, with default options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans with chosen figures, for tests of what is made of them."""
+"""Plans with chosen figures, for tests of code that takes a plan."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from shards.plan.plan import Plan
 
 
 def plan(**changes: Any) -> Plan:
-    """A plan of one device of which nothing is known, with these changes."""
+    """A plan of one unknown device, with these changes."""
     values: dict[str, Any] = {
         "engine": "fsdp",
         "num_devices": 1,

@@ -1,4 +1,4 @@
-"""CUDA graphs for machines without a card: what torch was asked for while one was captured, done again on replay."""
+"""Simulated CUDA graphs for machines without a GPU: operators are recorded on capture, and run again on replay."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class Recorded(TorchDispatchMode):
-    """A graph: the operators in their order, with the tensors that they were given and those that they made.
+    """A graph: the operators in order, with their input and output tensors.
 
-    As on a card a replay reads and writes the memory of the capture, whatever the host has made of it since.
+    As on a GPU, a replay reads and writes the memory of the capture, even if the host has used it for other tensors.
     """
 
     def __init__(self) -> None:
@@ -39,14 +39,14 @@ class Recorded(TorchDispatchMode):
 
 
 class Stream:
-    """A stream, of which nobody needs to wait for another."""
+    """A stream that never needs to wait."""
 
     def wait_stream(self, other: Stream) -> None:
-        """All is done at once."""
+        """Does nothing: on a CPU every operator has finished when it returns."""
 
 
 def record_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
-    """Let torch.cuda capture on the CPU; the graphs as they are made."""
+    """Make torch.cuda capture on the CPU; returns the list to which each captured graph is added."""
     graphs: list[Recorded] = []
     modes = ["default"]
 

@@ -1,4 +1,4 @@
-"""Starting real processes in tests: always with a time-out that ends the whole tree."""
+"""Starting real processes in tests, always with a time-out that ends the whole process tree."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ WITH_PROGRAMS = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "programs")])
 READ_LATE = {
     *World().environ(), "TORCHELASTIC_RUN_ID", "PATH", "SLURM_CONF", "PYTEST_CURRENT_TEST", "PYTHONPATH", MARK,
 }  # fmt: skip
-"""Variables that no package reads while it is imported: a fork may have others than its template."""
+"""Environment variables that no package reads on import, so a fork may have other values than its template."""
 
-is_warm = False  # with pytest's option --warm
-templates: dict[str, Template] = {}  # those of this process that have been started
+is_warm = False  # True with pytest's option --warm
+templates: dict[str, Template] = {}  # started by this process, by kind of command
 starting = threading.Lock()
 
 Process = subprocess.Popen[str] | ForkedCommand
@@ -44,7 +44,7 @@ Process = subprocess.Popen[str] | ForkedCommand
 
 @dataclass(frozen=True)
 class Ended:
-    """A process that has ended, and what it said."""
+    """The exit code and output of a process that has ended."""
 
     code: int
     out: str
@@ -57,16 +57,17 @@ class Ended:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """A child's environment: our packages importable, one thread, no GPUs, nothing of a surrounding launcher."""
+    """A child's environment: our packages importable, one thread, no GPUs, no variables of a surrounding launcher."""
     drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", MARK)
     kept = {key: value for key, value in os.environ.items() if key not in drop and not key.startswith("SLURM_")}
     return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **extra}
 
 
 def start(command: Sequence[str], cwd: Path = ROOT, forks: bool = True, **extra: str) -> Process:
-    """Start a command in a session of its own, its output in pipes or files; with `--warm` as a fork, where it can be.
+    """Start a command in a new session, with its output in pipes or files.
 
-    It can if `forks`, and if its environment differs from the template's only in variables that no import reads.
+    With `--warm` it is a fork of a template if `forks` is true, there is a template for this kind of command, and the
+    environment differs from the template's only in variables that no import reads.
     """
     environ = environment(**extra)
     kind = kind_of(command)
@@ -99,7 +100,7 @@ def run(command: list[str], timeout: float = 120, cwd: Path = ROOT, forks: bool 
 
 
 def wait_until_ended(pids: list[int], seconds: float) -> None:
-    """Wait for processes of others; one that nobody has reaped has ended."""
+    """Wait until processes, not necessarily children, have ended. Zombies count as ended."""
     deadline = time.monotonic() + seconds
     while living := [pid for pid in pids if _lives(pid)]:
         assert time.monotonic() < deadline, f"{living} live"
@@ -114,7 +115,7 @@ def _lives(pid: int) -> bool:
 
 
 def left_in_shared_memory(before: set[Path], seconds: float = 10) -> list[str]:
-    """New files in /dev/shm that no process uses: those of tests that run beside this one are in use, or soon gone."""
+    """New files in /dev/shm that no process uses. Files of concurrent tests are in use, or removed within `seconds`."""
     end = time.monotonic() + seconds
     while left := [p for p in shared_memory_files() - before - shared_memory_of(psutil.pids()) if p.exists()]:
         if time.monotonic() > end:
@@ -124,12 +125,12 @@ def left_in_shared_memory(before: set[Path], seconds: float = 10) -> list[str]:
 
 
 def launcher(*overrides: str, timeout: float = 120, cwd: Path = ROOT, **extra: str) -> Ended:
-    """`python -m launcher ...` in a process of its own."""
+    """Run `python -m launcher ...` in a separate process."""
     return run([sys.executable, "-m", "launcher", *overrides], timeout, cwd, **extra)
 
 
 def command_line(*overrides: str, **extra: str) -> Ended:
-    """`python -m launcher ...` in this process, for what starts no other: refusals, and dry runs."""
+    """Run `python -m launcher ...` in this process, for commands that start no ranks: refusals and dry runs."""
     out, err = io.StringIO(), io.StringIO()
     environ = patch.dict(os.environ, environment(**extra), clear=True)
     with environ, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -138,13 +139,13 @@ def command_line(*overrides: str, **extra: str) -> Ended:
 
 
 def torchrun(ranks: int, *arguments: str, timeout: float = 120, **extra: str) -> Ended:
-    """`torchrun --standalone --nproc-per-node RANKS ...`."""
+    """Run `torchrun --standalone --nproc-per-node RANKS ...`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments]
     return run(command, timeout, **extra)
 
 
 def ranks_of(program: str, ranks: int, *arguments: str, timeout: float = 120, **extra: str) -> Ended:
-    """A program of tests/programs as one rank or several, which are forks of one process as in a run."""
+    """Run a program of tests/programs as one or several ranks, which are forks of one process as in a run."""
     path = str(ROOT / "tests" / "programs" / program)
     if ranks == 1:
         return run([sys.executable, path, *arguments], timeout, **extra)

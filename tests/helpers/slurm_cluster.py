@@ -1,8 +1,8 @@
-"""A real SLURM on this one machine, for tests: a controller and a few nodes that nothing else knows of.
+"""A real SLURM on this one machine, for tests: a controller and a few nodes, isolated from any other SLURM.
 
-Every daemon runs in a UTS and a mount namespace of its own, with the cluster's `hosts` file mounted over /etc/hosts.
-That mount is inherited by whatever a job starts, so it marks the processes that belong to the cluster, whoever
-their parent is by now; no process outside can carry it. The folder's name says which process owns the cluster.
+Every daemon runs in its own UTS and mount namespaces, with the cluster's `hosts` file mounted over /etc/hosts. All
+processes of a job inherit that mount, so it identifies the cluster's processes even after their parents have ended; no
+outside process has it. The name of the cluster's folder contains the process that owns the cluster.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ T = TypeVar("T")
 class SlurmCluster:
     """A controller and `nodes` nodes n1, n2, ... that are idle once `start` (or `with`) returns.
 
-    `uts`: the nodes have their own host names and share the machine's network. `netns`: they have their own addresses
-    on a bridge as well, and can be cut off. CPUs, memory and GPUs of the nodes are claims; the GPUs are null devices.
-    Needs root: see `missing`. Clusters of dead owners are ended first; several can live at once.
+    Network `uts`: the nodes have their own host names and share the machine's network. `netns`: they also have their
+    own addresses on a bridge, and can be cut off. The CPUs, memory and GPUs of the nodes are only declared; the GPUs
+    are null devices. Needs root: see `missing`. Several clusters can run at once; those of dead owners are ended first.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class SlurmCluster:
 
     @property
     def env(self) -> dict[str, str]:
-        """This process' environment, without what another SLURM left in it, and with the way to this one."""
+        """This process' environment without the variables of another SLURM, and with those that select this cluster."""
         rest = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
         return rest | {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": f"{rest.get('PATH', '')}:{PATH}"}
 
@@ -63,10 +63,11 @@ class SlurmCluster:
         self.stop()
 
     def start(self, timeout_s: float = 40) -> None:
-        """Start all daemons and wait until every node is idle; else stop and raise RuntimeError with their logs."""
+        """Start all daemons and wait until every node is idle. On failure, stop all and raise RuntimeError with their
+        logs."""
         end_stale()
         self.folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}-{_owner()}-", dir=TMP))
-        self.folder.chmod(0o755)  # munged wants its socket to be reachable
+        self.folder.chmod(0o755)  # munged requires that its socket is accessible
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
         try:
             self._configure()
@@ -81,7 +82,8 @@ class SlurmCluster:
             raise
 
     def stop(self) -> None:
-        """Kill every process of the cluster, with what its jobs left running, and remove its files and links."""
+        """Kill every process of the cluster, including those that its jobs left running, and remove its files and
+        network links."""
         end_cluster(self.folder)
         for process in self._processes:
             process.wait(timeout=10)
@@ -90,7 +92,8 @@ class SlurmCluster:
     def run(
         self, *argv: str | Path, cwd: Path | None = None, timeout_s: float = 60, check: bool = True, stdin: str = ""
     ) -> subprocess.CompletedProcess[str]:
-        """Run a client of the cluster; it and its children are killed after `timeout_s`. `check` as in subprocess."""
+        """Run a client command of the cluster; it and its children are killed after `timeout_s`. `check` is as in
+        subprocess."""
         command = [str(word) for word in argv]
         pipe = subprocess.PIPE
         with subprocess.Popen(
@@ -106,20 +109,20 @@ class SlurmCluster:
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
     def sbatch(self, script: str, *options: str, cwd: Path) -> int:
-        """Submit the text of a batch script from `cwd`; the job's number."""
+        """Submit the text of a batch script from `cwd`; returns the job id."""
         return int(self.run("sbatch", "--parsable", *options, cwd=cwd, stdin=script).stdout.split(";")[0])
 
     def job(self, job_id: int | str) -> dict[str, str]:
-        """The fields of `scontrol show job` (of its first record); the values end at a blank."""
+        """The fields of the first record of `scontrol show job`; values are cut at the first blank."""
         text = self.run("scontrol", "--oneliner", "show", "job", str(job_id)).stdout.splitlines()[0]
         return dict(re.findall(r"(\S+?)=(\S*)", text))
 
     def squeue(self, form: str = "%i %T") -> list[str]:
-        """A line for each waiting or running job."""
+        """One line for each pending or running job."""
         return self.run("squeue", "--noheader", "--format", form).stdout.splitlines()
 
     def node_states(self) -> dict[str, str]:
-        """State of each node in the words of `sinfo`; empty while the controller does not answer."""
+        """The state of each node as named by `sinfo`; empty if the controller does not answer."""
         try:
             done = self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T", timeout_s=5, check=False)
         except subprocess.TimeoutExpired:
@@ -127,7 +130,7 @@ class SlurmCluster:
         return dict(line.split() for line in done.stdout.splitlines())
 
     def wait_state(self, job_id: int | str, *states: str, timeout_s: float = 60) -> dict[str, str]:
-        """The fields of the job as soon as its state is one of `states`; TimeoutError says what it is instead."""
+        """Wait until the job's state is one of `states`; returns its fields. TimeoutError names the actual state."""
 
         def reached() -> dict[str, str] | None:
             job = self.job(job_id)
@@ -138,7 +141,7 @@ class SlurmCluster:
         return found
 
     def cut(self, node: str) -> None:
-        """Take the node off the network (only `netns`): nothing reaches it, and its processes run on."""
+        """Disconnect the node from the network (only `netns`); its processes continue to run."""
         self.run("ip", "link", "set", self._veth(node), "down")
 
     def mend(self, node: str) -> None:
@@ -149,7 +152,7 @@ class SlurmCluster:
         return f"{_bridge(self.folder)}{node[1:]}"
 
     def _configure(self) -> None:
-        """Write everything the daemons read, with addresses that are free now; make the bridge and the devices."""
+        """Write the daemons' configuration files, with currently free addresses; create the bridge and the devices."""
         hosts = ["ctl", *self.nodes]
         self._addresses = dict.fromkeys(hosts, "127.0.0.1")
         if self.network == "netns":
@@ -158,7 +161,7 @@ class SlurmCluster:
             self.run("ip", "link", "add", bridge, "type", "bridge")
             self.run("ip", "address", "add", f"{self._addresses['ctl']}/24", "dev", bridge)
             self.run("ip", "link", "set", bridge, "up")
-        for gpu in range(self.gpus):  # GRES wants devices: a copy of /dev/null does
+        for gpu in range(self.gpus):  # GRES needs device files: copies of /dev/null are enough
             os.mknod(self.folder / f"gpu{gpu}", 0o20666, os.makedev(1, 3))
         for name, text in config_files(self.folder, self._addresses, self.cpus, self.gpus, self.node_timeout_s).items():
             (self.folder / name).write_text(text)
@@ -187,7 +190,7 @@ class SlurmCluster:
         return read.returncode == 0
 
     def _spawn(self, host: str, *argv: str) -> None:
-        """Start a daemon as `host`, its output in `<host>-<program>.log`."""
+        """Start a daemon on `host`, with its output in `<host>-<program>.log`."""
         own_network = self.network == "netns" and host != "ctl"
         script = "set -e\n" + (ENTER_NETWORK if own_network else "") + ENTER_NODE
         unshare = ["unshare", "--uts", "--mount", *(["--net"] if own_network else [])]
@@ -205,7 +208,7 @@ class SlurmCluster:
 
 
 def missing() -> str | None:
-    """Why no cluster can be started here; None where one can."""
+    """The reason why no cluster can be started here; None if one can."""
     path = f"{os.environ.get('PATH', '')}:{PATH}"
     if absent := [program for program in PROGRAMS if shutil.which(program, path=path) is None]:
         return f"no SLURM: {', '.join(absent)} not found (Debian: apt-get install {PACKAGES})"
@@ -217,7 +220,7 @@ def missing() -> str | None:
 
 
 def wait_until(check: Callable[[], T], timeout_s: float, what: str, explain: Callable[[], object] | None = None) -> T:
-    """The first true value of `check`, tried every 0.1 s; TimeoutError with `explain()` after `timeout_s`."""
+    """The first true result of `check`, called every 0.1 s; TimeoutError with `explain()` after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not (value := check()):
         if time.monotonic() > deadline:
@@ -227,13 +230,13 @@ def wait_until(check: Callable[[], T], timeout_s: float, what: str, explain: Cal
 
 
 def members(folder: Path) -> Iterator[int]:
-    """Process ids of the cluster in `folder`: those that see its hosts file as theirs."""
+    """Process ids of the cluster in `folder`: the processes that have its hosts file mounted."""
     mark = f"/{folder.name}/hosts"
     for mounts in Path("/proc").glob("[0-9]*/mountinfo"):
         try:
             if mark in mounts.read_text():
                 yield int(mounts.parent.name)
-        except OSError:  # it ended meanwhile, or is a zombie
+        except OSError:  # the process has ended meanwhile, or is a zombie
             continue
 
 
@@ -258,7 +261,7 @@ def end_cluster(folder: Path) -> None:
 
 
 def end_stale() -> None:
-    """End the clusters whose owner does not live any more."""
+    """End the clusters whose owner process has ended."""
     for folder in Path(TMP).glob(f"{PREFIX}-*-*-*"):
         pid, ticks = folder.name.split("-")[1:3]
         if _start_ticks(pid) != ticks:
@@ -270,7 +273,7 @@ def _owner() -> str:
 
 
 def _start_ticks(pid: str) -> str | None:
-    """When a process started, which with its id names it for good; None if there is none."""
+    """The start time of a process, which identifies it uniquely together with its id; None if it does not exist."""
     try:
         return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
@@ -278,5 +281,5 @@ def _start_ticks(pid: str) -> str | None:
 
 
 def _bridge(folder: Path) -> str:
-    """Name of the cluster's bridge: at most 15 bytes with a node's number behind it."""
+    """The name of the cluster's bridge: at most 15 bytes even with a node's number appended."""
     return f"sl{folder.name.rpartition('-')[2]}"

@@ -1,4 +1,4 @@
-"""What the daemons of `slurm_cluster` read: configuration files as text, and addresses that are free."""
+"""The configuration files of the daemons of `slurm_cluster` as text, and free ports and subnets for them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 Preempt
 PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 """
 
-# Shell scripts, given to `sh -c` inside the new namespaces of a host; all values come by environment.
+# Shell scripts for `sh -c` inside the new namespaces of a host; all values are passed as environment variables.
 ENTER_NETWORK = """\
 outside="nsenter --net=/proc/$PPID/ns/net"
 ip link add eth0 type veth peer name "$VETH" netns "$PPID"
@@ -76,9 +76,9 @@ exec "$@"
 
 
 def config_files(folder: Path, addresses: dict[str, str], cpus: int, gpus: int, node_timeout_s: int) -> dict[str, str]:
-    """Text of each file by its name. `addresses` has the controller first, then the nodes.
+    """The text of each file by name. `addresses` has the controller first, then the nodes.
 
-    A node that is silent is given up after one to two times `node_timeout_s`, and the time of two messages.
+    A silent node counts as down after one to two times `node_timeout_s`, plus the time of two messages.
     """
     ctl, *nodes = addresses
     ports = dict(zip(addresses, free_ports(len(addresses)), strict=True))
@@ -96,13 +96,13 @@ def config_files(folder: Path, addresses: dict[str, str], cpus: int, gpus: int, 
         "gres.conf": "".join(f"NodeName={n} Name=gpu File={folder}/gpu[0-{gpus - 1}]\n" for n in nodes if gpus),
         "cgroup.conf": "CgroupPlugin=cgroup/v1\n",
         "hosts": "127.0.0.1 localhost\n" + "".join(f"{address} {n}\n" for n, address in addresses.items()),
-        # nothing answers DNS in a private network, and each look-up of an address would wait ten seconds for it
+        # no DNS: in a private network nothing answers it, and each look-up of an address would wait ten seconds
         "nsswitch.conf": "hosts: files\n",
     }
 
 
 def free_ports(count: int) -> list[int]:
-    """TCP ports that nobody listens on now."""
+    """TCP ports that are free at the moment."""
     held = [socket.create_server(("", 0)) for _ in range(count)]
     ports = [sock.getsockname()[1] for sock in held]
     for sock in held:
@@ -111,6 +111,6 @@ def free_ports(count: int) -> list[int]:
 
 
 def free_subnet() -> str:
-    """First three numbers of a /24 that no interface of this machine is in."""
+    """The first three numbers of a /24 subnet that no interface of this machine uses."""
     used = subprocess.run(["ip", "-o", "-4", "address"], capture_output=True, text=True, check=True, timeout=10).stdout
     return next(subnet for i in range(256) if f" {(subnet := f'10.77.{i}')}." not in used)

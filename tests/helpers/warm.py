@@ -1,7 +1,8 @@
-"""An interpreter with the launcher's packages imported, of which commands in tests are forks: it saves their imports.
+"""Template interpreters that have imported the launcher's packages: tests run commands as forks of them, which saves
+the imports.
 
-A fork has its own session, folder, output and environment, in /proc too, and is otherwise what the command line makes.
-`scripts/test.sh` uses it for the whole suite; single tests start interpreters.
+A fork has its own session, working directory, output and environment (in /proc too), and otherwise behaves like a
+command of its own. `scripts/test.sh` uses this for the whole suite (`--warm`); by default tests start interpreters.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ("launcher.__main__", "launcher.launch.forks", "launcher.rank.worker")
-MODULES, VLLM = "modules", "vllm"  # engines that run a torch module; vLLM on a CPU
+MODULES, VLLM = "modules", "vllm"  # kinds of templates: for engines that run a torch module, and for vLLM on a CPU
 PACKAGES = {
     MODULES: (
         *RUN,
@@ -48,7 +49,7 @@ PACKAGES = {
         "vllm.model_executor.models.llama",
     ),
 }
-"""What the template for each kind of command imports."""
+"""The modules that the template of each kind imports."""
 COMPOSED = {
     MODULES: (
         "",
@@ -66,14 +67,14 @@ COMPOSED = {
     ),
     VLLM: ("backend=vllm", "backend=vllm model=tiny_llama"),
 }
-"""The files of configuration that most commands choose, of which it keeps what they give."""
-ROOM = 1 << 16  # bytes of a template's own environment, in which that of a fork must have room
-REQUEST, NEWS = 1 << 17, 20  # bytes of the longest messages
-INHERITED: set[int] = set()  # descriptors that packages have opened; all others are closed in ranks, as by exec
+"""Overrides of common configurations, which each template composes in advance to fill the caches."""
+ROOM = 1 << 16  # bytes of a template's own environment block; a fork's environment is written into it
+REQUEST, NEWS = 1 << 17, 20  # longest messages to and from a template, in bytes
+INHERITED: set[int] = set()  # descriptors that imported packages have opened; ranks close all others, as exec does
 
 
 class Template:
-    """The interpreter to fork for a kind of command, started by the first; `environ` is its environment."""
+    """The interpreter that is forked for one kind of command, with the environment `environ`."""
 
     def __init__(self, kind: str, environ: Mapping[str, str]) -> None:
         self.environ = dict(environ)
@@ -88,7 +89,7 @@ class Template:
             )
 
     def start(self, command: Sequence[str], cwd: Path, environ: Mapping[str, str]) -> ForkedCommand:
-        """Start a command as a fork."""
+        """Start a command as a fork of this template."""
         news, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         out, err = TemporaryFile(), TemporaryFile()  # noqa: SIM115 - closed by `communicate`
         with theirs:
@@ -106,7 +107,7 @@ class ForkedCommand:
         self._texts: list[str] = []
 
     def wait(self, timeout: float | None = None) -> int:
-        """The exit code; subprocess.TimeoutExpired after so many seconds."""
+        """Wait for the exit code; subprocess.TimeoutExpired after `timeout` seconds."""
         if self.returncode is None:
             self._news.settimeout(timeout)
             try:
@@ -123,7 +124,7 @@ class ForkedCommand:
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """What was written to stdout and to stderr until the end; subprocess.TimeoutExpired after so many seconds."""
+        """Wait for the end; returns stdout and stderr. subprocess.TimeoutExpired after `timeout` seconds."""
         self.wait(timeout)
         for file in self._files[len(self._texts) :]:
             with file:
@@ -138,14 +139,15 @@ class ForkedCommand:
                 os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """End the process at once."""
+        """Kill the process."""
         self.send_signal(signal.SIGKILL)
 
 
 def kind_of(command: Sequence[str]) -> str | None:
-    """The template of a command: there is one for Python programs by path, and for the launcher's modules.
+    """The kind of template for a command; None if it cannot be a fork.
 
-    None for vLLM that compiles, since the template is imported for eager steps, and without its build for CPUs.
+    Python programs, given by path, and the launcher's modules can be forks. vLLM can be one only with its CPU build and
+    without `enforce_eager`, since the template has imported vLLM for eager steps.
     """
     is_program = command[1].endswith(".py") or (command[1] == "-m" and command[2].partition(".")[0] == "launcher")
     if command[0] != sys.executable or not is_program:
@@ -158,8 +160,8 @@ def kind_of(command: Sequence[str]) -> str | None:
 
 
 def prepare_vllm() -> None:
-    """Set what vLLM reads when it is imported, and let its workers be forks of the process that has imported it: on a
-    CPU it would start an interpreter for each."""
+    """Set the environment variables that vLLM reads on import, and make its workers forks of the process that has
+    imported it: on a CPU it would start a new interpreter for each."""
     from launcher.backends.vllm.options import environment
     from launcher.composition.compose import compose_run
 
@@ -169,7 +171,7 @@ def prepare_vllm() -> None:
 
 
 def serve(kind: str, control: socket.socket) -> None:
-    """Fork for each command until the tests have ended. Returns in the fork, as the process of that command."""
+    """Fork for each command until the tests have ended. In the fork, runs the command and returns."""
     gc.disable()
     if kind == VLLM:
         prepare_vllm()
@@ -182,7 +184,7 @@ def serve(kind: str, control: socket.socket) -> None:
     gc.freeze()
     INHERITED.update(number for number in range(1024) if Path(f"/proc/self/fd/{number}").exists())
     INHERITED.remove(control.fileno())
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the forks that wait are not waited for
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the forks that report exit codes need not be reaped
     while True:
         request, descriptors, _, _ = socket.recv_fds(control, REQUEST, 3)
         if not request:
@@ -214,7 +216,7 @@ def serve(kind: str, control: socket.socket) -> None:
 
 
 def become(command: Sequence[str], environ: Mapping[str, str], out: int, err: int) -> None:
-    """Give this process the output, the environment and the module path of a command."""
+    """Set the output, the environment and the module search path of this process to those of a command."""
     os.dup2(out, 1)
     os.dup2(err, 2)
     paths = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
@@ -238,7 +240,7 @@ def execute(command: Sequence[str]) -> None:
         sys.argv[:] = command[2:]
         for module in (command[2], f"{command[2]}.__main__"):
             if module != "launcher":
-                sys.modules.pop(module, None)  # as where it has been imported by nobody
+                sys.modules.pop(module, None)  # so that it is imported again, as in a new interpreter
         runpy.run_module(command[2], run_name="__main__", alter_sys=True)
     else:
         sys.argv[:] = command[1:]
@@ -246,7 +248,8 @@ def execute(command: Sequence[str]) -> None:
 
 
 class Fork:
-    """The ranks of a run as a fork of the process that launches them, with what `launcher.launch.ranks` asks of it."""
+    """The process of a run's ranks as a fork of the launching process, with the methods of `subprocess.Popen` that
+    `launcher.launch.ranks` uses."""
 
     def __init__(
         self, command: Sequence[str], env: Mapping[str, str], stdout: Any, preexec_fn: Callable[[], None], **_: Any
@@ -288,14 +291,14 @@ class Fork:
         return self._look(os.WNOHANG)
 
     def wait(self) -> int | None:
-        """Wait for the end; the exit code."""
+        """Wait for the end; returns the exit code."""
         return self._look(0)
 
     def _look(self, options: int) -> int | None:
         if self.returncode is None:
             try:
                 ended, status = os.waitpid(self.pid, options)
-            except ChildProcessError:  # psutil has waited for it: nobody can know the code, as in subprocess
+            except ChildProcessError:  # psutil has reaped it: the exit code is lost, and 0 as in subprocess
                 ended, status = self.pid, 0
             if ended:
                 self.returncode = os.waitstatus_to_exitcode(status)
@@ -303,7 +306,7 @@ class Fork:
 
 
 def fork_or_start(command: Sequence[str], **settings: Any) -> Fork | subprocess.Popen[bytes]:
-    """The ranks as a fork, and as an interpreter of their own where they have another one or threads forbid it."""
+    """Start the ranks as a fork, or as a new process if they use another interpreter or threads make forking unsafe."""
     if kind_of(command) and threading.active_count() == 1:
         return Fork(command, **settings)
     return subprocess.Popen(command, **settings)

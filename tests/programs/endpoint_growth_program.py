@@ -1,4 +1,4 @@
-"""`endpoint_growth_program.py URL`: memory of a client after each 1,000 of 10,000 requests, 64 of them open at once."""
+"""`endpoint_growth_program.py URL`: prints a client's memory after each 1,000 of 10,000 requests, 64 open at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from launcher.composition.compose import compose_run
 from launcher.prompts.prompts import sampling_of, synthetic_prompts
 from shards.machine.world import World
 
-VOCAB_SIZE = 256  # of the fake server, which counts on from the last token
+VOCAB_SIZE = 256  # of the fake server, whose answers count upwards from the last token
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
         assert [completion.token_ids for completion in generation.completions] == right
         assert generation.failures == ()
         del generation
-        ctypes.CDLL(None).malloc_trim(0)  # what is free in the heap goes back: what is held is left
+        ctypes.CDLL(None).malloc_trim(0)  # return free heap memory to the system, so that only used memory is measured
         held.append(psutil.Process().memory_full_info().uss)
     backend.close()
     print(json.dumps(held))

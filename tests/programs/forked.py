@@ -1,4 +1,4 @@
-"""A rank that runs another program, with what most of them need imported before the ranks are forked."""
+"""A rank that runs another program. It imports the modules that most programs need before the ranks are forked."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""One rank of a Fabric run over a folder of checkpoints: what it held and what it answered, as rank_R.json in it.
+"""One rank of a Fabric run over a folder of checkpoints: writes its tokens and bytes to rank_R.json in that folder.
 
-Four ranks are two nodes of two, each of which has the whole model.
+Four ranks count as two nodes of two ranks each; each node has the whole model.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from shards.plan.request import PlanRequest
 
 
 class LargestHostTensor(TorchDispatchMode):
-    """Notes tensors off meta that are as large as a whole parameter."""
+    """Records tensors outside the meta device that are as large as a whole parameter."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def greedy(model: nn.Module) -> list[int]:
 
 
 def resident(folder: Path, world: World, layers: int) -> dict[str, Any]:
-    """With layers that stay whole, as the engine does it: tokens, and bytes beside those of the plan."""
+    """The model with `layers` resident layers, as in the engine: tokens, held bytes and planned bytes."""
     is_hybrid = world.num_nodes > 1
     ways = collectives(world, torch.device("cpu"), within_node=is_hybrid)
     names = ("replicate", "shard") if is_hybrid else ("shard",)
@@ -96,7 +96,7 @@ def resident(folder: Path, world: World, layers: int) -> dict[str, Any]:
 
 
 def offloaded(folder: Path, world: World) -> list[int]:
-    """Tokens with shards in main memory, by FSDP2's own policy."""
+    """The tokens with shards in main memory, by FSDP2's own offload policy."""
     model = build_meta(folder, torch.float32)
     fully_shard_model(model, init_device_mesh("cpu", (world.world_size,)), offload=True)
     load_weights(model, Checkpoint.open(folder), "cpu")
@@ -147,7 +147,7 @@ def main() -> None:
         report: dict[str, Any] = {folder.name: {} for folder in folders}
     else:
         report = {folder.name: answer(folder, world.world_size) for folder in folders}
-    products.LEAST_VALUES[torch.float32] = 1  # the matrices here are too small for it to pay
+    products.LEAST_VALUES[torch.float32] = 1  # pack weights even of these small matrices, for which it does not pay
     for folder in folders:
         report[folder.name]["offloaded"] = offloaded(folder, world)
         report[folder.name]["resident"] = [resident(folder, world, count) for count in range(4)]

@@ -1,4 +1,4 @@
-"""`generate_program.py FOLDER`: what transformers' own `model.generate` answers, as the last line of stdout."""
+"""`generate_program.py FOLDER`: prints the answers of transformers' `model.generate` as the last line of stdout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`growth_program.py OUT RANKS STEPS`: memory and cache of a rank of fsdp after each of ten calls of so many steps."""
+"""`growth_program.py OUT RANKS STEPS`: memory and cache of an fsdp rank after each of ten calls of STEPS steps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def main() -> None:
     for _ in range(10):
         backend.generate(prompts, steps, lambda tokens, finished=(): None)
         assert bookkeeping_entries(backend.model) == 0
-        ctypes.CDLL(None).malloc_trim(0)  # what is free in the heap goes back: what is held is left
+        ctypes.CDLL(None).malloc_trim(0)  # return free heap memory to the system, so that only used memory is measured
         host.append(host_anonymous_bytes())
         cache.append(backend.memory()[0].kv_cache_bytes)
     (out / f"rank_{world.rank}.json").write_text(json.dumps({"host": host, "cache": cache}))

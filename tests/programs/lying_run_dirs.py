@@ -1,6 +1,7 @@
-"""Resume run directories whose run.json lies, as the first process of a PID namespace: `lying_run_dirs.py FOLDER`.
+"""Resumes a run directory with forged marks in run.json, as init of a PID namespace: `lying_run_dirs.py FOLDER`.
 
-Prints which of the other processes live after each of the lies, and after the truth, by which only the run's own ends.
+Prints which of the other processes are alive after each forged mark, and after the true one, with which only the run's
+own process may end.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Mixed precision as a rank sees it: `precision_program.py BACKEND DEVICES OUT`, one rank or several.
+"""Mixed precision on one or several ranks: `precision_program.py BACKEND DEVICES OUT`.
 
-For each model and type: the logits of a text, and the bytes that are held and gathered beside those of the plan.
+For each model and dtype: the logits of a text, and the bytes held and gathered, each with the planned bytes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PROMPTS = [Prompt(index, "", IDS[: 8 - index]) for index in range(4)]
 
 
 def gathered_bytes(model: torch.nn.Module) -> int:
-    """What is gathered of the decoder layers in one pass."""
+    """Bytes of the decoder layers that one forward pass gathers."""
     layers = [layer for layer in decoder_layers(model) if isinstance(layer, FSDPModule)]
     if getattr(model, "shared_layers", None) is not None:
         return sum(parameter.nbytes for layer in layers for parameter in layer.parameters())
@@ -53,7 +53,7 @@ def seen(backend_name: str, devices: int, model: str, precision: Precision, worl
     backend.load(plan, world, lambda done, total: None)
     backend.generate(PROMPTS, GREEDY, lambda tokens, finished=(): None)
     head = backend.model.get_output_embeddings()
-    head.gathering = True  # of one that is cut
+    head.gathering = True  # makes a split head gather the logits of all ranks
     with torch.inference_mode(), backend.autocast():
         logits = backend.model(input_ids=torch.tensor([IDS]), use_cache=False).logits[0].float()
     gathered = gathered_bytes(backend.model)

@@ -1,4 +1,4 @@
-"""The linear layers that vLLM makes for quantized checkpoints, on meta: bytes of their tensors, as one JSON line.
+"""Makes vLLM's linear layers for quantized checkpoints on meta, and prints the bytes of their tensors as one JSON line.
 
 Reads from stdin a list of [quantization_config, [matrices]]; a matrix is [kind, whole outputs, whole inputs, outputs of
 each part held here, inputs held here].
@@ -25,7 +25,7 @@ NAMES = {"query_key_value": "self_attn.qkv_proj", "column": "mlp.gate_up_proj", 
 
 @contextlib.contextmanager
 def vllm_at_rest(folder: Path) -> Any:
-    """vLLM's configuration and groups for one process, of a model of bf16."""
+    """vLLM's configuration and process groups for one process and a bf16 model."""
     (folder / "config.json").write_text(json.dumps(LLAMA))
     model = ModelConfig(model=str(folder), skip_tokenizer_init=True, dtype="bfloat16")
     with set_current_vllm_config(VllmConfig(model_config=model)):

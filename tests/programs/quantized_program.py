@@ -1,6 +1,6 @@
 """A rank of quantized models: `quantized_program.py OUT`.
 
-For each embedded model and quantization, whole and as each engine cuts it: greedy tokens, and bytes held.
+For each embedded model and quantization, whole and as split by each engine: greedy tokens, and bytes held.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""What every engine must do, as the program of a rank: `rank_program.py BACKEND MODEL OUT DEVICES [SCENARIO...]`.
+"""Runs an engine for test_contract.py, as one rank: `rank_program.py BACKEND MODEL OUT DEVICES [SCENARIO...]`.
 
-Writes what rank 0 (of a data-parallel engine, each rank) saw to OUT/rank_N.json for the tests to compare: of all
-scenarios, or of those that are named.
+Writes the results of the named scenarios, by default all, to OUT/rank_N.json, for the tests to compare.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ SCENARIOS = {
     "sampled again": replace(GREEDY, temperature=0.8, top_p=0.95, top_k=50),
 }
 UNLIKE = SamplingConfig(max_new_tokens=40)
-UNLIKE_SLOTS = 8  # of all ranks together
+UNLIKE_SLOTS = 8  # slots of all ranks together
 
 
 def unlike_texts() -> list[str]:
-    """64 prompts for UNLIKE, to which the answers of tiny_llama have 3 to 40 tokens."""
+    """64 prompts for UNLIKE; the answers of tiny_llama to them have 3 to 40 tokens."""
     draw, words = random.Random(10), PROMPTS.read_text().split()
     return [" ".join(draw.choices(words, k=draw.randint(1, 12))) for _ in range(64)]
 
@@ -64,7 +63,7 @@ def configured(name: str, model: str, devices: int) -> RunConfig:
 
 
 def loaded(config: RunConfig, world: World, prompts: list[Prompt]) -> tuple[Backend, list[tuple[int, int]]]:
-    """The engine with its weights on this rank, and the progress that it showed while loading."""
+    """The engine with its weights on this rank, and the progress that it reported while loading."""
     os.environ.update(world.environ())
     folder = Path(config.model.path)
     tensors = Checkpoint.open(folder).tensors
@@ -76,7 +75,7 @@ def loaded(config: RunConfig, world: World, prompts: list[Prompt]) -> tuple[Back
 
 
 def unlike(backend: Any, config: RunConfig, world: World, prompts: list[Prompt]) -> Generation:
-    """This rank's answers of unlike lengths, by a backend that was loaded with other slots."""
+    """This rank's answers to `unlike_texts`; a loaded backend with slots is changed to UNLIKE_SLOTS slots."""
     if config.backend.has_slots:
         apart = world.world_size if config.backend.data_parallel else 1
         backend.decoder.num_slots, backend.decoder.slots = UNLIKE_SLOTS // apart, None
@@ -85,7 +84,7 @@ def unlike(backend: Any, config: RunConfig, world: World, prompts: list[Prompt])
 
 
 def guessed(backend: Any, config: RunConfig, world: World, prompts: list[Prompt]) -> dict[str, list[Completion]]:
-    """The same with guesses, by a backend that was loaded without."""
+    """This rank's completions with each kind of speculative decoding, which is added to a backend loaded without it."""
     found = {}
     for wanted in (
         SpeculativeConfig("ngram", 4, 3, 1),

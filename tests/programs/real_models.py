@@ -1,8 +1,10 @@
-"""Run as a process: what transformers, FSDP2, AutoTP and our own cut make of configs, as JSON on stdout.
+"""Builds models as transformers, FSDP2, AutoTP and our own tensor parallelism do, and prints their sizes as JSON.
 
 real_models.py < {"parameters": [config, ...], "fsdp": {name: [config, [size, ...]], ...},
                   "tensor_parallel": [[config, size], ...], "deepspeed": [[config, size], ...]}
-    names and shapes of each model; bytes of parameters by model, world size and rank; numbers of each rank, twice
+
+"parameters": names and shapes of each model. "fsdp": bytes of parameters by model, world size and rank.
+"tensor_parallel" and "deepspeed": the number of parameters of each rank.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def parameters(configs: list[dict[str, Any]]) -> list[dict[str, list[int]]]:
 
 
 def ranks(world_size: int) -> list[int]:
-    """The first, one in the middle, and the last, which may be cut short or be empty."""
+    """The first rank, one in the middle, and the last, whose shard may be smaller or empty."""
     return sorted({0, world_size // 2, world_size - 1})
 
 
@@ -65,16 +67,18 @@ def tensor_parallel_numel(config: dict[str, Any], size: int, rank: int) -> int:
 
 
 def deepspeed(cases: list[tuple[dict[str, Any], int]]) -> list[list[int]]:
-    """Each rank in a process of its own, made by fork after the imports: DeepSpeed keeps its groups for good."""
+    """The number of parameters of each rank, each in a new process, since DeepSpeed never gives up its process groups.
+    The processes are forks, which saves the imports."""
     from launcher.backends.deepspeed.all_reduce import compile_operation
 
-    assert compile_operation() is None  # init_inference loads it, and would compile a second one elsewhere
+    assert compile_operation() is None  # otherwise init_inference would compile the operation to another place
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
         return [[pool.apply(autotp_numel, (config, size, rank)) for rank in range(size)] for config, size in cases]
 
 
 def autotp_numel(config: dict[str, Any], size: int, rank: int) -> int:
-    """LOCAL_SIZE is wrong on purpose: it keeps the shared-memory all-reduce from waiting for ranks that are not."""
+    """The number of parameters of one rank by AutoTP. LOCAL_SIZE is wrong on purpose: it keeps the shared-memory
+    all-reduce from waiting for the other ranks, which do not exist."""
     import deepspeed
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_SIZE="0")

@@ -1,6 +1,6 @@
 """A rank of models whose checkpoints are quantized already: `stored_program.py FOLDERS OUT`.
 
-For each checkpoint in FOLDERS, whole and as each engine cuts it: the logits of a prompt, and bytes held.
+For each checkpoint in FOLDERS, whole and as split by each engine: the logits of a prompt, and bytes held.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A rank of a tensor-parallel cut: `tensor_parallel_program.py OUT`.
+"""A rank of tensor-parallel models: `tensor_parallel_program.py OUT`.
 
-For each model, whole and cut: greedy tokens of a ragged batch, gaps between logits, and bytes held.
+For each model, whole and split: greedy tokens of a ragged batch, gaps between the top two logits, and bytes held.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ MODELS: dict[str, Path | dict[str, Any]] = {
 
 
 def filled(source: Path | dict[str, Any], model: nn.Module) -> nn.Module:
-    """The model with the weights of its folder, or with random ones and biases that are seen when added twice."""
+    """The model with the weights of its folder, or with random weights and biases large enough to notice if a bias is
+    added twice."""
     if isinstance(source, Path):
         load_weights(model, Checkpoint.open(source), "cpu")
         return model
@@ -84,7 +85,7 @@ def answered(source: Path | dict[str, Any], rank: int, size: int, ways: Collecti
 
 
 def main() -> None:
-    products.LEAST_VALUES[torch.float32] = 1  # the matrices here are too small for it to pay
+    products.LEAST_VALUES[torch.float32] = 1  # pack weights even of these small matrices, for which it does not pay
     world = World.from_env(os.environ)
     connect(world, torch.device("cpu"))
     ways = collectives(world, torch.device("cpu"))

@@ -1,6 +1,6 @@
-"""`vllm_program.py DEVICES OUT [kill]`: what is vLLM's own, as one program; alone, or as a rank under torchrun.
+"""`vllm_program.py DEVICES OUT [kill]`: runs the vllm backend, alone or as a rank under torchrun.
 
-Writes what it saw to OUT/rank_N.json. With `kill` it ends one of its workers in the middle of a call.
+Writes its observations to OUT/rank_N.json. With `kill` it kills one of its workers in the middle of a call.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from shards.plan.plan import Plan
 
 PROMPTS = Path(__file__).parents[1] / "ragged_prompts.txt"
 FOLDER = EMBEDDED / "tiny_falcon"
-POOL_BYTES = 50_000_000  # no whole number of blocks
+POOL_BYTES = 50_000_000  # not a whole number of blocks
 FULL = SamplingConfig(max_new_tokens=40, ignore_eos=True)
 
 
@@ -41,13 +41,13 @@ def configured(devices: int, **extra: Any) -> RunConfig:
 
 
 def planned(config: RunConfig, prompts: list[Prompt]) -> Plan:
-    """The plan of a run, with another pool where there are several workers."""
+    """The plan of a run; for several devices, with a KV cache of POOL_BYTES."""
     plan = plan_of(config, json.loads((FOLDER / "config.json").read_text()), None, prompts, on_cuda=False)
     return replace(plan, kv_cache_memory_bytes=POOL_BYTES) if config.devices > 1 else plan
 
 
 def refusal(config: RunConfig, world: World, prompts: list[Prompt]) -> str:
-    """What the user is told, or nothing."""
+    """The error message with which the engine refuses a configuration; empty if it does not."""
     try:
         VllmBackend(config).load(planned(config, prompts), world, lambda done, total: None)
     except ConfigError as error:
@@ -56,7 +56,7 @@ def refusal(config: RunConfig, world: World, prompts: list[Prompt]) -> str:
 
 
 def timed(backend: VllmBackend, prompts: list[Prompt]) -> dict[str, Any]:
-    """A call, the whole of it timed from outside, and the new tokens of each of its steps."""
+    """One call: its wall-clock time, the new tokens of each step, and its completions."""
     steps: list[int] = []
     start = time.perf_counter()
     generation: Generation = backend.generate(prompts, FULL, lambda tokens, finished=(): steps.append(tokens))
@@ -65,7 +65,7 @@ def timed(backend: VllmBackend, prompts: list[Prompt]) -> dict[str, Any]:
 
 
 def paced(backend: VllmBackend, prompts: list[Prompt]) -> dict[str, Any]:
-    """Calls whose prompts do not come all at once."""
+    """Calls whose prompts do not all arrive at once."""
     calls = {}
     for name, load in {"three": LoadConfig(concurrency=3), "poisson": LoadConfig(request_rate=100.0)}.items():
         backend.config.load = load
@@ -87,7 +87,7 @@ def workers() -> list[psutil.Process]:
 
 
 def killed(backend: VllmBackend, prompts: list[Prompt]) -> dict[str, Any]:
-    """What a call says whose worker is killed, and how long after."""
+    """The error of a call whose worker is killed, and the seconds from the kill to the error."""
     at = 0.0
 
     def kill() -> None:

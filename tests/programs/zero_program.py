@@ -1,6 +1,6 @@
 """A rank of ZeRO-Inference: `zero_program.py OUT MODEL:OFFLOAD...`.
 
-For each model its greedy tokens, those of the reference, and its bytes as planned and as held.
+For each model: its greedy tokens, those of the reference, and the planned and held bytes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
         config = configured("deepspeed", model, world.world_size)
         config.backend.zero = True  # type: ignore[attr-defined]
         plan = planned(config)
-        config.offload = Offload[offload]  # which a run on a CPU is refused, and DeepSpeed does there all the same
+        config.offload = Offload[offload]  # set after the plan: the launcher refuses it on a CPU, DeepSpeed supports it
         made, backend = answered(config, plan, world)
         [memory] = backend.memory()
         results[asked] = {

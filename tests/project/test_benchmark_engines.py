@@ -1,4 +1,4 @@
-"""The comparison of engines, with one contestant that answers and one that cannot start."""
+"""scripts/benchmark_engines.py with one contestant that answers and one that cannot start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command for the first machine with a card: its steps on a CPU, and one line where there is no card."""
+"""scripts/check_gpu.sh: its steps on a CPU, and its one-line error without a GPU."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_its_steps_go_through_and_are_not_made_twice(tmp_path: Path) -> None:
         assert float(ours.split()[0]) > 0
         assert float(plain.split()[0]) > 0
         assert float(ratio) > 0
-        for figure in (weights, cache):  # measured, and in brackets as planned
+        for figure in (weights, cache):  # measured, and planned in parentheses
             assert float(figure.split()[0]) == pytest.approx(float(figure.split()[1].strip("()")), rel=0.01)
         assert peak.startswith("- (")
         assert peak_of_plain == "-"
@@ -147,7 +147,7 @@ def test_the_runs_on_cards_compose_and_fit_or_are_refused(tmp_path: Path, monkey
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["tiny_falcon", "tiny_llama"])
 def test_a_plain_model_may_have_the_tensors_of_the_engine(name: str, dtype: torch.dtype) -> None:
-    """Also where that has changed its attention; and none that lie in another way."""
+    """Even if the engine has replaced its attention; but not tensors of other shapes."""
     engine, plain = (build_meta(EMBEDDED / name, dtype) for _ in range(2))
     keep_kv_heads_only(engine)
     fill_random(engine, 0, "cpu")
@@ -166,7 +166,7 @@ def test_a_plain_model_may_have_the_tensors_of_the_engine(name: str, dtype: torc
 
 
 def test_steps_are_made_ahead_beside_a_plain_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loop asks those engines that can do so; of others it is told nothing."""
+    """The wrapper passes `compile` on to engines that have it, and returns None for others."""
     config = compose("backend=dummy")
     monkeypatch.setattr(type(config.backend), "engine_alone", config.backend.implementation, raising=False)
     beside = Beside(config)

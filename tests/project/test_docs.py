@@ -1,4 +1,4 @@
-"""Documentation is a test: every command in it composes, every link leads somewhere."""
+"""Checks the documentation: every command in it composes, every link has a target."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COMMAND = re.compile(r"(?:python|torchrun[^\n#`]*?) -m launcher\b[^\n#`]*")
 
 
 def commands() -> list[str]:
-    """Every command of the pages and of the help."""
+    """Every command in the pages and in the help."""
     found = {text.strip() for page in PAGES for text in COMMAND.findall(page.read_text())}
     return sorted(found | {f"python -m launcher {arguments}".strip() for _, arguments in EXAMPLES})
 
@@ -47,7 +47,7 @@ def compose(words: list[str]) -> None:
 
 
 def show_plan(words: list[str]) -> None:
-    if words != ["--help"]:  # with which argparse leaves
+    if words != ["--help"]:  # argparse exits on --help
         assert plan.main(words) == 0
 
 
@@ -67,7 +67,7 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
 
 
 def understand(command: str) -> None:
-    """Read the command as what it calls would; whatever that raises is wrong with it."""
+    """Parse the command as the called program would; raises if the command is wrong."""
     words = shlex.split(command)
     module, rest = words[2], words[3:]
     if words[0] == "torchrun":

@@ -1,4 +1,5 @@
-"""Mutated inputs, from a seed: each ends with exit code 0, 1 or 2 and one line, soon, and in little memory."""
+"""Fuzzing with fixed seeds: every mutated input ends with exit code 0, 1 or 2, errors are one line, and time and memory
+are bounded."""
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ SPLICES = [b"NaN", b"1e999", b"-Infinity", b"9" * 5000, b"[" * 3000, b"\xff", b"
 
 
 def fuzz(number: int, examples: int) -> Callable[[Any], Any]:
-    """The same cases each time; the numbers of all of them are 2,000."""
+    """Runs a test on `examples` cases, the same each time; all tests together have 2,000."""
     chosen = settings(
         max_examples=examples, deadline=None, database=None, phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
@@ -66,7 +67,7 @@ def fuzz(number: int, examples: int) -> Callable[[Any], Any]:
 
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
-    """Within SECONDS, and without taking very much memory."""
+    """Fails if the body takes more than SECONDS of CPU time or too much memory."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def expire(*_: object) -> None:
@@ -74,8 +75,8 @@ def bounded() -> Iterator[None]:
 
     for number in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(number, expire)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of this process, however busy the machine is
-    signal.alarm(12 * SECONDS)  # what waits takes no time of its own
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # CPU time of this process, independent of the machine's load
+    signal.alarm(12 * SECONDS)  # wall-clock time, for code that waits and so uses no CPU time
     try:
         yield
     finally:
@@ -86,12 +87,12 @@ def bounded() -> Iterator[None]:
 
 
 def command(main: Callable[[list[str]], int], words: list[str]) -> None:
-    """A command ends with 0, 1 or 2; what it refuses is one line."""
+    """Check that a command ends with 0, 1 or 2, and that a refusal is one line."""
     out, err = io.StringIO(), io.StringIO()
     with bounded(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = run_command(lambda: main(words))
-        except SystemExit as ended:  # argparse has shown its help
+        except SystemExit as ended:  # argparse exits after it has shown its help
             code = int(ended.code or 0)
     event(f"exit code {code}")
     assert code in (0, 1, 2)
@@ -106,7 +107,7 @@ def command(main: Callable[[list[str]], int], words: list[str]) -> None:
 
 
 def refused_or_right(call: Callable[[], Any]) -> Any:
-    """What a call gives, None where it refuses in one line."""
+    """The result of a call; None if it raises a UserError, which must be one line."""
     with bounded():
         try:
             return call()
@@ -117,13 +118,13 @@ def refused_or_right(call: Callable[[], Any]) -> Any:
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
-    """Every container in a JSON value, with each of its keys."""
+    """Every (container, key) pair in a JSON value."""
     keys = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
     return [(value, key) for key in keys] + [place for key in keys for place in places(value[key])]
 
 
 def spliced(draw: st.DrawFn, content: bytes) -> bytes:
-    """Some bytes replaced by others, or by none, or all behind them lost."""
+    """The bytes with a range replaced by a splice or removed, or with everything after an offset cut off."""
     begin = draw(st.integers(0, len(content)))
     end = draw(st.sampled_from([begin, begin + 1, begin + 20, len(content)]))
     return content[:begin] + draw(st.sampled_from(SPLICES)) + content[end:]
@@ -131,7 +132,7 @@ def spliced(draw: st.DrawFn, content: bytes) -> bytes:
 
 @st.composite
 def mutated(draw: st.DrawFn, given_value: Any) -> bytes:
-    """A JSON value with one to three of its parts replaced or removed; sometimes its text is broken instead."""
+    """The text of a JSON value with one to three parts replaced or removed; sometimes the text is broken instead."""
     value = copy.deepcopy(given_value)
     for _ in range(draw(st.integers(1, 3))):
         if not (found := places(value)):
@@ -171,14 +172,14 @@ CONFIGS = st.tuples(st.sampled_from(FAMILIES), st.sampled_from((None, *QUANTIZED
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """No process and no network is asked; an empty folder to be in."""
+    """Disables the process that asks transformers and the hub, and changes to an empty folder, which it returns."""
 
     def unknown(*_: object) -> Any:
         raise PlanError("transformers is not asked here.", "a family that is known")
 
     monkeypatch.setattr(shapes, "ask_transformers", unknown)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # what a disk takes is no part of this
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # the time of the disk does not count
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -209,7 +210,7 @@ HEADER = {
 def test_headers_are_read_as_the_safetensors_library_reads_them(
     offline: Path, content: bytes, wrong: int, tail: int
 ) -> None:
-    """Whatever this reader takes that one takes, with the same shapes."""
+    """Every file that our reader accepts is also accepted by the safetensors library, with the same shapes."""
     path = offline / "model.safetensors"
     path.write_bytes(struct.pack("<Q", max(len(content) + wrong, 0)) + content + bytes(tail))
     checkpoint = refused_or_right(lambda: Checkpoint.open(offline))
@@ -237,7 +238,7 @@ TABLE = b'id,prompt,arrival_s\n1,"a, ""b""",0\n2,c,1.5\n'
 
 @st.composite
 def prompt_files(draw: st.DrawFn) -> tuple[str, bytes]:
-    """The name of a prompt file, and what is in it."""
+    """The name and content of a prompt file."""
     name = draw(st.sampled_from(["a.jsonl", "a.txt", "a.json", "a.csv", "a.tsv"]))
     row = draw(st.sampled_from([{"prompt": "a", "arrival_s": 0}, {"id": 1, "conversations": TURNS}]))
     if name == "a.json":
@@ -261,7 +262,7 @@ def test_prompt_files(offline: Path, file: tuple[str, bytes], field: str | None)
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a dummy run that has ended well."""
+    """The directory of a dummy run that has finished successfully."""
     folder = tmp_path_factory.mktemp("finished")
     asked = ["backend=dummy", "devices=1", "prompts.texts=[a,b]", f"output_dir={folder}", "sampling.max_new_tokens=3"]
     run_dir = create_run_dir(prepare(compose_run(asked), ("python", "-m", "launcher", *asked)))
@@ -353,7 +354,7 @@ EXPERIMENT = {
 @fuzz(7, 30)
 @given(content=mutated(EXPERIMENT))
 def test_experiments(offline: Path, content: bytes) -> None:
-    """A preset of the user's own, as the list of experiments and a run have it."""
+    """A preset in the user's own folder, in the list of experiments and in a run."""
     folder = offline / "conf" / "experiment"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "mine.yaml").write_bytes(b"# @package _global_\n" + content)
@@ -390,5 +391,5 @@ COMMANDS: dict[Callable[[list[str]], int], tuple[str, ...]] = {
 def test_words_of_the_other_commands(offline: Path, finished: Path, data: st.DataObject, main: Any) -> None:
     paths = [str(finished), str(finished.parent), ".", "", "/dev/null", "nowhere", "\udcff", "a\nb", "x" * 3000, "-"]
     words = st.sampled_from([*paths, *COMMANDS[main], "--nothing", "--help", "-x", "=", "--"])
-    rest = ["--nothing"] if main is launcher.experiments.main else []  # which else takes seconds
+    rest = ["--nothing"] if main is launcher.experiments.main else []  # an unknown option; a real list takes seconds
     command(main, [*data.draw(st.lists(words, min_size=1, max_size=3)), *rest])

@@ -1,8 +1,7 @@
-"""Hints are pasted: what each of them names exists, and what follows it is taken.
+"""Users paste hints: the keys and commands in them exist, and the command line that results is accepted.
 
-The constructors of errors are read from the syntax trees of both packages. Every one has a hint, and every key and
-command in a hint exists. Those of the configuration are provoked as well, each of them at least once, and the command
-line is followed as the hint says.
+The calls of error constructors are read from the syntax trees of both packages. Every one has a hint, and every key and
+command in a hint exists. Configuration errors are also provoked, and the command line is changed as the hint says.
 """
 
 from __future__ import annotations
@@ -47,20 +46,20 @@ FOLLOWED = (
     "launcher/launch/nodes.py",
     "launcher/probe.py",
 )
-"""Where every hint with a key in it is provoked below."""
+"""Modules whose hints with a key are provoked below."""
 
 OTHER_KEYS = {
     *plan.KEYS, *probe.ARGUMENTS, *compress.KEYS, "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "XDG_CACHE_HOME",
     "MASTER_ADDR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "ntasks-per-node", "desc_act",
 }  # fmt: skip
-"""Keys of the other commands, of the environment, of srun and of a checkpoint."""
+"""Keys in hints that are not in the configuration: of other commands, the environment, srun and checkpoints."""
 
 KEY = re.compile(r"(?<![\w.{/-])([a-z_A-Z][\w.]*(?:\.\0)?)=")
 
 
 @dataclass(frozen=True)
 class Site:
-    """A place in the code that makes an error: its texts with a NUL for what is put in."""
+    """A place in the code that makes an error, with its texts; formatted values are replaced by NUL."""
 
     path: str
     first: int
@@ -74,7 +73,7 @@ class Site:
 
 
 def texts_of(node: ast.expr, names: Mapping[str, list[ast.expr]]) -> Iterator[str]:
-    """The texts that an expression can be; `names` has what is assigned to each name."""
+    """The texts that an expression can have as its value; `names` has the expressions assigned to each name."""
     match node:
         case ast.Constant(value=str(text)):
             yield text
@@ -93,7 +92,7 @@ def texts_of(node: ast.expr, names: Mapping[str, list[ast.expr]]) -> Iterator[st
 
 
 def assigned(tree: ast.AST) -> dict[str, list[ast.expr]]:
-    """What is assigned to each name, anywhere below a node."""
+    """The expressions that are assigned to each name, anywhere below a node."""
     values: dict[str, list[ast.expr]] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign):
@@ -109,13 +108,13 @@ def assigned(tree: ast.AST) -> dict[str, list[ast.expr]]:
 
 @cache
 def sites() -> tuple[Site, ...]:
-    """Every place in both packages that makes an error which a user can mend."""
+    """Every place in both packages that makes an error for the user."""
     made: dict[tuple[str, int], Site] = {}
     for path in sorted([*(ROOT / "launcher").rglob("*.py"), *(ROOT / "shards").rglob("*.py")]):
         tree, name = ast.parse(path.read_text()), str(path.relative_to(ROOT))
         constants = assigned(ast.Module([node for node in tree.body if isinstance(node, ast.Assign)], []))
         scopes = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-        for scope in scopes:  # those inside of others come later, and win
+        for scope in scopes:  # nested functions come later and overwrite the entries of outer ones
             names = constants | assigned(scope)
             for node in ast.walk(scope):
                 if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ERRORS:
@@ -148,7 +147,7 @@ def test_every_key_and_command_in_a_hint_exists() -> None:
 
 
 def composed(words: list[str]) -> None:
-    """A run is composed, and its nodes are looked at."""
+    """Compose a run and check its nodes."""
     config = compose_run(words)
     if config.launch.rendezvous is None:
         check_one_node(config)
@@ -298,7 +297,7 @@ ELSEWHERE = (
     "backend=\0 needs \0, which is not installed \0.", "\0; node 0 listens there on \0.",
     "Node \0 did not reach all nodes through \0:\0 from \0 within \0 s\0.",
 )  # fmt: skip
-"""What takes cards, a taken port, minutes, a run directory of others or a server."""
+"""Errors not provoked here: they need GPUs, a port in use, minutes, another user's run directory or a server."""
 
 
 DRAFTS = {
@@ -307,12 +306,12 @@ DRAFTS = {
     "SHORT": {"max_position_embeddings": 8},
     "QUANTIZED": {"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}},
 }
-"""What is wrong with drafts."""
+"""Unsuitable draft models: a folder name, and the changes of the config that make it so."""
 
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to be in, with prompt files and models in it that are not as they should be."""
+    """Changes to a folder of faulty prompt files and models, and returns it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     shutil.copytree(EMBEDDED / "tiny_falcon", tmp_path / "PARENT" / "tiny_falcon")
@@ -333,8 +332,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def alternatives(hint: str) -> Iterator[tuple[list[str], list[str]]]:
-    """What each part of a hint says to add to the command line, and what to take away; a command is a line of its own,
-    which takes all away."""
+    """For each alternative of a hint: the words to add to the command line, and those to remove. A whole command
+    replaces the command line: `*` is removed."""
     for part in re.split(r"[,;] or ", hint.removesuffix(", in these quotes")):
         if left := re.match(r"leave (\S+) out", part):
             yield [], [left[1]]
@@ -352,7 +351,7 @@ def alternatives(hint: str) -> Iterator[tuple[list[str], list[str]]]:
 
 
 def followed(words: list[str], fact: str, added: list[str], removed: list[str]) -> Iterator[list[str]]:
-    """The command line as a hint may mean it: with its words, in place of those of their keys, or of what it blames."""
+    """The command lines that a hint may mean: its words replace those of the same keys, or also those in the error."""
     if removed == ["*"]:
         yield added
         return
@@ -363,7 +362,7 @@ def followed(words: list[str], fact: str, added: list[str], removed: list[str]) 
 
 
 def is_helped(check: Check, words: list[str], refusal: UserError, seen: list[str]) -> bool:
-    """Whether every part of the hint leads to a line that is taken, at once or by the hint that comes next."""
+    """True if every alternative of the hint leads to an accepted command line, at once or through further hints."""
     for added, removed in alternatives(refusal.hint):
         for line in followed(words, refusal.fact, added, removed):
             follower = command_line if removed == ["*"] or "-m" in line else check
@@ -404,7 +403,7 @@ def test_every_hint_helps_where_it_is_pasted(files: Path, monkeypatch: pytest.Mo
             useless.append((words, str(refusal)))
     assert useless == [], "\n".join(map(str, useless))
     expected = [site for site in sites() if site.path.startswith(FOLLOWED) and site.names_a_key]
-    silent = [  # some take a model or a server of their own, and have a test elsewhere
+    silent = [  # errors that were not provoked: some need a special model or server, and are tested elsewhere
         f"{site.path}:{site.first} {site.fact}" for site in expected
         if not any(name == str(ROOT / site.path) and site.first <= line <= site.last for name, line in makers)
         and not site.fact.startswith(ELSEWHERE)

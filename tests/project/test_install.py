@@ -1,4 +1,4 @@
-"""The locks, the ranges of pyproject.toml and the scripts agree with each other."""
+"""The locks, the version ranges in pyproject.toml and the scripts are consistent with each other."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ def test_scripts_are_executable_and_parse(script: Path) -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of what the set-up reads, in a folder of its own."""
+    """A copy of the files that scripts/setup.sh reads, in a new folder."""
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return tmp_path
 
 
 def set_up(checkout: Path, **variables: str) -> tuple[int, str, list[str]]:
-    """Exit status, stdout and lines of stderr of scripts/setup.sh where pip can reach nothing."""
+    """Exit status, stdout and lines of stderr of scripts/setup.sh, run while pip has no network."""
     offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull, "PIP_RETRIES": "0"}
     done = subprocess.run(
         ["bash", checkout / "scripts" / "setup.sh"],
@@ -111,12 +111,12 @@ case "$*" in
 -V) echo Python 3.12.1 ;;
 esac
 """
-"""An interpreter of which pip notes what it is asked for, so that an installation goes through to its end."""
+"""A fake interpreter whose pip only logs its arguments and succeeds, so that an installation runs to its end."""
 
 FAILING = '"-m pip "*) echo "ERROR: no network" >&2; exit 1 ;;\n"-m "*)'
 HEADERS = sysconfig.get_path("include")
 PYTHON_WITHOUT_NETWORK = PYTHON.replace('"-m pip "*)', FAILING).replace("/nowhere/python3.12", HEADERS)
-"""As above, but pip installs nothing."""
+"""As PYTHON, but pip fails."""
 
 
 def program(folder: Path, name: str, text: str) -> None:
@@ -126,7 +126,7 @@ def program(folder: Path, name: str, text: str) -> None:
 
 
 def path_with_gpu(folder: Path, driver: str = "580.65.06") -> str:
-    """A PATH on which nvidia-smi lists one GPU."""
+    """A PATH with an nvidia-smi that lists one GPU."""
     program(folder, "nvidia-smi", SMI.format(driver=driver))
     return f"{folder}:{os.environ['PATH']}"
 
@@ -134,7 +134,7 @@ def path_with_gpu(folder: Path, driver: str = "580.65.06") -> str:
 @pytest.mark.slow
 def test_a_failed_installation_says_why_and_is_not_taken_for_a_finished_one(checkout: Path) -> None:
     with_gpu = {"LAUNCHER_FLAVOR": "", "PATH": path_with_gpu(checkout / "bin")}
-    program(checkout / "bin", "python3.11", PYTHON_WITHOUT_NETWORK)  # the first one is Python's own pip
+    program(checkout / "bin", "python3.11", PYTHON_WITHOUT_NETWORK)  # only for with_gpu; the first case uses real pip
     again = ["setup: the last installation did not finish: starting again"]
     for flavor, variables, before in (("cpu", {}, []), ("cuda", with_gpu, again)):
         status, out, err = set_up(checkout, **variables)
@@ -173,7 +173,7 @@ def test_a_machine_with_a_gpu_and_without_compilers_is_set_up(checkout: Path) ->
     assert (status, out, err[-1].startswith("setup: ready after")) == (0, "", True), err
     assert err[0] == "setup: backend=vllm compiles on CUDA, and will lack: apt-get install gcc python3.12-dev"
     [requirements] = [line for line in log.read_text().splitlines() if "--requirement" in line]
-    assert requirements.startswith("DS_IGNORE_CUDA_DETECTION=1 -m pip ")  # without it DeepSpeed's setup asks for nvcc
+    assert requirements.startswith("DS_IGNORE_CUDA_DETECTION=1 -m pip ")  # otherwise DeepSpeed's setup needs nvcc
 
 
 @pytest.mark.parametrize(("flavor", "status"), [("", 1), ("cuda", 0)])

@@ -1,4 +1,4 @@
-"""The embedded models: what lies in their folders, and what they say."""
+"""The embedded models: the files in their folders, and their answers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HELD_OUT_ANSWERS = {
     "What is the capital of France?": " It is Paris, a city on the river Seine.",
 }
 RAGGED = 20
-LONG = 1000  # tokens of the long prompt, of 1024 that fit
+LONG = 1000  # tokens of the long prompt; the context is 1024
 
 
 def read(name: str, file: str) -> Any:
@@ -51,7 +51,7 @@ def header(path: Path) -> dict[str, dict[str, Any]]:
 
 
 class Talker:
-    """A model in float32 with greedy decoding, and the logit by which each chosen token led."""
+    """A model in float32 with greedy decoding, which also gives the lead of the chosen logits over the next ones."""
 
     def __init__(self, name: str) -> None:
         import torch

@@ -1,4 +1,5 @@
-"""The order of the house, read from its syntax trees: what imports what, and how long things are."""
+"""The structure of the code, read from its syntax trees: which module imports which, and lengths of files and
+functions."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ MOST_LINES_OF_A_FILE = 299
 MOST_LINES_OF_A_FUNCTION = 60
 
 HEAVY = {"torch", "transformers", "accelerate", "lightning", "litgpt", "deepspeed", "vllm"}
-"""What takes seconds to import, and is not there on a machine that only plans or reports."""
+"""Packages that take seconds to import, and are not installed on a machine that only plans or reports."""
 
 TENSORS = {
     "launcher.backends.deepspeed.backend",
@@ -86,7 +87,7 @@ TENSORS = {
     "shards.load.quantized.widened_quantizers",
     "shards.parallel.tensor_parallel",
 }
-"""The modules that may import a heavy package, directly or through another of these; all others must not."""
+"""The modules that may import a heavy package, directly or through each other; all others must not."""
 
 LAZY = {
     ("launcher", "launcher.api"): "the package is light to import, as every rank does",
@@ -105,7 +106,7 @@ LAZY = {
     ("launcher.report.__main__", "launcher.report.page.figures"): "tables need no matplotlib",
     ("launcher.doctor.importing", "*"): "to import, and to see what comes of it, is what it is for",
 }
-"""What is imported inside functions (* by a name that is made there), and why."""
+"""(module, what it imports inside functions): the reason. * is an import by a computed name."""
 
 
 @cache
@@ -128,7 +129,7 @@ def is_type_checking(node: ast.AST) -> bool:
 
 
 def walk(node: ast.AST, into_functions: bool = True, into_types: bool = True) -> Iterator[ast.AST]:
-    """The nodes below, without bodies of functions or of `if TYPE_CHECKING` where they are not wanted."""
+    """The nodes below `node`, optionally without the bodies of functions and of `if TYPE_CHECKING`."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not into_functions:
             continue
@@ -139,7 +140,7 @@ def walk(node: ast.AST, into_functions: bool = True, into_types: bool = True) ->
 
 
 def imported(node: ast.AST) -> list[str]:
-    """The names of the modules that one statement imports, ours as exactly as they are files."""
+    """The names of the modules that one statement imports; for modules of this project, the full names."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom) and node.module is not None:
@@ -189,7 +190,7 @@ def test_no_relative_imports() -> None:
 
 
 def lazy_imports(node: ast.AST, inside: bool = False) -> Iterator[str]:
-    """What functions import: modules of ours by their whole names, others by their packages, * for a computed name."""
+    """The imports inside functions: our modules by full name, others by package, * for a computed name."""
     for child in ast.iter_child_nodes(node):
         if inside:
             names = imported(child)
@@ -260,7 +261,7 @@ SAME_NAMES = {
     ("launcher.results.record", "fsdp"): "a scheme in records of version 1",
     ("launcher.results.record", "tensor_parallel"): "a scheme in records of version 1",
 }
-"""Texts that are an engine's name and mean something else."""
+"""Places where the name of an engine is a text with another meaning."""
 
 
 def test_engines_are_named_in_their_own_rooms_and_the_registry_only() -> None:

@@ -1,4 +1,4 @@
-"""The table of techniques in the README is what the engines accept."""
+"""The table of techniques in the README matches what the engines accept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The wheel, away from the checkout and where no engine is installed: it brings its configuration, models and pages."""
+"""The wheel works outside the checkout and without engines: it contains its configuration, models and pages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PathFinder.find_spec = classmethod(find_spec)
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the wheel holds, and nothing of the checkout."""
+    """A folder with the content of the wheel, and nothing from the checkout."""
     folder = tmp_path_factory.mktemp("wheel")
     source, target = folder / "source", folder / "site"
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
