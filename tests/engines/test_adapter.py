@@ -1,4 +1,4 @@
-"""LoRA adapters merged while weights are read: the logits of peft's own model, on every engine, quantized or not."""
+"""LoRA adapters merged while weights are read: every engine gives the logits of peft's model, quantized or not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters beside the weights of vLLM, one for all prompts or several by name: peft's tokens, bytes as planned."""
+"""Unmerged adapters in vLLM, one for all prompts or several by name: peft's tokens, and bytes as planned."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QUESTION = "What is your return policy?"
 
 
 def second_adapter(folder: Path) -> Path:
-    """An adapter of another rank, and of fewer modules."""
+    """An adapter with another rank and fewer modules than the embedded one."""
     torch.manual_seed(3)
     base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     wanted = LoraConfig(r=12, lora_alpha=360, target_modules=["q_proj", "down_proj"], init_lora_weights=False)

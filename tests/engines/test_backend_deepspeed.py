@@ -1,4 +1,4 @@
-"""DeepSpeed for real over two ranks: the reference's tokens, a share of the weights each, nothing left in /dev/shm."""
+"""Real DeepSpeed runs on two ranks: the reference's tokens, a share of the weights each, nothing left in /dev/shm."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def tokens(folder: Path) -> dict[int, list[int]]:
 
 
 def answer(tmp_path: Path, backend: str, model: str, *overrides: str, **environ: str) -> Path:
-    """The run directory of 20 ragged prompts in batches of 4."""
+    """The run directory of a run with 20 ragged prompts in batches of 4."""
     prompts = ("prompts=file", f"prompts.path={PROMPTS}", "measure.repeats=1", "measure.warmup=0")
     ended = launcher(f"backend={backend}", f"model={model}", f"output_dir={tmp_path}", *prompts, *overrides, **environ)
     return run_dir(ended)
@@ -83,7 +83,7 @@ def test_without_a_compiler_the_ranks_add_up_over_gloo(tmp_path: Path) -> None:
 
 @pytest.fixture
 def long_run(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A run that goes on for minutes unless something ends it."""
+    """A run that takes minutes unless it is ended."""
     long = ("model=tiny_llama", "sampling.max_new_tokens=900", "sampling.ignore_eos=true", "measure.repeats=50")
     command = [sys.executable, "-m", "launcher", "backend=deepspeed", *long, f"output_dir={tmp_path}"]
     process = subprocess.Popen(
@@ -98,7 +98,7 @@ def long_run(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def generating(tmp_path: Path, rank: int) -> int:
-    """Wait until a rank has generated some tokens; its process id."""
+    """Wait until a rank has generated some tokens; returns its process id."""
     end = time.monotonic() + 100
     while time.monotonic() < end:
         time.sleep(0.3)

@@ -1,4 +1,4 @@
-"""What is vLLM's own: its arguments, its workers and their memory, the launchers of others, and a worker that dies."""
+"""The vllm backend: arguments, workers and their memory, ranks started by torchrun, and a worker that dies."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from shards.model.known_shape import known_shape
 from shards.plan.memory import make_layout
 from shards.plan.request import PlanRequest
 
-pytestmark = pytest.mark.slow  # each asks engines in processes of their own
+pytestmark = pytest.mark.slow  # every test starts engines in separate processes
 
 PROGRAM = str(ROOT / "tests" / "programs" / "vllm_program.py")
 PROMPTS = (ROOT / "tests" / "ragged_prompts.txt").read_text().splitlines()
@@ -39,7 +39,7 @@ FIELDS = json.loads((FOLDER / "config.json").read_text())
 WAYS = ("alone", "workers", "torchrun")
 SIZES = {"alone": 1, "workers": 2, "torchrun": 2}
 THREADS = "64"
-PLANNED_POOL = 50_000_000  # as the program is told where it has several workers
+PLANNED_POOL = 50_000_000  # POOL_BYTES of the program, which it uses with several workers
 
 
 def test_a_refusal_names_the_argument() -> None:
@@ -52,7 +52,7 @@ def test_a_refusal_names_the_argument() -> None:
 
 @cache
 def attempt(way: str) -> tuple[list[dict[str, Any]], list[str], str]:
-    """What the program saw in one process, in one with two workers, as two ranks; what it left; why it failed."""
+    """The program's observations by one process, by one with two workers, or by two ranks; files it left; its error."""
     before = shared_memory_files()
     with TemporaryDirectory() as out, TemporaryDirectory() as scratch:
         command = [PROGRAM, str(SIZES[way]), out]
@@ -70,7 +70,7 @@ def attempt(way: str) -> tuple[list[dict[str, Any]], list[str], str]:
 
 
 def seen(way: str) -> list[dict[str, Any]]:
-    """What each process of the program saw."""
+    """The observations of each process of the program."""
     pytest.importorskip("vllm", exc_type=ImportError)
     found, _, failure = attempt(way)
     assert not failure, failure
@@ -248,7 +248,7 @@ multiprocessing.get_context = get_context
 
 def test_an_engine_core_that_is_forked_as_on_cuda_ends_without_its_rank(tmp_path: Path) -> None:
     pytest.importorskip("vllm", exc_type=ImportError)
-    (tmp_path / "sitecustomize.py").write_text(SPAWN_BECOMES_FORK)  # on a CPU vLLM itself always spawns
+    (tmp_path / "sitecustomize.py").write_text(SPAWN_BECOMES_FORK)  # on a CPU vLLM always spawns
     out = tmp_path / "runs"
     paths = f"{ROOT}{os.pathsep}{tmp_path}"
     ended = launcher(

@@ -1,4 +1,4 @@
-"""Decode steps that are made ahead: whole by inductor, layer by layer where these are sharded, or not at all."""
+"""Compiled decode steps: whole by inductor, layer by layer if the layers are sharded, or not at all."""
 
 from __future__ import annotations
 

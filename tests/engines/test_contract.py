@@ -1,4 +1,4 @@
-"""Every engine, for real, on CPU: the same prompts, the same tokens, and memory that shows who holds what."""
+"""Every real engine on a CPU: the same tokens for the same prompts, and the memory that each rank should hold."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from safetensors import safe_open
 from launcher.config.engines import load_engine, names
 from launcher.models import EMBEDDED
 
-pytestmark = pytest.mark.slow  # each asks engines in processes of their own
+pytestmark = pytest.mark.slow  # every test starts engines in separate processes
 
 MODELS = ("tiny_falcon", "tiny_llama")
 SIZES = {"transformers": (1,), "deepspeed": (2,), "endpoint": (), "litgpt": ()}
-"""Numbers of devices of engines that are not tried on one and on two; an endpoint needs a server
-(test_endpoint.py), LitGPT an environment of its own (test_litgpt.py)."""
+"""Numbers of devices for engines that are not tested on one and on two; an endpoint needs a server (test_endpoint.py),
+LitGPT a separate environment (test_litgpt.py)."""
 
 WORLDS = [(name, size) for name in names() for size in SIZES.get(name, (1, 2))]
 REAL = [(name, size) for name, size in WORLDS if load_engine(name).needs_weights]
 
 UNLIKE_WORLDS = [(name, size) for name, size in REAL] + [("deepspeed", 1)]
 ONLY = {("fsdp", 3): ["greedy"], ("deepspeed", 1): ["unlike"]}
-"""Scenarios of worlds that one test alone looks at."""
+"""The only scenarios to run in worlds that a single test uses."""
 
 
 @cache
 def ranks(name: str, size: int, model: str) -> list[dict[str, Any]]:
-    """What the ranks of one engine saw."""
+    """The results of all ranks of one engine."""
     processes = size if load_engine(name).one_process_per_device else 1
     with TemporaryDirectory() as out:
         limit = 280  # the first run of DeepSpeed compiles an operation
@@ -75,7 +75,7 @@ def test_every_engine_gives_the_tokens_of_the_reference(name: str, size: int, mo
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("name", "size"), [world for world in REAL if load_engine(world[0]).has_slots])
 def test_guesses_change_no_token(name: str, size: int, model: str) -> None:
-    """Looked up or made by a draft, with answers that end and without; each engine against itself without guesses."""
+    """With n-gram and draft-model speculation, with and without EOS: the tokens of the same engine without it."""
     for kind in ("ngram", "draft"):
         for scenario in ("greedy", "ignore_eos"):
             with_guesses = completions(name, size, model, f"{kind} {scenario}")
@@ -89,7 +89,7 @@ def test_guesses_change_no_token(name: str, size: int, model: str) -> None:
 
 @pytest.mark.parametrize(("name", "size"), UNLIKE_WORLDS)
 def test_answers_of_unlike_lengths_leave_few_slots_empty(name: str, size: int) -> None:
-    """64 prompts in 8 slots, the longest answer more than ten times the shortest. No engine is told when they end."""
+    """64 prompts in 8 slots, the longest answer more than ten times the shortest; lengths are not known in advance."""
     found = tokens(name, size, "tiny_llama", "unlike")
     assert found == tokens("transformers", 1, "tiny_llama", "unlike"), "which are those of one prompt at a time"
     lengths = list(map(len, found))
@@ -100,12 +100,12 @@ def test_answers_of_unlike_lengths_leave_few_slots_empty(name: str, size: int) -
 
 
 def in_use(seen: list[dict[str, Any]], lengths: list[int]) -> float:
-    """The part of the slots of all decode steps that gave a token."""
+    """The share of the slots of all decode steps that gave a token."""
     return (sum(lengths) - len(lengths)) / sum(rank["counters"]["slots_in_decode_steps"] for rank in seen)
 
 
 def test_the_record_says_how_many_slots_were_in_use(tmp_path: Path) -> None:
-    """Of the same prompts, by ranks that answer apart; and in batches that wait for their longest."""
+    """For the same prompts: with continuous batching by data-parallel ranks, and with static batches."""
     (tmp_path / "prompts.txt").write_text("\n".join(unlike_texts()))
     shares = []
     continuous = ("backend=fsdp", "devices=2", f"measure.batch_size={UNLIKE_SLOTS // 2}")
@@ -169,7 +169,7 @@ def test_memory_has_a_number_or_a_reason(name: str, size: int, model: str) -> No
 
 
 def whole_bytes(model: str) -> int:
-    """Bytes of all parameters in float32, tied ones once, from the checkpoint's own files."""
+    """Bytes of all parameters in float32, tied ones counted once, from the checkpoint's files."""
     total = 0
     for path in (EMBEDDED / model).glob("*.safetensors"):
         with safe_open(path, "np") as file:

@@ -1,4 +1,4 @@
-"""Real servers on the CPU, each started once by its command: the tokens of plain transformers, however asked."""
+"""Real servers on the CPU, each started once: the tokens of plain transformers, by every way of sending requests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from launcher.backends.base import Generation, Prompt
     from launcher.results.comparison import FinishedRun
 
-pytestmark = pytest.mark.slow  # what all share takes seconds to make
+pytestmark = pytest.mark.slow  # the shared fixtures take seconds
 
 TEXTS = ROOT / "tests" / "ragged_prompts.txt"
 SET = ("model=tiny_llama", "prompts=file", f"prompts.path={TEXTS}", "accelerator=cpu")
@@ -39,7 +39,7 @@ BENCH = (
     "from vllm.utils.argparse_utils import FlexibleArgumentParser;"
     "parser = FlexibleArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
 )
-"""`vllm bench serve`: the command itself does not start from the wheel for CPUs."""
+"""Runs `vllm bench serve`, whose command does not start from the wheel for CPUs."""
 WAYS = {
     "one by one": "load.concurrency=1",
     "eight at once": "load.concurrency=8",
@@ -50,7 +50,7 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    """A run of plain transformers: the answers that are right."""
+    """A run of plain transformers, which has the correct answers."""
     folder = tmp_path_factory.mktemp("reference")
     ended = launcher("backend=transformers", *SET, f"output_dir={folder}", "measure.repeats=1", timeout=200)
     assert ended.code == 0, ended.err
@@ -59,7 +59,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
 
 @dataclass(frozen=True)
 class Running:
-    """A server that runs, with the client that has it."""
+    """A running server, with the client that started it."""
 
     backend: EndpointBackend
     prompts: list[Prompt]
@@ -75,7 +75,7 @@ class Running:
 
 @contextmanager
 def started(folder: Path, *overrides: str) -> Iterator[Running]:
-    """The server of `server=...`; nothing of it is left when the context ends."""
+    """The server of `server=...`; checks on exit that nothing of it is left."""
     before = shared_memory_files()
     config = compose_run(["backend=endpoint", *SET, "devices=1", *overrides, f"run_dir={folder}", "resume=true"])
     config.model.path = str(ROOT / "launcher" / "models" / "tiny_llama")
@@ -98,7 +98,7 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 def check_answers(generation: Generation, reference: FinishedRun) -> None:
-    """The tokens of the reference, or its texts where the server gives no ids."""
+    """Check that the answers have the reference's tokens, or its texts if the server returns no ids."""
     assert (generation.failures, len(generation.completions)) == ((), len(reference.completions))
     for completion in generation.completions:
         right = reference.completions[completion.index]
@@ -187,7 +187,7 @@ def test_ray_serve_gives_the_tokens_of_the_reference(reference: FinishedRun, tmp
 
 
 def served(words: str) -> tuple[str, ...]:
-    """The overrides that start an engine of ours behind HTTP."""
+    """The overrides that start an engine of this project as an HTTP server."""
     command = f"{{python}} -m launcher.serve {words} model=tiny_llama accelerator=cpu --port={{port}}"
     return "server=litserve", f"server.command='{command}'", "server.dialect=vllm"
 

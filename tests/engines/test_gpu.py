@@ -1,4 +1,4 @@
-"""What only CUDA cards can show: the branches of the code that no other machine runs."""
+"""Tests that need CUDA GPUs: the branches of the code that run only there."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from shards.parallel.products import quantize_layers
 
 
 def cards() -> tuple[Device, ...]:
-    """What a run would be on; none where torch is a build for CPUs, or the cards are in parts."""
+    """The GPUs that a run would use; none if torch is a CPU build, or if the GPUs are partitioned by MIG."""
     try:
         return cuda_devices(os.environ) if torch.version.cuda else ()
     except PlanError:
@@ -57,12 +57,12 @@ several = pytest.mark.skipif(len(CARDS) < 2, reason="fewer than two CUDA devices
 ENGINES = [name for name, kind in engines().items() if kind.needs_weights]
 SHORT = ("measure.repeats=1", "measure.warmup=0", "sampling.max_new_tokens=24", "precision=fp32")
 PROMPTS = ("prompts=file", f"prompts.path={ROOT}/tests/ragged_prompts.txt")
-NEAR = 0.02  # logits this close may change places: kernels add up in different orders, some in TF32
+NEAR = 0.02  # closer logits may change order: kernels sum in different orders, some in TF32
 
 
 @cache
 def ran(engine: str, model: str, devices: int, accelerator: str, *more: str) -> tuple[dict[str, Any], list[Any]]:
-    """Record and completions of a run of its own."""
+    """The record and completions of a separate run."""
     asked = [f"backend={engine}", f"model={model}", f"devices={devices}", f"accelerator={accelerator}"]
     visible = ",".join(card.uuid or str(place) for place, card in enumerate(CARDS))
     with TemporaryDirectory() as out:
@@ -76,14 +76,15 @@ def ran(engine: str, model: str, devices: int, accelerator: str, *more: str) -> 
 
 
 def has(engine: str) -> bool:
-    """Whether the engine is installed; vLLM also has a build for CPUs, of another name."""
+    """True if the engine is installed; for vLLM, not its build for CPUs, which has another name."""
     if any(importlib.util.find_spec(module) is None for module in engines()[engine].modules()):
         return False
     return engine != "vllm" or any(item.name == "vllm" for item in importlib.metadata.distributions())
 
 
 def same_tokens(found: list[Any], expected: list[Any]) -> None:
-    """Each completion is that of the reference up to where the reference was in two minds."""
+    """Check that each completion is that of the reference, up to the first token whose top two logits are closer than
+    NEAR in the reference."""
     assert len(found) == len(expected) == 20
     for ours, theirs in zip(found, expected, strict=True):
         sure = next((place for place, gap in enumerate(theirs["top2_gaps"]) if gap < NEAR), len(theirs["token_ids"]))
@@ -111,14 +112,14 @@ def check(engine: str, model: str, devices: int) -> None:
     assert record["config"]["accelerator"] == "cuda"
     planned = [device["parameter_bytes"] for device in record["plan"]["devices"]]
     assert [device["device_uuid"] for device in record["devices"]] == [card.uuid for card in CARDS[:devices]]
-    if engine == "transformers":  # accelerate spreads the layers as it likes
+    if engine == "transformers":  # accelerate decides how to spread the layers
         assert sum(device["parameter_bytes"] for device in record["devices"]) == sum(planned)
     else:
         assert [device["parameter_bytes"] for device in record["devices"]] == planned
     for device in record["devices"]:
         assert device["parameter_bytes"] <= device["peak_allocated_bytes"] <= device["peak_reserved_bytes"]
         check_phases(engine, device)
-        if device["nvml_used_bytes"] is None:  # a container whose process ids the driver does not know
+        if device["nvml_used_bytes"] is None:  # in a container, whose process ids the driver does not know
             assert device["reasons"]["nvml_used_bytes"].startswith("NVML ")
         else:
             assert device["nvml_used_bytes"] > device["parameter_bytes"]
@@ -157,7 +158,7 @@ def test_offloaded_shards_give_the_tokens_of_the_cpu() -> None:
 
 
 def check_offload(engine: str, devices: int, place: str) -> None:
-    """What is not on the cards is as planned, and so is what is."""
+    """Check that the bytes on the GPUs and off them are as planned, and that the tokens are right."""
     if not has(engine):
         pytest.skip(f"backend={engine} is not installed for CUDA")
     record, completions = ran(engine, "tiny_falcon", devices, "cuda", f"offload={place}")
@@ -175,7 +176,7 @@ def test_random_weights_on_cards_do_not_depend_on_the_sharding() -> None:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
-    """A matrix of more pieces than the ring has buffers, a small one and a scalar."""
+    """A checkpoint with a matrix of more pieces than the ring has buffers, a small matrix and a scalar."""
     folder = tmp_path_factory.mktemp("checkpoint")
     torch.manual_seed(0)
     tensors = {"wide": torch.randn(40_000, 1001), "half": torch.randn(777, 130).bfloat16(), "one": torch.tensor(2.5)}
@@ -232,7 +233,7 @@ def test_random_weights_on_a_card_are_sane_and_the_same_again() -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("quantization", OWN_QUANTIZATIONS)
 def test_a_card_packs_and_multiplies_as_the_processor_does(quantization: str) -> None:
-    """Of both models, in bf16: the mean difference of their logits is far below the step of the quantization."""
+    """For both models in bf16: the mean difference of the logits is far below the quantization step."""
     for name in ("tiny_llama", "tiny_falcon"):
         logits = []
         for place in ("cpu", "cuda:0"):
@@ -245,13 +246,13 @@ def test_a_card_packs_and_multiplies_as_the_processor_does(quantization: str) ->
 
 
 def attention(length: int, keys: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Query of 8 heads, key and value of 2, on the CPU, and a mask by which a row is padded on its left."""
+    """Query of 8 heads, key and value of 2 heads, on the CPU, and a causal mask in which one row is left-padded."""
     torch.manual_seed(0)
     query = torch.randn(3, length, 8, 64).transpose(1, 2).to(dtype)
     key, value = (torch.randn(3, 2, keys, 64).to(dtype) for _ in range(2))
     mask = torch.ones(length, keys, dtype=torch.bool).tril(keys - length).repeat(3, 1, 1, 1)
     mask[0, :, :, :2] = False
-    mask[0, :, :2, 0] = True  # a token of the padding sees itself
+    mask[0, :, :2, 0] = True  # padding tokens need a key to attend to
     return query, key, value, mask
 
 
@@ -268,7 +269,7 @@ def test_falcons_attention_needs_no_kernel_that_keeps_scores(length: int, keys: 
 
 @pytest.mark.parametrize("model", ["tiny_falcon", "tiny_llama"])
 def test_prompts_of_one_length_are_answered_with_flash_attention_alone(model: str) -> None:
-    """It takes no mask, and no keys of which torch would have to make more."""
+    """Flash attention takes no mask, and torch must not have to repeat the keys of a group for it."""
     made = build_meta(EMBEDDED / model, torch.bfloat16)
     keep_kv_heads_only(made)
     card = torch.device("cuda", 0)
@@ -300,7 +301,8 @@ def test_graphs_of_several_cards_give_the_tokens_of_others(model: str) -> None:
 
 
 def test_a_replay_launches_the_kernels_of_a_step_at_once() -> None:
-    """Prompts of unlike lengths, more than there are slots, of which some end early; then one step is counted."""
+    """More prompts than slots, of different lengths, some of which end early; then the kernels of one step are
+    counted."""
     model = build_meta(EMBEDDED / "tiny_llama", torch.float32).to_empty(device="cuda").eval()
     fill_random(model, 0, torch.device("cuda", 0))
     cuda = torch.device("cuda", 0)
@@ -332,7 +334,7 @@ def test_a_prompt_in_falcons_attention_keeps_no_scores() -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     attend(query, key, value, mask, group=16)
-    again = 2 * query.nbytes  # keys and values at all heads
+    again = 2 * query.nbytes  # keys and values repeated for all heads
     assert torch.cuda.max_memory_allocated() - before < again + query.nbytes + 64 * MIB  # scores: 1024 MiB
 
 
@@ -351,7 +353,7 @@ def test_a_draw_on_a_card_waits_for_nothing() -> None:
 
 @pytest.mark.parametrize("is_captured", [False, True])
 def test_a_call_waits_for_nothing_but_its_tokens(is_captured: bool) -> None:
-    """Also where prompts take slots between the steps; with the tokens of other calls."""
+    """Even if prompts take slots between the steps; the tokens are those of an unchecked call."""
     model = build_meta(EMBEDDED / "tiny_llama", torch.float32)
     card = torch.device("cuda", 0)
     load_weights(model, Checkpoint.open(EMBEDDED / "tiny_llama"), card)

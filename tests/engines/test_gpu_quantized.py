@@ -1,4 +1,4 @@
-"""What only CUDA cards can show of quantized and pruned weights: kernels that no other machine has."""
+"""Tests of quantized and pruned weights that need CUDA GPUs, for their kernels."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SCORED = ("measure.quality=builtin", "measure.repeats=1", "measure.warmup=0", "s
 
 
 def scored(out: Path, *asked: str) -> dict[str, Any]:
-    """The record of a run that scores the text of the package."""
+    """The record of a run that scores the built-in text."""
     ended = launcher(*asked, *SCORED, f"output_dir={out}", timeout=280)
     assert ended.code == 0, ended.err
     record: dict[str, Any] = json.loads((Path(ended.last_json["run_dir"]) / "record.json").read_text())
@@ -55,7 +55,7 @@ def test_a_card_multiplies_what_is_stored_as_the_processor_does(method: str, tmp
 
 @pytest.mark.parametrize("method", ["gptq", "gptq 8 bits", "awq", "w4a16", "w8a8", "float8"])
 def test_vllms_kernels_score_a_stored_checkpoint_as_its_values_do(method: str, tmp_path: Path) -> None:
-    """Marlin for integers without their inputs, CUTLASS for bytes."""
+    """vLLM uses Marlin for weight-only integers, and CUTLASS for 8-bit weights and inputs."""
     if not has("vllm"):
         pytest.skip("backend=vllm is not installed for CUDA")
     write(method, tmp_path / "model")
@@ -79,7 +79,7 @@ def test_products_of_fp8_score_a_text_as_bf16_does(quantization: str, tmp_path: 
 
 @torch.inference_mode()
 def test_two_of_four_zeros_fit_the_kernels_for_them() -> None:
-    """What `launcher.compress pattern=2:4` writes, in the form of torch's semi-structured products."""
+    """Weights pruned as by `launcher.compress pattern=2:4` can be converted for torch's semi-structured kernels."""
     torch.manual_seed(0)
     weight = pruned(torch.randn(256, 512), 0.5, "2:4").half().cuda()
     rows = torch.randn(128, 512, device="cuda").half()

@@ -1,4 +1,4 @@
-"""Steps as CUDA graphs, recorded on a CPU: what they read and write lies where it lay when they were captured."""
+"""Steps as CUDA graphs, simulated on a CPU: replays read and write the addresses of the capture."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ SAMPLING = SamplingConfig(max_new_tokens=10, ignore_eos=True)
 
 @pytest.mark.parametrize("family", ["bloom", "falcon", "gemma2", "llama", "mistral"])
 def test_graphs_give_the_tokens_of_other_steps(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows and reaches of several sizes, prompts in chunks between the steps, windows that were gone round, slots that
-    are free; and other prompts than when they were captured."""
+    """With several numbers of rows and cache lengths, prompts read in chunks between the steps, wrapped sliding windows
+    and free slots; and with other prompts than during the capture."""
     graphs = record_graphs(monkeypatch)
     monkeypatch.setattr(static, "REACHES", 16)
     model = made(family, fields(family))
@@ -50,7 +50,7 @@ def config_of(compile: str) -> Any:
 
 
 def test_a_step_that_waits_for_the_device_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would break the capture, and leave CUDA's allocator in the middle of it."""
+    """Such a step would make the capture fail, and leave CUDA's allocator in capture mode."""
     graphs = record_graphs(monkeypatch)
     model = made("llama", fields("llama"))
     engine = decoder(model, 2, 40, 2048)

@@ -1,4 +1,4 @@
-"""Thousands of decode steps: what a rank holds does not grow with them."""
+"""The memory of a rank does not grow over thousands of decode steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from running import ranks_of
 from launcher.models import EMBEDDED
 
 MIB = 1024**2
-STEPS = {1: 1000, 2: 150}  # of each of ten calls, by ranks: several take turns on two cores
+STEPS = {1: 1000, 2: 150}  # steps of each of ten calls, by number of ranks: two ranks are slower
 
 
 def kv_bytes_per_token() -> int:

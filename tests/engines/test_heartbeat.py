@@ -1,4 +1,4 @@
-"""A load of vLLM that takes long is alive as long as it works, and hangs where it does not."""
+"""A long load of vLLM counts as alive while it reads or computes, and as hung otherwise."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def test_a_process_that_ends_takes_no_work_back() -> None:
 
 
 class Loaded(Exception):
-    """The fake engine has loaded; what follows is not of interest here."""
+    """Ends the test when the fake engine has loaded."""
 
 
 def reading(path: Path, beats: list[int]) -> None:
-    """As a slow load does: a piece at a time, until somebody has seen it."""
+    """Keep reading, like a slow load, until three heartbeats were seen."""
     while len(beats) < 3:
         path.read_bytes()
         time.sleep(0.01)
@@ -72,7 +72,7 @@ def test_a_slow_load_of_the_engine_beats_while_it_works(
         raise Loaded
 
     monkeypatch.setattr(heartbeat, "BEAT_S", 0.05)
-    monkeypatch.setattr(heartbeat, "COMPUTING", 1000.0)  # this process has threads of its own
+    monkeypatch.setattr(heartbeat, "COMPUTING", 1000.0)  # so that this process' other threads do not count as work
     engine = object.__new__(module.VllmBackend)
     engine.config = compose_run(["backend=vllm", "devices=1", "accelerator=cpu"])
     engine.options, engine.on_cpu, engine.external = engine.config.backend, True, False

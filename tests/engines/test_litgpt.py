@@ -1,4 +1,4 @@
-"""LitGPT beside the reference, for real where an environment has it (LITGPT_PYTHON=...), and refusals before a run."""
+"""LitGPT compared with the reference, by real runs if LITGPT_PYTHON names an environment with it, and refusals."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def ran(folder: Path, *asked: str) -> tuple[dict[str, Any], list[list[int]]]:
 
 
 def falcon_adapter(folder: Path) -> Path:
-    """Factors of two ranks for two matrices of a layer: LitGPT has one rank, and factors for all layers."""
+    """An adapter with factors of different ranks for two matrices of one layer. LitGPT supports only one rank and
+    factors for all layers, so the adapter has to be converted."""
     fields = json.loads((EMBEDDED / "tiny_falcon" / "config.json").read_text())
     hidden, kv_heads = fields["hidden_size"], fields["num_kv_heads"]
     joint = hidden + 2 * kv_heads * hidden // fields["num_attention_heads"]
@@ -76,7 +77,7 @@ def test_its_tokens_are_those_of_the_reference_and_it_converts_once(model: str, 
     assert tokens == expected
     assert [path.stat().st_mtime_ns for path in made.parent.glob("*/lit_model.pth")] == [written]
     fields = json.loads((EMBEDDED / model / "config.json").read_text())
-    ends = 2 * 4 * fields["vocab_size"] * fields["hidden_size"]  # embedding and head stay whole, and norms
+    ends = 2 * 4 * fields["vocab_size"] * fields["hidden_size"]  # embedding and head are not split (nor small norms)
     held = [device["parameter_bytes"] for device in cut["devices"]]
     assert len(held) == 2
     assert all(part - ends == pytest.approx((whole - ends) / 2, rel=0.02) for part in held)
@@ -93,7 +94,7 @@ PUBLISHED = {
     "llama2_7b": {"intermediate_size": 11008, "n_query_groups": 32, "norm_eps": 1e-5, "mlp_class_name": "LLaMAMLP"},
     "llama31_8b": {"n_query_groups": 8, "rope_base": 500000},
 }
-"""What LitGPT's own table has for them."""
+"""Expected values, from LitGPT's own table of models."""
 
 
 @pytest.mark.parametrize("model", PUBLISHED)

@@ -1,4 +1,4 @@
-"""CUDA's allocator by phases: one that is none, so that every machine can see who is asked when."""
+"""Peaks of CUDA's allocator by phase, with a fake allocator, so that the tests run on every machine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CARD, OTHER = torch.device("cuda", 0), torch.device("cuda", 1)
 
 
 class Allocator:
-    """As torch's own: what is asked for, and the peaks since they were last reset, by device."""
+    """A fake of torch's allocator statistics: current and peak bytes of each device since the last reset."""
 
     def __init__(self) -> None:
         self.current = {CARD: (0, 0), OTHER: (0, 0)}
@@ -72,7 +72,7 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> Allocator:
 
 
 def test_each_phase_has_the_peaks_of_its_own_steps(allocator: Allocator) -> None:
-    allocator.use(CARD, 0, 0, peak=5000)  # before: of nobody
+    allocator.use(CARD, 0, 0, peak=5000)  # before the first phase: belongs to none
     peaks = PhasePeaks([torch.device("cpu"), CARD, OTHER])
     allocator.use(CARD, 100, 120, peak=110)
     peaks.end("load")
@@ -108,7 +108,7 @@ def test_what_is_not_watched_is_null_with_a_reason(allocator: Allocator) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("is_continuous", [True, False], ids=["slots", "static"])
 def test_a_decode_loop_ends_a_phase_with_each_step(is_continuous: bool) -> None:
-    """Of two prompts in two slots the second is read in chunks of two tokens, between which the first is decoded."""
+    """With two prompts in two slots, the second is read in chunks of two tokens, and the first decoded in between."""
     model = build_meta(EMBEDDED / "tiny_llama", torch.float32)
     load_weights(model, Checkpoint.open(EMBEDDED / "tiny_llama"), "cpu")
     seen: list[str] = []
@@ -128,7 +128,7 @@ WIDE = Console(width=200)
 
 
 def text_of(table: object) -> list[list[str]]:
-    """The cells of the rows of a table as it is printed."""
+    """The cells of each row of a table, as printed."""
     out = StringIO()
     Console(width=200, file=out).print(table)
     rows = [line.split("│")[1:-1] for line in out.getvalue().splitlines() if "│" in line]
@@ -175,7 +175,7 @@ def test_memory_grows_with_a_cache_that_does(
     scheduling: str, own: dict[str, str], found: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ALLOCATOR:
-        monkeypatch.setenv(name, "")  # for its value before to be put back
+        monkeypatch.setenv(name, "")  # makes monkeypatch restore the variable, even if it is not set now
         monkeypatch.delenv(name)
     for name, value in own.items():
         monkeypatch.setenv(name, value)

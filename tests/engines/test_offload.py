@@ -1,4 +1,4 @@
-"""Weights that lie elsewhere than on the device: the same tokens, nothing left behind, and refusals before a run."""
+"""Offloaded weights: the same tokens, no files left behind, and refusals before a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROMPTS = [Prompt(index, "", tuple(range(5, 9 + 3 * index))) for index in range(
 
 
 def answered(config: RunConfig) -> tuple[Generation, torch.nn.Module, tuple[int, int], tuple[int, int]]:
-    """What a run says, its model, and the bytes on the device and off it, as planned and as measured."""
+    """The answers of a run, its model, and the bytes (on the device, offloaded) as planned and as measured."""
     folder = EMBEDDED / config.model.name
     fields = json.loads((folder / "config.json").read_text())
     plan = plan_of(config, fields, Checkpoint.open(folder).tensors, PROMPTS, on_cuda=False)

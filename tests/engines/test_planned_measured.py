@@ -1,7 +1,7 @@
-"""Planned against measured: what `plan.json` says of each device, and what a real run of each engine then held.
+"""Compares planned and measured memory: `plan.json` for each device, and the record of a real run of each engine.
 
-Two sweeps of real runs at once, each point started by the command line: a tiny model with random weights, and a Mistral
-of about 1 GB with those of a checkpoint, whose window is shorter than the prompts.
+Two concurrent sweeps of real runs from the command line: a tiny model with random weights, and a Mistral of about 1 GB
+with weights of a checkpoint and a sliding window shorter than the prompts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MODELS = ("tiny_llama", "mistral_1gb")
 POINTS = [(model, engine) for model in MODELS for engine in ENGINES]
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 30, 2
 WINDOW = 17
-BLOCK_TOKENS = 128  # of vLLM's cache on a CPU
+BLOCK_TOKENS = 128  # tokens per block of vLLM's KV cache on a CPU
 
 MISTRAL_1GB = {
     "model_type": "mistral",
@@ -39,17 +39,17 @@ MISTRAL_1GB = {
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
     "sliding_window": WINDOW,
-    "max_position_embeddings": 333,  # so that the 64 sequences of vLLM's pool are no whole number of blocks
+    "max_position_embeddings": 333,  # so that the 64 sequences of vLLM's pool are not a whole number of blocks
     "tie_word_embeddings": False,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
 MISTRAL_1GB_BYTES = 2 * (2 * 32000 * 2048 + 8 * (2048 * (2 * 2048 + 2 * 512 + 3 * 5504) + 2 * 2048) + 2048)
-"""In bf16: embedding and head; in 8 layers q and o, k and v, the MLP's three, two norms; the last norm."""
+"""bf16 bytes: embedding and head; in each of 8 layers q and o, k and v, 3 MLP matrices, 2 norms; the last norm."""
 
 
 def sweep(output_dir: Path, *overrides: str) -> None:
-    """One run for each engine that is installed, and each model."""
+    """Run each installed engine with each model."""
     found = [name for name in ENGINES if all(find_spec(package) for package in load_engine(name).modules())]
     ended = launcher(
         "-m", f"backend={','.join(found)}", "devices=2", "accelerator=cpu", f"output_dir={output_dir}",
@@ -61,7 +61,7 @@ def sweep(output_dir: Path, *overrides: str) -> None:
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
-    """The record of each point by model and engine."""
+    """The record of each run by model and engine."""
     folder = tmp_path_factory.mktemp("mistral_1gb")
     (folder / "config.json").write_text(json.dumps(MISTRAL_1GB))
     with pytest.MonkeyPatch.context() as patch:
@@ -85,7 +85,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], d
 def devices(
     records: dict[tuple[str, str], dict[str, Any]], model: str, engine: str
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """(planned, measured) of each device; skips where the engine is not installed."""
+    """(planned, measured) for each device; skips if the engine is not installed."""
     if (model, engine) not in records:
         pytest.skip(f"{engine} is not installed")
     record = records[model, engine]
@@ -103,7 +103,7 @@ def test_parameters_are_as_planned_to_the_byte(records: Any, model: str, engine:
 
 @pytest.mark.parametrize("engine", ["fsdp", "transformers"])
 def test_the_large_model_is_whole(records: Any, engine: str) -> None:
-    """What the devices hold together where no parameter is held twice or padded."""
+    """The devices together hold the whole model, in engines that neither duplicate nor pad parameters."""
     assert MISTRAL_1GB_BYTES > 950_000_000
     pairs = devices(records, "mistral_1gb", engine)
     assert sum(held["parameter_bytes"] for _, held in pairs) == MISTRAL_1GB_BYTES
@@ -111,7 +111,7 @@ def test_the_large_model_is_whole(records: Any, engine: str) -> None:
 
 @pytest.mark.parametrize(("model", "engine"), [point for point in POINTS if point[1] != "vllm"])
 def test_the_slots_of_a_module_are_as_planned_to_the_byte(records: Any, model: str, engine: str) -> None:
-    """A slot has places for a prompt and its answer; in a layer with a window for no more tokens than that spans."""
+    """A slot has room for a prompt and its answer; in layers with a sliding window, for at most the window."""
     places = WINDOW if model == "mistral_1gb" else PROMPT_TOKENS + NEW_TOKENS
     slots = PROMPTS // 2 if engine == "fsdp" else PROMPTS
     for planned, held in devices(records, model, engine):
@@ -122,7 +122,7 @@ def test_the_slots_of_a_module_are_as_planned_to_the_byte(records: Any, model: s
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_cache_of_vllm_is_as_planned(records: Any, model: str) -> None:
-    """In use as many blocks as all prompts take; reserved the whole blocks of what is planned."""
+    """In use: the blocks of all prompts. Reserved: the whole blocks within the planned bytes."""
     pairs = devices(records, model, "vllm")
     block = BLOCK_TOKENS * records[model, "vllm"]["plan"]["kv_bytes_per_token"]
     for planned, held in pairs:

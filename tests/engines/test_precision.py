@@ -1,4 +1,4 @@
-"""Mixed precision on every engine that has it: Fabric's own logits, and the planned bytes; the others refuse."""
+"""Mixed precision on every engine that supports it: Fabric's logits and the planned bytes; other engines refuse it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ IDS = torch.tensor([[5, 77, 301, 12, 9, 44, 130, 8]])
 
 @cache
 def ranks(name: str, size: int) -> list[dict[str, Any]]:
-    """What the ranks of one engine saw, by model and type."""
+    """The results of all ranks of one engine, by model and dtype."""
     with TemporaryDirectory() as out:
         ended = ranks_of("precision_program.py", size, name, str(size), out)
         assert ended.code == 0, ended.err[-3000:]
@@ -34,7 +34,7 @@ def ranks(name: str, size: int) -> list[dict[str, Any]]:
 @cache
 @torch.inference_mode()
 def of_fabric(model: str, precision: str) -> torch.Tensor:
-    """The logits of transformers' model in Fabric's hands; it does fp16 on a CPU only where its plugin is asked for."""
+    """The logits of transformers' model under Fabric, which supports fp16 on a CPU only with an explicit plugin."""
     whole = AutoModelForCausalLM.from_pretrained(EMBEDDED / model, dtype=torch.float32)
     if precision == "fp16_mixed":
         fabric = Fabric(accelerator="cpu", devices=1, plugins=[MixedPrecision("16-mixed", "cpu")])
@@ -49,7 +49,7 @@ def of_fabric(model: str, precision: str) -> torch.Tensor:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("name", "size"), WORLDS)
 def test_logits_are_those_of_fabric(name: str, size: int, model: str, precision: str) -> None:
-    """To the bit where a rank makes whole products; sums over ranks are rounded otherwise."""
+    """Bit-exact if each rank computes whole products; sums over ranks are rounded differently."""
     expected = of_fabric(model, precision)
     for rank in ranks(name, size):
         logits = rank[f"{model} {precision}"]["logits"]

@@ -1,4 +1,4 @@
-"""A long prompt, read in chunks: the most memory that its activations take, as the allocator of the CPU counts it."""
+"""A long prompt read in chunks: the peak memory of its activations, as reported by the CPU allocator."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ CHUNK, WHOLE = 160, 4096
 
 
 def rank_of(fields: dict[str, Any], size: int) -> torch.nn.Module:
-    """What the first of so many ranks has of a model. Of the others it hears zeros, and its own again."""
+    """The first of `size` ranks of a tensor-parallel model, without the others: an all-reduce adds nothing, and an
+    all-gather repeats its own part."""
     ways = Collectives("alone", lambda tensor: None, lambda out, part: out.copy_(part.expand_as(out)))
     model = build_meta(fields, torch.float32)
     keep_kv_heads_only(model)
@@ -45,7 +46,7 @@ def rank_of(fields: dict[str, Any], size: int) -> torch.nn.Module:
 
 
 def peak_bytes(model: torch.nn.Module, length: int, chunk: int) -> int:
-    """The most that was allocated at once while a prompt was read, beyond what there was before."""
+    """The peak of allocated bytes while a prompt is read, relative to the bytes before."""
     engine = decoder(model, 1, length + 2, chunk)
     answered(engine, prompts_of((1,)), SAMPLING)  # allocates the cache
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:

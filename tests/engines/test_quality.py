@@ -1,4 +1,4 @@
-"""What engines make of a text: the likelihoods of transformers itself, whoever holds the model, and how."""
+"""Scoring a text: every engine gives the likelihoods of plain transformers, however it holds the model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_every_engine_scores_a_text_as_transformers_does(tmp_path: Path) -> None
         assert record["quality"]["tokens"] == len(best)
         assert record["quality"]["perplexity"] == pytest.approx(math.exp(-sum(likelihoods) / len(best)), rel=1e-3)
         same = sum(left == right for left, right in zip(record["quality"]["best_tokens"], best, strict=True))
-        assert same >= len(best) - 2, record["backend"]  # two logits may be one last bit apart
+        assert same >= len(best) - 2, record["backend"]  # two logits may differ only in the last bit
     assert " ".join(ended.out.split()).count(f"of {len(best):,} tokens of builtin") == 4
     lines = ended.out.splitlines()
     headings = [line.split("┃") for line in lines if "perplexity ┃" in line or "┃ KL≥," in line]
@@ -52,14 +52,14 @@ def test_every_engine_scores_a_text_as_transformers_does(tmp_path: Path) -> None
     shown = next(line for line in lines if line.startswith("│ transformers")).split("│")
     assert [cell.strip() for cell in shown[-3:-1]] == ["100.0%", "0"]
     qualities = {record["backend"]: decode(record["quality"], Quality) for record in records}
-    for quality in qualities.values():  # vLLM's likelihoods are there as well
+    for quality in qualities.values():  # including vLLM's
         kl = kl_divergence(qualities["transformers"], quality)
         assert kl is not None
         assert kl < 1e-4
 
 
 def test_the_divergence_of_what_is_known_is_a_lower_bound_and_near() -> None:
-    """Against that over the whole vocabulary, of distributions as far from each other as rounded weights make them."""
+    """Compared with the divergence over the whole vocabulary, for distributions that differ as after quantization."""
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(200, 512, generator=generator)
     qualities, likely = [], []

@@ -1,4 +1,4 @@
-"""Weights that are quantized while they are loaded: the library's own logits, the planned bytes, every engine."""
+"""Weights quantized while they are loaded, on every engine: the library's logits, and the planned bytes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def loaded(model: str, quantization: str, dtype: torch.dtype = torch.float32) ->
 
 @torch.inference_mode()
 def test_llm_int8_is_that_of_from_pretrained() -> None:
-    """Of a Llama: transformers leaves the layers of a Falcon, which have a class of their own, as they are."""
+    """Only for a Llama: transformers does not quantize the layers of a Falcon, which have their own class."""
     folder, config = EMBEDDED / "tiny_llama", BitsAndBytesConfig(load_in_8bit=True)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config)
     torch.testing.assert_close(loaded("tiny_llama", "int8")(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-4)
@@ -57,8 +57,8 @@ def test_llm_int8_is_that_of_from_pretrained() -> None:
 def test_four_bits_are_those_of_from_pretrained(
     quantization: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the bit. On CPUs with avx512_bf16 its layers rewrite themselves, though, with maxima and products in bf16
-    whatever the type of the model (_convert_weight_packed_for_cpu in bitsandbytes/functional.py): not here."""
+    """Bit-exact. On CPUs with avx512_bf16 bitsandbytes' layers would convert themselves to maxima and products in bf16,
+    for models of any dtype (_convert_weight_packed_for_cpu in bitsandbytes/functional.py); the test disables this."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     kind, _, nested = quantization.partition("_")
     config = BitsAndBytesConfig(
@@ -76,7 +76,8 @@ def test_four_bits_are_those_of_from_pretrained(
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("quantization", ["nf4", "nf4_dq", "fp4"])
 def test_four_bits_are_those_that_bitsandbytes_makes(quantization: str, model: str) -> None:
-    """The model with the values that its weights have after bitsandbytes; some CPUs it lets multiply in bf16 only."""
+    """Compared with a plain model that has the dequantized values, since on some CPUs bitsandbytes multiplies only in
+    bf16."""
     module = loaded(model, quantization)
     rounded = AutoModelForCausalLM.from_pretrained(EMBEDDED / model, dtype=torch.float32)
     for name, layer in module.named_modules():
@@ -133,9 +134,9 @@ def test_int8_of_both_factors_is_the_product_of_rounded_rows() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("quantization", ["int8_dyn", "int4_wo"])
 def test_integers_are_those_of_torchao(quantization: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the bit, of a model that torchao has quantized. scripts/setup.sh puts it beside the environment."""
+    """Bit-exact, compared with a model quantized by torchao, which scripts/setup.sh installs into .venv/beside."""
     monkeypatch.syspath_prepend(Path(sys.prefix) / "beside")
-    monkeypatch.setenv("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")  # compiled for GPUs
+    monkeypatch.setenv("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")  # they are compiled for GPUs
     api = pytest.importorskip("torchao.quantization")
     prototype = pytest.importorskip("torchao.prototype.quantization.int4.inference_workflow")
     kinds = {
@@ -219,7 +220,7 @@ def test_other_layers_than_linear_ones_are_refused() -> None:
 
 
 def benchmark_ranks(command: Sequence[str], ranks: int, threads: int, limit_s: float) -> list[dict[str, Any]]:
-    """`run_ranks` of the benchmarks with ranks that are forks, of one thread each: two take turns on busy cores."""
+    """Replaces `run_ranks` of the benchmarks: the ranks are forks with one thread each, for busy machines."""
     started = [sys.executable, "-m", "launcher.launch.forks", str(ranks), "forked", json.dumps(command[1:])]
     ended = run(started, limit_s, PYTHONPATH=WITH_PROGRAMS)
     assert ended.code == 0, ended.err[-2000:]
@@ -230,7 +231,7 @@ def benchmark_ranks(command: Sequence[str], ranks: int, threads: int, limit_s: f
 def test_weights_take_their_share_and_loading_little_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A model of 0.4 GB: 300 MB above the shard are less than the whole of it, in whatever form, would take."""
+    """For a model of 0.4 GB: the limit of 300 MB above the shard is less than a copy of the whole model in any form."""
     techniques = {"int8": (0.47, 0.53), "int4_wo": (0.2, 0.3)}
     monkeypatch.syspath_prepend(ROOT / "scripts" / "benchmarks")
     benchmark = importlib.import_module("quantized")

@@ -1,4 +1,4 @@
-"""Continuous batching: who is in which slot, and the tokens of every family in slots."""
+"""Continuous batching: the schedule of the slots, and the tokens of every model family."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ VARIANTS = {
 
 
 def fields(family: str) -> dict[str, Any]:
-    """A small model of a family, with windows shorter than the prompts where it has windows."""
+    """The config of a small model of a family; sliding windows, if any, are shorter than the prompts."""
     if family in OTHERS:
         return OTHERS[family]
     more = MOE if family in MIXTURES else {}
@@ -80,7 +80,7 @@ def fields(family: str) -> dict[str, Any]:
 
 
 def made(family: str, config: dict[str, Any]) -> Any:
-    """A random model whose answers are not all the same token."""
+    """A random model whose answers do not just repeat one token."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config)).eval()
     for parameter in model.parameters():
@@ -117,7 +117,7 @@ def by_generate(model: Any, prompt: Prompt, new_tokens: int) -> tuple[int, ...]:
     + [pytest.param(*variant, id=name) for name, variant in VARIANTS.items()],
 )
 def test_a_family_in_slots_gives_the_tokens_of_generate(family: str, config: dict[str, Any]) -> None:
-    """Prompts shorter and longer than the window and than a chunk, more of them than slots, in whatever order."""
+    """With prompts shorter and longer than the window and than a chunk, and more prompts than slots."""
     new_tokens = 10
     prompts = prompts_of((5, 24, 1, 17, 16, 15, 30))
     model = made(family, config)
@@ -127,7 +127,7 @@ def test_a_family_in_slots_gives_the_tokens_of_generate(family: str, config: dic
     keep_kv_heads_only(model)
     for slots, prefill_tokens, is_static in ((3, 2048, False), (4, 7, False), (4, 7, True)):
         engine = decoder(model, slots, 40, prefill_tokens)
-        if is_static:  # all rows in each step, also those that are free or in the middle of a prompt
+        if is_static:  # each step computes all rows, also free ones and those whose prompt is still being read
             ready = engine.ready(40)
             ready.static = Compiled(ready, ready.forward)
         generation = answered(engine, prompts, SamplingConfig(max_new_tokens=new_tokens, ignore_eos=True))
@@ -141,7 +141,7 @@ def test_a_family_in_slots_gives_the_tokens_of_generate(family: str, config: dic
 
 
 def disturbed(model: Any) -> Any:
-    """A model that often, but not always, makes the same tokens."""
+    """A model that often, but not always, predicts the same tokens."""
     other = copy.deepcopy(model)
     for parameter in other.parameters():
         parameter.data += 0.02 * torch.randn(parameter.shape) * float(parameter.data.float().std(correction=0))
@@ -157,7 +157,8 @@ def disturbed(model: Any) -> Any:
 def test_rows_of_one_length_are_attended_to_without_a_mask(
     family: str, config: dict[str, Any], kv_heads: int, is_continuous: bool
 ) -> None:
-    """With one CUDA has no flash attention; and of groups, if keys are not given to all heads, it writes all scores."""
+    """CUDA's flash attention supports no mask; and for grouped heads, unless keys are repeated for all heads, CUDA
+    stores all scores."""
     model = made(family, config)
     keep_kv_heads_only(model)
     cpu = torch.device("cpu")
@@ -168,7 +169,7 @@ def test_rows_of_one_length_are_attended_to_without_a_mask(
     for lengths in ((7, 7, 7), (7, 5, 7)):
         with Handed() as handed:
             engine.generate(prompts_of(lengths), sampling, lambda new_tokens, finished=(): None)
-        reads = 2 * (3 if is_continuous and lengths[1] == 5 else 1)  # layers; packed prompts, one by one
+        reads = 2 * (3 if is_continuous and lengths[1] == 5 else 1)  # 2 layers; packed prompts attend one by one
         assert len(handed.calls) == reads + 2 * 3, "layers, tokens"
         masks[lengths] = [call.get("attn_mask") is not None for call in handed.calls]
         steps = handed.calls[reads:]
@@ -193,7 +194,7 @@ def test_what_cannot_lie_in_slots_says_why(config: dict[str, Any], why: str) -> 
 
 
 def simulate(schedules: list[Schedule], queue: Queue, ends: dict[int, int], prefill_tokens: int) -> tuple[int, int]:
-    """Run schedules without a model; `ends` has the length of each answer. (steps, rows) of all of them."""
+    """Run schedules without a model, with answers of the lengths `ends`; returns the total (steps, rows)."""
     steps = rows = 0
     answers: dict[int, int] = {}
     read: dict[int, int] = {}
@@ -256,7 +257,7 @@ def test_prompts_of_like_lengths_are_read_together_wherever_they_wait() -> None:
     while isinstance(forward := schedule.next(), Read):
         reads.append(([one.prompt.index for one in forward.sequences], forward.start, forward.width))
         schedule.begin(forward)
-        schedule.budget = 24  # as if there were steps between them
+        schedule.budget = 24  # as after a decode step
     assert reads == [([0], 0, 10), ([1, 5], 0, 5), ([2], 0, 12), ([3], 0, 20), ([3], 20, 10), ([4], 0, 9)]
     schedule = Schedule(6, 30, 40, near=4)
     for prompt in prompts_of((10, 3, 12, 30, 9, 5)):
@@ -267,7 +268,7 @@ def test_prompts_of_like_lengths_are_read_together_wherever_they_wait() -> None:
 
 
 def test_packed_prompts_are_read_in_the_order_in_which_they_wait() -> None:
-    """As many as a forward may have tokens; what is longer is read in several, and what comes behind it after it."""
+    """As many prompts as fit the token budget of a forward; a longer one is read in chunks, later prompts after it."""
     schedule = Schedule(6, 30, 20, near=None)
     for prompt in prompts_of((10, 3, 8, 30, 9, 5)):
         schedule.add(prompt)
@@ -276,7 +277,7 @@ def test_packed_prompts_are_read_in_the_order_in_which_they_wait() -> None:
         rows = [one.row for one in forward.sequences]
         reads.append(([one.prompt.index for one in forward.sequences], forward.is_packed, forward.num_tokens, rows))
         schedule.begin(forward)
-        schedule.budget = 20  # as if there were steps between them
+        schedule.budget = 20  # as after a decode step
     assert reads == [
         ([0, 1], True, 13, [0, 1]), ([2], False, 8, [2]), ([3], False, 20, [5]), ([3], False, 10, [5]),
         ([4, 5], True, 14, [3, 4]),
@@ -284,7 +285,7 @@ def test_packed_prompts_are_read_in_the_order_in_which_they_wait() -> None:
 
 
 def test_answers_of_unlike_lengths_leave_few_slots_empty() -> None:
-    """Answers of 10 to 100 tokens in 8 slots, and in batches of 8 that wait for their longest."""
+    """Answers of 10 to 100 tokens, in 8 slots and in static batches of 8."""
     draw = random.Random(0)
     ends = {prompt.index: draw.randint(10, 100) for prompt in PROMPTS}
     schedule = Schedule(8, 100, 2048, near=16)
@@ -298,7 +299,7 @@ def test_answers_of_unlike_lengths_leave_few_slots_empty() -> None:
 
 
 def test_ranks_that_know_when_answers_end_follow_each_other() -> None:
-    """Each rank's picture of the others is what they do: the same prompts to the same ranks, equally many forwards."""
+    """Each rank simulates the others: all agree on which rank gets which prompt, and make equally many forwards."""
     pictures = [[Schedule(3, 6, 16, near=4) for _ in range(3)] for _ in range(3)]
     queues = [Queue(PROMPTS, schedules, rank, votes=False) for rank, schedules in enumerate(pictures)]
     given: list[list[int]] = [[], [], []]
@@ -320,7 +321,7 @@ def test_ranks_that_know_when_answers_end_follow_each_other() -> None:
 
 
 def test_ranks_that_need_no_other_end_with_their_own_answers() -> None:
-    """As many prompts are given to each as to ranks in step, and none makes a forward for another."""
+    """Prompts are divided as among ranks in lockstep, but no rank makes forwards only because another needs them."""
     pictures = [[Schedule(3, 6, 16, near=4) for _ in range(2)] for _ in range(2)]
     queues = [Queue(PROMPTS[:7], schedules, rank, False, is_apart=True) for rank, schedules in enumerate(pictures)]
     given: list[list[int]] = [[], []]
@@ -379,7 +380,7 @@ def test_answers_are_said_once_as_they_end_and_times_begin_with_the_call(model: 
 
 
 def test_what_is_not_a_number_stays_with_its_prompt(model: Any) -> None:
-    """A prompt that breaks leaves nothing in its slot for the next."""
+    """A prompt whose values become NaN does not affect the next prompt in its slot."""
     prompts = prompts_of((20, 3))
     sampling = SamplingConfig(max_new_tokens=5, ignore_eos=True)
     expected = answered(decoder(model, 1, 40, 2048), prompts[1:], sampling).completions[0].token_ids
@@ -418,7 +419,7 @@ def test_a_call_that_is_ended_leaves_the_slots_for_the_next(model: Any) -> None:
 def test_an_end_that_is_read_late_costs_few_rows_and_changes_no_answer(
     model: Any, late: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a card, where it is known forwards later that a row has met its EOS."""
+    """As on a GPU, where the host sees that a row has reached EOS only some forwards later."""
     monkeypatch.setitem(slot_decoder.LATE, "cpu", late)
     of = Chosen.of
     monkeypatch.setattr(
@@ -439,7 +440,8 @@ def test_an_end_that_is_read_late_costs_few_rows_and_changes_no_answer(
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(temperature=0.7), SamplingConfig(temperature=1.3, top_k=5)])
 def test_tokens_are_drawn_as_often_as_they_are_likely(sampling: SamplingConfig) -> None:
-    """20,000 draws against the probabilities by Pearson's chi-squared test, at a level of one in a million."""
+    """Pearson's chi-squared test of 20,000 draws against the probabilities, at a significance level of one in a
+    million."""
     logits = torch.tensor([[2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0, -3.0]])
     sampler = Sampler(sampling, 7, torch.device("cpu"))
     likely = (logits / sampling.temperature)[0]
@@ -455,7 +457,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(sampling: SamplingConfig) 
 
 
 class Operators(TorchDispatchMode):
-    """The names of all that torch is asked to compute."""
+    """Records the names of all operators that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -479,9 +481,9 @@ READ_A_VALUE = {
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9}], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("lengths", [(7, 7, 7), (7, 5, 9)], ids=["even", "uneven"])
 def test_nothing_waits_for_the_device(model: Any, lengths: tuple[int, ...], sampling: dict[str, Any]) -> None:
-    """No operator of a call needs a value on the host: on a card each of these would wait for it."""
+    """No operator of a call needs a value on the host: on a GPU each of these would wait for the device."""
     engine = decoder(model, 2, 40, 4)
-    answered(engine, prompts_of(lengths), SamplingConfig(max_new_tokens=4))  # its first step is compared with another
+    answered(engine, prompts_of(lengths), SamplingConfig(max_new_tokens=4))  # only a first call compares a step
     with Operators() as operators:
         answered(engine, prompts_of(lengths), SamplingConfig(max_new_tokens=4, **sampling))
     assert "aten::linear" in operators.names
@@ -489,7 +491,7 @@ def test_nothing_waits_for_the_device(model: Any, lengths: tuple[int, ...], samp
 
 
 class Allocations(TorchDispatchMode):
-    """The operators that gave new memory to the loop or to the cache, not to the model between them."""
+    """Records the operators that allocate memory in the decode loop or the cache, but not those in the model."""
 
     def __init__(self, engine: SlotDecoder) -> None:
         super().__init__()
@@ -525,7 +527,7 @@ class Allocations(TorchDispatchMode):
 )
 @pytest.mark.parametrize("lengths", [(7, 7, 7), (7, 5, 9)], ids=["even", "uneven"])
 def test_no_step_allocates(family: str, drawing: dict[str, Any], lengths: tuple[int, ...]) -> None:
-    """What the modules of transformers allocate for their activations is theirs and not counted."""
+    """The activations of transformers' modules are not counted."""
     model = made(family, fields(family))
     keep_kv_heads_only(model)
     engine = decoder(model, 3, 40, 2048)
@@ -534,7 +536,7 @@ def test_no_step_allocates(family: str, drawing: dict[str, Any], lengths: tuple[
     counted: list[int] = []
     with Allocations(engine) as allocations:
         engine.generate(prompts_of(lengths), sampling, lambda *_: counted.append(len(allocations.names)))
-    first = len(counted) - 18  # behind the prompts, and a step in which the sampler's tensors are made
+    first = len(counted) - 18  # after the prompts, and after the step that allocates the sampler's tensors
     assert counted[0] > 0, "reading prompts does allocate"
     assert counted[first:] == [counted[first]] * 18, allocations.names[counted[first] :]
 
@@ -548,7 +550,7 @@ def test_a_static_batch_of_one_length_waits_for_nothing_either(model: Any) -> No
 
 @pytest.mark.parametrize("wanted", [(0.7, 0, 1.0), (1.0, 7, 1.0), (1.3, 900, 0.3), (0.9, 0, 0.95), (0.5, 20, 0.8)])
 def test_probabilities_are_those_of_transformers(wanted: tuple[float, int, float]) -> None:
-    """To the bit, for fewer rows and for more; with equal logits among them."""
+    """Bit-exact, for changing numbers of rows, and with equal logits among the values."""
     temperature, top_k, top_p = wanted
     config = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
     warpers = [TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)]

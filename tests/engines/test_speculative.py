@@ -1,4 +1,4 @@
-"""Speculative decoding: what is guessed, what of it is kept, and that the target alone says which tokens come."""
+"""Speculative decoding: which tokens are guessed and accepted, and that only the target model determines the output."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ DRAWS = 20_000
     ("tokens", "most", "least", "count", "guess"),
     [
         ((1, 2, 3, 9, 1, 2), 2, 1, 3, [3, 9, 1]),
-        ((1, 2, 3, 1, 2, 4, 1, 2), 2, 1, 1, [4]),  # as it was the last time
-        ((5, 2, 3, 7, 2, 4, 5, 2), 2, 1, 2, [3, 7]),  # the longer run, though the shorter was there later
-        ((7, 7, 7), 3, 1, 4, [7, 7, 7, 7]),  # what repeats goes on
+        ((1, 2, 3, 1, 2, 4, 1, 2), 2, 1, 1, [4]),  # the last occurrence
+        ((5, 2, 3, 7, 2, 4, 5, 2), 2, 1, 2, [3, 7]),  # the longer match, although the shorter one is more recent
+        ((7, 7, 7), 3, 1, 4, [7, 7, 7, 7]),  # a repetition continues
         ((1, 2, 1, 2), 2, 1, 5, [1, 2, 1, 2, 1]),
         ((1, 2, 3), 3, 1, 4, []),
-        ((3, 1, 2, 3), 3, 2, 4, []),  # one token that is known is too few
+        ((3, 1, 2, 3), 3, 2, 4, []),  # a match of one token is shorter than the minimum
         ((1, 1), 3, 1, 0, []),
     ],
 )
@@ -65,7 +65,7 @@ def test_greedy_guesses_hold_up_to_the_first_that_is_not_the_best() -> None:
 
 
 def distance(found: Counter[Any], expected: dict[Any, float], draws: int) -> float:
-    """Half of the sum of the differences (total variation)."""
+    """The total variation distance: half of the sum of the absolute differences."""
     return sum(abs(found[key] / draws - expected.get(key, 0.0)) for key in {*found, *expected}) / 2
 
 
@@ -76,7 +76,7 @@ Q = torch.tensor([[0.1, 0.2, 0.2, 0.3, 0.2], [0.4, 0.3, 0.2, 0.1, 0.0]])
 @pytest.mark.parametrize("is_drawn", [True, False], ids=["a draft", "a lookup"])
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_what_is_accepted_or_drawn_instead_is_distributed_as_the_target_says(is_drawn: bool, count: int) -> None:
-    """The first two tokens of many sequences, against what drawing each from its target gives."""
+    """The distribution of the first two tokens of many sequences is that of drawing each from its target."""
     generator = torch.Generator().manual_seed(1)
     drawn = torch.stack([torch.multinomial(q, DRAWS, True, generator=generator) for q in Q], 1)
     guesses = drawn if is_drawn else torch.tensor([3, 1]).expand(DRAWS, 2)
@@ -86,7 +86,7 @@ def test_what_is_accepted_or_drawn_instead_is_distributed_as_the_target_says(is_
     tokens, accepted = sampled(target, guesses, torch.full((DRAWS,), count), drafted, uniform, noise)
     first = Counter(tokens[:, 0].tolist())
     assert distance(first, dict(enumerate(P[0].tolist())), DRAWS) < 0.012
-    second = Counter(tokens[accepted > 0, 1].tolist())  # any sequence of which the first guess held has one
+    second = Counter(tokens[accepted > 0, 1].tolist())  # sequences whose first guess was accepted have a second token
     if count:
         assert distance(second, dict(enumerate(P[1].tolist())), int((accepted > 0).sum())) < 0.03
     assert int(accepted.max()) == count
@@ -98,7 +98,7 @@ def test_what_is_accepted_or_drawn_instead_is_distributed_as_the_target_says(is_
 
 
 def test_the_tokens_of_rows_stop_where_their_guesses_do() -> None:
-    """A guess that is only padding is neither accepted nor taken from the distribution."""
+    """Padding in place of a guess is neither accepted nor subtracted from the distribution."""
     target = torch.tensor([0.0, 1.0, 0.0]).expand(2, 3, 3)
     guesses = torch.tensor([[1, 1], [1, 0]])
     tokens, accepted = sampled(target, guesses, torch.tensor([1, 2]), None, torch.zeros(2, 2), torch.ones(2, 3))
@@ -144,7 +144,7 @@ def answered(
 @pytest.mark.parametrize("ignore_eos", [True, False])
 @pytest.mark.parametrize("new_tokens", [1, 2, 17])
 def test_the_tokens_are_those_without_guesses(new_tokens: int, ignore_eos: bool) -> None:
-    """Ends of answers lie within what was accepted at once, too: those tokens are left out."""
+    """Even if an answer ends in the middle of the accepted tokens: those after its end are dropped."""
     model, prompts = small_model(3), prompts_of((5, 24, 1, 17, 16, 15, 30, 2))
     sampling = SamplingConfig(max_new_tokens=new_tokens, ignore_eos=ignore_eos)
     plain = answered(model, None, prompts, sampling)
@@ -161,7 +161,7 @@ def test_the_tokens_are_those_without_guesses(new_tokens: int, ignore_eos: bool)
 
 
 def test_a_draft_that_is_the_target_is_right_each_time() -> None:
-    """So each step gives a row all its guesses and one more: the draft has seen no other tokens than the target."""
+    """Each step then gives a row all guessed tokens and one more, so the draft's cache must match the target's."""
     model, prompts = small_model(3), prompts_of((5, 24, 1, 17, 16))
     found = answered(model, Draft(model, CPU), prompts, SamplingConfig(max_new_tokens=17, ignore_eos=True))
     assert found.counters[ACCEPTED] == found.counters[GUESSED] == 5 * 12
@@ -192,7 +192,7 @@ def test_a_sample_depends_on_the_seed_and_its_prompt_only(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["lookup", "draft"])
 def test_samples_with_guesses_are_distributed_as_those_without(kind: str) -> None:
-    """Three tokens of many answers to one prompt, in a tiny vocabulary, by a chi-square test."""
+    """A chi-squared test of the first three tokens of many answers to one prompt, in a tiny vocabulary."""
     model, draws = small_model(5, 12), 3000
     ids = prompts_of((9,), 12)[0].token_ids * 2
     prompts = [Prompt(index, "", ids) for index in range(draws)]
@@ -209,7 +209,7 @@ def test_samples_with_guesses_are_distributed_as_those_without(kind: str) -> Non
 
 
 def _sequences(model: Any, ids: tuple[int, ...], sampling: SamplingConfig) -> Iterator[tuple[tuple[int, ...], float]]:
-    """All answers that can be sampled, with their probabilities, from whole forwards of the model."""
+    """All answers that can be sampled, with their probabilities, by forwards of the model without a cache."""
     states: list[tuple[tuple[int, ...], float]] = [((), 1.0)]
     for _ in range(sampling.max_new_tokens):
         with torch.inference_mode():
@@ -232,7 +232,7 @@ ENGINES = tuple(
 
 
 def sweep(folder: Path, *overrides: str) -> dict[str, tuple[dict[str, Any], list[list[int]]]]:
-    """Real runs on the prompts of the contract: the record and the tokens of each, by engine and kind of guesses."""
+    """Real runs on the ragged prompts: the record and tokens of each, by engine and kind of speculation."""
     ended = launcher(
         "-m", "accelerator=cpu", f"output_dir={folder}", "prompts=file", f"prompts.path={RAGGED}",
         "measure.warmup=0", "measure.repeats=1", *overrides, timeout=650,
@@ -250,7 +250,8 @@ def sweep(folder: Path, *overrides: str) -> dict[str, tuple[dict[str, Any], list
 @pytest.mark.slow
 @pytest.mark.timeout(700)
 def test_runs_hold_what_was_planned_and_say_what_guesses_gave(tmp_path: Path) -> None:
-    """A draft under each engine: its bytes as planned, as many tokens a step as guesses held, and the same answers."""
+    """With a draft model in each engine: its bytes are as planned, the tokens per step match the accepted guesses, and
+    the answers are the same."""
     draft = ("speculative=draft", "speculative.model=embedded:tiny_draft", "model=tiny_llama")
     runs = sweep(tmp_path, f"backend={','.join(ENGINES)}", "devices=2", *draft)
     assert set(runs) == {f"{name} draft" for name in ENGINES}
@@ -274,7 +275,7 @@ def test_runs_hold_what_was_planned_and_say_what_guesses_gave(tmp_path: Path) ->
 @pytest.mark.timeout(700)
 @pytest.mark.skipif("vllm" not in ENGINES, reason="vllm is not installed")
 def test_vllm_looks_up_by_the_same_keys(tmp_path: Path) -> None:
-    """A sweep over kinds of guesses takes the keys of all of them."""
+    """A sweep over kinds of speculation accepts the keys of all of them."""
     guesses = ("speculative=none,ngram", "speculative.tokens=3")
     runs = sweep(tmp_path, "backend=vllm", "devices=1", *guesses, "model=tiny_falcon")
     (plain, tokens), (guessed, others) = runs["vllm none"], runs["vllm ngram"]

@@ -1,4 +1,4 @@
-"""Checkpoints that are quantized already: kept as they are stored, with the logits of what they stand for."""
+"""Quantized checkpoints: weights are kept as stored, and give the logits of the dequantized values."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from shards.plan.request import PlanRequest
 IDS = torch.tensor([[5, 77, 301, 12, 9, 44, 130, 8]])
 LLAMA = EMBEDDED / "tiny_llama"
 GROUP = 64
-AWQ_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)  # the output of each four bits of a word, lowest first
+AWQ_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)  # the output channel of each 4-bit field of a word, lowest bits first
 WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
 BYTES = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
 ROWS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
@@ -65,7 +65,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def words(integers: torch.Tensor, bits: int = 4) -> torch.Tensor:
-    """As many integers a word as it has, along the last dimension, the first in the lowest bits."""
+    """Integers packed into 32-bit words along the last dimension, the first in the lowest bits."""
     parts = integers.long().view(*integers.shape[:-1], -1, 32 // bits)
     total = sum(parts[..., place] << (bits * place) for place in range(32 // bits))
     assert isinstance(total, torch.Tensor)
@@ -73,7 +73,7 @@ def words(integers: torch.Tensor, bits: int = 4) -> torch.Tensor:
 
 
 def packed(method: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """What a method stores of a matrix, and the values that this stands for."""
+    """The tensors that a method stores for a matrix, and the dequantized values."""
     if method == "w8a8":
         scale = weight.abs().amax(1, keepdim=True) / 127
         integers = (weight / scale).round()
@@ -107,9 +107,9 @@ def packed(method: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], 
 
 
 def packed_gptq(config: dict[str, Any], weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """With activation order the inputs of a group lie anywhere. Words of zero points are less by one for each, so that
-    a zero point of 0, which asymmetric ones can be, borrows from the next. Source: convert_gptq_v2_to_v1_format in
-    gptqmodel/utils/model.py."""
+    """The tensors of GPTQ and the dequantized values. With activation order the inputs of a group are not contiguous.
+    Stored zero points are less by one, so a zero point of 0, possible if asymmetric, borrows from the next field of its
+    word. Source: convert_gptq_v2_to_v1_format in gptqmodel/utils/model.py."""
     bits, inputs = config["bits"], weight.shape[1]
     group = config["group_size"] if config["group_size"] > 0 else inputs
     order = torch.arange(inputs)
@@ -131,7 +131,8 @@ def packed_gptq(config: dict[str, Any], weight: torch.Tensor) -> tuple[dict[str,
 
 
 def packed_fp8(method: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Of each block (in float8: each row) the largest magnitude is fp8's, 448."""
+    """The tensors of fp8 and the dequantized values. The largest magnitude of each block (float8: each row) is stored
+    as 448, the maximum of fp8."""
     rows, columns = {"fp8": (BLOCK, BLOCK), "fp8 tensor": tuple(weight.shape), "float8": (1, weight.shape[1])}[method]
     blocks = weight.view(len(weight) // rows, rows, -1, columns)
     scale = blocks.abs().amax((1, 3), keepdim=True) / 448
@@ -146,7 +147,7 @@ def packed_fp8(method: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tenso
 
 
 def write(method: str, folder: Path) -> torch.nn.Module:
-    """A quantized tiny_llama in a folder; gives the plain model with the values that it stands for."""
+    """Write a quantized tiny_llama to a folder; returns the plain model with the dequantized values."""
     model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32)
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name, weight in model.model.layers.named_parameters():
@@ -186,7 +187,7 @@ def test_logits_are_those_of_the_values_that_are_stored(method: str, tmp_path: P
 @torch.inference_mode()
 @pytest.mark.parametrize("method", ["fp8", "float8"])
 def test_fp8_is_that_of_transformers(method: str, tmp_path: Path) -> None:
-    """Without a GPU it multiplies with the values that are stored; of compressed-tensors these lie in fp32 then."""
+    """Without a GPU transformers multiplies with dequantized values; those of compressed-tensors are in fp32."""
     pytest.importorskip("compressed_tensors")
     write(method, tmp_path / "model")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
@@ -195,9 +196,9 @@ def test_fp8_is_that_of_transformers(method: str, tmp_path: Path) -> None:
 
 @torch.inference_mode()
 def test_bytes_are_those_of_compressed_tensors(tmp_path: Path) -> None:
-    """Given the inputs that each layer has in the library's model, the integers are its own, and products differ by
-    the last bits of fp32: its are sums of floats, ours of integers. Over layers such bits become other integers, where
-    an input is about halfway between two."""
+    """Compared layer by layer, with the inputs of each layer in the library's model: the integers are equal, and
+    products differ in the last bits of fp32, because the library sums floats and we sum integers. Over several layers,
+    such bits would change integers if an input is about halfway between two."""
     compressed = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward")
     write("w8a8", tmp_path / "model")
     ours = kept(tmp_path / "model")
@@ -246,7 +247,7 @@ def write_bitsandbytes(config: dict[str, Any], folder: Path) -> torch.nn.Module:
 @torch.inference_mode()
 @pytest.mark.parametrize("name", BITSANDBYTES)
 def test_bitsandbytes_is_read_as_it_was_saved(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)  # or its layers round to bf16
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)  # otherwise its layers round to bf16
     theirs = write_bitsandbytes(BITSANDBYTES[name], tmp_path)
     torch.testing.assert_close(kept(tmp_path)(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-4)
 
@@ -263,7 +264,7 @@ def test_reordered_inputs_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_engines_cut_what_is_stored_and_hold_the_planned_bytes(tmp_path: Path) -> None:
-    """Two ranks have one rank's logits, of each form that the plan does not refuse to cut."""
+    """Two ranks give the logits of one rank, for each format that the plan does not refuse to split."""
     refused = {"gptq in order": "tensor_parallel", "nf4_dq": "tensor_parallel"}
     models, out = tmp_path / "models", tmp_path / "out"
     out.mkdir()
@@ -302,7 +303,7 @@ def test_engines_cut_what_is_stored_and_hold_the_planned_bytes(tmp_path: Path) -
                 storage = Storage(4, forms[key])
                 planned = cut_up(shape, engines()[engine].planner_class().pieces, 2, storage)
                 assert result["parameter_bytes"] == planned[rank], key
-            # Of inputs in integers: the last bit of a sum decides between two, and LLM.int8 scales parts of rows.
+            # With quantized inputs, the last bit of a sum can change an integer, and LLM.int8 scales parts of rows.
             most = 0.3 if name in ("w8a8", "int8") and engine == "tensor_parallel" else 1e-3
             assert result["difference"] <= most, key
 

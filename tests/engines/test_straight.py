@@ -1,4 +1,4 @@
-"""Straight decode steps: equal to the model's own to the bit, and not made where they would differ."""
+"""Straight decode steps: bit-exact with the model's own steps, and not used if they would differ."""
 
 from __future__ import annotations
 

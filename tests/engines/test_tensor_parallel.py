@@ -1,4 +1,4 @@
-"""Two ranks with a tensor-parallel cut answer as the whole model does, and hold half of it."""
+"""Two tensor-parallel ranks give the answers of the whole model, and hold half of it each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shards.load.meta import build_meta
 from shards.parallel.collectives import Collectives
 from shards.parallel.tensor_parallel import ELSEWHERE, LAYER_PLANS, tensor_parallel_model
 
-pytestmark = pytest.mark.slow  # what all share takes seconds to make
+pytestmark = pytest.mark.slow  # the shared fixtures take seconds
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 512, "hidden_size": 96, "intermediate_size": 252, "num_hidden_layers": 2,
@@ -29,7 +29,7 @@ FALCON = {"model_type": "falcon", "hidden_size": 64, "num_hidden_layers": 2, "nu
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two ranks saw."""
+    """The results of each of two ranks."""
     out = tmp_path_factory.mktemp("ranks")
     ended = ranks_of("tensor_parallel_program.py", 2, str(out))
     assert ended.code == 0, ended.err[-3000:]

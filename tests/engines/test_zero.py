@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-Inference: the reference's tokens from parts of every parameter, planned bytes, and refusals."""
+"""DeepSpeed's ZeRO-Inference, which shards every parameter: the reference's tokens, planned bytes, and refusals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shards.plan.request import Offload, PlanRequest
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_tokens_are_those_of_the_reference_and_bytes_as_planned(ranks: int, tmp_path: Path) -> None:
-    """Also with parts in main memory, which DeepSpeed's CPU accelerator takes for another place than its own."""
+    """Also with shards offloaded to main memory, which DeepSpeed's CPU accelerator treats as another device."""
     points = ("tiny_falcon:none", "tiny_llama:none", "tiny_llama:cpu")
     ended = ranks_of("zero_program.py", ranks, str(tmp_path), *points)
     assert ended.code == 0, ended.err[-3000:]
@@ -48,7 +48,7 @@ def test_each_rank_has_an_equal_run_of_each_parameter(model: str) -> None:
 
 
 def test_the_ceiling_of_offloaded_weights_is_that_of_their_slot() -> None:
-    """Every rank brings its own part; a tied table is brought for the embedding and for the head."""
+    """Every rank copies its own shard; a tied table is copied twice, for the embedding and for the head."""
     made = plan("tiny_falcon", 2, "cpu")
     assert [device.parameter_bytes for device in made.devices] == [0, 0]
     assert made.load_host_bytes is not None

@@ -1,4 +1,4 @@
-"""The launcher in Python: the snippet of the README runs as it stands, and importing the package costs nothing."""
+"""The Python API: the snippet of the README runs unchanged, and importing the package is cheap."""
 
 from __future__ import annotations
 

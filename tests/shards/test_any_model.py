@@ -1,4 +1,4 @@
-"""Any causal LM of transformers: planned from its config alone, and loaded from the names its checkpoints have."""
+"""Any causal LM of transformers: planned from its config alone, and loaded by the tensor names of its checkpoints."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ SLIDING: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", SLIDING)
 def test_the_cache_with_sliding_windows_is_as_planned(name: str) -> None:
-    """After the prompts, when views hold on to all of them, and at the end."""
+    """After the prompts, when views keep the whole prompts in memory, and at the end."""
     family, rows, prompt, new = name.partition(",")[0], 2, 40, 4
     config = {"model_type": family, **USUAL, **SLIDING[name]}
     model = build_meta(config, torch.float32)
@@ -216,7 +216,7 @@ def test_the_plan_command_asks_once_and_imports_no_torch(tmp_path: Path) -> None
 
 
 def test_a_model_with_code_of_its_own_is_planned_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformers answers here, and not in another process, whose answers have tests of their own."""
+    """Asks transformers in this process; the answers of the separate process have their own tests."""
 
     def answer(config: dict[str, Any], python: str) -> Built:
         raise PlanError(f"{problem(config)}.", "a causal language model.")
@@ -237,13 +237,13 @@ def saved(family: str, folder: Path) -> Path:
 
 
 def by_module(family: str, folder: Path) -> Path:
-    """The tensors under the names of the modules, as they lie in memory."""
+    """A checkpoint with the tensors under the names of the modules."""
     save_file(plain(family).state_dict(), folder_of(family, folder) / "model.safetensors")
     return folder
 
 
 def old_neox(family: str, folder: Path) -> Path:
-    """As EleutherAI's files are: the head as embed_out, and buffers that are computed today."""
+    """A checkpoint like EleutherAI's: the head is called embed_out, and there are buffers that are now computed."""
     state = {name.replace("lm_head.", "embed_out."): value for name, value in plain(family).state_dict().items()}
     for layer in range(3):
         at = f"gpt_neox.layers.{layer}.attention"
@@ -255,7 +255,7 @@ def old_neox(family: str, folder: Path) -> Path:
 
 
 def old_mixtral(family: str, folder: Path) -> Path:
-    """As Mistral's files are: w1, w3 (gate, up) and w2 (down) of each expert in block_sparse_moe."""
+    """A checkpoint like Mistral's: w1, w3 (gate, up) and w2 (down) of each expert in block_sparse_moe."""
     state = {}
     for name, value in plain(family).state_dict().items():
         at = name.replace(".mlp.", ".block_sparse_moe.").rpartition(".")[0]
@@ -301,7 +301,7 @@ def test_stored_names_and_layouts_give_what_transformers_loads(
 
 
 def blocks(shape: tuple[int, ...], dim: int, edges: list[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Start and shape of the blocks between `edges` of `dim`."""
+    """The start and shape of each block between consecutive `edges` along `dim`."""
     return [
         (tuple(low if axis == dim else 0 for axis in range(len(shape))), (*shape[:dim], high - low, *shape[dim + 1 :]))
         for low, high in pairwise(edges)
@@ -325,7 +325,7 @@ def test_a_block_of_merged_tensors_is_read_alone(
         stats = load_weights(model, checkpoint, "cpu")
         index = tuple(slice(first, first + length) for first, length in zip(start, size, strict=True))
         assert torch.equal(cut, whole[index].to(dtype)), (start, size)
-        if dim < 2:  # a cut through short rows reads them whole
+        if dim < 2:  # a block of short rows is read with the whole rows
             assert everything - stats.bytes_read == 4 * (whole.numel() - cut.numel())
 
 

@@ -73,7 +73,7 @@ def first(folder: Path) -> Path:
 
 
 def rewrite(**changes: tuple[str, list[int], list[int]]) -> Callable[[Path], None]:
-    """Write the first file again with some of its tensors described in another way."""
+    """A change that rewrites the first file with other descriptions of some tensors."""
 
     def act(folder: Path) -> None:
         header = {
@@ -137,7 +137,7 @@ def sparse(file: str, nbytes: int) -> Callable[[Path], object]:
 
 
 def archive(*records: tuple[str, bytes], method: int = zipfile.ZIP_STORED, **fields: int) -> Callable[[Path], object]:
-    """A pytorch_model.bin of these records; `fields` are changed in the directory only, as no writer would."""
+    """A pytorch_model.bin of these records; `fields` are changed only in the zip directory, which makes it invalid."""
 
     def act(folder: Path) -> None:
         empty(folder)
@@ -151,7 +151,7 @@ def archive(*records: tuple[str, bytes], method: int = zipfile.ZIP_STORED, **fie
 
 
 def directory(nbytes: int) -> Callable[[Path], object]:
-    """A sparse archive whose end says that its directory has so many bytes."""
+    """A sparse archive whose end record claims a directory of `nbytes` bytes."""
 
     def act(folder: Path) -> None:
         empty(folder)

@@ -1,4 +1,4 @@
-"""What a draft model and guesses add to a plan: bytes of each device, and a ceiling for tokens that come together."""
+"""Speculative decoding in a plan: bytes of the draft model per device, and a ceiling with several tokens per step."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_draft_is_whole_in_each_process_and_has_a_cache_of_its_own(engine: str
     devices = 2
     plain, drafted = planned(engine, devices), planned(engine, devices, DRAFT, GUESSES)
     weights, places = 2 * DRAFT.num_parameters, PROMPT + NEW + GUESSES
-    cache = BATCH * places * 2 * 32 * 32 * 128 * 2  # keys and values, layers, heads, their width, bytes
+    cache = BATCH * places * 2 * 32 * 32 * 128 * 2  # keys and values, layers, heads, head dimension, bytes
     held = [(device.draft_parameter_bytes, device.draft_cache_bytes) for device in drafted.devices]
     assert held == [(weights, cache)] * on + [(0, 0)] * (devices - on)
     assert drafted.slot_tokens == places

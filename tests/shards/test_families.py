@@ -1,4 +1,4 @@
-"""Falcon's attention with a cache of kv heads only: what it computes, and what it hands to torch's kernels."""
+"""Falcon's attention with a cache of kv heads only: its results, and the arguments for torch's kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HEADS = KV_HEADS * GROUP
 
 
 def inputs(length: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query, key, value and mask; the first row is padded on its left, as batches are."""
+    """Query, key, value and mask; the first row is left-padded, as in batches."""
     query = torch.randn(BATCH, length, HEADS, HEAD_DIM, device=device).transpose(1, 2)
     key, value = (torch.randn(BATCH, KV_HEADS, KEYS, HEAD_DIM, device=device) for _ in range(2))
     causal = torch.ones(length, KEYS, dtype=torch.bool, device=device).tril(KEYS - length)
@@ -51,8 +51,8 @@ def test_a_step_copies_no_keys(device: str) -> None:
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize(("device", "heads"), [("cpu", KV_HEADS), ("cuda", HEADS)])
 def test_cuda_is_given_no_groups_in_a_prompt(device: str, heads: int, masked: bool) -> None:
-    """Of its kernels that keep no scores one takes groups, without a mask and in 16 bits on newer cards only: the
-    scores of a prompt would be gigabytes."""
+    """Only one of CUDA's kernels that do not store the scores supports grouped heads, and only without a mask and in 16
+    bits on newer GPUs. Others would store the scores of a prompt, gigabytes."""
     with FakeTensorMode(), Handed() as handed:
         query, key, value, mask = inputs(KEYS, device)
         assert attend(query, key, value, mask if masked else None, GROUP).shape == (BATCH, KEYS, HEADS, HEAD_DIM)

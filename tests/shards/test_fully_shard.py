@@ -1,4 +1,4 @@
-"""FSDP with layers that stay whole: a rank holds what the plan says, and gathers into no more than it says."""
+"""FSDP with resident layers: a rank holds the planned bytes, and gathers into no more than the planned buffers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from shards.plan.plan import make_plan
 from shards.plan.request import PlanRequest
 
 LAYERS = 5
-LEAST_BYTES = 30_000  # more than the activations of a token, and less than what is gathered at once
+LEAST_BYTES = 30_000  # larger than the activations of a token, smaller than a gathered buffer
 LLAMA = {
     "model_type": "llama", "vocab_size": 1001, "hidden_size": 256, "intermediate_size": 700,
     "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
@@ -42,7 +42,7 @@ FALCON = {
 
 
 class Gathered(TorchDispatchMode):
-    """The most bytes in large tensors that were there at once, but for those that the model holds all the time."""
+    """Records the peak bytes in large tensors, without the model's own parameters."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ def test_a_rank_holds_and_gathers_as_planned(config: dict[str, Any], resident: i
 
 
 def used_bytes(request: PlanRequest) -> int:
-    """On a card, whatever there is of it."""
+    """The planned bytes in use on a GPU, without its capacity limit."""
     card = replace(request, device=Device("card"))
     return device_plans(card, make_layout(card))[0].used_bytes
 

@@ -1,5 +1,5 @@
-"""Norms and rotary embeddings in fewer operations: equal to those of their families, and left alone where they would
-not be."""
+"""Norms and rotary embeddings in fewer operations: equal to those of their families, and not replaced if they would
+differ."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def built(family: str, dtype: torch.dtype) -> nn.Module:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["falcon", "gemma2", "llama", "mistral", "qwen2", "qwen3"])
 def test_rotated_queries_and_keys_are_equal_to_the_bit(family: str, dtype: torch.dtype) -> None:
-    """In forwards of other positions too, of which the angles are others."""
+    """Also in later forwards with other positions, which have other angles."""
     model, plain = built(family, dtype), built(family, dtype)
     assert fuse_rotations(model) == 3
     assert fuse_rotations(model) == 0, "they are fused already"

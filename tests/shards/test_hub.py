@@ -35,11 +35,11 @@ MODELS: dict[str, dict[str, bytes]] = {
 class Hub:
     url: str = ""
     asked: list[str] = field(default_factory=list)  # files whose content was fetched
-    cut: set[str] = field(default_factory=set)  # files of which half is sent once
+    cut: set[str] = field(default_factory=set)  # files whose next transfer breaks off halfway
 
 
 class Handler(BaseHTTPRequestHandler):
-    """As much of the hub's protocol as a download needs."""
+    """The part of the hub's protocol that a download needs."""
 
     hub: Hub
 
@@ -125,7 +125,7 @@ assert "torch" not in sys.modules
 
 
 def ask(home: Path, url: str, model: str, revision: str = "", weights: str = "weights", **env: str) -> str:
-    """The path or the error line that `resolve` gives in a fresh process, which reads the hub's settings once."""
+    """The path or error line of `resolve` in a new process, since the hub's settings are read only once per process."""
     known = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     root = str(ROOT)
     settings = {"HF_HOME": str(home), "HF_ENDPOINT": url, "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}

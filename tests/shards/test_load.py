@@ -273,13 +273,13 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(checkpoints: Path, tmp_
 
 @pytest.fixture
 def as_rank() -> Iterator[Callable[[int, int], None]]:
-    """Be rank r of n as far as torch.distributed can tell; nothing is sent."""
+    """Yields a function that makes this process rank r of n with a fake process group, which sends nothing."""
 
     def enter(rank: int, world_size: int) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
         for clear in ("_clear_sharding_prop_cache", "_clear_python_sharding_prop_cache"):
-            getattr(torch.distributed.tensor.debug, clear, lambda: None)()  # they keep the mesh of another rank
+            getattr(torch.distributed.tensor.debug, clear, lambda: None)()  # the caches keep the mesh of another rank
         dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
 
     yield enter
@@ -288,7 +288,7 @@ def as_rank() -> Iterator[Callable[[int, int], None]]:
 
 
 class Odd(nn.Module):
-    """Tensors of all ranks, some with fewer rows than there are ranks."""
+    """Tensors of one to three dimensions, some with fewer rows than there are ranks."""
 
     base_model_prefix = ""
 
@@ -365,7 +365,7 @@ class Wide(nn.Module):
 
 
 class Recorded:
-    """As torch.cuda.Event, on a machine without cards."""
+    """A fake of torch.cuda.Event, for machines without GPUs."""
 
     def record(self, stream: object) -> None: ...
     def synchronize(self) -> None: ...
@@ -386,17 +386,17 @@ def test_a_card_is_sent_whole_pieces_of_the_buffers_and_cuts_them_itself(
     monkeypatch.setattr(ring, "send", send)
     monkeypatch.setattr(torch.cuda, "Event", Recorded)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    out = torch.empty(4000, 512, device="meta")  # a device that is not the CPU, and that every machine has
+    out = torch.empty(4000, 512, device="meta")  # stands for a GPU: a device other than the CPU on every machine
     with OpenFiles(checkpoint) as files:
         assert read_targets(files, [Target(checkpoint.tensors["wide"], (0, 512), out)]) == wide.nbytes
     assert sum(piece.nbytes for piece in sent) == wide.nbytes
     for piece in sent:
         assert piece.is_contiguous()
-        assert piece.untyped_storage().nbytes() == PIECE_BYTES  # it lies in the buffer itself, which would be pinned
+        assert piece.untyped_storage().nbytes() == PIECE_BYTES  # a view of the buffer, which would be pinned on CUDA
 
 
 def saved_wide(path: Path, padding: int) -> torch.Tensor:
-    """A safetensors file of `Wide`, whose header has `padding` more bytes than it needs."""
+    """Write the parameter of `Wide` to a safetensors file whose header has `padding` extra bytes; returns its values."""
     values = torch.arange(4096.0 * 2048).view(4096, 2048)
     header = json.dumps({"weight": {"dtype": "F32", "shape": [4096, 2048], "data_offsets": [0, values.nbytes]}})
     text = header.encode() + b" " * (-len(header) % 8 + padding)
@@ -417,7 +417,7 @@ def test_memory_is_taken_only_for_what_the_file_has_otherwise(
     with torch.device("meta"):
         model = Wide().to(dtype)
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier tests have left goes now, and not while this one measures
+    ctypes.CDLL(None).malloc_trim(0)  # free the memory of earlier tests now, not during the measurement
     checkpoint, before = Checkpoint.open(tmp_path), host_anonymous_bytes()
     load_weights(model, checkpoint, "cpu")
     rise = host_anonymous_bytes() - before
@@ -504,7 +504,7 @@ def test_fabric_ranks_hold_their_shards_and_answer_as_one_model(checkpoints: Pat
         for name in CONFIGS:
             expected = {
                 "tokens": greedy(plain(checkpoints / name)),
-                "gathers": 12 * 3 + 1 + 1,  # the layers in each step, the root once, the first layer for a next step
+                "gathers": 12 * 3 + 1 + 1,  # all layers in each step, the root once, the first layer for the next step
                 "notes_after_reset": 0,
                 "whole_on_cpu": [],
                 "tied": name == "falcon",

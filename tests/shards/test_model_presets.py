@@ -1,4 +1,4 @@
-"""The presets of models: as many parameters as were published, and as transformers makes of the same configuration."""
+"""The model presets: their numbers of parameters are those published, and those of transformers for the same config."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PUBLISHED = {
     "bloom_176b": 176_247_271_424,
     "falcon_7b": 6_921_720_704,
     "falcon_40b": 41_303_293_952,
-    "falcon_180b": 178_557_088_768,  # the hub counts the head, which is tied, once more
+    "falcon_180b": 178_557_088_768,  # the hub counts the tied head twice
     "gemma2_9b": 9_241_705_984,
     "gemma3_1b": 999_885_952,
     "gpt_neox_20b": 20_554_567_680,
@@ -47,7 +47,7 @@ PUBLISHED = {
     "qwen3_8b": 8_190_735_360,
     "qwen3_30b_a3b": 30_532_122_624,
 }
-"""Parameters by the makers' model cards, and their safetensors' own counts on the hub."""
+"""Numbers of parameters by the model cards, and by the safetensors counts on the hub."""
 
 PRESETS = [name for name in options("model") if not name.startswith(("tiny_", "local_"))]
 

@@ -1,4 +1,4 @@
-"""Child processes end with the process that started them, however it ends."""
+"""Child processes end when the process that started them ends, however it ends."""
 
 from __future__ import annotations
 

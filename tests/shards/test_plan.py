@@ -1,4 +1,4 @@
-"""Plans: bytes of each device, what is refused and with which hint, and that the hints hold."""
+"""Plans: bytes of each device, refusals and their hints, and that following a hint works."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def request(
 
 
 def test_falcon_40b_with_fsdp_on_two_a6000() -> None:
-    """The whole plan. 46.1 GB a card were published for these two cards; the shard is 41.3 GB."""
+    """The whole plan. 46.1 GB per GPU were published for these two GPUs; the shard is 41.3 GB."""
     plan = make_plan(request(FALCON_40B, "fsdp", 2))
     card = DevicePlan(
         rank=0,
@@ -68,7 +68,7 @@ def test_falcon_40b_with_fsdp_on_two_a6000() -> None:
         kv_cache_bytes=640 * 122_880,
         kv_cache_reserved_bytes=640 * 122_880,
         activation_bytes=(
-            512 * 2 * (4 * 8192 + 2 * 32768)  # one layer of the prompt: its input, norms, sum, and inner activations
+            512 * 2 * (4 * 8192 + 2 * 32768)  # one layer of the prompt: input, norms, sum, and MLP activations
             + 512 * 640 * 3  # mask
             + 2 * 640 * 8192 * 2  # one layer's keys and values at 128 heads
         ),
@@ -117,8 +117,8 @@ LLAMA2_LAYER = 2 * 8192**2 + 3 * 28672 * 8192
     ],
 )
 def test_every_rank_holds(shape: ModelShape, engine: str, size: int, expected: int) -> None:
-    """Norms are on every rank, DeepSpeed's embedding too, and its tied model has a head of its own; 8 kv heads on 16
-    ranks are there twice."""
+    """Norms are on every rank. DeepSpeed also has the embedding on every rank, and a separate head for a tied model.
+    With 8 kv heads on 16 ranks every kv head is held twice."""
     assert cut_up(shape, PLANNERS[engine].pieces, size) == (expected,) * size
 
 
@@ -150,7 +150,7 @@ def test_fsdp_ranks_hold_the_model_once(shape: ModelShape, size: int) -> None:
     ],
 )
 def test_a_device_map_spreads_whole_layers(shape: ModelShape, size: int, layers: tuple[int, ...]) -> None:
-    """As accelerate 1.15 does with these models and room for all."""
+    """As accelerate 1.15 does with these models if memory is sufficient."""
     numels, found = spread(shape, size)
     assert (found, sum(numels)) == (layers, shape.num_parameters)
 
@@ -184,13 +184,13 @@ def test_vllm_sets_aside_its_share_of_the_card_or_what_it_is_told() -> None:
     [
         ("fsdp", 1, 800, 2 * 63),
         ("fsdp", 1, 50, 2 * 54),
-        ("vllm", 16, 800, 2 * 800),  # all of the prompts while they are read
-        ("vllm", 16, 80_000, 2 * 80 + 8192),  # as many as a step reads
+        ("vllm", 16, 800, 2 * 800),  # the whole prompts while they are read
+        ("vllm", 16, 80_000, 2 * 80 + 8192),  # the prompt tokens that a step reads
         ("vllm", 16, 50, 2 * 64),
     ],
 )
 def test_layers_with_a_window_keep_what_lies_in_it(engine: str, block: int, prompt: int, tokens: int) -> None:
-    """Two sequences with 4 new tokens and windows of 64; Qwen2 has them from one layer on."""
+    """Two sequences with 4 new tokens and sliding windows of 64, which Qwen2 has only from some layer on."""
     config = {"model_type": "mistral", "num_hidden_layers": 2, "sliding_window": 64}
     shape = known_shape(config)
     options = {"kv_block_tokens": block} if engine == "vllm" else {}
@@ -227,7 +227,7 @@ def test_loading_takes_the_buffers_of_each_process_of_a_node(engine: str, rings:
 
 @pytest.mark.parametrize("shape", [FALCON_40B, LLAMA_30B], ids=["falcon_40b", "llama_30b"])
 def test_our_own_cut_is_as_fast_at_best_as_that_of_vllm(shape: ModelShape) -> None:
-    """Both add up a layer of Falcon once and one of Llama twice, the embedding too, and gather the logits."""
+    """Both make one all-reduce per layer for Falcon and two for Llama, one for the embedding, and gather the logits."""
     ours, vllm = (make_plan(request(shape, engine, 2)).limit for engine in ("tensor_parallel", "vllm"))
     assert ours is not None
     assert ours == vllm
@@ -309,12 +309,12 @@ def test_what_cannot_be_is_refused_with_hints_that_hold(asked: PlanRequest, mess
         make_plan(asked)
     assert str(caught.value) == message
     for key, value in re.findall(r"([\w.]+)=(\w+)", caught.value.hint):
-        if "machine=" not in caught.value.hint:  # a plan for other cards, which test_planning.py makes
+        if "machine=" not in caught.value.hint:  # plans for other GPUs are tested in test_planning.py
             make_plan(changed(asked, key, value))
 
 
 def changed(asked: PlanRequest, key: str, value: str) -> PlanRequest:
-    """The request after the override of a hint."""
+    """The request with the override of a hint."""
     if key == "backend":
         return replace(asked, engine=PLANNERS[value])
     part, _, field = key.rpartition(".")
@@ -354,7 +354,8 @@ def test_the_smallest_number_of_devices_is_the_smallest_on_which_it_fits() -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fsdp", "transformers", "deepspeed", "tensor_parallel", "vllm"])
 def test_no_number_of_devices_is_passed_over(engine: str) -> None:
-    """Every number is tried for itself, where the plan looks for the smallest more cleverly."""
+    """The smallest number of devices in a hint, which the plan finds by a faster search, is that of trying every
+    number."""
     asked = request(FALCON_180B, engine, 32, "a5000")
     possible = []
     for count in range(1, 33):
@@ -381,7 +382,7 @@ def test_no_number_of_devices_is_passed_over(engine: str) -> None:
     ],
 )
 def test_vllm_takes_at_once(device: str, devices: int, told: dict[str, int], expected: tuple[int, int]) -> None:
-    """As get_batch_defaults and what follows it in vllm/engine/arg_utils.py, for a model of 2,048 positions."""
+    """As get_batch_defaults and the code after it in vllm/engine/arg_utils.py, for a model of 2,048 positions."""
     asked = request(FALCON_40B, "vllm", devices, device, told)
     assert isinstance(asked.engine, VllmPlanner)
     assert (asked.engine.sequences(asked), asked.engine.batched_tokens(asked)) == expected

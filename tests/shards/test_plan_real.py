@@ -1,4 +1,4 @@
-"""The plan against the real thing: what transformers builds, what FSDP2, AutoTP and our own cut leave on a rank."""
+"""Compares the plan with real models: as built by transformers, and as sharded by FSDP2, AutoTP and this project."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ CONFIGS: list[dict[str, Any]] = [
 
 
 def real(asked: object) -> Any:
-    """What `real_models.py` prints; its process group is ended with it."""
+    """The output of `real_models.py` for `asked`; a separate process, since its process groups end with it."""
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = ["timeout", "-k", "5", "240", sys.executable, str(ROOT / "tests/programs/real_models.py")]
     done = subprocess.run(command, input=json.dumps(asked), text=True, capture_output=True, env=environ, check=False)
@@ -63,7 +63,7 @@ def preset(name: str, **changes: int) -> dict[str, Any]:
     return config | changes
 
 
-FEW_LAYERS = {"num_hidden_layers": 2}  # one whole model for each cut; other sizes by the layers, which are all alike
+FEW_LAYERS = {"num_hidden_layers": 2}  # for all but one size of each model: all layers are alike
 SIZES = (2, 4, 8, 64, 512)
 SHARDED: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "falcon_40b": (preset("falcon_40b"), (2,)),
@@ -99,7 +99,7 @@ CUT_BY_DEEPSPEED += [(preset("falcon_40b", **FEW_LAYERS), size) for size in (4, 
 
 @pytest.fixture(scope="module")
 def found() -> Any:
-    """All that is asked of transformers, FSDP2, our own cut and AutoTP, in one process."""
+    """The results of transformers, FSDP2, our own tensor parallelism and AutoTP, all from one process."""
     split = CUT_BY_DEEPSPEED if importlib.util.find_spec("deepspeed") else []
     return real({"parameters": CONFIGS, "fsdp": SHARDED, "tensor_parallel": CUT, "deepspeed": split})
 

@@ -1,4 +1,4 @@
-"""Quantized weights in a plan: bytes as real layers have them, what fits, and which engines can."""
+"""Quantized weights in a plan: the bytes of real layers, what fits in memory, and which engines support them."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ LAYERS: list[tuple[list[Any], list[tuple[Parameter, tuple[int, ...]]]]] = [
     (["row", 512, 1024, [512], 1024], [(ROW, (512, 1024))]),
     (["row", 512, 1024, [512], 256], [(ROW, (512, 256))]),
 ]
-"""A linear layer of vLLM, on one of 1, 2 or 4 ranks, and the parameters of transformers that it stands for."""
+"""Linear layers of vLLM, on one of 1, 2 or 4 ranks, and the parameters of transformers that they replace."""
 
 
 @pytest.mark.slow
@@ -110,7 +110,7 @@ BITSANDBYTES = [
     ("nf4_dq", (300, 70), 10_500 + 329 + 8 + 64 + 4 + 1024),
     ("int8", (40, 96), 3840 + 160),
 ]
-"""What bitsandbytes 0.50.2 held for these matrices."""
+"""Bytes that bitsandbytes 0.50.2 held for these matrices."""
 
 
 @pytest.mark.parametrize(("name", "shape", "expected"), BITSANDBYTES)
@@ -145,7 +145,8 @@ MATRICES_OF_A_LAYER = ((9216, 8192), (8192, 8192), (32_768, 8192), (8192, 32_768
     [("nf4", 0.5 + 4 / 64, 64, 0), ("int8", 1, 0, 4), ("fp8", 1, 4, 0), ("int4_g128", 0.5 + 2 / 128 + 0.5 / 128, 0, 0)],
 )
 def test_falcon_40b_in_closed_form(name: str, values: float, each_matrix: int, each_output: int) -> None:
-    """All of it: what is not a linear layer of a decoder layer keeps bf16. fp8 has two more scales for fused qkv."""
+    """The whole model: only linear layers of decoder layers are quantized, the rest is bf16. fp8 has two additional
+    scales for fused qkv."""
     numbers = sum(rows * columns for rows, columns in MATRICES_OF_A_LAYER)
     outputs = sum(rows for rows, _ in MATRICES_OF_A_LAYER)
     layer = numbers * values + (6 if name == "fp8" else 4) * each_matrix + outputs * each_output
@@ -160,7 +161,7 @@ def test_tensor_parallel_ranks_hold_their_part_of_values_and_scales() -> None:
     cut = PLANNERS["vllm"].pieces
     assert cut_up(FALCON_40B, cut, 1, storage) == (whole,)
     assert cut_up(FALCON_40B, cut, 4, storage) == ((whole - table - norms) // 4 + table // 4 + norms,) * 4
-    row_scales = 4 * (8192 + 8192) * 60  # every rank has the scale of every output where the inputs are cut
+    row_scales = 4 * (8192 + 8192) * 60  # if inputs are split, every rank has the scales of all outputs
     ranks = cut_up(FALCON_40B, cut, 2, Storage(2, QUANTIZATIONS["fp8_channel"]))
     assert 2 * ranks[0] - whole_bytes(FALCON_40B, Storage(2, QUANTIZATIONS["fp8_channel"])) == norms + row_scales
 
@@ -224,7 +225,8 @@ def test_products_in_eight_bits_are_allowed_twice_the_rate() -> None:
 
 
 def test_what_is_there_for_a_while() -> None:
-    """bitsandbytes widens the largest matrix for a prompt; a symmetric GPTQ has zero points until it is loaded."""
+    """Temporary memory: bitsandbytes dequantizes the largest matrix for a prompt; a symmetric GPTQ has zero points
+    until it is loaded."""
     card = plan_of(FALCON_40B, "transformers", 1, "a6000", "nf4").devices[0]
     assert card.buffer_bytes == 2 * 32_768 * 8192
     asked = request(FALCON_40B, "vllm", 1, quantization=quantization({**GPTQ, "group_size": 128}))

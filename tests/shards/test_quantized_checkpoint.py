@@ -1,4 +1,4 @@
-"""What quantized checkpoints say of themselves, and the runs that are planned by it."""
+"""The configs of quantized checkpoints, and plans of runs with them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_checkpoint_is_called_by_how_it_is_stored(name: str) -> None:
 
 
 def chosen(fields: dict[str, Any], *names: str) -> list[str]:
-    """Which of the matrices are quantized."""
+    """The names of those matrices that are quantized."""
     found = quantization(fields)
     return [name for name in names if found.applies(Parameter(f"{name}.weight", (64, 64), _cut(name)))]
 
@@ -152,7 +152,7 @@ def test_a_malformed_quantization_is_one_line(given: Any) -> None:
 
 
 def test_shapes_of_a_family_that_only_a_checkpoint_tells() -> None:
-    """Packed tensors stand for the matrices they were, and what lies beside them for nothing."""
+    """Packed tensors count as the matrices that they encode; their scales and zero points do not count."""
     plain = {"model.layers.0.mlp.fc1.weight": (256, 128), "model.layers.0.mlp.fc1.bias": (256,), "norm.weight": (128,)}
     rest = {name: shape for name, shape in plain.items() if "fc1.weight" not in name}
     at = "model.layers.0.mlp.fc1"
@@ -250,7 +250,7 @@ def test_the_command_reads_the_config_of_a_quantized_folder(tmp_path: Path, caps
 
 
 def quantized_copy(folder: Path, fields: dict[str, Any] | None = None) -> None:
-    """tiny_llama as if it were quantized: its config, that is; the weights are left as they were."""
+    """A copy of tiny_llama whose config says that it is quantized; the weights are unchanged."""
     shutil.copytree(ROOT / "launcher/models/tiny_llama", folder)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = fields or {**GPTQ, "group_size": 32}
@@ -288,7 +288,7 @@ def test_what_a_cut_would_tear_apart_is_refused_and_each_hint_works(
 
 @pytest.mark.slow
 def test_a_run_of_vllm_holds_what_was_planned(tmp_path: Path) -> None:
-    """Random weights in the shapes of a GPTQ checkpoint, in a real engine: its parameters to the byte."""
+    """With random weights in the shapes of a GPTQ checkpoint, a real engine has exactly the planned parameter bytes."""
     pytest.importorskip("vllm", exc_type=ImportError)
     quantized_copy(tmp_path / "model")
     overrides = ["backend=vllm", "model=tiny_llama", f"model.path={tmp_path / 'model'}", "model.weights=random"]

@@ -1,4 +1,4 @@
-"""Ceilings, against published and worked-out figures: all in tokens/s over all devices, 512 tokens of context, bf16."""
+"""Ceilings compared with published and calculated figures: tokens/s over all devices, 512 tokens of context, bf16."""
 
 from __future__ import annotations
 
@@ -58,19 +58,19 @@ def test_decode(work: Work, machine: Machine, scheme: Scheme, expected: tuple[st
 
 @pytest.mark.parametrize(("work", "expected"), [(FALCON, ("9.9", "79.0", "316")), (LLAMA, ("12.6", "101", "404"))])
 def test_decode_of_fsdp_bound_by_its_copies(work: Work, expected: tuple[str, ...]) -> None:
-    """Gathering over NVLink is faster than copying in and out; these figures leave the cache out."""
+    """Gathering over NVLink is faster than copying in and out of the buffers; these figures omit the KV cache."""
     assert as_printed(work, A100, "gathered", expected, context=0) == expected
 
 
 def as_printed(work: Work, machine: Machine, scheme: Scheme, like: tuple[str, ...], context: int) -> tuple[str, ...]:
-    """Tokens/s for batches of 1, 8 and 32, with as many digits as in `like`."""
+    """Tokens/s for batches of 1, 8 and 32, with the number of digits of `like`."""
     limits = [decode_step(work, machine, scheme, batch=batch, context=context) for batch in (1, 8, 32)]
     digits = [len(text.partition(".")[2]) for text in like]
     return tuple(f"{limit.tokens_per_s:.{d}f}" for limit, d in zip(limits, digits, strict=True) if limit)
 
 
 def test_falcon_40b_on_two_a6000_reaches_the_published_0_60_tokens_for_one_prompt() -> None:
-    """Both ranks answer the same prompt: a token of it comes with each step."""
+    """Both ranks answer the same prompt, so each step gives one token."""
     limit = decode_step(FALCON, A6000, "gathered", batch=1, context=512)
     assert limit is not None
     assert f"{1 / limit.seconds:.2f}" == "0.61"
@@ -89,7 +89,7 @@ def test_falcon_40b_on_two_a6000_reaches_the_published_0_60_tokens_for_one_promp
     ],
 )
 def test_prefill_of_512_tokens(work: Work, machine: Machine, scheme: Scheme, milliseconds: int) -> None:
-    """Without the time of the all-reduces, which the figures leave out."""
+    """Without the time of the all-reduces, which the figures omit."""
     free = Machine(machine.device, machine.num_devices, Link("free", float("inf"), 0.0))
     limit = prefill(work, free, scheme, batch=1, tokens=512)
     assert limit is not None
@@ -123,7 +123,7 @@ def test_the_slowest_of_three_bounds_a_gathering_step(
 
 @pytest.mark.parametrize(("over", "seconds"), [(0, 0.009), (2, 0.012)])
 def test_gathering_in_place_costs_each_rank_a_copy_of_its_part(over: int, seconds: float) -> None:
-    """Of 6 GB each of four reads and writes a quarter, or of two a half, and then reads the whole; no link is used."""
+    """Of 6 GB, each of four ranks (of two) reads and writes a quarter (a half), then reads all; no link is used."""
     work = replace(
         FALCON,
         step_bytes=6_000_000_000,
@@ -169,7 +169,7 @@ def test_no_limit_is_given_where_a_rate_is_not_known(machine: Machine) -> None:
 
 @pytest.mark.parametrize("scheme", ["single", "gathered"])
 def test_what_lies_in_main_memory_comes_through_the_slot(scheme: Scheme) -> None:
-    """Half of 82.6 GB over PCIe 4.0 at 25 GB/s for each of two cards, whatever the batch; a CPU's memory is its own."""
+    """Half of 82.6 GB over PCIe 4.0 at 25 GB/s for each of two GPUs, for any batch; a CPU needs no such copy."""
     work = replace(FALCON, offloaded_bytes=FALCON.step_bytes // 2)
     machine = Machine(known_device("a6000"), 2, LINKS["nvlink3"])
     seconds, sequences = FALCON.step_bytes / 2 / 25e9, 8 if scheme == "gathered" else 4

@@ -1,4 +1,4 @@
-"""Shapes of models, from the presets and from configs that are wrong. What transformers builds: test_plan_real.py."""
+"""Model shapes from the presets and from invalid configs. For the models of transformers see test_plan_real.py."""
 
 from __future__ import annotations
 

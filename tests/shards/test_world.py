@@ -1,4 +1,4 @@
-"""Environments as real launchers leave them, and what they say about a rank; contradictions are named."""
+"""The environment variables of real launchers, and the ranks read from them; contradictions are errors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MVAPICH = {
     "MV2_COMM_WORLD_LOCAL_RANK": "1", "MV2_COMM_WORLD_LOCAL_SIZE": "2", "MV2_COMM_WORLD_RANK": "1",
     "MV2_COMM_WORLD_SIZE": "2",
 }  # fmt: skip
-BATCH = {  # a batch script of --nodes=2 --ntasks-per-node=2: a task of its own, and no step
+BATCH = {  # a batch script of --nodes=2 --ntasks-per-node=2: a single task, and no step
     "SLURM_JOB_ID": "6", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_LOCALID": "0",
     "SLURM_NODEID": "0", "SLURM_NODELIST": "n[1-2]", "SLURM_NTASKS": "4", "SLURM_PROCID": "0",
     "SLURM_TASKS_PER_NODE": "2(x2)",
@@ -55,7 +55,7 @@ UNEVEN = SRUN | {
 ONE_TASK = ONE_NODE | {
     "SLURM_LOCALID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1",
 }  # fmt: skip
-HYDRA_IN_SLURM = SRUN | {  # mpirun starts its proxies with srun, and the ranks inherit what srun told those
+HYDRA_IN_SLURM = SRUN | {  # mpirun starts its proxies with srun, and the ranks inherit srun's variables from them
     "MPI_LOCALNRANKS": "2", "MPI_LOCALRANKID": "1", "PMI_RANK": "1", "PMI_SIZE": "4", "SLURM_PROCID": "0",
     "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
     "MASTER_ADDR": "n1",
@@ -65,7 +65,7 @@ BY_HAND = {
 }  # fmt: skip
 
 PAIR = World(rank=1, local_rank=1, world_size=2, local_world_size=2)
-SLURM_PORT = 22280  # by the checksum of "6.0"
+SLURM_PORT = 22280  # derived from the checksum of "6.0" (job and step id)
 
 WORLDS = {
     "nobody": ({"PATH": "/bin"}, World()),

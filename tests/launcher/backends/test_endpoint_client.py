@@ -1,4 +1,4 @@
-"""The client of an endpoint against a server that lies in every way there is: the right outcome, and nothing hangs."""
+"""The endpoint client with a server that misbehaves in many ways: the correct outcome, and no hangs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def server() -> Iterator[FakeServer]:
 
 
 def ask(url: str, count: int = 1, new_tokens: int = 8, limits: Limits = LIMITS, **options: object) -> list[Answer]:
-    """The answers to the first prompts, all asked at once."""
+    """The answers to the first `count` prompts, all sent at once."""
 
     async def go() -> list[Answer]:
         async with Client(url, limits, KEY) as client:
@@ -140,7 +140,7 @@ def test_connections_are_kept(server: FakeServer) -> None:
 
 
 def certificate(folder: Path) -> tuple[str, str]:
-    """A certificate of this machine that nobody has signed, and its key."""
+    """A self-signed certificate of this machine, and its key."""
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1"]
     paths = str(folder / "certificate.pem"), str(folder / "key.pem")
     names = ["-addext", "subjectAltName=IP:127.0.0.1", "-out", paths[0], "-keyout", paths[1]]
@@ -165,7 +165,7 @@ def test_certificates_are_verified(tmp_path: Path) -> None:
 
 
 def drive(server: FakeServer, behaviour: str, **how: object) -> tuple[list[int], Load[Prompt]]:
-    """The indices in the order in which their answers came."""
+    """Send prompts by a `Load`; returns their indices in the order of the answers, and the `Load`."""
     done: list[int] = []
 
     async def go() -> Load[Prompt]:
@@ -222,7 +222,8 @@ def test_arrivals_are_those_of_the_seed() -> None:
 
 
 def test_bytes_have_the_moment_of_their_arrival_not_of_their_reading() -> None:
-    """After some milliseconds at most: Linux begins to stamp packets a little after the first socket asks for it."""
+    """After retries for some milliseconds: Linux starts to time-stamp packets shortly after the first socket asks for
+    it."""
     deadline = perf_counter() + 10
     with socket.create_server(("127.0.0.1", 0)) as listening:
         ours = socket.create_connection(listening.getsockname())

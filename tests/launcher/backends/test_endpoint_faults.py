@@ -1,4 +1,4 @@
-"""Runs that ask a server which lies or dies: the record, what is kept, and what is left behind."""
+"""Runs with a server that misbehaves or dies: the record, the saved answers, and leftover processes."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_a_key_is_written_nowhere(server: FakeServer, tmp_path: Path) -> None:
 
 @contextmanager
 def fake_process(port: int = 0, step_s: float = 0.02) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A fake server in a process of its own, and its port."""
+    """A fake server in a separate process, and its port."""
     process = subprocess.Popen([sys.executable, FAKE, str(port), str(step_s)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
@@ -286,7 +286,7 @@ def test_a_started_server_that_is_killed_is_started_again_by_a_resumed_run(tmp_p
 
 
 def run_while(tmp_path: Path, act: Callable[[], None], *overrides: str) -> tuple[Ended, RunDir]:
-    """Start a run, and do something once it has saved its first answers."""
+    """Start a run, and call `act` when it has saved its first answers."""
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(run, tmp_path, *overrides)
         end = monotonic() + 100

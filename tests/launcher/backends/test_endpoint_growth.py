@@ -1,4 +1,4 @@
-"""Ten thousand requests, 64 at a time, to a server in a process of its own: every answer is kept, and nothing else."""
+"""Ten thousand requests, 64 at a time, to a server in a separate process: memory does not grow with the requests."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def url() -> Iterator[str]:
 
 @pytest.mark.slow
 def test_the_memory_of_the_client_does_not_grow_with_requests(url: str) -> None:
-    ended = run([sys.executable, PROGRAM, url], 280, forks=False)  # memory that a fork shares counts once it is written
+    ended = run([sys.executable, PROGRAM, url], 280, forks=False)  # a fork's memory grows as it writes to shared pages
     assert ended.code == 0, ended.err[-3000:]
     held = ended.last_json
     assert len(held) == 10

@@ -1,4 +1,4 @@
-"""An engine made by the README's steps, in a copy of the tree and in a package with an entry point."""
+"""A new engine, made by the README's steps: in a copy of the project, and in a package with an entry point."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ QUICK = ("accelerator=cpu", "sampling.max_new_tokens=4", "measure.repeats=1", "m
 
 
 def python(folder: Path, *arguments: str) -> Ended:
-    """A command with the packages of a folder."""
+    """Run a Python module with the packages of a folder."""
     return run([sys.executable, "-m", *arguments], cwd=folder, PYTHONPATH=str(folder))
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project in which somebody has followed the README."""
+    """A copy of the project with an engine added as in the README."""
     folder = tmp_path_factory.mktemp("tree")
     for name in ("conf", "launcher", "shards"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "models"))
@@ -83,7 +83,7 @@ def test_dry_runs_and_plans_say_that_there_is_no_plan(tree: Path) -> None:
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of installed packages, with one that brings `backend=echo`."""
+    """A folder of installed packages, one of which provides `backend=echo`."""
     add_package(tmp_path, "my_package", "echo = my_package.echo:EchoConfig", ENGINE)
     monkeypatch.syspath_prepend(str(tmp_path))
     forget()
@@ -92,7 +92,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def add_package(site: Path, name: str, entry: str, engine: str) -> None:
-    """Install a package with one entry point, as pip leaves it."""
+    """Install a package with one entry point, in the form in which pip installs it."""
     (site / name).mkdir()
     (site / name / "__init__.py").touch()
     (site / name / "echo.py").write_text(engine.replace("launcher.backends.echo:", f"{name}.echo:"))
@@ -103,7 +103,7 @@ def add_package(site: Path, name: str, entry: str, engine: str) -> None:
 
 
 def forget() -> None:
-    """Let this process look for engines once more."""
+    """Make this process search for engines again."""
     engines.brought.cache_clear()
     engines.load_engine.cache_clear()
     ConfigStore.instance().repo.get("backend", {}).pop("echo.yaml", None)

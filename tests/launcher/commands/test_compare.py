@@ -1,4 +1,4 @@
-"""Two runs side by side: tokens, first divergence, repetition, speed, thresholds, and runs that cannot be compared."""
+"""Comparing two runs: tokens, first divergence, repetition, speed, thresholds, and runs that cannot be compared."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from launcher.results.record import Record
 from launcher.run_dir.finished import read_finished
 from shards.errors import UserError
 
-pytestmark = pytest.mark.slow  # what all share takes seconds to make
+pytestmark = pytest.mark.slow  # the shared fixtures take seconds
 
 PROMPTS = {0: (5, 6), 1: (7,)}
 
 
 def one_repeat(tokens_per_s: float) -> Repeat:
-    """A rank's measurements of one prompt answered at this speed."""
+    """A rank's measurements of one prompt that was answered at this speed."""
     return Repeat(
         number=0,
         wall_s=60 / tokens_per_s,
@@ -229,7 +229,7 @@ def test_thresholds(match: float | None, ratio: float | None, lines: list[str]) 
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Path]]:
-    """What a sweep of two points prints, and their run directories."""
+    """The output of a sweep of two points, and their run directories."""
     out = tmp_path_factory.mktemp("runs")
     arguments = ["-m", "backend=dummy", "devices=1,2", "accelerator=cpu", f"output_dir={out}"]
     line = [sys.executable, "-m", "launcher", *arguments]

@@ -1,4 +1,4 @@
-"""`python -m launcher.compress`: what it makes, what it refuses, and that engines load it."""
+"""`python -m launcher.compress`: its checkpoints, its refusals, and that engines load the checkpoints."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_smallest_values_are_zeros_and_the_others_as_they_were(
 @torch.inference_mode()
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_falcon"])
 def test_what_is_cut_out_is_what_could_have_been_zeros(name: str, tmp_path: Path) -> None:
-    """The smaller model has the logits of the whole one with zeros in the columns and heads that went."""
+    """The smaller model has the logits of the whole one with zeros in the removed columns and heads."""
     out = tmp_path / "made"
     assert main([f"model={name}", "method=structured", "ratio=0.5", f"out={out}"]) == 0
     whole, smaller = read(EMBEDDED / name), read(out)
@@ -90,8 +90,8 @@ def perplexity(folder: Path, lines: list[str]) -> float:
 
 @pytest.mark.slow
 def test_gradients_know_better_than_magnitudes_what_can_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of lines that they have not seen, of a text that the model knows: every other line calibrates, those between are
-    scored. Three heads of four, at a ratio of 0.25, would be no divisor of the width."""
+    """By the perplexity of held-out lines of the training text: every other line is used for calibration, the rest is
+    scored. At a ratio of 0.25 three of four heads would not divide the hidden size."""
     corpus = (ROOT / "scripts" / "tiny_models" / "corpus.txt").read_text().splitlines()
     lines = [line for line in corpus if line and not line.startswith("#") and "{" not in line]
     (tmp_path / "seen.txt").write_text("\n".join(lines[1::2]))
@@ -132,7 +132,7 @@ def test_rounded_values_are_within_half_a_step(scheme: str, tmp_path: Path) -> N
             else:
                 step = layer.weight_scale[..., 0].t().repeat_interleave(layer.quantizer.group, dim=1)
                 values = layer.quantizer.multiply(layer, torch.eye(weight.shape[1]), None).t()
-            most = 0.51 if scheme == "w4a16" else 1.01  # the largest has no integer of its own
+            most = 0.51 if scheme == "w4a16" else 1.01  # w8a8: the largest value exceeds the range of the integers
             assert ((values - weight).abs() <= most * step + 1e-6).float().mean() > 0.995
 
 

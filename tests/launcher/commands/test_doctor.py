@@ -1,4 +1,4 @@
-"""The doctor survives what it examines: engines that raise, crash, hang or are not there, and broken drivers."""
+"""The doctor handles engines that raise, crash, hang or are not installed, and broken drivers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def write_modules(folder: Path, modules: dict[str, str]) -> Path:
 
 
 def doctor(modules: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run with an empty PATH, and with `modules` in place of what is installed."""
+    """Run the doctor with an empty PATH, and with `modules` in place of the installed packages."""
     environ = {"PATH": "", "PYTHONPATH": str(modules)}
     command = [sys.executable, "-m", "launcher.doctor", *arguments]
     return subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
@@ -316,7 +316,7 @@ def test_a_card_for_which_there_are_no_kernels_is_said(capability: str | None, b
     ("peers", "state", "mend"),
     [
         ("yes", "ok", ""),
-        ("no: GPU", "note", ""),  # the makers of GeForce cards have it so
+        ("no: GPU", "note", ""),  # disabled by the manufacturer on GeForce cards
         ("no: disabled in the registry", "note", "take NVreg_RegistryDwords out of /etc/modprobe.d, and reboot"),
         ("no: I/O hub topology", "note", "switch ACS and the IOMMU off in the BIOS"),
         (None, "ok", ""),

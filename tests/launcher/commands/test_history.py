@@ -1,4 +1,4 @@
-"""Runs of one configuration over time: series, changes, and a real pair of which one is ten per cent slower."""
+"""Runs of one configuration over time: series, changes, and a real pair of runs, one of them ten per cent slower."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from running import run
 
 from launcher import compare, history
 
-pytestmark = pytest.mark.slow  # what all share takes seconds to make
+pytestmark = pytest.mark.slow  # the shared fixtures take seconds
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two equal runs of the dummy, and one whose steps take 10 % longer."""
+    """Two equal runs of the dummy engine, and one whose steps take 10 % longer."""
     out = tmp_path_factory.mktemp("runs")
     command = [sys.executable, "-m", "launcher", "-m", "backend=dummy", "devices=1", "accelerator=cpu"]
     command += [f"output_dir={out}", "measure.repeats=5", "sampling.max_new_tokens=8", "--json"]

@@ -1,4 +1,4 @@
-"""The command line: what is refused before a process starts, in one line each, with nothing left behind."""
+"""The command line: refusals before any process starts, in one line each, with no files left behind."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from shards.machine.world import World
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that says what to mend."""
+    """The line on stderr with which a command is refused."""
     assert main(arguments) == 2
     said = capsys.readouterr()
     assert said.out == ""
@@ -104,7 +104,7 @@ def test_what_the_user_can_mend_is_one_line(
 
 
 def ranks_of_torchrun(*arguments: str) -> list[Ended]:
-    """The launcher as both ranks of a world that somebody else has started."""
+    """Run the launcher as both ranks of a world that another launcher has started."""
     alone = World(world_size=2, local_world_size=2, master_port=free_ports(1)[0])
     command = [sys.executable, "-m", "launcher", "backend=dummy", "accelerator=cpu", *arguments]
     environs = [replace(alone, rank=rank, local_rank=rank).environ() for rank in (0, 1)]

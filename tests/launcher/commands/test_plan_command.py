@@ -1,4 +1,4 @@
-"""`python -m launcher.plan`, and the tables in the docs that it made."""
+"""`python -m launcher.plan`, and the tables in the docs that were made by it."""
 
 from __future__ import annotations
 

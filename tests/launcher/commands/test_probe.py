@@ -1,4 +1,4 @@
-"""`python -m launcher.probe` with two real ranks, and the plans that take what it measured."""
+"""`python -m launcher.probe` with two real ranks, and plans that use its measurements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that vouch for themselves: what was edited is seen, each check has a record that fails it, runs made again."""
+"""Verifying runs: edits are detected, each check fails for some record, and runs are repeated."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from launcher.run_dir.verify import references_in, verdict_of
 from launcher.run_dir.verify import verify as verify_run
 from shards.plan.memory import DevicePlan
 
-pytestmark = pytest.mark.slow  # what all share takes seconds to make
+pytestmark = pytest.mark.slow  # the shared fixtures take seconds
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the dummy with prompts of a file that is gone."""
+    """A run of the dummy engine with prompts of a file that no longer exists."""
     folder = tmp_path_factory.mktemp("verify")
     prompts = folder / "prompts.txt"
     prompts.write_text("one\nand another\n")
@@ -42,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def edited(made: Path, folder: Path, name: str, old: str, new: str) -> Path:
-    """A copy of the run in which one text of one file is another."""
+    """A copy of the run in which `old` is replaced by `new` in one file."""
     copy = Path(shutil.copytree(made, folder / "copy"))
     text = (copy / name).read_text()
     assert old in text
@@ -104,7 +104,7 @@ def test_what_somebody_else_wrote_is_one_line(made: Path, tmp_path: Path, capsys
 
 
 def test_the_tokens_of_a_reference(made: Path, tmp_path: Path) -> None:
-    """A copy stands for the run of the reference: the name of its engine says so, in both files that are read."""
+    """Copies serve as runs of the reference engine: its name is written to both files that are read."""
     copies = [Path(shutil.copytree(made, tmp_path / name)) for name in ("run", "reference", "other")]
     for copy in copies[1:]:
         for name in ("run.json", "record.json"):

@@ -1,4 +1,4 @@
-"""Every configuration file composes, spells out every field, and survives the way to a rank and back."""
+"""Every configuration file composes, lists every field, and survives serialization to a rank and back."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_a_sweep_that_does_not_end_or_begin_is_one_line(overrides: list[str], li
     ],
 )  # fmt: skip
 def test_what_would_take_for_ever_is_refused(override: str) -> None:
-    """The last one by what its prompts are together, 20,000 of 100,000 tokens."""
+    """The last case is refused for the total of its prompts: 20,000 of 100,000 tokens each."""
     with pytest.raises(ConfigError, match=r"(more than|not a number) .*HINT: "):
         compose_run(["prompts=synthetic", "prompts.input_tokens=100000", override])
 

@@ -1,4 +1,4 @@
-"""No key that a run does not have passes in silence, wherever it is written; and the hint is the key that was meant."""
+"""Unknown keys are refused wherever they are written, and the hint is the key that was meant."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ SHARE = 0.9
 
 
 def keys() -> list[tuple[str, str]]:
-    """Every key of a run with the engine that has it, those of all engines once."""
+    """Every (engine, key) of a run; keys that all engines have are listed once."""
     common = set.intersection(*(set(run_keys(engine)) for engine in BUILT_IN))
     own = [(engine, key) for engine in sorted(BUILT_IN) for key in sorted(set(run_keys(engine)) - common)]
     return [*(("fsdp", key) for key in sorted(common)), *own]
 
 
 def misspelt(key: str, draw: random.Random) -> list[str]:
-    """The last word of a key with a letter dropped, doubled, replaced, and two letters swapped; a dash for a line."""
+    """Misspellings of a key's last word: a letter dropped, doubled or replaced, two letters swapped, and a dash in place
+    of an underscore."""
     parent, dot, leaf = key.rpartition(".")
     at = draw.randrange(1, len(leaf))
     words = [
@@ -48,7 +49,7 @@ def misspelt(key: str, draw: random.Random) -> list[str]:
 
 
 def neighbours() -> list[tuple[str, str, str]]:
-    """(engine, key, misspelling) that is a key of no engine."""
+    """Every (engine, key, misspelling) whose misspelling is not a key of any engine."""
     draw = random.Random(7)
     known = {key for engine in BUILT_IN for key in run_keys(engine)}
     return [(engine, key, word) for engine, key in keys() for word in misspelt(key, draw) if word not in known]
@@ -100,7 +101,8 @@ def test_a_misspelt_option_is_refused_with_the_one_that_was_meant(group: str) ->
 
 
 def file_with(folder: Path, engine: str, key: str) -> tuple[str, ...]:
-    """A folder with a file that sets a key to 1, for the group of the key, else for all of the configuration."""
+    """An override and a folder with the file that it selects, which sets a key to 1: an option of the key's group, or an
+    experiment if the key has no group."""
     group, dot, leaf = key.rpartition(".")
     inner = group if group in groups() else "cluster"
     content: dict[str, object] = {leaf: 1} if group in groups() else {group: {leaf: 1}} if dot else {leaf: 1}
@@ -114,7 +116,7 @@ def file_with(folder: Path, engine: str, key: str) -> tuple[str, ...]:
 
 @pytest.mark.slow
 def test_a_misspelt_key_in_a_file_is_refused_with_the_one_that_was_meant(tmp_path: Path) -> None:
-    """Two keys of each group, and of each engine: how a key is recognized is the same as on the command line."""
+    """Two keys of each group and of each engine are enough: keys are recognized as on the command line."""
     draw = random.Random(13)
     known: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for engine, key, word in neighbours():

@@ -1,4 +1,4 @@
-"""Prompts and paths with every character that a shell, YAML or Hydra reads: none of them is read by accident."""
+"""Prompts and paths with every special character of shells, YAML and Hydra: none of them is interpreted by accident."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_another_value_is_refused_with_its_quotes() -> None:
 def test_the_whole_configuration_survives_a_folder_of_nasty_files(tmp_path: Path) -> None:
     folder = tmp_path / NAME
     (folder / "prompts").mkdir(parents=True)
-    prompts = [text for text in PROMPTS if "${" not in text and text != "???"]  # in YAML these two are OmegaConf's
+    prompts = [text for text in PROMPTS if "${" not in text and text != "???"]  # in YAML, OmegaConf interprets these
     preset = dict.fromkeys(("path", "count", "input_tokens", "output_tokens")) | {"name": "mine", "texts": prompts}
     (folder / "prompts" / "mine.yaml").write_text(yaml.safe_dump(preset))
     config = compose_run(["prompts=mine"], (str(folder),))
@@ -99,7 +99,7 @@ def test_prompts_survive_their_files(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def nasty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a nasty name that has a model, prompts and nothing else."""
+    """A folder with a nasty name that contains only a model and prompts."""
     folder = tmp_path_factory.mktemp("nasty") / NAME
     shutil.copytree(EMBEDDED / "tiny_falcon", folder / NAME)
     lines = [json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in PROMPTS]

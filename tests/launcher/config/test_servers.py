@@ -1,4 +1,4 @@
-"""The command lines of `server=`, as text: most of these servers cannot be started on every machine."""
+"""The command lines of `server=`, as text, since most of these servers cannot be started on every machine."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ COMMANDS = {
     "openllm": ("", "openllm serve llama --port 8000", "", ""),
     "litserve": ("", "python app.py", CPU, ""),
 }
-"""Environment and command, and what is added to both on a CPU."""
+"""Environment and command of each server, and the additions to both on a CPU."""
 
 
 def command(name: str, on_cuda: bool, *overrides: str) -> tuple[str, tuple[str, ...]]:
-    """The words of a server's command as a shell has them, and those of what ends it."""
+    """A server's command line, and the words of the command that ends it."""
     model = ("model.name=llama", "model.path=/m/a model", "devices=2", "precision=bf16", "seed=7")
     config = compose_run(["backend=endpoint", f"server={name}", *model, *overrides])
     assert isinstance(config.backend, EndpointConfig)

@@ -1,4 +1,4 @@
-"""Memory that runs out is a result: who, where, how much; and the largest batch that does fit."""
+"""Running out of memory is a result: which rank, at which point, how much; and the search for the largest batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kill -9 of the launching process, of a rank, of everything, after each write: nothing is lost, nothing is left."""
+"""kill -9 of the launching process, a rank, or everything, after each write: no result is lost, no process is left."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ WRITES: dict[str, tuple[float, tuple[Kill, ...]]] = {
     "completions.jsonl": (0.01, KILLS[:1]),
     "record.json": (0.01, KILLS[:1]),
 }
-"""What a run writes, in this order: for how many seconds it then goes on at most, and what is killed there."""
+"""The files that a run writes, in order: how many seconds after the write the kill comes, at most, and what is killed."""
 ROUNDS = [(1, write, kill) for write, (_, kills) in WRITES.items() for kill in kills] + [
     (2, "launch.log", kill_everything),
     (2, "rank_0.completions.jsonl", kill_parent),
@@ -83,7 +83,7 @@ ROUNDS = [(1, write, kill) for write, (_, kills) in WRITES.items() for kill in k
 
 
 def check_what_is_left(out: Path) -> None:
-    """Everything in the directory can be read, and no process is left."""
+    """Check that all files of the run directory can be read, and that no process is left."""
     run_dir = run_dir_of(out)
     if run_dir is None:
         return
@@ -103,7 +103,7 @@ def check_what_is_left(out: Path) -> None:
 
 
 def check_resumed(out: Path) -> dict[str, Any]:
-    """The run has every completion once, and each is what the dummy says."""
+    """Resume the run, and check that it has every completion once, each with the tokens of the dummy engine."""
     ended = launcher(*RUN, *devices_of(out), f"output_dir={out}", "resume=true")
     assert ended.code == 0, ended.err
     run_dir = Path(ended.last_json["run_dir"])
@@ -123,7 +123,7 @@ def devices_of(out: Path) -> tuple[str, ...]:
 
 
 def one_round(out: Path, write: str, kill: Kill, later_s: float) -> str:
-    """Start a run, kill a part of it, look at what is left, finish it."""
+    """Start a run, kill a part of it, check what is left, and finish it."""
     process = start([sys.executable, "-m", "launcher", *RUN, *devices_of(out), f"output_dir={out}"])
     try:
         deadline = time.monotonic() + 60

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 pytest.importorskip("torch")
 
-# The ranks share one output, where print without a buffer writes a line in pieces: each line here is one write.
+# The ranks share one output, and an unbuffered print would write a line in pieces, so each line is a single write.
 RANK = """
 import os, sys, torch.distributed as dist
 from datetime import timedelta
@@ -63,7 +63,7 @@ def test_the_first_rank_that_fails_ends_the_others_and_is_named(tmp_path: Path) 
 
 @pytest.mark.slow
 def test_a_fork_of_a_process_that_uses_cuda_begins_anew(tmp_path: Path) -> None:
-    """Where imports have opened the driver of CUDA, which does not survive a fork, each rank is a new interpreter."""
+    """If imports have opened the CUDA driver, which does not survive a fork, each rank is a new interpreter."""
     (tmp_path / "a_rank.py").write_text(RANK)
     (tmp_path / "sitecustomize.py").write_text(OPEN_DRIVER)
     command = [sys.executable, "-m", "launcher.launch.forks", "2", "a_rank", "works"]

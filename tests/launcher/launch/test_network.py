@@ -1,4 +1,4 @@
-"""Two machines (network namespaces) with a cable between them: which interface is used, and what is said without it."""
+"""Two machines (network namespaces) with a cable between them: the interface that is used, and errors without it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def machines() -> Iterator[Pair]:
 
 
 def run_on_both(machines: Pair, out: Path, hang_timeout_s: float) -> tuple[dict[int, Ended], float]:
-    """The same command on both nodes, and how long the later one took."""
+    """Run the same command on both nodes; returns the results, and the seconds of the slower one."""
     words = ("backend=dummy", "num_nodes=2", "devices=1", "measure.repeats=1", f"hang_timeout_s={hang_timeout_s:g}")
     ended: dict[int, Ended] = {}
 
@@ -87,7 +87,7 @@ def test_ranks_that_only_find_each_other_end_with_address_and_interface(machines
         network = rf"{machines.interfaces[number]} \({re.escape(machines.addresses[number])}\)"
         line = rf"^Rank {number} over {network} could not connect to all others: .+ HINT: let the nodes reach .+$"
         assert re.search(line, ended[number].err, re.MULTILINE), ended[number].err
-        assert ended[number].code == 1  # torchrun's
+        assert ended[number].code == 1  # the exit code of torchrun
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""Several nodes without a scheduler: the same command on each, here twice on this machine."""
+"""Several nodes without a scheduler: the same command for each node, here twice on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that was stopped goes on where it was: no prompt twice, none lost, the tokens of an undisturbed run."""
+"""A stopped run continues where it was: no prompt twice, none lost, the tokens of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def rows(*indices: int) -> tuple[SavedCompletion, ...]:
 
 
 def planned(rank: int, saved: Saved, *overrides: str) -> list[tuple[int, list[list[int]]]]:
-    """The indices of the prompts in each batch of each repeat that one of two ranks makes."""
+    """For each remaining repeat of one of two ranks: its number, and the prompt indices of each batch."""
     config = compose_run(["backend=dummy", "measure.batch_size=2", "measure.repeats=2", *overrides])
     world = World(rank=rank, local_rank=rank, world_size=2, local_world_size=2)
     made = schedule(PROMPTS, world, config, saved)
@@ -86,7 +86,7 @@ def run_dir_with(folder: Path, ranks: int) -> RunDir:
 
 
 def repeat(number: int) -> str:
-    """A line of what a rank has measured."""
+    """A line of a rank's file of measured repeats."""
     counts = dict.fromkeys(("completions", "prompt_tokens", "new_tokens", "decode_steps"), 1)
     times = {"wall_s": 1.0, "prefill_s": None, "decode_s": None, "lengths": [], "ttft_s": [], "itl_s": []}
     return json.dumps({"number": number, "same_tokens": True, **counts, **times}) + "\n"
@@ -125,7 +125,7 @@ def test_a_late_rank_writes_nothing(tmp_path: Path) -> None:
 
 @contextmanager
 def begun(out: Path, *overrides: str, **extra: str) -> Iterator[tuple[Process, Path]]:
-    """A run that has saved its first completions; whatever the test leaves of it is ended."""
+    """A run that has saved its first completions; processes that the test leaves are ended on exit."""
     process = start([sys.executable, "-m", "launcher", f"output_dir={out}", *overrides], **extra)
     try:
         deadline = time.monotonic() + 90
@@ -151,7 +151,7 @@ def answers(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def saved_by(run_dir: Path) -> list[int]:
-    """Every line that some rank of some attempt saved, by the index of its prompt."""
+    """The prompt indices of all lines that any rank saved in any attempt."""
     return sorted(row["index"] for path in run_dir.rglob("rank_*.completions.jsonl") for row in read_lines(path))
 
 
@@ -258,7 +258,7 @@ def test_ranks_of_torchrun_go_on_too(tmp_path: Path) -> None:
     assert failed.code == 1
     [run_dir] = tmp_path.iterdir()
     config = json.loads((run_dir / "run.json").read_text())
-    config["config"]["backend"] |= {"fail_at": "", "fail_after": 0}  # what was wrong with it is mended
+    config["config"]["backend"] |= {"fail_at": "", "fail_after": 0}  # the cause of the failure is fixed
     (run_dir / "run.json").write_text(json.dumps(config))
     before = len(answers(run_dir))
     assert 0 < before < 20

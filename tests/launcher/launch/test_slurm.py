@@ -1,4 +1,4 @@
-"""Runs as jobs of a real SLURM of two nodes: what each ends as, with which exit code, and with which completions."""
+"""Runs as jobs of a real SLURM of two nodes: the status, exit code and completions of each."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROMPTS = [3, 9, 27, 81, 5, 15, 45, 135, 7, 21, 63, 189]
 
 
 class Cluster:
-    """The launcher on a machine that submits to the cluster, in a folder of its own with a nasty name."""
+    """The launcher on a machine that submits to the cluster, in a new folder with a nasty name."""
 
     def __init__(self, slurm: SlurmCluster, folder: Path) -> None:
         self.slurm, self.folder = slurm, folder
@@ -41,7 +41,7 @@ class Cluster:
         return run([sys.executable, "-m", "launcher.status", *arguments], timeout, self.folder, **self.env)
 
     def submit(self, *overrides: str) -> tuple[str, Path]:
-        """Submit without waiting: the job's number and its run directory."""
+        """Submit without waiting; returns the job id and the run directory."""
         done = self.launch("launch.wait=false", *overrides)
         assert done.code == 0, done.err
         said = done.last_json
@@ -49,7 +49,7 @@ class Cluster:
         return said["job"], Path(said["run_dir"])
 
     def batches(self, run_dir: Path, count: int) -> None:
-        """Wait until so many completions are saved."""
+        """Wait until `count` completions are saved."""
         wait_until(lambda: len(saved(run_dir)) >= count, 30, "completions", lambda: log(run_dir))
 
 
@@ -62,7 +62,7 @@ def log(run_dir: Path) -> str:
 
 
 def tokens(run_dir: Path) -> dict[int, list[int]]:
-    """The completions of a run, of which none may be there twice."""
+    """The tokens of a run's completions by prompt; checks that none is saved twice."""
     rows = read_lines(run_dir / "completions.jsonl")
     assert len({row["index"] for row in rows}) == len(rows)
     return {row["index"]: row["token_ids"] for row in rows}
@@ -75,8 +75,8 @@ Submitted = tuple[Cluster, str, Path]
 def limited(
     request: pytest.FixtureRequest, slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Submitted | None]:
-    """A job that goes past its time limit beside the other tests: SLURM looks at limits each 30 s, and warns in the
-    first half of the minute. None if no test judges it."""
+    """A job that exceeds its time limit while the other tests run: SLURM checks limits every 30 s, and warns in the first
+    half of the minute. None if its test is not selected."""
     if not any(item.name == test_time_limit_is_gone_past.__name__ for item in request.session.items):
         yield None
         return
@@ -104,7 +104,7 @@ MADE: dict[tuple[str, ...], dict[int, list[int]]] = {}
 
 
 def undisturbed(folder: Path, *overrides: str) -> dict[int, list[int]]:
-    """The tokens of the same run on this machine."""
+    """The tokens of the same run without SLURM, on this machine."""
     if overrides not in MADE:
         done = launcher(*DUMMY[1:3], *overrides, "backend.step_s=0", "devices=1", cwd=folder)
         assert done.code == 0, done.err
@@ -201,13 +201,13 @@ def test_job_that_never_ran_is_cancelled(cluster: Cluster) -> None:
 
 
 def job_numbers(cluster: Cluster) -> set[str]:
-    """All jobs that SLURM knows, over or not."""
+    """All jobs that SLURM knows, including finished ones."""
     return set(cluster.slurm.run("squeue", "-h", "-t", "all", "-o", "%A").stdout.split())
 
 
 @pytest.mark.slow
 def test_requeued_jobs_complete_the_set(cluster: Cluster) -> None:
-    """One that is requeued by hand, and one that gives way to another job."""
+    """One job that is requeued by hand, and one that is preempted by another job."""
     asked = (*FILE, *SLOW, "measure.repeats=2", "cluster.partition=main")
     by_hand = cluster.submit(*asked, "cluster.extra=['--nodelist=n2']")
     cluster.batches(by_hand[1], 3)

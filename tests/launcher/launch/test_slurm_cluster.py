@@ -1,4 +1,4 @@
-"""The SLURM that the other tests use: it starts, runs jobs, and leaves nothing behind."""
+"""The SLURM helper of the other tests: it starts, runs jobs, and leaves nothing behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is made of SLURM's words on a job, where they change from look to look: a program stands for squeue."""
+"""Reading a job's state from squeue while it changes from call to call; a fake program replaces squeue."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shards.errors import UserError
 
 @pytest.fixture
 def queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
-    """A run in job 7, with a squeue that says in turn what the lines of the file `said` are, and fails after them."""
+    """A run in job 7, with a fake squeue that prints one line of the file `said` per call, and then fails."""
     overrides = ["launch=slurm", "backend=dummy", "devices=1", "accelerator=cpu", f"output_dir={tmp_path}/runs"]
     run_dir = create_run_dir(prepare(compose_run(overrides), ("python", "-m", "launcher")))
     run_dir.write_job("7")

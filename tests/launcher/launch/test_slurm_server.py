@@ -1,4 +1,4 @@
-"""A server that is started in a job of a real SLURM: asked there, and ended with the job."""
+"""A server that is started in a job of a real SLURM: it is used within the job, and ends with it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FAKE = ROOT / "tests" / "helpers" / "fake_server.py"
 
 
 def asked(folder: Path, step_s: float) -> list[str]:
-    """The overrides of a run that starts the fake server with the name of a folder on its command line."""
+    """The overrides of a run that starts the fake server, with a folder's name on its command line to find it by."""
     return [
         "launch=slurm", "launch.poll_s=0.3", "backend=endpoint", "server=vllm", "accelerator=cpu", "devices=1",
         "prompts=synthetic", "prompts.count=40", "prompts.input_tokens=4", "prompts.output_tokens=8",

@@ -1,4 +1,4 @@
-"""The batch script as a value: what each field of a cluster becomes, and that no name is a command."""
+"""The text of the batch script: how each field of a cluster appears in it, and that no name is run as a command."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ exit "$final"
 
 
 def unfolded(text: str) -> str:
-    """The expected texts above break what is too long for a line of source."""
+    """An expected text without the line breaks that keep the lines of this file short."""
     return text.replace("\\\n", "")
 
 
@@ -156,7 +156,7 @@ def test_plain_script() -> None:
     ("changes", "cores"),
     [
         ({}, 4),
-        ({"tasks_per_node": 1}, 16),  # vllm and transformers: one task for all cards of a node
+        ({"tasks_per_node": 1}, 16),  # vllm and transformers: one task for all GPUs of a node
         ({"on_cuda": False}, 1),
         ({"cluster": ClusterConfig(cpus_per_task=2)}, 2),
     ],

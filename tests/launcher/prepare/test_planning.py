@@ -1,4 +1,4 @@
-"""What a run asks of its plan: prompts answered at once, blocks of the cache, and the pool that vLLM is to reserve."""
+"""The plan of a run: prompts answered at once, blocks of the KV cache, and the pool that vLLM reserves."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from shards.errors import PlanError, UserError
 from shards.plan.plan import Plan
 
 FIELDS = json.loads((EMBEDDED / "tiny_falcon" / "config.json").read_text())
-TOKEN_BYTES = 2 * 2 * 4 * 32 * 4  # keys and values in 2 layers of 4 heads of 32 numbers in fp32
+TOKEN_BYTES = 2 * 2 * 4 * 32 * 4  # keys and values, 2 layers, 4 heads, head dimension 32, fp32
 MIB = 2**20
 
 
 def planned(prompts: int | list[int], on_cuda: bool, *overrides: str) -> Plan:
-    """The plan of tiny_falcon on one device with prompts of 100 tokens, or of these lengths, that get 20 more."""
+    """The plan of tiny_falcon on one device, with prompts of 100 tokens or of the given lengths, and 20 new tokens."""
     config = compose_run(["model=tiny_falcon", "devices=1", "sampling.max_new_tokens=20", *overrides])
     lengths = [100] * prompts if isinstance(prompts, int) else prompts
     asked = [Prompt(place, "", (1,) * length) for place, length in enumerate(lengths)]
@@ -51,7 +51,7 @@ def test_the_cache_of_all_that_is_answered_at_once(prompts: int, overrides: list
 @pytest.mark.parametrize(("card", "sequences"), [("a6000", 256), ("a100_80g", 256), ("h100", 1024), ("h200", 1024)])
 def test_vllm_takes_more_at_once_on_large_cards(card: str, sequences: int) -> None:
     plan = planned(2000, True, "backend=vllm", "launch=slurm", f"cluster.device={card}")
-    assert plan.devices[0].kv_cache_bytes == sequences * 128 * TOKEN_BYTES  # 16 tokens a block: 8 of them
+    assert plan.devices[0].kv_cache_bytes == sequences * 128 * TOKEN_BYTES  # blocks of 16 tokens: 8 for 120 tokens
     assert plan.kv_cache_memory_bytes is None
 
 
@@ -61,7 +61,7 @@ def test_vllm_takes_more_at_once_on_large_cards(card: str, sequences: int) -> No
         (["backend=vllm"], 64 * 1024 * TOKEN_BYTES),
         (["backend=vllm", "backend.max_model_len=128"], 64 * MIB),
         (["backend=vllm", "backend.kv_cache_memory_bytes=12345678"], 12345678),
-        (["backend=vllm", "launch=slurm"], None),  # only the nodes can see how much of their memory is free
+        (["backend=vllm", "launch=slurm"], None),  # only the nodes know how much of their memory is free
         (["backend=fsdp"], None),
     ],
 )
@@ -94,12 +94,12 @@ RATE = 768e9
 
 
 def decode_ceiling(plan: Plan, steps: int, tokens: int, cached: int) -> float:
-    """Tokens/s of `tokens` in so many steps that find so many tokens in the cache, all of them together."""
+    """Tokens/s of `tokens` new tokens in `steps` steps, which read `cached` tokens from the cache in total."""
     return tokens / ((steps * plan.step_bytes + cached * plan.kv_bytes_per_token) / RATE)
 
 
 def test_ceilings_are_those_of_the_prompts_as_they_are() -> None:
-    """One long prompt and 255 short ones, which get 20 tokens each."""
+    """One long prompt and 255 short ones, with 20 new tokens each."""
     lengths = [7] * 255 + [900]
     for engine, scheduling, steps, cached in (
         ("vllm", "continuous", 20, 900 + 255 * 7),
@@ -204,7 +204,7 @@ def test_a_machine_that_there_is_not_is_one_line(overrides: list[str], message: 
 
 
 def test_engines_are_held_against_each_other_with_as_many_prompts_at_once() -> None:
-    """Of one prompt at a time no engine has more to show than one that answers it on all devices together."""
+    """With one prompt at a time, engines that answer it on all devices together have the highest ceiling."""
     asked = ["model=falcon_40b", "dry_run=true", "machine=4xa100_80g", "precision=bf16", "measure.batch_size=1"]
     paces = prepare(compose_run(asked), ()).paces
     assert paces["tensor_parallel"] == pytest.approx(paces["vllm"], rel=0.01)

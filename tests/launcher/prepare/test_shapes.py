@@ -1,4 +1,4 @@
-"""Config files that no transformers wrote: each is one line, at once."""
+"""Invalid config files: each is refused at once, in one line."""
 
 from __future__ import annotations
 

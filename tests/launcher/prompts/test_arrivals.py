@@ -1,4 +1,4 @@
-"""When the prompts of a set begin."""
+"""The arrival times of prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who answers which prompt, in which batch."""
+"""Which rank answers which prompt, in which batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chats by a model's template as transformers makes them, prompts that share their beginning, and lengths as a line."""
+"""Chats by a model's template as in transformers, prompts with a shared beginning, and the line about lengths."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TEMPLATE = """{{- bos_token }}
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The tokenizer of the tiny Llama with a template that uses what templates use."""
+    """A folder with the tokenizer of tiny_llama and a chat template that uses the common features of templates."""
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         shutil.copy(EMBEDDED / "tiny_llama" / name, tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())

@@ -1,4 +1,4 @@
-"""Prompt files of every format: the texts in them, and one line for what cannot be one."""
+"""Prompt files of every format: the texts in them, and a one-line error for invalid files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is killed, at whatever moment: the rest is gone soon after, and the record says which rank and where."""
+"""Killing parts of a run at any time: the rest ends soon after, and the record says which rank failed, and where."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LONG = ("measure.repeats=200", "sampling.max_new_tokens=900", "sampling.ignore_e
 SLOW_DUMMY = ("backend=dummy", "backend.step_s=0.01", *LONG)
 FSDP = ("backend=fsdp", *LONG)
 PLAIN = (sys.executable, "-m", "launcher")
-BEHIND_A_SHELL = 2  # of the ranks that torchrun starts
+BEHIND_A_SHELL = 2  # the rank that torchrun starts through a shell
 TORCHRUN = (
     sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "--max-restarts=0",
     "--no-python", "/bin/sh", "-c", f'[ "$RANK" = {BEHIND_A_SHELL} ] || exec "$@"; "$@"; exit', "sh", *PLAIN,
@@ -39,7 +39,7 @@ TORCHRUN = (
 def running(
     out: Path, *overrides: str, ranks: int = 2, command: Sequence[str] = PLAIN, **extra: str
 ) -> Iterator[tuple[Process, Path]]:
-    """A run that has reached its first repeat on all ranks; whatever the test leaves of it is ended."""
+    """A run that has reached its first repeat on all ranks; processes that the test leaves are ended on exit."""
     process = start([*command, f"output_dir={out}", *overrides], **extra)
     run_dir = None
     try:
@@ -158,7 +158,7 @@ def test_a_stopped_rank_ends_with_the_launching_process(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ranks_of_a_foreign_launcher_end_with_it(tmp_path: Path) -> None:
-    """Also the one that is stopped, and the one that a shell has started."""
+    """Including a stopped rank, and one started through a shell."""
     with running(tmp_path, *SLOW_DUMMY, ranks=3, command=TORCHRUN) as (process, run_dir):
         pids = [_pid(run_dir, rank) for rank in range(3)]
         parents = [psutil.Process(pid).ppid() for pid in pids]
@@ -241,7 +241,7 @@ def test_an_interrupt_from_the_keyboard_is_cancelled(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_signals_after_the_first_do_not_lose_the_record(tmp_path: Path) -> None:
     with running(tmp_path, *SLOW_DUMMY) as (process, run_dir):
-        os.kill(_pid(run_dir, 0), signal.SIGSTOP)  # it does not hear of the end, which lasts until it is killed
+        os.kill(_pid(run_dir, 0), signal.SIGSTOP)  # a stopped rank ignores SIGTERM, so ending the run waits until it is killed
         process.send_signal(signal.SIGINT)
         deadline = time.monotonic() + GONE_S
         while not (run_dir / "rank_1.json").exists():

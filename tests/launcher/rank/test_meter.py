@@ -1,4 +1,4 @@
-"""The cost of a run: processor time, energy by counters that stand in for a driver, money, and traces of steps."""
+"""The cost of a run: CPU time, energy by fake counters, money, and traces of steps."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_counters_of_cpu_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     counted = Meter(config, World())
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("3500000\n")
     counted.enter("repeats")
-    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("0\n")  # it has begun again
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("0\n")  # the counter has wrapped around
     cost = counted.end()
     assert [phase.energy_j for phase in cost.phases] == [2.5, None]
     assert (cost.energy_source, cost.samples_reason) == ("RAPL", "no NVIDIA device")

@@ -1,4 +1,4 @@
-"""Runs that hang or take too long, and runs that somebody else started: ended from outside, with the stacks kept."""
+"""Runs that hang or take too long, also under other launchers: they are ended, and the stacks are saved."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HANG = ("backend=dummy", "backend.fail_at=hang", "backend.fail_after=2", "measur
 
 
 def watchdog(*overrides: str) -> tuple[Watchdog, list[float]]:
-    """A watchdog and its clock, which the caller sets."""
+    """A watchdog, and its clock, which the test sets."""
     clock = [0.0]
     return Watchdog(compose_run(["backend=dummy", *overrides]), lambda: clock[0]), clock
 
@@ -166,7 +166,7 @@ def check_hang(folder: Path, timeout_s: int) -> None:
 
 @pytest.mark.slow
 def test_a_hang_is_ended_and_its_stacks_are_kept(tmp_path: Path) -> None:
-    ended = launcher(*HANG, "hang_timeout_s=10", f"output_dir={tmp_path}", timeout=60)  # torchrun's own start counts
+    ended = launcher(*HANG, "hang_timeout_s=10", f"output_dir={tmp_path}", timeout=60)  # includes the start of torchrun
     assert ended.code == 1
     line = "hang: rank 1 in repeat 1/3 batch 2/2: no rank has made a step for hang_timeout_s=10"
     assert f"\n{line}" in f"\n{ended.err}"

@@ -1,4 +1,4 @@
-"""Tables fit the width that they are printed at: no figure is cut, and what is left out is named."""
+"""Tables fit the width of the output: no figure is truncated, and omitted columns are named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The progress of a run and of a sweep: the share that is done, the time that is left, a line where there is no bar."""
+"""The progress of a run and a sweep: the finished share, the remaining time, and lines if bars cannot be shown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from launcher.run_dir.progress import Progress
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time that the bars see: [now]."""
+    """The current time of the progress bars, as a list of one value."""
     now = [0.0]
     monkeypatch.setattr(progress_bars.time, "monotonic", lambda: now[0])
     return now
@@ -43,7 +43,7 @@ def test_the_time_left_is_that_of_this_point_and_of_those_that_follow(clock: lis
     assert bars.seconds_left(0.0, clock[0]) is None
     bars.show([Progress(stage="repeat 1/4 batch 1/1", done=1, total=4)])
     clock[0] = 8.0
-    # A quarter in 3 s leaves 9 s here, and the first point took 20 s.
+    # A quarter of this point took 3 s, so 9 s are left; the other two points take 20 s each, like the first one.
     assert bars.seconds_left(0.25, clock[0]) == pytest.approx(9 + 2 * 20)
 
 

@@ -1,4 +1,4 @@
-"""`python -m launcher.report`: rows for programs, and a page in a real browser."""
+"""`python -m launcher.report`: rows in machine-readable formats, and a page in a real browser."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from running import ROOT, launcher, run
 from launcher.report.page.figures import Point, Span, merged_spans, pareto_front
 from launcher.report.rows import markdown_text
 
-pytestmark = pytest.mark.slow  # what all share takes seconds to make
+pytestmark = pytest.mark.slow  # the shared fixtures take seconds
 
 POINTS = ("-m", "backend=dummy", "backend.step_s=0.001,0.002", "devices=1,2", "accelerator=cpu")
 TABLES = "return [...document.querySelectorAll('section')].map(s => s.querySelector('h2').innerText)"

@@ -1,4 +1,4 @@
-"""Faster or slower: what counts as a difference, rules for continuous integration, what else differs of two runs."""
+"""Changes of speed: what counts as a difference, rules for continuous integration, and other differences of two runs."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ NOISE = (
     1.0117, 1.0174, 0.9999, 0.9832, 0.9977, 0.9879, 0.9932, 1.0271, 1.0011, 0.9958, 1.0110, 0.9927, 0.9941, 1.0086,
     1.0096, 0.9858, 1.0031, 0.9883, 0.9991, 0.9902, 1.0227, 0.9814, 0.9941, 1.0034, 1.0001, 1.0121,
 )  # fmt: skip
-"""Seconds of 40 repeats of `backend=dummy backend.step_s=0.02`, on two busy cores, over their median."""
+"""Seconds of 40 repeats of `backend=dummy backend.step_s=0.02` on two busy cores, divided by their median."""
 
 
 def measured(walls: list[float], load_s: float = 1.0, memory: int = 100, notes: tuple[str, ...] = ()) -> Record:
-    """The record of one prompt that was answered in so many seconds, again and again."""
+    """The record of a run with one prompt, whose repeats took `walls` seconds."""
     repeats = tuple(
         Repeat(
             number=number,

@@ -1,4 +1,4 @@
-"""Figures of a record: memory bandwidth utilisation against numbers worked out by hand."""
+"""Figures of a record: memory bandwidth utilisation, compared with numbers calculated by hand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ FALCON_40B = 82_606_587_904
 def one_repeat(
     *sequences: tuple[int, list[float]], decode_s: float | None, wall_s: float = 10.0, steps: int | None = None
 ) -> Repeat:
-    """A rank's measurements in a repeat of prompts of so many tokens, with such gaps after each first token at 1 s."""
+    """A rank's measurements of a repeat. For each prompt: its tokens, and the gaps after its first token, which comes at
+    1 s."""
     return Repeat(
         number=0,
         decode_steps=max((len(gaps) for _, gaps in sequences), default=0) if steps is None else steps,
@@ -52,24 +53,24 @@ def metrics_of(repeats: list[list[Repeat]], prompts: int, windows: tuple[int | N
 @pytest.mark.parametrize(
     ("ranks", "planned", "expected", "cache"),
     [
-        # 42.03 tokens/s of Falcon-7B on an RTX A6000 of 768 GB/s, the cache left out: 13.84 GB x 42.03 / 768 GB/s
+        # 42.03 tokens/s of Falcon-7B on an RTX A6000 of 768 GB/s, without the cache: 13.84 GB x 42.03 / 768 GB/s
         ([one_repeat((7, [1 / 42.03] * 49), decode_s=49 / 42.03)], plan(FALCON_7B, 0, 768e9), 0.7576, 0),
         # 52.0 tokens/s of Falcon-40B on an H200 is its limit at 512 tokens: (82.607 + 512 x 122880 B) x 52 / 4300 GB/s
         ([one_repeat((487, [1 / 52] * 49), decode_s=49 / 52)], plan(FALCON_40B, 122_880, 4.3e12), 0.9997, 62_914_560),
         # two rows of 100 + 100 tokens: (10 GB + 2 x 150 x 1 MB) / 10.3 ms = 1000 GB/s of 2000
         ([one_repeat(*[(100, [0.0103] * 99)] * 2, decode_s=99 * 0.0103)], plan(10**10, 10**6, 2e12), 0.5, 300_000_000),
-        # rows of 3 and 1 steps of 0.25 s find 7 + 8 + 9 and 9 tokens, 11 a step: (89 + 11) B / 0.25 s / 1 kB/s
+        # rows of 3 and 1 steps of 0.25 s read 7 + 8 + 9 and 9 cached tokens, 11 per step: (89 + 11) B / 0.25 s / 1 kB/s
         ([one_repeat((6, [0.25] * 3), (8, [0.25]), decode_s=0.75)], plan(89, 1, 1000.0), 0.4, 11),
-        # a second data-parallel rank without prompts of its own takes the steps with it: half a sequence a device
+        # a second data-parallel rank without prompts takes part in the steps: half a sequence per device
         (
             [one_repeat((8, [0.1] * 3), decode_s=0.3), one_repeat(decode_s=0.3)],
             plan(95, 1, 2000.0),
             0.5,
             5,
         ),
-        # continuous batching, 9 s and steps from the first token to the last, that find 2 to 10 and 2 to 4 tokens
+        # continuous batching: 9 s and 9 steps from the first to the last token, with 2 to 10 and 2 to 4 cached tokens
         ([one_repeat((1, [1.0] * 9), (1, [1.0] * 3), decode_s=None)], plan(93, 1, 1000.0), 0.1, 7),
-        # faster than the memory
+        # faster than the memory bandwidth allows
         ([one_repeat((1, [0.1] * 9), decode_s=0.9)], plan(101, 0, 1000.0), 1.01, 0),
     ],
     ids=[
@@ -128,8 +129,8 @@ BANDWIDTH = 768e9
 
 
 def ended(*steps: list[tuple[int, int]], work: Work = WORK, pace: float = 1.0) -> tuple[list[Repeat], float]:
-    """A rank's repeat of batches, one after the other, of (tokens of a prompt, decode steps until it ended) for each
-    row, that ran at this part of the memory's speed; and its seconds."""
+    """A rank's repeat of consecutive batches, and its seconds. Each batch has (prompt tokens, decode steps until its end)
+    for each row; the steps run at the share `pace` of the memory bandwidth."""
     rows, seconds = [], 0.0
     for batch in steps:
         taken = []
@@ -156,7 +157,7 @@ RAGGED: list[list[list[tuple[int, int]]]] = [
 def test_the_share_of_the_ceiling_is_of_the_steps_that_were_made(
     batches: list[list[tuple[int, int]]], pace: float
 ) -> None:
-    """A run that only the memory holds up reaches its ceiling, whatever its prompts and however early they end."""
+    """A run limited only by memory bandwidth reaches its ceiling, for any prompts, even if answers end early."""
     ranks, _ = ended(*batches, pace=pace)
     measured = metrics_of([ranks, ranks], sum(map(len, batches)))
     planned = replace(plan(WORK.step_bytes, 10**6, BANDWIDTH), roofline=Roofline(WORK, Machine(CARD), "single"))
@@ -175,7 +176,7 @@ def test_a_figure_over_the_ceiling_is_impossible() -> None:
 
 
 def test_a_ceiling_of_several_ranks_is_that_of_all_of_them() -> None:
-    """Two ranks with a prompt of their own each, and one of a batch on two devices."""
+    """Two data-parallel ranks with one prompt each, and one rank with a batch on two devices."""
     ranks, seconds = ended([(7, 9)])
     machine = Machine(CARD, 2, LINKS["nvlink4"])
     fsdp, tensor_parallel = Roofline(WORK, machine, "gathered"), Roofline(WORK, machine, "split")
@@ -186,7 +187,7 @@ def test_a_ceiling_of_several_ranks_is_that_of_all_of_them() -> None:
 
 
 def test_windows_forget() -> None:
-    """Of two layers one keeps 15 tokens: steps that find 13 to 22 tokens find 13, 14 and 8 times 15 there."""
+    """One of two layers keeps 15 tokens: steps that read 13 to 22 cached tokens read 13, 14 and 8 times 15 in it."""
     ranks = [one_repeat((12, [0.1] * 10), decode_s=1.0)]
     decode = metrics_of([ranks], 1, (None, 16)).decode
     assert decode is not None
@@ -220,7 +221,8 @@ def guessed(rank: Repeat, **counters: float) -> Repeat:
 
 
 def test_tokens_of_one_step_are_one_step() -> None:
-    """Two rows of 6 and 3 tokens after their first, in 3 steps of 0.1 s: 7 tokens and 8, then 10 and 10, then 12."""
+    """Two rows of 6 and 3 tokens after the first, in 3 steps of 0.1 s, which read 7 and 8 cached tokens, then 10 and 10,
+    then 12."""
     rank = guessed(
         one_repeat((6, [0.1, 0.0, 0.0, 0.1, 0.0, 0.1]), (7, [0.1, 0.0, 0.1]), decode_s=0.3, steps=3),
         guessed_tokens=12, accepted_guesses=4, guessing_s=0.06, slots_in_decode_steps=6, rows_in_decode_steps=5,
@@ -242,7 +244,7 @@ def test_tokens_of_one_step_are_one_step() -> None:
 
 
 def test_a_run_with_guesses_is_held_against_the_steps_that_it_made() -> None:
-    """At the memory's own speed a row that gains 4 tokens a step is at its ceiling, which is 4 times as high."""
+    """At full memory bandwidth, a row that gains 4 tokens per step reaches its ceiling, which is 4 times as high."""
     seconds = [(WORK.step_bytes + (7 + found) * WORK.kv_bytes_per_token) / BANDWIDTH for found in (1, 5, 9)]
     gaps = [gap for step in seconds for gap in (step, 0.0, 0.0, 0.0)]
     rank = guessed(one_repeat((7, gaps), decode_s=sum(seconds), steps=3))

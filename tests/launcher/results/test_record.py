@@ -1,4 +1,4 @@
-"""The form of a record: older versions can be read, and real records are what the JSON schema says."""
+"""The format of records: older versions can be read, and real records match the JSON schema."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_the_schema_in_the_documentation_is_current() -> None:
 
 
 def strict(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema that allows no key beside those it names."""
+    """The schema, changed to forbid additional keys."""
     for definition in schema["$defs"].values():
         definition["additionalProperties"] = False
     return schema

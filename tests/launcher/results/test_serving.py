@@ -1,4 +1,4 @@
-"""Figures of requests against numbers worked out by hand, by vLLM's definitions."""
+"""Figures of requests by vLLM's definitions, compared with numbers calculated by hand."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ SERVER = ServerRepeat(
 )
 
 REQUESTS = ((0.5, 2.5, 5), (1.0, 1.0, 1), (0.2, 4.2, 41))
-"""ttft, e2el and new tokens of each: tpots of 0.5 and 0.1 s, the second has none."""
+"""ttft, e2el and new tokens of each request: tpots of 0.5 s, none, and 0.1 s."""
 
 
 def repeat(*failures: RequestFailure, server: ServerRepeat | None = SERVER) -> Repeat:
-    """Three requests in 10 s, and those that failed."""
+    """A repeat of 10 s with the three REQUESTS and the given failures."""
     return Repeat(
         number=0,
         wall_s=10.0,

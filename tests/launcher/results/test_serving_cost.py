@@ -1,4 +1,4 @@
-"""When the difference of two speeds is the cost of serving, and when it is something else."""
+"""When the difference between two runs' speeds is the cost of serving, and when it is something else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EIGHT = {"concurrency": 8}
 
 
 def endpoint(software: str | None, load: dict[str, Any] | None = None, server: str = "none") -> Record:
-    """The same run, asked of a server."""
+    """The record of the same run by a server."""
     serving = Serving(
         software=software, dialect="vllm", tokens_checked="ids", requests=4, failures={}, examples=(), retries=0,
         read_otherwise=0, tokens_per_event=1.0, cpu_share=0.1, loop_lag_s=(0.0, 0.0), send_lag_s=None,

@@ -1,4 +1,4 @@
-"""Run directories that lie, or that change under a run: no process of others ends, and it is one line."""
+"""Run directories that are forged, or damaged during a run: no other processes are ended, and the error is one line."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 
 def begun(folder: Path, *overrides: str) -> RunDir:
-    """A run directory of a dummy run that nobody has started."""
+    """The run directory of a dummy run that was not started."""
     asked = ["backend=dummy", "devices=1", "prompts.texts=[a]", f"output_dir={folder}", *overrides]
     return create_run_dir(prepare(compose_run(asked), ("python", "-m", "launcher", *asked)))
 
 
 @pytest.fixture
 def victims() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Starts harmless processes with a mark, or none."""
+    """Yields a function that starts a harmless process, with or without a run's mark."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(mark: str | None = None, **how: Any) -> subprocess.Popen[bytes]:
@@ -116,7 +116,7 @@ def test_a_run_directory_that_lies_is_one_line(
 
 
 def namespace() -> list[str]:
-    """The words before a command that give it a PID namespace of its own; skips where there can be none."""
+    """The prefix that runs a command in a new PID namespace; skips if none can be made."""
     for words in (["unshare"], ["unshare", "--map-root-user"]):
         command = [*words, "--pid", "--fork", "--mount-proc"]
         try:
@@ -129,7 +129,7 @@ def namespace() -> list[str]:
 
 @pytest.mark.slow
 def test_no_lie_of_a_run_directory_ends_a_process_of_others(tmp_path: Path) -> None:
-    """In a PID namespace of its own, for what would go wrong is that every process that can be seen is killed."""
+    """In a separate PID namespace, since a failure of this protection would kill every visible process."""
     ended = run([*namespace(), sys.executable, str(ROOT / "tests" / "programs" / "lying_run_dirs.py"), str(tmp_path)])
     *lies, truth = ended.last_json
     everybody = [name for name in ("unmarked", "of another run", "of this run", "of another user") if name in str(lies)]
@@ -200,7 +200,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.slow
 def test_a_run_directory_that_changes_under_a_run_is_one_line(tmp_path: Path) -> None:
-    """All at once, each in a run of its own, which goes on for a second after the damage."""
+    """All damages at the same time, each in a separate run, which continues for a second after the damage."""
     slow = ("backend.step_s=0.02", "sampling.max_new_tokens=150", "measure.repeats=3")
     run_dirs = {kind: begun(tmp_path / kind, *slow) for kind in DAMAGES}
     started = {}

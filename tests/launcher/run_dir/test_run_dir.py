@@ -1,4 +1,4 @@
-"""The run directory: what is written can be read back, and what somebody else wrote is refused in one line."""
+"""The run directory: written files can be read back, and invalid ones are refused in one line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAME = re.compile(
 
 
 def texts(path: Path) -> list[str]:
-    """The strings of a module that are not documentation."""
+    """The string constants of a module, without docstrings."""
     tree = ast.parse(path.read_text())
     documents = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     found = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in documents]

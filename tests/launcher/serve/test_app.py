@@ -1,4 +1,4 @@
-"""The HTTP side of `launcher.serve`, before an engine that counts: asked by our own client, and by hand."""
+"""The HTTP side of `launcher.serve` with a fake engine: requests by our own client, and by hand."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ANSWER = (372, 731, 13, 259, 290, 294, 267, 351, 552, 275, 70, 15, 0)  # "Paris,
 
 @dataclass
 class Canned:
-    """An engine that gives everybody the same answer, a token at a time."""
+    """An engine that gives every prompt the same answer, one token at a time."""
 
     failure: str | None = None
     breaks: bool = False

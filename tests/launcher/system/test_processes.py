@@ -1,4 +1,4 @@
-"""The files that a run leaves in shared memory are found, and no others."""
+"""Finds the files that a run leaves in shared memory, and no others."""
 
 from __future__ import annotations
 

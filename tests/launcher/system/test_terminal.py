@@ -1,4 +1,4 @@
-"""What becomes of a command's words: outputs that are full, gone or of few letters, and Ctrl-C at any moment."""
+"""Commands whose output is full, closed or of a limited character set, and Ctrl-C at any time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RUN = ("launcher", "backend=dummy", "devices=1", "measure.repeats=1")
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """A run that ended well."""
+    """The directory of a successful run."""
     ended = launcher(*RUN[1:], f"output_dir={tmp_path}")
     assert ended.code == 0, ended.err
     return Path(ended.last_json["run_dir"])
@@ -113,7 +113,7 @@ def test_a_folder_of_runs_is_its_history(run_dir: Path) -> None:
     assert f"\ntorn: {runs / 'torn' / 'record.json'} is not valid JSON: " in ended.out
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in ended.out.splitlines()]
     pairs = itertools.pairwise([row for row in rows if row] + [[""]])
-    [row] = [row for row, after in pairs if run_dir.name in (row[0], row[0] + after[0])]  # in one line, or folded
+    [row] = [row for row, after in pairs if run_dir.name in (row[0], row[0] + after[0])]  # the name in one line, or wrapped
     assert row[2:7] == ["tiny_falcon", "dummy", "1", "4", "ok"]
 
     assert history(refused["run_dir"]).last_json["points"] == {"refused": 1}
@@ -141,7 +141,7 @@ sys.addaudithook(wait)
 
 
 def interrupted(at: Path, *words: str) -> tuple[int, str, str]:
-    """What a command does that gets SIGINT while it opens the file `at`."""
+    """Exit code, stdout and stderr of a command that gets SIGINT while it opens the file `at`."""
     fifo = at.with_name("fifo")
     os.mkfifo(fifo)
     (at.parent / "sitecustomize.py").write_text(WAIT_WHERE_A_FILE_IS_OPENED)
@@ -151,7 +151,7 @@ def interrupted(at: Path, *words: str) -> tuple[int, str, str]:
         command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
-        with fifo.open("w"):  # returns once the command has opened it, too
+        with fifo.open("w"):  # opening a FIFO returns when the command has opened it, too
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=60)
     finally:
@@ -179,7 +179,7 @@ def test_ctrl_c_between_two_points_shows_those_that_are_done(tmp_path: Path) -> 
 
 
 def on_a_disk(size: str, folder: Path, script: str) -> Ended:
-    """What a shell script does in a folder of so much room, which no one else sees."""
+    """Run a shell script with `folder` on a private file system of the given size."""
     mount = ["unshare", "-rm", "sh", "-c", f"mount -t tmpfs -o size={size} tmpfs {folder} && {script}"]
     if shutil.which("unshare") is None or run([*mount[:-1], mount[-1].partition("&&")[0]]).code != 0:
         pytest.skip("no file system can be mounted here")
