@@ -154,7 +154,7 @@ class FakeServer:
     async def stream(
         self, ids: list[int], prompt: int, out: Responder, group: int = 1, most: int | None = None
     ) -> None:
-        """A correct answer; with `most`, only so many of its tokens are sent."""
+        """A correct answer, of which at most `most` tokens are sent."""
         out.head()
         sent = ids[:most]
         for place in range(0, len(sent), group):

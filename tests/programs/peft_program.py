@@ -1,6 +1,6 @@
 """Greedy tokens of peft's own model for each of several adapters: `peft_program.py MODEL IDS NAME=FOLDER...` as JSON.
 
-IDS are token ids with commas between them; the model without an adapter answers under the name "".
+IDS are comma-separated token ids; the key "" has the tokens of the model without an adapter.
 """
 
 from __future__ import annotations

@@ -396,7 +396,7 @@ def test_a_card_is_sent_whole_pieces_of_the_buffers_and_cuts_them_itself(
 
 
 def saved_wide(path: Path, padding: int) -> torch.Tensor:
-    """Write the parameter of `Wide` to a safetensors file whose header has `padding` extra bytes; returns its values."""
+    """Write `Wide` to a safetensors file whose header has `padding` extra bytes; returns the values."""
     values = torch.arange(4096.0 * 2048).view(4096, 2048)
     header = json.dumps({"weight": {"dtype": "F32", "shape": [4096, 2048], "data_offsets": [0, values.nbytes]}})
     text = header.encode() + b" " * (-len(header) % 8 + padding)

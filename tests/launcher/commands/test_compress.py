@@ -132,7 +132,7 @@ def test_rounded_values_are_within_half_a_step(scheme: str, tmp_path: Path) -> N
             else:
                 step = layer.weight_scale[..., 0].t().repeat_interleave(layer.quantizer.group, dim=1)
                 values = layer.quantizer.multiply(layer, torch.eye(weight.shape[1]), None).t()
-            most = 0.51 if scheme == "w4a16" else 1.01  # w8a8: the largest value exceeds the range of the integers
+            most = 0.51 if scheme == "w4a16" else 1.01  # the largest value is outside the integers' range
             assert ((values - weight).abs() <= most * step + 1e-6).float().mean() > 0.995
 
 

@@ -34,8 +34,8 @@ def keys() -> list[tuple[str, str]]:
 
 
 def misspelt(key: str, draw: random.Random) -> list[str]:
-    """Misspellings of a key's last word: a letter dropped, doubled or replaced, two letters swapped, and a dash in place
-    of an underscore."""
+    """Misspellings of a key's last word: a letter dropped, doubled or replaced, two letters swapped, or dashes in place
+    of underscores."""
     parent, dot, leaf = key.rpartition(".")
     at = draw.randrange(1, len(leaf))
     words = [
@@ -101,8 +101,8 @@ def test_a_misspelt_option_is_refused_with_the_one_that_was_meant(group: str) ->
 
 
 def file_with(folder: Path, engine: str, key: str) -> tuple[str, ...]:
-    """An override and a folder with the file that it selects, which sets a key to 1: an option of the key's group, or an
-    experiment if the key has no group."""
+    """An override and a folder with the file that it selects, which sets a key to 1. The file is an option of the key's
+    group, otherwise one of `cluster` that sets keys of the whole configuration."""
     group, dot, leaf = key.rpartition(".")
     inner = group if group in groups() else "cluster"
     content: dict[str, object] = {leaf: 1} if group in groups() else {group: {leaf: 1}} if dot else {leaf: 1}

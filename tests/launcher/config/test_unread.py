@@ -1,4 +1,4 @@
-"""An option that a run would not read is refused, with what to write instead."""
+"""Options that a run would not read are refused, with a hint what to write instead."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_sweep_over_engines_may_give_all_of_them_what_some_read() -> None:
 
 @pytest.mark.slow
 def test_a_sweep_over_guesses_takes_the_keys_of_all_their_kinds() -> None:
-    """Each point is given those that it reads, so that its command can be given alone."""
+    """Each point gets only the keys that it reads, so that its command can be run on its own."""
     shared = ["speculative.tokens=3", "speculative.model=embedded:tiny_draft", "seed=1"]
     points = points_of(["speculative=none,ngram,draft", *shared])
     assert [point.config.speculative.name for point in points] == ["none", "ngram", "draft"]

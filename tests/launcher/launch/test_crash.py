@@ -73,7 +73,7 @@ WRITES: dict[str, tuple[float, tuple[Kill, ...]]] = {
     "completions.jsonl": (0.01, KILLS[:1]),
     "record.json": (0.01, KILLS[:1]),
 }
-"""The files that a run writes, in order: how many seconds after the write the kill comes, at most, and what is killed."""
+"""The files that a run writes, in order: the most seconds from the write to the kill, and what is killed."""
 ROUNDS = [(1, write, kill) for write, (_, kills) in WRITES.items() for kill in kills] + [
     (2, "launch.log", kill_everything),
     (2, "rank_0.completions.jsonl", kill_parent),

@@ -75,8 +75,8 @@ Submitted = tuple[Cluster, str, Path]
 def limited(
     request: pytest.FixtureRequest, slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Submitted | None]:
-    """A job that exceeds its time limit while the other tests run: SLURM checks limits every 30 s, and warns in the first
-    half of the minute. None if its test is not selected."""
+    """A job that exceeds its time limit while the other tests run: SLURM checks limits every 30 s, and warns in the
+    first half of the minute. None if its test is not selected."""
     if not any(item.name == test_time_limit_is_gone_past.__name__ for item in request.session.items):
         yield None
         return

@@ -241,7 +241,7 @@ def test_an_interrupt_from_the_keyboard_is_cancelled(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_signals_after_the_first_do_not_lose_the_record(tmp_path: Path) -> None:
     with running(tmp_path, *SLOW_DUMMY) as (process, run_dir):
-        os.kill(_pid(run_dir, 0), signal.SIGSTOP)  # a stopped rank ignores SIGTERM, so ending the run waits until it is killed
+        os.kill(_pid(run_dir, 0), signal.SIGSTOP)  # it cannot end by itself: the run waits until it kills it
         process.send_signal(signal.SIGINT)
         deadline = time.monotonic() + GONE_S
         while not (run_dir / "rank_1.json").exists():

@@ -1,4 +1,4 @@
-"""Changes of speed: what counts as a difference, rules for continuous integration, and other differences of two runs."""
+"""Changes of speed: what counts as a difference, rules for continuous integration, other differences of two runs."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ FALCON_40B = 82_606_587_904
 def one_repeat(
     *sequences: tuple[int, list[float]], decode_s: float | None, wall_s: float = 10.0, steps: int | None = None
 ) -> Repeat:
-    """A rank's measurements of a repeat. For each prompt: its tokens, and the gaps after its first token, which comes at
-    1 s."""
+    """A rank's measurements of a repeat. For each prompt: its number of tokens, and the gaps between the new tokens,
+    the first of which comes at 1 s."""
     return Repeat(
         number=0,
         decode_steps=max((len(gaps) for _, gaps in sequences), default=0) if steps is None else steps,
@@ -129,7 +129,7 @@ BANDWIDTH = 768e9
 
 
 def ended(*steps: list[tuple[int, int]], work: Work = WORK, pace: float = 1.0) -> tuple[list[Repeat], float]:
-    """A rank's repeat of consecutive batches, and its seconds. Each batch has (prompt tokens, decode steps until its end)
+    """A rank's repeat of consecutive batches, and its seconds. A batch has (prompt tokens, decode steps until its end)
     for each row; the steps run at the share `pace` of the memory bandwidth."""
     rows, seconds = [], 0.0
     for batch in steps:
@@ -221,8 +221,8 @@ def guessed(rank: Repeat, **counters: float) -> Repeat:
 
 
 def test_tokens_of_one_step_are_one_step() -> None:
-    """Two rows of 6 and 3 tokens after the first, in 3 steps of 0.1 s, which read 7 and 8 cached tokens, then 10 and 10,
-    then 12."""
+    """Two rows of 6 and 3 tokens after the first, in 3 steps of 0.1 s, which read 7 and 8 cached tokens, 10 and 10, and
+    12."""
     rank = guessed(
         one_repeat((6, [0.1, 0.0, 0.0, 0.1, 0.0, 0.1]), (7, [0.1, 0.0, 0.1]), decode_s=0.3, steps=3),
         guessed_tokens=12, accepted_guesses=4, guessing_s=0.06, slots_in_decode_steps=6, rows_in_decode_steps=5,

@@ -113,7 +113,7 @@ def test_a_folder_of_runs_is_its_history(run_dir: Path) -> None:
     assert f"\ntorn: {runs / 'torn' / 'record.json'} is not valid JSON: " in ended.out
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in ended.out.splitlines()]
     pairs = itertools.pairwise([row for row in rows if row] + [[""]])
-    [row] = [row for row, after in pairs if run_dir.name in (row[0], row[0] + after[0])]  # the name in one line, or wrapped
+    [row] = [row for row, after in pairs if run_dir.name in (row[0], row[0] + after[0])]  # the name may be wrapped
     assert row[2:7] == ["tiny_falcon", "dummy", "1", "4", "ok"]
 
     assert history(refused["run_dir"]).last_json["points"] == {"refused": 1}
