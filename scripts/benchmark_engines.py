@@ -4,14 +4,14 @@
                                         [--repeats 5] [--new-tokens 32] [--ranks 2] [--within SECONDS]
                                         [--output docs/benchmarks]
 
-For each model and precision every contestant is started once and answers the same prompts, all at once, with the same
-number of slots. They take turns, each in a new order every round, and those that are not at their turn are stopped, so
-that what disturbs one disturbs all; the first round is not counted. The embedded models answer tests/ragged_prompts.txt
-to their EOS, the random Llamas prompts of 8 to 80 tokens with as many new ones each (that of 1 GB a quarter).
-Ratios are medians of the ratios of each round. With --output, NAME.json has every figure and NAME.md the tables. With
---within no round is begun that would not end in time, as long as that of before, and none after the fifth of a model
-beyond its share of that time. litgpt takes part where it is installed, or where LITGPT_PYTHON is an interpreter that
-has it. A contestant that main memory has no room for beside the others is not started, and its row says so.
+For each model and precision, every contestant is started once and answers the same prompts, all at once, with the same
+number of slots. They take turns in a new random order every round, while the others are stopped, so that disturbances
+affect all of them; the first round is not counted. The embedded models answer tests/ragged_prompts.txt up to EOS, the
+random Llamas answer prompts of 8 to 80 tokens with --new-tokens tokens (the 1 GB model with a quarter of that). Ratios
+are medians of the ratios of each round. --output writes all figures to NAME.json and the tables to NAME.md. --within
+limits the time: a round only starts if it can end in time, and a model gets more than five rounds only within its share
+of the time. litgpt takes part if it is installed, or if LITGPT_PYTHON is an interpreter that has it. A contestant for
+which main memory has no room beside the others is not started, and its row says so.
 """
 
 from __future__ import annotations

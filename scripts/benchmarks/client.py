@@ -2,9 +2,9 @@
 
     python scripts/benchmarks/client.py [--streams 1,8,64] [--tokens 100] [--rounds 5] [--step-ms 20]
 
-Both ask tests/helpers/fake_server.py, whose streams all send a token every --step-ms and say when they did. The delay
-is from there to the moment that a client has for the token; the CPU time is that of the client's process. Figures are
-medians over the rounds, ratios those of each round; the last line is JSON. Needs vLLM beside this project.
+Both call tests/helpers/fake_server.py, whose streams send a token every --step-ms and report when they did. The delay
+is the time from then to the arrival time that the client records; the CPU time is that of the client's process. Figures
+and ratios are medians over the rounds; the last line is JSON. Requires vLLM.
 """
 
 from __future__ import annotations

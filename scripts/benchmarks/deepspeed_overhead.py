@@ -3,8 +3,8 @@
     python scripts/benchmarks/deepspeed_overhead.py [--pairs 9] [--hidden 768] [--layers 8] [--batch 4]
                                                    [--new-tokens 32]
 
-Two ranks on this machine hold the same random Llama twice: as the backend loads it, and as `deepspeed.init_inference`
-makes it of a whole model. They answer the same prompts in turns, so that what disturbs one disturbs the other. Prints
+Two ranks on this machine hold the same random Llama twice: as loaded by the backend, and as converted from a whole
+model by `deepspeed.init_inference`. Both answer the same prompts alternately, so that disturbances affect both. Prints
 each pair and the median of the ratios; the last line is JSON.
 """
 

@@ -3,12 +3,13 @@
     python scripts/benchmarks/load.py --size-gb 4 --ranks 2 --folder /tmp
 
 A random checkpoint in bfloat16 is written to --folder and removed at the end. Cold means that its pages are dropped
-from the page cache before the ranks start together, warm that they were all read before. The clock stops when one byte
-of each page of every parameter was touched, so that the model can run. Bytes are what the kernel fetched from disk for
-a rank (read_bytes of /proc/self/io); memory is how far the anonymous memory of a rank rose above what it holds.
+from the page cache before the ranks start together, warm that all of them have been read before. The clock stops when
+one byte in each page of every parameter has been read, so that the model can run. Bytes are what the kernel read from
+disk for a rank (read_bytes in /proc/self/io); memory is the peak of a rank's anonymous memory minus what it holds
+afterwards.
 
-The weights are stored in bfloat16. With another --dtype they are cast, and every loader must take memory for them; as
-they are stored, this loader and transformers' own both map the files, and their memory is the page cache.
+The weights are stored in bfloat16. With another --dtype they are cast, for which every loader needs memory. Without a
+cast this loader and transformers' own both map the files, and their memory is the page cache.
 """
 
 from __future__ import annotations

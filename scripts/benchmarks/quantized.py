@@ -2,9 +2,9 @@
 
     python scripts/benchmarks/quantized.py --size-gb 1 --folder /tmp
 
-The checkpoint is written to --folder in bfloat16 and removed at the end. Bytes are those of a rank's parameters, over
-what they are unquantized under the same engine. Memory is how far the anonymous memory of a rank rose above what it
-holds afterwards. Speed is that of one token through the whole model under `transformers`, in turns with bfloat16.
+The checkpoint is written to --folder in bfloat16 and removed at the end. Bytes are a rank's parameters, divided by
+those of the same engine without quantization. Memory is the peak of a rank's anonymous memory while loading, minus what
+it holds afterwards. Speed is that of one token through the whole model under `transformers`, alternating with bfloat16.
 """
 
 from __future__ import annotations

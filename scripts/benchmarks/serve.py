@@ -3,10 +3,10 @@
     python scripts/benchmarks/serve.py --url http://127.0.0.1:8000 --model tiny_llama [--concurrency 4] [--rounds 10]
     python scripts/benchmarks/serve.py --url http://127.0.0.1:8000 --model tiny_llama --commands [--rounds 5]
 
-The first lets both clients ask at once, each with --concurrency requests open: the server is as fast for one as for the
-other, whatever disturbs it. The second runs both commands in turns, each after a warm-up with as many prompts. Prompts
-are random tokens, --prompts of them in a round. Ratios (ours over the other's) are medians of those of each round; the
-last line is JSON. Needs vLLM beside this project.
+The first command runs both clients at the same time, each with --concurrency open requests, so that disturbances affect
+both. The second runs both client commands alternately, each after a warm-up with as many prompts. Prompts are random
+tokens, --prompts of them in a round. Ratios (ours over the other's) are medians of the ratios of each round; the last
+line is JSON. Requires vLLM.
 """
 
 from __future__ import annotations

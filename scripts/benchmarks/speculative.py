@@ -1,10 +1,10 @@
-"""Speculative decoding against plain decoding, interleaved in one process: tokens/s, and how many guesses held.
+"""Speculative decoding against plain decoding, interleaved in one process: tokens/s and accepted tokens.
 
     python scripts/benchmarks/speculative.py [--target tiny_llama|wide] [--slots 1,4] [--tokens 4] [--repeats 5]
 
-`wide` is tiny_llama at the cost of a model of 1 GB: its hidden states, heads and inner activations lie among others
-that are computed as well, and of which nothing comes out. So it says what tiny_llama says, and tiny_draft can draft for
-it. Beside other work one thread (OMP_NUM_THREADS=1) is faster than two.
+`wide` is tiny_llama padded to 1 GB: additional dimensions of its hidden states, heads and MLPs are computed, but do not
+affect the output. It generates the tokens of tiny_llama, so tiny_draft can draft for it. On a busy machine one thread
+(OMP_NUM_THREADS=1) is faster than two.
 """
 
 from __future__ import annotations

@@ -4,15 +4,15 @@
                                                [--pairs 15] [--variants all] [--engines 3]
                                                [--output docs/benchmarks_vllm]
 
-Both answer the same requests on the same engine in turns, so that what disturbs one disturbs the other; for the bare
-calls what the backend put into the engine is taken out. `--model` may be a folder, or a random model of
-benchmark_engines.py. Prints each pair and the median of the ratios; the last line is JSON.
+Both answer the same requests on the same engine, alternately, so that disturbances affect both; for the bare calls the
+backend's changes to the engine are removed. `--model` may be a folder, or a random model of benchmark_engines.py.
+Prints each pair and the median of the ratios; the last line is JSON.
 
-With --variants it is the backend with one option of vLLM changed over the backend as it is: two engines in processes of
-their own, which take turns in pairs, the first in turns too; that which is not at its turn is stopped. Both are started
---engines times: two that are alike differ by some percent. Beside the ratio of the speeds is that of the processor time
-of all their processes, on which others on the machine have less influence. `all` are all of VARIANTS; or some of their
-names. --output writes NAME.md, to whose tables each call adds one.
+--variants compares the backend with one changed option of vLLM to the backend as it is: two engines in separate
+processes that alternate in pairs, in alternating order, while the other one is stopped. Both are started --engines
+times, because two equal engines differ by a few percent. The table has the ratio of the speeds, and that of the
+processor time of all processes, which other load on the machine affects less. The value is `all`, or names from
+VARIANTS. --output adds a table to NAME.md.
 """
 
 from __future__ import annotations
