@@ -9,6 +9,7 @@ import torch
 from test_slots import answered, decoder, fields, made, prompts_of
 
 from launcher.backends.slots.device import Slots
+from launcher.backends.slots.drafting.guesses import Lookup
 from launcher.backends.slots.straight import StraightStep, straight_step
 from launcher.config.schema import SamplingConfig
 from shards.parallel.families import keep_kv_heads_only
@@ -25,30 +26,35 @@ def model_of(family: str, **changed: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("is_fused", [False, True])
+@pytest.mark.parametrize("ahead", [0, 3], ids=["one token", "guesses"])
+@pytest.mark.parametrize("is_fused", [False, True], ids=["as it is", "fused"])
 @pytest.mark.parametrize("family", ["arcee", "ernie4_5", "falcon", "helium", "llama", "mistral", "qwen2"])
-def test_logits_are_those_of_the_model(monkeypatch: pytest.MonkeyPatch, family: str, is_fused: bool) -> None:
+def test_logits_are_those_of_the_model(
+    monkeypatch: pytest.MonkeyPatch, family: str, is_fused: bool, ahead: int
+) -> None:
     model, unequal, steps = model_of(family), [], 0
     if is_fused:
         fuse_projections(model, 1)
         fuse_norms(model)
         fuse_rotations(model)
 
-    def compared(self: Slots, rows: int, reach: int) -> torch.Tensor:
+    def compared(self: Slots, ids: torch.Tensor, positions: torch.Tensor, mask: Any) -> torch.Tensor:
         nonlocal steps
         steps += 1
-        logits = next_logits(self, rows, reach).clone()
-        if not torch.equal(logits, self.forward(rows, reach)):
+        logits = decode(self, ids, positions, mask).clone()
+        if not torch.equal(logits, self._all_logits(ids, positions, mask, ids.shape[1])):
             unequal.append(steps)
         return logits
 
-    next_logits = Slots.next_logits
-    monkeypatch.setattr(Slots, "next_logits", compared)
+    decode = Slots.decode
+    monkeypatch.setattr(Slots, "decode", compared)
     engine = decoder(model, 3, 40, 2048)
+    if ahead:
+        engine.guesser, engine.ahead = Lookup(3, 1, engine.device), ahead
     answered(engine, PROMPTS, SAMPLING)
     assert engine.slots is not None
     assert isinstance(engine.slots.straight, StraightStep)
-    assert steps > 12
+    assert steps > 5
     assert unequal == []
 
 

@@ -127,21 +127,23 @@ class Slots:
         return self
 
     def next_logits(self, rows: int, reach: int) -> torch.Tensor:
-        """The logits for the inputs that `lay_out` wrote, by the straight step if the model has one.
+        """The logits for the inputs that `lay_out` wrote, by the straight step if the model has one."""
+        return self.decode(self.tokens[:rows, None], self.places_now[:rows], self.shown)[:, -1]
 
-        The first straight step is compared with the model's own forward, and none is made if a bit differs.
+    def decode(self, ids: torch.Tensor, positions: torch.Tensor, mask: Any) -> torch.Tensor:
+        """The logits [rows, tokens, vocabulary] of the new tokens `ids` [rows, tokens].
+
+        The first straight step is compared with the model's own forward, and no other is made if a bit differs.
         """
-        if self.straight is None:
-            return self.forward(rows, reach)
-        if not self.is_straight_checked:
-            self.is_straight_checked = True
-            expected = self.forward(rows, reach).clone()
-            if torch.equal(self._straight_logits(rows), expected):
-                return expected
-            print("decode steps: transformers' own forward, since the straight one has other logits", flush=True)
-            self.straight = None
-            return expected
-        return self._straight_logits(rows)
+        if self.straight is not None and self.is_straight_checked:
+            return self._widened(self.straight(ids, positions, mask, self.cache))
+        logits = self._all_logits(ids, positions, mask, ids.shape[1])
+        if self.straight is not None:
+            self.is_straight_checked, logits = True, logits.clone()
+            if not torch.equal(self._widened(self.straight(ids, positions, mask, self.cache)), logits):
+                print("decode steps: transformers' own forward, since the straight one has other logits", flush=True)
+                self.straight = None
+        return logits
 
     def forward(self, rows: int, reach: int) -> torch.Tensor:
         """The logits for the inputs that `lay_out` wrote, by the model's own forward."""
@@ -175,11 +177,6 @@ class Slots:
         """Integers on the device, through pinned memory: from pageable memory the host would wait for all earlier
         steps."""
         return torch.tensor(values, pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
-
-    def _straight_logits(self, rows: int) -> torch.Tensor:
-        assert self.straight is not None
-        logits = self.straight(self.tokens[:rows, None], self.places_now[:rows], self.shown, self.cache)
-        return self._widened(logits)[:, -1]
 
     def _logits(self, ids: torch.Tensor, positions: torch.Tensor, mask: Any, kept: int) -> torch.Tensor:
         return self._all_logits(ids, positions, mask, kept)[:, -1]

@@ -37,7 +37,8 @@ ATTENTIONS = (llama.LlamaAttention.forward, mistral.MistralAttention.forward, qw
 class LlamaLayer:
     """A layer of a Llama: attention, then a gated MLP or another module in its place.
 
-    Called with the hidden states [rows, 1, size] before the layer; returns those after it. A FalconLayer does the same.
+    A call takes the hidden states [rows, tokens, size] before the layer and returns those after it, as that of a
+    FalconLayer does.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -56,14 +57,15 @@ class LlamaLayer:
     def __call__(
         self, hidden: torch.Tensor, angles: Angles, mask: torch.Tensor | None, cache: SlotCache
     ) -> torch.Tensor:
-        rows = len(hidden)
-        heads = (rows, -1, 1, self.head_dim)
+        rows, tokens, _ = hidden.shape
+        heads = (rows, tokens, -1, self.head_dim)
         normed = self.norm(hidden)
-        query, key, value = self.query(normed).view(heads), self.key(normed).view(heads), self.value(normed).view(heads)
+        query, key = self.query(normed).view(heads).transpose(1, 2), self.key(normed).view(heads).transpose(1, 2)
+        value = self.value(normed).view(heads).transpose(1, 2)
         query, key = self.rotate(query, key, *angles)
         key, value = cache.update(key, value, self.number)
         attended, _ = attention(self.attention, query, key, value, mask, self.scaling)
-        hidden = hidden + self.output(attended.reshape(rows, 1, -1))
+        hidden = hidden + self.output(attended.reshape(rows, tokens, -1))
         return hidden + self.mlp(self.post_norm(hidden))
 
     def _gated(self, normed: torch.Tensor) -> torch.Tensor:
@@ -88,15 +90,15 @@ class FalconLayer:
     def __call__(
         self, hidden: torch.Tensor, angles: Angles, mask: torch.Tensor | None, cache: SlotCache
     ) -> torch.Tensor:
-        rows = len(hidden)
+        rows, tokens, _ = hidden.shape
         normed = mlp_normed = self.norm(hidden)
         if self.mlp_norm is not None:
             mlp_normed = self.mlp_norm(hidden)
-        fused = self.fused(normed).view(rows, -1, self.group + 2, self.head_dim)
-        query = fused[:, :, :-2].reshape(rows, -1, 1, self.head_dim)
-        query, key = self.rotate(query, fused[:, :, -2, None], *angles)
-        key, value = cache.update(key, fused[:, :, -1, None], self.number)
-        attended = self.dense(attend(query, key, value, mask, self.group).reshape(rows, 1, -1))
+        fused = self.fused(normed).view(rows, tokens, -1, self.group + 2, self.head_dim)
+        query, key = fused[..., :-2, :].flatten(2, 3).transpose(1, 2), fused[..., -2, :].transpose(1, 2)
+        query, key = self.rotate(query, key, *angles)
+        key, value = cache.update(key, fused[..., -1, :].transpose(1, 2), self.number)
+        attended = self.dense(attend(query, key, value, mask, self.group).reshape(rows, tokens, -1))
         return hidden + (self.down(self.activation(self.up(mlp_normed))) + attended)
 
 
@@ -111,7 +113,7 @@ def direct(module: nn.Module) -> Call:
 
 
 class StraightStep:
-    """The forward of a model for one new token in each row, at positions below `length`. It keeps the model's modules
+    """The forward of a model for the new tokens of each row, at positions below `length`. It keeps the model's modules
     and parameters, and the angles of all positions."""
 
     def __init__(self, model: Any, layers: Sequence[LlamaLayer | FalconLayer], norm: nn.Module, length: int) -> None:
@@ -123,9 +125,9 @@ class StraightStep:
     def __call__(
         self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, cache: SlotCache
     ) -> torch.Tensor:
-        """The logits [rows, 1, vocabulary] of `ids` [rows, 1] at `positions` [rows, 1]."""
-        places = positions[:, 0]
-        angles = self.cos[0].index_select(0, places)[:, None], self.sin[0].index_select(0, places)[:, None]
+        """The logits [rows, tokens, vocabulary] of `ids` [rows, tokens] at `positions` [rows, tokens]."""
+        places, shape = positions.reshape(-1), (*positions.shape, -1)
+        angles = self.cos[0].index_select(0, places).view(shape), self.sin[0].index_select(0, places).view(shape)
         hidden = self.embed(ids)
         for layer in self.layers:
             hidden = layer(hidden, angles, mask, cache)

@@ -71,7 +71,7 @@ class AheadSlots(Slots):
         positions = first[:, None] + self.places[:count]
         self.cache.do(Stepping(rows, positions, reach))
         shown = positions.clamp(max=self.last_position)  # later positions are padding, whose results are dropped
-        return self._all_logits(ids, shown, self._mask(positions, reach), count)
+        return self.decode(ids, shown, self._mask(positions, reach))
 
     def _mask(self, positions: torch.Tensor, reach: int) -> Any:
         """The mask [rows, 1, tokens, reach] for tokens at `positions` [rows, tokens], for each kind of layer."""
