@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn.functional import rms_norm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb, rotate_half
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,7 +50,8 @@ class Rotation:
 
 
 def is_copy(function: Callable[..., Any], *originals: Callable[..., Any]) -> bool:
-    """True if a function has the code of one of the others, decorators aside.
+    """True if a function has the bytecode and the names of one of the others, decorators aside; constants, and what the
+    names refer to, may differ.
 
     Most families of transformers have copies of Llama's classes and functions, under names of their own.
     """
@@ -82,7 +83,8 @@ def fuse_rotations(model: nn.Module) -> int:
         forward: Any = kind.forward
         if "forward" in vars(module) or ROTATE not in getattr(getattr(forward, "__code__", None), "co_names", ()):
             continue
-        if not is_copy(forward.__globals__[ROTATE], apply_rotary_pos_emb):
+        rotate = inspect.unwrap(forward.__globals__[ROTATE])
+        if not is_copy(rotate, apply_rotary_pos_emb) or not is_copy(rotate.__globals__["rotate_half"], rotate_half):
             continue
         if kind not in forwards:
             names = forward.__globals__ | {ROTATE: rotation}

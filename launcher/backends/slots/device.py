@@ -52,7 +52,7 @@ class Slots:
         self.straight: StraightStep | None = None
         self.is_straight_checked = False
         if len(kinds) == 1:  # all layers share one mask
-            self.straight = straight_step(model, length)
+            self.straight = straight_step(model)
         self.needs_mask = self.is_alibi or True in kinds  # transformers' mask ignores the order in a ring buffer
         # Not on CUDA: the attention of each packed prompt would be a separate launch.
         self.packs = device.type == "cpu" and can_be_packed(model) and self.takes_positions and not self.needs_mask
@@ -133,17 +133,21 @@ class Slots:
     def decode(self, ids: torch.Tensor, positions: torch.Tensor, mask: Any) -> torch.Tensor:
         """The logits [rows, tokens, vocabulary] of the new tokens `ids` [rows, tokens].
 
-        The first straight step is compared with the model's own forward, and no other is made if a bit differs.
+        The first straight step of these slots is compared with the model's own forward: if a bit differs, this step and
+        all later ones are the model's own.
         """
-        if self.straight is not None and self.is_straight_checked:
-            return self._widened(self.straight(ids, positions, mask, self.cache))
-        logits = self._all_logits(ids, positions, mask, ids.shape[1])
-        if self.straight is not None:
-            self.is_straight_checked, logits = True, logits.clone()
-            if not torch.equal(self._widened(self.straight(ids, positions, mask, self.cache)), logits):
-                print("decode steps: transformers' own forward, since the straight one has other logits", flush=True)
-                self.straight = None
-        return logits
+        if self.straight is None:
+            return self._all_logits(ids, positions, mask, ids.shape[1])
+        logits = self.straight(ids, positions, mask, self.cache)
+        if self.is_straight_checked:
+            return self._widened(logits)
+        own = self._all_logits(ids, positions, mask, ids.shape[1])  # last: its keys and values stay in the cache
+        if torch.allclose(logits.to(own.dtype), own, rtol=0.0, atol=0.0, equal_nan=True):
+            self.is_straight_checked = True
+        else:
+            print("decode steps: transformers' own forward, since the straight one has other logits", flush=True)
+            self.straight = None
+        return own
 
     def forward(self, rows: int, reach: int) -> torch.Tensor:
         """The logits for the inputs that `lay_out` wrote, by the model's own forward."""
